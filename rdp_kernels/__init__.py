@@ -1,0 +1,24 @@
+"""Cheap stochastic depth and the two-iteration ResidualDroppath scheme (arXiv 2411.09475) for PyTorch."""
+
+from ._backend import available_backends, use_backend
+from .modules import DropPath, ResidualBranch, ResidualSequence
+from .ops import drop_path, drop_path_add, gather_rows, residual_add
+from .plan import PathPlan, drop_path_rates
+from .scheme import ResidualDropPath
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DropPath",
+    "PathPlan",
+    "ResidualBranch",
+    "ResidualDropPath",
+    "ResidualSequence",
+    "available_backends",
+    "drop_path",
+    "drop_path_add",
+    "drop_path_rates",
+    "gather_rows",
+    "residual_add",
+    "use_backend",
+]

@@ -1,0 +1,130 @@
+"""Argument checks shared by the public functions: each error names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (None, "relu")
+
+
+def check_choice(name: str, value: object, choices: Collection) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_probability(name: str, value: object) -> float:
+    """A real number in [0, 1] as a float; NaN, bools, tensors and strings are refused."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
+    if not 0.0 <= value <= 1.0:  # NaN fails this too
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def check_count(name: str, value: object, minimum: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_stream(name: str, value: object) -> Tensor:
+    """A floating-point tensor with rows in dimension 0."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have its rows in dimension 0, got a tensor without dimensions")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    return value
+
+
+def check_rows(name: str, rows: object, num_rows: int, device: torch.device) -> None:
+    """int64 [K] on `device`; range and uniqueness are checked where the host has the values (a CPU tensor)."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor, got {type(rows).__name__}")
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise TypeError(f"{name} must be an int64 tensor of shape [K], got {rows.dtype} of shape {list(rows.shape)}")
+    if rows.device != device:
+        raise ValueError(f"{name} must be on {device} like the residual, got {rows.device}")
+    if rows.device.type != "cpu" or rows.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in torch.aminmax(rows))
+    if low < 0 or high >= num_rows:
+        raise ValueError(f"{name} must be in [0, {num_rows}), got values from {low} to {high}")
+    if torch.bincount(rows).max() > 1:
+        raise ValueError(f"{name} must not repeat a row, got {rows.tolist()}")
+
+
+def check_residual_add(
+    residual: object,
+    branch: object,
+    rows: Tensor | None,
+    row_scale: Tensor | float | None,
+    gamma: Tensor | None,
+    channel_dim: int,
+    activation: str | None,
+) -> None:
+    """The arguments of `residual_add`, except for what costs a pass over `rows`."""
+    residual, branch = check_stream("residual", residual), check_stream("branch", branch)
+    check_choice("activation", activation, ACTIVATIONS)
+    num_rows = residual.shape[0] if rows is None else rows.shape[0]
+    wanted = [num_rows, *residual.shape[1:]]
+    if list(branch.shape) != wanted:
+        what = "the residual's shape" if rows is None else "a row for each entry of rows"
+        raise ValueError(f"branch must have shape {wanted} ({what}), got {list(branch.shape)}")
+    if branch.device != residual.device:
+        raise ValueError(f"branch must be on {residual.device} like the residual, got {branch.device}")
+    _check_row_scale(row_scale, num_rows, residual)
+    if gamma is not None:
+        _check_gamma(gamma, residual, channel_dim)
+
+
+def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None:
+    if row_scale is None:
+        return
+    if not isinstance(row_scale, Tensor):
+        if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
+            raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
+        if not math.isfinite(row_scale):
+            raise ValueError(f"row_scale must be finite, got {row_scale}")
+        return
+    # float64 only where the stream is: elsewhere the kernels compute in float32.
+    if row_scale.dtype not in (torch.float32, residual.dtype if residual.dtype == torch.float64 else torch.float32):
+        raise TypeError(f"row_scale must be float32, got {row_scale.dtype}")
+    if list(row_scale.shape) != [num_rows]:
+        raise ValueError(f"row_scale must have shape [{num_rows}], a factor a row, got {list(row_scale.shape)}")
+    if row_scale.device != residual.device:
+        raise ValueError(f"row_scale must be on {residual.device} like the residual, got {row_scale.device}")
+    if row_scale.requires_grad:
+        raise ValueError("row_scale is data, not learned: pass row_scale.detach()")
+
+
+def _check_gamma(gamma: object, residual: Tensor, channel_dim: int) -> None:
+    if not isinstance(gamma, Tensor):
+        raise TypeError(f"gamma must be a tensor, got {type(gamma).__name__}")
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
+    if not -residual.dim() <= channel_dim < residual.dim() or channel_dim % residual.dim() == 0:
+        raise ValueError(
+            f"channel_dim must name a dimension of the residual behind its rows, got {channel_dim} for {residual.dim()} dimensions"
+        )
+    channels = residual.shape[channel_dim]
+    if list(gamma.shape) != [channels] or not gamma.is_floating_point():
+        raise ValueError(
+            f"gamma must be a floating-point tensor of shape [{channels}] (channel_dim {channel_dim}), got {gamma.dtype} of shape {list(gamma.shape)}"
+        )
+    if gamma.device != residual.device:
+        raise ValueError(f"gamma must be on {residual.device} like the residual, got {gamma.device}")

@@ -1,0 +1,31 @@
+"""Iterations that follow an optimizer's steps, for training loops that can't be rewritten."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .scheme import ResidualDropPath
+
+
+class Alternation:
+    """The handle of `ResidualDropPath.alternate`: keeps one iteration open and turns to the next at every step."""
+
+    def __init__(self, scheme: ResidualDropPath, optimizer: torch.optim.Optimizer):
+        self._scheme = scheme
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self.open_next()
+
+    def remove(self) -> None:
+        """Ends the alternation; the iteration that is open is abandoned."""
+        self._hook.remove()
+        self._scheme._end_alternation(self)
+
+    def open_next(self) -> None:
+        self._scheme._open_next()
+
+    def _after_step(self, *_: Any) -> None:
+        self._scheme._close(completed=True)
+        self.open_next()

@@ -1,0 +1,171 @@
+"""Freezing: what makes a branch not learn, and the autograd functions that skip what freezing makes needless.
+
+Autograd already leaves out a frozen weight's gradient (wgrad), and for matmuls also the input that only the wgrad
+needs. What is left for this module:
+
+| function | of a frozen branch it skips |
+|---|---|
+| `freeze` | wgrad: parameters and BatchNorm statistics stand still during one call |
+| `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
+| `lean_ops` | inputs that autograd saves for convolution and BatchNorm although no weight learns |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+
+class freeze:
+    """Context: `parameters` don't require grad, and `batch_norms` are in eval mode.
+
+    Whatever happens inside, every flag is put back on leaving. Parameters that the user froze are left alone.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], batch_norms: Iterable[nn.Module] = ()):
+        self._candidates, self._batch_norms = parameters, [m for m in batch_norms if m.training]
+        self._parameters: list[Tensor] = []
+
+    def __enter__(self) -> freeze:
+        for parameter in self._candidates:
+            if parameter.requires_grad:  # a second mention of a tied one finds it frozen
+                self._parameters.append(parameter.requires_grad_(False))
+        for batch_norm in self._batch_norms:
+            batch_norm.training = False
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        for batch_norm in self._batch_norms:
+            batch_norm.training = True
+
+
+def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
+    """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
+
+    `compute` returns a path's whole output, `act(residual + branch)`; it runs without recording anything.
+    """
+    return _Bypass.apply(residual, compute, activation)
+
+
+class _Bypass(torch.autograd.Function):
+    """A path whose branch is constant: d residual = d out, with relu d out · [out > 0].
+
+    Saves nothing, with relu its output. Skips the branch's backward altogether: an autograd function's `forward` runs
+    without grad, so the branch's graph never exists. Double backward works, the gradient being linear in d out.
+    """
+
+    @staticmethod
+    def forward(ctx, residual, compute, activation):
+        out = compute()
+        if activation is not None:
+            ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        for out in ctx.saved_tensors:
+            dout = dout * (out > 0)
+        return dout, None, None
+
+
+class lean_ops(TorchFunctionMode):
+    """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
+
+    Autograd derives the gradients of a convolution's (or BatchNorm's) input, weight and bias by one formula and saves
+    the input for it even where only the input's gradient is wanted, which doesn't need it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LEAN:
+            out = _LEAN[func](*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+
+def lean_ops_pay(modules: Iterable[nn.Module]) -> bool:
+    """Whether `lean_ops` would save anything: the mode costs a microsecond for every torch call within."""
+    return any(isinstance(module, (_ConvNd, _BatchNorm)) for module in modules)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight and bias are constants.
+
+    Saves the weight; skips the wgrad and its input: the dgrad reads of the input its shape only. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        ctx.save_for_backward(weight)
+        ctx.config = (stride, padding, dilation, groups)
+        ctx.shape = x.shape
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.config
+        shape_only = dout.new_empty(1).expand(ctx.shape)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dout, shape_only, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
+        )
+        return dx, None, None, None, None, None, None
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Eval-mode BatchNorm whose affine weights are constants: y = x · scale[c] + shift[c], dx = dy · scale[c].
+
+    Saves the [C] vectors; skips the input. The forward is torch's own, to the bit. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (scale,) = ctx.saved_tensors
+        return (dout * scale.view([-1 if d == 1 else 1 for d in range(dout.dim())])).to(dout.dtype), *[None] * 5
+
+
+def _lean_conv(num_dims: int):
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learns or not input.requires_grad or isinstance(padding, str) or input.dim() != num_dims + 2:
+            return None
+        if torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype:
+            return None  # autocast's casts happen in the dispatcher, below this function
+        stride, padding, dilation = (_per_dim(v, num_dims) for v in (stride, padding, dilation))
+        return _FrozenConv.apply(input, weight, bias, stride, padding, dilation, groups)
+
+    return conv
+
+
+def _lean_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+    learns = any(p is not None and p.requires_grad for p in (weight, bias))
+    if training or running_mean is None or learns or not input.requires_grad:
+        return None
+    return _FrozenBatchNorm.apply(input, running_mean, running_var, weight, bias, eps)
+
+
+def _per_dim(value: int | tuple[int, ...], num_dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * num_dims if len(values) == 1 else values
+
+
+_LEAN: dict[Callable, Callable] = {
+    torch.conv1d: _lean_conv(1),
+    torch.conv2d: _lean_conv(2),
+    torch.conv3d: _lean_conv(3),
+    torch.batch_norm: _lean_batch_norm,
+}

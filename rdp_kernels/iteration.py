@@ -1,0 +1,134 @@
+"""An open iteration: a plan, a phase, and the decision that follows for each call of each path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ._device import to_device
+from .paths import Decision, Path
+from .plan import PathPlan, kept_scale
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The options of a scheme that decide how a plan is carried out."""
+
+    freeze: str
+    scale_by_keep: bool
+    train_rest: bool
+    freeze_bn: bool
+
+    @property
+    def freezes_rest(self) -> bool:
+        return self.freeze != "none" and not self.train_rest
+
+
+@dataclass
+class Iteration:
+    """One drop or reuse iteration.
+
+    `forwards` holds, in sample mode, the batch size of each forward in order; a single entry serves any number of
+    forwards of that size.
+    """
+
+    phase: str
+    plan: PathPlan
+    paths: Sequence[Path]
+    rules: Rules
+    forwards: tuple[int, ...] = ()
+    thaw: Sequence[tuple[nn.Parameter, ...]] = ()
+    """For each path its parameters that the frozen rest shares."""
+    first_node: int = field(default_factory=torch._C._autograd._get_sequence_nr)
+    last_node: float = float("inf")
+    """The iteration's autograd nodes have sequence numbers in [first_node, last_node)."""
+
+    def __post_init__(self) -> None:
+        self.begun = False
+        self._calls = [0] * self.plan.num_paths
+        self._orders: dict[tuple[int, torch.device], Tensor] = {}
+        learns = self.plan.keep if self.phase == "drop" else ~self.plan.keep
+        if self.phase == "reuse" and self.rules.freeze == "none":
+            learns = torch.ones_like(learns)
+        self._learns = learns
+        if self.plan.mode == "block":
+            flags = learns.tolist()
+        else:
+            flags = learns.any(dim=1).tolist()
+        # What holds for every row of a path; a path in block mode never mixes.
+        self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
+
+    def decide(self, index: int, x: Tensor, recomputing: bool) -> Decision:
+        """The decision for a call of path `index` on `x`. Raises `ValueError` for a batch that doesn't fit the plan."""
+        self.begun = True
+        if "block" in (self.plan.mode, self.paths[index].module.mode):
+            return self._uniform[index]
+        forward = self._count_forward(index, recomputing)
+        size = self.forwards[forward]
+        if x.shape[0] != size:
+            raise ValueError(
+                f"path {self.paths[index].name!r} got {x.shape[0]} rows where this iteration's forward {forward} has "
+                f"batch_size {size}; if its rows are not the samples (windows, patches), give its branch mode='block'"
+            )
+        start = sum(self.forwards[:forward])
+        learns = self._learns[index, start : start + size]
+        count = int(learns.sum())
+        if count in (0, size):
+            return self._whole(index, count > 0)
+        order = self._order(forward, start, size, x.device)[index]
+        frozen = False if self.phase == "drop" else order[count:]
+        return self._decision(index, order[:count], frozen)
+
+    def close(self) -> None:
+        self.last_node = torch._C._autograd._get_sequence_nr()
+        self._orders.clear()  # made again should a checkpoint ask
+
+    def check_complete(self) -> None:
+        """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them."""
+        for path, calls in zip(self.paths, self._calls, strict=True):
+            if calls not in (0, len(self.forwards)) and len(self.forwards) > 1:
+                raise RuntimeError(
+                    f"the {self.phase} iteration was opened for {len(self.forwards)} forwards "
+                    f"(batch_size={list(self.forwards)}), but path {path.name!r} ran in {calls}"
+                )
+
+    def _count_forward(self, index: int, recomputing: bool) -> int:
+        """Which of the announced forwards this call belongs to: every path counts its own calls."""
+        if len(self.forwards) == 1:
+            return 0
+        if recomputing:
+            raise RuntimeError(
+                f"path {self.paths[index].name!r} is recomputed by checkpointing, and which of the {len(self.forwards)} "
+                "forwards of this sample-mode iteration is meant can't be told: use mode='block', or no checkpointing"
+            )
+        forward = self._calls[index]
+        if forward == len(self.forwards):
+            raise ValueError(
+                f"path {self.paths[index].name!r} was called more than {forward} times in an iteration that was opened "
+                f"with batch_size={list(self.forwards)}, an entry a forward"
+            )
+        self._calls[index] += 1
+        return forward
+
+    def _whole(self, index: int, learns: bool) -> Decision:
+        return self._decision(index, learns, not learns and self.phase == "reuse")
+
+    def _decision(self, index: int, learning: bool | Tensor, frozen: bool | Tensor) -> Decision:
+        scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
+        thaw = self.thaw[index] if self.thaw else ()
+        return Decision(learning, frozen, scale, self.rules.freeze, self.rules.freeze_bn, thaw)
+
+    def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
+        """int64 [paths, batch] on `device`: each path's learning rows, then the others, both ascending.
+
+        One copy for each forward and device: the rows of all paths travel together.
+        """
+        key = (forward, device)
+        if key not in self._orders:
+            learns = self._learns[:, start : start + size]
+            order = (~learns).to(torch.uint8).argsort(dim=1, stable=True)
+            self._orders[key] = to_device(order, device)
+        return self._orders[key]

@@ -1,0 +1,171 @@
+"""The modules that users build networks from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import ops
+from ._checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from .paths import PathSlot, run_path
+from .plan import MODES
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of a branch's output, per sample: timm's `DropPath`, same meaning and repr.
+
+    Args: as in `drop_path`. The branch is still computed for every sample; `ResidualBranch` skips the dropped ones.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
+        super().__init__()
+        self.drop_prob = check_probability("drop_prob", drop_prob)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={round(self.drop_prob, 3):0.3f}"
+
+
+class ResidualBranch(nn.Module):
+    """One residual path, `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
+
+    Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
+    `ResidualDropPath` scheme it does what the plan says of its path.
+
+    Args:
+        fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
+        drop_prob: P(drop) in [0, 1].
+        mode: `"sample"` draws for each sample, `"block"` once for the batch. `"block"` holds under a scheme in sample
+            mode too: say it where the rows of x are not the samples (windows, patches).
+        scale_by_keep: kept rows are scaled by 1 / (1 − drop_prob) in training.
+        norm: a LayerNorm or RMSNorm before `fn`, given apart so that it can fuse with the gather of rows.
+        gamma: LayerScale vector `[C]`, a tensor that is copied or a Parameter that is kept; None for none.
+        shortcut: a module for the residual, for example a strided convolution; None for the identity.
+        activation: None or `"relu"`, after the sum.
+        channel_dim: γ's dimension: −1 for `[..., C]`, 1 for NCHW.
+        per_sample: names of keyword arguments, or positions among the arguments behind `x`, that carry a row per
+            sample and follow the rows of x. Other arguments are handed on as they are.
+
+    Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. Dropped samples' rows of `fn`'s input are not computed, so
+    forward hooks of `fn` see the kept rows only. Raises `TypeError` or `ValueError` naming the argument.
+    """
+
+    def __init__(
+        self,
+        fn: nn.Module,
+        *,
+        drop_prob: float = 0.0,
+        mode: str = "sample",
+        scale_by_keep: bool = True,
+        norm: nn.LayerNorm | nn.RMSNorm | None = None,
+        gamma: Tensor | None = None,
+        shortcut: nn.Module | None = None,
+        activation: str | None = None,
+        channel_dim: int = -1,
+        per_sample: Collection[str | int] = (),
+    ):
+        super().__init__()
+        _check_module("fn", fn, nn.Module, "a torch.nn.Module, so that its parameters are known")
+        _check_module("norm", norm, (nn.LayerNorm, nn.RMSNorm, type(None)), "LayerNorm, RMSNorm or None; put others in fn")
+        _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
+        check_choice("mode", mode, MODES)
+        check_choice("activation", activation, ACTIVATIONS)
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
+        self.fn, self.norm, self.shortcut = fn, norm, shortcut
+        self.gamma = _as_gamma(gamma)
+        self.drop_prob = check_probability("drop_prob", drop_prob)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+        self.mode, self.activation, self.channel_dim = mode, activation, channel_dim
+        self.per_sample = _check_per_sample(per_sample, fn)
+        self.slot = PathSlot()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return run_path(self, x, args, kwargs)
+
+    def branch_modules(self) -> list[nn.Module]:
+        return [self.fn] if self.norm is None else [self.norm, self.fn]
+
+    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def gather(name: str | int, value: Any) -> Any:
+            if name not in self.per_sample or value is None:
+                return value
+            if not isinstance(value, Tensor):
+                raise TypeError(f"per_sample argument {name!r} must be a tensor, got {type(value).__name__}")
+            if value.dim() == 0 or value.shape[0] != batch_size:
+                raise ValueError(
+                    f"per_sample argument {name!r} must have a row for each of the {batch_size} samples, "
+                    f"got shape {list(value.shape)}"
+                )
+            return value.index_select(0, rows)
+
+        return tuple(gather(i, v) for i, v in enumerate(args)), {name: gather(name, v) for name, v in kwargs.items()}
+
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        return self.fn(x if self.norm is None else self.norm(x), *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]
+        parts += [f"gamma={list(self.gamma.shape)}"] * (self.gamma is not None)
+        parts += [f"activation={self.activation}"] * (self.activation is not None)
+        return ", ".join(parts)
+
+
+class ResidualSequence(nn.Sequential):
+    """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
+
+    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Raises `TypeError` for
+    a module that is not a `ResidualBranch`.
+    """
+
+    def __init__(self, *branches: Any):
+        super().__init__(*branches)  # an OrderedDict is welcome too: slicing a Sequential passes one
+        for name, branch in self.named_children():
+            _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for branch in self:
+            x = branch(x, *args, **kwargs)
+        return x
+
+
+def _check_module(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
+def _as_gamma(gamma: Tensor | None) -> nn.Parameter | None:
+    if gamma is None or isinstance(gamma, nn.Parameter):
+        return gamma
+    if not isinstance(gamma, Tensor) or gamma.dim() != 1 or not gamma.is_floating_point():
+        raise TypeError(f"gamma must be a floating-point tensor of shape [C] or None, got {gamma!r}")
+    return nn.Parameter(gamma.detach().clone())
+
+
+def _check_per_sample(per_sample: Collection[str | int], fn: nn.Module) -> frozenset[str | int]:
+    """The names and positions, each argument under both where `fn.forward` tells, as users may pass it either way."""
+    if isinstance(per_sample, (str, int)):
+        raise TypeError(f"per_sample must be a collection of names and positions, got {per_sample!r}")
+    parameters = list(inspect.signature(fn.forward).parameters.values())
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    found: set[str | int] = set()
+    for entry in per_sample:
+        if isinstance(entry, bool) or not isinstance(entry, (str, int)):
+            raise TypeError(f"per_sample must hold names and positions, got {entry!r}")
+        known = entry in named[1:] if isinstance(entry, str) else 0 <= entry < len(positional)
+        if not known and not open_ended:
+            raise ValueError(f"per_sample names {entry!r}, but behind its input fn takes {named[1:]}")
+        found.add(entry)
+        if isinstance(entry, str) and entry in positional:
+            found.add(positional.index(entry))
+        elif isinstance(entry, int) and 0 <= entry < len(positional):
+            found.add(positional[entry])
+    return frozenset(found)

@@ -1,0 +1,55 @@
+"""Stochastic depth as functions: timm's `drop_path`, and the same with its residual add."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_bool, check_probability, check_residual_add, check_stream
+from .._device import to_device
+from ..plan import kept_scale
+from ..reference import compute_dtype
+
+
+def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
+    """Drops each sample of `x` with probability `drop_prob` in training; timm's function, same meaning.
+
+    Args:
+        x: `[B, ...]`, any floating dtype; returned as it is when not training or `drop_prob` is 0.
+        drop_prob: P(drop), in [0, 1].
+        scale_by_keep: kept samples are scaled by 1 / (1 − drop_prob).
+
+    Unlike timm's, a dropped row is never read: NaN or Inf there becomes 0. The mask comes from torch's global CPU
+    generator on every device. Raises `ValueError` or `TypeError` naming the argument.
+    """
+    check_stream("x", x)
+    drop_prob = check_probability("drop_prob", drop_prob)
+    check_bool("scale_by_keep", scale_by_keep)
+    if not training or drop_prob == 0:
+        return x
+    return _backend.implementation().drop_path(x, draw_row_scale(x, drop_prob, scale_by_keep))
+
+
+def drop_path_add(
+    residual: Tensor,
+    branch: Tensor,
+    drop_prob: float = 0.0,
+    training: bool = False,
+    *,
+    gamma: Tensor | None = None,
+    scale_by_keep: bool = True,
+) -> Tensor:
+    """`residual + drop_path(γ · branch)` in one op; arguments as in `drop_path` and `residual_add`."""
+    drop_prob = check_probability("drop_prob", drop_prob)
+    check_bool("scale_by_keep", scale_by_keep)
+    check_residual_add(residual, branch, None, None, gamma, -1, None)
+    dropping = training and drop_prob > 0
+    row_scale = draw_row_scale(residual, drop_prob, scale_by_keep) if dropping else None
+    return _backend.implementation().residual_add(residual, branch, row_scale=row_scale, gamma=gamma)
+
+
+def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
+    """`[B]` on x's device: 0 for dropped rows, 1 or 1 / (1 − p) for kept ones (float32; float64 for a float64 x)."""
+    keep = torch.rand(x.shape[0]) >= drop_prob
+    return to_device(keep.to(compute_dtype(x)) * kept_scale(drop_prob, scale_by_keep), x.device)

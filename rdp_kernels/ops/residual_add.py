@@ -1,0 +1,42 @@
+"""The masked residual add."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_residual_add, check_rows, check_stream
+
+
+def residual_add(
+    residual: Tensor,
+    branch: Tensor,
+    *,
+    rows: Tensor | None = None,
+    row_scale: Tensor | float | None = None,
+    gamma: Tensor | None = None,
+    channel_dim: int = -1,
+    activation: str | None = None,
+) -> Tensor:
+    """`act(residual + row_scale[b] · γ[c] · branch)`, out of place.
+
+    Args:
+        residual: `[B, ...]`, the stream; the result has its dtype.
+        branch: the residual's shape, or `[K, ...]` when `rows` is given; any floating dtype.
+        rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to.
+        row_scale: float32 `[B]` (`[K]` with rows) or a number. A row whose scale is 0 is dropped: its branch is never
+            read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
+        gamma: LayerScale vector `[C]` along `channel_dim` (Touvron et al., arXiv 2103.17239).
+        channel_dim: −1 for `[..., C]`, 1 for NCHW.
+        activation: None or `"relu"`, applied to every row after the sum.
+
+    Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or `TypeError` naming the
+    argument; values of `rows` are checked where they are on the CPU.
+    """
+    if rows is not None:
+        stream = check_stream("residual", residual)
+        check_rows("rows", rows, stream.shape[0], stream.device)
+    check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
+    return _backend.implementation().residual_add(
+        residual, branch, rows=rows, row_scale=row_scale, gamma=gamma, channel_dim=channel_dim, activation=activation
+    )

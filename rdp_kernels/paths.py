@@ -1,0 +1,274 @@
+"""One path under one decision: the single place where a residual branch is run, skipped, frozen or bypassed.
+
+`ResidualBranch` calls `run_path`; so will every other module that owns a path. What to do comes as a `Decision`, from
+the scheme whose iteration is open, else from the path's own drop probability.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import _backend
+from ._checks import check_residual_add, check_stream
+from ._device import to_device
+from .frozen import bypass, freeze, lean_ops, lean_ops_pay
+from .ops.gather_rows import fork_rows
+from .plan import kept_scale
+
+if TYPE_CHECKING:
+    from .scheme import ResidualDropPath
+
+Rows = bool | Tensor
+"""Rows of a batch: True is all, False none, an int64 tensor [K] with 0 < K < B some."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one call of a path is run: the branch runs on `learning` and on `frozen` rows, on the rest not at all."""
+
+    learning: Rows = True
+    frozen: Rows = False
+    scale: float = 1.0
+    freeze: str = "parameters"
+    freeze_bn: bool = True
+    thaw: tuple[nn.Parameter, ...] = ()
+    """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
+
+
+WHOLE = Decision()
+
+ROWS_OF_BATCH_NORM = (
+    "BatchNorm in a branch can't be frozen for some samples only: its statistics are those of the whole batch. "
+    'Use mode="block", or freeze="none", or give this branch mode="block", or another norm'
+)
+
+
+class PathSlot:
+    """Where a path's owner finds the scheme that decides for it. A copy or pickle of the owner has an empty one."""
+
+    def __init__(self) -> None:
+        self._scheme: weakref.ref[ResidualDropPath] | None = None
+        self._index = -1
+
+    @property
+    def scheme(self) -> ResidualDropPath | None:
+        return None if self._scheme is None else self._scheme()
+
+    def bind(self, scheme: ResidualDropPath, index: int) -> None:
+        self._scheme, self._index = weakref.ref(scheme), index
+
+    def clear(self) -> None:
+        self._scheme = None
+
+    def decide(self, x: Tensor) -> Decision | None:
+        """The scheme's decision for a call on `x`; None without a scheme, or where no iteration is open."""
+        scheme = self.scheme
+        return None if scheme is None else scheme._decide(self._index, x)
+
+    def __reduce__(self) -> tuple:
+        return PathSlot, ()
+
+
+class PathOwner(Protocol):
+    """What `run_path` asks of the module that owns a path."""
+
+    slot: PathSlot
+    training: bool
+    drop_prob: float
+    mode: str
+    scale_by_keep: bool
+    gamma: nn.Parameter | None
+    shortcut: nn.Module | None
+    activation: str | None
+    channel_dim: int
+
+    def branch_modules(self) -> list[nn.Module]:
+        """The modules whose parameters, with gamma, are the path's."""
+
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """The branch's output, before γ."""
+
+    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The further arguments with those that carry a row per sample gathered."""
+
+
+class Path:
+    """One residual path of a scheme's model: row `index` of `plan.keep` is about it."""
+
+    def __init__(self, index: int, name: str, module: PathOwner, drop_prob: float | None):
+        self.index, self.name, self.module = index, name, module
+        self._drop_prob = drop_prob
+
+    @property
+    def drop_prob(self) -> float:
+        """P(drop) under the scheme: from the scheme's number and schedule, else the module's own, read at each draw."""
+        return self.module.drop_prob if self._drop_prob is None else self._drop_prob
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the branch (its norm included) and its gamma, each once."""
+        found = {id(p): p for module in self.module.branch_modules() for p in module.parameters()}
+        if self.module.gamma is not None:
+            found[id(self.module.gamma)] = self.module.gamma
+        return list(found.values())
+
+    def __repr__(self) -> str:
+        return f"Path({self.index}, {self.name!r}, drop_prob={self.drop_prob:g})"
+
+
+def run_path(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for."""
+    check_stream("x", x)
+    call = _PathCall(owner, x.shape[0], args, kwargs)
+    decision = call.decide(x)
+    if isinstance(decision.learning, Tensor) or isinstance(decision.frozen, Tensor):
+        return call.masked(x, decision) if call.mixes_rows() else call.on_rows(x, decision)
+    if decision.learning:
+        return call.add(call.residual(x), call.learning_branch(x, decision), scale=decision.scale)
+    if decision.frozen:
+        return call.frozen(x, decision)
+    residual = call.residual(x)
+    return residual.relu() if owner.activation == "relu" else residual
+
+
+class _PathCall:
+    """One call of a path with its further arguments."""
+
+    def __init__(self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any]):
+        self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
+
+    def decide(self, x: Tensor) -> Decision:
+        owner = self.owner
+        if not owner.training:
+            return WHOLE
+        return owner.slot.decide(x) or draw_decision(x, owner.drop_prob, owner.mode, owner.scale_by_keep)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return x if self.owner.shortcut is None else self.owner.shortcut(x)
+
+    def branch(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        args, kwargs = self.args, self.kwargs
+        if rows is not None:
+            args, kwargs = self.owner.gather_arguments(rows, self.batch_size, args, kwargs)
+        return self.owner.run_branch(x, args, kwargs)
+
+    def learning_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None) -> Tensor:
+        if not decision.thaw:
+            return self.branch(x, rows)
+        with _thawed(decision.thaw):
+            return self.branch(x, rows)
+
+    def mixes_rows(self) -> bool:
+        """A training BatchNorm: statistics of some rows would differ from those of the batch."""
+        return any(m.training or m.running_mean is None for m in batch_norms_of(self.owner))
+
+    def add(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        rows: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+        gamma_rows: int | None = None,
+    ) -> Tensor:
+        owner = self.owner
+        check_residual_add(residual, branch, rows, scale, owner.gamma, owner.channel_dim, owner.activation)
+        return _backend.implementation().residual_add(
+            residual,
+            branch,
+            rows=rows,
+            row_scale=scale,
+            gamma=owner.gamma,
+            channel_dim=owner.channel_dim,
+            activation=owner.activation,
+            gamma_rows=gamma_rows,
+        )
+
+    def masked(self, x: Tensor, decision: Decision) -> Tensor:
+        """The branch whole, dropped rows masked."""
+        if decision.frozen is not False:
+            raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = torch.zeros(len(x), dtype=dtype, device=x.device).index_fill_(0, decision.learning, decision.scale)
+        return self.add(self.residual(x), self.learning_branch(x, decision), scale=scale)
+
+    def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
+        """The branch on learning and on frozen rows, as two calls joined by one add over both."""
+        learning, frozen = decision.learning, decision.frozen
+        if frozen is False:
+            stream, x_learning = fork_rows(x, learning)
+            update = self.learning_branch(x_learning, decision, learning)
+            return self.add(self.residual(stream), update, learning, decision.scale)
+        if decision.freeze == "branch":
+            stream, x_learning = fork_rows(x, learning)
+            with torch.no_grad():
+                x_frozen = x.index_select(0, frozen)
+        else:
+            stream, x_learning, x_frozen = fork_rows(x, learning, frozen)
+        with self._frozen(decision), torch.set_grad_enabled(torch.is_grad_enabled() and decision.freeze != "branch"):
+            update_frozen = self.branch(x_frozen, frozen)
+        update = torch.cat([self.learning_branch(x_learning, decision, learning), update_frozen])
+        return self.add(self.residual(stream), update, torch.cat([learning, frozen]), gamma_rows=len(learning))
+
+    def frozen(self, x: Tensor, decision: Decision) -> Tensor:
+        """The branch whole, frozen or, with `freeze="branch"`, bypassed."""
+        residual = self.residual(x)
+        with self._frozen(decision):
+            if decision.freeze == "branch":
+                return bypass(residual, lambda: self.add(residual, self.branch(x)), self.owner.activation)
+            return self.add(residual, self.branch(x))
+
+    @contextlib.contextmanager
+    def _frozen(self, decision: Decision) -> Iterator[None]:
+        modules = modules_of(self.owner)
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        if self.owner.gamma is not None:
+            parameters.append(self.owner.gamma)
+        batch_norms = batch_norms_of(self.owner) if decision.freeze_bn else ()
+        lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
+        with freeze(parameters, batch_norms), lean:
+            yield
+
+
+def modules_of(owner: PathOwner) -> list[nn.Module]:
+    """All modules of a path's branch."""
+    return [m for module in owner.branch_modules() for m in module.modules()]
+
+
+def batch_norms_of(owner: PathOwner) -> list[_BatchNorm]:
+    return [m for m in modules_of(owner) if isinstance(m, _BatchNorm)]
+
+
+def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:
+    """Ordinary stochastic depth, drawn from torch's global CPU generator."""
+    if drop_prob == 0:
+        return WHOLE
+    scale = kept_scale(drop_prob, scale_by_keep)
+    keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
+    return Decision(learning=rows_of(keep, x.device), scale=scale)
+
+
+def rows_of(keep: Tensor, device: torch.device) -> Rows:
+    """The rows where `keep`, a bool CPU tensor, is True."""
+    rows = keep.nonzero().flatten()
+    if len(rows) in (0, len(keep)):
+        return 0 < len(rows)
+    return to_device(rows, device)
+
+
+@contextlib.contextmanager
+def _thawed(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
+    thawed = [p for p in parameters if not p.requires_grad]
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(False)

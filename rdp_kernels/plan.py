@@ -1,0 +1,148 @@
+"""What is dropped: rates over depth, the plan of an iteration, and how plans are drawn.
+
+Pure functions of their arguments and of an explicit generator: nothing here reads or moves torch's global generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_count, check_probability
+
+MODES = ("sample", "block")
+SCHEDULES = ("constant", "linear")
+SAMPLINGS = ("bernoulli", "fixed")
+
+
+def drop_path_rates(drop_prob: float, num_paths: int, schedule: str = "constant") -> list[float]:
+    """Drop probabilities of `num_paths` paths in forward order.
+
+    `schedule="constant"` gives every path `drop_prob`; `"linear"` grows from 0 at the first path to `drop_prob` at the
+    last (Huang et al., arXiv 1603.09382; the same values as timm's linspace, so a single path gets 0).
+
+    Raises `ValueError` or `TypeError` for a probability outside [0, 1], a negative count or an unknown schedule.
+    """
+    drop_prob = check_probability("drop_prob", drop_prob)
+    num_paths = check_count("num_paths", num_paths)
+    check_choice("schedule", schedule, SCHEDULES)
+    if schedule == "constant":
+        return [drop_prob] * num_paths
+    return [drop_prob * path / max(num_paths - 1, 1) for path in range(num_paths)]
+
+
+def kept_scale(drop_prob: float, scale_by_keep: bool) -> float:
+    """What a kept row of a branch is multiplied by in training: 1 / (1 − p), or 1 (with p = 1 nothing is kept)."""
+    return 1.0 / (1.0 - drop_prob) if scale_by_keep and drop_prob < 1 else 1.0
+
+
+class PathPlan:
+    """Which paths a drop iteration keeps, for which samples.
+
+    Args:
+        keep: bool CPU tensor, `[paths]` in block mode, `[paths, batch]` in sample mode; False means dropped.
+        drop_probs: the drop probability of each path, from which the scale 1 / (1 − p) follows.
+        mode: `"sample"` (an entry per sample) or `"block"` (one for the whole batch).
+
+    The tensor is copied, so a plan doesn't change once made. Raises `TypeError` or `ValueError` naming the argument.
+    """
+
+    def __init__(self, keep: Tensor, drop_probs: Sequence[float], mode: str):
+        check_choice("mode", mode, MODES)
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            raise TypeError(f"keep must be a bool tensor, got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}")
+        if keep.device.type != "cpu":
+            raise ValueError(f"keep must be on the CPU, where row counts are known without synchronising, got {keep.device}")
+        wanted = "[paths]" if mode == "block" else "[paths, batch]"
+        if keep.dim() != (1 if mode == "block" else 2):
+            raise ValueError(f"keep must have shape {wanted} in {mode} mode, got {list(keep.shape)}")
+        if len(drop_probs) != keep.shape[0]:
+            raise ValueError(f"drop_probs must have an entry for each of the {keep.shape[0]} rows of keep, got {len(drop_probs)}")
+        self.keep = keep.clone()
+        self.drop_probs = tuple(check_probability(f"drop_probs[{i}]", p) for i, p in enumerate(drop_probs))
+        self.mode = mode
+
+    @property
+    def num_paths(self) -> int:
+        return self.keep.shape[0]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples that the plan decides for; None in block mode, where a plan fits any batch."""
+        return self.keep.shape[1] if self.mode == "sample" else None
+
+    @property
+    def dropped_paths(self) -> list[int]:
+        """Indices of the paths that are dropped for at least one sample: those that learn in the reuse iteration."""
+        dropped = ~self.keep if self.mode == "block" else (~self.keep).any(dim=1)
+        return dropped.nonzero().flatten().tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan in plain types."""
+        return {"keep": self.keep.tolist(), "drop_probs": list(self.drop_probs), "mode": self.mode}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> PathPlan:
+        keep = torch.tensor(state["keep"], dtype=torch.bool)
+        return cls(keep.view(len(state["drop_probs"]), -1) if state["mode"] == "sample" else keep, state["drop_probs"], state["mode"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PathPlan):
+            return NotImplemented
+        return self.mode == other.mode and self.drop_probs == other.drop_probs and torch.equal(self.keep, other.keep)
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and holds a tensor
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.keep.shape))
+        return f"PathPlan(mode={self.mode!r}, keep={int(self.keep.sum())} of {shape} kept)"
+
+
+def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
+    """The CPU generator of plan `number` of a run: a function of its arguments, so that resuming needs only the number.
+
+    The arguments are hashed: torch's CPU generator uses the lower 32 bits of its seed only, and users pass the seed
+    that they gave to `torch.manual_seed`, whose numbers already went into weights and data order.
+    """
+    digest = hashlib.sha256(f"rdp_kernels plan {seed} {number} {rank}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
+    """Bool [paths]: one decision a path. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths with marginal rates exactly p."""
+    probs = torch.tensor(drop_probs, dtype=torch.float64)
+    if sampling == "bernoulli":
+        return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs
+    # Systematic sampling: paths lie end to end in a random order, each as long as its probability, and a comb of unit
+    # spacing with a random start hits some of them.
+    order = torch.randperm(len(probs), generator=generator)
+    ends = _snap(probs[order].cumsum(0))
+    hits = (ends + _uniform((), generator)).floor()
+    dropped = torch.zeros(len(probs), dtype=torch.bool)
+    dropped[order] = hits.diff(prepend=hits.new_zeros(1)) > 0
+    return ~dropped
+
+
+def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str, generator: torch.Generator) -> Tensor:
+    """Bool [paths, batch]: a decision a sample. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of each path."""
+    probs = torch.tensor(drop_probs, dtype=torch.float64)
+    noise = torch.rand(len(probs), batch_size, dtype=torch.float64, generator=generator)
+    if sampling == "bernoulli":
+        return noise >= probs[:, None]
+    num_dropped = (_snap(batch_size * probs) + _uniform((len(probs),), generator)).floor()
+    return noise.argsort(dim=1) >= num_dropped[:, None]  # the argsort of noise is a random permutation of the rows
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Multiples of 2⁻³² in [0, 1): adding one to a whole number never rounds up to the next."""
+    return torch.randint(2**32, shape, generator=generator).double() / 2**32
+
+
+def _snap(expected: Tensor) -> Tensor:
+    """Sums that are whole but for rounding become whole, so that 0.1 · 20 drops exactly 2 every time."""
+    whole = expected.round()
+    return torch.where((expected - whole).abs() < 1e-9, whole, expected)

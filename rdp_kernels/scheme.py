@@ -1,0 +1,429 @@
+"""`ResidualDropPath`: opens drop and reuse iterations on a model (arXiv 2411.09475)."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_bool, check_choice, check_count, check_probability
+from .alternate import Alternation
+from .iteration import Iteration, Rules
+from .paths import ROWS_OF_BATCH_NORM, Decision, Path, PathSlot, batch_norms_of
+from .plan import MODES, SAMPLINGS, SCHEDULES, PathPlan, draw_block_keep, draw_sample_keep, drop_path_rates, plan_generator
+from .rest import Rest
+
+PHASES = ("drop", "reuse")
+FREEZES = ("parameters", "branch", "none")
+BatchSize = int | Sequence[int] | None
+
+
+class ResidualDropPath:
+    """Trains `model` by pairs of iterations: *drop*, where random paths are left out and the rest learns, and *reuse*,
+    where every path runs and those learn that were left out (ResidualDroppath, arXiv 2411.09475).
+
+    Args:
+        model: a network with paths: built from `ResidualBranch`.
+        drop_prob: P(drop) of every path; None reads each path's own `drop_prob` at each draw.
+        schedule: `"constant"` or `"linear"` (0 → `drop_prob` over depth); for a number only.
+        mode: `"block"` decides for the whole batch (the paper's scheme), `"sample"` for each sample.
+        freeze: what freezing means in the reuse iteration. `"parameters"` is exact: frozen weights get no gradient,
+            activations' gradients flow through every path. `"branch"` is approximate and cheapest: gradients pass a
+            frozen branch by the identity only. `"none"` is a control in which everything learns.
+        sampling: `"bernoulli"` draws independently, `"fixed"` makes the counts as even as they can be.
+        scale_by_keep: kept branches are scaled by 1 / (1 − p) in the drop iteration.
+        train_rest: the rest (stem, head, final norm, shortcuts) learns in the reuse iteration too.
+        freeze_bn: frozen BatchNorm normalises with its running statistics and leaves them alone.
+        seed: pass your run's seed. Masks depend on it and on the number of plans drawn alone, in sample mode on the
+            rank of `torch.distributed` too.
+
+    Nothing is added to the model's `state_dict`; copies and pickles of the model carry no scheme. Raises `ValueError`
+    or `TypeError` naming the argument, and `RuntimeError` for a model that has a scheme already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        drop_prob: float | None = None,
+        *,
+        schedule: str = "constant",
+        mode: str = "block",
+        freeze: str = "parameters",
+        sampling: str = "bernoulli",
+        scale_by_keep: bool = True,
+        train_rest: bool = False,
+        freeze_bn: bool = True,
+        seed: int = 0,
+    ):
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("mode", mode, MODES)
+        check_choice("freeze", freeze, FREEZES)
+        check_choice("sampling", sampling, SAMPLINGS)
+        if drop_prob is not None:
+            check_probability("drop_prob", drop_prob)
+        elif schedule != "constant":
+            raise ValueError(f"schedule={schedule!r} spreads a number over the paths: give drop_prob")
+        self.mode, self.freeze, self.sampling = mode, freeze, sampling
+        self.seed = check_count("seed", seed, minimum=-(2**63))
+        self._rules = Rules(
+            freeze,
+            check_bool("scale_by_keep", scale_by_keep),
+            check_bool("train_rest", train_rest),
+            check_bool("freeze_bn", freeze_bn),
+        )
+        self.paths = _find_paths(model, drop_prob, schedule)
+        if mode == "sample" and freeze != "none":
+            _refuse_batch_norm(self.paths)
+        self._drawn = 0
+        self._completed = dict.fromkeys(PHASES, 0)
+        self._pending: Iteration | None = None  # a finished drop iteration whose complement is to learn
+        self._open: Iteration | None = None
+        self._closed: deque[Iteration] = deque(maxlen=16)  # for recomputation by checkpointing
+        self._alternation: Alternation | None = None
+
+        itself = weakref.ref(self)
+        self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
+        in_rest = {id(p) for p in self._rest.parameters}
+        self._shared = [[p for p in path.parameters() if id(p) in in_rest] for path in self.paths]
+        for path in self.paths:
+            path.module.slot.bind(self, path.index)
+        self._remover = weakref.finalize(self, _remove, self.paths, self._rest)
+
+    @property
+    def plan(self) -> PathPlan | None:
+        """The plan of the pair of iterations that is under way; None before a pair and after it."""
+        iteration = self._open or self._pending
+        return None if iteration is None else iteration.plan
+
+    @property
+    def phase(self) -> str | None:
+        """`"drop"` or `"reuse"` while that iteration is open, else None."""
+        return None if self._open is None else self._open.phase
+
+    @property
+    def reuse_pending(self) -> bool:
+        """Whether a drop iteration has ended whose complement has yet to learn."""
+        return self._pending is not None
+
+    # Opening and closing
+
+    @contextlib.contextmanager
+    def drop_iteration(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[PathPlan]:
+        """The drop iteration: forward, backward and optimizer step go inside. Yields its plan.
+
+        Args:
+            batch_size: sample mode: the number of samples, or a sequence with one entry for each forward, in order.
+                Block mode fits any number and size of forwards and doesn't need it.
+            plan: a `PathPlan` to carry out instead of drawing one.
+
+        An exception inside closes the iteration and discards its plan. Raises `RuntimeError` inside another iteration.
+        """
+        with self._opened(self._drop(batch_size, plan)) as iteration:
+            yield iteration.plan
+
+    @contextlib.contextmanager
+    def reuse_iteration(self) -> Iterator[PathPlan]:
+        """The reuse iteration to the last drop iteration: what that one dropped learns. Yields the plan.
+
+        Raises `RuntimeError` where no drop iteration went before, or where it dropped nothing that can learn (see
+        `reuse_pending`; `iterations` takes care of it).
+        """
+        with self._opened(self._reuse()) as iteration:
+            yield iteration.plan
+
+    def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[str]:
+        """Yields `"drop"`, then `"reuse"` if anything was dropped: the body of the loop is written once.
+
+        Arguments as in `drop_iteration`. Where a reuse iteration is pending, after `load_state_dict` for example, it is
+        the only one. Leaving the loop early (break or an exception) abandons the pair.
+        """
+        if self._pending is None:
+            with self.drop_iteration(batch_size, plan=plan):
+                yield "drop"
+        elif plan is not None:
+            raise ValueError("plan can't be set while the reuse iteration of an earlier plan is pending: call reset()")
+        elif self.mode == "sample" and batch_size is not None and _forwards(batch_size) != self._pending.forwards:
+            wanted = list(self._pending.forwards)
+            raise ValueError(f"batch_size must be {wanted}, that of the pending reuse iteration, got {batch_size}")
+        if self._pending is not None:
+            with self.reuse_iteration():
+                yield "reuse"
+
+    def alternate(self, optimizer: torch.optim.Optimizer) -> Alternation:
+        """For loops that others own: every `optimizer.step()` ends an iteration and opens the next, on the next batch.
+
+        The first iteration opens at once. Steps that a GradScaler skips don't count. Returns a handle whose `remove()`
+        ends it, leaving no iteration open. Block mode only, as the next batch's size is not known.
+        """
+        if self.mode != "block":
+            raise ValueError("alternate needs mode='block': in sample mode the next batch's size would have to be known")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self._check_none_open()
+        self._alternation = Alternation(self, optimizer)
+        return self._alternation
+
+    def reset(self) -> None:
+        """Closes whatever is open and forgets the plan, for example after an exception in a notebook."""
+        if self._open is not None:
+            self._close(completed=False)
+        self._pending = None
+        if self._alternation is not None:
+            self._open_next()
+
+    def remove(self) -> None:
+        """Takes the scheme off its model, which is then as before."""
+        if self._alternation is not None:
+            self._alternation.remove()
+        self.reset()
+        self._remover()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, in plain types: seed, number of plans drawn, pending plan, counters.
+
+        Raises `RuntimeError` inside an iteration. Under `alternate`, where one is always open, it works between
+        `optimizer.step()` and the next forward. In sample mode each rank saves its own.
+        """
+        if not self._at_rest():
+            raise RuntimeError(f"state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        redrawn = self._open is not None and self._open.phase == "drop"  # opened by alternate, which will draw it again
+        pending = self._pending if self._open is None else None if redrawn else self._open
+        return {
+            "mode": self.mode,
+            "num_paths": len(self.paths),
+            "seed": self.seed,
+            "drawn": self._drawn - redrawn,
+            "completed": dict(self._completed),
+            "phase": "drop" if pending is None else "reuse",
+            "plan": None if pending is None else pending.plan.state_dict(),
+            "forwards": [] if pending is None else list(pending.forwards),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken: the same plans follow, and a pending reuse iteration is pending again.
+
+        Raises `ValueError` for the state of another mode or number of paths or a damaged one, and `RuntimeError` inside
+        an iteration; the scheme is then as before.
+        """
+        if not self._at_rest():
+            raise RuntimeError(f"load_state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        try:
+            mode, num_paths, phase = state["mode"], state["num_paths"], state["phase"]
+            seed, drawn = check_count("seed", state["seed"], -(2**63)), check_count("drawn", state["drawn"])
+            completed = {name: check_count(name, state["completed"][name]) for name in PHASES}
+            plan = None if phase == "drop" else PathPlan.from_state_dict(state["plan"])
+            forwards = _forwards(state["forwards"])
+            check_choice("phase", phase, PHASES)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state is not from a ResidualDropPath.state_dict(): {error!r}") from error
+        if (mode, num_paths) != (self.mode, len(self.paths)):
+            raise ValueError(
+                f"state must be of mode {self.mode!r} with {len(self.paths)} paths, got mode {mode!r} with {num_paths}"
+            )
+        if plan is not None:
+            self._check_plan(plan, forwards)
+        if self._open is not None:
+            self._close(completed=False)
+        self.seed, self._drawn, self._completed = seed, drawn, completed
+        self._pending = None if plan is None else self._iteration("drop", plan, forwards)
+        if self._alternation is not None:
+            self._open_next()
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy or pickle of a module that holds its scheme has None there
+
+    # Internals
+
+    def _decide(self, index: int, x: Tensor) -> Decision | None:
+        """What `run_path` does in a training-mode call of path `index`; None where no iteration is open."""
+        recomputing = _in_backward()
+        iteration = self._current(recomputing)
+        if iteration is None:
+            return None
+        if iteration.phase == "reuse" and self._rules.freezes_rest and not recomputing:
+            self._rest.check_entry(self.paths[index])
+        return iteration.decide(index, x, recomputing)
+
+    def _current(self, recomputing: bool) -> Iteration | None:
+        """The open iteration; for a forward inside a backward the one whose forward is recomputed."""
+        if not recomputing:
+            return self._open
+        node = torch._C._current_autograd_node()._sequence_nr()
+        for iteration in (self._open, *reversed(self._closed)):
+            if iteration is not None and iteration.first_node <= node < iteration.last_node:
+                return iteration
+        if len(self._closed) == self._closed.maxlen and node < self._closed[0].first_node:
+            raise RuntimeError(f"checkpointing recomputes a forward from over {len(self._closed)} iterations ago")
+        return None
+
+    def _drop(self, batch_size: BatchSize, plan: PathPlan | None) -> Iteration:
+        self._check_none_open()
+        forwards = () if batch_size is None else _forwards(batch_size)
+        if self.mode == "block":
+            forwards = ()
+        elif batch_size is None:
+            if plan is None:
+                raise ValueError("batch_size must be given in sample mode: the number of samples, or one for each forward")
+            forwards = () if plan.batch_size is None else (plan.batch_size,)
+        if plan is None:
+            plan = self._draw(forwards)
+        else:
+            self._check_plan(plan, forwards)
+        return self._iteration("drop", plan, forwards)
+
+    def _reuse(self) -> Iteration:
+        self._check_none_open()
+        if self._pending is None:
+            raise RuntimeError(
+                "reuse_iteration() needs a drop iteration before it that dropped something that can learn: check "
+                "reuse_pending, or loop over iterations()"
+            )
+        return self._iteration("reuse", self._pending.plan, self._pending.forwards)
+
+    def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
+        thaw = [tuple(p for p in shared if p.requires_grad) for shared in self._shared] if phase == "reuse" else ()
+        return Iteration(phase, plan, self.paths, self._rules, forwards, thaw)
+
+    @contextlib.contextmanager
+    def _opened(self, iteration: Iteration) -> Iterator[Iteration]:
+        self._begin(iteration)
+        try:
+            yield iteration
+        except BaseException:
+            if self._open is iteration:  # reset() inside has closed it
+                self._close(completed=False)
+            raise
+        if self._open is iteration:
+            self._close(completed=True)
+            iteration.check_complete()
+
+    def _open_next(self) -> None:
+        self._begin(self._drop(None, None) if self._pending is None else self._reuse())
+
+    def _begin(self, iteration: Iteration) -> None:
+        self._pending = None
+        if iteration.phase == "reuse":
+            self._rest.refresh()
+        self._open = iteration
+
+    def _close(self, completed: bool) -> None:
+        iteration, self._open = self._open, None
+        assert iteration is not None
+        iteration.close()
+        self._rest.release()
+        self._closed.append(iteration)
+        if completed:
+            self._completed[iteration.phase] += 1
+            if iteration.phase == "drop" and self._can_learn(iteration.plan):
+                self._pending = iteration
+
+    def _end_alternation(self, alternation: Alternation) -> None:
+        if self._alternation is alternation:
+            self._alternation = None
+            self.reset()
+
+    def _can_learn(self, plan: PathPlan) -> bool:
+        """Whether a reuse iteration has anything to learn: an optimizer step without gradients fails under AMP."""
+        dropped = plan.dropped_paths
+        if not dropped or not self._rules.freezes_rest:
+            return bool(dropped)
+        return any(p.requires_grad for path in dropped for p in self.paths[path].parameters())
+
+    def _at_rest(self) -> bool:
+        return self._open is None or (self._alternation is not None and not self._open.begun)
+
+    def _check_none_open(self) -> None:
+        if self._alternation is not None and self._open is not None:
+            raise RuntimeError("alternate() has iterations open already: call its handle's remove() first")
+        if self._open is not None:
+            raise RuntimeError(f"a {self.phase} iteration is open, and iterations don't nest: leave it, or call reset()")
+
+    def _check_plan(self, plan: object, forwards: tuple[int, ...]) -> None:
+        if not isinstance(plan, PathPlan):
+            raise TypeError(f"plan must be a PathPlan, got {type(plan).__name__}")
+        if (plan.mode, plan.num_paths) != (self.mode, len(self.paths)):
+            raise ValueError(
+                f"plan must be of mode {self.mode!r} with {len(self.paths)} paths, "
+                f"got mode {plan.mode!r} with {plan.num_paths}"
+            )
+        if self.mode == "sample" and sum(forwards) != plan.batch_size:
+            raise ValueError(f"plan must be for batch_size {list(forwards)}, got one for {plan.batch_size} samples")
+        for path, keep, drop_prob in zip(self.paths, plan.keep, plan.drop_probs, strict=True):
+            if self._rules.scale_by_keep and drop_prob == 1 and keep.any():
+                raise ValueError(f"plan keeps path {path.name!r} at drop_prob 1, where its scale 1 / (1 − p) is infinite")
+            if path.module.mode == "block" and keep.any() and not keep.all():
+                raise ValueError(f"plan mixes samples for path {path.name!r}, which mode='block' decides for the whole batch")
+
+    def _draw(self, forwards: tuple[int, ...]) -> PathPlan:
+        drop_probs = [path.drop_prob for path in self.paths]
+        rank = _rank() if self.mode == "sample" else 0
+        generator = plan_generator(self.seed, self._drawn, rank)
+        self._drawn += 1
+        if self.mode == "block":
+            return PathPlan(draw_block_keep(drop_probs, self.sampling, generator), drop_probs, "block")
+        keep = torch.cat([draw_sample_keep(drop_probs, size, self.sampling, generator) for size in forwards], dim=1)
+        whole = [path.index for path in self.paths if path.module.mode == "block"]
+        if whole:
+            keep[whole] = draw_block_keep([drop_probs[i] for i in whole], self.sampling, generator)[:, None]
+        return PathPlan(keep, drop_probs, "sample")
+
+
+def _find_paths(model: nn.Module, drop_prob: float | None, schedule: str) -> list[Path]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    owners = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "slot", None), PathSlot)}
+    if not owners:
+        raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
+    rates: Sequence[float | None] = [None] * len(owners)
+    if drop_prob is not None:
+        rates = drop_path_rates(drop_prob, len(owners), schedule)
+    outer = ""
+    for name, owner in owners.items():
+        if owner.slot.scheme is not None:
+            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
+        if outer and name.startswith(outer):
+            raise ValueError(f"path {name!r} lies inside path {outer[:-1]!r}: nested paths can't be planned apart")
+        outer = f"{name}." if name else ""
+    return [Path(i, name, owner, rate) for i, ((name, owner), rate) in enumerate(zip(owners.items(), rates, strict=True))]
+
+
+def _refuse_batch_norm(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.module.mode == "sample" and batch_norms_of(path.module):
+            raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
+
+
+def _forwards(batch_size: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
+        return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
+    return (check_count("batch_size", batch_size),)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward: a forward in there is checkpointing's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
+    if scheme is None or not scheme._rules.freezes_rest:
+        return False
+    iteration = scheme._current(_in_backward())
+    return iteration is not None and iteration.phase == "reuse"
+
+
+def _remove(paths: Sequence[Path], rest: Rest) -> None:
+    rest.remove()
+    for path in paths:
+        path.module.slot.clear()

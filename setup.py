@@ -1,0 +1,18 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="rdp_kernels",
+    version="0.1.0",
+    description="Cheap stochastic depth and the two-iteration ResidualDroppath scheme for PyTorch",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["rdp_kernels", "rdp_kernels.*"]),
+    package_data={"rdp_kernels": ["py.typed"]},
+    install_requires=["torch>=2.10"],
+    extras_require={
+        "demo": ["rich", "scikit-learn"],
+        "dev": ["hypothesis", "mypy", "numpy", "pytest", "pytest-benchmark", "rich", "ruff", "scikit-learn"],
+    },
+)
