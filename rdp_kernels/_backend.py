@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from types import ModuleType
 
 from . import reference
@@ -18,7 +17,8 @@ from ._checks import check_choice
 PREFERENCE = ("native", "triton", "eager")
 _CHOICES = ("auto", *PREFERENCE)
 _NOT_BUILT = "this version of rdp_kernels has no {} kernels yet; every op runs in plain torch"
-_chosen: ContextVar[str | None] = ContextVar("rdp_backend", default=None)
+# One choice for the process: autograd recomputes checkpointed ops in threads of its own.
+_chosen: str | None = None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -33,26 +33,26 @@ def use_backend(name: str) -> Iterator[None]:
     The environment variable `RDP_BACKEND` sets the same for a whole process. Raises `ValueError` for an unknown name
     and `RuntimeError`, with the reason, for a backend that is not available.
     """
+    global _chosen
     _require("name", name)
-    token = _chosen.set(name)
+    before, _chosen = _chosen, name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def implementation() -> ModuleType:
     """The module whose functions serve the ops now."""
-    name = _chosen.get()
-    if name is None:
-        name = os.environ.get("RDP_BACKEND", "auto")
-        if name != "auto":
-            _require("RDP_BACKEND", name)
+    if _chosen is None:
+        _require("RDP_BACKEND", os.environ.get("RDP_BACKEND", "auto"))
     return reference
 
 
 def _require(argument: str, name: str) -> None:
+    if name == "auto":
+        return
     check_choice(argument, name, _CHOICES)
-    reason = None if name == "auto" else available_backends()[name]
+    reason = available_backends()[name]
     if reason is not None:
         raise RuntimeError(f"{argument}: backend {name!r} is not available: {reason}")
