@@ -21,7 +21,7 @@ def check_probability(name: str, value: object) -> float:
     """A real number in [0, 1] as a float; NaN, bools, tensors and strings are refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
-    if not 0.0 <= value <= 1.0:  # NaN fails this too
+    if not 0.0 <= float(value) <= 1.0:  # NaN fails this too
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return float(value)
 
@@ -119,12 +119,14 @@ def _check_gamma(gamma: object, residual: Tensor, channel_dim: int) -> None:
         raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
     if not -residual.dim() <= channel_dim < residual.dim() or channel_dim % residual.dim() == 0:
         raise ValueError(
-            f"channel_dim must name a dimension of the residual behind its rows, got {channel_dim} for {residual.dim()} dimensions"
+            f"channel_dim must name a dimension of the residual behind its rows, got {channel_dim} for "
+            f"{residual.dim()} dimensions"
         )
     channels = residual.shape[channel_dim]
     if list(gamma.shape) != [channels] or not gamma.is_floating_point():
         raise ValueError(
-            f"gamma must be a floating-point tensor of shape [{channels}] (channel_dim {channel_dim}), got {gamma.dtype} of shape {list(gamma.shape)}"
+            f"gamma must be a floating-point tensor of shape [{channels}] (channel_dim {channel_dim}), "
+            f"got {gamma.dtype} of shape {list(gamma.shape)}"
         )
     if gamma.device != residual.device:
         raise ValueError(f"gamma must be on {residual.device} like the residual, got {gamma.device}")

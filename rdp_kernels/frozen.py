@@ -115,7 +115,17 @@ class _FrozenConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.config
         shape_only = dout.new_empty(1).expand(ctx.shape)
         dx, _, _ = torch.ops.aten.convolution_backward(
-            dout, shape_only, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
+            dout,
+            shape_only,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [True, False, False],
         )
         return dx, None, None, None, None, None, None
 

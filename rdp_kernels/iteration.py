@@ -48,22 +48,23 @@ class Iteration:
 
     def __post_init__(self) -> None:
         self.begun = False
+        self._without_grad: set[int] = set()
+        self._with_grad: set[int] = set()
         self._calls = [0] * self.plan.num_paths
         self._orders: dict[tuple[int, torch.device], Tensor] = {}
         learns = self.plan.keep if self.phase == "drop" else ~self.plan.keep
         if self.phase == "reuse" and self.rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
-        if self.plan.mode == "block":
-            flags = learns.tolist()
-        else:
-            flags = learns.any(dim=1).tolist()
+        flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
 
     def decide(self, index: int, x: Tensor, recomputing: bool) -> Decision:
         """The decision for a call of path `index` on `x`. Raises `ValueError` for a batch that doesn't fit the plan."""
         self.begun = True
+        if self.phase == "reuse":
+            self._note_grad_mode(index)
         if "block" in (self.plan.mode, self.paths[index].module.mode):
             return self._uniform[index]
         forward = self._count_forward(index, recomputing)
@@ -87,7 +88,16 @@ class Iteration:
         self._orders.clear()  # made again should a checkpoint ask
 
     def check_complete(self) -> None:
-        """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them."""
+        """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them, and where
+        paths that learn ran without grad only, among others that ran with it."""
+        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
+        lost = [i for i in sorted(self._without_grad - self._with_grad) if learns[i]]
+        if lost and self._with_grad:
+            raise RuntimeError(
+                f"path {self.paths[lost[0]].name!r} learns in this reuse iteration, but ran without grad only: "
+                "reentrant checkpointing gives no gradient where its input requires none, and the frozen rest's output "
+                "requires none. Use use_reentrant=False, or let the rest learn with train_rest=True"
+            )
         for path, calls in zip(self.paths, self._calls, strict=True):
             if calls not in (0, len(self.forwards)) and len(self.forwards) > 1:
                 raise RuntimeError(
@@ -95,14 +105,18 @@ class Iteration:
                     f"(batch_size={list(self.forwards)}), but path {path.name!r} ran in {calls}"
                 )
 
+    def _note_grad_mode(self, index: int) -> None:
+        (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
+
     def _count_forward(self, index: int, recomputing: bool) -> int:
         """Which of the announced forwards this call belongs to: every path counts its own calls."""
         if len(self.forwards) == 1:
             return 0
         if recomputing:
             raise RuntimeError(
-                f"path {self.paths[index].name!r} is recomputed by checkpointing, and which of the {len(self.forwards)} "
-                "forwards of this sample-mode iteration is meant can't be told: use mode='block', or no checkpointing"
+                f"path {self.paths[index].name!r} is recomputed by checkpointing, and which of the "
+                f"{len(self.forwards)} forwards of this sample-mode iteration is meant can't be told: use mode='block', "
+                "or no checkpointing"
             )
         forward = self._calls[index]
         if forward == len(self.forwards):

@@ -72,7 +72,8 @@ class ResidualBranch(nn.Module):
     ):
         super().__init__()
         _check_module("fn", fn, nn.Module, "a torch.nn.Module, so that its parameters are known")
-        _check_module("norm", norm, (nn.LayerNorm, nn.RMSNorm, type(None)), "LayerNorm, RMSNorm or None; put others in fn")
+        norms = (nn.LayerNorm, nn.RMSNorm, type(None))
+        _check_module("norm", norm, norms, "LayerNorm, RMSNorm or None; put others in fn")
         _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
         check_choice("mode", mode, MODES)
         check_choice("activation", activation, ACTIVATIONS)
@@ -112,16 +113,18 @@ class ResidualBranch(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]
-        parts += [f"gamma={list(self.gamma.shape)}"] * (self.gamma is not None)
-        parts += [f"activation={self.activation}"] * (self.activation is not None)
+        if self.gamma is not None:
+            parts.append(f"gamma={list(self.gamma.shape)}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
         return ", ".join(parts)
 
 
 class ResidualSequence(nn.Sequential):
     """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
 
-    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Raises `TypeError` for
-    a module that is not a `ResidualBranch`.
+    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Raises `TypeError`
+    for a module that is not a `ResidualBranch`.
     """
 
     def __init__(self, *branches: Any):
@@ -129,7 +132,7 @@ class ResidualSequence(nn.Sequential):
         for name, branch in self.named_children():
             _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         for branch in self:
             x = branch(x, *args, **kwargs)
         return x

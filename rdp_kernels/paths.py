@@ -22,6 +22,7 @@ from ._device import to_device
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay
 from .ops.gather_rows import fork_rows
 from .plan import kept_scale
+from .reference import compute_dtype
 
 if TYPE_CHECKING:
     from .scheme import ResidualDropPath
@@ -194,17 +195,18 @@ class _PathCall:
         """The branch whole, dropped rows masked."""
         if decision.frozen is not False:
             raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scale = torch.zeros(len(x), dtype=dtype, device=x.device).index_fill_(0, decision.learning, decision.scale)
+        scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
+        scale.index_fill_(0, _some(decision.learning), decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), scale=scale)
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows, as two calls joined by one add over both."""
-        learning, frozen = decision.learning, decision.frozen
-        if frozen is False:
+        learning = _some(decision.learning)
+        if decision.frozen is False:
             stream, x_learning = fork_rows(x, learning)
             update = self.learning_branch(x_learning, decision, learning)
             return self.add(self.residual(stream), update, learning, decision.scale)
+        frozen = _some(decision.frozen)
         if decision.freeze == "branch":
             stream, x_learning = fork_rows(x, learning)
             with torch.no_grad():
@@ -258,8 +260,13 @@ def rows_of(keep: Tensor, device: torch.device) -> Rows:
     """The rows where `keep`, a bool CPU tensor, is True."""
     rows = keep.nonzero().flatten()
     if len(rows) in (0, len(keep)):
-        return 0 < len(rows)
+        return len(rows) > 0
     return to_device(rows, device)
+
+
+def _some(rows: Rows) -> Tensor:
+    assert isinstance(rows, Tensor)
+    return rows
 
 
 @contextlib.contextmanager

@@ -54,14 +54,20 @@ class PathPlan:
     def __init__(self, keep: Tensor, drop_probs: Sequence[float], mode: str):
         check_choice("mode", mode, MODES)
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-            raise TypeError(f"keep must be a bool tensor, got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}")
+            raise TypeError(
+                f"keep must be a bool tensor, got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}"
+            )
         if keep.device.type != "cpu":
-            raise ValueError(f"keep must be on the CPU, where row counts are known without synchronising, got {keep.device}")
+            raise ValueError(
+                f"keep must be on the CPU, where row counts are known without synchronising, got {keep.device}"
+            )
         wanted = "[paths]" if mode == "block" else "[paths, batch]"
         if keep.dim() != (1 if mode == "block" else 2):
             raise ValueError(f"keep must have shape {wanted} in {mode} mode, got {list(keep.shape)}")
         if len(drop_probs) != keep.shape[0]:
-            raise ValueError(f"drop_probs must have an entry for each of the {keep.shape[0]} rows of keep, got {len(drop_probs)}")
+            raise ValueError(
+                f"drop_probs must have an entry for each of the {keep.shape[0]} rows of keep, got {len(drop_probs)}"
+            )
         self.keep = keep.clone()
         self.drop_probs = tuple(check_probability(f"drop_probs[{i}]", p) for i, p in enumerate(drop_probs))
         self.mode = mode
@@ -88,7 +94,11 @@ class PathPlan:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PathPlan:
         keep = torch.tensor(state["keep"], dtype=torch.bool)
-        return cls(keep.view(len(state["drop_probs"]), -1) if state["mode"] == "sample" else keep, state["drop_probs"], state["mode"])
+        return cls(
+            keep.view(len(state["drop_probs"]), -1) if state["mode"] == "sample" else keep,
+            state["drop_probs"],
+            state["mode"],
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PathPlan):

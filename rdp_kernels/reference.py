@@ -36,10 +36,7 @@ def residual_add(
             return _activate(torch.addcmul(stream, update, factor, value=scale), activation).to(residual.dtype)
         learning = len(update) if gamma_rows is None else gamma_rows
         update = torch.cat([update[:learning] * factor, update[learning:] * factor.detach()])
-    if rows is None:
-        out = torch.add(stream, update, alpha=scale)
-    else:
-        out = stream.index_add(0, rows, update, alpha=scale)
+    out = torch.add(stream, update, alpha=scale) if rows is None else stream.index_add(0, rows, update, alpha=scale)
     return _activate(out, activation).to(residual.dtype)
 
 

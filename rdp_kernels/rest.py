@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .frozen import freeze
-from .paths import Path
+from .paths import Path, modules_of
 
 
 class Rest:
@@ -29,7 +29,7 @@ class Rest:
     def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: bool):
         self._model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
         self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
-        self._in_branches = {id(m) for path in paths for module in path.module.branch_modules() for m in module.modules()}
+        self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
         self._owned = {id(path.module): {id(p) for p in path.parameters()} for path in paths}
         self._outermost: nn.Module | None = None
         self._freeze: freeze | None = None
@@ -64,11 +64,12 @@ class Rest:
         parts = path.name.split(".")
         for end in range(len(parts)):
             around = ".".join(parts[:end])
-            if around in self._names and any(p.requires_grad for p in self._model.get_submodule(around)._parameters.values()):
+            own = self._model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
+            if any(p.requires_grad for p in own):
                 raise RuntimeError(
-                    f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose own "
-                    "parameters are frozen during its calls: call the module itself rather than one of its methods, "
-                    "or let the rest learn with train_rest=True"
+                    f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
+                    "own parameters are frozen during its calls: call the module itself rather than one of its "
+                    "methods, or let the rest learn with train_rest=True"
                 )
 
     def release(self) -> None:
@@ -92,7 +93,8 @@ class Rest:
                 continue
             seen.add(id(module))
             yield name, module
-            children = [(f"{name}.{n}" if name else n, m) for n, m in module.named_children() if id(m) not in self._branches]
+            prefix = f"{name}." if name else ""
+            children = [(prefix + n, child) for n, child in module.named_children() if id(child) not in self._branches]
             stack += reversed(children)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:

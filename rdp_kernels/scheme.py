@@ -15,7 +15,16 @@ from ._checks import check_bool, check_choice, check_count, check_probability
 from .alternate import Alternation
 from .iteration import Iteration, Rules
 from .paths import ROWS_OF_BATCH_NORM, Decision, Path, PathSlot, batch_norms_of
-from .plan import MODES, SAMPLINGS, SCHEDULES, PathPlan, draw_block_keep, draw_sample_keep, drop_path_rates, plan_generator
+from .plan import (
+    MODES,
+    SAMPLINGS,
+    SCHEDULES,
+    PathPlan,
+    draw_block_keep,
+    draw_sample_keep,
+    drop_path_rates,
+    plan_generator,
+)
 from .rest import Rest
 
 PHASES = ("drop", "reuse")
@@ -161,7 +170,9 @@ class ResidualDropPath:
         ends it, leaving no iteration open. Block mode only, as the next batch's size is not known.
         """
         if self.mode != "block":
-            raise ValueError("alternate needs mode='block': in sample mode the next batch's size would have to be known")
+            raise ValueError(
+                "alternate needs mode='block': in sample mode the next batch's size would have to be known"
+            )
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self._check_none_open()
@@ -270,7 +281,9 @@ class ResidualDropPath:
             forwards = ()
         elif batch_size is None:
             if plan is None:
-                raise ValueError("batch_size must be given in sample mode: the number of samples, or one for each forward")
+                raise ValueError(
+                    "batch_size must be given in sample mode: the number of samples, or one for each forward"
+                )
             forwards = () if plan.batch_size is None else (plan.batch_size,)
         if plan is None:
             plan = self._draw(forwards)
@@ -343,7 +356,9 @@ class ResidualDropPath:
         if self._alternation is not None and self._open is not None:
             raise RuntimeError("alternate() has iterations open already: call its handle's remove() first")
         if self._open is not None:
-            raise RuntimeError(f"a {self.phase} iteration is open, and iterations don't nest: leave it, or call reset()")
+            raise RuntimeError(
+                f"a {self.phase} iteration is open, and iterations don't nest: leave it, or call reset()"
+            )
 
     def _check_plan(self, plan: object, forwards: tuple[int, ...]) -> None:
         if not isinstance(plan, PathPlan):
@@ -357,9 +372,13 @@ class ResidualDropPath:
             raise ValueError(f"plan must be for batch_size {list(forwards)}, got one for {plan.batch_size} samples")
         for path, keep, drop_prob in zip(self.paths, plan.keep, plan.drop_probs, strict=True):
             if self._rules.scale_by_keep and drop_prob == 1 and keep.any():
-                raise ValueError(f"plan keeps path {path.name!r} at drop_prob 1, where its scale 1 / (1 − p) is infinite")
+                raise ValueError(
+                    f"plan keeps path {path.name!r} at drop_prob 1, where its scale 1 / (1 − p) is infinite"
+                )
             if path.module.mode == "block" and keep.any() and not keep.all():
-                raise ValueError(f"plan mixes samples for path {path.name!r}, which mode='block' decides for the whole batch")
+                raise ValueError(
+                    f"plan mixes samples for path {path.name!r}, which mode='block' decides for the whole batch"
+                )
 
     def _draw(self, forwards: tuple[int, ...]) -> PathPlan:
         drop_probs = [path.drop_prob for path in self.paths]
@@ -391,7 +410,9 @@ def _find_paths(model: nn.Module, drop_prob: float | None, schedule: str) -> lis
         if outer and name.startswith(outer):
             raise ValueError(f"path {name!r} lies inside path {outer[:-1]!r}: nested paths can't be planned apart")
         outer = f"{name}." if name else ""
-    return [Path(i, name, owner, rate) for i, ((name, owner), rate) in enumerate(zip(owners.items(), rates, strict=True))]
+    return [
+        Path(i, name, owner, rate) for i, ((name, owner), rate) in enumerate(zip(owners.items(), rates, strict=True))
+    ]
 
 
 def _refuse_batch_norm(paths: Sequence[Path]) -> None:

@@ -67,23 +67,32 @@ def conv_net() -> Net:
 
     def conv(inner: int, outer: int, stride: int = 1) -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(inner, outer, 3, stride, padding=1, bias=False), nn.GroupNorm(2, outer), nn.ReLU(), nn.Conv2d(outer, outer, 1)
+            nn.Conv2d(inner, outer, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(2, outer),
+            nn.ReLU(),
+            nn.Conv2d(outer, outer, 1),
         )
 
     paths = [
         rdp.ResidualBranch(conv(4, 4), activation="relu"),
-        rdp.ResidualBranch(conv(4, 6, 2), shortcut=nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6)), activation="relu"),
+        rdp.ResidualBranch(
+            conv(4, 6, 2), shortcut=nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6)), activation="relu"
+        ),
         rdp.ResidualBranch(conv(6, 6), gamma=torch.rand(6) + 0.5, channel_dim=1),
         rdp.ResidualBranch(nn.Conv2d(6, 6, 3, padding="same", groups=2), activation="relu"),
     ]
-    return Net(nn.Conv2d(2, 4, 1), paths, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))).double()
+    return Net(
+        nn.Conv2d(2, 4, 1), paths, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    ).double()
 
 
 def batch_norm_net() -> Net:
     """BatchNorm in the branches, which sample mode runs whole (and doesn't freeze)."""
     paths = [
         rdp.ResidualBranch(
-            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+            nn.Sequential(
+                nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            ),
             activation="relu",
         )
         for _ in range(3)
@@ -140,7 +149,10 @@ def textbook(net: Net, x: Tensor, iteration: Iteration) -> Tensor:
             x = residual + torch.where(keep, scale * _branch(path, x), 0.0)
         else:
             constant_x = x.detach() if iteration.freeze == "branch" else x
-            parts = [_branch(path, x) if learns.any() else 0.0, _branch(frozen_path, constant_x) if not learns.all() else 0.0]
+            parts = [
+                _branch(path, x) if learns.any() else 0.0,
+                _branch(frozen_path, constant_x) if not learns.all() else 0.0,
+            ]
             x = residual + torch.where(learns, *parts)
         if path.activation == "relu":
             x = x.relu()

@@ -56,7 +56,14 @@ def test_equals_the_textbook(kind, mode, freeze, sampling, train_rest, seed, bat
     net = NETS[kind]()
     batch += kind in ("conv", "batch_norm") and batch == 1  # training BatchNorm on 1×1 maps wants two samples
     scheme = rdp.ResidualDropPath(
-        net, p, mode=mode, freeze=freeze, sampling=sampling, train_rest=train_rest, scale_by_keep=bool(seed % 2), seed=seed
+        net,
+        p,
+        mode=mode,
+        freeze=freeze,
+        sampling=sampling,
+        train_rest=train_rest,
+        scale_by_keep=bool(seed % 2),
+        seed=seed,
     )
     phases = []
     for phase in scheme.iterations(batch):

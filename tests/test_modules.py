@@ -108,7 +108,7 @@ def test_sequence():
         expected = branch(expected, bias)
     assert torch.equal(sequence(x, bias), expected)
     assert isinstance(sequence[:2], rdp.ResidualSequence)
-    assert list(sequence.state_dict())[0] == "0.fn.weight"
+    assert next(iter(sequence.state_dict())) == "0.fn.weight"
 
 
 def test_copies():
@@ -136,7 +136,10 @@ def test_autocast_keeps_the_streams_dtype():
 def test_compiles_whole_in_eval():
     torch._dynamo.reset()
     net = rdp.ResidualSequence(
-        *(rdp.ResidualBranch(nn.Linear(4, 4), norm=nn.LayerNorm(4), gamma=torch.ones(4), drop_prob=0.3) for _ in range(3))
+        *(
+            rdp.ResidualBranch(nn.Linear(4, 4), norm=nn.LayerNorm(4), gamma=torch.ones(4), drop_prob=0.3)
+            for _ in range(3)
+        )
     ).eval()
     x = torch.randn(2, 4)
     torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), net(x))
@@ -149,7 +152,11 @@ L = nn.Linear(2, 2)
     ("call", "error", "words"),
     [
         (lambda: rdp.ResidualBranch(torch.tanh), TypeError, "fn must be a torch.nn.Module"),
-        (lambda: rdp.ResidualBranch(L, norm=nn.BatchNorm1d(2)), TypeError, "norm must be LayerNorm, RMSNorm.*BatchNorm1d"),
+        (
+            lambda: rdp.ResidualBranch(L, norm=nn.BatchNorm1d(2)),
+            TypeError,
+            "norm must be LayerNorm, RMSNorm.*BatchNorm1d",
+        ),
         (lambda: rdp.ResidualBranch(L, shortcut=torch.tanh), TypeError, "shortcut"),
         (lambda: rdp.ResidualBranch(L, gamma=1e-4), TypeError, r"gamma.*\[C\]"),
         (lambda: rdp.ResidualBranch(L, gamma=torch.ones(2, 1)), TypeError, "gamma"),

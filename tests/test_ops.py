@@ -58,7 +58,9 @@ def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_d
     assert out.dtype == stream_dtype
     assert torch.equal(residual, given_residual), "never in place"
     eps = torch.finfo(stream_dtype).eps  # one rounding to the stream's dtype, and float32 arithmetic
-    torch.testing.assert_close(out.double(), expected, rtol=max(eps, 1e-6) if eps > 1e-10 else 1e-12, atol=1e-6 if eps > 1e-10 else 1e-12)
+    torch.testing.assert_close(
+        out.double(), expected, rtol=max(eps, 1e-6) if eps > 1e-10 else 1e-12, atol=1e-6 if eps > 1e-10 else 1e-12
+    )
 
     leaves = [t for t in (residual, branch, gamma) if t is not None]
     weights = torch.randn(shape, generator=generator).double()
@@ -66,11 +68,13 @@ def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_d
     wanted = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True)
     for leaf, a, w in zip(leaves, actual, wanted, strict=True):
         assert a.dtype == leaf.dtype
-        w = torch.zeros_like(a) if w is None else w  # noqa: PLW2901
+        w = torch.zeros_like(a) if w is None else w
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(leaf.dtype, 2e-2)
         if torch.finfo(stream_dtype).eps > 1e-6:
             tolerance = 2e-2  # the incoming gradient is rounded to the stream's dtype
-        torch.testing.assert_close(a, w, rtol=tolerance, atol=tolerance * max(1.0, float(w.abs().max()) if w.numel() else 1.0))
+        torch.testing.assert_close(
+            a, w, rtol=tolerance, atol=tolerance * max(1.0, float(w.abs().max()) if w.numel() else 1.0)
+        )
 
 
 def test_gradients_to_second_order():

@@ -38,12 +38,16 @@ def test_marginal_rates(sampling, batch):
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.29, 1 / 3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 10, 100])
 def test_fixed_counts_in_sample_mode(p, batch):
-    kept = {int(k) for n in range(50) for k in draw_sample_keep([p] * 4, batch, "fixed", plan_generator(0, n)).sum(dim=1)}
+    kept = {
+        int(k) for n in range(50) for k in draw_sample_keep([p] * 4, batch, "fixed", plan_generator(0, n)).sum(dim=1)
+    }
     expected = round(batch * (1 - p), 9)
     assert kept <= {math.floor(expected), math.ceil(expected)}
 
 
-@pytest.mark.parametrize("rates", [RATES, [0.1] * 20, [0.3] * 10, [1 / 3] * 7, rdp.drop_path_rates(0.4, 24, "linear"), [1.0] * 5])
+@pytest.mark.parametrize(
+    "rates", [RATES, [0.1] * 20, [0.3] * 10, [1 / 3] * 7, rdp.drop_path_rates(0.4, 24, "linear"), [1.0] * 5]
+)
 def test_fixed_counts_in_block_mode(rates):
     expected = round(sum(rates), 9)
     for number in range(200):
@@ -96,11 +100,23 @@ def test_plan():
         (lambda: rdp.drop_path_rates(0.1, 2, "cosine"), ValueError, "schedule.*'constant', 'linear'.*'cosine'"),
         (lambda: rdp.PathPlan(torch.ones(2), [0.1, 0.1], "block"), TypeError, "keep.*bool.*float32"),
         (lambda: rdp.PathPlan([True], [0.1], "block"), TypeError, "keep.*list"),
-        (lambda: rdp.PathPlan(torch.ones(2, dtype=torch.bool), [0.1, 0.1], "sample"), ValueError, r"keep.*\[paths, batch\]"),
-        (lambda: rdp.PathPlan(torch.ones(2, dtype=torch.bool), [0.1], "block"), ValueError, "drop_probs.*2 rows.*got 1"),
+        (
+            lambda: rdp.PathPlan(torch.ones(2, dtype=torch.bool), [0.1, 0.1], "sample"),
+            ValueError,
+            r"keep.*\[paths, batch\]",
+        ),
+        (
+            lambda: rdp.PathPlan(torch.ones(2, dtype=torch.bool), [0.1], "block"),
+            ValueError,
+            "drop_probs.*2 rows.*got 1",
+        ),
         (lambda: rdp.PathPlan(torch.ones(1, dtype=torch.bool), [2.0], "block"), ValueError, r"drop_probs\[0\]"),
         (lambda: rdp.PathPlan(torch.ones(1, dtype=torch.bool), [0.1], "row"), ValueError, "mode.*'row'"),
-        (lambda: rdp.PathPlan(torch.ones(1, dtype=torch.bool, device="meta"), [0.1], "block"), ValueError, "keep.*CPU.*meta"),
+        (
+            lambda: rdp.PathPlan(torch.ones(1, dtype=torch.bool, device="meta"), [0.1], "block"),
+            ValueError,
+            "keep.*CPU.*meta",
+        ),
     ],
 )
 def test_errors(call, error, words):

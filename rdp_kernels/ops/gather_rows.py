@@ -24,7 +24,7 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
 
 
 def fork_rows(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-    """`(x, x[parts[0]], x[parts[1]], ...)` for disjoint `parts` (int64, trusted): the stream, and the rows branches run on.
+    """`(x, x[parts[0]], x[parts[1]], ...)`: the stream, and the rows that branches run on. `parts` are disjoint.
 
     As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
     separate gathers would each write a zero-filled `[B, ...]` for autograd to add.

@@ -1,0 +1,36 @@
+"""`python -m rdp_kernels.info`: versions, devices, backends, and why a backend is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, available_backends
+
+
+def describe() -> str:
+    """The report as text, one fact a line."""
+    lines = [
+        f"rdp_kernels  {__version__}",
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads)",
+        f"triton       {_version('triton')}",
+    ]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    lines += [f"device {index}     {name}" for index, name in enumerate(devices)] or ["devices      CPU only"]
+    for name, reason in available_backends().items():
+        lines.append(f"{name:12} {'available' if reason is None else 'missing: ' + reason}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(describe())

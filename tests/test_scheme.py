@@ -1,0 +1,544 @@
+import copy
+import gc
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rdp_kernels as rdp
+
+
+class Net(nn.Module):
+    def __init__(self, num_paths=4, **options):
+        super().__init__()
+        self.stem = nn.Linear(3, 4)
+        self.position = nn.Parameter(torch.zeros(4))
+        self.paths = rdp.ResidualSequence(
+            *(rdp.ResidualBranch(nn.Linear(4, 4), norm=nn.LayerNorm(4), **options) for _ in range(num_paths))
+        )
+        self.head = nn.Linear(4, 2)
+
+    def features(self, x):
+        return self.paths(self.stem(x) + self.position)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def block_plan(*keep, p=0.5):
+    return rdp.PathPlan(torch.tensor(keep, dtype=torch.bool), [p] * len(keep), "block")
+
+
+def sample_plan(rows, p=0.5):
+    return rdp.PathPlan(torch.tensor(rows, dtype=torch.bool), [p] * len(rows), "sample")
+
+
+def flags(net):
+    return [p.requires_grad for p in net.parameters()], [m.training for m in net.modules()]
+
+
+def learned(net):
+    """The parts of the net whose parameters have a gradient."""
+    return {
+        ".".join(n.split(".")[:2]) if "paths" in n else n.split(".")[0]
+        for n, p in net.named_parameters()
+        if p.grad is not None
+    }
+
+
+REST = {"stem", "position", "head"}
+
+
+def test_a_pair():
+    net, x = Net(), torch.randn(5, 3)
+    scheme = rdp.ResidualDropPath(net)
+    assert (scheme.plan, scheme.phase, scheme.reuse_pending) == (None, None, False)
+    plan, seen = block_plan(True, False, True, False), []
+    for phase in scheme.iterations(plan=plan):
+        assert (scheme.phase, scheme.plan) == (phase, plan)
+        net(x).sum().backward()
+        seen.append((phase, learned(net)))
+        net.zero_grad(set_to_none=True)
+    assert seen == [("drop", {"paths.0", "paths.2"} | REST), ("reuse", {"paths.1", "paths.3"})]
+    assert (scheme.plan, scheme.phase, scheme.reuse_pending) == (None, None, False)
+
+
+def test_paths():
+    net = Net(3, drop_prob=0.25)
+    scheme = rdp.ResidualDropPath(net)
+    assert [(p.index, p.name, p.drop_prob) for p in scheme.paths] == [(i, f"paths.{i}", 0.25) for i in range(3)]
+    assert [id(p) for p in scheme.paths[1].parameters()] == [
+        id(p) for p in [*net.paths[1].norm.parameters(), *net.paths[1].fn.parameters()]
+    ]
+    net.paths[2].drop_prob = 0.75
+    with scheme.drop_iteration() as plan:
+        assert plan.drop_probs == (0.25, 0.25, 0.75), "read at each draw"
+    assert [path.drop_prob for path in net.paths] == [0.25, 0.25, 0.75], "never written"
+    scheme.remove()
+    scheme = rdp.ResidualDropPath(net, 0.5, schedule="linear")
+    assert [p.drop_prob for p in scheme.paths] == [0.0, 0.25, 0.5]
+
+
+def test_nothing_dropped_has_no_reuse_iteration():
+    scheme = rdp.ResidualDropPath(Net(), 0.0)
+    assert list(scheme.iterations()) == ["drop"]
+    with pytest.raises(RuntimeError, match="needs a drop iteration"), scheme.reuse_iteration():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [({}, ["drop"]), ({"train_rest": True}, ["drop", "reuse"]), ({"freeze": "none"}, ["drop", "reuse"])],
+)
+def test_a_reuse_iteration_in_which_nothing_can_learn_is_not_run(options, phases):
+    """The dropped path's parameters are frozen by the user: an optimizer step without gradients would fail under AMP."""
+    net = Net(2)
+    net.paths[1].requires_grad_(False)
+    scheme = rdp.ResidualDropPath(net, **options)
+    assert list(scheme.iterations(plan=block_plan(True, False))) == phases
+
+
+def test_without_an_iteration_it_is_ordinary_stochastic_depth():
+    net, x = Net(2, drop_prob=1.0, mode="block"), torch.randn(4, 3)
+    scheme = rdp.ResidualDropPath(net, 0.0)
+    expected = net.head(net.stem(x) + net.position)
+    assert torch.equal(net(x), expected)
+    with scheme.drop_iteration():
+        assert not torch.equal(net(x), expected)
+
+
+def test_eval_inside_an_iteration_is_inference():
+    net, x = Net(), torch.randn(4, 3)
+    expected = net.eval()(x)
+    for mode, size in (("block", None), ("sample", [4])):
+        scheme = rdp.ResidualDropPath(net, 1.0, mode=mode)
+        for phase in scheme.iterations(size):
+            out = net.eval()(x)
+            assert torch.equal(out, expected)
+            out.sum().backward()
+            assert learned(net) == {"paths.0", "paths.1", "paths.2", "paths.3"} | REST
+            net.zero_grad(set_to_none=True)
+            net.train()(x).sum().backward()
+            assert learned(net) == (REST if phase == "drop" else {f"paths.{i}" for i in range(4)})
+            net.zero_grad(set_to_none=True)
+        scheme.remove()
+
+
+def test_masks_depend_on_the_seed_alone():
+    def masks(seed, mode, noise):
+        torch.manual_seed(noise)
+        scheme = rdp.ResidualDropPath(Net(6), 0.5, mode=mode, seed=seed)
+        state = torch.get_rng_state()
+        keeps = []
+        for _ in range(5):
+            for _ in scheme.iterations(4):
+                keeps.append(scheme.plan.keep.tolist())
+        assert torch.equal(state, torch.get_rng_state()), "the global generator is untouched"
+        return keeps
+
+    for mode in ("block", "sample"):
+        assert masks(1, mode, 0) == masks(1, mode, 99)
+        assert masks(1, mode, 0) != masks(2, mode, 0)
+
+
+def test_ranks_share_block_masks_and_differ_in_sample_masks(monkeypatch):
+    def keep(rank, mode):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        with rdp.ResidualDropPath(Net(8), 0.5, mode=mode).drop_iteration(8) as plan:
+            return plan.keep.tolist()
+
+    assert keep(0, "block") == keep(1, "block")
+    assert keep(0, "sample") != keep(1, "sample")
+
+
+class TestSeveralForwards:
+    def test_block_mode_takes_any(self):
+        net = Net()
+        scheme = rdp.ResidualDropPath(net)
+        for _ in scheme.iterations(plan=block_plan(True, False, True, True)):
+            sum(net(torch.randn(b, 3)).sum() for b in (2, 7, 1)).backward()
+
+    def test_sample_mode_replays_in_order(self):
+        net = Net(1).double()
+        scheme = rdp.ResidualDropPath(net, mode="sample")
+        plan = sample_plan([[True, False, False, False, True]])
+        crops = [torch.randn(2, 3).double(), torch.randn(3, 3).double()]
+        full = [net.eval()(x) for x in crops]
+        bare = [net.head(net.stem(x) + net.position) for x in crops]
+        net.train()
+        for phase in scheme.iterations([2, 3], plan=plan):
+            out = torch.cat([net(x) for x in crops])
+            kept = torch.tensor([True, False, False, False, True])
+            if phase == "drop":
+                assert torch.allclose(out[~kept], torch.cat(bare)[~kept])
+            else:
+                assert torch.allclose(out, torch.cat(full))
+                out.sum().backward()
+                x_dropped = torch.cat(crops)[~kept]
+                grad = net.paths[0].fn.bias.grad
+                net.zero_grad(set_to_none=True)
+                net.eval()(x_dropped).sum().backward()
+                assert torch.allclose(grad, net.paths[0].fn.bias.grad)
+
+    def test_a_forward_that_does_not_fit_is_refused(self):
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 0.5, mode="sample")
+        with scheme.drop_iteration(4):
+            net(torch.randn(4, 3)), net(torch.randn(4, 3))
+            with pytest.raises(ValueError, match="'paths.0' got 5 rows where .* batch_size 4; .*mode='block'"):
+                net(torch.randn(5, 3))
+        with scheme.drop_iteration([4, 5]):
+            net(torch.randn(4, 3)), net(torch.randn(5, 3))
+            with pytest.raises(ValueError, match="called more than 2 times"):
+                net(torch.randn(4, 3))
+        with (
+            pytest.raises(RuntimeError, match=r"opened for 2 forwards .* 'paths.0' ran in 1"),
+            scheme.drop_iteration([4, 5]),
+        ):
+            net(torch.randn(4, 3))
+        assert scheme.phase is None
+
+    def test_a_path_in_block_mode_is_decided_for_the_whole_batch_in_sample_mode(self):
+        """Its rows are windows: k rows a sample."""
+        net = nn.Sequential(
+            rdp.ResidualBranch(nn.Linear(4, 4)),
+            nn.Unflatten(0, (-1, 1)), nn.Unflatten(2, (2, 2)), nn.Flatten(0, 2),
+            rdp.ResidualBranch(nn.Linear(2, 2), mode="block"),
+        )  # fmt: skip
+        scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", seed=1)
+        for _ in range(8):
+            for _ in scheme.iterations(3):
+                assert len(set(scheme.plan.keep[1].tolist())) == 1
+                net(torch.randn(3, 4, requires_grad=True)).sum().backward()
+        with pytest.raises(ValueError, match="plan mixes samples for path '4'"):
+            next(scheme.iterations(2, plan=sample_plan([[True, True], [True, False]])))
+
+    @pytest.mark.parametrize("freeze", ["parameters", "branch"])
+    def test_an_empty_batch_and_one_sample(self, freeze):
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", freeze=freeze)
+        assert list(scheme.iterations(0)) == ["drop"]
+        with scheme.drop_iteration(0):
+            assert net(torch.randn(0, 3)).shape == (0, 2)
+        for _ in range(5):
+            for _ in scheme.iterations(1):
+                net(torch.randn(1, 3)).sum().backward()
+
+
+class TestExceptions:
+    @pytest.mark.parametrize("raising", ["drop", "reuse"])
+    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+    def test_leave_the_model_as_it_was(self, raising, error):
+        class Bomb(nn.Linear):
+            armed = False
+
+            def forward(self, x):
+                if self.armed:
+                    raise error
+                return super().forward(x)
+
+        net = Net(3)
+        net.paths[2].fn = Bomb(4, 4)
+        net.paths.insert(0, rdp.ResidualBranch(nn.BatchNorm1d(4)))
+        scheme, before = rdp.ResidualDropPath(net), flags(net)
+
+        def run():
+            for phase in scheme.iterations(plan=block_plan(True, True, False, raising == "drop")):
+                net.paths[3].fn.armed = phase == raising
+                net(torch.randn(4, 3)).sum().backward()
+
+        with pytest.raises(error):
+            run()
+        assert flags(net) == before
+        assert (scheme.phase, scheme.plan, scheme.reuse_pending) == (None, None, False)
+        net.paths[3].fn.armed = False
+        assert list(scheme.iterations(plan=block_plan(True, True, False, True))) == ["drop", "reuse"]
+
+    def test_break_abandons_the_pair(self):
+        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        for _ in scheme.iterations():
+            break
+        assert list(scheme.iterations()) == ["drop", "reuse"]
+
+    def test_reset(self):
+        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        left_open = scheme.iterations()
+        next(left_open)
+        with pytest.raises(RuntimeError, match=r"a drop iteration is open.*nest.*reset\(\)"):
+            next(scheme.iterations())
+        scheme.reset()
+        assert scheme.phase is None
+        assert list(scheme.iterations()) == ["drop", "reuse"]
+        with scheme.drop_iteration():
+            pass
+        assert scheme.reuse_pending
+        scheme.reset()
+        assert not scheme.reuse_pending
+
+
+class TestAlternate:
+    def setup_method(self):
+        torch.manual_seed(0)
+        self.net = Net()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1)
+        self.scheme = rdp.ResidualDropPath(self.net, 0.5, seed=5)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.net(torch.randn(4, 3)).sum().backward()
+        phase, part = self.scheme.phase, learned(self.net)
+        self.optimizer.step()
+        return phase, part
+
+    def test_every_step_turns_to_the_next(self):
+        handle = self.scheme.alternate(self.optimizer)
+        dropped, phases = set(), []
+        for _ in range(12):
+            if self.scheme.phase == "drop":
+                dropped = {f"paths.{i}" for i in self.scheme.plan.dropped_paths}
+            phase, part = self.step()
+            phases.append(phase)
+            assert part == (dropped if phase == "reuse" else ({f"paths.{i}" for i in range(4)} | REST) - dropped)
+        assert phases[:2] == ["drop", "reuse"]
+        assert all(a != b or a == "drop" for a, b in itertools.pairwise(phases))
+        with pytest.raises(RuntimeError, match="alternate"):
+            next(self.scheme.iterations())
+        with pytest.raises(RuntimeError, match="alternate"):
+            self.scheme.alternate(self.optimizer)
+        handle.remove()
+        handle.remove()
+        assert self.scheme.phase is None
+        self.step()
+        assert self.scheme.phase is None
+
+    def test_accumulation_and_skipped_steps_stay_in_the_iteration(self):
+        self.scheme.alternate(self.optimizer)
+        plan = self.scheme.plan
+        for _ in range(3):
+            self.net(torch.randn(4, 3)).sum().backward()
+        assert self.scheme.plan == plan
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale((self.net(torch.randn(4, 3)) * torch.inf).sum()).backward()
+        scaler.step(self.optimizer)  # skipped: the gradients are not finite
+        assert (self.scheme.phase, self.scheme.plan) == ("drop", plan)
+
+    @pytest.mark.parametrize("stop", [3, 4, 7])
+    def test_state_between_steps(self, stop):
+        self.scheme.alternate(self.optimizer)
+        for _ in range(stop):
+            self.step()
+        state = copy.deepcopy(self.scheme.state_dict())
+        self.net(torch.randn(4, 3))
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) inside an open"):
+            self.scheme.state_dict()
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside an open"):
+            self.scheme.load_state_dict(state)
+        expected = [self.step() for _ in range(6)]
+        self.setup_method()
+        self.scheme.seed = 0
+        self.scheme.alternate(self.optimizer)
+        self.scheme.load_state_dict(state)
+        assert [self.step() for _ in range(6)] == expected
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Net"):
+            self.scheme.alternate(self.net)
+        self.scheme.remove()
+        with pytest.raises(ValueError, match="mode='block'"):
+            rdp.ResidualDropPath(self.net, mode="sample").alternate(self.optimizer)
+
+
+class TestCopies:
+    @pytest.mark.parametrize(
+        "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+    )
+    @pytest.mark.parametrize("phase", [None, "drop", "reuse"])
+    def test_a_copy_has_no_scheme(self, clone, phase):
+        """Whenever it is made, also inside an iteration: it is the ordinary model with the user's own flags."""
+        net, x = Net(), torch.randn(3, 3)
+        net.note = rdp.ResidualDropPath(net, 1.0)  # as a LightningModule keeps it
+        scheme = net.note
+        for current in [None] if phase is None else scheme.iterations():
+            if current == phase:
+                other = clone(net)
+        assert other.note is None
+        assert flags(other) == flags(net)
+        other(x).sum().backward()
+        assert len(learned(other)) == 7
+        assert all(p.grad is None for p in net.parameters())
+        rdp.ResidualDropPath(other, 0.5)
+        assert other.state_dict().keys() == Net().state_dict().keys()
+
+    def test_torch_save(self, tmp_path):
+        net = Net()
+        rdp.ResidualDropPath(net, 0.5)
+        torch.save(net, tmp_path / "net.pt")
+        other = torch.load(tmp_path / "net.pt", weights_only=False)
+        assert torch.equal(other.head.weight, net.head.weight)
+        torch.save(net.state_dict(), tmp_path / "state.pt")
+        Net().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    def test_the_model_is_free_when_the_scheme_goes(self):
+        net = Net()
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+        scheme = rdp.ResidualDropPath(net)
+        with pytest.raises(RuntimeError, match=r"path 'paths.0' has a scheme already: call its remove\(\)"):
+            rdp.ResidualDropPath(net)
+        with pytest.raises(RuntimeError, match="has a scheme already"):
+            rdp.ResidualDropPath(net.paths)
+        scheme.remove()
+        scheme = rdp.ResidualDropPath(net)
+        del scheme
+        gc.collect()
+        scheme = rdp.ResidualDropPath(net)
+        scheme.remove()
+        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()) == hooks
+
+
+class TestRest:
+    def test_methods_of_the_model_are_refused_where_their_parameters_would_learn(self):
+        net, x = Net(), torch.randn(2, 3)
+        scheme = rdp.ResidualDropPath(net, 1.0)
+        for phase in scheme.iterations():
+            if phase == "drop":
+                net.features(x)
+                continue
+            with pytest.raises(RuntimeError, match="'paths.0' runs in a reuse iteration without a call of 'the model'"):
+                rdp.ResidualBranch.forward(net.paths[0], net.stem(x) + net.position)
+        scheme.remove()
+        scheme = rdp.ResidualDropPath(net, 1.0, train_rest=True)
+        for _ in scheme.iterations():
+            net.features(x)
+
+    def test_parts_may_be_called_one_by_one(self):
+        net = nn.Sequential(nn.Linear(3, 4), Net().paths, nn.Linear(4, 2))
+        scheme = rdp.ResidualDropPath(net, 1.0)
+        for phase in scheme.iterations():
+            net[2](net[1](net[0](torch.randn(2, 3)))).sum().backward()
+            got = {n.split(".")[0] for n, p in net.named_parameters() if p.grad is not None}
+            assert got == ({"0", "2"} if phase == "drop" else {"1"})
+            net.zero_grad()
+
+    def test_flags_are_the_users_own_between_forward_and_backward(self):
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0)
+        for _ in scheme.iterations():
+            out = net(torch.randn(2, 3))
+            assert all(p.requires_grad for p in net.parameters())
+            out.sum().backward()
+
+    def test_a_head_that_is_swapped_later_is_frozen_too(self):
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0)
+        net.head = nn.Linear(4, 5)
+        for phase in scheme.iterations():
+            net(torch.randn(2, 3)).sum().backward()
+            assert ("head" in learned(net)) == (phase == "drop")
+            net.zero_grad()
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.outer = rdp.ResidualBranch(nn.Sequential(nn.Linear(2, 2), rdp.ResidualBranch(nn.Linear(2, 2))))
+
+
+def batch_norm_net(**options):
+    return nn.Sequential(rdp.ResidualBranch(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), **options))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: rdp.ResidualDropPath(nn.Linear(2, 2)), ValueError, r"no paths: call rdp.convert\(model\) first, or build it from"),
+        (lambda: rdp.ResidualDropPath([]), TypeError, "model must be a torch.nn.Module"),
+        (lambda: rdp.ResidualDropPath(Nested()), ValueError, "'outer.fn.1' lies inside path 'outer': nested"),
+        (lambda: rdp.ResidualDropPath(Net(), 1.5), ValueError, "drop_prob"),
+        (lambda: rdp.ResidualDropPath(Net(), schedule="linear"), ValueError, "schedule='linear'.*give drop_prob"),
+        (lambda: rdp.ResidualDropPath(Net(), 0.1, schedule="cosine"), ValueError, "schedule"),
+        (lambda: rdp.ResidualDropPath(Net(), mode="row"), ValueError, "mode.*'row'"),
+        (lambda: rdp.ResidualDropPath(Net(), freeze="all"), ValueError, "freeze must be one of 'parameters', 'branch', 'none'"),
+        (lambda: rdp.ResidualDropPath(Net(), sampling="even"), ValueError, "sampling"),
+        (lambda: rdp.ResidualDropPath(Net(), train_rest=1), TypeError, "train_rest"),
+        (lambda: rdp.ResidualDropPath(Net(), seed=0.5), TypeError, "seed"),
+        (lambda: rdp.ResidualDropPath(batch_norm_net(), mode="sample"), ValueError, "path '0': BatchNorm in a branch can't be frozen"),
+        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations()), ValueError, "batch_size must be given"),
+        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations(-1)), ValueError, "batch_size must be at least 0"),
+        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations([2, 0.5])), TypeError, r"batch_size\[1\]"),
+        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=[True])), TypeError, "plan must be a PathPlan, got list"),
+        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=block_plan(True))), ValueError, "plan must be .* 4 paths.* with 1"),
+        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=sample_plan([[True]] * 4))), ValueError, "mode 'block'.*mode 'sample'"),
+        (
+            lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations(3, plan=sample_plan([[True]] * 4))),
+            ValueError, r"plan must be for batch_size \[3\], got one for 1",
+        ),
+        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=block_plan(*[True] * 4, p=1.0))), ValueError, "infinite"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("options", [{"mode": "block"}, {"mode": "sample", "freeze": "none"}])
+def test_batch_norm_where_it_is_exact(options):
+    rdp.ResidualDropPath(batch_norm_net(), **options)
+    rdp.ResidualDropPath(batch_norm_net(mode="block"), mode="sample")
+
+
+class TestState:
+    def test_errors_leave_the_scheme_as_it_was(self):
+        scheme = rdp.ResidualDropPath(Net(), 1.0, seed=3)
+        with scheme.drop_iteration(), pytest.raises(RuntimeError, match="inside an open drop iteration"):
+            scheme.state_dict()
+        state = scheme.state_dict()
+        for wrong, words in [
+            ({}, "state is not from"),
+            ({**state, "drawn": -1}, "drawn"),
+            ({**state, "phase": "third"}, "phase"),
+            ({**state, "plan": {**state["plan"], "keep": [True]}}, "drop_probs"),
+            ({**state, "mode": "sample"}, "mode 'block' with 4 paths, got mode 'sample'"),
+            ({**state, "num_paths": 5}, "4 paths, got mode 'block' with 5"),
+            ([], "state is not from"),
+        ]:
+            with pytest.raises(ValueError, match=words):
+                scheme.load_state_dict(wrong)
+            assert scheme.state_dict() == state
+
+    def test_a_pending_reuse_iteration_is_the_only_one(self):
+        scheme = rdp.ResidualDropPath(Net(), 0.5, mode="sample", seed=3)
+        with scheme.drop_iteration(6):
+            pass
+        state = scheme.state_dict()
+        other = rdp.ResidualDropPath(Net(), 0.5, mode="sample")
+        other.load_state_dict(pickle.loads(pickle.dumps(state)))
+        with pytest.raises(ValueError, match=r"batch_size must be \[6\]"):
+            next(other.iterations(5))
+        with pytest.raises(ValueError, match="pending"):
+            next(other.iterations(plan=sample_plan([[True] * 6] * 4)))
+        assert other.reuse_pending
+        assert list(other.iterations(6)) == ["reuse"]
+        assert list(scheme.iterations(6)) == ["reuse"]
+        with scheme.drop_iteration(6) as expected, other.drop_iteration(6) as plan:
+            assert plan == expected
+
+    def test_loads_with_weights_only(self, tmp_path):
+        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        with scheme.drop_iteration():
+            pass
+        torch.save(scheme.state_dict(), tmp_path / "scheme.pt")
+        scheme.load_state_dict(torch.load(tmp_path / "scheme.pt", weights_only=True))
+
+
+def test_no_warnings_and_no_growth():
+    """A thousand pairs leave nothing behind but the few iterations that checkpointing may ask for."""
+    scheme = rdp.ResidualDropPath(Net(), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(1000):
+            list(scheme.iterations())
+    assert len(scheme._closed) <= 16
