@@ -161,7 +161,7 @@ def _lean_conv(num_dims: int):
     return conv
 
 
-def _lean_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+def _lean_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     learns = any(p is not None and p.requires_grad for p in (weight, bias))
     if training or running_mean is None or learns or not input.requires_grad:
         return None
@@ -177,5 +177,5 @@ _LEAN: dict[Callable, Callable] = {
     torch.conv1d: _lean_conv(1),
     torch.conv2d: _lean_conv(2),
     torch.conv3d: _lean_conv(3),
-    torch.batch_norm: _lean_batch_norm,
+    torch.nn.functional.batch_norm: _lean_batch_norm,
 }

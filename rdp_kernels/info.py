@@ -15,7 +15,7 @@ def describe() -> str:
     lines = [
         f"rdp_kernels  {__version__}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads)",
+        f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
         f"triton       {_version('triton')}",
     ]
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -115,8 +115,8 @@ class Iteration:
         if recomputing:
             raise RuntimeError(
                 f"path {self.paths[index].name!r} is recomputed by checkpointing, and which of the "
-                f"{len(self.forwards)} forwards of this sample-mode iteration is meant can't be told: use mode='block', "
-                "or no checkpointing"
+                f"{len(self.forwards)} forwards of this sample-mode iteration is meant can't be told: use "
+                "mode='block', or no checkpointing"
             )
         forward = self._calls[index]
         if forward == len(self.forwards):

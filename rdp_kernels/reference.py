@@ -1,7 +1,7 @@
 """Every op in a few lines of plain torch: the specification that kernels are tested against, and the eager backend.
 
 Arguments are taken as checked. Arithmetic runs in float32 (float64 where an argument is float64) and is cast once, at
-the end, to the residual's dtype. Gradients are autograd's own, so double backward works.
+the end, to the residual's dtype. Double backward works.
 """
 
 from __future__ import annotations
@@ -36,8 +36,27 @@ def residual_add(
             return _activate(torch.addcmul(stream, update, factor, value=scale), activation).to(residual.dtype)
         learning = len(update) if gamma_rows is None else gamma_rows
         update = torch.cat([update[:learning] * factor, update[learning:] * factor.detach()])
-    out = torch.add(stream, update, alpha=scale) if rows is None else stream.index_add(0, rows, update, alpha=scale)
+    out = torch.add(stream, update, alpha=scale) if rows is None else _AddRows.apply(stream, rows, update, scale)
     return _activate(out, activation).to(residual.dtype)
+
+
+class _AddRows(torch.autograd.Function):
+    """`stream.index_add(0, rows, update, alpha=scale)`, saving `rows` alone.
+
+    Torch's own index_add keeps `update` alive until the backward, for its shape. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, stream, rows, update, scale):
+        ctx.save_for_backward(rows)
+        ctx.scale = scale
+        return stream.index_add(0, rows, update, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (rows,) = ctx.saved_tensors
+        dupdate = dout.index_select(0, rows) * ctx.scale if ctx.needs_input_grad[2] else None
+        return dout, None, dupdate, None
 
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:
