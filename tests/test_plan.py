@@ -57,6 +57,16 @@ def test_fixed_counts_in_block_mode(rates):
         assert all(k for k, p in zip(keep, rates, strict=True) if p == 0)
 
 
+@pytest.mark.parametrize("extreme", [0, 2**32 - 1])
+def test_fixed_counts_survive_rounding_at_the_ends_of_the_range(extreme, monkeypatch):
+    """0.1 · 20 and 0.7 · 10 are whole but for rounding."""
+    monkeypatch.setattr(torch, "randint", lambda high, shape, generator: torch.full(shape, extreme))
+    for rates, dropped in (([0.1] * 20, 2), ([0.7] * 10, 7), ([1 / 3] * 6, 2), ([1.0] * 3, 3), ([0.0] * 3, 0)):
+        generator = plan_generator(0, 0)
+        assert int((~draw_block_keep(rates, "fixed", generator)).sum()) == dropped
+        assert (~draw_sample_keep(rates, len(rates), "fixed", generator)).sum(dim=1).tolist() == [dropped] * len(rates)
+
+
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
 def test_samples_are_dropped_independently_across_paths(sampling):
     """Correlation of two paths' masks, over many draws, is within 5 standard errors of 0."""

@@ -12,7 +12,8 @@ from examples.train_digits import DROP_PATH, EXACT, FROZEN, METHODS, PLAIN
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(train_digits, "MODEL", {"dim": 16, "depth": 4, "heads": 2})
+    monkeypatch.setattr(train_digits, "MODEL", {"dim": 16, "depth": 3, "heads": 2})
+    monkeypatch.setattr(train_digits, "LEARNING_RATE", 5e-3)
     monkeypatch.setattr(train_digits, "COUNTED_STEPS", 40)
 
 
@@ -23,7 +24,7 @@ def test_compares_the_four_methods(mode, tiny, tmp_path, capsys):
     taken = []
     hook = register_optimizer_step_post_hook(lambda *_: taken.append(1))
     try:
-        assert train_digits.main(["--epochs", "3", "--drop-prob", "0.3", "--mode", mode, "--out", str(out)]) == 0
+        assert train_digits.main(["--epochs", "3", "--drop-prob", "0.2", "--mode", mode, "--out", str(out)]) == 0
     finally:
         hook.remove()
 
@@ -44,7 +45,7 @@ def test_compares_the_four_methods(mode, tiny, tmp_path, capsys):
     ratio = {name: method["flops_ratio"] for name, method in methods.items()}
     assert ratio[PLAIN] == 1
     assert ratio[FROZEN] <= ratio[EXACT] < 1
-    assert ratio[DROP_PATH] == pytest.approx(0.7, abs=0.1)
+    assert ratio[DROP_PATH] == pytest.approx(0.8, abs=0.1)
     assert list(tmp_path.iterdir()) == [out], "no temporary file stays"
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*METHODS, "Try next", torch.__version__))
