@@ -1,6 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-export PYTHONPATH := $(CURDIR)
 
 .PHONY: demo test test-all lint bench clean
 
@@ -21,7 +20,6 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step --csv benchmarks/results/step-cpu.csv
 
-# The editable install comes first in PYTHONPATH's place too, so that a clone tests its own files.
 .venv/ready: constraints.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel

@@ -15,6 +15,6 @@ setup(
     install_requires=["torch>=2.10"],
     extras_require={
         "demo": ["rich", "scikit-learn"],
-        "dev": ["hypothesis", "mypy", "numpy", "pytest", "pytest-benchmark", "rich", "ruff", "scikit-learn"],
+        "dev": ["hypothesis", "mypy", "numpy", "pytest", "pytest-benchmark", "rich", "ruff", "scikit-learn", "scipy"],
     },
 )

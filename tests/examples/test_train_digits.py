@@ -51,7 +51,8 @@ def test_compares_the_four_methods(mode, tiny, tmp_path, capsys):
     assert all(name in printed for name in (*METHODS, "Try next", torch.__version__))
 
 
-def test_stops_between_the_iterations_of_a_pair(tiny, tmp_path):
+def test_stops_between_the_iterations_of_a_pair(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_digits, "COUNTED_STEPS", 2)
     out = tmp_path / "digits.json"
     assert train_digits.main(["--epochs", "0.05", "--drop-prob", "1", "--out", str(out)]) == 0
     methods = json.loads(out.read_text())["methods"]
