@@ -11,6 +11,7 @@ test: .venv/ready lint
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest -m slow
+	RDP_EXAMPLES=60 $(BIN)/python -m pytest tests/test_exactness.py -k equals_the_textbook
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -264,11 +264,13 @@ def measure(config: Config, mode: str, drop_prob: float) -> list[dict]:
 
 
 def machine() -> dict[str, str | int]:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line for line in lines if line.startswith("model name")), "")
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     return {
         "device": cpu.partition(":")[2].strip() or platform.processor(),
-        "cores": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip(),
         "date": datetime.date.today().isoformat(),

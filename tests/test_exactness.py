@@ -1,6 +1,7 @@
 """Skipping is exact: outputs and every gradient equal the textbook computation in float64, for any plan."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def check_iteration(net, x, iteration, weights):
             assert torch.equal(buffer, buffers[name]), f"{name} moved"
 
 
-@settings(max_examples=6)
+@settings(max_examples=int(os.environ.get("RDP_EXAMPLES", "6")))  # `make test-all` asks for more
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 13), p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
 @pytest.mark.parametrize("train_rest", [False, True], ids=["", "train_rest"])
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
