@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from ._checks import check_residual_add, check_stream
 from ._device import to_device
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay
 from .ops.gather_rows import fork_rows
-from .plan import kept_scale
+from .plan import drop_path_rates, kept_scale
 from .reference import compute_dtype
 
 if TYPE_CHECKING:
@@ -122,6 +122,37 @@ class Path:
 
     def __repr__(self) -> str:
         return f"Path({self.index}, {self.name!r}, drop_prob={self.drop_prob:g})"
+
+
+def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str = "constant") -> list[Path]:
+    """The paths of `model` in registration order; `drop_prob` None keeps each its own.
+
+    Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
+    path that has a scheme.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    owners = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "slot", None), PathSlot)}
+    if not owners:
+        raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
+    outer: str | None = None
+    for name, owner in owners.items():
+        if owner.slot.scheme is not None:
+            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
+        if outer is not None and name.startswith(outer):
+            raise ValueError(f"path {name!r} lies inside path {outer[:-1]!r}: nested paths can't be planned apart")
+        outer = f"{name}." if name else ""
+    rates: list[float | None] = [None] * len(owners)
+    if drop_prob is not None:
+        rates = [*drop_path_rates(drop_prob, len(owners), schedule)]
+    return [Path(index, name, owners[name], rate) for index, (name, rate) in enumerate(zip(owners, rates, strict=True))]
+
+
+def refuse_batch_norm(paths: Iterable[Path]) -> None:
+    """Raises `ValueError` where freezing single samples of a path is not exact."""
+    for path in paths:
+        if path.module.mode == "sample" and batch_norms_of(path.module):
+            raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
 
 
 def run_path(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:

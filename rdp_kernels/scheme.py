@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._checks import check_bool, check_choice, check_count, check_probability
 from .alternate import Alternation
 from .iteration import Iteration, Rules
-from .paths import ROWS_OF_BATCH_NORM, Decision, Path, PathSlot, batch_norms_of
+from .paths import Decision, Path, find_paths, refuse_batch_norm
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -22,7 +22,6 @@ from .plan import (
     PathPlan,
     draw_block_keep,
     draw_sample_keep,
-    drop_path_rates,
     plan_generator,
 )
 from .rest import Rest
@@ -85,9 +84,9 @@ class ResidualDropPath:
             check_bool("train_rest", train_rest),
             check_bool("freeze_bn", freeze_bn),
         )
-        self.paths = _find_paths(model, drop_prob, schedule)
+        self.paths = find_paths(model, drop_prob, schedule)
         if mode == "sample" and freeze != "none":
-            _refuse_batch_norm(self.paths)
+            refuse_batch_norm(self.paths)
         self._drawn = 0
         self._completed = dict.fromkeys(PHASES, 0)
         self._pending: Iteration | None = None  # a finished drop iteration whose complement is to learn
@@ -381,44 +380,15 @@ class ResidualDropPath:
                 )
 
     def _draw(self, forwards: tuple[int, ...]) -> PathPlan:
-        drop_probs = [path.drop_prob for path in self.paths]
-        rank = _rank() if self.mode == "sample" else 0
-        generator = plan_generator(self.seed, self._drawn, rank)
+        generator = plan_generator(self.seed, self._drawn, _rank() if self.mode == "sample" else 0)
         self._drawn += 1
+        drop_probs = [path.drop_prob for path in self.paths]
         if self.mode == "block":
             return PathPlan(draw_block_keep(drop_probs, self.sampling, generator), drop_probs, "block")
-        keep = torch.cat([draw_sample_keep(drop_probs, size, self.sampling, generator) for size in forwards], dim=1)
         whole = [path.index for path in self.paths if path.module.mode == "block"]
-        if whole:
-            keep[whole] = draw_block_keep([drop_probs[i] for i in whole], self.sampling, generator)[:, None]
+        keep = torch.cat([draw_sample_keep(drop_probs, size, self.sampling, generator) for size in forwards], dim=1)
+        keep[whole] = draw_block_keep([drop_probs[path] for path in whole], self.sampling, generator)[:, None]
         return PathPlan(keep, drop_probs, "sample")
-
-
-def _find_paths(model: nn.Module, drop_prob: float | None, schedule: str) -> list[Path]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    owners = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "slot", None), PathSlot)}
-    if not owners:
-        raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
-    rates: Sequence[float | None] = [None] * len(owners)
-    if drop_prob is not None:
-        rates = drop_path_rates(drop_prob, len(owners), schedule)
-    outer = ""
-    for name, owner in owners.items():
-        if owner.slot.scheme is not None:
-            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
-        if outer and name.startswith(outer):
-            raise ValueError(f"path {name!r} lies inside path {outer[:-1]!r}: nested paths can't be planned apart")
-        outer = f"{name}." if name else ""
-    return [
-        Path(i, name, owner, rate) for i, ((name, owner), rate) in enumerate(zip(owners.items(), rates, strict=True))
-    ]
-
-
-def _refuse_batch_norm(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.module.mode == "sample" and batch_norms_of(path.module):
-            raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
 
 
 def _forwards(batch_size: int | Sequence[int]) -> tuple[int, ...]:
