@@ -284,6 +284,8 @@ class ResidualDropPath:
                     "batch_size must be given in sample mode: the number of samples, or one for each forward"
                 )
             forwards = () if plan.batch_size is None else (plan.batch_size,)
+        if self.mode == "sample" and not forwards:
+            raise ValueError("batch_size must have an entry for each forward, got none")
         if plan is None:
             plan = self._draw(forwards)
         else:
@@ -314,7 +316,6 @@ class ResidualDropPath:
             raise
         if self._open is iteration:
             self._close(completed=True)
-            iteration.check_complete()
 
     def _open_next(self) -> None:
         self._begin(self._drop(None, None) if self._pending is None else self._reuse())
@@ -332,6 +333,7 @@ class ResidualDropPath:
         self._rest.release()
         self._closed.append(iteration)
         if completed:
+            iteration.check_complete()
             self._completed[iteration.phase] += 1
             if iteration.phase == "drop" and self._can_learn(iteration.plan):
                 self._pending = iteration

@@ -200,7 +200,7 @@ class TestSeveralForwards:
             scheme.drop_iteration([4, 5]),
         ):
             net(torch.randn(4, 3))
-        assert scheme.phase is None
+        assert (scheme.phase, scheme.reuse_pending) == (None, False)
 
     def test_a_path_in_block_mode_is_decided_for_the_whole_batch_in_sample_mode(self):
         """Its rows are windows: k rows a sample."""
@@ -470,6 +470,7 @@ def batch_norm_net(**options):
         (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations()), ValueError, "batch_size must be given"),
         (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations(-1)), ValueError, "batch_size must be at least 0"),
         (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations([2, 0.5])), TypeError, r"batch_size\[1\]"),
+        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations([])), ValueError, "batch_size must have an entry"),
         (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=[True])), TypeError, "plan must be a PathPlan, got list"),
         (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=block_plan(True))), ValueError, "plan must be .* 4 paths.* with 1"),
         (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=sample_plan([[True]] * 4))), ValueError, "mode 'block'.*mode 'sample'"),
