@@ -250,6 +250,16 @@ def test_compiled_branches(freeze):
     assert counts[-1] <= 4 * 6
 
 
+def test_a_model_with_a_scheme_compiles_and_exports_whole_in_eval():
+    torch._dynamo.reset()
+    net, x = Net().eval(), torch.randn(2, 3, dtype=torch.float64)
+    scheme = rdp.ResidualDropPath(net, 0.5)
+    expected = net(x)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
+    assert scheme.phase is None
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor():
     """Budget: 2 minutes. The real compiler on one branch, learning and frozen, full and on rows."""
