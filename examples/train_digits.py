@@ -154,7 +154,7 @@ def compare(seed: int, digits: Digits, args: argparse.Namespace, steps: int, pro
     torch.manual_seed(seed)  # drop-path's draws, here and in count_flops
     built = {method: build(method, weights, args, seed) for method in METHODS}
     trainings = {method: train(*built[method], digits.batches(seed), steps) for method in METHODS}
-    tasks = {method: progress.add_task(method, total=steps) for method in METHODS}
+    tasks = {method: progress.add_task(short(method), total=steps) for method in METHODS}
     interval = max(1, steps // EVALUATIONS)
     for step in range(1, steps + 1):
         for method, record in records.items():
@@ -162,10 +162,15 @@ def compare(seed: int, digits: Digits, args: argparse.Namespace, steps: int, pro
             if step % interval == 0 or step == steps:
                 point = {"step": step, "loss": statistics.fmean(record.losses[-interval:])}
                 record.curve.append(point | {"accuracy": accuracy(built[method][0], digits)})
-            tested = f", test accuracy {record.curve[-1]['accuracy']:.1%}" if record.curve else ""
+            tested = f", accuracy {record.curve[-1]['accuracy']:.1%}" if record.curve else ""
             loss = statistics.fmean(record.losses[-interval:])
-            progress.update(tasks[method], advance=1, description=f"{method}: loss {loss:.3f}{tested}")
+            progress.update(tasks[method], advance=1, description=f"{short(method)}: loss {loss:.3f}{tested}")
     return records
+
+
+def short(method: str) -> str:
+    """For lines that keep to 80 columns."""
+    return method.split(", ")[-1]
 
 
 def seconds_per_step(records: list[Record]) -> float:
@@ -280,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = max(1, round(args.epochs * digits.batches_per_epoch))
     machine = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     console.print(f"{machine}; {steps} steps of {BATCH_SIZE} images, ViT {MODEL}", highlight=False)
-    columns = (BarColumn(bar_width=16), TimeRemainingColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=10), TimeRemainingColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         runs = [compare(seed, digits, args, steps, progress) for seed in range(args.seeds)]
     summary = summarize(runs)
