@@ -203,7 +203,8 @@ def summarize(runs: list[dict[str, Record]]) -> dict[str, dict]:
 
 def results_table(summary: dict[str, dict], steps: int) -> Table:
     caption = (
-        f"{steps} optimizer steps each. Time: median over two steps in a row (a pair of iterations), halved; methods"
+        f'{steps} optimizer steps each. branch-frozen: ResidualDroppath with freeze="branch". '
+        "Time: median over two steps in a row (a pair of iterations), halved; methods"
         " took turns. FLOPs: matmuls and convolutions, forward and backward, counted by torch's FlopCounterMode in the"
         f" first {COUNTED_STEPS} steps, repeated untimed with the same weights, batches and draws."
     )
@@ -217,7 +218,7 @@ def results_table(summary: dict[str, dict], steps: int) -> Table:
         spread = "" if result["accuracy_sd"] is None else f" ± {100 * result['accuracy_sd']:.2f}"
         flops = f"{result['flops_per_step'] / 1e6:,.0f}", f"{result['flops_ratio']:.2f}"
         duration = f"{result['ms_per_step']:.1f}", f"{result['time_ratio']:.2f}"
-        table.add_row(method, f"{100 * result['accuracy_mean']:.2f}{spread} %", *duration, *flops)
+        table.add_row(short(method), f"{100 * result['accuracy_mean']:.2f}{spread} %", *duration, *flops)
     return table
 
 
