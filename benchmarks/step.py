@@ -319,7 +319,8 @@ def main() -> None:
     for mode in MODES:
         for drop_prob in PROBS[-1:] if options.quick else PROBS:
             rows += [facts | row for row in measure(config, mode, drop_prob)]
-    console.print(table_of(rows, "A pair of steps: forward, backward, AdamW"), *targets_of(rows), sep="\n")
+    verdicts = [] if options.quick else targets_of(rows)
+    console.print(table_of(rows, "A pair of steps: forward, backward, AdamW"), *verdicts, sep="\n")
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
