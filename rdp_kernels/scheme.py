@@ -145,7 +145,7 @@ class ResidualDropPath:
             yield iteration.plan
 
     def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[str]:
-        """Yields `"drop"`, then `"reuse"` if anything was dropped: the body of the loop is written once.
+        """Yields `"drop"`, then `"reuse"` if anything was dropped that can learn: the loop's body is written once.
 
         Arguments as in `drop_iteration`. Where a reuse iteration is pending, after `load_state_dict` for example, it is
         the only one. Leaving the loop early (break or an exception) abandons the pair.
