@@ -91,10 +91,11 @@ class Iteration:
         """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them, and where
         paths that learn ran without grad only, among others that ran with it."""
         learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
-        lost = [i for i in sorted(self._without_grad - self._with_grad) if learns[i]]
+        ran_without = [self.paths[i] for i in sorted(self._without_grad - self._with_grad) if learns[i]]
+        lost = [path for path in ran_without if any(p.requires_grad for p in path.parameters())]
         if lost and self._with_grad:
             raise RuntimeError(
-                f"path {self.paths[lost[0]].name!r} learns in this reuse iteration, but ran without grad only: "
+                f"path {lost[0].name!r} learns in this reuse iteration, but ran without grad only: "
                 "reentrant checkpointing gives no gradient where its input requires none, and the frozen rest's output "
                 "requires none. Use use_reentrant=False, or let the rest learn with train_rest=True"
             )
@@ -146,3 +147,22 @@ class Iteration:
             order = (~learns).to(torch.uint8).argsort(dim=1, stable=True)
             self._orders[key] = to_device(order, device)
         return self._orders[key]
+
+
+def check_plan(plan: object, paths: Sequence[Path], mode: str, forwards: tuple[int, ...], rules: Rules) -> None:
+    """Raises `TypeError` or `ValueError` where `plan` can't be carried out on `paths`."""
+    if not isinstance(plan, PathPlan):
+        raise TypeError(f"plan must be a PathPlan, got {type(plan).__name__}")
+    if (plan.mode, plan.num_paths) != (mode, len(paths)):
+        raise ValueError(
+            f"plan must be of mode {mode!r} with {len(paths)} paths, got mode {plan.mode!r} with {plan.num_paths}"
+        )
+    if mode == "sample" and sum(forwards) != plan.batch_size:
+        raise ValueError(f"plan must be for batch_size {list(forwards)}, got one for {plan.batch_size} samples")
+    for path, keep, drop_prob in zip(paths, plan.keep, plan.drop_probs, strict=True):
+        if rules.scale_by_keep and drop_prob == 1 and keep.any():
+            raise ValueError(f"plan keeps path {path.name!r} at drop_prob 1, where its scale 1 / (1 − p) is infinite")
+        if path.module.mode == "block" and keep.any() and not keep.all():
+            raise ValueError(
+                f"plan mixes samples for path {path.name!r}, which mode='block' decides for the whole batch"
+            )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import check_bool, check_choice, check_count, check_probability
 from .alternate import Alternation
-from .iteration import Iteration, Rules
+from .iteration import Iteration, Rules, check_plan
 from .paths import Decision, Path, find_paths, refuse_batch_norm
 from .plan import (
     MODES,
@@ -101,6 +101,14 @@ class ResidualDropPath:
         for path in self.paths:
             path.module.slot.bind(self, path.index)
         self._remover = weakref.finalize(self, _remove, self.paths, self._rest)
+
+    def __repr__(self) -> str:
+        drop_probs = {path.drop_prob for path in self.paths}
+        rates = "–".join(f"{p:g}" for p in sorted({min(drop_probs), max(drop_probs)}))
+        return (
+            f"ResidualDropPath({len(self.paths)} paths, drop_prob={rates}, mode={self.mode!r}, freeze={self.freeze!r}, "
+            f"sampling={self.sampling!r}, seed={self.seed}, phase={self.phase!r})"
+        )
 
     @property
     def plan(self) -> PathPlan | None:
@@ -238,7 +246,7 @@ class ResidualDropPath:
                 f"state must be of mode {self.mode!r} with {len(self.paths)} paths, got mode {mode!r} with {num_paths}"
             )
         if plan is not None:
-            self._check_plan(plan, forwards)
+            check_plan(plan, self.paths, self.mode, forwards, self._rules)
         if self._open is not None:
             self._close(completed=False)
         self.seed, self._drawn, self._completed = seed, drawn, completed
@@ -289,7 +297,7 @@ class ResidualDropPath:
         if plan is None:
             plan = self._draw(forwards)
         else:
-            self._check_plan(plan, forwards)
+            check_plan(plan, self.paths, self.mode, forwards, self._rules)
         return self._iteration("drop", plan, forwards)
 
     def _reuse(self) -> Iteration:
@@ -360,26 +368,6 @@ class ResidualDropPath:
             raise RuntimeError(
                 f"a {self.phase} iteration is open, and iterations don't nest: leave it, or call reset()"
             )
-
-    def _check_plan(self, plan: object, forwards: tuple[int, ...]) -> None:
-        if not isinstance(plan, PathPlan):
-            raise TypeError(f"plan must be a PathPlan, got {type(plan).__name__}")
-        if (plan.mode, plan.num_paths) != (self.mode, len(self.paths)):
-            raise ValueError(
-                f"plan must be of mode {self.mode!r} with {len(self.paths)} paths, "
-                f"got mode {plan.mode!r} with {plan.num_paths}"
-            )
-        if self.mode == "sample" and sum(forwards) != plan.batch_size:
-            raise ValueError(f"plan must be for batch_size {list(forwards)}, got one for {plan.batch_size} samples")
-        for path, keep, drop_prob in zip(self.paths, plan.keep, plan.drop_probs, strict=True):
-            if self._rules.scale_by_keep and drop_prob == 1 and keep.any():
-                raise ValueError(
-                    f"plan keeps path {path.name!r} at drop_prob 1, where its scale 1 / (1 − p) is infinite"
-                )
-            if path.module.mode == "block" and keep.any() and not keep.all():
-                raise ValueError(
-                    f"plan mixes samples for path {path.name!r}, which mode='block' decides for the whole batch"
-                )
 
     def _draw(self, forwards: tuple[int, ...]) -> PathPlan:
         generator = plan_generator(self.seed, self._drawn, _rank() if self.mode == "sample" else 0)

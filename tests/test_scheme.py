@@ -536,6 +536,14 @@ class TestState:
         scheme.load_state_dict(torch.load(tmp_path / "scheme.pt", weights_only=True))
 
 
+def test_repr_says_what_it_does():
+    scheme = rdp.ResidualDropPath(Net(3), 0.4, schedule="linear", seed=7)
+    assert repr(scheme) == (
+        "ResidualDropPath(3 paths, drop_prob=0–0.4, mode='block', freeze='parameters', sampling='bernoulli', "
+        "seed=7, phase=None)"
+    )
+
+
 def test_no_warnings_and_no_growth():
     """A thousand pairs leave nothing behind but the few iterations that checkpointing may ask for."""
     scheme = rdp.ResidualDropPath(Net(), 0.5)

@@ -128,6 +128,18 @@ def test_reentrant_checkpointing_that_loses_a_gradient_is_refused():
     assert scheme.phase is None
 
 
+def test_a_path_that_the_user_froze_may_run_without_grad():
+    net = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(4, 4)) for _ in range(2)))
+    net[0].requires_grad_(False)
+    scheme = rdp.ResidualDropPath(net, 1.0, train_rest=True)
+    x = torch.randn(2, 4, requires_grad=True)
+    for _ in scheme.iterations():
+        with torch.no_grad():
+            features = net[0](x)
+        net[1](features + x).sum().backward()
+    assert net[1].fn.weight.grad is not None
+
+
 @pytest.mark.parametrize("mode", ["block", "sample"])
 def test_gradient_accumulation(mode):
     """Micro-batches in one iteration add up to the gradients of the joined batch."""
