@@ -100,6 +100,24 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
         branch(x, 1.0)
 
 
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+def test_per_sample_arguments_follow_learning_and_frozen_rows(freeze):
+    branch = rdp.ResidualBranch(Recorder(), per_sample=["bias"])
+    net = rdp.ResidualSequence(branch)
+    scheme = rdp.ResidualDropPath(net, mode="sample", freeze=freeze)
+    keep = torch.tensor([[True, False, False, True, True]])
+    x, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    for phase in scheme.iterations(plan=rdp.PathPlan(keep, [0.5], "sample")):
+        out = net(x, bias=bias)
+        out.sum().backward()
+    assert phase == "reuse"
+    torch.testing.assert_close(out, 2 * x + bias)
+    kept, dropped = [0, 3, 4], [1, 2]
+    assert all(
+        torch.equal(call[1], bias[rows]) for call, rows in zip(branch.fn.calls, (kept, kept, dropped), strict=True)
+    )
+
+
 def test_sequence():
     branches = [rdp.ResidualBranch(Recorder(), norm=nn.LayerNorm(3)) for _ in range(3)]
     sequence, x, bias = rdp.ResidualSequence(*branches), torch.randn(2, 3), torch.randn(2, 3)
