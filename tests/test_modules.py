@@ -107,10 +107,9 @@ def test_per_sample_arguments_follow_learning_and_frozen_rows(freeze):
     scheme = rdp.ResidualDropPath(net, mode="sample", freeze=freeze)
     keep = torch.tensor([[True, False, False, True, True]])
     x, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
-    for phase in scheme.iterations(plan=rdp.PathPlan(keep, [0.5], "sample")):
+    for _ in scheme.iterations(plan=rdp.PathPlan(keep, [0.5], "sample")):
         out = net(x, bias=bias)
         out.sum().backward()
-    assert phase == "reuse"
     torch.testing.assert_close(out, 2 * x + bias)
     kept, dropped = [0, 3, 4], [1, 2]
     assert all(
