@@ -1,7 +1,8 @@
-"""The FLOPs that an iteration needs: what no implementation can leave out, from a count of each part of the network.
+"""The FLOPs that an iteration needs, from a count of each part of the network.
 
 Matmuls and convolutions count, as in `torch.utils.flop_counter`. A branch that runs costs its forward; the gradient
 towards its input (dgrad) only where something before it learns; towards its weights (wgrad) only where they learn.
+Whether something before it learns is asked of the whole batch, in sample mode too.
 """
 
 from __future__ import annotations

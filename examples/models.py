@@ -103,7 +103,7 @@ class ResNet(ResidualClassifier):
         channels: int = 1,
         classes: int = 10,
         widths: tuple[int, ...] = (16, 32, 64),
-        blocks: int = 3,
+        blocks: int = 4,
         drop_prob: float = 0.0,
     ):
         super().__init__()
@@ -175,7 +175,7 @@ def masked_forward(model: ResidualClassifier, images: Tensor, keep: Tensor, drop
         update = path.fn(x if path.norm is None else path.norm(x))
         if path.gamma is not None:
             update = update * path.gamma.view([-1 if d == path.channel_dim % x.dim() else 1 for d in range(x.dim())])
-        mask = kept.to(update.dtype).expand(len(x)).view(-1, *[1] * (update.dim() - 1)) / (1 - drop_prob)
+        mask = kept.to(update).expand(len(x)).view(-1, *[1] * (update.dim() - 1)) / (1 - drop_prob)
         x = (x if path.shortcut is None else path.shortcut(x)) + update * mask
         x = x.relu() if path.activation == "relu" else x
     return model.classify(x)

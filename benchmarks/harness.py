@@ -1,0 +1,232 @@
+"""Measures cases: several providers of the same work, verified first and then timed in turn.
+
+    session = Session(Device.of("cpu"), turns=12)
+    for case in cases:
+        session.measure(case)
+    session.rows
+
+Nothing is timed before every provider of its case has passed its check. A round gives each provider one turn, so that
+a busy machine slows all of them, in an order that changes from round to round. Counting FLOPs warms up.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .machine import Device, facts
+
+Row = dict[str, Any]
+"""One provider of one case: a line of the CSV. A value that there isn't is None."""
+
+
+class CheckFailed(Exception):
+    """A provider doesn't do what it says; nothing of its case is timed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The largest `error` against the float64 reference, and the `bound` that it must keep to."""
+
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # NaN fails this
+
+
+def _never(*_: object) -> Any:
+    raise AssertionError("an unavailable provider is neither verified nor run")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a case.
+
+    Args:
+        run: `run(turn)` is what is timed; turns count from 0 for every provider, and equal turns mean equal inputs.
+        verify: compares with the float64 reference.
+        needed_flop: of a turn (the mean over all of them): what no implementation of this work can leave out.
+        needed_bytes: likewise, read from and written to memory.
+        minimal: it claims to do the needed FLOPs and no more, which is checked over all turns. Others do the same
+            FLOPs in each turn, and those of the first are counted.
+        unavailable: why it can't run here.
+    """
+
+    name: str
+    run: Callable[[int], object]
+    verify: Callable[[], Check]
+    needed_flop: float | None = None
+    needed_bytes: float | None = None
+    minimal: bool = False
+    unavailable: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimal and not self.needed_flop:
+            raise ValueError(f"needed_flop must be given for the minimal provider {self.name!r}")
+
+    @classmethod
+    def missing(cls, name: str, reason: str) -> Provider:
+        """A provider that can't run here: its row says why."""
+        return cls(name, _never, _never, unavailable=reason)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that several providers do.
+
+    Args:
+        labels: what tells its rows from other cases', for example model, mode and p.
+        unit: what one turn is.
+        baseline: the provider that ratios refer to.
+    """
+
+    labels: dict[str, Any]
+    unit: str
+    baseline: str
+    providers: list[Provider]
+
+    def __post_init__(self) -> None:
+        names = [provider.name for provider in self.available]
+        if self.baseline not in names:
+            raise ValueError(f"baseline must be one of the available providers {names}, got {self.baseline!r}")
+
+    @property
+    def available(self) -> list[Provider]:
+        return [provider for provider in self.providers if provider.unavailable is None]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.labels.items())
+
+    def verify(self) -> Check:
+        """The check that comes closest to its bound. Raises `CheckFailed` for one that doesn't pass."""
+        checks = []
+        for provider in self.available:
+            check = provider.verify()
+            if not check.passed:
+                raise CheckFailed(
+                    f"{self}: {provider.name!r} differs from the float64 reference by {check.error:.1e}, "
+                    f"its bound is {check.bound:.1e}"
+                )
+            checks.append(check)
+        return max(checks, key=lambda check: check.error / check.bound)
+
+    def count_flop(self, turns: int) -> dict[str, float]:
+        """Mean FLOPs of each provider's turns. Raises `CheckFailed` where a minimal provider does not do its own."""
+        counted = {}
+        for provider in self.available:
+            counts = [_count(provider, turn) for turn in range(turns if provider.minimal else 1)]
+            counted[provider.name] = statistics.mean(counts)
+            needed = provider.needed_flop
+            if provider.minimal and not abs(counted[provider.name] - needed) <= 1e-9 * needed:
+                raise CheckFailed(
+                    f"{self}: {provider.name!r} does {counted[provider.name]:.10g} FLOPs, it needs {needed:.10g}"
+                )
+        return counted
+
+
+class Session:
+    """Measures cases on one device and collects their `rows`.
+
+    Args:
+        turns: of each provider of a case.
+        on_round: called after every round.
+    """
+
+    def __init__(self, device: Device, turns: int, on_round: Callable[[], object] = lambda: None):
+        self.device, self.turns, self.on_round = device, turns, on_round
+        self._facts, self._ceilings = facts(device), device.ceilings()
+        self._rows: list[Row] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """All of them against the same ceilings: the highest that were seen."""
+        return [self._facts | row | self._shares(row) for row in self._rows]
+
+    def measure(self, case: Case) -> None:
+        """Verifies, counts and times `case`. Interrupted while it times, it keeps the complete rounds."""
+        case.verify()
+        self._ceilings = self._ceilings.or_higher(self.device.ceilings())  # other programs may have lowered the last
+        counted = case.count_flop(self.turns)
+        rounds: list[dict[str, float]] = []
+        try:
+            for turn in range(self.turns):
+                rounds.append(self._round(case, turn))
+                self.on_round()
+        finally:
+            if rounds:
+                self._rows += [self._row(case, provider, rounds, counted) for provider in case.providers]
+
+    def _round(self, case: Case, turn: int) -> dict[str, float]:
+        """Milliseconds of one turn of each provider."""
+        return {
+            provider.name: self.device.milliseconds(lambda provider=provider: provider.run(turn))
+            for provider in turn_order(case.available, turn)
+        }
+
+    def _row(self, case: Case, provider: Provider, rounds: list[dict[str, float]], counted: dict[str, float]) -> Row:
+        base = next(p for p in case.providers if p.name == case.baseline)
+        row = {"unit": case.unit} | case.labels | {"provider": provider.name}
+        times, base_times = ([a_round.get(name) for a_round in rounds] for name in (provider.name, base.name))
+        measured = provider.unavailable is None
+        row |= {"turns": len(rounds) if measured else 0}
+        row |= summary(times, base_times) if measured else dict.fromkeys(SUMMARY)
+        flop = counted.get(provider.name)
+        return row | {
+            "needed_gflop": scaled(provider.needed_flop, 1e-9),
+            "counted_gflop": scaled(flop, 1e-9),
+            "needed_gb": scaled(provider.needed_bytes, 1e-9),
+            "needed_ratio": quotient(provider.needed_flop, base.needed_flop),
+            "counted_ratio": quotient(flop, counted[base.name]),
+            "unavailable": provider.unavailable or "",
+        }
+
+    def _shares(self, row: Row) -> Row:
+        """The ceilings, and what share of them the median turn reaches with what it needs."""
+        gflops, gbs = self._ceilings.flops / 1e9, self._ceilings.bytes / 1e9
+        return {
+            "ceiling_gflops": gflops,
+            "ceiling_gbs": gbs,
+            "flop_share": quotient(scaled(row["needed_gflop"], 1e3 / gflops), row["p50_ms"]),
+            "byte_share": quotient(scaled(row["needed_gb"], 1e3 / gbs), row["p50_ms"]),
+        }
+
+
+def turn_order(providers: list[Provider], turn: int) -> list[Provider]:
+    """A rotation by one each round, backwards every other round: no provider always follows the same one."""
+    start = turn % len(providers)
+    order = providers[start:] + providers[:start]
+    return order[::-1] if turn % 2 else order
+
+
+SUMMARY = ("min_ms", "p20_ms", "p50_ms", "p80_ms", "ratio_p50", "ratio_min", "ratio_rounds")
+
+
+def summary(times: list[float], base_times: list[float]) -> dict[str, float]:
+    """Of a provider's turns. `ratio_rounds`, the median of each round's ratio to the baseline, is the steadiest ratio
+    on a machine whose speed drifts."""
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    ratio_rounds = statistics.median(mine / base for mine, base in zip(times, base_times, strict=True))
+    ratios = (p50 / statistics.median(base_times), min(times) / min(base_times), ratio_rounds)
+    return dict(zip(SUMMARY, (min(times), p20, p50, p80, *ratios), strict=True))
+
+
+def scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def quotient(value: float | None, by: float | None) -> float | None:
+    """None where either is unknown, or `by` is 0."""
+    return value / by if value is not None and by else None
+
+
+def _count(provider: Provider, turn: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        provider.run(turn)
+    return counter.get_total_flops()

@@ -1,0 +1,136 @@
+"""The machine that is measured: its name, its clock, and the ceilings that no program on it exceeds."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MATMUL_SIZES = (512, 1024, 2048)
+CEILING_REPEATS = 5
+CACHE_IF_UNKNOWN = 64 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where cases run and how they are timed.
+
+    Args:
+        cache_bytes: of the last-level cache, L2 on a GPU.
+        clock: seconds; a GPU is timed by events instead, on its own clock.
+    """
+
+    device: torch.device
+    name: str
+    cache_bytes: int
+    clock: Callable[[], float] = time.perf_counter
+
+    @classmethod
+    def of(cls, kind: str) -> Device:
+        """`kind` is `"cpu"` or `"cuda"`."""
+        if kind == "cpu":
+            return cls(torch.device("cpu"), _cpu_name(), _cpu_cache_bytes())
+        properties = torch.cuda.get_device_properties(kind)
+        return cls(torch.device(kind), properties.name, properties.L2_cache_size)
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """How long `run()` takes; on a GPU until the device has finished."""
+        if self.device.type == "cpu":
+            start = self.clock()
+            run()
+            return 1e3 * (self.clock() - start)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def input_sets(self, bytes_of_one: int) -> int:
+        """How many sets of inputs a provider cycles through so that it finds none in the cache: together they exceed
+        twice its size."""
+        return 2 * self.cache_bytes // max(bytes_of_one, 1) + 1
+
+    def ceilings(self) -> Ceilings:
+        """Measures them: about a second on two cores."""
+        return Ceilings(max(self._matmul_flops(size) for size in MATMUL_SIZES), self._copy_bytes())
+
+    def _matmul_flops(self, size: int) -> float:
+        a, b = torch.randn(2, size, size, device=self.device)
+        return 2 * size**3 / self._best_seconds(lambda: a @ b)
+
+    def _copy_bytes(self) -> float:
+        source = torch.zeros(4 * self.cache_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self._best_seconds(lambda: target.copy_(source))
+
+    def _best_seconds(self, run: Callable[[], object]) -> float:
+        run()  # the first call allocates
+        return min(self.milliseconds(run) for _ in range(CEILING_REPEATS)) / 1e3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """float32 matmul FLOP/s, and bytes/s of a copy larger than the cache (read and written)."""
+
+    flops: float
+    bytes: float
+
+    def or_higher(self, other: Ceilings) -> Ceilings:
+        return Ceilings(max(self.flops, other.flops), max(self.bytes, other.bytes))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For tensors so small that a second thread only waits, on a busy machine for very long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def facts(device: Device) -> dict[str, str | int]:
+    """What a row says of the machine and the versions."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "device": device.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
+
+
+def _cpu_cache_bytes() -> int:
+    """The largest cache that Linux lists for the first core."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kibibytes = [int(text[:-1]) for text in (size.read_text().strip() for size in sizes) if text.endswith("K")]
+    return max(kibibytes, default=0) << 10 or CACHE_IF_UNKNOWN

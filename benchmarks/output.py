@@ -1,0 +1,58 @@
+"""Files that rows are written to: checked before anything is measured, and replaced in one step."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+Rows = list[dict[str, object]]
+DIGITS = 6  # significant ones of a number: timing has fewer
+
+
+def writable(text: str) -> Path:
+    """An argparse type: a path that can be written. What is there stays as it is."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a directory")
+        temporary = _temporary(path)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't write {text}: {error.strerror}") from None
+    return path
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """A line a row; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_rounded(rows))
+    replace(path, text.getvalue())
+
+
+def write_json(path: Path, rows: Rows) -> None:
+    replace(path, json.dumps(_rounded(rows), indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """`path` holds either what it held or all of `text`, whatever happens in between."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")  # beside it: os.replace works within one file system
+
+
+def _rounded(rows: Rows) -> Rows:
+    return [{k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]

@@ -1,0 +1,51 @@
+"""The step cases under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+
+On tiny networks, to compare commits; `RDP_BENCH=full` takes those of the README. pytest-benchmark times one provider
+after the other, so that on a noisy machine `python -m benchmarks step`, which lets them take turns, is the steadier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+
+import pytest
+
+from .cases import MODELS, MODES, PROBS, step_case
+from .harness import Case
+from .machine import Device, facts, one_thread
+from .pairs import TRAINERS
+
+SIZE = os.environ.get("RDP_BENCH", "quick")
+TURNS = {"quick": 3, "full": 12}[SIZE]
+CASES = list(itertools.product(MODELS, MODES, PROBS if SIZE == "full" else PROBS[-1:]))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    with one_thread() if SIZE == "quick" else contextlib.nullcontext():
+        yield
+
+
+@functools.lru_cache(maxsize=1)  # the providers of a case follow each other; only its networks stay in memory
+def verified(model: str, mode: str, drop_prob: float) -> Case:
+    case = step_case(SIZE, model, mode, drop_prob, TURNS)
+    case.verify()
+    case.count_flop(TURNS)
+    return case
+
+
+@pytest.mark.parametrize("name", [trainer.name for trainer in TRAINERS])
+@pytest.mark.parametrize("choice", CASES, ids=lambda choice: "-".join(map(str, choice)))
+def test_step(benchmark, choice, name):
+    case = verified(*choice)
+    provider = next(p for p in case.providers if p.name == name)
+    if provider.unavailable is not None:
+        pytest.skip(provider.unavailable)
+    benchmark.group = str(case)
+    needed = {"needed_gflop": provider.needed_flop / 1e9}
+    benchmark.extra_info |= facts(Device.of("cpu")) | case.labels | {"provider": name} | needed
+    turns = itertools.count()
+    benchmark.pedantic(provider.run, setup=lambda: ((next(turns),), {}), rounds=TURNS)

@@ -1,0 +1,74 @@
+"""What a trained network is like: what removing branches does to it, and how similar its layers are."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from examples.digits.data import Digits
+from examples.models import ResidualClassifier
+
+REMOVALS = 12  # random choices of removed branches that an accuracy is averaged over
+
+
+def removal_counts(paths: int) -> list[int]:
+    """1, 2 and a quarter of the branches."""
+    return sorted({count for count in (1, 2, round(paths / 4)) if 0 < count < paths})
+
+
+@torch.no_grad()
+def accuracy_without(model: ResidualClassifier, digits: Digits, count: int) -> float:
+    """Mean test accuracy with `count` branches removed, over the same random choices for every network.
+
+    All choices where there are no more than `REMOVALS` of them. What is left is run as at inference, nothing rescaled.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(count)
+    choices = list(itertools.combinations(range(len(model.paths)), count))
+    picked = torch.randperm(len(choices), generator=generator)[:REMOVALS].tolist()
+    logits = [logits_without(model, digits.test_images, choices[i]) for i in picked]
+    model.train()
+    return (torch.stack(logits).argmax(dim=-1) == digits.test_labels).double().mean().item()
+
+
+def logits_without(model: ResidualClassifier, images: Tensor, removed: tuple[int, ...]) -> Tensor:
+    """`model(images)` without the branches of the paths `removed`: their shortcut and activation stay."""
+    x = model.embed(images)
+    for index, path in enumerate(model.paths):
+        if index not in removed:
+            x = path(x)
+        elif path.shortcut is not None or path.activation is not None:
+            x = x if path.shortcut is None else path.shortcut(x)
+            x = x.relu() if path.activation == "relu" else x
+    return model.classify(x)
+
+
+@torch.no_grad()
+def layer_similarity(model: ResidualClassifier, images: Tensor) -> list[list[float]]:
+    """Linear CKA (Kornblith et al., arXiv 1905.00414) between states of the residual stream: row 0 is the embedding,
+    row l the output of path l. 1 is equal up to rotation and scale."""
+    model.eval()
+    states = [model.embed(images)]
+    for path in model.paths:
+        states.append(path(states[-1]))
+    model.train()
+    grams = []
+    for state in states:
+        features = state.flatten(1).double()
+        features = features - features.mean(dim=0)
+        gram = (features @ features.T).flatten()
+        grams.append(gram / gram.norm().clamp_min(1e-300))  # 0 to all others where the state is constant
+    joined = torch.stack(grams)
+    return (joined @ joined.T).tolist()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of every parameter and buffer, to the bit."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8 × 8 pixels in ten classes, which come with the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images `[N, 1, 8, 8]` in [−1, 1] and labels `[N]`."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, device: torch.device, validate: bool = False) -> Digits:
+        """A quarter is the test set; with `validate` it is left out, and a quarter of the rest stands in for it."""
+        pixels, labels = load_digits(return_X_y=True)
+        images = (pixels.reshape(-1, 1, 8, 8) / 8 - 1).astype("float32")
+        for _ in range(1 + validate):
+            parts = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+            images, _, labels, _ = parts
+        train_images, test_images, train_labels, test_labels = (torch.from_numpy(part).to(device) for part in parts)
+        return cls(train_images, train_labels, test_images, test_labels)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.train_images) // BATCH_SIZE
+
+    def batch(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
+        """Batch `number` = 0, 1, ... of the endless shuffled sequence of `seed`: a pure function, so easy to resume."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        generator = torch.Generator().manual_seed((seed << 32) + epoch)
+        order = torch.randperm(len(self.train_images), generator=generator)
+        rows = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE].to(self.train_images.device)
+        return self.train_images[rows], self.train_labels[rows]

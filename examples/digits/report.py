@@ -1,0 +1,173 @@
+"""The files of a report, made from the finished trainings alone: plots, tables, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import datetime
+import html
+import io
+import json
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from examples.digits.analysis import REMOVALS
+from examples.digits.data import BATCH_SIZE
+from examples.digits.plots import draw_all
+from examples.digits.results import Estimate, findings, milliseconds, summarize
+from examples.digits.storage import Folder
+from examples.digits.training import METHODS, PLAIN, WEIGHT_DECAY, Config
+
+CAPTIONS = {
+    "accuracy.png": "Accuracy over the training.",
+    "loss.png": "Training loss. Drop iterations and drop-path lack branches, which raises the loss.",
+    "cost.png": "A step's cost: FLOPs needed, FLOPs counted by torch's FlopCounterMode, time on this machine.",
+    "removed.png": f"Accuracy of the trained network without some branches, averaged over up to {REMOVALS} choices.",
+    "similarity.png": "Linear CKA of the residual stream between all depths, on the test images.",
+}
+
+
+class Report:
+    """`config` and the results of every seed; everything that is shown is computed here."""
+
+    def __init__(self, config: Config, finished: list[dict[str, Any]], steps: int, device: str):
+        self.config, self.finished = config, finished
+        self.summaries, self.times = summarize(finished), milliseconds(finished)
+        self.test_set = "validation set" if config.validate else "test set"
+        self.paths = len(self.summaries[PLAIN].similarity) - 1
+        self.findings = findings(self.summaries, self.times, self.paths)
+        self.settings = asdict(config) | {
+            "network": str(config.network),
+            "paths": self.paths,
+            "optimizer steps": steps,
+            "batch size": BATCH_SIZE,
+            "optimizer": f"AdamW, weight decay {WEIGHT_DECAY:g}",
+            "learning rate": f"{config.network.learning_rate:g}, to 0 along a cosine",
+            "device": device,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def write(self, folder: Folder) -> None:
+        """`results.json` and the plots but `cost.png` depend on the seeds alone; times are in the other files."""
+        images = draw_all(self.summaries, self.times, self.test_set)
+        methods = {method: asdict(summary) for method, summary in self.summaries.items()}
+        folder.write("results.json", _json({"settings": self.settings, "methods": methods}))
+        folder.write("results.csv", self._csv().encode())
+        for name, image in images.items():
+            folder.write(name, image)
+        folder.write("report.html", self._html(images).encode())
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table, as it is shown."""
+        plain, rows = self.summaries[PLAIN], []
+        for method, summary in self.summaries.items():
+            row = {"method": method, "accuracy, %": summary.accuracy.percent()}
+            for count, values in summary.removed.items():
+                row[f"{count} removed"] = Estimate.of(values).percent()
+            row |= {
+                "time": f"{self.times[method] / self.times[PLAIN]:.2f}",
+                "FLOPs": f"{summary.needed_flops / plain.needed_flops:.2f}",
+            }
+            rows.append(row)
+        return rows
+
+    def _csv(self) -> str:
+        """One row a method, numbers in full: what `benchmarks/results/` keeps."""
+        rows = []
+        for method, summary in self.summaries.items():
+            row: dict[str, Any] = {key: self.settings[key] for key in ("device", "threads", "torch")}
+            row |= {"processor": processor(), "date": datetime.date.today().isoformat(), **asdict(self.config)}
+            row |= {"steps": self.settings["optimizer steps"], "paths": self.paths, "method": method}
+            row |= _estimate("accuracy", summary.accuracies)
+            for count, values in summary.removed.items():
+                row |= _estimate(f"accuracy_without_{count}", values)
+            row |= {"ms_per_step": self.times[method], "time_ratio": self.times[method] / self.times[PLAIN]}
+            row |= {"needed_flops": summary.needed_flops, "counted_flops": summary.counted_flops}
+            row |= {"needed_ratio": summary.needed_flops / self.summaries[PLAIN].needed_flops}
+            rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _html(self, images: dict[str, bytes]) -> str:
+        intervals = f"mean ± 95 % interval over {self.config.seeds} seeds" if self.config.seeds > 1 else "one seed"
+        figures = (
+            f'<figure><img alt="{html.escape(CAPTIONS[name])}" '
+            f'src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+            f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
+            for name, image in images.items()
+        )
+        counted = [
+            {
+                "method": method,
+                "iterations": ", ".join(f"{n} {phase}" for phase, n in summary.iterations[0].items()),
+                "ms per step": f"{self.times[method]:.2f}",
+                "MFLOPs needed per step": f"{summary.needed_flops / 1e6:.1f}",
+                "counted in the first steps": f"{summary.counted_flops / 1e6:.1f}",
+                "needed by those": f"{summary.needed_flops_counted_steps / 1e6:.1f}",
+            }
+            for method, summary in self.summaries.items()
+        ]
+        return PAGE.format(
+            title=f"Handwritten digits: {self.config.network.kind.__name__}, {self.config.mode} mode",
+            lead=html.escape(f"{intervals}, {self.settings['optimizer steps']} optimizer steps each, {self.test_set}"),
+            findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.findings),
+            table=_table(self.rows()),
+            figures="".join(figures),
+            counted=_table(counted),
+            methods=_table([{"method": method, "what it does": what} for method, what in METHODS.items()]),
+            settings=_table([{"setting": key, "value": str(value)} for key, value in self.settings.items()]),
+        )
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _estimate(name: str, values: list[float]) -> dict[str, float | str]:
+    estimate = Estimate.of(values)
+    return {name: estimate.mean, f"{name}_95": "" if estimate.half_width is None else estimate.half_width}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    head = "".join(f"<th>{html.escape(key)}</th>" for key in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }}
+figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }} figcaption {{ color: #555; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{lead}</p>
+<h2>What was seen</h2><ul>{findings}</ul>
+<h2>Results</h2>{table}
+<p>Time and FLOPs per optimizer step are ratios to plain; "removed": accuracy without that many random branches.</p>
+{figures}
+<h2>Cost per step</h2>{counted}
+<h2>Methods</h2>{methods}
+<h2>Configuration</h2>{settings}
+</body></html>
+"""

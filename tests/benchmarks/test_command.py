@@ -1,0 +1,178 @@
+"""`python -m benchmarks`: what it refuses before it measures, what it prints and writes, and how it ends."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import step
+from benchmarks.__main__ import main
+from benchmarks.harness import Case, Check, Provider
+from benchmarks.machine import Ceilings, Device
+from benchmarks.pairs import TRAINERS
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns) that were asked for."""
+    asked = []
+
+    def step_case(size, model, mode, drop_prob, turns, device):
+        asked.append((size, model, mode, drop_prob, turns))
+        needed = {"plain": 1e6, "naive": 0.7e6, "drop-path": 0.7e6, "ours exact": 0.7e6, "ours branch-frozen": 0.6e6}
+        providers = [
+            Provider.missing(trainer.name, "BatchNorm in a branch")
+            if trainer.follows_scheme and (model, mode) == ("resnet", "sample")
+            else Provider(
+                trainer.name, lambda turn: time.sleep(1e-4), lambda: Check(0.0, 1.0), needed_flop=needed[trainer.name]
+            )
+            for trainer in TRAINERS
+        ]
+        return Case({"size": size, "model": model, "mode": mode, "p": drop_prob}, "pair of steps", "plain", providers)
+
+    monkeypatch.setattr(step, "step_case", step_case)
+    monkeypatch.setattr(Device, "ceilings", lambda self: Ceilings(1e11, 1e10))
+    return asked
+
+
+def test_without_a_command_it_helps(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert "step" in printed
+    assert "readme" in printed
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--prob", "0", "between 0.01 and 0.99"),
+        ("--prob", "1.5", "between 0.01 and 0.99"),
+        ("--prob", "nan", "between 0.01 and 0.99"),
+        ("--prob", "half", "between 0.01 and 0.99"),
+        ("--turns", "0", "an integer of at least 1"),
+        ("--turns", "1.5", "an integer of at least 1"),
+        ("--model", "vgg", "'vit', 'resnet'"),
+        ("--mode", "row", "'block', 'sample'"),
+        ("--device", "tpu", "cpu or cuda"),
+        ("--csv", "missing/step.csv", "can't write missing/step.csv: No such file or directory"),
+        ("--json", ".", "can't write .: is a directory"),
+    ],
+)
+def test_refuses_invalid_options_before_it_measures(option, value, wanted, instant, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["step", option, value])
+    message = capsys.readouterr().err.replace("choose from vit, resnet", "'vit', 'resnet'")
+    message = message.replace("choose from block, sample", "'block', 'sample'")
+    assert exit.value.code == 2
+    assert f"argument {option}: " in message
+    assert value in message
+    assert wanted in message
+    assert not instant
+
+
+def test_a_path_that_is_refused_leaves_the_others_alone(instant, tmp_path):
+    kept = tmp_path / "kept.csv"
+    kept.write_text("precious")
+    with pytest.raises(SystemExit):
+        main(["step", "--csv", str(kept), "--json", str(kept / "step.json")])
+    assert kept.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [kept]
+    assert not instant
+
+
+def test_prints_and_writes_the_same_rows(instant, tmp_path, capsys):
+    paths = {name: tmp_path / f"step.{name}" for name in ("csv", "json")}
+    paths["csv"].write_text("older rows")
+    assert main(["step", "--turns", "2", "--csv", str(paths["csv"]), "--json", str(paths["json"])]) == 0
+    assert len(instant) == 12
+    assert instant[0] == ("full", "vit", "block", 0.1, 2)
+    rows = json.loads(paths["json"].read_text())
+    as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    assert as_text == list(csv.DictReader(paths["csv"].read_text().splitlines()))
+    assert len(rows) == 12 * len(TRAINERS)
+    assert sorted(tmp_path.iterdir()) == sorted(paths.values()), "no temporary file stays"
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "vit block p=0.3" in printed
+    assert "resnet sample: no naive, ours exact, ours branch-frozen: BatchNorm in a branch" in printed.replace(
+        "\n", " "
+    )
+    assert printed.count("target 1.08") == printed.count("target 1.15") == 3
+    assert printed.count("target 0.75") == printed.count("target 0.66") == 1
+
+
+@pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
+def test_verdicts(time_ratio, verdict):
+    row = {"model": "vit", "mode": "block", "p": 0.5, "needed_ratio": 0.7, "ratio_rounds": time_ratio}
+    naive = row | {"provider": "naive", "ratio_rounds": 1.0, "min_ms": 90.0}
+    exact = row | {"provider": "ours exact", "min_ms": 60.0}
+    above, of_naive = step.verdicts_of([naive, exact])
+    assert (
+        above == f"vit block p=0.5: ours exact takes {time_ratio / 0.7:.3f} × its needed FLOPs, target 1.08: {verdict}"
+    )
+    assert of_naive.startswith(f"vit block p=0.5: ours exact takes {time_ratio:.3f} (min 0.667) of naive")
+    assert of_naive.endswith(verdict)
+
+
+def test_a_failed_check_ends_the_run(instant, tmp_path, monkeypatch, capsys):
+    wrong = Provider("plain", lambda turn: pytest.fail("it was timed"), lambda: Check(float("nan"), 1e-10))
+    monkeypatch.setattr(step, "step_case", lambda *_: Case({"model": "vit"}, "pair", "plain", [wrong]))
+    out = tmp_path / "step.csv"
+    assert main(["step", "--csv", str(out)]) == 1
+    assert "not timed: model vit: 'plain' differs from the float64 reference by nan" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_signal_prints_and_writes_what_there_is(instant, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def take(turn):
+        taken.append(turn)
+        if len(taken) == 4:  # the first counts FLOPs, two are complete rounds
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(1e-4)
+
+    plain = Provider("plain", take, lambda: Check(0.0, 1.0), needed_flop=1.0)
+    labels = {"model": "vit", "mode": "block", "p": 0.3}
+    monkeypatch.setattr(step, "step_case", lambda *_: Case(labels, "pair", "plain", [plain]))
+    out = tmp_path / "step.csv"
+    assert main(["step", "--turns", "9", "--csv", str(out)]) == 130
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert (row["provider"], row["turns"]) == ("plain", "2")
+    assert "vit block p=0.3" in capsys.readouterr().out
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_step_quick(tmp_path):
+    """Budget: 1 minute. The command verifies, counts and times; what it needs in FLOPs is in the order it must be."""
+    paths = [tmp_path / "step.csv", tmp_path / "step.json"]
+    command = [sys.executable, "-m", "benchmarks", "step", "--quick", "--csv", paths[0], "--json", paths[1]]
+    subprocess.run(command, check=True, env=ONE_THREAD)
+    rows = json.loads(paths[1].read_text())
+    assert len(rows) == len(list(csv.DictReader(paths[0].read_text().splitlines()))) == 20
+    for model, mode in (("vit", "block"), ("vit", "sample"), ("resnet", "block")):
+        of = {row["provider"]: row for row in rows if (row["model"], row["mode"]) == (model, mode)}
+        counted = {name: row["counted_ratio"] for name, row in of.items()}
+        assert counted["ours branch-frozen"] < counted["ours exact"] < 0.8 < counted["naive"] == counted["plain"] == 1.0
+        assert all(row["needed_ratio"] == row["counted_ratio"] for name, row in of.items() if name.startswith("ours"))
+        assert all(row["min_ms"] <= row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in of.values())
+
+
+@pytest.mark.slow
+def test_under_pytest_benchmark(tmp_path):
+    """Budget: 1 minute. Every provider of every quick case is a benchmark, or skipped for the scheme's reason."""
+    out = tmp_path / "benchmarks.json"
+    options = ["--benchmark-only", f"--benchmark-json={out}"]
+    subprocess.run([sys.executable, "-m", "pytest", "benchmarks", *options], check=True, env=ONE_THREAD)
+    benchmarks = json.loads(out.read_text())["benchmarks"]
+    assert len(benchmarks) == 17
+    assert len({benchmark["group"] for benchmark in benchmarks}) == 4
+    assert all({"commit", "device", "needed_gflop", "model", "provider"} <= b["extra_info"].keys() for b in benchmarks)

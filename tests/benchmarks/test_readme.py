@@ -1,0 +1,109 @@
+"""README tables from CSV files: they are made, found stale, and refused with a message that says what is wrong."""
+
+import csv
+import itertools
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.__main__ import main
+from benchmarks.pairs import TRAINERS
+
+README = "# Title\n\n<!-- table: step -->\nolder\n<!-- end -->\n\nThe end.\n"
+MACHINE = {"device": "a CPU", "threads": "2", "torch": "2.13", "commit": "abc", "date": "2026-11-21", "turns": "12"}
+TABLE = """
+| model | mode | p | exact: time | needed FLOPs | branch-frozen: time | needed FLOPs | exact / naive: time |
+|---|---|---|---|---|---|---|---|
+| vit | block | 0.5 | 0.75 (0.70) | 0.66 | 0.75 (0.70) | 0.66 | 0.50 (0.80) |
+| resnet | sample | 0.5 | – | – | – | – | – |
+
+Median (minimum) as ratios to plain training; 12 turns on a CPU, 2 threads, torch 2.13, commit abc, 2026-11-21.
+–: BatchNorm in a branch.
+"""
+
+
+def rows(size="full"):
+    for (model, mode), trainer in itertools.product((("vit", "block"), ("resnet", "sample")), TRAINERS):
+        row = MACHINE | {"size": size, "model": model, "mode": mode, "p": "0.5", "provider": trainer.name}
+        missing = trainer.follows_scheme and model == "resnet"
+        numbers = {"ratio_p50": "0.75", "ratio_min": "0.7", "needed_ratio": "0.66", "p50_ms": "100", "min_ms": "80"}
+        if trainer.name == "naive":
+            numbers |= {"p50_ms": "200", "min_ms": "100"}
+        numbers = dict.fromkeys(numbers, "") if missing else numbers
+        yield row | numbers | {"unavailable": "BatchNorm in a branch" if missing else ""}
+
+
+def write(path, lines):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    write(tmp_path / "step-cpu.csv", list(rows()))
+    return tmp_path
+
+
+def run(place, *options):
+    return main(["readme", "--readme", str(place / "README.md"), "--results", str(place), *options])
+
+
+def test_makes_the_table_between_its_markers(place):
+    assert run(place) == 0
+    text = (place / "README.md").read_text()
+    assert text == README.replace("older\n", f"{TABLE}\n")
+    assert run(place) == run(place, "--check") == 0
+    assert (place / "README.md").read_text() == text
+
+
+def test_check_finds_a_stale_table_and_changes_nothing(place, capsys):
+    assert run(place, "--check") == 1
+    assert "run `python -m benchmarks readme`" in capsys.readouterr().out
+    assert (place / "README.md").read_text() == README
+
+
+def test_two_tables(place, monkeypatch):
+    monkeypatch.setitem(readme.TABLES, "count", ("step-cpu.csv", lambda rows: f"{len(rows)} rows"))
+    text = f"{README}<!-- table: count -->\n<!-- end -->\n"
+    wanted = README.replace("older\n", f"{TABLE}\n") + "<!-- table: count -->\n\n10 rows\n\n<!-- end -->\n"
+    assert readme.updated(text, place) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (README.replace("step", "setp"), "line 3: no table is called 'setp'; there are: "),
+        (README.replace("<!-- end -->", ""), "table 'step' has no <!-- end --> after it"),
+        (README * 2, None),
+        (f"{README}<!-- end -->", "line 8: <!-- end --> where the start of a table should come"),
+        (README.replace("older", "<!-- table: step -->"), "line 4: .* where the end of table 'step' should come"),
+    ],
+)
+def test_markers(text, message, place, capsys):
+    (place / "README.md").write_text(text)
+    if message is None:
+        assert run(place) == 0
+        return
+    with pytest.raises(readme.ReadmeError, match=message):
+        readme.updated(text, place)
+    assert run(place) == 1
+    assert capsys.readouterr().err.startswith("README.md: ")
+    assert (place / "README.md").read_text() == text
+
+
+def test_results_that_are_missing_quick_or_foreign(place):
+    write(place / "step-cpu.csv", list(rows("quick")))
+    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it holds the rows of a --quick run"):
+        readme.updated(README, place)
+    write(place / "step-cpu.csv", [{"mode": "block"}])
+    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it has no 'size'"):
+        readme.updated(README, place)
+    (place / "step-cpu.csv").write_text("")
+    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it has no rows"):
+        readme.updated(README, place)
+    (place / "step-cpu.csv").unlink()
+    with pytest.raises(readme.ReadmeError, match=r"table 'step' needs .*step-cpu.csv, which isn't there"):
+        readme.updated(README, place)

@@ -1,0 +1,85 @@
+"""The digits example, really killed at random moments and resumed in new processes."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_digits.py"
+SEED_DEPENDENT = ("results.json", "accuracy.png", "loss.png", "removed.png", "similarity.png")  # times are elsewhere
+
+
+def start(out: Path, *options: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in SEED_DEPENDENT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--model", "mlp", "--mode", "sample"), ("--model", "vit"), ("--model", "resnet")])
+def test_killed_and_resumed_ends_in_the_same_weights_and_report(options, tmp_path):
+    """Budget: 90 seconds each. The report holds a digest of all final weights, which has to be the same to the bit."""
+    options = (*options, "--epochs", "1", "--seeds", "2", "--drop-prob", "0.4")
+    began = time.monotonic()
+    finish(start(tmp_path / "whole", *options))
+    duration = time.monotonic() - began
+
+    rng, out, codes = random.Random(options[1]), tmp_path / "killed", []
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+        process = start(out, *options, "--resume")
+        time.sleep(rng.uniform(0.3, 0.7) * duration)
+        process.send_signal(number)
+        out_text, err = process.communicate(timeout=60)
+        codes.append(process.returncode)
+        if process.returncode == 128 + number:
+            assert "--resume" in out_text, out_text + err
+        if (out / "checkpoint.pt").exists() and (out / "report.html").exists():
+            break
+    assert any(codes), "it was never stopped"
+
+    process = start(out, "--model", options[1], "--resume")
+    while process.poll() is None and not (out / "results.json").exists():
+        time.sleep(0.001)
+    process.kill()  # while the report is being written, or just after
+    process.communicate()
+    finish(start(out, "--resume"))
+    assert content(out) == content(tmp_path / "whole")
+    assert not [file for file in out.iterdir() if file.suffix == ".tmp"]
+    methods = json.loads((out / "results.json").read_text())["methods"]
+    assert len({digest for method in methods.values() for digest in method["weights_sha256"]}) == 2 * len(methods)
+
+
+@pytest.mark.slow
+def test_no_room_for_the_checkpoint(tmp_path):
+    """Budget: 60 seconds. The file system refuses the bytes; what was there goes on once there is room."""
+    options = ("--model", "mlp", "--epochs", "0.5", "--seeds", "1")
+    finish(start(tmp_path / "whole", *options))
+    limit = 20_000  # the first checkpoint fits, those with weights don't
+
+    process = start(
+        tmp_path / "full", *options, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert os.strerror(27) in err  # File too large
+    assert "--resume" in err
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["checkpoint.pt"]
+    finish(start(tmp_path / "full", "--resume"))
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
