@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from examples.models import ResidualClassifier, ResNet, ViT
 
 from .cost import ModelCost, kept_fractions
 from .harness import Case, Check, Provider
-from .machine import one_thread
+from .machine import Device, one_thread
 from .pairs import TRAINERS, Exact, Plain
 from .parts import parts_of
 from .textbook import Textbook, largest_difference, state_after
@@ -42,11 +42,19 @@ class Config:
         torch.manual_seed(SEED)
         return self.build().to(device, self.dtype)
 
-    def data(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(SEED)
+    def data(self, device: torch.device, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Batch `number`: images and labels."""
+        generator = torch.Generator().manual_seed(SEED + number)
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
         labels = torch.randint(10, (self.batch,), generator=generator)
         return images.to(device, self.dtype), labels.to(device)
+
+    def batches(self, device: Device) -> list[tuple[Tensor, Tensor]]:
+        """On a GPU as many as keep a turn from finding its images in the L2 cache; the CPU's caches are left to a
+        training's own traffic."""
+        first = self.data(device.device)
+        count = device.input_sets(first[0].nbytes) if device.device.type == "cuda" else 1
+        return [first, *(self.data(device.device, number) for number in range(1, count))]
 
     def plans(self, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:
         """The first plans that drop something: without that there is no reuse iteration, and a pair would be one step
@@ -64,9 +72,9 @@ class Config:
         return kind(self.model(device), *self.data(device), mode)
 
 
-# A plain step of either takes between 100 and 200 ms on two cores. Enough paths for p = 0.1 to drop one in block mode.
+# A plain step of either takes between 100 and 300 ms on two cores. Enough paths for p = 0.1 to drop one in block mode.
 FULL = {
-    "vit": Config(partial(ViT, 32, 4, 3, 10, 192, 12, 4), batch=8),
+    "vit": Config(partial(ViT, 32, 4, 3, 10, 192, 12, 4), batch=16),
     "resnet": Config(partial(ResNet, 3, 10, (32, 64, 128), 4), batch=24),
 }
 QUICK = {
@@ -81,15 +89,27 @@ VERIFIED = {
 MODELS = tuple(FULL)
 
 
-def step_case(size: str, model: str, mode: str, drop_prob: float, turns: int, device: torch.device = CPU) -> Case:
+def step_case(
+    size: str,
+    model: str,
+    mode: str,
+    drop_prob: float,
+    turns: int,
+    device: Device | None = None,
+    batch: int | None = None,
+) -> Case:
     """One row group of the table: turn i of every provider is a pair of steps on plan i.
 
     Args:
         size: `"full"` or `"quick"`; verification has a size of its own.
+        device: the CPU by default. On a GPU turns take different images, so that none is in the cache.
+        batch: images, in the place of the size's own.
     """
     config = SIZES[size][model]
-    plans = config.plans(turns, mode, drop_prob)
-    built, (images, _) = config.model(device), config.data(device)
+    config = config if batch is None else replace(config, batch=batch)
+    device = device or Device.of("cpu")
+    plans, batches = config.plans(turns, mode, drop_prob), config.batches(device)
+    built, (images, _) = config.model(device.device), batches[0]
     kept = [computed_fractions(built, plan) for plan in plans]
     cost, traffic = ModelCost.of(built, images), Traffic.of(built, images)
     refusal = scheme_refusal(config, mode)
@@ -97,17 +117,22 @@ def step_case(size: str, model: str, mode: str, drop_prob: float, turns: int, de
     def provider(kind: type[Plain]) -> Provider:
         if refusal is not None and kind.follows_scheme:
             return Provider.missing(kind.name, refusal)
-        trainer = config.trainer(kind, mode, device)
+        trainer = config.trainer(kind, mode, device.device)
+
+        def run(turn: int) -> None:
+            trainer.images, trainer.labels = batches[turn % len(batches)]
+            trainer.train(plans[turn % len(plans)])
+
         return Provider(
             kind.name,
-            run=lambda turn: trainer.train(plans[turn % len(plans)]),
-            verify=lambda: verify(kind, model, mode, drop_prob, device),
+            run=run,
+            verify=lambda: verify(kind, model, mode, drop_prob, device.device),
             needed_flop=statistics.mean(kind.needs(cost, fractions) for fractions in kept),
             needed_bytes=statistics.mean(kind.needs(traffic, fractions) for fractions in kept),
             minimal=kind.minimal,
         )
 
-    labels = {"size": size, "model": model, "mode": mode, "p": drop_prob}
+    labels = {"size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
     return Case(labels, "pair of steps", Plain.name, [provider(kind) for kind in TRAINERS])
 
 

@@ -36,6 +36,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
     parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
+    parser.add_argument("--batch", type=_count, help="images; default: each network's own")
     parser.add_argument("--turns", type=_count, help=f"pairs of each provider; default: {FULL_TURNS}")
     parser.add_argument(
         "--quick", action="store_true", help=f"tiny networks, p = 0.5, {QUICK_TURNS} turns: does it run"
@@ -52,12 +53,12 @@ def run(options: argparse.Namespace) -> int:
     probs = options.prob or (PROBS[-1:] if options.quick else PROBS)
     turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
     choices = list(itertools.product(options.model, options.mode, probs))
-    device, code, session = Device.of(options.device), 0, None
+    size, device, code, session = "quick" if options.quick else "full", Device.of(options.device), 0, None
     try:
         with _progress(len(choices) * turns) as on_round, one_thread() if options.quick else contextlib.nullcontext():
             session = Session(device, turns, on_round)
             for choice in choices:
-                session.measure(step_case("quick" if options.quick else "full", *choice, turns, device.device))
+                session.measure(step_case(size, *choice, turns, device, options.batch))
     except CheckFailed as error:
         print(f"not timed: {error}", file=sys.stderr)
         return 1

@@ -207,7 +207,7 @@ class _PathCall:
         branch: Tensor,
         rows: Tensor | None = None,
         scale: Tensor | float = 1.0,
-        gamma_rows: int | None = None,
+        frozen: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         owner = self.owner
         check_residual_add(residual, branch, rows, scale, owner.gamma, owner.channel_dim, owner.activation)
@@ -219,7 +219,7 @@ class _PathCall:
             gamma=owner.gamma,
             channel_dim=owner.channel_dim,
             activation=owner.activation,
-            gamma_rows=gamma_rows,
+            frozen=frozen,
         )
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
@@ -231,7 +231,7 @@ class _PathCall:
         return self.add(self.residual(x), self.learning_branch(x, decision), scale=scale)
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch on learning and on frozen rows, as two calls joined by one add over both."""
+        """The branch on learning and on frozen rows: two calls and one add."""
         learning = _some(decision.learning)
         if decision.frozen is False:
             stream, x_learning = fork_rows(x, learning)
@@ -246,8 +246,8 @@ class _PathCall:
             stream, x_learning, x_frozen = fork_rows(x, learning, frozen)
         with self._frozen(decision), torch.set_grad_enabled(torch.is_grad_enabled() and decision.freeze != "branch"):
             update_frozen = self.branch(x_frozen, frozen)
-        update = torch.cat([self.learning_branch(x_learning, decision, learning), update_frozen])
-        return self.add(self.residual(stream), update, torch.cat([learning, frozen]), gamma_rows=len(learning))
+        update = self.learning_branch(x_learning, decision, learning)
+        return self.add(self.residual(stream), update, learning, frozen=(frozen, update_frozen))
 
     def frozen(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch whole, frozen or, with `freeze="branch"`, bypassed."""

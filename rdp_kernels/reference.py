@@ -19,44 +19,59 @@ def residual_add(
     gamma: Tensor | None = None,
     channel_dim: int = -1,
     activation: str | None = None,
-    gamma_rows: int | None = None,
+    frozen: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`act(residual + row_scale · γ · branch)`, the sum over `rows` only where these are given.
 
-    `gamma_rows`: how many leading rows of `branch` count in dγ (None: all). A row whose scale is 0 is never read.
+    `frozen`: with `rows` and a number as `row_scale`, a second (rows, branch), other rows, for which γ is a constant.
+    A row whose scale is 0 is never read.
     """
     dtype = compute_dtype(residual, branch, gamma)
     stream, update = residual.to(dtype), branch.to(dtype)
     scale = 1.0 if row_scale is None else row_scale
     if isinstance(scale, Tensor) or scale == 0:
         update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(len(update))), 1.0
+    factor = None
     if gamma is not None:
         factor = gamma.to(dtype).view([-1 if d == channel_dim % branch.dim() else 1 for d in range(branch.dim())])
-        if rows is None and gamma_rows is None:
-            return _activate(torch.addcmul(stream, update, factor, value=scale), activation).to(residual.dtype)
-        learning = len(update) if gamma_rows is None else gamma_rows
-        update = torch.cat([update[:learning] * factor, update[learning:] * factor.detach()])
-    out = torch.add(stream, update, alpha=scale) if rows is None else _AddRows.apply(stream, rows, update, scale)
+    if rows is not None:
+        parts = [(rows, update if factor is None else update * factor)]
+        if frozen is not None:
+            constant = frozen[1].to(dtype)
+            parts.append((frozen[0], constant if factor is None else constant * factor.detach()))
+        all_rows, updates = zip(*parts, strict=True)
+        out = _AddRows.apply(stream, scale, all_rows, *updates)
+    elif factor is not None:
+        out = torch.addcmul(stream, update, factor, value=scale)
+    else:
+        out = torch.add(stream, update, alpha=scale)
     return _activate(out, activation).to(residual.dtype)
 
 
 class _AddRows(torch.autograd.Function):
-    """`stream.index_add(0, rows, update, alpha=scale)`, saving `rows` alone.
+    """`stream.index_add(0, rows, update, alpha=scale)` for each pair of rows and update, saving the rows alone.
 
     Torch's own index_add keeps `update` alive until the backward, for its shape. Double backward works.
     """
 
     @staticmethod
-    def forward(ctx, stream, rows, update, scale):
-        ctx.save_for_backward(rows)
+    def forward(ctx, stream, scale, rows, *updates):
+        ctx.save_for_backward(*rows)
         ctx.scale = scale
-        return stream.index_add(0, rows, update, alpha=scale)
+        out = stream.index_add(0, rows[0], updates[0], alpha=scale)
+        for more_rows, update in zip(rows[1:], updates[1:], strict=True):
+            out.index_add_(0, more_rows, update, alpha=scale)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        (rows,) = ctx.saved_tensors
-        dupdate = dout.index_select(0, rows) * ctx.scale if ctx.needs_input_grad[2] else None
-        return dout, None, dupdate, None
+        wanted = ctx.needs_input_grad[3:]
+        dupdates = [
+            dout.index_select(0, rows) if w else None for rows, w in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        if ctx.scale != 1:
+            dupdates = [None if dupdate is None else dupdate * ctx.scale for dupdate in dupdates]
+        return dout, None, None, *dupdates
 
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:

@@ -45,8 +45,10 @@ class _ForkRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dstream, *dparts):
         pairs = [(rows, dpart) for rows, dpart in zip(ctx.saved_tensors, dparts, strict=True) if dpart is not None]
-        if not pairs:
-            return dstream, *(None for _ in dparts)
-        rows, dpart = (torch.cat(tensors) for tensors in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
-        dx = dpart.new_zeros(ctx.like) if dstream is None else dstream
-        return dx.index_add(0, rows, dpart), *(None for _ in dparts)
+        dx, owned = dstream, False
+        for rows, dpart in pairs:
+            if dx is None:
+                dx, owned = dpart.new_zeros(ctx.like), True
+            dx = dx.index_add_(0, rows, dpart) if owned else dx.index_add(0, rows, dpart)
+            owned = True
+        return dx, *(None for _ in dparts)

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks import pairs
 from benchmarks.cases import BOUND, CPU, MODELS, MODES, QUICK, step_case, verify
 from benchmarks.harness import CheckFailed
+from benchmarks.machine import Device
 from benchmarks.parts import Part, left_alone, parts_of
 from benchmarks.textbook import largest_difference
 from benchmarks.traffic import Traffic
@@ -87,6 +88,16 @@ def test_every_timed_plan_drops_something(mode):
     assert len(plans) == 6
     assert all(plan.dropped_paths for plan in plans)
     assert plans == QUICK["resnet"].plans(6, mode, 0.05)
+
+
+def test_on_a_gpu_turns_take_images_that_left_the_cache(monkeypatch):
+    config, made = QUICK["vit"], type(QUICK["vit"]).data
+    monkeypatch.setattr(type(config), "data", lambda self, device, number=0: made(self, CPU, number))
+    one = config.data(CPU)[0].nbytes
+    batches = config.batches(Device(torch.device("cuda"), "a GPU", cache_bytes=3 * one))
+    assert len(batches) == 7
+    assert len({images.sum().item() for images, _ in batches}) == 7
+    assert len(config.batches(Device(CPU, "a CPU", cache_bytes=3 * one))) == 1
 
 
 def test_parts_are_all_of_the_network_once():

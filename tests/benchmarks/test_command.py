@@ -19,11 +19,11 @@ from benchmarks.pairs import TRAINERS
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns) that were asked for."""
+    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns, batch) that were asked for."""
     asked = []
 
-    def step_case(size, model, mode, drop_prob, turns, device):
-        asked.append((size, model, mode, drop_prob, turns))
+    def step_case(size, model, mode, drop_prob, turns, device, batch):
+        asked.append((size, model, mode, drop_prob, turns, batch))
         needed = {"plain": 1e6, "naive": 0.7e6, "drop-path": 0.7e6, "ours exact": 0.7e6, "ours branch-frozen": 0.6e6}
         providers = [
             Provider.missing(trainer.name, "BatchNorm in a branch")
@@ -90,7 +90,7 @@ def test_prints_and_writes_the_same_rows(instant, tmp_path, capsys):
     paths["csv"].write_text("older rows")
     assert main(["step", "--turns", "2", "--csv", str(paths["csv"]), "--json", str(paths["json"])]) == 0
     assert len(instant) == 12
-    assert instant[0] == ("full", "vit", "block", 0.1, 2)
+    assert instant[0] == ("full", "vit", "block", 0.1, 2, None)
     rows = json.loads(paths["json"].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths["csv"].read_text().splitlines()))
@@ -104,6 +104,12 @@ def test_prints_and_writes_the_same_rows(instant, tmp_path, capsys):
     )
     assert printed.count("target 1.08") == printed.count("target 1.15") == 3
     assert printed.count("target 0.75") == printed.count("target 0.66") == 1
+
+
+def test_passes_its_options_on(instant):
+    options = ["--model", "resnet", "--mode", "block", "--prob", "0.2", "0.4", "--batch", "7", "--turns", "3"]
+    assert main(["step", "--quick", *options]) == 0
+    assert instant == [("quick", "resnet", "block", p, 3, 7) for p in (0.2, 0.4)]
 
 
 @pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
