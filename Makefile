@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench results clean
 
 demo: .venv/ready
 	$(BIN)/python examples/train_digits.py $(ARGS)
@@ -19,7 +19,17 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.step --csv benchmarks/results/step-cpu.csv
+	$(BIN)/python -m benchmarks step $(ARGS)
+
+# What README.md shows: about half an hour on two cores with nothing else running.
+results: .venv/ready
+	$(BIN)/python -m benchmarks step --csv benchmarks/results/step-cpu.csv
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --out report/results/vit-block
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --mode sample --out report/results/vit-sample
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --model resnet --out report/results/resnet-block
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --model mlp --out report/results/mlp-block
+	awk 'FNR > 1 || NR == 1' report/results/*/results.csv > benchmarks/results/digits-cpu.csv
+	$(BIN)/python -m benchmarks readme
 
 .venv/ready: constraints.txt setup.py
 	$(PYTHON) -m venv .venv

@@ -14,7 +14,18 @@ setup(
     package_data={"rdp_kernels": ["py.typed"]},
     install_requires=["torch>=2.10"],
     extras_require={
-        "demo": ["rich", "scikit-learn"],
-        "dev": ["hypothesis", "mypy", "numpy", "pytest", "pytest-benchmark", "rich", "ruff", "scikit-learn", "scipy"],
+        "demo": ["matplotlib", "rich", "scikit-learn", "scipy"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "mypy",
+            "numpy",
+            "pytest",
+            "pytest-benchmark",
+            "rich",
+            "ruff",
+            "scikit-learn",
+            "scipy",
+        ],
     },
 )

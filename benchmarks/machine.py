@@ -1,4 +1,4 @@
-"""The machine that is measured: its name, its clock, and the ceilings that no program on it exceeds."""
+"""The machine that is measured: its name, its clock, and its ceilings, the highest rates that it is seen to reach."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 MATMUL_SIZES = (512, 1024, 2048)
+CONV_SHAPES = ((24, 32, 32), (32, 256, 16), (64, 128, 8))  # images, channels, side
 CEILING_REPEATS = 5
 CACHE_IF_UNKNOWN = 64 << 20
 
@@ -62,11 +63,20 @@ class Device:
 
     def ceilings(self) -> Ceilings:
         """Measures them: about a second on two cores."""
-        return Ceilings(max(self._matmul_flops(size) for size in MATMUL_SIZES), self._copy_bytes())
+        flops = [self._matmul_flops(size) for size in MATMUL_SIZES]
+        flops += [self._conv_flops(*shape) for shape in CONV_SHAPES]
+        return Ceilings(max(flops), self._copy_bytes())
 
     def _matmul_flops(self, size: int) -> float:
         a, b = torch.randn(2, size, size, device=self.device)
         return 2 * size**3 / self._best_seconds(lambda: a @ b)
+
+    def _conv_flops(self, images: int, channels: int, side: int) -> float:
+        """Of a 3 × 3 convolution: on some processors torch's convolutions are faster than its matmuls."""
+        x = torch.randn(images, channels, side, side, device=self.device)
+        weight = torch.randn(channels, channels, 3, 3, device=self.device)
+        flops = 2 * images * channels * channels * 9 * side * side
+        return flops / self._best_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
 
     def _copy_bytes(self) -> float:
         source = torch.zeros(4 * self.cache_bytes, dtype=torch.uint8, device=self.device)
@@ -80,7 +90,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """float32 matmul FLOP/s, and bytes/s of a copy larger than the cache (read and written)."""
+    """float32 FLOP/s of a matmul or convolution, and bytes/s of a copy larger than the cache (read and written)."""
 
     flops: float
     bytes: float

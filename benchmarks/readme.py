@@ -50,12 +50,39 @@ def step_table(rows: list[CsvRow]) -> str:
 def machine_line(row: CsvRow) -> str:
     """Where and when the rows were measured, in one line."""
     return (
-        f"Median (minimum) as ratios to plain training; {row['turns']} turns on {row['device']}, {row['threads']} "
-        f"threads, torch {row['torch']}, commit {row['commit']}, {row['date']}."
+        "Time as the median of the rounds' ratios to plain training (ratio of the minima); "
+        f"{row['turns']} rounds on {_measured_on(row)}."
     )
 
 
-TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {"step": ("step-cpu.csv", step_table)}
+def _measured_on(row: CsvRow) -> str:
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+
+
+def digits_table(rows: list[CsvRow]) -> str:
+    """Every method of every run of `examples/train_digits.py` that the file holds."""
+    without = max(int(name.split("_")[2]) for name in rows[0] if re.fullmatch(r"accuracy_without_\d+", name))
+    removed = f"{without} of {rows[0]['paths']} branches removed"
+    lines = [
+        f"| model | mode | method | accuracy, % | {removed} | time | needed FLOPs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["model"], row["mode"], row["method"]]
+        cells += [_percent(row[name], row[f"{name}_95"]) for name in ("accuracy", f"accuracy_without_{without}")]
+        lines.append(f"| {' | '.join([*cells, _ratio(row['time_ratio']), _ratio(row['needed_ratio'])])} |")
+    row = rows[0]
+    note = (
+        f"Mean ± 95 % interval over {row['seeds']} seeds; {row['steps']} optimizer steps, p = {row['drop_prob']}; "
+        f"time and FLOPs per step as ratios to plain; {_measured_on(row)}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
+    "step": ("step-cpu.csv", step_table),
+    "digits": ("digits-cpu.csv", digits_table),
+}
 """Name in README.md → file in `benchmarks/results/`, and its rows → markdown."""
 
 
@@ -95,13 +122,16 @@ def _made(name: str, line: int, results: Path) -> str:
 
 
 def _time_ratio(row: CsvRow, base: CsvRow | None = None) -> str:
-    """Of medians, of minima in brackets; to plain, or to `base`."""
+    """The median of the rounds' ratios, and of minima in brackets; to plain, or to `base`."""
     if row["unavailable"]:
         return "–"
-    if base is None:
-        return f"{_ratio(row['ratio_p50'])} ({_ratio(row['ratio_min'])})"
-    p50, low = (float(row[key]) / float(base[key]) for key in ("p50_ms", "min_ms"))
-    return f"{p50:.2f} ({low:.2f})"
+    keys = ("ratio_rounds", "ratio_min")
+    rounds, low = (float(row[key]) / (float(base[key]) if base else 1) for key in keys)
+    return f"{rounds:.2f} ({low:.2f})"
+
+
+def _percent(mean: str, half_width: str) -> str:
+    return f"{100 * float(mean):.1f}" + (f" ± {100 * float(half_width):.1f}" if half_width else "")
 
 
 def _ratio(text: str) -> str:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone, without PYTHONPATH
 
+from benchmarks.machine import Device
 from examples.digits.data import BATCH_SIZE, Digits
 from examples.digits.experiment import Experiment, Stopped, StopSignals
 from examples.digits.report import Report
@@ -176,21 +177,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, folder: Folder, state: dict[str, Any] | None, resume: bool, device: torch.device) -> int:
     console = Console()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     digits = Digits.load(device, config.validate)
     columns = (BarColumn(bar_width=10), TimeRemainingColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     try:
         with StopSignals() as signals, Progress(*columns, console=console, refresh_per_second=4) as progress:
             experiment = Experiment(config, digits, folder.save_checkpoint, signals)
             steps = experiment.steps
-            machine = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+            machine = f"{Device.of(device.type).name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
             console.print(f"{machine}; {steps} steps of {BATCH_SIZE} images, {config.network}", highlight=False)
             if state is not None:
                 experiment.load_state_dict(state)
             elif resume:
                 console.print(f"No checkpoint in {folder.path}: starts at the beginning", highlight=False)
             experiment.run(ProgressDisplay(progress, config.seeds, steps))
-        report = Report(config, experiment.finished, steps, name)
+        report = Report(config, experiment.finished, steps, device)
         report.write(folder)
     except (Stopped, KeyboardInterrupt) as stopped:
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT

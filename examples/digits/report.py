@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import csv
-import datetime
 import html
 import io
 import json
-import platform
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from benchmarks.machine import Device, facts
 from examples.digits.analysis import REMOVALS
 from examples.digits.data import BATCH_SIZE
 from examples.digits.plots import draw_all
@@ -33,23 +32,24 @@ CAPTIONS = {
 class Report:
     """`config` and the results of every seed; everything that is shown is computed here."""
 
-    def __init__(self, config: Config, finished: list[dict[str, Any]], steps: int, device: str):
-        self.config, self.finished = config, finished
+    def __init__(self, config: Config, finished: list[dict[str, Any]], steps: int, device: torch.device):
+        self.config, self.machine = config, facts(Device.of(device.type))
         self.summaries, self.times = summarize(finished), milliseconds(finished)
         self.test_set = "validation set" if config.validate else "test set"
         self.paths = len(self.summaries[PLAIN].similarity) - 1
         self.findings = findings(self.summaries, self.times, self.paths)
-        self.settings = asdict(config) | {
-            "network": str(config.network),
-            "paths": self.paths,
-            "optimizer steps": steps,
-            "batch size": BATCH_SIZE,
-            "optimizer": f"AdamW, weight decay {WEIGHT_DECAY:g}",
-            "learning rate": f"{config.network.learning_rate:g}, to 0 along a cosine",
-            "device": device,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
+        self.settings = (
+            asdict(config)
+            | {
+                "network": str(config.network),
+                "paths": self.paths,
+                "optimizer steps": steps,
+                "batch size": BATCH_SIZE,
+                "optimizer": f"AdamW, weight decay {WEIGHT_DECAY:g}",
+                "learning rate": f"{config.network.learning_rate:g}, to 0 along a cosine",
+            }
+            | {key: self.machine[key] for key in ("device", "threads", "torch", "python")}
+        )
 
     def write(self, folder: Folder) -> None:
         """`results.json` and the plots but `cost.png` depend on the seeds alone; times are in the other files."""
@@ -79,8 +79,7 @@ class Report:
         """One row a method, numbers in full: what `benchmarks/results/` keeps."""
         rows = []
         for method, summary in self.summaries.items():
-            row: dict[str, Any] = {key: self.settings[key] for key in ("device", "threads", "torch")}
-            row |= {"processor": processor(), "date": datetime.date.today().isoformat(), **asdict(self.config)}
+            row: dict[str, Any] = {**self.machine, **asdict(self.config)}
             row |= {"steps": self.settings["optimizer steps"], "paths": self.paths, "method": method}
             row |= _estimate("accuracy", summary.accuracies)
             for count, values in summary.removed.items():
@@ -122,16 +121,8 @@ class Report:
             figures="".join(figures),
             counted=_table(counted),
             methods=_table([{"method": method, "what it does": what} for method, what in METHODS.items()]),
-            settings=_table([{"setting": key, "value": str(value)} for key, value in self.settings.items()]),
+            settings=_table([{"setting": k, "value": str(v)} for k, v in (self.settings | self.machine).items()]),
         )
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _estimate(name: str, values: list[float]) -> dict[str, float | str]:
