@@ -24,10 +24,10 @@ bench: .venv/ready
 # What README.md shows: about half an hour on two cores with nothing else running.
 results: .venv/ready
 	$(BIN)/python -m benchmarks step --csv benchmarks/results/step-cpu.csv
-	$(BIN)/python examples/train_digits.py --resume --seeds 5 --out report/results/vit-block
-	$(BIN)/python examples/train_digits.py --resume --seeds 5 --mode sample --out report/results/vit-sample
-	$(BIN)/python examples/train_digits.py --resume --seeds 5 --model resnet --out report/results/resnet-block
-	$(BIN)/python examples/train_digits.py --resume --seeds 5 --model mlp --out report/results/mlp-block
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --out report/results/vit-block
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --mode sample --out report/results/vit-sample
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --model resnet --out report/results/resnet-block
+	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --model mlp --out report/results/mlp-block
 	awk 'FNR > 1 || NR == 1' report/results/*/results.csv > benchmarks/results/digits-cpu.csv
 	$(BIN)/python -m benchmarks readme
 

@@ -68,9 +68,13 @@ def run(options: argparse.Namespace) -> int:
     rows = [] if session is None else session.rows
     if rows:
         console.print(table_of(rows), *notes_of(rows), *([] if options.quick else verdicts_of(rows)), sep="\n")
-        for path, write in ((options.csv, write_csv), (options.json, write_json)):
-            if path is not None:
+    for path, write in ((options.csv, write_csv), (options.json, write_json)):
+        try:
+            if path is not None and rows:
                 write(path, rows)
+        except OSError as error:
+            print(f"can't write {path}: {error.strerror}; what was there is kept", file=sys.stderr)
+            code = 1
     return code
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.digits.results import Estimate, Summary
 from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
@@ -23,6 +25,7 @@ STYLES = {
     DROP_THEN_FULL: {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
     RANDOM: {"color": "#8C6D00", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "X"},
 }
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 BARS = {"needed": ("#BBBBBB", ""), "counted": ("#56B4E9", "//"), "measured": ("#E69F00", "..")}
 
 
@@ -60,6 +63,9 @@ def _loss(summaries: dict[str, Summary]) -> bytes:
     _curves(axes, summaries, "loss", 1)
     axes.set_ylabel("cross-entropy (nats, log scale)")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(axes)
     return _png(figure)
 
@@ -99,7 +105,7 @@ def _cost(summaries: dict[str, Summary], times: dict[str, float]) -> bytes:
         colour, hatch = BARS[kind]
         places = [i + offset for i in range(len(summaries))]
         bars = axes.bar(places, heights, 0.25, color=colour, hatch=hatch, edgecolor="black", label=labels[kind])
-        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=4)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center", bbox=LABEL_BOX)
     needed_then = [s.needed_flops_counted_steps / plain.needed_flops_counted_steps for s in summaries.values()]
     axes.plot(range(len(needed_then)), needed_then, "kD", markersize=4, label="FLOPs needed by those steps")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -133,8 +139,11 @@ def _removed(summaries: dict[str, Summary], test_set: str) -> bytes:
 def _similarity(summaries: dict[str, Summary]) -> bytes:
     figure = Figure(figsize=(10, 7), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    lowest = min(value for summary in summaries.values() for row in summary.similarity for value in row)
     for axes, (method, summary) in zip(grid.flat, summaries.items(), strict=True):
-        image = axes.imshow(summary.similarity, vmin=0, vmax=1, cmap="cividis", origin="lower")
+        image = axes.imshow(
+            summary.similarity, vmin=math.floor(10 * lowest) / 10, vmax=1, cmap="cividis", origin="lower"
+        )
         last = summary.similarity[-1]
         axes.set_title(
             f"{method}\nmean {statistics.fmean(map(statistics.fmean, summary.similarity)):.2f}, "

@@ -59,7 +59,7 @@ class Config:
     mode: str = "block"
     drop_prob: float = 0.3
     seeds: int = 3
-    epochs: float = 20
+    epochs: float = 12
     validate: bool = False
 
     @property

@@ -106,6 +106,21 @@ def test_prints_and_writes_the_same_rows(instant, tmp_path, capsys):
     assert printed.count("target 0.75") == printed.count("target 0.66") == 1
 
 
+def test_a_full_disk_at_the_end_loses_neither_the_table_nor_the_older_file(instant, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    kept = tmp_path / "kept.csv"
+    kept.write_text("precious")
+    monkeypatch.setattr("benchmarks.output.os.replace", full)
+    assert main(["step", "--turns", "1", "--csv", str(kept), "--json", str(tmp_path / "step.json")]) == 1
+    printed = capsys.readouterr()
+    assert "vit block p=0.3" in printed.out
+    assert printed.err.count("No space left on device; what was there is kept") == 2
+    assert kept.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_passes_its_options_on(instant):
     options = ["--model", "resnet", "--mode", "block", "--prob", "0.2", "0.4", "--batch", "7", "--turns", "3"]
     assert main(["step", "--quick", *options]) == 0
