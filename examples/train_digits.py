@@ -92,7 +92,12 @@ def next_ideas(config: Config) -> str:
         "--epochs 60": "a longer training" if config.epochs < 60 else "",
         "--seeds 10": "narrower intervals" if config.seeds < 10 else "",
     }
-    return "\n  ".join(["Try next:", *(f"{option:16} {what}" for option, what in ideas.items() if what)])
+    return "\n  ".join(
+        [
+            "Try next, as options of examples/train_digits.py or in `make demo ARGS=...`:",
+            *(f"{option:16} {what}" for option, what in ideas.items() if what),
+        ]
+    )
 
 
 # Options
