@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -117,7 +118,7 @@ class Experiment:
             torch.set_rng_state(self._current["rng"].cpu())
             self.display.begin(seed, self._current["step"])
 
-        interval = max(1, self.steps // EVALUATIONS)
+        interval = math.ceil(self.steps / EVALUATIONS)
         for step in range(self._current["step"] + 1, self.steps + 1):
             evaluating = step % interval == 0 or step == self.steps
             for method, training in trainings.items():

@@ -344,9 +344,9 @@ def test_removing_branches_is_the_network_without_them(digits):
     for network in TINY.values():
         model = network.kind(**network.options).eval()
         keep = torch.ones(len(model.paths), dtype=torch.bool)
-        keep[[0, len(keep) - 1]] = False
+        keep[[0, 2]] = False  # in the ResNet 2 has a shortcut, whose output is negative in places
         wanted = masked_forward(model, digits.test_images, keep, [0.0] * len(keep))
-        got = analysis.logits_without(model, digits.test_images, (0, len(keep) - 1))
+        got = analysis.logits_without(model, digits.test_images, (0, 2))
         torch.testing.assert_close(got, wanted)
         assert not torch.allclose(got, model(digits.test_images))
 
