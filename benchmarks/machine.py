@@ -18,6 +18,7 @@ MATMUL_SIZES = (512, 1024, 2048)
 CONV_SHAPES = ((24, 32, 32), (32, 256, 16), (64, 128, 8))  # images, channels, side
 CEILING_REPEATS = 5
 CACHE_IF_UNKNOWN = 64 << 20
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,29 @@ def one_thread() -> Iterator[None]:
 
 def facts(device: Device) -> dict[str, str | int]:
     """What a row says of the machine and the versions."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "device": device.name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    """With `-dirty` where the code isn't the commit's; what was measured before may have changed results and README.
+    Empty without git or outside of a clone."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    code = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git(*code) else "")
+    except OSError:
+        return ""
 
 
 def _version(package: str) -> str:

@@ -167,3 +167,8 @@ def test_ceilings_are_measured(monkeypatch):
     ceilings = Device(torch.device("cpu"), "", cache_bytes=1 << 16).ceilings()
     assert 1e8 < ceilings.flops < 1e16
     assert 1e7 < ceilings.bytes < 1e14
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert machine.facts(Device(torch.device("cpu"), "a CPU", cache_bytes=1))["commit"] == ""
