@@ -26,6 +26,8 @@ setup(
             "ruff",
             "scikit-learn",
             "scipy",
+            "triton",
         ],
+        "triton": ["triton"],
     },
 )

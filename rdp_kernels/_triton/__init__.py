@@ -1,0 +1,29 @@
+"""Triton kernels: the masked residual add, the gather of rows, and both with a norm between.
+
+| file | holds |
+|---|---|
+| `residual_add.py` | `act(residual + scale · γ · branch)`, over all rows or some, with the rows of the next branch |
+| `residual_add_norm.py` | the same with LayerNorm or RMSNorm over the next branch's rows |
+| `rows.py` | rows gathered; a list of rows inverted |
+| `reduce.py` | the second stage of sums over rows |
+| `tiling.py` | how `[B, ...]` tensors are cut into tiles, whatever their layout; plain torch |
+| `launch.py` | a launch as data, and every block size and number of warps |
+| `support.py` | why a call can't be served; plain torch |
+
+Importing this package imports neither triton nor a kernel: `kernels()` does, when one is wanted.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from .support import unavailable, why_not
+
+__all__ = ["kernels", "unavailable", "why_not"]
+
+
+def kernels() -> ModuleType:
+    """The launchers `tail_fwd` and `tail_bwd`."""
+    from . import tail
+
+    return tail

@@ -1,0 +1,168 @@
+"""A launch as data: kernel, grid, arguments and numbers, so that what runs and what tests compile ahead of time is one
+thing; and the one table of launch numbers.
+
+The numbers were chosen by reasoning (bytes in flight, registers) and from compiled code; no GPU has tuned them yet:
+`python -m benchmarks tune` does, and prints the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .support import interpreted
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is cut up and scheduled.
+
+    Args:
+        tile: elements of a tile, spread over its rows and columns.
+        max_columns: of a tile, where the kernel doesn't need whole rows.
+        num_warps, num_stages: Triton's.
+        tiles: how many tiles, at least, one program works through where it sums over rows.
+    """
+
+    tile: int
+    max_columns: int
+    num_warps: int
+    num_stages: int = 1
+    tiles: int = 1
+
+
+Widths = tuple[tuple[int, LaunchConfig], ...]
+"""(largest width, config) in ascending order; the last serves all wider ones too."""
+
+_ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
+_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=1024, num_warps=4, tiles=32)),)
+_GATHER: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),)
+_NORM: Widths = (
+    (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=4)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=8)),
+    (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16)),
+)
+_NORM_BWD: Widths = (
+    (1024, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=32)),
+    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=8, tiles=32)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=16, tiles=32)),
+)
+_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=32)),)
+_REDUCE: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=64, num_warps=4)),)
+_INVERT: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
+
+# By kernel, then by architecture; an architecture that isn't listed takes "default".
+CONFIGS: dict[str, dict[str, Widths]] = {
+    "residual_add_fwd": {"default": _ADD},
+    "residual_add_bwd": {"default": _ADD_BWD},
+    "residual_add_norm_fwd": {"default": _NORM},
+    "residual_add_norm_bwd": {"default": _NORM_BWD},
+    "residual_add_norm_bwd_wide": {"default": _NORM_BWD_WIDE},
+    "gather_rows": {"default": _GATHER},
+    "sum_partials": {"default": _REDUCE},
+    "invert_rows": {"default": _INVERT},
+}
+
+MAX_PARTIALS = 1024
+"""Rows of the intermediate sums: enough programs for any GPU, and few enough to be summed in no time."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call: `arguments` are those of the kernel by name, compile-time ones included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    config: LaunchConfig
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+
+    def run(self, device: torch.device) -> None:
+        """On the current stream of `device`. An empty grid runs nothing."""
+        if self.grid[0] == 0:
+            return
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a `num_rows` × `width` matrix is cut for one kernel: tiles of block_m × block_n, `tiles` below each other for
+    each program. `whole_rows`: a program spans the width, in one tile where this holds it."""
+
+    config: LaunchConfig
+    num_rows: int
+    width: int
+    block_m: int
+    block_n: int
+    whole_rows: bool = False
+    tiles: int = 1
+
+    @classmethod
+    def of(
+        cls, op: str, device: torch.device, num_rows: int, width: int, whole_rows: bool = False, sums: bool = False
+    ) -> Tiles:
+        config = config_for(op, device, width)
+        block_m, block_n = block_shape(config, num_rows, width, whole_rows)
+        blocks = cdiv(num_rows, block_m)
+        tiles = min(max(config.tiles, cdiv(blocks, MAX_PARTIALS)), max(blocks, 1)) if sums else 1
+        return cls(config, num_rows, width, block_m, block_n, whole_rows, tiles)
+
+    @property
+    def row_blocks(self) -> int:
+        return cdiv(self.num_rows, self.block_m * self.tiles)
+
+    @property
+    def column_blocks(self) -> int:
+        return 1 if self.whole_rows else cdiv(self.width, self.block_n)
+
+    def run(self, kernel: Any, device: torch.device, **arguments: Any) -> None:
+        """Runs `kernel`, a program for each row block and column block."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        grid = (self.row_blocks * self.column_blocks,)
+        Launch(kernel, grid, arguments | blocks, self.config).run(device)
+
+
+def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:
+    """The numbers for kernel `op` on tensors of this width."""
+    widths = CONFIGS[op].get(architecture(device)) or CONFIGS[op]["default"]
+    return next((config for largest, config in widths if width <= largest), widths[-1][1])
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`"sm_90"`, `"gfx942"`, or `"interpreter"`."""
+    if device.type != "cuda" or interpreted():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def block_shape(config: LaunchConfig, num_rows: int, width: int, whole_rows: bool) -> tuple[int, int]:
+    """Rows and columns of a tile, powers of 2."""
+    columns = min(next_power_of_2(width), config.max_columns) if whole_rows else _columns(width, config.max_columns)
+    rows = min(max(config.tile // columns, 1), next_power_of_2(num_rows))
+    return rows, columns
+
+
+def _columns(width: int, largest: int) -> int:
+    """The power of 2 up to `largest` that covers `width` with the fewest idle columns; the widest of equals."""
+    sizes = [1 << bits for bits in range(6, largest.bit_length()) if 1 << bits <= next_power_of_2(width)]
+    return min(reversed(sizes), key=lambda size: cdiv(width, size) * size, default=next_power_of_2(width))
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,19 @@
+"""The second stage of sums over rows: `[R, C]` partial sums to `[C]`, in an order that depends on the shape alone."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum_partials_kernel(
+    out_ptr, partials_ptr, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_R, BLOCK_N], partials_ptr.dtype.element_ty)
+    for start in range(0, num_rows, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        at = r.to(tl.int64)[:, None] * width + n[None, :]
+        total += tl.load(partials_ptr + at, mask=(r < num_rows)[:, None] & (n < width)[None, :], other=0.0)
+    tl.store(out_ptr + n, tl.sum(total, axis=0), mask=n < width)

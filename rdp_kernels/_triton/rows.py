@@ -1,0 +1,46 @@
+"""Rows gathered, and a list of rows inverted."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .parts import place, store_parts
+
+
+@triton.jit
+def _gather_rows_kernel(
+    out_ptr,
+    frozen_out_ptr,
+    x_ptr,
+    index_ptr,
+    num_rows,
+    num_learning,
+    width,
+    x_row_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[k] = x[index[k]]; from `num_learning` on the rows go to frozen_out."""
+    column_blocks = tl.cdiv(width, BLOCK_N)
+    k = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = k < num_rows
+    b = tl.load(index_ptr + k, mask=exists, other=0)
+    in_width = (n < width)[None, :]
+    first = tl.zeros([BLOCK_M], tl.int32)
+    x = tl.load(x_ptr + place(b, first, n, x_row_stride, width), mask=exists[:, None] & in_width)
+    store_parts(out_ptr, frozen_out_ptr, x, k, first, n, exists, in_width, num_learning, width, width)
+
+
+@triton.jit
+def _invert_rows_kernel(inverse_ptr, index_ptr, batch_size, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """inverse[index[k]] = k, elsewhere num_rows; one program, so that a barrier orders the two."""
+    for start in range(0, batch_size, BLOCK_N):
+        b = start + tl.arange(0, BLOCK_N)
+        tl.store(inverse_ptr + b, tl.zeros([BLOCK_N], tl.int64) + num_rows, mask=b < batch_size)
+    tl.debug_barrier()
+    for start in range(0, num_rows, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
+        b = tl.load(index_ptr + k, mask=k < num_rows, other=0)
+        tl.store(inverse_ptr + b, k.to(tl.int64), mask=k < num_rows)

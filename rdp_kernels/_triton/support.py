@@ -1,0 +1,75 @@
+"""Why the Triton kernels can't serve a call; one function, asked when choosing and when forced."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_NORM_WIDTH = 16384
+MIN_CAPABILITY = (8, 0)
+MAX_TILE_ROWS = 2**31 - 2**20  # positions of a batch are numbered in 32 bits, addresses in 64
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, in Python. It looks at the variable once, when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no call can be served, or None. Doesn't import triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "there is no GPU (with TRITON_INTERPRET=1 in the environment it takes CPU tensors, slowly, for tests)"
+    return None
+
+
+def why_not(tensors: tuple[Tensor | None, ...], norm_width: int | None = None, forced: bool = False) -> str | None:
+    """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
+
+    The interpreter serves on request only (`forced`): it is for tests.
+    """
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    if device.type == "cuda":
+        reason = _why_not_device(device)
+        if reason is not None:
+            return reason
+    elif not (device.type == "cpu" and interpreted()):
+        return f"the tensors are on {device}, the Triton kernels run on GPUs"
+    elif not forced:
+        return "on the CPU the Triton interpreter serves on request only"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            return f"the Triton kernels have float32, bfloat16, float16 and float64, not {tensor.dtype}"
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    if norm_width is not None and norm_width > MAX_NORM_WIDTH:
+        return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
+    if norm_width is not None and first.shape[-1] != norm_width:
+        return "the norm is over more than the last dimension"
+    if first.numel() // max(first.shape[-1], 1) > MAX_TILE_ROWS:
+        return f"the stream has more than {MAX_TILE_ROWS} rows of its last dimension"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, which the Triton kernels' gradients don't support"
+    return None
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
+        return None
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {found}, the Triton kernels need 8.0 or more"

@@ -1,0 +1,380 @@
+"""The launchers: which kernel serves a tail, and with which arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import compute_dtype
+from ..rows import RowSet
+from ..tail import Add, Next, Operands, Results
+from .launch import Tiles
+from .reduce import _sum_partials_kernel
+from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
+from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
+from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
+from .rows import _gather_rows_kernel, _invert_rows_kernel
+from .tiling import Layout, Tiling
+
+WIDEST_SUM_IN_REGISTERS = 4096
+"""A program of the norm's backward keeps up to three rows of sums."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a backward needs to know of its forward beside tensors."""
+
+    shape: torch.Size
+    """Of the stream."""
+    device: torch.device
+    layout: Layout
+    compute: torch.dtype
+    dtypes: Operands
+    """Of the operands."""
+
+    def empty(self, num_rows: int, dtype: torch.dtype | None) -> Tensor:
+        """`[num_rows, ...]` like the stream."""
+        return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
+
+    @property
+    def norm_tiling(self) -> Tiling:
+        return self.layout.tiling(self.shape, -1)
+
+    def gamma_tiling(self, add: Add | None, has_gamma: bool) -> Tiling:
+        return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
+
+
+def tail_fwd(
+    operands: Operands,
+    add: Add | None,
+    following: Next | None,
+    num_saved: int = 0,
+    in_place: bool = False,
+    batch_size: int | None = None,
+) -> tuple[Results, Context]:
+    """Adds a branch to the stream, gathers the next branch's rows, or both.
+
+    Args:
+        num_saved: of the next branch's rows, how many leading ones keep x̂ and rstd for a backward.
+        in_place: the sum overwrites `operands.residual`, which must be dense; without activation.
+        batch_size: of the result, where there is no residual to tell.
+    """
+    context = _context(operands, None if following is None else following.norm, batch_size)
+    residual, branch, frozen = (None if t is None else context.layout.conform(t) for t in operands[:3])
+    gamma = operands.gamma
+    if add is None:
+        results = Results()
+    else:
+        results = Results(residual if in_place else context.empty(context.shape[0], context.dtypes.residual))
+        if add.scale == 0:
+            branch = frozen = gamma = None
+    if following is not None:
+        results = _with_next(context, results, following, num_saved)
+        if add is None and following.norm is None:
+            _gather(context, residual, results, following)
+            return results, context
+    arguments: dict[str, Any] = dict(
+        out_ptr=results.out,
+        next_ptr=results.next,
+        frozen_next_ptr=results.frozen_next,
+        residual_ptr=residual,
+        branch_ptr=branch,
+        frozen_ptr=frozen,
+        gamma_ptr=gamma,
+        out_row_stride=_row_stride(results.out),
+        residual_row_stride=_row_stride(residual),
+        branch_row_stride=_row_stride(branch),
+        frozen_row_stride=_row_stride(frozen),
+        IN_PLACE=in_place,
+        **_branch_rows(context, add, branch, frozen),
+        **_next_rows(context, following),
+    )
+    if following is None or following.norm is None:
+        tiling = context.gamma_tiling(add, gamma is not None)
+        tiles = _tiles("residual_add_fwd", context, tiling)
+        kernel, more = _residual_add_fwd_kernel, _gamma_arguments(tiling)
+        more |= {"RELU": add is not None and add.activation == "relu"}
+    else:
+        tiling = context.norm_tiling
+        tiles = _tiles("residual_add_norm_fwd", context, tiling, whole_rows=True)
+        kernel = _residual_add_norm_fwd_kernel
+        more = dict(
+            x_hat_ptr=results.x_hat,
+            rstd_ptr=results.rstd,
+            weight_ptr=operands.weight,
+            bias_ptr=operands.bias,
+            num_saved=num_saved,
+            LAYER_NORM=following.norm == "layer",
+            EPS=following.eps,
+        )
+    tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
+    return results, context
+
+
+def tail_bwd(
+    context: Context,
+    operands: Operands,
+    results: Results,
+    gradients: Results,
+    add: Add | None,
+    following: Next | None,
+    wanted: Operands,
+    in_place: bool = False,
+) -> Operands:
+    """The gradients of the operands that are `wanted` (bools).
+
+    Args:
+        operands: `branch` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
+        results: `out` where there is an activation, `x_hat` and `rstd` where there is a norm.
+        gradients: of the results; None for zero.
+        in_place: the residual's gradient may overwrite that of `out`, which must be dense.
+    """
+    dout, dnext, dfrozen_next = (None if t is None else context.layout.conform(t) for t in gradients[:3])
+    if dout is None and dnext is None and dfrozen_next is None:
+        return Operands()
+    if dnext is None and dfrozen_next is None:
+        following = None
+    relu = add is not None and add.activation == "relu"
+    in_place = in_place and dout is not None and dout is gradients.out and not relu
+    if add is None and (following is None or following.norm is None):
+        if following is None:
+            return Operands(dout)
+        scattered, _ = tail_fwd(
+            Operands(dout, dnext, dfrozen_next),
+            Add(following.rows),
+            None,
+            in_place=in_place,
+            batch_size=context.shape[0],
+        )
+        return Operands(scattered.out)
+
+    stream_changes = relu or following is not None
+    grads = _empty_gradients(context, add, wanted)
+    if wanted.residual:
+        fresh = stream_changes and not in_place
+        grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual) if fresh else dout)
+    if add is not None and add.scale == 0:
+        grads = Operands(*(t if t is None or t is grads.residual else t.zero_() for t in grads))
+        add = Add(activation=add.activation)
+        branch = dbranch = dfrozen = gamma = None
+    else:
+        branch = context.layout.conform(operands.branch) if wanted.gamma else None
+        dbranch, dfrozen, gamma = grads.branch, grads.frozen, operands.gamma
+    if not stream_changes and branch is None and dbranch is None and dfrozen is None:
+        return grads
+    arguments: dict[str, Any] = dict(
+        dresidual_ptr=grads.residual if stream_changes else None,
+        dbranch_ptr=dbranch,
+        dfrozen_ptr=dfrozen,
+        dout_ptr=dout,
+        dnext_ptr=dnext,
+        dfrozen_next_ptr=dfrozen_next,
+        branch_ptr=branch,
+        gamma_ptr=gamma,
+        dout_row_stride=_row_stride(dout),
+        dnext_row_stride=_row_stride(dnext),
+        dfrozen_next_row_stride=_row_stride(dfrozen_next),
+        branch_row_stride=_row_stride(branch),
+        IN_PLACE=in_place,
+        **_branch_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
+        **_next_rows(context, following),
+    )
+    if following is None or following.norm is None:
+        tiling = context.gamma_tiling(add, branch is not None or gamma is not None)
+        tiles = _tiles("residual_add_bwd", context, tiling, sums=branch is not None)
+        num_partials = tiles.row_blocks
+        if tiling.gamma_per == "position":
+            num_partials = tiles.num_rows // tiling.channels * tiles.column_blocks
+        sums = {"gamma": _partials(context, num_partials, _channels(tiling), branch is not None)}
+        kernel, more = _residual_add_bwd_kernel, _gamma_arguments(tiling)
+        more |= dict(out_ptr=results.out, out_row_stride=_row_stride(results.out), RELU=relu)
+    else:
+        tiling = context.norm_tiling
+        wide = tiling.width > WIDEST_SUM_IN_REGISTERS
+        op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
+        tiles = _tiles(op, context, tiling, whole_rows=True, sums=True)
+        sums = {
+            name: _partials(context, tiles.row_blocks, tiling.width, is_wanted)
+            for name, is_wanted in (("gamma", branch is not None), ("weight", wanted.weight), ("bias", wanted.bias))
+        }
+        kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
+        arguments.pop("num_next_rows")
+        more = dict(
+            dweight_ptr=sums["weight"],
+            dbias_ptr=sums["bias"],
+            x_hat_ptr=results.x_hat,
+            rstd_ptr=results.rstd,
+            weight_ptr=operands.weight,
+            num_saved=0 if results.x_hat is None else results.x_hat.shape[0],
+            LAYER_NORM=following.norm == "layer",
+        )
+    more |= dict(dgamma_ptr=sums["gamma"], tiles=tiles.tiles)
+    tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
+    for name, partials in sums.items():
+        if partials is not None:
+            _sum(context, partials, getattr(grads, name))
+    return grads
+
+
+def _context(operands: Operands, norm: str | None, batch_size: int | None) -> Context:
+    """A norm wants the channels, the last dimension, innermost."""
+    stream = operands.branch if operands.residual is None else operands.residual
+    stream = operands.frozen if stream is None else stream
+    assert stream is not None
+    layout = Layout.of(stream)
+    if norm is not None and layout.order[-1] != stream.dim() - 1:
+        layout = Layout(tuple(range(stream.dim())))
+    return Context(
+        shape=torch.Size([batch_size or stream.shape[0], *stream.shape[1:]]),
+        device=stream.device,
+        layout=layout,
+        compute=compute_dtype(*operands),
+        dtypes=Operands(*(None if t is None else t.dtype for t in operands))._replace(residual=stream.dtype),
+    )
+
+
+def _with_next(context: Context, results: Results, following: Next, num_saved: int) -> Results:
+    """With the results that a next branch needs."""
+    num_learning, num_frozen = _part_sizes(context, following.rows)
+    dtype = context.dtypes.residual
+    results = results._replace(
+        next=context.empty(num_learning, dtype), frozen_next=context.empty(num_frozen, dtype) if num_frozen else None
+    )
+    if following.norm is None or num_saved == 0:
+        return results
+    num_norms = num_saved * math.prod(context.shape[1:-1])
+    rstd = torch.empty(num_norms, dtype=context.compute, device=context.device)
+    return results._replace(x_hat=context.empty(num_saved, dtype), rstd=rstd)
+
+
+def _empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Operands:
+    """Of the operands that are wanted, except the residual's."""
+    num_learning, num_frozen = _part_sizes(context, None if add is None else add.rows)
+    dtypes = context.dtypes
+
+    def vector(dtype: Any, dim: int) -> Tensor:
+        return torch.empty(context.shape[dim], dtype=dtype, device=context.device)
+
+    return Operands(
+        branch=context.empty(num_learning, dtypes.branch) if wanted.branch else None,
+        frozen=context.empty(num_frozen, dtypes.frozen) if wanted.frozen else None,
+        gamma=vector(dtypes.gamma, -1 if add is None else add.channel_dim) if wanted.gamma else None,
+        weight=vector(dtypes.weight, -1) if wanted.weight else None,
+        bias=vector(dtypes.bias, -1) if wanted.bias else None,
+    )
+
+
+def _gather(context: Context, x: Tensor | None, results: Results, following: Next) -> None:
+    assert following.rows is not None
+    rows, width = following.rows, math.prod(context.shape[1:])
+    Tiles.of("gather_rows", context.device, rows.num_rows, width).run(
+        _gather_rows_kernel,
+        context.device,
+        out_ptr=results.next,
+        frozen_out_ptr=results.frozen_next,
+        x_ptr=x,
+        index_ptr=rows.index,
+        num_rows=rows.num_rows,
+        num_learning=rows.num_learning,
+        width=width,
+        x_row_stride=_row_stride(x),
+    )
+
+
+def _partials(context: Context, num_rows: int, width: int, wanted: bool) -> Tensor | None:
+    return torch.empty(num_rows, width, dtype=context.compute, device=context.device) if wanted else None
+
+
+def _sum(context: Context, partials: Tensor, out: Tensor) -> None:
+    num_rows, width = partials.shape
+    tiles = Tiles.of("sum_partials", context.device, 1, width)
+    block_m = tiles.config.tile // tiles.block_n
+    tiles.run(
+        _sum_partials_kernel,
+        context.device,
+        out_ptr=out,
+        partials_ptr=partials,
+        num_rows=num_rows,
+        width=width,
+        BLOCK_R=block_m,
+    )
+
+
+def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
+    """int64 [B]: where each row of the batch stands among `rows`."""
+    if rows is None or rows.inverse is not None:
+        return None if rows is None else rows.inverse
+    batch_size = context.shape[0]
+    inverse = torch.empty(batch_size, dtype=torch.int64, device=context.device)
+    Tiles.of("invert_rows", context.device, 1, 1).run(
+        _invert_rows_kernel,
+        context.device,
+        inverse_ptr=inverse,
+        index_ptr=rows.index,
+        batch_size=batch_size,
+        num_rows=rows.num_rows,
+    )
+    return inverse
+
+
+def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> dict[str, Any]:
+    """Which samples have a branch, and its scale. Float numbers reach a kernel in 32 bits: float64 gets a tensor."""
+    if add is None or all(part is None for part in branch):
+        return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
+    num_learning, num_frozen = _part_sizes(context, add.rows)
+    row_scale = add.row_scale
+    if row_scale is None and context.compute == torch.float64 and add.scale != 1:
+        row_scale = torch.full((num_learning + num_frozen,), add.scale, dtype=torch.float64, device=context.device)
+    return dict(
+        inverse_ptr=_inverse(context, add.rows),
+        num_rows=num_learning + num_frozen,
+        num_learning=num_learning,
+        row_scale_ptr=row_scale,
+        scale=float(add.scale),
+    )
+
+
+def _next_rows(context: Context, following: Next | None) -> dict[str, Any]:
+    if following is None:
+        return dict(next_inverse_ptr=None, num_next_rows=0, num_next_learning=0)
+    num_learning, num_frozen = _part_sizes(context, following.rows)
+    return dict(
+        next_inverse_ptr=_inverse(context, following.rows),
+        num_next_rows=num_learning + num_frozen,
+        num_next_learning=num_learning,
+    )
+
+
+def _part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
+    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.num_frozen)
+
+
+def _tiles(op: str, context: Context, tiling: Tiling, **how: bool) -> Tiles:
+    return Tiles.of(op, context.device, context.shape[0] * tiling.positions, tiling.width, **how)
+
+
+def _sizes(context: Context, tiling: Tiling) -> dict[str, Any]:
+    return dict(
+        num_positions=context.shape[0] * tiling.positions,
+        positions=tiling.positions,
+        width=tiling.width,
+        sample_size=tiling.positions * tiling.width,
+        COMPUTE=tl.float64 if context.compute == torch.float64 else tl.float32,
+    )
+
+
+def _gamma_arguments(tiling: Tiling) -> dict[str, Any]:
+    return {"channels": tiling.channels, "GAMMA_PER_POSITION": tiling.gamma_per == "position"}
+
+
+def _channels(tiling: Tiling) -> int:
+    return tiling.channels if tiling.gamma_per == "position" else tiling.width
+
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
