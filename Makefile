@@ -8,10 +8,12 @@ demo: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m "not slow" tests/compiled
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest -m slow
-	RDP_EXAMPLES=60 $(BIN)/python -m pytest tests/test_exactness.py -k equals_the_textbook
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m slow tests/compiled
+	RDP_EXAMPLES=10 $(BIN)/python -m pytest tests/test_exactness.py -k equals_the_textbook
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from ._backend import available_backends, use_backend
 from .modules import DropPath, ResidualBranch, ResidualSequence
-from .ops import drop_path, drop_path_add, gather_rows, residual_add
+from .ops import drop_path, drop_path_add, gather_rows, residual_add, residual_add_norm
 from .plan import PathPlan, drop_path_rates
 from .scheme import ResidualDropPath
 
@@ -20,5 +20,6 @@ __all__ = [
     "drop_path_rates",
     "gather_rows",
     "residual_add",
+    "residual_add_norm",
     "use_backend",
 ]

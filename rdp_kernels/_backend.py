@@ -1,37 +1,45 @@
-"""The one place that chooses which implementation serves an op, and that can say why not.
+"""The one place that chooses which implementation serves a call, and that can say why not.
 
-`"auto"` takes the first backend of `PREFERENCE` that is available. Today that is the eager reference; kernels join by
-adding their module here.
+A kernel library is a package with three functions: `unavailable()` and `why_not(...)` give a reason or None without
+importing a kernel, `kernels()` gives the module with `tail_fwd` and `tail_bwd`. `"auto"` takes the first one that can
+serve the call, else the eager reference; the logger `rdp_kernels` tells at level DEBUG what was passed over and why.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
 
-from . import reference
+from torch import Tensor
+
+from . import _triton
 from ._checks import check_choice
 
-PREFERENCE = ("native", "triton", "eager")
-_CHOICES = ("auto", *PREFERENCE)
-_NOT_BUILT = "this version of rdp_kernels has no {} kernels yet; every op runs in plain torch"
+_LIBRARIES = {"triton": _triton}
+_CHOICES = ("auto", "eager", "triton", "native")
+_NO_NATIVE = "this version of rdp_kernels has no C++ or CUDA kernels yet"
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
+_log = logging.getLogger("rdp_kernels")
+_logged: set[tuple[str, str, str]] = set()
 
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name with None where it can be used, else the reason why not."""
-    return {"eager": None, "triton": _NOT_BUILT.format("Triton"), "native": _NOT_BUILT.format("C++ or CUDA")}
+    libraries = {name: library.unavailable() for name, library in _LIBRARIES.items()}
+    return {"eager": None, **libraries, "native": _NO_NATIVE}
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
 
-    The environment variable `RDP_BACKEND` sets the same for a whole process. Raises `ValueError` for an unknown name
-    and `RuntimeError`, with the reason, for a backend that is not available.
+    `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the
+    reason, on a call that it can't serve. The environment variable `RDP_BACKEND` sets the same for a whole process.
+    Raises `ValueError` for an unknown name and `RuntimeError`, with the reason, for a backend that is not available.
     """
     global _chosen
     _require("name", name)
@@ -42,11 +50,36 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def implementation() -> ModuleType:
-    """The module whose functions serve the ops now."""
-    if _chosen is None:
-        _require("RDP_BACKEND", os.environ.get("RDP_BACKEND", "auto"))
-    return reference
+def kernels_for(
+    op: str, *tensors: Tensor | None, norm_width: int | None = None, required: bool = True
+) -> ModuleType | None:
+    """The kernels that serve `op` on `tensors`, the first of which is the stream; None for the eager reference.
+
+    `norm_width`: how many elements the norm is over. Raises `RuntimeError` where the backend was asked for by name and
+    can't serve the call, if that is `required`; else None.
+    """
+    chosen = _chosen
+    if chosen is None:
+        chosen = os.environ.get("RDP_BACKEND", "auto")
+        _require("RDP_BACKEND", chosen)
+    if chosen == "eager":
+        return None
+    if chosen != "auto":
+        library = _LIBRARIES[chosen]
+        reason = library.why_not(tensors, norm_width, forced=True)
+        if reason is None:
+            return library.kernels()
+        if required:
+            raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
+        return None
+    for name, library in _LIBRARIES.items():
+        reason = library.why_not(tensors, norm_width)
+        if reason is None:
+            return library.kernels()
+        if _log.isEnabledFor(logging.DEBUG) and (op, name, reason) not in _logged:
+            _logged.add((op, name, reason))
+            _log.debug("%s: passing over backend %r: %s", op, name, reason)
+    return None
 
 
 def _require(argument: str, name: str) -> None:

@@ -130,3 +130,28 @@ def _check_gamma(gamma: object, residual: Tensor, channel_dim: int) -> None:
         )
     if gamma.device != residual.device:
         raise ValueError(f"gamma must be on {residual.device} like the residual, got {gamma.device}")
+
+
+def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: object) -> None:
+    """The arguments of a norm over the residual's last dimension."""
+    if residual.dim() < 2:
+        raise ValueError(f"residual must have rows and channels, got {residual.dim()} dimension")
+    if norm == "rms" and bias is not None:
+        raise ValueError("bias must be None: RMSNorm has none")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor or None, got {describe(value)}")
+        if list(value.shape) != [residual.shape[-1]]:
+            raise ValueError(f"{name} must have shape [{residual.shape[-1]}], got {list(value.shape)}")
+        if value.device != residual.device:
+            raise ValueError(f"{name} must be on {residual.device} like the residual, got {value.device}")
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0 <= float(eps) < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+
+
+def describe(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

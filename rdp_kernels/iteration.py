@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._device import to_device
 from .paths import Decision, Path
 from .plan import PathPlan, kept_scale
+from .rows import RowSet, orders_of
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class Iteration:
         count = int(learns.sum())
         if count in (0, size):
             return self._whole(index, count > 0)
-        order = self._order(forward, start, size, x.device)[index]
-        frozen = False if self.phase == "drop" else order[count:]
-        return self._decision(index, order[:count], frozen)
+        order, inverse = self._order(forward, start, size, x.device)[:, index]
+        # In a drop iteration the dropped rows, behind the others in the order, have no branch.
+        rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
+        return self._decision(index, rows=rows)
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
@@ -131,21 +133,22 @@ class Iteration:
     def _whole(self, index: int, learns: bool) -> Decision:
         return self._decision(index, learns, not learns and self.phase == "reuse")
 
-    def _decision(self, index: int, learning: bool | Tensor, frozen: bool | Tensor) -> Decision:
+    def _decision(
+        self, index: int, learning: bool = False, frozen: bool = False, rows: RowSet | None = None
+    ) -> Decision:
         scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
         thaw = self.thaw[index] if self.thaw else ()
-        return Decision(learning, frozen, scale, self.rules.freeze, self.rules.freeze_bn, thaw)
+        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, thaw)
 
     def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
-        """int64 [paths, batch] on `device`: each path's learning rows, then the others, both ascending.
+        """int64 [2, paths, batch] on `device`: each path's learning rows, then the others, and where each row stands.
 
         One copy for each forward and device: the rows of all paths travel together.
         """
         key = (forward, device)
         if key not in self._orders:
             learns = self._learns[:, start : start + size]
-            order = (~learns).to(torch.uint8).argsort(dim=1, stable=True)
-            self._orders[key] = to_device(order, device)
+            self._orders[key] = to_device(orders_of(learns), device)
         return self._orders[key]
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from . import ops
 from ._checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from .norms import has_hooks
 from .paths import PathSlot, run_path
 from .plan import MODES
+from .sequence import run_sequence
 
 
 class DropPath(nn.Module):
@@ -90,6 +92,20 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run_path(self, x, args, kwargs)
 
+    def is_plain(self) -> bool:
+        """Whether a call is nothing but `run_path` on the sum of stream and branch, and nobody looks on."""
+        calls_run_path = (
+            type(self).forward is ResidualBranch.forward and type(self).run_branch is ResidualBranch.run_branch
+        )
+        compiled = self._compiled_call_impl is not None
+        return (
+            calls_run_path
+            and not compiled
+            and not has_hooks(self)
+            and self.shortcut is None
+            and self.activation is None
+        )
+
     def branch_modules(self) -> list[nn.Module]:
         return [self.fn] if self.norm is None else [self.norm, self.fn]
 
@@ -108,8 +124,8 @@ class ResidualBranch(nn.Module):
 
         return tuple(gather(i, v) for i, v in enumerate(args)), {name: gather(name, v) for name, v in kwargs.items()}
 
-    def run_branch(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        return self.fn(x if self.norm is None else self.norm(x), *args, **kwargs)
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
+        return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
 
     def extra_repr(self) -> str:
         parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]
@@ -123,8 +139,10 @@ class ResidualBranch(nn.Module):
 class ResidualSequence(nn.Sequential):
     """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
 
-    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Raises `TypeError`
-    for a module that is not a `ResidualBranch`.
+    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Where kernels serve
+    it, one kernel adds a branch, normalises the sum and gathers the next branch's rows, and the stream between
+    branches, which nobody else sees, is updated in place. A branch with hooks, a shortcut or an activation is called
+    as it is. Raises `TypeError` for a module that is not a `ResidualBranch`.
     """
 
     def __init__(self, *branches: Any):
@@ -133,9 +151,7 @@ class ResidualSequence(nn.Sequential):
             _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        for branch in self:
-            x = branch(x, *args, **kwargs)
-        return x
+        return run_sequence(self, x, args, kwargs)
 
 
 def _check_module(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

@@ -16,32 +16,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _backend
 from ._checks import check_residual_add, check_stream
-from ._device import to_device
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay
-from .ops.gather_rows import fork_rows
+from .norms import Norm
+from .ops.tail import run_tail
 from .plan import drop_path_rates, kept_scale
 from .reference import compute_dtype
+from .rows import RowSet, row_set
+from .tail import Add, Operands
 
 if TYPE_CHECKING:
     from .scheme import ResidualDropPath
 
-Rows = bool | Tensor
-"""Rows of a batch: True is all, False none, an int64 tensor [K] with 0 < K < B some."""
-
 
 @dataclass(frozen=True)
 class Decision:
-    """How one call of a path is run: the branch runs on `learning` and on `frozen` rows, on the rest not at all."""
+    """How one call of a path is run: its branch on all rows, where it learns or is frozen, or not at all; with `rows`,
+    on these, some of which may be frozen."""
 
-    learning: Rows = True
-    frozen: Rows = False
+    learning: bool = True
+    frozen: bool = False
+    rows: RowSet | None = None
     scale: float = 1.0
     freeze: str = "parameters"
     freeze_bn: bool = True
     thaw: tuple[nn.Parameter, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
+
+    @property
+    def runs(self) -> bool:
+        return self.learning or self.frozen or self.rows is not None
 
 
 WHOLE = Decision()
@@ -91,11 +95,15 @@ class PathOwner(Protocol):
     activation: str | None
     channel_dim: int
 
+    @property
+    def norm(self) -> nn.Module | None:
+        """Before the branch, given apart so that it can fuse with the gather of rows."""
+
     def branch_modules(self) -> list[nn.Module]:
         """The modules whose parameters, with gamma, are the path's."""
 
-    def run_branch(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """The branch's output, before γ."""
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
+        """The branch's output, before γ; `normed`: x is `norm(x)` already."""
 
     def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The further arguments with those that carry a row per sample gathered."""
@@ -158,19 +166,11 @@ def refuse_batch_norm(paths: Iterable[Path]) -> None:
 def run_path(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for."""
     check_stream("x", x)
-    call = _PathCall(owner, x.shape[0], args, kwargs)
-    decision = call.decide(x)
-    if isinstance(decision.learning, Tensor) or isinstance(decision.frozen, Tensor):
-        return call.masked(x, decision) if call.mixes_rows() else call.on_rows(x, decision)
-    if decision.learning:
-        return call.add(call.residual(x), call.learning_branch(x, decision), scale=decision.scale)
-    if decision.frozen:
-        return call.frozen(x, decision)
-    residual = call.residual(x)
-    return residual.relu() if owner.activation == "relu" else residual
+    call = PathCall(owner, x.shape[0], args, kwargs)
+    return call.run(x, call.decide(x))
 
 
-class _PathCall:
+class PathCall:
     """One call of a path with its further arguments."""
 
     def __init__(self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any]):
@@ -182,20 +182,37 @@ class _PathCall:
             return WHOLE
         return owner.slot.decide(x) or draw_decision(x, owner.drop_prob, owner.mode, owner.scale_by_keep)
 
+    def run(self, x: Tensor, decision: Decision) -> Tensor:
+        if decision.rows is not None:
+            return self.masked(x, decision) if self.mixes_rows() else self.on_rows(x, decision)
+        if decision.learning:
+            return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
+        if decision.frozen:
+            return self.frozen(x, decision)
+        residual = self.residual(x)
+        return residual.relu() if self.owner.activation == "relu" else residual
+
     def residual(self, x: Tensor) -> Tensor:
         return x if self.owner.shortcut is None else self.owner.shortcut(x)
 
-    def branch(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         args, kwargs = self.args, self.kwargs
         if rows is not None:
             args, kwargs = self.owner.gather_arguments(rows, self.batch_size, args, kwargs)
-        return self.owner.run_branch(x, args, kwargs)
+        return self.owner.run_branch(x, args, kwargs, normed)
 
-    def learning_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None) -> Tensor:
+    def learning_branch(
+        self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
+    ) -> Tensor:
         if not decision.thaw:
-            return self.branch(x, rows)
+            return self.branch(x, rows, normed)
         with _thawed(decision.thaw):
-            return self.branch(x, rows)
+            return self.branch(x, rows, normed)
+
+    def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
+        recorded = torch.is_grad_enabled() and decision.freeze != "branch"
+        with self._frozen(decision), torch.set_grad_enabled(recorded):
+            return self.branch(x, rows, normed)
 
     def mixes_rows(self) -> bool:
         """A training BatchNorm: statistics of some rows would differ from those of the batch."""
@@ -205,49 +222,53 @@ class _PathCall:
         self,
         residual: Tensor,
         branch: Tensor,
-        rows: Tensor | None = None,
-        scale: Tensor | float = 1.0,
-        frozen: tuple[Tensor, Tensor] | None = None,
+        frozen: Tensor | None = None,
+        rows: RowSet | None = None,
+        scale: float = 1.0,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
-        owner = self.owner
-        check_residual_add(residual, branch, rows, scale, owner.gamma, owner.channel_dim, owner.activation)
-        return _backend.implementation().residual_add(
-            residual,
-            branch,
-            rows=rows,
-            row_scale=scale,
-            gamma=owner.gamma,
-            channel_dim=owner.channel_dim,
-            activation=owner.activation,
-            frozen=frozen,
-        )
+        operands = Operands(residual, branch, frozen, self.owner.gamma)
+        return run_tail("path", operands, self.checked_add(operands, rows, scale, row_scale)).out
+
+    def checked_add(
+        self, operands: Operands, rows: RowSet | None, scale: float = 1.0, row_scale: Tensor | None = None
+    ) -> Add:
+        """How the branch is added. Raises `ValueError` or `TypeError` where its output doesn't fit."""
+        owner, residual = self.owner, operands.residual
+        options = (row_scale, owner.gamma, owner.channel_dim, owner.activation)
+        check_residual_add(residual, operands.branch, None if rows is None else rows.learning, *options)
+        if operands.frozen is not None and rows is not None:
+            check_residual_add(residual, operands.frozen, rows.frozen, *options)
+        return Add(rows, scale, row_scale, owner.channel_dim, owner.activation)
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch whole, dropped rows masked."""
-        if decision.frozen is not False:
+        rows = decision.rows
+        assert rows is not None
+        if rows.num_frozen:
             raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
-        scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
-        scale.index_fill_(0, _some(decision.learning), decision.scale)
-        return self.add(self.residual(x), self.learning_branch(x, decision), scale=scale)
+        row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
+        row_scale.index_fill_(0, rows.learning, decision.scale)
+        return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows: two calls and one add."""
-        learning = _some(decision.learning)
-        if decision.frozen is False:
-            stream, x_learning = fork_rows(x, learning)
-            update = self.learning_branch(x_learning, decision, learning)
-            return self.add(self.residual(stream), update, learning, decision.scale)
-        frozen = _some(decision.frozen)
-        if decision.freeze == "branch":
-            stream, x_learning = fork_rows(x, learning)
-            with torch.no_grad():
-                x_frozen = x.index_select(0, frozen)
-        else:
-            stream, x_learning, x_frozen = fork_rows(x, learning, frozen)
-        with self._frozen(decision), torch.set_grad_enabled(torch.is_grad_enabled() and decision.freeze != "branch"):
-            update_frozen = self.branch(x_frozen, frozen)
-        update = self.learning_branch(x_learning, decision, learning)
-        return self.add(self.residual(stream), update, learning, frozen=(frozen, update_frozen))
+        norm = Norm.of(self.owner.norm, x, decision.thaw)
+        following = norm.following(decision.rows, "frozen" if decision.freeze == "branch" else None)
+        entered = run_tail("path", norm.operands()._replace(residual=x), following=following)
+        updates = self.updates(decision, entered.next, entered.frozen_next, norm.fused)
+        return self.add(self.residual(entered.out), *updates, decision.rows, decision.scale)
+
+    def updates(
+        self, decision: Decision, x: Tensor, x_frozen: Tensor | None, normed: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The branch of its input's learning rows, or of all, and of its frozen rows."""
+        rows = decision.rows
+        if rows is None:
+            run = self.learning_branch if decision.learning else self.frozen_branch
+            return run(x, decision, None, normed), None
+        frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows.frozen, normed)
+        return self.learning_branch(x, decision, rows.learning, normed), frozen
 
     def frozen(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch whole, frozen or, with `freeze="branch"`, bypassed."""
@@ -284,20 +305,10 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
         return WHOLE
     scale = kept_scale(drop_prob, scale_by_keep)
     keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
-    return Decision(learning=rows_of(keep, x.device), scale=scale)
-
-
-def rows_of(keep: Tensor, device: torch.device) -> Rows:
-    """The rows where `keep`, a bool CPU tensor, is True."""
-    rows = keep.nonzero().flatten()
-    if len(rows) in (0, len(keep)):
-        return len(rows) > 0
-    return to_device(rows, device)
-
-
-def _some(rows: Rows) -> Tensor:
-    assert isinstance(rows, Tensor)
-    return rows
+    kept = int(keep.sum())
+    if kept in (0, len(keep)):
+        return Decision(learning=kept > 0, scale=scale)
+    return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .tail import Add, Next, Operands, Results
 
 
 def residual_add(
@@ -81,6 +84,84 @@ def _activate(x: Tensor, activation: str | None) -> Tensor:
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
     """`residual[rows]`."""
     return residual.index_select(0, rows)
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float) -> Tensor:
+    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension."""
+    dtype = compute_dtype(x, weight, bias)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    if norm == "layer":
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
+    """A branch added to the stream, the next branch's rows, or both: the ops above, one after the other."""
+    residual, branch, frozen, gamma, weight, bias = operands
+    if add is not None:
+        scale = add.scale if add.row_scale is None else add.row_scale
+        if residual is None:
+            return Results(drop_path(branch, torch.as_tensor(scale, device=branch.device).expand(len(branch))))
+        rows = add.rows
+        residual = residual_add(
+            residual,
+            branch,
+            rows=None if rows is None else rows.learning,
+            row_scale=scale,
+            gamma=gamma,
+            channel_dim=add.channel_dim,
+            activation=add.activation,
+            frozen=None if frozen is None or rows is None else (rows.frozen, frozen),
+        )
+    if following is None:
+        return Results(residual)
+    parts = [residual]
+    if following.rows is not None:
+        residual, *parts = _fork_rows(residual, following)
+    if following.norm is not None:
+        for part, x in enumerate(parts):
+            if part == 1:  # the weights are constants for frozen rows
+                weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+            parts[part] = normalise(x, weight, bias, following.norm, following.eps)
+    return Results(residual, *parts)
+
+
+def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:
+    """The stream, and the next branch's rows."""
+    rows = following.rows
+    assert rows is not None
+    if rows.num_frozen == 0:
+        return ForkRows.apply(x, rows.learning)
+    if following.constant is None:
+        return ForkRows.apply(x, rows.learning, rows.frozen)
+    return *ForkRows.apply(x, rows.learning), x.detach().index_select(0, rows.frozen)
+
+
+class ForkRows(torch.autograd.Function):
+    """`(x, x[parts[0]], x[parts[1]], ...)`: the stream, and the rows that branches run on. `parts` are disjoint.
+
+    As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
+    separate gathers would each write a zero-filled `[B, ...]` for autograd to add. Saves the row indices only. The
+    backward is made of differentiable ops, so double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.set_materialize_grads(False)
+        ctx.like = x.shape
+        return x, *(x.index_select(0, rows) for rows in parts)
+
+    @staticmethod
+    def backward(ctx, dstream, *dparts):
+        pairs = [(rows, dpart) for rows, dpart in zip(ctx.saved_tensors, dparts, strict=True) if dpart is not None]
+        dx, owned = dstream, False
+        for rows, dpart in pairs:
+            if dx is None:
+                dx, owned = dpart.new_zeros(ctx.like), True
+            dx = dx.index_add_(0, rows, dpart) if owned else dx.index_add(0, rows, dpart)
+            owned = True
+        return dx, *(None for _ in dparts)
 
 
 def drop_path(x: Tensor, row_scale: Tensor) -> Tensor:

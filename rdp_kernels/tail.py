@@ -38,13 +38,21 @@ class Next:
 
     Args:
         norm: `"layer"`, `"rms"` or None.
-        frozen_constant: its frozen rows are constants: no gradient comes back from them.
+        constant: no gradient comes back from its `"frozen"` rows, or from `"all"`, or None.
     """
 
     rows: RowSet | None = None
     norm: str | None = None
     eps: float = 0.0
-    frozen_constant: bool = False
+    constant: str | None = None
+
+    def num_with_gradient(self, batch_size: int) -> int:
+        """How many leading rows a gradient may come back from."""
+        if self.constant == "all":
+            return 0
+        if self.rows is None:
+            return batch_size
+        return self.rows.num_learning if self.constant == "frozen" else self.rows.num_rows
 
 
 class Operands(NamedTuple):

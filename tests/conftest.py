@@ -1,6 +1,18 @@
-import pytest
+"""Without a GPU the Triton kernels run interpreted, which has to be said before the first one is defined. The tests in
+`tests/compiled` compile kernels instead and run in a process of their own: `make test` starts both.
+"""
+
+import os
+
 import torch
-from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = ["compiled"] if INTERPRETED else []
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Shared, noisy machines: no deadline; and the same examples in every run, so that a red test stays red.
 settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

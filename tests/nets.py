@@ -22,14 +22,30 @@ class TokenMixing(nn.Module):
         return self.channels(self.tokens(x.mT).mT.tanh())
 
 
-class Net(nn.Module):
-    def __init__(self, stem: nn.Module, paths: list[rdp.ResidualBranch], head: nn.Module):
+class Transposed(nn.Module):
+    """`fn` over the tokens instead of the channels."""
+
+    def __init__(self, fn: nn.Module):
         super().__init__()
-        self.stem, self.paths, self.head = stem, nn.ModuleList(paths), head
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x.mT).mT
+
+
+class Net(nn.Module):
+    """`chain`: the paths form a `ResidualSequence`, else they are called one by one."""
+
+    def __init__(self, stem: nn.Module, paths: list[rdp.ResidualBranch], head: nn.Module, chain: bool = False):
+        super().__init__()
+        self.stem, self.head, self.chain = stem, head, chain
+        self.paths = rdp.ResidualSequence(*paths) if chain else nn.ModuleList(paths)
         self.offset = nn.Parameter(torch.randn(()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x) + self.offset
+        if self.chain:
+            return self.head(self.paths(x))
         for path in self.paths:
             x = path(x)
         return self.head(x)
@@ -60,6 +76,23 @@ def tied_net() -> Net:
     paths[1].fn.weight = paths[3].fn.weight
     paths[2].fn.weight = stem.weight
     return Net(stem, paths, nn.Linear(4, 2)).double()
+
+
+def chain_net() -> Net:
+    """Paths that hand over to each other: with and without norm, gamma and parameters, one that can't (relu), one twice."""
+    shared = _mlp(4)
+    paths = [
+        rdp.ResidualBranch(_mlp(4), norm=nn.LayerNorm(4), gamma=torch.rand(4) + 0.5),
+        rdp.ResidualBranch(shared, norm=nn.RMSNorm(4)),
+        rdp.ResidualBranch(TokenMixing(3, 4), norm=nn.LayerNorm(4, bias=False), gamma=torch.rand(4)),
+        rdp.ResidualBranch(TokenMixing(3, 4), gamma=torch.rand(4)),
+        rdp.ResidualBranch(shared, norm=nn.LayerNorm(4), activation="relu"),
+        rdp.ResidualBranch(nn.Tanh(), norm=nn.LayerNorm(4, elementwise_affine=False)),
+        rdp.ResidualBranch(_mlp(4), norm=nn.LayerNorm(4)),
+        rdp.ResidualBranch(Transposed(_mlp(3)), gamma=torch.rand(3), channel_dim=1, norm=nn.RMSNorm(4)),
+        rdp.ResidualBranch(_mlp(4), norm=nn.LayerNorm(4), gamma=torch.rand(4)),
+    ]
+    return Net(nn.Linear(5, 4), paths, nn.Linear(4, 2), chain=True).double()
 
 
 def conv_net() -> Net:
@@ -101,8 +134,8 @@ def batch_norm_net() -> Net:
     return Net(stem, paths, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))).double()
 
 
-NETS = {"tokens": tokens_net, "tied": tied_net, "conv": conv_net, "batch_norm": batch_norm_net}
-INPUTS = {"tokens": (3, 5), "tied": (3, 4), "conv": (2, 5, 5), "batch_norm": (2, 4, 4)}
+NETS = {"tokens": tokens_net, "tied": tied_net, "chain": chain_net, "conv": conv_net, "batch_norm": batch_norm_net}
+INPUTS = {"tokens": (3, 5), "tied": (3, 4), "chain": (3, 5), "conv": (2, 5, 5), "batch_norm": (2, 4, 4)}
 
 
 @dataclass

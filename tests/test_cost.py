@@ -306,7 +306,7 @@ def test_frozen_rows_save_what_their_dgrad_needs(freeze):
     keep = torch.ones(2, BATCH, dtype=torch.bool)
     keep[0, [1, 4]] = False
     learning, frozen = 2, BATCH - 2
-    indices = keep.numel()  # the plan's rows: the gather and the add save views of them
+    indices = 2 * keep.numel()  # the plan's rows and their inverse, one buffer: the gather and the add save views of it
     floats = TOKENS * (learning * (MLP_DGRAD + MLP_WGRAD) + (frozen * MLP_DGRAD if freeze == "parameters" else 0))
     branch = rdp.ResidualBranch(mlp(), norm=nn.LayerNorm(DIM))
     assert saved_in_reuse(branch, TOKEN_STREAM, keep, freeze) == floats * FLOAT + indices * INDEX

@@ -42,7 +42,8 @@ class Layout:
         standard = tuple(range(x.dim()))
         if x.dim() < 3 or x.is_contiguous():
             return cls(standard)
-        by_stride = (0, *sorted(standard[1:], key=lambda d: -int(x.stride(d))))
+        strides = x.stride()
+        by_stride = (0, *sorted(standard[1:], key=lambda d: -strides[d]))
         return cls(by_stride) if _is_dense(x, by_stride) else cls(standard)
 
     def fits(self, x: Tensor) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend
 from .._checks import check_bool, check_probability, check_residual_add, check_stream
 from .._device import to_device
 from ..plan import kept_scale
 from ..reference import compute_dtype
+from ..tail import Add, Operands
+from .tail import run_tail
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
@@ -28,7 +29,8 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
     check_bool("scale_by_keep", scale_by_keep)
     if not training or drop_prob == 0:
         return x
-    return _backend.implementation().drop_path(x, draw_row_scale(x, drop_prob, scale_by_keep))
+    row_scale = draw_row_scale(x, drop_prob, scale_by_keep)
+    return run_tail("drop_path", Operands(branch=x), Add(row_scale=row_scale)).out
 
 
 def drop_path_add(
@@ -46,7 +48,8 @@ def drop_path_add(
     check_residual_add(residual, branch, None, None, gamma, -1, None)
     dropping = training and drop_prob > 0
     row_scale = draw_row_scale(residual, drop_prob, scale_by_keep) if dropping else None
-    return _backend.implementation().residual_add(residual, branch, row_scale=row_scale, gamma=gamma)
+    operands = Operands(residual, branch, gamma=gamma)
+    return run_tail("drop_path_add", operands, Add(row_scale=row_scale)).out
 
 
 def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:

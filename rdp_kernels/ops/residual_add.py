@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _backend
 from .._checks import check_residual_add, check_rows, check_stream
+from ..rows import RowSet
+from ..tail import Add, Operands
+from .tail import run_tail
 
 
 def residual_add(
@@ -37,6 +39,14 @@ def residual_add(
         stream = check_stream("residual", residual)
         check_rows("rows", rows, stream.shape[0], stream.device)
     check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
-    return _backend.implementation().residual_add(
-        residual, branch, rows=rows, row_scale=row_scale, gamma=gamma, channel_dim=channel_dim, activation=activation
-    )
+    operands = Operands(residual, branch, gamma=gamma)
+    return run_tail("residual_add", operands, add_of(rows, row_scale, channel_dim, activation)).out
+
+
+def add_of(
+    rows: Tensor | None, row_scale: Tensor | float | None, channel_dim: int = -1, activation: str | None = None
+) -> Add:
+    row_set = None if rows is None else RowSet(rows, rows.shape[0])
+    if isinstance(row_scale, Tensor):
+        return Add(row_set, 1.0, row_scale, channel_dim, activation)
+    return Add(row_set, 1.0 if row_scale is None else float(row_scale), None, channel_dim, activation)

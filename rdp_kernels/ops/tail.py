@@ -9,25 +9,55 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
+from .. import _backend, reference
 from ..tail import Add, Next, Operands, Results
+from . import registered
+
+
+def run_tail(op: str, operands: Operands, add: Add | None = None, following: Next | None = None) -> Results:
+    """One call on the backend of the moment; arguments are taken as checked. `op` is what errors and the log call it.
+
+    Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
+    way; an op of ours would stand in its way. Rows and norms stay ours there, as registered ops.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and following is None and add is not None and add.rows is None:
+        return reference.tail(operands, add, following)
+    kernels = library_for(op, operands, add, following)
+    if kernels is None:
+        return reference.tail(operands, add, following)
+    return registered.tail(operands, add, following) if compiling else Tail(kernels, add, following)(operands)
+
+
+def library_for(
+    op: str, operands: Operands, add: Add | None, following: Next | None, required: bool = True
+) -> ModuleType | None:
+    """The kernels that serve a call; None for the eager reference. Not `required`: None also where the backend that was
+    asked for by name can't serve it."""
+    stream = operands.branch if operands.residual is None else operands.residual
+    norm_width = None if following is None or following.norm is None else stream.shape[-1]
+    row_scale = None if add is None else add.row_scale
+    return _backend.kernels_for(op, stream, *operands, row_scale, norm_width=norm_width, required=required)
 
 
 class Tail:
-    """One call: what is computed, and who owns the stream.
+    """One call of kernels: what is computed, and who owns the stream.
 
     Args:
         kernels: the library, with `tail_fwd` and `tail_bwd`.
         add: how the branch is added; None if there is none.
         following: what the next branch gets; None if there is none.
-        in_place: the caller owns `residual` and nobody else ever sees it: the sum overwrites it.
+        previous: the tail that the residual comes from, where nobody else ever sees it. If that tail allocated it, the
+            sum overwrites it, and if this one's backward allocates its gradient, that tail's overwrites it in turn.
     """
 
-    def __init__(self, kernels: ModuleType, add: Add | None, following: Next | None = None, in_place: bool = False):
-        self.kernels, self.add, self.following, self.in_place = kernels, add, following, in_place
+    def __init__(
+        self, kernels: ModuleType, add: Add | None, following: Next | None = None, previous: Tail | None = None
+    ):
+        self.kernels, self.add, self.following, self.previous = kernels, add, following, previous
+        self.in_place = add is not None and previous is not None and previous.add is not None
         self.owns_gradient = False
-        """The gradient of the sum is written by a tail that nobody else sees: this one's backward may overwrite it."""
 
     def __call__(self, operands: Operands) -> Results:
         """Without `x_hat` and `rstd`."""
@@ -44,24 +74,23 @@ class _Tail(torch.autograd.Function):
         add, following = tail.add, tail.following
         num_saved = 0
         if following is not None and following.norm is not None and any(needed):
-            num_saved = _rows_with_gradient(following, operands.residual)
+            num_saved = following.num_with_gradient(operands.residual.shape[0])
         results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
         ctx.tail = tail
         ctx.set_materialize_grads(False)
-        passes = needed.branch or needed.frozen
-        saved = (
+        ctx.save_for_backward(
             operands.branch if needed.gamma else None,
-            operands.gamma if passes else None,
+            operands.gamma if needed.branch or needed.frozen else None,
             operands.weight if num_saved else None,
             results.out if add is not None and add.activation is not None else None,
             results.x_hat,
             results.rstd,
         )
-        ctx.save_for_backward(*saved)
         if tail.in_place:
             ctx.mark_dirty(operands.residual)
-        if following is not None and following.frozen_constant and results.frozen_next is not None:
-            ctx.mark_non_differentiable(results.frozen_next)
+        if following is not None and following.constant is not None:
+            constant = [results.frozen_next] if following.constant == "frozen" else [results.next, results.frozen_next]
+            ctx.mark_non_differentiable(*(t for t in constant if t is not None))
         out = operands.residual if add is None else results.out
         return out, results.next, results.frozen_next
 
@@ -81,6 +110,8 @@ class _Tail(torch.autograd.Function):
                 Operands(*ctx.needs_input_grad[1:]),
                 in_place=tail.owns_gradient and not twice,
             )
+        if tail.previous is not None:
+            tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
         if twice:
             grads = _DifferentiableOnce.apply(*grads, *douts, branch, gamma, weight, out)[: len(grads)]
         return None, *grads
@@ -99,10 +130,3 @@ class _DifferentiableOnce(torch.autograd.Function):
             "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its "
             'backwards within rdp.use_backend("eager")'
         )
-
-
-def _rows_with_gradient(following: Next, residual: Tensor | None) -> int:
-    if following.rows is not None:
-        return following.rows.num_learning if following.frozen_constant else following.rows.num_rows
-    assert residual is not None
-    return residual.shape[0]

@@ -1,0 +1,2 @@
+def tail(operands, add, following):
+    raise NotImplementedError

@@ -1,0 +1,56 @@
+"""The masked residual add with the norm of the next branch's rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
+from ..rows import RowSet
+from ..tail import Next, Operands
+from .residual_add import add_of
+from .tail import run_tail
+
+NORMS = ("layer", "rms")
+
+
+def residual_add_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    row_scale: Tensor | float | None = None,
+    gamma: Tensor | None = None,
+    next_rows: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`(out, norm(out)[next_rows])` with `out = residual + row_scale[b] · γ[c] · branch`, in one kernel.
+
+    Args:
+        residual, branch, rows, row_scale, gamma: as in `residual_add`, with channels in the last dimension.
+        weight, bias: of the norm, `[C]` or None; RMSNorm has no bias.
+        next_rows: int64 `[K']`, unique, in [0, B): the rows that the next branch runs on; None for all.
+        norm: `"layer"` (Ba et al., arXiv 1607.06450) or `"rms"` (Zhang & Sennrich, arXiv 1910.07467), over the last
+            dimension.
+        eps: added to the variance or the mean square.
+
+    Returns the stream `[B, ...]` and the normed rows `[K', ...]`, both of the residual's dtype; the norm sees the
+    stream as it is stored. Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or
+    `TypeError` naming the argument; values of `rows` and `next_rows` are checked where they are on the CPU.
+    """
+    stream = check_stream("residual", residual)
+    for name, indices in (("rows", rows), ("next_rows", next_rows)):
+        if indices is not None:
+            check_rows(name, indices, stream.shape[0], stream.device)
+    check_residual_add(residual, branch, rows, row_scale, gamma, -1, None)
+    check_choice("norm", norm, NORMS)
+    check_norm(stream, weight, bias, norm, eps)
+    results = run_tail(
+        "residual_add_norm",
+        Operands(residual, branch, gamma=gamma, weight=weight, bias=bias),
+        add_of(rows, row_scale),
+        Next(None if next_rows is None else RowSet(next_rows, next_rows.shape[0]), norm, eps),
+    )
+    return results.out, results.next

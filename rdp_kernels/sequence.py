@@ -1,0 +1,105 @@
+"""A chain of paths in which the tail of one and the head of the next are one kernel.
+
+With stream s, branches f and norms n, a chain computes `s ← s + f(n(s))` path after path. What kernels compute in one
+go is `s ← s + update; next input = n(s)[rows]`: the update of one path waits until the next path's rows are known. The
+stream in between is seen by nobody but the chain, which therefore updates it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_stream
+from .norms import Norm
+from .ops.tail import Tail, library_for
+from .paths import Decision, PathCall
+from .tail import Add, Next, Operands, Results
+
+
+def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """`for path in paths: x = path(x, *args, **kwargs)`. A path is a module that owns one; its `is_plain()` says
+    whether calling it is nothing but `run_path`, so that its pieces may be run instead."""
+    check_stream("x", x)
+    kernels = None
+    if not torch.compiler.is_compiling():
+        kernels = library_for("path", Operands(x), None, None, required=False)
+    if kernels is None:
+        for path in paths:
+            x = path(x, *args, **kwargs)
+        return x
+    chain = _Chain(kernels, x)
+    for path in paths:
+        if path.is_plain():
+            chain.run(PathCall(path, x.shape[0], args, kwargs))
+        else:
+            chain.expose(path(chain.finish(), *args, **kwargs))
+    return chain.finish()
+
+
+class _Chain:
+    """The stream, and the update that is still to be added to it."""
+
+    def __init__(self, kernels: ModuleType, x: Tensor):
+        self._kernels, self._stream = kernels, x
+        self._tail: Tail | None = None
+        """Where the stream comes from, if nobody else has it."""
+        self._update: tuple[Operands, Add] | None = None
+
+    def expose(self, x: Tensor) -> None:
+        """Goes on from a stream that others have."""
+        self._stream, self._tail = x, None
+
+    def finish(self) -> Tensor:
+        """The stream with all that was to be added."""
+        if self._update is not None:
+            self._run_tail(Operands(), None)
+        return self._stream
+
+    def run(self, call: PathCall) -> None:
+        """One path: takes its input from the last update's tail, and leaves an update of its own."""
+        decision = call.decide(self._stream)
+        if not decision.runs:
+            return
+        norm = Norm.of(call.owner.norm, self._stream, decision.thaw)
+        if decision.rows is not None and call.mixes_rows():
+            self.expose(call.run(self.finish(), decision))
+            return
+        if decision.rows is None and not norm.fused:
+            inputs = Results(next=self.finish())
+            self.expose(inputs.next)
+        else:
+            inputs = self._head(norm, decision)
+        update, frozen = call.updates(decision, inputs.next, inputs.frozen_next, norm.fused)
+        gamma: Tensor | None = call.owner.gamma
+        if gamma is not None and decision.frozen:
+            gamma = gamma.detach()
+        operands = Operands(self._stream, update, frozen, gamma)
+        add = call.checked_add(operands, decision.rows, decision.scale)
+        self._update = operands._replace(residual=None), add
+
+    def _head(self, norm: Norm, decision: Decision) -> Results:
+        """What the branch gets."""
+        constant = None
+        if decision.freeze == "branch":
+            constant = "all" if decision.frozen else "frozen"
+        if norm.fused and self._update is not None and not _along_channels(*self._update, self._stream):
+            self.finish()
+        return self._run_tail(norm.operands(constant=decision.frozen), norm.following(decision.rows, constant))
+
+    def _run_tail(self, norm: Operands, following: Next | None) -> Results:
+        operands, add = self._update or (Operands(), None)
+        tail = Tail(self._kernels, add, following, self._tail)
+        operands = operands._replace(residual=self._stream, weight=norm.weight, bias=norm.bias)
+        results = tail(operands)
+        self._stream, self._tail, self._update = results.out, tail, None
+        return results
+
+
+def _along_channels(operands: Operands, add: Add, stream: Tensor) -> bool:
+    """Whether γ lies along the norm's dimension, the last."""
+    return operands.gamma is None or add.channel_dim % stream.dim() == stream.dim() - 1
