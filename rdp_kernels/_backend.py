@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import _triton
@@ -20,6 +21,7 @@ from ._checks import check_choice
 
 _LIBRARIES = {"triton": _triton}
 _CHOICES = ("auto", "eager", "triton", "native")
+WIDEST_NORM = _triton.MAX_NORM_WIDTH
 _NO_NATIVE = "this version of rdp_kernels has no C++ or CUDA kernels yet"
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
@@ -58,10 +60,7 @@ def kernels_for(
     `norm_width`: how many elements the norm is over. Raises `RuntimeError` where the backend was asked for by name and
     can't serve the call, if that is `required`; else None.
     """
-    chosen = _chosen
-    if chosen is None:
-        chosen = os.environ.get("RDP_BACKEND", "auto")
-        _require("RDP_BACKEND", chosen)
+    chosen = _choice()
     if chosen == "eager":
         return None
     if chosen != "auto":
@@ -80,6 +79,27 @@ def kernels_for(
             _logged.add((op, name, reason))
             _log.debug("%s: passing over backend %r: %s", op, name, reason)
     return None
+
+
+@torch.compiler.assume_constant_result
+def compiles_to_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Under `torch.compile`, once for a graph: whether `op` becomes a registered op of the Triton kernels. Raises as
+    `kernels_for` does."""
+    chosen = _choice()
+    if chosen == "eager":
+        return False
+    reason = _triton.why_not_kind(device, dtypes, forced=chosen == "triton")
+    if reason is not None and chosen == "triton":
+        raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
+    return reason is None
+
+
+def _choice() -> str:
+    if _chosen is not None:
+        return _chosen
+    chosen = os.environ.get("RDP_BACKEND", "auto")
+    _require("RDP_BACKEND", chosen)
+    return chosen
 
 
 def _require(argument: str, name: str) -> None:

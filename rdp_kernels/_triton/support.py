@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,17 +31,32 @@ def unavailable() -> str | None:
     return None
 
 
-def why_not(tensors: tuple[Tensor | None, ...], norm_width: int | None = None, forced: bool = False) -> str | None:
+def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, forced: bool = False) -> str | None:
     """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
 
     The interpreter serves on request only (`forced`): it is for tests.
     """
+    given = [tensor for tensor in tensors if tensor is not None]
+    reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, forced)
+    if reason is not None:
+        return reason
+    for tensor in given:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    if given[0].numel() // max(given[0].shape[-1], 1) > MAX_TILE_ROWS:
+        return f"the stream has more than {MAX_TILE_ROWS} rows of its last dimension"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, which the Triton kernels' gradients don't support"
+    return None
+
+
+def why_not_kind(
+    device: torch.device, dtypes: Iterable[torch.dtype], norm_width: int | None = None, forced: bool = False
+) -> str | None:
+    """The part of `why_not` that asks for no values and sizes, for `torch.compile`."""
     reason = unavailable()
     if reason is not None:
         return reason
-    first = tensors[0]
-    assert first is not None
-    device = first.device
     if device.type == "cuda":
         reason = _why_not_device(device)
         if reason is not None:
@@ -49,21 +65,11 @@ def why_not(tensors: tuple[Tensor | None, ...], norm_width: int | None = None, f
         return f"the tensors are on {device}, the Triton kernels run on GPUs"
     elif not forced:
         return "on the CPU the Triton interpreter serves on request only"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            return f"the Triton kernels have float32, bfloat16, float16 and float64, not {tensor.dtype}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"the Triton kernels have float32, bfloat16, float16 and float64, not {dtype}"
     if norm_width is not None and norm_width > MAX_NORM_WIDTH:
         return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
-    if norm_width is not None and first.shape[-1] != norm_width:
-        return "the norm is over more than the last dimension"
-    if first.numel() // max(first.shape[-1], 1) > MAX_TILE_ROWS:
-        return f"the stream has more than {MAX_TILE_ROWS} rows of its last dimension"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which the Triton kernels' gradients don't support"
     return None
 
 

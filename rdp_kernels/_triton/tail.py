@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import compute_dtype
 from ..rows import RowSet
 from ..tail import Add, Next, Operands, Results
 from .launch import Tiles
@@ -18,35 +16,12 @@ from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
+from .results import Context, context_of, empty_gradients, empty_results, part_sizes
 from .rows import _gather_rows_kernel, _invert_rows_kernel
-from .tiling import Layout, Tiling
+from .tiling import Tiling
 
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a backward needs to know of its forward beside tensors."""
-
-    shape: torch.Size
-    """Of the stream."""
-    device: torch.device
-    layout: Layout
-    compute: torch.dtype
-    dtypes: Operands
-    """Of the operands."""
-
-    def empty(self, num_rows: int, dtype: torch.dtype | None) -> Tensor:
-        """`[num_rows, ...]` like the stream."""
-        return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
-
-    @property
-    def norm_tiling(self) -> Tiling:
-        return self.layout.tiling(self.shape, -1)
-
-    def gamma_tiling(self, add: Add | None, has_gamma: bool) -> Tiling:
-        return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
 
 
 def tail_fwd(
@@ -64,20 +39,15 @@ def tail_fwd(
         in_place: the sum overwrites `operands.residual`, which must be dense; without activation.
         batch_size: of the result, where there is no residual to tell.
     """
-    context = _context(operands, None if following is None else following.norm, batch_size)
+    context = context_of(operands, None if following is None else following.norm, batch_size)
     residual, branch, frozen = (None if t is None else context.layout.conform(t) for t in operands[:3])
     gamma = operands.gamma
-    if add is None:
-        results = Results()
-    else:
-        results = Results(residual if in_place else context.empty(context.shape[0], context.dtypes.residual))
-        if add.scale == 0:
-            branch = frozen = gamma = None
-    if following is not None:
-        results = _with_next(context, results, following, num_saved)
-        if add is None and following.norm is None:
-            _gather(context, residual, results, following)
-            return results, context
+    if add is not None and add.scale == 0:
+        branch = frozen = gamma = None
+    results = empty_results(context, add, following, num_saved, out=residual if in_place else None)
+    if add is None and following is not None and following.norm is None:
+        _gather(context, residual, results, following)
+        return results, context
     arguments: dict[str, Any] = dict(
         out_ptr=results.out,
         next_ptr=results.next,
@@ -154,7 +124,7 @@ def tail_bwd(
         return Operands(scattered.out)
 
     stream_changes = relu or following is not None
-    grads = _empty_gradients(context, add, wanted)
+    grads = empty_gradients(context, add, wanted)
     if wanted.residual:
         fresh = stream_changes and not in_place
         grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual) if fresh else dout)
@@ -221,54 +191,6 @@ def tail_bwd(
     return grads
 
 
-def _context(operands: Operands, norm: str | None, batch_size: int | None) -> Context:
-    """A norm wants the channels, the last dimension, innermost."""
-    stream = operands.branch if operands.residual is None else operands.residual
-    stream = operands.frozen if stream is None else stream
-    assert stream is not None
-    layout = Layout.of(stream)
-    if norm is not None and layout.order[-1] != stream.dim() - 1:
-        layout = Layout(tuple(range(stream.dim())))
-    return Context(
-        shape=torch.Size([batch_size or stream.shape[0], *stream.shape[1:]]),
-        device=stream.device,
-        layout=layout,
-        compute=compute_dtype(*operands),
-        dtypes=Operands(*(None if t is None else t.dtype for t in operands))._replace(residual=stream.dtype),
-    )
-
-
-def _with_next(context: Context, results: Results, following: Next, num_saved: int) -> Results:
-    """With the results that a next branch needs."""
-    num_learning, num_frozen = _part_sizes(context, following.rows)
-    dtype = context.dtypes.residual
-    results = results._replace(
-        next=context.empty(num_learning, dtype), frozen_next=context.empty(num_frozen, dtype) if num_frozen else None
-    )
-    if following.norm is None or num_saved == 0:
-        return results
-    num_norms = num_saved * math.prod(context.shape[1:-1])
-    rstd = torch.empty(num_norms, dtype=context.compute, device=context.device)
-    return results._replace(x_hat=context.empty(num_saved, dtype), rstd=rstd)
-
-
-def _empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Operands:
-    """Of the operands that are wanted, except the residual's."""
-    num_learning, num_frozen = _part_sizes(context, None if add is None else add.rows)
-    dtypes = context.dtypes
-
-    def vector(dtype: Any, dim: int) -> Tensor:
-        return torch.empty(context.shape[dim], dtype=dtype, device=context.device)
-
-    return Operands(
-        branch=context.empty(num_learning, dtypes.branch) if wanted.branch else None,
-        frozen=context.empty(num_frozen, dtypes.frozen) if wanted.frozen else None,
-        gamma=vector(dtypes.gamma, -1 if add is None else add.channel_dim) if wanted.gamma else None,
-        weight=vector(dtypes.weight, -1) if wanted.weight else None,
-        bias=vector(dtypes.bias, -1) if wanted.bias else None,
-    )
-
-
 def _gather(context: Context, x: Tensor | None, results: Results, following: Next) -> None:
     assert following.rows is not None
     rows, width = following.rows, math.prod(context.shape[1:])
@@ -326,7 +248,7 @@ def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> d
     """Which samples have a branch, and its scale. Float numbers reach a kernel in 32 bits: float64 gets a tensor."""
     if add is None or all(part is None for part in branch):
         return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
-    num_learning, num_frozen = _part_sizes(context, add.rows)
+    num_learning, num_frozen = part_sizes(context, add.rows)
     row_scale = add.row_scale
     if row_scale is None and context.compute == torch.float64 and add.scale != 1:
         row_scale = torch.full((num_learning + num_frozen,), add.scale, dtype=torch.float64, device=context.device)
@@ -342,16 +264,12 @@ def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> d
 def _next_rows(context: Context, following: Next | None) -> dict[str, Any]:
     if following is None:
         return dict(next_inverse_ptr=None, num_next_rows=0, num_next_learning=0)
-    num_learning, num_frozen = _part_sizes(context, following.rows)
+    num_learning, num_frozen = part_sizes(context, following.rows)
     return dict(
         next_inverse_ptr=_inverse(context, following.rows),
         num_next_rows=num_learning + num_frozen,
         num_next_learning=num_learning,
     )
-
-
-def _part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
-    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.num_frozen)
 
 
 def _tiles(op: str, context: Context, tiling: Tiling, **how: bool) -> Tiles:

@@ -1,2 +1,176 @@
-def tail(operands, add, following):
-    raise NotImplementedError
+"""The kernels as registered ops, `rdp::triton_tail` and its backward: what `torch.compile` and export put into a graph.
+
+Schemas know no dataclasses: `_spell` and `_read` turn a call into a flat list of arguments and back. A tensor that
+there isn't is an empty one among the results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _triton
+from .._triton.results import Context, context_of, empty_gradients, empty_results
+from .._triton.tiling import Layout
+from ..rows import RowSet
+from ..tail import Add, Next, Operands, Results
+
+_OPERANDS = "Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? weight, Tensor? bias"
+_SPEC = (
+    "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, float scale, int channel_dim, "
+    "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
+    "float eps, str? constant"
+)
+_FORWARD = f"triton_tail({_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    "triton_tail_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
+    f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? x_hat, Tensor? rstd, {_SPEC}, SymInt[] shape, int[] order, "
+    "ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_NUM_OPERANDS, _NUM_SPEC = 6, 15
+
+
+def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
+    """As `run_tail`, on kernels."""
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    results = torch.ops.rdp.triton_tail(*operands, *_spell(add, following), saves)
+    next_rows = None if following is None else following.rows
+    return Results(
+        out=operands.residual if add is None else results[0],
+        next=None if following is None else results[1],
+        frozen_next=None if next_rows is None or next_rows.num_frozen == 0 else results[2],
+    )
+
+
+def _spell(add: Add | None, following: Next | None) -> tuple[Any, ...]:
+    given_add, given_next = add or Add(), following or Next()
+    return (
+        add is not None,
+        *_spell_rows(given_add.rows),
+        given_add.row_scale,
+        given_add.scale,
+        given_add.channel_dim,
+        given_add.activation,
+        following is not None,
+        *_spell_rows(given_next.rows),
+        given_next.norm,
+        given_next.eps,
+        given_next.constant,
+    )
+
+
+def _spell_rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
+    return (None, None, 0) if rows is None else (rows.index, rows.inverse, rows.num_learning)
+
+
+def _read(spec: tuple[Any, ...]) -> tuple[Add | None, Next | None]:
+    adds, rows, inverse, num_learning, row_scale, scale, channel_dim, activation = spec[:8]
+    follows, next_rows, next_inverse, num_next_learning, norm, eps, constant = spec[8:]
+    row_set = None if rows is None else RowSet(rows, num_learning, inverse)
+    next_row_set = None if next_rows is None else RowSet(next_rows, num_next_learning, next_inverse)
+    add = Add(row_set, scale, row_scale, channel_dim, activation) if adds else None
+    return add, Next(next_row_set, norm, eps, constant) if follows else None
+
+
+def _fill(results: tuple[Any, ...], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else t for t in results)
+
+
+def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None, Next | None, int, Tensor]:
+    operands = Operands(*arguments[:_NUM_OPERANDS])
+    add, following = _read(arguments[_NUM_OPERANDS:-1])
+    stream = operands.branch if operands.residual is None else operands.residual
+    saves = arguments[-1] and following is not None and following.norm is not None
+    num_saved = following.num_with_gradient(stream.shape[0]) if saves and following is not None else 0
+    return operands, add, following, num_saved, stream
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, add, following, num_saved, stream = _forward_arguments(arguments)
+    results, _ = _triton.kernels().tail_fwd(operands, add, following, num_saved)
+    return _fill(results, stream)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, add, following, num_saved, stream = _forward_arguments(arguments)
+    context = context_of(operands, None if following is None else following.norm, None)
+    return _fill(empty_results(context, add, following, num_saved), stream)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands, add, following, num_saved, stream = _forward_arguments(inputs)
+    context = context_of(operands, None if following is None else following.norm, None)
+    ctx.geometry = (
+        list(context.shape),
+        list(context.layout.order),
+        [stream.dtype if t is None else t.dtype for t in operands],
+    )
+    spec = inputs[_NUM_OPERANDS:-1]
+    ctx.spec = [None if isinstance(value, Tensor) else value for value in spec]
+    ctx.save_for_backward(
+        operands.branch if operands.gamma is not None and operands.gamma.requires_grad else None,
+        *operands[3:],
+        output[0] if add is not None and add.activation is not None else None,
+        *(output[3:] if num_saved else (None, None)),
+        *(value if isinstance(value, Tensor) else None for value in spec),
+    )
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    branch, gamma, weight, bias, out, x_hat, rstd, *spec_tensors = ctx.saved_tensors
+    spec = tuple(value if t is None else t for value, t in zip(ctx.spec, spec_tensors, strict=True))
+    add, following = _read(spec)
+    wanted = list(ctx.needs_input_grad[:_NUM_OPERANDS])
+    dout, dnext, dfrozen_next = gradients[:3]
+    if following is None or following.constant == "all":
+        dnext = dfrozen_next = None
+    elif following.constant == "frozen" or following.rows is None or following.rows.num_frozen == 0:
+        dfrozen_next = None
+    if add is None:
+        dout = None  # the stream went past the op
+    passes = wanted[0] and out is None and dnext is None and dfrozen_next is None
+    grads = torch.ops.rdp.triton_tail_backward(
+        dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, x_hat, rstd,
+        *spec, *ctx.geometry, [False, *wanted[1:]] if passes else wanted,
+    )  # fmt: skip
+    found = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
+    if passes:
+        found[0] = dout  # an op may not return its argument
+    return *found, *[None] * (_NUM_SPEC + 1)
+
+
+def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    gradients, operands = Results(*arguments[:3]), Operands(None, arguments[3], None, *arguments[4:7])
+    results = Results(out=arguments[7], x_hat=arguments[8], rstd=arguments[9])
+    add, following = _read(arguments[10:-4])
+    shape, order, dtypes, wanted = arguments[-4:]
+    like = next(t for t in (*gradients, *operands) if t is not None)
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    context = Context(torch.Size(shape), like.device, Layout(tuple(order)), compute, Operands(*dtypes))
+    return context, operands, results, gradients, add, following, Operands(*wanted), like
+
+
+def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *call, like = _backward_arguments(arguments)
+    grads = _triton.kernels().tail_bwd(*call)
+    return _fill(tuple(g if w else None for g, w in zip(grads, call[-1], strict=True)), like)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    context, _, _, _, add, _, wanted, like = _backward_arguments(arguments)
+    grads = empty_gradients(context, add, wanted)
+    if wanted.residual:
+        grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual))
+    return _fill(grads, like)
+
+
+_LIBRARY = torch.library.Library("rdp", "DEF")
+_LIBRARY.define(_FORWARD)
+_LIBRARY.define(_BACKWARD)
+_LIBRARY.impl("triton_tail", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_tail_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("rdp::triton_tail", _forward_fake)
+torch.library.register_fake("rdp::triton_tail_backward", _backward_fake)
+torch.library.register_autograd("rdp::triton_tail", _backward, setup_context=_setup_context)

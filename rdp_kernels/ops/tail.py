@@ -21,13 +21,16 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
     way; an op of ours would stand in its way. Rows and norms stay ours there, as registered ops.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and following is None and add is not None and add.rows is None:
+    if not torch.compiler.is_compiling():
+        kernels = library_for(op, operands, add, following)
+        return reference.tail(operands, add, following) if kernels is None else Tail(kernels, add, following)(operands)
+    dense = following is None and add is not None and add.rows is None
+    stream = operands.branch if operands.residual is None else operands.residual
+    dtypes = tuple(t.dtype for t in operands if t is not None)
+    too_wide = following is not None and following.norm is not None and stream.shape[-1] > _backend.WIDEST_NORM
+    if dense or too_wide or not _backend.compiles_to_kernels(op, stream.device, dtypes):
         return reference.tail(operands, add, following)
-    kernels = library_for(op, operands, add, following)
-    if kernels is None:
-        return reference.tail(operands, add, following)
-    return registered.tail(operands, add, following) if compiling else Tail(kernels, add, following)(operands)
+    return registered.tail(operands, add, following)
 
 
 def library_for(
