@@ -8,6 +8,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the kernels run."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = ["compiled"] if INTERPRETED else []
 
@@ -20,6 +22,13 @@ settings.load_profile("default")
 
 # The tensors are tiny: a second thread only waits, and on a busy machine for very long.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import rdp_kernels as rdp
 
+from .conftest import DEVICE
 from .nets import INPUTS, NETS, Iteration, textbook, took_part
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -71,15 +72,15 @@ def test_equals_the_textbook(kind, mode, freeze, sampling, train_rest, seed, bat
 def test_equals_the_textbook_on_kernels(kind, mode, freeze, seed, batch, p):
     sampling, train_rest = ("bernoulli", "fixed")[seed // 2 % 2], bool(seed // 4 % 2)
     with rdp.use_backend("triton"):
-        check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p)
+        check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device=DEVICE)
 
 
-def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p):
+def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device="cpu"):
     """A drop and a reuse iteration."""
     if kind == "batch_norm" and mode == "sample" and freeze != "none":
         return  # refused: tests/test_scheme.py
     torch.manual_seed(seed)
-    net = NETS[kind]()
+    net = NETS[kind]().to(device)
     scheme = rdp.ResidualDropPath(
         net,
         p,
@@ -93,8 +94,9 @@ def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p):
     phases = []
     for phase in scheme.iterations(batch):
         keep = scheme.plan.keep if mode == "sample" else scheme.plan.keep[:, None].expand(-1, batch)
+        keep = keep.to(device)
         iteration = Iteration(phase, keep, [p] * len(net.paths), freeze, train_rest, scale_by_keep=bool(seed % 2))
-        x, weights = torch.randn(batch, *INPUTS[kind], dtype=torch.float64), None
+        x, weights = torch.randn(batch, *INPUTS[kind], dtype=torch.float64).to(device), None
         with torch.no_grad():
             weights = torch.randn_like(net.eval()(x))
         check_iteration(net.train(), x, iteration, weights)

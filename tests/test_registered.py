@@ -1,0 +1,156 @@
+"""The kernels in graphs: registered ops, torch.compile, export."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import rdp_kernels as rdp
+from rdp_kernels.ops import registered
+from rdp_kernels.rows import RowSet
+from rdp_kernels.tail import Add, Next, Operands
+
+from .conftest import DEVICE
+
+BATCH, TOKENS, DIM = 5, 3, 8
+
+
+def tensor(*shape, grad=True, dtype=None):
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_(grad)
+
+
+def rows_of(*index, num_learning=None):
+    return RowSet(torch.tensor(index, device=DEVICE), len(index) if num_learning is None else num_learning)
+
+
+ROWS, NEXT_ROWS = (4, 1, 2), (0, 3, 1, 2)
+
+
+def calls():
+    x, gamma, weight, bias = tensor(BATCH, TOKENS, DIM), tensor(DIM), tensor(DIM), tensor(DIM)
+    update, frozen = tensor(2, TOKENS, DIM), tensor(1, TOKENS, DIM)
+    image = torch.randn(BATCH, 4, 3, 2, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    row_scale = torch.tensor([1.5, 0.0, 1.5, 1.0, 2.0], device=DEVICE)
+    parts, next_parts = rows_of(*ROWS, num_learning=2), rows_of(*NEXT_ROWS, num_learning=3)
+    return {
+        "dense, rows dropped": (Operands(x, tensor(BATCH, TOKENS, DIM), gamma=gamma), Add(row_scale=row_scale), None),
+        "rows": (Operands(x, update, gamma=gamma), Add(rows_of(4, 1), 1.5), None),
+        "frozen rows, relu": (Operands(x, update, frozen, gamma), Add(parts, 1.5, activation="relu"), None),
+        "channels_last": (Operands(image, tensor(2, 4, 3, 2), gamma=tensor(4)), Add(rows_of(0, 3), channel_dim=1), None),
+        "gather": (Operands(x), None, Next(next_parts)),
+        "gather and norm": (Operands(x, weight=weight), None, Next(None, "rms", 1e-6)),
+        "add, norm, gather": (Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6)),
+        "constant next rows": (
+            Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6, "frozen"),
+        ),
+        "bf16": (
+            Operands(tensor(BATCH, DIM, dtype=torch.bfloat16), tensor(2, DIM), gamma=gamma), Add(rows_of(4, 1)), None,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name):
+    operands, add, following = calls()[name]
+    opcheck(torch.ops.rdp.triton_tail.default, (*operands, *registered._spell(add, following), True))
+
+
+def block(x, update, weight, bias, gamma, rows, next_rows):
+    """Every op that has rows or a norm."""
+    out = rdp.residual_add(x, update, rows=rows, row_scale=1.5, gamma=gamma)
+    out, normed = rdp.residual_add_norm(out, 2 * update, weight, bias, rows=rows, gamma=gamma, next_rows=next_rows)
+    return out.square().sum() + normed.square().sum() + rdp.gather_rows(out, next_rows).sin().sum()
+
+
+class Graphs:
+    """A backend for torch.compile that keeps what it gets and runs it."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph
+
+    def ops(self):
+        return [str(node.target) for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
+    torch._dynamo.reset()
+    x, weight, bias, gamma = tensor(BATCH, TOKENS, DIM), tensor(DIM), tensor(DIM), tensor(DIM)
+    graphs = Graphs()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=graphs)
+    with rdp.use_backend(backend):
+        for count, next_count in ((2, 4), (4, 2), (3, 4)):  # at first none equals another size, which dynamo would bind
+            order, next_order = torch.randperm(BATCH, device=DEVICE), torch.randperm(BATCH, device=DEVICE)
+            update = tensor(count, TOKENS, DIM)
+            leaves = (x, update, weight, bias, gamma)
+            actual = torch.autograd.grad(compiled(*leaves, order[:count], next_order[:next_count]), leaves)
+            expected = torch.autograd.grad(block(*leaves, order[:count], next_order[:next_count]), leaves)
+            torch.testing.assert_close(actual, expected)
+    assert len(graphs.graphs) == 1
+    ours = [op for op in graphs.ops() if "triton_tail" in op]
+    assert len(ours) == (3 if backend == "triton" else 0)
+
+
+def test_the_dense_add_is_aten_when_compiled():
+    """Nothing of ours stands between inductor and what surrounds the add."""
+    torch._dynamo.reset()
+
+    def dense(x, update, gamma, row_scale):
+        return rdp.residual_add(x, update, gamma=gamma, row_scale=row_scale)
+
+    graphs = Graphs()
+    leaves = (tensor(BATCH, TOKENS, DIM), tensor(BATCH, TOKENS, DIM), tensor(DIM))
+    row_scale = torch.tensor([1.5, 0.0, 1.5, 0.0, 1.5], device=DEVICE)
+    with rdp.use_backend("triton"):
+        actual = torch.compile(dense, fullgraph=True, backend=graphs)(*leaves, row_scale)
+        expected = dense(*leaves, row_scale)
+    torch.testing.assert_close(actual, expected)
+    assert not any("rdp" in op for op in graphs.ops())
+
+
+@pytest.mark.slow
+def test_inductor_makes_one_kernel_of_the_dense_add_each_way():
+    """Budget: a minute. With what surrounds it: a GELU before, a scale after, dγ in the backward."""
+    from torch._inductor import config, metrics
+
+    def dense(x, update, gamma, row_scale):
+        return 3 * rdp.residual_add(x, torch.nn.functional.gelu(update), gamma=gamma, row_scale=row_scale)
+
+    def kernels_of(run):
+        torch._dynamo.reset()
+        metrics.reset()
+        with config.patch(fx_graph_cache=False):
+            run()
+        return metrics.generated_kernel_count
+
+    leaves = (tensor(64, 16, 32), tensor(64, 16, 32), tensor(32))
+    row_scale = (torch.arange(64, device=DEVICE) % 2).float()
+    compiled = torch.compile(dense, fullgraph=True)
+
+    def both_ways():
+        actual = torch.autograd.grad(compiled(*leaves, row_scale).square().sum(), leaves)
+        expected = torch.autograd.grad(dense(*leaves, row_scale).square().sum(), leaves)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        assert kernels_of(lambda: compiled(*leaves, row_scale)) == 1
+    assert kernels_of(both_ways) <= 1 + 2, "forward; gradients of stream and branch, and the sum over rows for dγ"
+
+
+def test_export_keeps_our_ops():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(DIM))
+
+        def forward(self, x, update, rows):
+            return rdp.residual_add_norm(x, update, self.weight, rows=rows, norm="rms")
+
+    model, arguments = Model().to(DEVICE), (tensor(BATCH, DIM), tensor(2, DIM), torch.tensor([3, 0], device=DEVICE))
+    with rdp.use_backend("triton"):
+        program = torch.export.export(model, arguments)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+    assert sum("triton_tail" in str(node.target) for node in program.graph.nodes) == 1

@@ -1,0 +1,224 @@
+"""A chain of paths hands over through one kernel each, in place, and nobody can tell."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import rdp_kernels as rdp
+from rdp_kernels._triton import launch
+from rdp_kernels.ops import tail as tail_module
+
+from .conftest import DEVICE
+
+DIM, DEPTH, BATCH, TOKENS = 8, 4, 6, 3
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with rdp.use_backend("triton"):
+        yield
+
+
+class Mlp(nn.Module):
+    """`w · tanh(v · x)`; `bias`, if given, has a row per sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+
+    def forward(self, x, bias=None):
+        x = self.inner(x).tanh()
+        return self.outer(x) if bias is None else self.outer(x) + bias
+
+
+def sequence(depth=DEPTH, norm=nn.LayerNorm, **options):
+    branches = [
+        rdp.ResidualBranch(Mlp(), norm=norm and norm(DIM), gamma=torch.rand(DIM) + 0.5, **options) for _ in range(depth)
+    ]
+    return rdp.ResidualSequence(*branches).to(DEVICE)
+
+
+def stream(**options):
+    return torch.randn(BATCH, TOKENS, DIM, device=DEVICE, **options)
+
+
+@contextlib.contextmanager
+def launched(monkeypatch):
+    """The names of the kernels that run within."""
+    names, run = [], launch.Launch.run
+
+    def record(self, device):
+        names.append(self.kernel.fn.__name__)
+        run(self, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Launch, "run", record)
+        yield names
+
+
+def one_by_one(paths, x, **kwargs):
+    for path in paths:
+        x = path(x, **kwargs)
+    return x
+
+
+def gradients(run, x, paths):
+    x = x.detach().clone().requires_grad_()
+    out = run(x)
+    out.square().sum().backward()
+    found = {name: p.grad for name, p in paths.named_parameters()}
+    paths.zero_grad(set_to_none=True)
+    return out.detach(), x.grad, found
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, None])
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_equals_its_branches_one_by_one(norm, drop_prob):
+    """The same draws, too: a decision is drawn when its path's turn comes."""
+    paths, x = sequence(norm=norm, drop_prob=drop_prob, per_sample=["bias"]).double(), stream(dtype=torch.float64)
+    bias = torch.randn(BATCH, 1, DIM, dtype=torch.float64, device=DEVICE)
+    torch.manual_seed(1)
+    actual = gradients(lambda x: paths(x, bias=bias), x, paths)
+    torch.manual_seed(1)
+    with rdp.use_backend("eager"):
+        expected = gradients(lambda x: one_by_one(paths, x, bias=bias), x, paths)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_kernel_between_two_branches(monkeypatch):
+    """Head, hand-overs, last add; in the backward the same with two stages of sums each: dγ, dweight, dbias."""
+    paths, x = sequence(), stream(requires_grad=True)
+    with launched(monkeypatch) as names:
+        out = paths(x)
+    assert names == ["_residual_add_norm_fwd_kernel"] * DEPTH + ["_residual_add_fwd_kernel"]
+    with launched(monkeypatch) as names:
+        out.sum().backward()
+    head = ["_residual_add_norm_bwd_kernel", "_sum_partials_kernel", "_sum_partials_kernel"]
+    handover = [*head, "_sum_partials_kernel"]
+    assert names == ["_residual_add_bwd_kernel", "_sum_partials_kernel", *handover * (DEPTH - 1), *head]
+
+
+def test_rows_are_touched_in_place_only(monkeypatch):
+    """From the second add on the stream is one allocation, and so is its gradient up to the last path's."""
+    seen = []
+    original = tail_module._Tail.apply
+    monkeypatch.setattr(tail_module._Tail, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    paths, x = sequence(drop_prob=0.5, mode="sample"), stream(requires_grad=True)
+    before = x.detach().clone()
+    out = paths(x)
+    assert [tail.in_place for tail in seen] == [False, False, *[True] * (DEPTH - 1)]
+    dout = torch.randn_like(out)
+    dout_before = dout.clone()
+    out.backward(dout)
+    # The last tail's incoming gradient is the caller's, and its own is that one: the tail before it has to allocate.
+    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    assert torch.equal(dout, dout_before)
+    assert torch.equal(x, before)
+
+
+def test_branches_may_keep_what_they_get_and_return():
+    kept = []
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(DIM, DIM)
+
+        def forward(self, x):
+            out = self.linear(x)
+            kept.extend((t, t.detach().clone()) for t in (x, out))
+            return out
+
+    for norm in (None, nn.LayerNorm):
+        for drop_prob in (0.0, 0.5):
+            branches = [rdp.ResidualBranch(Keeps(), norm=norm and norm(DIM), drop_prob=drop_prob) for _ in range(DEPTH)]
+            rdp.ResidualSequence(*branches).to(DEVICE)(stream(requires_grad=True)).sum().backward()
+    assert len(kept) >= 4 * DEPTH
+    assert all(torch.equal(t, copy) for t, copy in kept)
+
+
+def test_hooks_see_the_stream_and_keep_it():
+    paths, x = sequence(drop_prob=0.5), stream(requires_grad=True)
+    features, normed = [], []
+    for branch in paths[1:3]:
+        branch.register_forward_hook(lambda module, inputs, out: features.extend([*inputs, out]))
+    paths[3].norm.register_forward_hook(lambda module, inputs, out: normed.append((*inputs, out)))
+    torch.manual_seed(2)
+    out = paths(x)
+    copies = [f.detach().clone() for f in features]
+    out.sum().backward()
+    assert all(torch.equal(f, c) for f, c in zip(features, copies, strict=True))
+    assert len(features) == 4
+    assert torch.equal(features[1], features[2])
+    assert len(normed) == 1
+    torch.manual_seed(2)
+    expected = []
+    with rdp.use_backend("eager"), torch.no_grad():
+        for branch in paths:
+            x = branch(x)
+            expected.append(x)
+    torch.testing.assert_close(features[1:4:2], expected[1:3])
+
+
+def test_own_forward_of_a_subclass_is_called():
+    class Twice(rdp.ResidualBranch):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    paths, x = sequence(2), stream()
+    paths = rdp.ResidualSequence(paths[0], Twice(Mlp(), norm=nn.LayerNorm(DIM)).to(DEVICE), paths[1])
+    with rdp.use_backend("eager"):
+        expected = one_by_one(paths, x)
+    torch.testing.assert_close(paths(x), expected)
+
+
+def test_backward_twice_and_partly():
+    """retain_graph gives the same bits again; a gradient asked of one parameter only runs part of the chain."""
+    paths, x = sequence(drop_prob=0.5), stream(requires_grad=True)
+    loss = paths(x).square().sum()
+    leaves = [x, *paths.parameters()]
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    names = ["x", *(name for name, _ in paths.named_parameters())]
+    wanted = f"{DEPTH - 2}.fn.outer.weight"
+    (alone,) = torch.autograd.grad(loss, paths.get_parameter(wanted), retain_graph=True)
+    assert torch.equal(alone, first[names.index(wanted)])
+
+
+def test_a_bypassed_path_saves_nothing():
+    """freeze="branch": beyond what the learning path needs, autograd keeps no byte."""
+    paths = sequence(2)
+    scheme = rdp.ResidualDropPath(paths, freeze="branch", train_rest=True)
+    saved = {}
+    for phase in scheme.iterations(plan=rdp.PathPlan(torch.tensor([True, False]), [0.5, 0.5], "block")):
+        sizes = []
+        parameters = {p.untyped_storage().data_ptr() for p in paths.parameters()}
+
+        def pack(t, sizes=sizes, parameters=parameters):
+            if t.untyped_storage().data_ptr() not in parameters:
+                sizes.append((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = paths(stream(requires_grad=True))
+        saved[phase] = sum(dict(sizes).values())
+        out.sum().backward()
+    tokens = BATCH * TOKENS
+    # x̂ and rstd of the norm, the norm's output, tanh's output, and the branch's output for dγ.
+    learning = tokens * (DIM + 1 + DIM + 2 * DIM + DIM) * 4
+    assert saved == {"drop": learning, "reuse": learning}
+
+
+def test_in_eval_and_without_grad(monkeypatch):
+    paths, x = sequence(drop_prob=0.5).eval(), stream()
+    before = x.clone()
+    with torch.no_grad(), launched(monkeypatch) as names:
+        out = paths(x)
+    assert names == ["_residual_add_norm_fwd_kernel"] * DEPTH + ["_residual_add_fwd_kernel"]
+    assert torch.equal(x, before)
+    with rdp.use_backend("eager"), torch.no_grad():
+        torch.testing.assert_close(out, one_by_one(paths, x))
+    assert paths[:0](x) is x
