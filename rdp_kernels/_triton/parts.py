@@ -7,8 +7,25 @@ tensor, the others, frozen ones, in a second.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+# Triton compiles a kernel anew for arguments that are 1 or divisible by 16. Strides and widths are worth it; what
+# differs from call to call, with the number of rows that are kept, is not.
+_VARYING = ("num_positions", "num_rows", "num_learning", "num_next_rows", "num_next_learning", "num_saved", "tiles")
+_INDICES = ("inverse_ptr", "next_inverse_ptr", "index_ptr", "row_scale_ptr")
+
+
+def kernel(fn: Callable) -> Any:
+    """`triton.jit` for a kernel that is launched."""
+    names = inspect.signature(fn).parameters
+    varying = [name for name in _VARYING if name in names]
+    indices = [name for name in _INDICES if name in names]
+    return triton.jit(fn, do_not_specialize=varying, do_not_specialize_on_alignment=indices)
 
 
 @triton.jit

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .parts import kernel
 
-@triton.jit
+
+@kernel
 def _sum_partials_kernel(
     out_ptr, partials_ptr, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):

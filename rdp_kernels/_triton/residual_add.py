@@ -6,13 +6,12 @@ gradients are added; see `parts.py` for how rows are found.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .parts import load_gamma, load_parts, place, standing, store_parts
+from .parts import kernel, load_gamma, load_parts, place, standing, store_parts
 
 
-@triton.jit
+@kernel
 def _residual_add_fwd_kernel(
     out_ptr,
     next_ptr,
@@ -88,7 +87,7 @@ def _residual_add_fwd_kernel(
         store_parts(next_ptr, frozen_next_ptr, x, j, p, n, goes_on, in_width, num_next_learning, sample_size, width)
 
 
-@triton.jit
+@kernel
 def _residual_add_bwd_kernel(
     dresidual_ptr,
     dbranch_ptr,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import load_parts, place, standing, store_parts
+from .parts import kernel, load_parts, place, standing, store_parts
 
 
-@triton.jit
+@kernel
 def _residual_add_norm_bwd_wide_kernel(
     dresidual_ptr,
     dbranch_ptr,

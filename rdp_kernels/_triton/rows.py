@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .parts import place, store_parts
+from .parts import kernel, place, store_parts
 
 
-@triton.jit
+@kernel
 def _gather_rows_kernel(
     out_ptr,
     frozen_out_ptr,
@@ -33,7 +32,7 @@ def _gather_rows_kernel(
     store_parts(out_ptr, frozen_out_ptr, x, k, first, n, exists, in_width, num_learning, width, width)
 
 
-@triton.jit
+@kernel
 def _invert_rows_kernel(inverse_ptr, index_ptr, batch_size, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """inverse[index[k]] = k, elsewhere num_rows; one program, so that a barrier orders the two."""
     for start in range(0, batch_size, BLOCK_N):
