@@ -81,7 +81,6 @@ def kernels_for(
     return None
 
 
-@torch.compiler.assume_constant_result
 def compiles_to_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Under `torch.compile`, once for a graph: whether `op` becomes a registered op of the Triton kernels. Raises as
     `kernels_for` does."""
@@ -92,6 +91,10 @@ def compiles_to_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
     return reason is None
+
+
+# What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
+compiles_to_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choice() -> str:

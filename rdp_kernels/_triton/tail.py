@@ -41,7 +41,7 @@ def tail_fwd(
     """
     context = context_of(operands, None if following is None else following.norm, batch_size)
     residual, branch, frozen = (None if t is None else context.layout.conform(t) for t in operands[:3])
-    gamma = operands.gamma
+    gamma, weight, bias = map(_contiguous, operands[3:])
     if add is not None and add.scale == 0:
         branch = frozen = gamma = None
     results = empty_results(context, add, following, num_saved, out=residual if in_place else None)
@@ -76,8 +76,8 @@ def tail_fwd(
         more = dict(
             x_hat_ptr=results.x_hat,
             rstd_ptr=results.rstd,
-            weight_ptr=operands.weight,
-            bias_ptr=operands.bias,
+            weight_ptr=weight,
+            bias_ptr=bias,
             num_saved=num_saved,
             LAYER_NORM=following.norm == "layer",
             EPS=following.eps,
@@ -109,6 +109,7 @@ def tail_bwd(
         return Operands()
     if dnext is None and dfrozen_next is None:
         following = None
+        wanted = wanted._replace(weight=False, bias=False)
     relu = add is not None and add.activation == "relu"
     in_place = in_place and dout is not None and dout is gradients.out and not relu
     if add is None and (following is None or following.norm is None):
@@ -134,7 +135,7 @@ def tail_bwd(
         branch = dbranch = dfrozen = gamma = None
     else:
         branch = context.layout.conform(operands.branch) if wanted.gamma else None
-        dbranch, dfrozen, gamma = grads.branch, grads.frozen, operands.gamma
+        dbranch, dfrozen, gamma = grads.branch, grads.frozen, _contiguous(operands.gamma)
     if not stream_changes and branch is None and dbranch is None and dfrozen is None:
         return grads
     arguments: dict[str, Any] = dict(
@@ -179,7 +180,7 @@ def tail_bwd(
             dbias_ptr=sums["bias"],
             x_hat_ptr=results.x_hat,
             rstd_ptr=results.rstd,
-            weight_ptr=operands.weight,
+            weight_ptr=_contiguous(operands.weight),
             num_saved=0 if results.x_hat is None else results.x_hat.shape[0],
             LAYER_NORM=following.norm == "layer",
         )
@@ -200,7 +201,7 @@ def _gather(context: Context, x: Tensor | None, results: Results, following: Nex
         out_ptr=results.next,
         frozen_out_ptr=results.frozen_next,
         x_ptr=x,
-        index_ptr=rows.index,
+        index_ptr=rows.index.contiguous(),
         num_rows=rows.num_rows,
         num_learning=rows.num_learning,
         width=width,
@@ -237,7 +238,7 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
         _invert_rows_kernel,
         context.device,
         inverse_ptr=inverse,
-        index_ptr=rows.index,
+        index_ptr=rows.index.contiguous(),
         batch_size=batch_size,
         num_rows=rows.num_rows,
     )
@@ -256,7 +257,7 @@ def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> d
         inverse_ptr=_inverse(context, add.rows),
         num_rows=num_learning + num_frozen,
         num_learning=num_learning,
-        row_scale_ptr=row_scale,
+        row_scale_ptr=_contiguous(row_scale),
         scale=float(add.scale),
     )
 
@@ -292,6 +293,11 @@ def _gamma_arguments(tiling: Tiling) -> dict[str, Any]:
 
 def _channels(tiling: Tiling) -> int:
     return tiling.channels if tiling.gamma_per == "position" else tiling.width
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    """Kernels take vectors without strides."""
+    return None if vector is None else vector.contiguous()
 
 
 def _row_stride(x: Tensor | None) -> int:
