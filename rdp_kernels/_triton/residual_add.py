@@ -149,6 +149,8 @@ def _residual_add_bwd_kernel(
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
             j = standing(next_inverse_ptr, b, exists, num_next_rows)
             changed = exists & (j < num_next_rows)
+            if dresidual_ptr is None:
+                changed = changed & reads
         needed = reads
         if dresidual_ptr is not None:
             needed = exists

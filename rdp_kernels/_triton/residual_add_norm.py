@@ -165,6 +165,8 @@ def _residual_add_norm_bwd_kernel(
         if row_scale_ptr is not None:
             factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
             reads = reads & (factor != 0)
+        if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
+            has_norm = has_norm & reads
 
         dy = load_parts(
             dnext_ptr, dfrozen_next_ptr, j, p, n, has_norm, in_width,
@@ -190,6 +192,8 @@ def _residual_add_norm_bwd_kernel(
             touched = exists
             if IN_PLACE:
                 touched = reads | has_norm
+            if dresidual_ptr is None:
+                touched = reads
             at = place(b, p, n, dout_row_stride, width)
             d += tl.load(dout_ptr + at, mask=touched[:, None] & in_width, other=0.0).to(COMPUTE)
         if dresidual_ptr is not None:

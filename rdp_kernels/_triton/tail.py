@@ -62,7 +62,7 @@ def tail_fwd(
         frozen_row_stride=_row_stride(frozen),
         IN_PLACE=in_place,
         **_branch_rows(context, add, branch, frozen),
-        **_next_rows(context, following),
+        **_next_rows(context, following, results.frozen_next),
     )
     if following is None or following.norm is None:
         tiling = context.gamma_tiling(add, gamma is not None)
@@ -110,11 +110,17 @@ def tail_bwd(
     if dnext is None and dfrozen_next is None:
         following = None
         wanted = wanted._replace(weight=False, bias=False)
+    dnext, dfrozen_next = (None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next))
+    if dnext is None and dfrozen_next is None:
+        following = None
     relu = add is not None and add.activation == "relu"
     in_place = in_place and dout is not None and dout is gradients.out and not relu
+    grads = empty_gradients(context, add, wanted)
+    if following is None:  # and there are weights: of a norm of no rows
+        grads = grads._replace(weight=_zeroed(grads.weight), bias=_zeroed(grads.bias))
     if add is None and (following is None or following.norm is None):
         if following is None:
-            return Operands(dout)
+            return grads._replace(residual=dout)
         scattered, _ = tail_fwd(
             Operands(dout, dnext, dfrozen_next),
             Add(following.rows),
@@ -125,19 +131,21 @@ def tail_bwd(
         return Operands(scattered.out)
 
     stream_changes = relu or following is not None
-    grads = empty_gradients(context, add, wanted)
     if wanted.residual:
         fresh = stream_changes and not in_place
         grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual) if fresh else dout)
     if add is not None and add.scale == 0:
-        grads = Operands(*(t if t is None or t is grads.residual else t.zero_() for t in grads))
+        grads = Operands(grads.residual, *map(_zeroed, grads[1:]))
         add = Add(activation=add.activation)
         branch = dbranch = dfrozen = gamma = None
     else:
         branch = context.layout.conform(operands.branch) if wanted.gamma else None
         dbranch, dfrozen, gamma = grads.branch, grads.frozen, _contiguous(operands.gamma)
-    if not stream_changes and branch is None and dbranch is None and dfrozen is None:
-        return grads
+    if branch is None and dbranch is None and dfrozen is None:
+        if not stream_changes:
+            return grads
+        if not wanted.residual:
+            dout = dfrozen_next = None  # what is left are sums over the learning next rows
     arguments: dict[str, Any] = dict(
         dresidual_ptr=grads.residual if stream_changes else None,
         dbranch_ptr=dbranch,
@@ -153,14 +161,14 @@ def tail_bwd(
         branch_row_stride=_row_stride(branch),
         IN_PLACE=in_place,
         **_branch_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
-        **_next_rows(context, following),
+        **_next_rows(context, following, dfrozen_next),
     )
     if following is None or following.norm is None:
         tiling = context.gamma_tiling(add, branch is not None or gamma is not None)
         tiles = _tiles("residual_add_bwd", context, tiling, sums=branch is not None)
         num_partials = tiles.row_blocks
         if tiling.gamma_per == "position":
-            num_partials = tiles.num_rows // tiling.channels * tiles.column_blocks
+            num_partials = tiles.num_rows // max(tiling.channels, 1) * tiles.column_blocks
         sums = {"gamma": _partials(context, num_partials, _channels(tiling), branch is not None)}
         kernel, more = _residual_add_bwd_kernel, _gamma_arguments(tiling)
         more |= dict(out_ptr=results.out, out_row_stride=_row_stride(results.out), RELU=relu)
@@ -181,7 +189,7 @@ def tail_bwd(
             x_hat_ptr=results.x_hat,
             rstd_ptr=results.rstd,
             weight_ptr=_contiguous(operands.weight),
-            num_saved=0 if results.x_hat is None else results.x_hat.shape[0],
+            num_saved=results.x_hat.shape[0] if dfrozen_next is not None else arguments["num_next_learning"],
             LAYER_NORM=following.norm == "layer",
         )
     more |= dict(dgamma_ptr=sums["gamma"], tiles=tiles.tiles)
@@ -231,7 +239,7 @@ def _sum(context: Context, partials: Tensor, out: Tensor) -> None:
 def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
     """int64 [B]: where each row of the batch stands among `rows`."""
     if rows is None or rows.inverse is not None:
-        return None if rows is None else rows.inverse
+        return None if rows is None else _contiguous(rows.inverse)
     batch_size = context.shape[0]
     inverse = torch.empty(batch_size, dtype=torch.int64, device=context.device)
     Tiles.of("invert_rows", context.device, 1, 1).run(
@@ -245,9 +253,9 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
     return inverse
 
 
-def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> dict[str, Any]:
+def _branch_rows(context: Context, add: Add | None, branch: Tensor | None, frozen: Tensor | None) -> dict[str, Any]:
     """Which samples have a branch, and its scale. Float numbers reach a kernel in 32 bits: float64 gets a tensor."""
-    if add is None or all(part is None for part in branch):
+    if add is None or (branch is None and frozen is None):
         return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
     num_learning, num_frozen = part_sizes(context, add.rows)
     row_scale = add.row_scale
@@ -255,20 +263,20 @@ def _branch_rows(context: Context, add: Add | None, *branch: Tensor | None) -> d
         row_scale = torch.full((num_learning + num_frozen,), add.scale, dtype=torch.float64, device=context.device)
     return dict(
         inverse_ptr=_inverse(context, add.rows),
-        num_rows=num_learning + num_frozen,
+        num_rows=num_learning + (0 if frozen is None else num_frozen),
         num_learning=num_learning,
         row_scale_ptr=_contiguous(row_scale),
         scale=float(add.scale),
     )
 
 
-def _next_rows(context: Context, following: Next | None) -> dict[str, Any]:
+def _next_rows(context: Context, following: Next | None, frozen: Tensor | None) -> dict[str, Any]:
     if following is None:
         return dict(next_inverse_ptr=None, num_next_rows=0, num_next_learning=0)
     num_learning, num_frozen = part_sizes(context, following.rows)
     return dict(
         next_inverse_ptr=_inverse(context, following.rows),
-        num_next_rows=num_learning + num_frozen,
+        num_next_rows=num_learning + (0 if frozen is None else num_frozen),
         num_next_learning=num_learning,
     )
 
@@ -298,6 +306,10 @@ def _channels(tiling: Tiling) -> int:
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     """Kernels take vectors without strides."""
     return None if vector is None else vector.contiguous()
+
+
+def _zeroed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.zero_()
 
 
 def _row_stride(x: Tensor | None) -> int:

@@ -116,7 +116,10 @@ class _Tail(torch.autograd.Function):
         if tail.previous is not None:
             tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
         if twice:
-            grads = _DifferentiableOnce.apply(*grads, *douts, branch, gamma, weight, out)[: len(grads)]
+            # What a norm's backward gives depends on the stream, and nothing that is saved tells autograd so.
+            through_norm = x_hat is not None and any(ctx.needs_input_grad[1:5])
+            stand_in = torch.empty(0, requires_grad=True) if through_norm else None
+            grads = _DifferentiableOnce.apply(*grads, *douts, branch, gamma, weight, out, stand_in)[: len(grads)]
         return None, *grads
 
 

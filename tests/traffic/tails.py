@@ -1,0 +1,122 @@
+"""Tails run under the counter, and what they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdp_kernels._triton import kernels
+from rdp_kernels._triton.launch import LaunchConfig
+from rdp_kernels.ops.tail import Tail
+from rdp_kernels.rows import RowSet
+from rdp_kernels.tail import Add, Next, Operands
+from tests.traffic.counter import SECTOR, Accesses, Counted, count_traffic
+
+BATCH, TOKENS, CHANNELS = 6, 8, 64
+FLOAT, INDEX = 4, 8  # bytes
+ROW = TOKENS * CHANNELS * FLOAT
+
+# Of a test's tensors they hold little: rows and columns are cut, and where sums are made a program gets two.
+SMALL_TILES = LaunchConfig(tile=512, max_columns=64, num_warps=4, tiles=2)
+
+# The rows of a path and of the next one, by drop probability: out of order, and some in both.
+ROWS = {0.0: [2, 0, 5, 1, 4, 3], 0.5: [4, 0, 3], 1.0: []}
+NEXT_ROWS = {0.0: [5, 2, 1, 0, 3, 4], 0.5: [3, 1, 5], 1.0: []}
+ALL = slice(None)
+
+
+def row_set(rows: list[int], num_learning: int | None = None, inverted: bool = True) -> RowSet:
+    """Of a batch of at most BATCH. `inverted`: made before, once for all kernels, as in a model; else a kernel does."""
+    inverse = torch.full((BATCH,), len(rows))
+    inverse[rows] = torch.arange(len(rows))
+    index = torch.tensor(rows, dtype=torch.int64)
+    return RowSet(index, len(rows) if num_learning is None else num_learning, inverse if inverted else None)
+
+
+def row_scale(kept: list[int], num_rows: int = BATCH) -> Tensor:
+    scale = torch.zeros(num_rows)
+    scale[kept] = 1.25
+    return scale
+
+
+def stream(num_rows: int = BATCH, dtype: torch.dtype = torch.float32, learns: bool = True) -> Tensor:
+    return torch.randn(num_rows, TOKENS, CHANNELS).to(dtype).requires_grad_(learns)
+
+
+def vector(size: int = CHANNELS, learns: bool = True) -> Tensor:
+    return torch.rand(size).requires_grad_(learns)
+
+
+def run(
+    add: Add | None, following: Next | None = None, in_place: bool = False, **tensors: Tensor | None
+) -> tuple[Counted, Counted]:
+    """The traffic of a forward and of the backward to all operands that learn.
+
+    Args:
+        in_place: the sum overwrites the residual, and the residual's gradient that of the sum.
+    """
+    operands = Operands(**tensors)
+    learning = [t for t in operands if t is not None and t.requires_grad]
+    if in_place:
+        operands = operands._replace(residual=operands.residual.clone())
+    tail = Tail(kernels(), add, following)
+    tail.in_place = tail.owns_gradient = in_place  # as if there were a tail before and one after it
+    with count_traffic() as forward:
+        results = tail(operands)
+    outs = [result for result in results if result is not None and result.requires_grad]
+    douts = [torch.randn_like(out) for out in outs]
+    with count_traffic() as backward:
+        if learning:
+            torch.autograd.grad(outs, learning, douts)
+    return forward, backward
+
+
+def check(
+    counted: Counted,
+    minimum: int,
+    reads: dict[str, list[int] | slice] | None = None,
+    writes: dict[str, list[int] | slice] | None = None,
+    sectors: float = 1.0,
+    twice: Collection[str] = (),
+) -> None:
+    """The big tensors' rows in `reads` are read, those in `writes` written, every byte once; nothing else is touched.
+
+    Args:
+        minimum: what that must come to, in bytes.
+        sectors: bytes of the sectors touched, at most, as a multiple of `minimum`.
+        twice: those whose rows are read twice.
+    """
+    reads, writes = reads or {}, writes or {}
+    launches = [launch for launch in counted.launches if launch.big]
+    assert len(launches) <= 1, "one kernel does it all"
+    big = launches[0].big if launches else {}
+    assert {*reads, *writes} <= {*big}, "a tensor that should be there isn't"
+    for traffic in {id(traffic): traffic for traffic in big.values()}.values():
+        names = [name for name in big if big[name] is traffic]  # several where it is in place
+        _check_rows(traffic.read, names, reads, 2 if names[0] in twice else 1)
+        _check_rows(traffic.written, names, writes)
+    check_total(counted, minimum, sectors, once=not twice)
+
+
+def check_total(counted: Counted, minimum: int, sectors: float = 1.0, once: bool = True) -> None:
+    """Over all launches: `minimum` bytes of the big tensors are touched, none twice, and torch touches nothing."""
+    total = sum(accesses.bytes for accesses in counted.big)
+    assert minimum <= total <= 1.01 * minimum, f"{total / max(minimum, 1):.3f} × the minimum"
+    if once:
+        assert total == sum(accesses.distinct_bytes for accesses in counted.big), "some bytes are touched twice"
+    in_sectors = SECTOR * sum(accesses.sectors for accesses in counted.big)
+    assert in_sectors <= sectors * minimum, f"sectors: {in_sectors / max(minimum, 1):.3f} × the minimum"
+    assert counted.torch_ops == []
+
+
+def _check_rows(accesses: Accesses, names: list[str], wanted: dict[str, list[int] | slice], times: int = 1) -> None:
+    expected = np.zeros(len(accesses.tensor), np.int64)
+    for name in names:
+        if name in wanted:
+            expected[wanted[name]] += times
+    counts = [np.unique(row).tolist() for row in accesses.counts]
+    what = f"{' = '.join(names)}: how often the elements of each row are touched"
+    assert counts == [[count] for count in expected.tolist()], what

@@ -1,0 +1,241 @@
+"""As `test_traffic`, for the add with the next branch's norm, and for whole paths: tail and gather, both ways."""
+
+import pytest
+import torch
+
+from rdp_kernels._triton import kernels, launch
+from rdp_kernels.ops.tail import Tail
+from rdp_kernels.tail import Add, Next, Operands
+from tests.traffic.counter import SECTOR, count_traffic, needs_interpreter
+from tests.traffic.tails import (
+    ALL,
+    BATCH,
+    CHANNELS,
+    FLOAT,
+    NEXT_ROWS,
+    ROW,
+    ROWS,
+    TOKENS,
+    check,
+    check_total,
+    row_scale,
+    row_set,
+    run,
+    stream,
+    vector,
+)
+
+pytestmark = needs_interpreter
+all_tiles = pytest.mark.usefixtures("tiles")
+each_norm = pytest.mark.parametrize("norm", ["layer", "rms"])
+each_p = pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+each_next_p = pytest.mark.parametrize("next_p", [0.0, 0.5, 1.0])
+out_of_place_and_in_place = pytest.mark.parametrize("in_place", [False, True])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def weights(norm):
+    if norm is None:
+        return {}
+    return dict(weight=vector(), bias=vector() if norm == "layer" else None)
+
+
+def following(norm, rows=None, **how):
+    return Next(rows, norm, 1e-6, **how)
+
+
+# One call
+
+
+@all_tiles
+@each_norm
+@each_p
+def test_dense(p, norm):
+    kept = ROWS[p]
+    tensors = dict(residual=stream(), branch=stream(), gamma=vector(), **weights(norm))
+    forward, backward = run(Add(row_scale=row_scale(kept)), following(norm), **tensors)
+    # residual, branch; out, next, x̂
+    minimum = (BATCH + len(kept) + BATCH + BATCH + BATCH) * ROW
+    writes = {"out_ptr": ALL, "next_ptr": ALL, "x_hat_ptr": ALL}
+    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, writes)
+    # dout, dnext, x̂, branch for dγ; dresidual, dbranch
+    minimum = (BATCH + BATCH + BATCH + len(kept) + BATCH + BATCH) * ROW
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": kept}
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
+
+
+@all_tiles
+@each_norm
+@out_of_place_and_in_place
+@each_dtype
+def test_rows(norm, in_place, dtype):
+    rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]  # row 3 is in both
+    tensors = dict(residual=stream(dtype=dtype), branch=stream(3, dtype), **weights(norm))
+    forward, backward = run(Add(row_set(rows)), following(norm, row_set(next_rows)), in_place, **tensors)
+    row = TOKENS * CHANNELS * dtype.itemsize
+    touched, added, changed = ([0, 1, 3, 4, 5], rows, next_rows) if in_place else (ALL, ALL, ALL)
+    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # residual, out; branch; next, x̂
+    writes = {"out_ptr": added, "next_ptr": ALL, "x_hat_ptr": ALL}
+    check(forward, minimum, {"residual_ptr": touched, "branch_ptr": ALL}, writes)
+    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # dout, dresidual; dnext, x̂; dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL}
+    check(backward, minimum, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL})
+
+
+@all_tiles
+@each_norm
+def test_learning_and_frozen_rows(norm):
+    """Both parts of the next rows pass gradients on, of which the second learns nothing from."""
+    tensors = dict(residual=stream(), branch=stream(2), frozen=stream(1), gamma=vector(), **weights(norm))
+    forward, backward = run(Add(row_set([4, 0, 3], 2)), following(norm, row_set([5, 4, 1, 2], 1)), **tensors)
+    minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, x̂
+    reads = {"residual_ptr": ALL, "branch_ptr": ALL, "frozen_ptr": ALL}
+    check(forward, minimum, reads, {"out_ptr": ALL, "next_ptr": ALL, "frozen_next_ptr": ALL, "x_hat_ptr": ALL})
+    minimum = (6 + 1 + 3 + 4 + 2 + 6 + 2 + 1) * ROW  # dout, dnext, dfrozen_next, x̂, branch for dγ; all gradients
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": ALL}
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL, "dfrozen_ptr": ALL})
+
+
+@all_tiles
+@each_norm
+@pytest.mark.parametrize("next_p", [0.0, 0.5])
+def test_gather(norm, next_p):
+    """Without an add there is no sum to write, and of the stream only the next rows are read."""
+    rows = NEXT_ROWS[next_p]
+    forward, backward = run(None, following(norm, row_set(rows)), residual=stream(), **weights(norm))
+    minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, x̂
+    check(forward, minimum, {"residual_ptr": rows}, {"next_ptr": ALL, "x_hat_ptr": ALL})
+    minimum = (BATCH + len(rows) + len(rows) + BATCH) * ROW  # dout, dnext, x̂; dresidual
+    check(backward, minimum, {"dout_ptr": ALL, "dnext_ptr": ALL, "x_hat_ptr": ALL}, {"dresidual_ptr": ALL})
+
+
+@each_norm
+def test_nothing_is_saved_without_a_gradient(norm):
+    tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
+    tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
+    forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, row_set(NEXT_ROWS[0.5])), **tensors)
+    writes = {"out_ptr": ALL, "next_ptr": ALL}
+    check(forward, (6 + 3 + 6 + 3) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+
+
+@each_norm
+@out_of_place_and_in_place
+def test_wide_backward(monkeypatch, norm, in_place):
+    """Rows that don't fit in registers: dnext and x̂ are read twice, by the same program shortly after one another, so
+    that the second time they come from the cache; everything else once."""
+    pieces = launch.LaunchConfig(tile=64, max_columns=64, num_warps=4, tiles=2)
+    monkeypatch.setitem(launch.CONFIGS, "residual_add_norm_bwd_wide", {"default": ((2**31, pieces),)})
+    monkeypatch.setattr(kernels(), "WIDEST_SUM_IN_REGISTERS", 128)
+    width, rows, next_rows = 200, [1, 3], [3, 0]
+
+    def make(num_rows):
+        return torch.randn(num_rows, 2, width).requires_grad_()
+
+    _, backward = run(
+        Add(row_set(rows)), following(norm, row_set(next_rows)), in_place,
+        residual=make(4), branch=make(2), gamma=vector(width),
+        weight=vector(width), bias=vector(width) if norm == "layer" else None,
+    )  # fmt: skip
+    assert "_residual_add_norm_bwd_wide_kernel" in [launched.kernel for launched in backward.launches]
+    touched, changed = ([0, 1, 3], next_rows) if in_place else (ALL, ALL)
+    minimum = ((3 + 2 if in_place else 4 + 4) + 2 * (2 + 2) + 2 + 2) * 2 * width * FLOAT
+    #          dout, dresidual                  dnext, x̂      branch for dγ, dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": ALL}
+    writes = {"dresidual_ptr": changed, "dbranch_ptr": ALL}
+    check(backward, minimum, reads, writes, twice={"dnext_ptr", "x_hat_ptr"})
+
+
+@each_norm
+@each_dtype
+@out_of_place_and_in_place
+def test_odd_channels(norm, dtype, in_place):
+    """13 channels: a tile's row ends within a sector, and the tile's idle columns touch nothing."""
+    batch, tokens, channels = 5, 7, 13
+
+    def make(num_rows):
+        return torch.randn(num_rows, tokens, channels).to(dtype).requires_grad_()
+
+    forward, backward = run(
+        Add(row_set([4, 1])), following(norm, row_set([2, 1, 0])), in_place,
+        residual=make(batch), branch=make(2),
+        weight=vector(channels), bias=vector(channels) if norm == "layer" else None,
+    )  # fmt: skip
+    row = tokens * channels * dtype.itemsize
+    touched, added, changed = ([0, 1, 2, 4], [4, 1], [2, 1, 0]) if in_place else (ALL, ALL, ALL)
+    # At each end a row touches a sector of which it needs at least one element: 1.15 with rows of 364 bytes, 1.33 of 182.
+    sectors = 1 + 2 * (SECTOR - dtype.itemsize) / row
+    rows = (4 + 2 if in_place else 5 + 5) + 2 + 3 + 3  # residual, out; branch; next, x̂
+    writes = {"out_ptr": added, "next_ptr": ALL, "x_hat_ptr": ALL}
+    check(forward, rows * row, {"residual_ptr": touched, "branch_ptr": ALL}, writes, sectors)
+    rows = (4 + 3 if in_place else 5 + 5) + 3 + 3 + 2  # dout, dresidual; dnext, x̂; dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL}
+    check(backward, rows * row, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL}, sectors)
+
+
+# A path: its tail with the gather of the next path's rows, forward and backward
+
+
+@each_p
+@each_next_p
+@pytest.mark.parametrize("norm", [None, "layer"])
+@out_of_place_and_in_place
+def test_path(p, next_p, norm, in_place):
+    rows, next_rows = ROWS[p], NEXT_ROWS[next_p]
+    forward, backward = run(
+        Add(row_set(rows)), following(norm, row_set(next_rows)), in_place,
+        residual=stream(), branch=stream(len(rows)), gamma=vector(), **weights(norm),
+    )  # fmt: skip
+    kept, goes_on = len(rows), len(next_rows)
+    either = len({*rows, *next_rows})
+    x_hat = goes_on if norm else 0
+    if in_place:
+        sums, dsums = either + kept, either + goes_on  # residual, out; dout, dresidual
+    else:
+        sums, dsums = BATCH + BATCH, BATCH + BATCH
+    if goes_on == 0:
+        dsums = kept  # dresidual is dout
+    there = sums + kept + goes_on + x_hat  # branch; next, x̂
+    back = dsums + goes_on + x_hat + kept + kept  # dnext, x̂, branch for dγ; dbranch
+    check_total(forward + backward, (there + back) * ROW)
+
+
+@each_p
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@each_dtype
+def test_path_with_scales(p, norm, dtype):
+    """Every row goes on, as where rows are dropped by their scale: without a norm the stream is the next rows."""
+    kept = len(ROWS[p])
+    forward, backward = run(
+        Add(row_scale=row_scale(ROWS[p])), following(norm) if norm else None,
+        residual=stream(dtype=dtype), branch=stream(dtype=dtype), **weights(norm),
+    )  # fmt: skip
+    there = BATCH + kept + BATCH  # residual, branch; out
+    back = kept + BATCH  # dout; dbranch
+    if norm:
+        there += BATCH + BATCH  # next, x̂
+        back = BATCH + BATCH + BATCH + BATCH + BATCH  # dout, dnext, x̂; dresidual, dbranch
+    check_total(forward + backward, (there + back) * TOKENS * CHANNELS * dtype.itemsize)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_two_paths(norm):
+    """The sum is handed from tail to tail and overwritten, and so is its gradient on the way back; the branch between
+    is the identity. Autograd adds nothing up: torch touches no tensor."""
+    rows, next_rows, last_rows = row_set([4, 0, 3]), row_set([3, 1, 5]), row_set([2, 5])
+    first = Tail(kernels(), Add(rows), following(norm, next_rows))
+    second = Tail(kernels(), Add(next_rows), following(norm, last_rows), previous=first)
+    x, branch = stream(), stream(3)
+    with count_traffic() as forward:
+        results = first(Operands(x, branch, **weights(norm)))
+        results = second(Operands(results.out, results.next, **weights(norm)))
+    outs = [results.out, results.next]
+    douts = [torch.randn_like(out) for out in outs]
+    with count_traffic() as backward:
+        torch.autograd.grad(outs, [x, branch], douts)
+    there = (6 + 3 + 6 + 3) + (4 + 3 + 3 + 2)  # residual, branch; out, next; of the second rows 1, 2, 3, 5 and 1, 3, 5
+    back = (6 + 2 + 6 + 3) + (
+        5 + 3 + 3 + 3
+    )  # dout, dnext; dresidual, dbranch; of the first rows 0, 1, 3, 4, 5 and 1, 3, 5
+    if norm:
+        there, back = there + 3 + 2, back + 2 + 3  # x̂
+    check_total(forward + backward, (there + back) * ROW)
