@@ -39,7 +39,7 @@ Widths = tuple[tuple[int, LaunchConfig], ...]
 """(largest width, config) in ascending order; the last serves all wider ones too."""
 
 _ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
-_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=32)),)
+_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),)
 _NORM: Widths = (
     (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=4)),
@@ -47,12 +47,12 @@ _NORM: Widths = (
     (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16)),
 )
 _NORM_BWD: Widths = (
-    (512, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=32)),
-    (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=8, tiles=16)),
-    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=8, tiles=32)),
-    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=16, tiles=32)),
+    (512, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),
+    (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=8, tiles=8)),
+    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=8, tiles=8)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=16, tiles=8)),
 )
-_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, tiles=32)),)
+_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, tiles=8)),)
 _REDUCE: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=64, num_warps=4)),)
 _INVERT: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
 

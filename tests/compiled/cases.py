@@ -1,0 +1,139 @@
+"""One tail, forward and backward, as a row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rdp_kernels._triton import kernels
+from rdp_kernels.rows import RowSet
+from rdp_kernels.tail import Add, Next, Operands, Results
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def after_class_token(x: Tensor) -> Tensor:
+    """Sequences without their first token."""
+    return x.new_empty(x.shape[0], x.shape[1] + 1, *x.shape[2:])[:, 1:]
+
+
+def one_element_on(x: Tensor) -> Tensor:
+    """Nothing but the element's size divides its address."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape)
+
+
+def one_element_apart(x: Tensor) -> Tensor:
+    """With an element between its samples."""
+    return x.new_empty(x.shape[0], x[0].numel() + 1)[:, :-1].unflatten(1, x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Its tensors have no values: nothing runs on them.
+
+    Args:
+        why: the row's reason.
+        shape: of the stream.
+        stream, branch, vectors: dtypes; None is the stream's. The vectors are γ, and the norm's weight and bias.
+        channel_dim: of γ; None: there is no γ.
+        gamma_learns: whether dγ is wanted.
+        rows: of the branch: "all", "some" or "mixed", that is, with frozen ones; None: nothing is added.
+        next_rows: the same for the next branch; None: there is none.
+        norm: of the next branch.
+        row_scale: a factor for each row of the branch.
+        in_place: the sum overwrites the residual, and the residual's gradient that of the sum.
+        alone: the branch is added to nothing.
+        inverted: a list of rows comes with its inverse.
+        place: a tensor like the given one, elsewhere in memory; for the residual and for the branch.
+        narrow: the arguments that kernels are expected to read and write element by element, not in 16 bytes.
+        quick: runs for every target where time is short, not only for sm_90.
+    """
+
+    why: str
+    shape: tuple[int, ...]
+    stream: torch.dtype = torch.bfloat16
+    branch: torch.dtype | None = None
+    vectors: torch.dtype | None = None
+    channel_dim: int | None = -1
+    gamma_learns: bool = True
+    rows: str | None = "all"
+    next_rows: str | None = None
+    norm: str | None = None
+    activation: str | None = None
+    row_scale: bool = False
+    in_place: bool = False
+    alone: bool = False
+    inverted: bool = True
+    place: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (contiguous, contiguous)
+    narrow: frozenset[str] = frozenset()
+    quick: bool = False
+
+    def run(self) -> None:
+        """Through the launchers, as autograd calls them."""
+        add, following, num_saved = None, None, 0
+        if self.rows is not None:
+            row_scale = torch.empty(self._num_rows(self.rows)) if self.row_scale else None
+            add = Add(self._row_set(self.rows), 1.25, row_scale, self.channel_dim or -1, self.activation)
+        if self.next_rows is not None:
+            following = Next(self._row_set(self.next_rows), self.norm, 1e-6)
+            num_saved = 0 if self.norm is None else self._num_rows(self.next_rows)
+        operands = self._operands()
+        results, context = kernels().tail_fwd(operands, add, following, num_saved, self.in_place)
+        out = operands.residual if results.out is None else results.out
+        saved = results._replace(out=None if self.activation is None else out, next=None, frozen_next=None)
+        gradients = (None if x is None else torch.empty_like(x) for x in (out, results.next, results.frozen_next))
+        wanted = Operands(*(x is not None for x in operands))
+        kernels().tail_bwd(
+            context,
+            Operands(branch=operands.branch, gamma=operands.gamma, weight=operands.weight),
+            saved,
+            Results(*gradients),
+            add,
+            following,
+            wanted._replace(gamma=wanted.gamma and self.gamma_learns),
+            self.in_place,
+        )
+
+    def _operands(self) -> Operands:
+        place_residual, place_branch = self.place
+        rows = self._row_set(self.rows)
+        branch = frozen = gamma = None
+        if self.rows is not None:
+            num_learning = self.shape[0] if rows is None else rows.num_learning
+            branch = place_branch(self._empty(num_learning))
+            frozen = place_branch(self._empty(rows.num_frozen)) if self.rows == "mixed" else None
+            gamma = None if self.channel_dim is None else self._vector(self.channel_dim)
+        return Operands(
+            residual=None if self.alone else place_residual(torch.empty(self.shape, dtype=self.stream)),
+            branch=branch,
+            frozen=frozen,
+            gamma=gamma,
+            weight=None if self.norm is None else self._vector(-1),
+            bias=self._vector(-1) if self.norm == "layer" else None,
+        )
+
+    def _empty(self, num_rows: int) -> Tensor:
+        return torch.empty(num_rows, *self.shape[1:], dtype=self.branch or self.stream)
+
+    def _vector(self, dim: int) -> Tensor:
+        return torch.empty(self.shape[dim], dtype=self.vectors or self.stream)
+
+    def _num_rows(self, which: str) -> int:
+        rows = self._row_set(which)
+        return self.shape[0] if rows is None else rows.num_rows
+
+    def _row_set(self, which: str | None) -> RowSet | None:
+        """Six rows of the batch, of which all or a half learn."""
+        if which in (None, "all"):
+            return None
+        order = torch.arange(self.shape[0])
+        return RowSet(order[:6], {"some": 6, "mixed": 3}[which], order if self.inverted else None)

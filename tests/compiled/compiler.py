@@ -1,0 +1,142 @@
+"""Kernels compiled ahead of time, without a GPU, and the facts in their code.
+
+A launch is caught on its way to the driver: what is compiled has the signature, the divisibility marks and the launch
+numbers that such tensors get on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from rdp_kernels._triton import launch as launching
+from rdp_kernels._triton.launch import Launch
+
+CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
+TARGETS = CUDA | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
+@dataclass(frozen=True)
+class CudaCode:
+    """Facts from the code of one kernel.
+
+    Args:
+        registers: of a thread.
+        local_bytes: of a thread's local memory, as the kernel declares it.
+        local_accesses: instructions that load from it or store there.
+        accesses: how many instructions on global memory there are, by ("load" or "store", bytes).
+        by_argument: the same by (argument, "load" or "store", bytes). Of the PTX, where an address can be followed back
+            to the argument that it is an offset of; `accesses` says whether the machine code still has these widths.
+    """
+
+    registers: int
+    local_bytes: int
+    local_accesses: int
+    accesses: Counter[tuple[str, int]]
+    by_argument: Counter[tuple[str, str, int]]
+
+    def widths(self, but: frozenset[str] = frozenset()) -> dict[str, set[int]]:
+        """For each argument, except those of `but`, the bytes of an access."""
+        names = {name for name, _, _ in self.by_argument} - but
+        return {name: {size for other, _, size in self.by_argument if other == name} for name in names}
+
+    @property
+    def accesses_in_ptx(self) -> Counter[tuple[str, int]]:
+        total: Counter[tuple[str, int]] = Counter()
+        for (_, op, size), count in self.by_argument.items():
+            total[op, size] += count
+        return total
+
+
+def caught_launches(run: Callable[[], None], architecture: str) -> list[Launch]:
+    """The launches in `run`, on CPU tensors, with the numbers for `architecture`. None of them happens."""
+    caught: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "architecture", lambda device: architecture)
+        patch.setattr(Launch, "run", lambda launch, device: caught.append(launch))
+        run()
+    return caught
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """By way of what Triton's own launcher does at the first call with such arguments."""
+    kernel, backend = launch.kernel, make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options)
+    options, signature, constants, marks = kernel._pack_args(backend, launch.options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, marks)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
+    """`folder` takes the disassembler's input."""
+    cubin = folder / f"{compiled.hash}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin)
+    declared = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return CudaCode(
+        registers=declared["REG"],
+        local_bytes=declared["STACK"] + declared["LOCAL"],
+        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        accesses=Counter(
+            ("load" if op == "LDG" else "store", _sass_bytes(modifiers.split(".")))
+            for op, modifiers in re.findall(r"\b(LDG|STG)\.([\w.]+) ", sass)
+        ),
+        by_argument=_accesses_by_argument(compiled.asm["ptx"], compiled.src.signature),
+    )
+
+
+def read_amd_facts(compiled: CompiledKernel) -> dict[str, int]:
+    """Threads of a program, and bytes and registers that are spilled."""
+    names = "max_flat_workgroup_size|private_segment_fixed_size|sgpr_spill_count|vgpr_spill_count"
+    return {name: int(n) for name, n in re.findall(rf"\.({names}): +(\d+)", compiled.asm["amdgcn"])}
+
+
+def _output_of(*command: str | Path) -> str:
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.stdout
+
+
+def _sass_bytes(modifiers: list[str]) -> int:
+    """`LDG.E.U16` accesses 2 bytes, `LDG.E` 4, `LDG.E.128` 16."""
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    return next((sizes[modifier] for modifier in modifiers if modifier in sizes), 4)
+
+
+_PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\];")
+_COMPUTED = re.compile(r"^\s*(?:@!?%p\d+ )?[a-z][\w.]*\s+(%rd\d+), ([^\[\]\n]*);", re.MULTILINE)
+_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s[^\[]*\[\s*(%rd\d+)")
+
+
+def _accesses_by_argument(ptx: str, signature: dict[str, str]) -> Counter[tuple[str, str, int]]:
+    """Follows the register of every address back, through what it was computed from, to the one pointer among it."""
+    at_run_time = [name for name, kind in signature.items() if kind != "constexpr"]
+    pointers = {
+        register: at_run_time[int(number)].removesuffix("_ptr")
+        for register, number in _PARAMETER.findall(ptx)
+        if int(number) < len(at_run_time) and signature[at_run_time[int(number)]].startswith("*")
+    }
+    sources: dict[str, set[str]] = {}
+    for register, computed_from in _COMPUTED.findall(ptx):
+        sources.setdefault(register, set()).update(re.findall(r"%rd\d+", computed_from))
+
+    accesses: Counter[tuple[str, str, int]] = Counter()
+    for op, vector, bits, address in _ACCESS.findall(ptx):
+        reached, ahead = set(), {address}
+        while ahead:
+            reached |= ahead
+            ahead = {source for register in ahead for source in sources.get(register, ())} - reached
+        (name,) = {pointers[register] for register in reached & pointers.keys()}
+        accesses[name, "load" if op == "ld" else "store", int(vector or 1) * int(bits) // 8] += 1
+    return accesses

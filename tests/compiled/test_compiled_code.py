@@ -1,0 +1,186 @@
+"""Every kernel, compiled for the tensors of a table of cases, spills nothing and accesses memory in 16 bytes a thread;
+where it can't, because sizes or addresses don't divide by 16, the table says so.
+
+About 0.4 s for a kernel and a target: 50 s for what runs by default, 3 min for the rest.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+import rdp_kernels._triton
+from rdp_kernels._triton.launch import CONFIGS, Launch
+
+from .cases import Case, after_class_token, channels_last, contiguous, one_element_apart, one_element_on
+from .compiler import CUDA, TARGETS, CudaCode, caught_launches, compile_launch, read_amd_facts, read_cuda_code
+
+Read = Callable[[list[Launch], str], list[CudaCode]]
+
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+SMALL = frozenset({"gamma", "weight", "bias", "row_scale", "inverse", "next_inverse", "index", "rstd"})
+SMALL |= {"dgamma", "dweight", "dbias"}
+"""Arguments with a number a column, a tile row or a program: any width serves."""
+SMALL_OF = {"_sum_partials_kernel": frozenset({"out"})}
+STREAM = frozenset({"residual", "branch", "frozen", "out", "next", "frozen_next", "x_hat"})
+STREAM |= {"dresidual", "dbranch", "dfrozen", "dout", "dnext", "dfrozen_next", "x", "frozen_out"}
+EVERYTHING = STREAM | {"partials"}
+MIXED = dict(rows="mixed", next_rows="mixed")
+
+ADD_CASES = (
+    Case("ViT-B", (8, 197, 768), quick=True),
+    Case("without gamma a sample is one tile row", (8, 197, 384), fp16, channel_dim=None, rows="some"),
+    Case("gamma doesn't learn: no sums", (8, 197, 384), fp32, gamma_learns=False, rows="some", next_rows="some"),
+    Case("frozen rows, fp32 gamma", (8, 197, 384), vectors=fp32, **MIXED),
+    Case("in place", (8, 197, 384), **MIXED, in_place=True),
+    Case("bf16 branch on an fp32 stream", (8, 197, 384), fp32, branch=bf16, rows="some", next_rows="some"),
+    Case("drop path: a branch alone", (8, 197, 384), fp32, channel_dim=None, row_scale=True, alone=True),
+    Case("ResNet NCHW: gamma a tile row", (8, 64, 28, 28), fp32, channel_dim=1, activation="relu"),
+    Case("NCHW with rows", (8, 64, 56, 56), fp16, channel_dim=1, **MIXED),
+    Case("channels_last", (8, 256, 14, 14), channel_dim=1, activation="relu", place=(channels_last, channels_last)),
+    Case("14 x 14 without gamma", (8, 256, 14, 14), channel_dim=None, activation="relu", row_scale=True),
+    Case("views of longer sequences", (8, 196, 384), place=(after_class_token, after_class_token)),
+    Case("fp64", (8, 197, 384), fp64, **MIXED),
+    Case("gather, list of rows to invert", (8, 197, 384), rows=None, next_rows="mixed", inverted=False, quick=True),
+)
+
+NORM_CASES = (
+    Case("norm: ViT-B", (8, 197, 768), norm="layer", **MIXED, quick=True),
+    Case("norm: in place", (8, 197, 768), norm="layer", **MIXED, row_scale=True, in_place=True),
+    Case("norm: all rows, fp32 vectors", (8, 197, 384), vectors=fp32, norm="rms", next_rows="all"),
+    Case("norm: bf16 branch on an fp32 stream", (8, 197, 384), fp32, branch=bf16, norm="layer", next_rows="some"),
+    Case("norm: nothing is added", (8, 197, 768), norm="layer", rows=None, next_rows="mixed"),
+    Case("norm: fp64", (8, 197, 384), fp64, norm="layer", **MIXED),
+    Case("norm: 64, the smallest tile", (8, 197, 64), fp32, norm="layer", **MIXED),
+    Case("norm: 1024 in fp32", (8, 33, 1024), fp32, norm="rms", **MIXED),
+    Case("norm: 2048", (8, 33, 2048), norm="layer", **MIXED),
+    Case("norm: 4096, most sums in registers", (8, 33, 4096), fp32, norm="layer", **MIXED),
+    Case("norm: 8192, sums in memory", (8, 33, 8192), norm="layer", **MIXED, quick=True),
+    Case("norm: 16384, the widest", (8, 33, 16384), fp32, norm="layer", **MIXED),
+)
+
+# Triton marks what divides by 16, nothing less: these are served, slowly, and spill nothing either.
+NARROW_CASES = (
+    Case("odd C", (8, 197, 385), **MIXED, narrow=EVERYTHING),
+    Case("C of 8 x 9", (8, 197, 72), fp32, narrow=EVERYTHING),
+    Case("14 x 14 with gamma, C = 64", (8, 64, 14, 14), channel_dim=1, narrow=STREAM),
+    Case(
+        "only the residual's address is odd",
+        (8, 197, 384),
+        place=(one_element_on, contiguous),
+        narrow=frozenset({"residual"}),
+    ),
+    Case(
+        "only the branch's row stride is odd",
+        (8, 196, 384),
+        place=(contiguous, one_element_apart),
+        narrow=frozenset({"branch"}),
+    ),
+    Case("gather, odd C", (8, 197, 385), rows=None, next_rows="mixed", narrow=EVERYTHING),
+    Case("norm: odd C", (8, 197, 385), fp16, norm="layer", **MIXED, narrow=EVERYTHING),
+    Case("norm: even C", (8, 197, 770), norm="layer", **MIXED, narrow=EVERYTHING),
+    Case("norm: 4095", (8, 33, 4095), fp32, norm="layer", **MIXED, narrow=EVERYTHING),
+    Case("norm: 5001", (8, 33, 5001), norm="layer", **MIXED, narrow=EVERYTHING),
+)
+CASES = ADD_CASES + NORM_CASES + NARROW_CASES
+
+
+def parameters(architectures: Iterable[str]) -> list:
+    """sm_90 for all cases, and the others for the quick ones; the rest is slow."""
+    return [
+        pytest.param(
+            case, name, id=f"{name}-{case.why}", marks=[] if name == "sm_90" or case.quick else pytest.mark.slow
+        )
+        for name in architectures
+        for case in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """Compiles launches for a CUDA architecture and reads the codes, each once. The disassembler takes as long as the
+    compiler: it runs on those of one call at the same time."""
+    folder = tmp_path_factory.mktemp("code")
+    codes: dict[str, CudaCode] = {}
+
+    def read(launches: list[Launch], architecture: str) -> list[CudaCode]:
+        compiled = [compile_launch(launch, CUDA[architecture]) for launch in launches]
+        new = {kernel.hash: kernel for kernel in compiled if kernel.hash not in codes}
+        with ThreadPoolExecutor() as pool:
+            codes.update(zip(new, pool.map(partial(read_cuda_code, folder=folder), new.values()), strict=True))
+        return [codes[kernel.hash] for kernel in compiled]
+
+    return read
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _new_cache(tmp_path_factory):
+    """Triton compiles here, whatever it has compiled before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(("case", "architecture"), parameters(CUDA))
+def test_cuda_code(case: Case, architecture: str, read: Read):
+    launches = caught_launches(case.run, architecture)
+    for launch, code in zip(launches, read(launches, architecture), strict=True):
+        kernel = launch.kernel.__name__
+        assert (code.local_bytes, code.local_accesses) == (0, 0), f"{kernel} spills, with {code.registers} registers"
+
+        tensors = {name.removesuffix("_ptr"): x for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
+        assert code.widths().keys() == tensors.keys(), f"{kernel} gets a tensor that it doesn't use"
+        widths = code.widths(but=SMALL_OF.get(kernel, SMALL))
+        expected = {name: {tensors[name].element_size() if name in case.narrow else 16} for name in widths}
+        assert widths == expected, kernel
+
+        in_ptx = code.accesses_in_ptx
+        assert code.accesses.keys() == in_ptx.keys(), f"{kernel}: the assembler changed the width of an access"
+        assert all(code.accesses[op, 16] >= in_ptx[op, 16] for op in ("load", "store")), f"{kernel}: it split some"
+
+
+@pytest.mark.parametrize(("case", "architecture"), parameters(["gfx942"]))
+def test_gfx942_code(case: Case, architecture: str):
+    for launch in caught_launches(case.run, architecture):
+        facts = read_amd_facts(compile_launch(launch, TARGETS[architecture]))
+        assert facts["private_segment_fixed_size"] == facts["vgpr_spill_count"] == 0, launch.kernel.__name__
+        assert facts["max_flat_workgroup_size"] == 64 * launch.config.num_warps <= 1024, launch.kernel.__name__
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_the_cases_take_every_kernel_and_all_launch_numbers(architecture: str):
+    launches = {case: caught_launches(case.run, architecture) for case in CASES}
+    quick = {launch.kernel.__name__ for case in CASES if case.quick for launch in launches[case]}
+    taken = {(launch.kernel.__name__, launch.config) for case in CASES for launch in launches[case]}
+    assert quick == kernels_of_package()
+    assert taken == {
+        (f"_{op}_kernel", config)
+        for op, numbers in CONFIGS.items()
+        for _, config in numbers.get(architecture, numbers["default"])
+    }
+
+
+def kernels_of_package() -> set[str]:
+    package = rdp_kernels._triton
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    functions = {x.__name__ for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
+    return {name for name in functions if re.fullmatch(r"_\w+_kernel", name)}
+
+
+def test_a_spill_is_seen(read: Read):
+    """With half the warps a thread has twice as much to keep, and narrow accesses need an address each."""
+    (case,) = (case for case in NARROW_CASES if case.why == "odd C")
+    backward = next(launch for launch in caught_launches(case.run, "sm_90") if "_bwd_" in launch.kernel.__name__)
+    (code,) = read([replace(backward, config=replace(backward.config, num_warps=2))], "sm_90")
+    assert code.local_bytes > 0
+    assert code.local_accesses > 0
