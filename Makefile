@@ -6,14 +6,17 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python examples/train_digits.py $(ARGS)
 
+# The kernels are interpreted in the first run and compiled in the second. Tests use one thread each.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: .venv/ready lint
-	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m "not slow" tests/compiled
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compiled
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m slow tests/compiled
-	RDP_EXAMPLES=10 $(BIN)/python -m pytest tests/test_exactness.py -k equals_the_textbook
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
+	RDP_EXAMPLES=10 $(PYTEST) tests/test_exactness.py tests/kernels -k "equals_the_textbook or against_float64"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ setup(
             "numpy",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "rich",
             "ruff",
             "scikit-learn",

@@ -38,7 +38,7 @@ class LaunchConfig:
 Widths = tuple[tuple[int, LaunchConfig], ...]
 """(largest width, config) in ascending order; the last serves all wider ones too."""
 
-_ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
+_ADD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
 _ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),)
 _NORM: Widths = (
@@ -68,6 +68,8 @@ CONFIGS: dict[str, dict[str, Widths]] = {
     "invert_rows": {"default": _INVERT},
 }
 
+REGISTERS = 65536
+"""Of a multiprocessor, 32 bits each, on every CUDA architecture so far."""
 MAX_PARTIALS = 1024
 """Rows of the intermediate sums: enough programs for any GPU, and few enough to be summed in no time."""
 
@@ -80,10 +82,16 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     config: LaunchConfig
+    architecture: str
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        """Triton's. On CUDA with all the registers that its threads can have: left to itself, the assembler spills a
+        few to let one more program run at a time."""
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        if self.architecture.startswith("sm_"):
+            options["maxnreg"] = min(255, REGISTERS // (32 * self.config.num_warps))
+        return options
 
     def run(self, device: torch.device) -> None:
         """On the current stream of `device`. An empty grid runs nothing."""
@@ -129,7 +137,7 @@ class Tiles:
         """Runs `kernel`, a program for each row block and column block."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         grid = (self.row_blocks * self.column_blocks,)
-        Launch(kernel, grid, arguments | blocks, self.config).run(device)
+        Launch(kernel, grid, arguments | blocks, self.config, architecture(device)).run(device)
 
 
 def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:

@@ -242,7 +242,7 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
         return None if rows is None else _contiguous(rows.inverse)
     batch_size = context.shape[0]
     inverse = torch.empty(batch_size, dtype=torch.int64, device=context.device)
-    Tiles.of("invert_rows", context.device, 1, 1).run(
+    Tiles.of("invert_rows", context.device, 1, batch_size, whole_rows=True).run(
         _invert_rows_kernel,
         context.device,
         inverse_ptr=inverse,

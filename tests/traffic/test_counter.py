@@ -46,7 +46,7 @@ def _gather_kernel(out_ptr, x_ptr, step, BLOCK: tl.constexpr):
 
 def launch(kernel, programs=1, **arguments):
     with count_traffic() as counted:
-        Launch(kernel, (programs,), arguments, LaunchConfig(1, 1, 1)).run(torch.device("cpu"))
+        Launch(kernel, (programs,), arguments, LaunchConfig(1, 1, 1), "interpreter").run(torch.device("cpu"))
     return counted
 
 
@@ -150,7 +150,7 @@ def test_what_is_small():
     with count_traffic() as counted:
         Launch(
             _gather_kernel, (1,), dict(out_ptr=torch.zeros(16), x_ptr=torch.zeros(16), step=1, BLOCK=16),
-            LaunchConfig(1, 1, 1),
+            LaunchConfig(1, 1, 1), "interpreter",
         ).run(torch.device("cpu"))  # fmt: skip
     (record,) = counted.launches
     assert {*record.big} == {"out_ptr", "x_ptr"}
@@ -178,5 +178,5 @@ def test_nothing_stays_replaced():
     assert Launch.run is run
     before = counted.launches[0].tensors["x_ptr"].read.bytes
     arguments = dict(out_ptr=out, x_ptr=x, step=1, BLOCK=64)
-    Launch(_gather_kernel, (1,), arguments, LaunchConfig(1, 1, 1)).run(torch.device("cpu"))
+    Launch(_gather_kernel, (1,), arguments, LaunchConfig(1, 1, 1), "interpreter").run(torch.device("cpu"))
     assert (len(counted.launches), counted.launches[0].tensors["x_ptr"].read.bytes) == (1, before)
