@@ -1,0 +1,124 @@
+"""What an op may be off by.
+
+1. By the issue's rule, against the formula in float64 on the same (rounded) arguments: the largest error of a tensor
+   is at most twice torch's in the same dtypes, plus a floor for tensors on which torch is right by luck.
+2. By the contract, "arithmetic in float32 (float64 for float64), one cast at the end": every single element is off by
+   half a unit in its last place at most, and by what float32 arithmetic may cost. The norm sees the stream as it is
+   stored, so here the formula sees the stream that the op returned. Without the rule a kernel may compute in float16
+   where torch does.
+
+Both floors are multiples of a rounding error and of `formula.magnitudes`: an error that isn't one of rounding is
+larger by orders of magnitude in float32 and float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rdp_kernels.tail import Operands, Results
+
+from . import formula
+from .cases import Case
+from .tiles import cut
+from .values import douts_of, operands_of, row_scale_of
+
+ROUNDINGS = 8
+"""Of the arithmetic on the way to a result: a few products, and sums that are added in any order."""
+
+Op = Callable[[Operands, Case], Results]
+
+
+def check(case: Case, op: Op) -> None:
+    """`op`, on the backend of the moment, forward and backward, against both budgets."""
+    operands, row_scale = operands_of(case), row_scale_of(case)
+    given = [None if t is None else t.detach().clone() for t in operands]
+    with cut(case.tiles):
+        results = op(operands, case)
+        douts = douts_of(case, results)
+        grads = gradients(results, operands, douts)
+    assert all(before is None or same(before, t) for before, t in zip(given, operands, strict=True)), "written to"
+    assert all(t is None or t.dtype == case.stream_dtype for t in results)
+
+    wide, wide_scale, wide_douts = Operands(*map(_double, operands)), _double(row_scale), Results(*map(_double, douts))
+    truth = formula.tail(wide, case, wide_scale)
+    exact = _named(truth, gradients(truth, wide, wide_douts))
+    torchs = formula.tail(operands, case, row_scale)
+    torchs = _named(torchs, gradients(torchs, operands, douts))
+    on_stored = exact
+    if case.norm is not None:
+        truth = formula.tail(wide, case, wide_scale, _double(results.out).detach())
+        on_stored = _named(truth, gradients(truth, wide, wide_douts))
+    sizes = _named(*formula.magnitudes(wide, case, wide_scale, wide_douts))
+    for name, ours in _named(results, grads).items():
+        if ours is None and exact[name] is None:
+            continue
+        compare(name, case, ours, exact[name], torchs[name], on_stored[name], sizes[name])
+
+
+def compare(
+    name: str,
+    case: Case,
+    ours: Tensor | None,
+    exact: Tensor | None,
+    torchs: Tensor | None,
+    on_stored: Tensor | None,
+    size: Tensor | None,
+) -> None:
+    """A gradient that there isn't is zero."""
+    like = exact if ours is None else ours
+    dtype = like.dtype if ours is not None else case.dtype_of(name[1:])
+    ours, exact, torchs, on_stored, size = (
+        torch.zeros_like(like, dtype=torch.float64) if t is None else t.detach().double()
+        for t in (ours, exact, torchs, on_stored, size)
+    )
+    if like.numel() == 0:
+        return
+    arithmetic = ROUNDINGS * torch.finfo(case.compute_dtype).eps * size
+    # The stream that a norm sees, and x̂ that its backward sees, are stored in the stream's dtype.
+    stored = torch.finfo(case.stream_dtype).eps / 2 * size if case.norm is not None else 0.0 * size
+    error, torch_error = (ours - exact).abs().max(), (torchs - exact).abs().max()
+    floor = (half_ulp(size, dtype) + stored + arithmetic).max()
+    assert error <= 2 * torch_error + floor, (
+        f"{name}: off by {error:.3g}, torch by {torch_error:.3g}, floor {floor:.3g}"
+    )
+
+    of_gradient = stored if name.startswith("d") else 0.0
+    excess = (ours - on_stored).abs() - (half_ulp(on_stored, dtype) + of_gradient + arithmetic)
+    worst = excess.argmax()
+    assert (excess <= 0).all(), (
+        f"{name}: {ours.flatten()[worst]} for {on_stored.flatten()[worst]} at {worst}: more than one rounding"
+    )
+
+
+def gradients(results: Results, operands: Operands, douts: Results) -> Operands:
+    """None for an operand that requires none, or gets none."""
+    pairs = [(r, d) for r, d in zip(results, douts, strict=True) if d is not None and r.requires_grad]
+    leaves = [t for t in operands if t is not None and t.requires_grad]
+    if not pairs or not leaves:
+        return Operands()
+    outs, incoming = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outs, leaves, incoming, allow_unused=True))
+    return Operands(*(next(found) if t is not None and t.requires_grad else None for t in operands))
+
+
+def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding x to `dtype` may change it by; from float64 to 16 bits it goes by way of float32."""
+    info = torch.finfo(dtype)
+    on_the_way = torch.finfo(torch.float32).eps if info.bits == 16 else 0.0
+    return x.abs().clamp(min=info.smallest_normal) * (info.eps + on_the_way) / 2
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN being equal to NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _named(results: Results, grads: Operands) -> dict[str, Tensor | None]:
+    return dict(zip(Results._fields[:3], results[:3], strict=True)) | {f"d{n}": g for n, g in grads._asdict().items()}
+
+
+def _double(x: Tensor | float | None) -> Tensor | float | None:
+    return x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

@@ -1,0 +1,270 @@
+"""One call of an op as data: drawn by hypothesis, or a row of a table."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+BACKENDS = ["triton"]
+"""All are held to the same numbers; a further one joins by its name."""
+
+VECTORS = ("gamma", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; its values follow from `seed`. Rows are numbers in the order in which the call gets them.
+
+    Args:
+        shape: of the stream.
+        dtypes: of the stream, the branch, γ, and the norm's weight and bias.
+        layouts: of the stream, the branch, the incoming gradients, and the vectors; see `values.laid_out`.
+        adds, follows: whether a branch is added, and whether a next branch gets rows.
+        residual: whether there is a stream to add to.
+        row_scale: None, a number, or `"tensor"`: some rows are dropped.
+        drop_prob: with it, rows are dropped as `drop_path` does.
+        num_learning, num_next_learning: how many of the rows learn, the others being frozen; None for all.
+        norm, eps, weight, bias, constant: of the next branch.
+        wanted: the operands that require grad; None for all.
+        used: the results that a gradient comes from; None for all.
+        spread: of the stream's and the branch's values; small ones let eps matter.
+        offset: of the stream's values, in units of the spread.
+        tiles: how kernels cut their work; see `tiles.py`.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str, str, str] = ("float32",) * 4
+    layouts: tuple[str, str, str, str] = ("dense",) * 4
+    adds: bool = True
+    follows: bool = False
+    residual: bool = True
+    rows: tuple[int, ...] | None = None
+    num_learning: int | None = None
+    row_scale: float | str | None = None
+    drop_prob: float | None = None
+    scale_by_keep: bool = True
+    gamma: bool = False
+    channel_dim: int = -1
+    activation: str | None = None
+    next_rows: tuple[int, ...] | None = None
+    num_next_learning: int | None = None
+    norm: str | None = None
+    eps: float = 1e-6
+    weight: bool = False
+    bias: bool = False
+    constant: str | None = None
+    wanted: tuple[str, ...] | None = None
+    used: tuple[str, ...] | None = None
+    spread: float = 1.0
+    offset: float = 1.0
+    tiles: str = "tuned"
+    seed: int = 0
+
+    @property
+    def learning(self) -> tuple[int, ...] | None:
+        return None if self.rows is None else self.rows[: self.num_learning]
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Of `rows`; none where all learn."""
+        return () if self.rows is None or self.num_learning is None else self.rows[self.num_learning :]
+
+    @property
+    def next_parts(self) -> list[tuple[int, ...]]:
+        """The next branch's learning rows, and its frozen ones if there are any."""
+        rows = tuple(range(self.shape[0])) if self.next_rows is None else self.next_rows
+        count = len(rows) if self.num_next_learning is None else self.num_next_learning
+        return [rows[:count], rows[count:]] if count < len(rows) else [rows]
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of those that there are."""
+        there = {
+            "residual": self.residual,
+            "branch": self.adds,
+            "frozen": self.adds and len(self.frozen) > 0,
+            "gamma": self.gamma,
+            "weight": self.weight,
+            "bias": self.bias,
+        }
+        return [name for name, is_there in there.items() if is_there]
+
+    def dtype_of(self, operand: str) -> torch.dtype:
+        of = {"residual": 0, "branch": 1, "frozen": 1, "gamma": 2, "weight": 3, "bias": 3}
+        return getattr(torch, self.dtypes[of[operand]])
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        return self.dtype_of("residual" if self.residual else "branch")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the contract says that arithmetic runs in."""
+        dtypes = {self.dtype_of(name) for name in self.operands}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def in_float64(self, **changes: Any) -> Case:
+        return replace(self, dtypes=("float64",) * 4, **changes)
+
+
+def examples(number: int) -> settings:
+    """In `make test`; `make test-all` runs ten times as many."""
+    return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
+
+
+# Stream, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.
+DTYPES = [
+    *((dtype,) * 4 for dtype in ("float32", "float32", "float64", "bfloat16", "float16")),
+    ("float32", "bfloat16", "float32", "float32"),
+    ("float32", "float16", "bfloat16", "float16"),
+    ("bfloat16", "bfloat16", "float32", "float32"),
+    ("bfloat16", "float32", "bfloat16", "bfloat16"),
+    ("float16", "float16", "float32", "float32"),
+    ("float64", "float32", "float32", "float64"),
+    ("float32", "float64", "float32", "float32"),
+    ("bfloat16", "bfloat16", "float32", "float64"),
+]
+
+_STREAM_LAYOUTS = ["dense", "dense", "dense", "offset", "padded", "strided", "transposed", "channels_last"]
+_BRANCH_LAYOUTS = [*_STREAM_LAYOUTS, "expanded"]
+_GRADIENT_LAYOUTS = [*_BRANCH_LAYOUTS, "expanded scalar"]
+
+_LAYOUTS = st.tuples(
+    st.sampled_from(_STREAM_LAYOUTS),
+    st.sampled_from(_BRANCH_LAYOUTS),
+    st.sampled_from(_GRADIENT_LAYOUTS),
+    st.sampled_from(["dense", "dense", "offset", "strided"]),
+)
+# Hypothesis is fond of ends and of short lists; empty tensors are to be some cases, not half of them.
+_BATCH_SIZES = [3, 1, 2, 4, 5, 2, 3, 4, 5, 6, 0]
+_MIDDLES = [(), (), (3,), (2,), (5,), (1,), (2, 3), (3, 2), (1, 2), (3, 1), (2, 2), (0,), (2, 0)]
+_WIDTHS = {
+    "tuned": [1, 2, 3, 5, 7, 13, 16, 33, 64, 197],
+    "small": [1, 3, 5, 13, 16, 17, 33, 65, 100],
+    "wide": [1, 3, 16, 17, 33],
+}
+_MOST_ELEMENTS = {"tuned": 3000, "small": 400, "wide": 100}  # programs are interpreted one by one
+_NORM_TILES = ("tuned", "tuned", "tuned", "small", "small", "wide")
+
+
+@st.composite
+def _calls(draw: st.DrawFn, least_dims: int = 1, tiles: tuple[str, ...] = ("tuned", "small"), **fixed: Any) -> Case:
+    """What all ops have in common; the last dimension is the widest."""
+    cut = draw(st.sampled_from(tiles))
+    shape = [draw(st.sampled_from(_BATCH_SIZES)), *draw(st.sampled_from(_MIDDLES))]
+    if least_dims > 1 or len(shape) > 1 or draw(st.booleans()):
+        shape.append(draw(st.sampled_from(_WIDTHS[cut])))
+    while math.prod(shape) > _MOST_ELEMENTS[cut] and shape[0] > 1:
+        shape[0] -= 1
+    return Case(
+        shape=tuple(shape),
+        dtypes=draw(st.sampled_from(DTYPES)),
+        layouts=draw(_LAYOUTS),
+        spread=draw(st.sampled_from([1.0, 1.0, 0.01])),
+        offset=draw(st.sampled_from([1.0, 0.0, -30.0])),
+        tiles=cut,
+        seed=draw(st.integers(0, 10**6)),
+        **fixed,
+    )
+
+
+def _row_lists(batch_size: int) -> st.SearchStrategy[tuple[int, ...] | None]:
+    """None; no row, some rows or all rows in any order."""
+    count = st.sampled_from([0, batch_size, *range(batch_size + 1)])
+    some = st.tuples(st.permutations(range(batch_size)), count).map(lambda drawn: tuple(drawn[0][: drawn[1]]))
+    return st.one_of(st.none(), some, some)
+
+
+def _subsets(draw: st.DrawFn, names: list[str]) -> tuple[str, ...] | None:
+    """None, for all, every other time."""
+    if draw(st.booleans()):
+        return None
+    return tuple(name for name in names if draw(st.sampled_from([True, True, False])))
+
+
+@st.composite
+def residual_adds(draw: st.DrawFn, activations: tuple[str | None, ...] = (None, "relu"), **calls: Any) -> Case:
+    case = draw(_calls(**calls))
+    dims = len(case.shape)
+    gamma = dims > 1 and draw(st.booleans())
+    case = replace(
+        case,
+        rows=draw(_row_lists(case.shape[0])),
+        row_scale=draw(st.sampled_from([None, "tensor", "tensor", 1 / 0.7, 0.0])),
+        gamma=gamma,
+        channel_dim=draw(st.sampled_from([*range(1, dims), *range(-dims + 1, 0)])) if gamma else -1,
+        activation=draw(st.sampled_from(activations)),
+    )
+    return replace(case, wanted=_subsets(draw, case.operands))
+
+
+@st.composite
+def gathers(draw: st.DrawFn) -> Case:
+    case = draw(_calls(adds=False, follows=True))
+    rows = draw(_row_lists(case.shape[0]).filter(lambda rows: rows is not None))
+    return replace(case, next_rows=rows, used=("next",))
+
+
+@st.composite
+def residual_add_norms(draw: st.DrawFn) -> Case:
+    case = draw(residual_adds(activations=(None,), least_dims=2, tiles=_NORM_TILES))
+    case = _with_norm(draw, replace(case, channel_dim=-1, follows=True), ("layer", "rms"))
+    case = replace(case, next_rows=draw(_row_lists(case.shape[0])))
+    used = draw(st.sampled_from([None, None, ("out",), ("next",)]))
+    return replace(case, wanted=_subsets(draw, case.operands), used=used)
+
+
+@st.composite
+def drop_paths(draw: st.DrawFn, residual: bool) -> Case:
+    case = draw(_calls(residual=residual, drop_prob=draw(st.sampled_from([0.3, 0.6, 0.0, 0.45, 1.0]))))
+    gamma = residual and len(case.shape) > 1 and draw(st.booleans())
+    case = replace(case, scale_by_keep=draw(st.booleans()), gamma=gamma)
+    return replace(case, wanted=_subsets(draw, case.operands))
+
+
+@st.composite
+def joints(draw: st.DrawFn) -> Case:
+    """The tail of a path and the head of the next, either of which may be missing, with learning and frozen rows."""
+    parts = draw(st.sampled_from(["both", "both", "both", "head", "tail"]))
+    normed = parts != "tail" and draw(st.booleans())
+    case = draw(_calls(least_dims=2, tiles=_NORM_TILES if normed else ("tuned", "small")))
+    batch_size, dims = case.shape[0], len(case.shape)
+    case = replace(case, adds=parts != "head", follows=parts != "tail")
+    if case.adds:
+        rows = draw(_row_lists(batch_size))
+        case = replace(
+            case,
+            rows=rows,
+            num_learning=None if rows is None else draw(st.integers(0, len(rows))),
+            row_scale=draw(st.sampled_from([None, None, 1 / 0.7, 0.0])),
+            gamma=draw(st.booleans()),
+            channel_dim=-1 if normed else draw(st.sampled_from(range(1, dims))),
+            activation=None if case.follows else draw(st.sampled_from([None, "relu"])),
+        )
+    if case.follows:
+        rows = draw(_row_lists(batch_size))
+        if rows is None and not normed:
+            rows = tuple(range(batch_size))  # the head of a path without rows and norm is the stream itself
+        count = None if rows is None else draw(st.integers(0, len(rows)))
+        constant = draw(st.sampled_from([None, None, "frozen", "all"]))
+        case = replace(case, next_rows=rows, num_next_learning=count, constant=constant)
+        case = _with_norm(draw, case, ("layer", "rms")) if normed else case
+    results = ["out", *(["next", "frozen_next"][: len(case.next_parts)] if case.follows else [])]
+    return replace(case, wanted=_subsets(draw, case.operands), used=_subsets(draw, results))
+
+
+def _with_norm(draw: st.DrawFn, case: Case, norms: tuple[str, ...]) -> Case:
+    norm = draw(st.sampled_from(norms))
+    return replace(
+        case,
+        norm=norm,
+        eps=draw(st.sampled_from([1e-6, 1e-3, 0.5])),
+        weight=draw(st.booleans()),
+        bias=norm == "layer" and draw(st.booleans()),
+    )

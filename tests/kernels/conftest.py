@@ -1,0 +1,69 @@
+import functools
+
+import pytest
+import torch
+from hypothesis import assume
+
+import rdp_kernels as rdp
+from tests.conftest import INTERPRETED
+
+from .budget import check
+from .cases import BACKENDS
+from .interpreter import faithful_cast, remembered_builtins
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Everything in the test runs on kernels of this backend, or raises."""
+    with rdp.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def check_new():
+    """`check`, of cases that weren't drawn before: many draws lead to the same case, and 200 are to be 200."""
+    passed = set()
+
+    def check_new(case, op):
+        assume(case not in passed)
+        check(case, op)
+        passed.add(case)
+
+    return check_new
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _interpreter():
+    if not INTERPRETED:
+        yield
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "cast_impl", faithful_cast(builder.cast_impl))
+        patch.setattr(interpreter, "_patch_builtin", remembered_builtins(interpreter._patch_attr, is_builtin))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Memory that torch hands out uninitialised holds NaN, or a number no row has: what isn't written shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _with_poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _with_poison(getattr(torch.Tensor, name)))
+
+
+def _with_poison(make):
+    @functools.wraps(make)
+    def poisoned(*args, **kwargs):
+        made = make(*args, **kwargs)
+        if made.dtype.is_floating_point or made.dtype.is_complex:
+            made.detach().fill_(torch.nan)
+        elif made.dtype != torch.bool:
+            made.fill_(torch.iinfo(made.dtype).max // 2)
+        return made
+
+    return poisoned

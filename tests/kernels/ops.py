@@ -1,0 +1,73 @@
+"""The public ops on the operands of a case."""
+
+from __future__ import annotations
+
+import torch
+
+import rdp_kernels as rdp
+from rdp_kernels.ops.tail import run_tail
+from rdp_kernels.rows import RowSet
+from rdp_kernels.tail import Add, Next, Operands, Results
+
+from .cases import Case
+from .values import index, row_scale_of
+
+
+def residual_add(t: Operands, case: Case) -> Results:
+    out = rdp.residual_add(
+        t.residual,
+        t.branch,
+        rows=index(case.rows, case),
+        row_scale=row_scale_of(case),
+        gamma=t.gamma,
+        channel_dim=case.channel_dim,
+        activation=case.activation,
+    )
+    return Results(out)
+
+
+def gather_rows(t: Operands, case: Case) -> Results:
+    """With the stream itself as first result."""
+    return Results(t.residual, rdp.gather_rows(t.residual, index(case.next_rows, case)))
+
+
+def residual_add_norm(t: Operands, case: Case) -> Results:
+    out, normed = rdp.residual_add_norm(
+        t.residual,
+        t.branch,
+        t.weight,
+        t.bias,
+        rows=index(case.rows, case),
+        row_scale=row_scale_of(case),
+        gamma=t.gamma,
+        next_rows=index(case.next_rows, case),
+        norm=case.norm,
+        eps=case.eps,
+    )
+    return Results(out, normed)
+
+
+def drop_path(t: Operands, case: Case) -> Results:
+    torch.manual_seed(case.seed)
+    return Results(rdp.drop_path(t.branch, case.drop_prob, True, case.scale_by_keep))
+
+
+def drop_path_add(t: Operands, case: Case) -> Results:
+    torch.manual_seed(case.seed)
+    out = rdp.drop_path_add(t.residual, t.branch, case.drop_prob, True, gamma=t.gamma, scale_by_keep=case.scale_by_keep)
+    return Results(out)
+
+
+def joint(t: Operands, case: Case) -> Results:
+    """The node of a path's tail and the next one's head, as a chain of paths runs it."""
+    add = following = None
+    if case.adds:
+        rows = None if case.rows is None else RowSet(index(case.rows, case), len(case.learning))
+        scale = row_scale_of(case)
+        of_rows = isinstance(scale, torch.Tensor)
+        number = 1.0 if of_rows or scale is None else scale
+        add = Add(rows, number, scale if of_rows else None, case.channel_dim, case.activation)
+    if case.follows:
+        rows = None if case.next_rows is None else RowSet(index(case.next_rows, case), len(case.next_parts[0]))
+        following = Next(rows, case.norm, case.eps if case.norm else 0.0, case.constant)
+    return run_tail("path", t, add, following)

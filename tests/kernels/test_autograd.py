@@ -1,0 +1,199 @@
+"""The kernels as autograd sees them."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+
+from . import ops
+from .budget import check, gradients, same
+from .cases import Case
+from .tiles import cut
+from .values import douts_of, operands_of
+
+ROWS = Case((4, 2, 3), rows=(2, 0), row_scale="tensor", gamma=True)
+NORMED = replace(ROWS, follows=True, next_rows=(1, 2, 3), norm="layer", weight=True, bias=True, eps=0.1)
+MIXED = replace(NORMED, rows=(2, 0, 3), num_learning=1, row_scale=1 / 0.7, num_next_learning=2)
+CALLS = {
+    "residual_add": (ops.residual_add, replace(ROWS, rows=None)),
+    "residual_add of rows": (ops.residual_add, ROWS),
+    "residual_add without gamma": (ops.residual_add, Case((3, 4), row_scale=1 / 0.7)),
+    "residual_add of images, relu": (
+        ops.residual_add,
+        Case((2, 3, 2, 2), gamma=True, channel_dim=1, activation="relu"),
+    ),
+    "gather_rows": (ops.gather_rows, Case((4, 3), adds=False, follows=True, next_rows=(3, 1), used=("next",))),
+    "layer norm": (ops.residual_add_norm, NORMED),
+    "rms norm": (ops.residual_add_norm, replace(NORMED, rows=None, next_rows=None, norm="rms", bias=False)),
+    "norm without vectors": (ops.residual_add_norm, replace(NORMED, gamma=False, weight=False, bias=False)),
+    "drop_path": (ops.drop_path, Case((5, 3), residual=False, drop_prob=0.3, seed=1)),
+    "drop_path_add": (ops.drop_path_add, Case((5, 3), drop_prob=0.3, gamma=True, seed=1)),
+    "joint, layer norm": (ops.joint, MIXED),
+    "joint, rms norm": (ops.joint, replace(MIXED, norm="rms", bias=False, next_rows=None, num_next_learning=None)),
+    "joint, no norm": (ops.joint, replace(MIXED, norm=None, weight=False, bias=False)),
+    "joint, constant": (ops.joint, replace(MIXED, constant="frozen")),
+    "joint, head": (ops.joint, replace(MIXED, adds=False, rows=None, num_learning=None, gamma=False)),
+}
+EACH = pytest.mark.parametrize(("op", "case"), CALLS.values(), ids=CALLS)
+
+
+def run(op, case):
+    """The results that have a gradient, and the operands."""
+    operands = operands_of(case)
+    results = op(operands, case)
+    used = {name: r for name, r in results._asdict().items() if r is not None and r.requires_grad}
+    return {name: r for name, r in used.items() if case.used is None or name in case.used}, operands
+
+
+# A difference sees what a frozen row does to a vector; its gradient doesn't.
+LEARNING = [call for call in CALLS if "joint" not in call]
+FROZEN = ["joint, layer norm", "joint, no norm", "joint, constant", "joint, head"]
+TENSORS = ("residual", "branch", "frozen")
+
+
+@pytest.mark.parametrize("call", [*LEARNING, *FROZEN, "layer norm, wide"])
+def test_gradcheck(backend, call):
+    """Against differences, with each incoming gradient missing in turn."""
+    case = CALLS[call.removesuffix(", wide")][1].in_float64(tiles="wide" if "wide" in call else "tuned")
+    case = replace(case, shape=(1, 2, 2, 1) if "images" in call else (4, 3), wanted=TENSORS if call in FROZEN else None)
+    if "wide" in call:
+        case = replace(case, wanted=("residual", "weight"))
+    op = CALLS[call.removesuffix(", wide")][0]
+    operands = operands_of(case)
+    if case.activation == "relu":  # differences don't work where it bends
+        operands.residual.data[operands.residual == 0] = 1.0
+
+    def differentiable(*leaves):
+        results = op(operands._replace(**dict(zip(case.operands, leaves, strict=True))), case)
+        named = zip(results._fields, results, strict=True)
+        return tuple(r for n, r in named if r is not None and r.requires_grad and (case.used is None or n in case.used))
+
+    with cut(case.tiles):
+        assert torch.autograd.gradcheck(differentiable, [getattr(operands, n) for n in case.operands], fast_mode=False)
+
+
+ALONE = [
+    (call, pair) for call, (_, case) in CALLS.items() for count in (1, 2) for pair in combinations(case.operands, count)
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"), ALONE, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_gradients_of_some_operands(backend, call, wanted):
+    op, case = CALLS[call]
+    check(replace(case, wanted=wanted), op)
+
+
+@EACH
+def test_sum_backward(backend, op, case):
+    """It hands over one number, expanded; so does a mean over a dimension."""
+    results, operands = run(op, case)
+    leaves = [t for t in operands if t is not None]
+    for name, result in results.items():
+        whole = torch.autograd.grad(result.sum(), leaves, retain_graph=True, allow_unused=True)
+        of_rows = torch.autograd.grad(result.mean(0).sum(), leaves, retain_graph=True, allow_unused=True)
+        for part, dense in ((whole, torch.ones_like(result)), (of_rows, torch.full_like(result, 1 / len(result)))):
+            expected = torch.autograd.grad(result, leaves, dense, retain_graph=True, allow_unused=True)
+            assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(part, expected, strict=True)), (
+                name
+            )
+
+
+@EACH
+def test_a_graph_that_is_kept(backend, op, case):
+    """Its second backward gives the same bits, and `.grad` then holds the sum."""
+    results, operands = run(op, case)
+    leaves = [t for t in operands if t is not None]
+    loss = sum(result.square().sum() for result in results.values())
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(torch.equal(leaf.grad, 2 * grad) for leaf, grad in zip(leaves, once, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call", ["residual_add of rows", "residual_add of images, relu", "layer norm", "joint, rms norm"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_have_the_same_bits_every_time(backend, call, dtype):
+    """Several programs add to each of them."""
+    op, case = CALLS[call]
+    case = replace(case, shape=(5, *case.shape[1:-1], 67), dtypes=(dtype,) * 4)
+    found = []
+    with cut("small"):
+        for _ in range(2):
+            operands = operands_of(case)
+            results = op(operands, case)
+            found.append([*results, *gradients(results, operands, douts_of(case, results))])
+    assert all(a is b is None or same(a, b) for a, b in zip(*found, strict=True))
+
+
+@EACH
+def test_without_grad(backend, op, case):
+    operands = operands_of(case)
+    with torch.no_grad():
+        results = op(operands, case)
+    expected = op(operands, case)
+    for name, result, with_grad in zip(results._fields, results, expected, strict=True):
+        if result is not None and result is not operands.residual:
+            assert result.grad_fn is None
+            torch.testing.assert_close(result, with_grad.detach(), msg=name)
+
+
+@EACH
+def test_double_backward_of_the_incoming_gradient(backend, op, case):
+    results, operands = run(op, case)
+    for result in results.values():
+        dout = torch.randn_like(result).requires_grad_()
+        leaves = [t for t in operands if t is not None]
+        grads = torch.autograd.grad(result, leaves, dout, create_graph=True, allow_unused=True)
+        for grad in grads:
+            if grad is not None:
+                with pytest.raises(RuntimeError, match=r'differentiable once.*use_backend\("eager"\)'):
+                    torch.autograd.grad(grad.sum(), dout, retain_graph=True)
+
+
+# Each gradient with the operands that it depends on, where the incoming gradient is a constant.
+DEPENDS = [
+    ("residual_add of rows", "branch", ["gamma"]),
+    ("residual_add of rows", "gamma", ["branch"]),
+    ("residual_add of images, relu", "gamma", ["branch"]),
+    ("drop_path_add", "branch", ["gamma"]),
+    ("layer norm", "residual", ["residual", "branch", "gamma", "weight"]),
+    ("layer norm", "branch", ["residual", "branch", "gamma", "weight"]),
+    ("layer norm", "gamma", ["residual", "branch", "gamma", "weight"]),
+    ("layer norm", "weight", ["residual", "branch", "gamma"]),
+    ("norm without vectors", "residual", ["residual", "branch"]),
+    ("joint, layer norm", "frozen", ["residual", "frozen", "gamma", "weight"]),
+    ("joint, head", "residual", ["residual", "weight"]),
+]
+PAIRS = [(call, grad_of, by) for call, grad_of, operands in DEPENDS for by in operands]
+
+
+@pytest.mark.parametrize(("call", "grad_of", "by"), PAIRS)
+@pytest.mark.parametrize("alone", [False, True], ids=["", "nothing else learns"])
+def test_double_backward_of_an_operand(backend, call, grad_of, by, alone):
+    """An error, and no gradient that silently lacks a term."""
+    op, case = CALLS[call]
+    results, operands = run(op, replace(case, wanted=(grad_of, by)) if alone else case)
+    outs = list(results.values())
+    (grad,) = torch.autograd.grad(
+        outs, getattr(operands, grad_of), [torch.ones_like(o) for o in outs], create_graph=True
+    )
+    loss = grad.square().sum() + getattr(operands, by).sum()
+    with pytest.raises(RuntimeError, match=r'differentiable once.*use_backend\("eager"\)'):
+        loss.backward()
+
+
+def test_create_graph_alone_is_no_error(backend):
+    """The first derivative is right, and what doesn't depend on it goes on."""
+    op, case = CALLS["layer norm"]
+    results, operands = run(op, case)
+    douts = douts_of(case, op(operands, case))
+    leaves = [t for t in operands if t is not None]
+    grads = torch.autograd.grad(list(results.values()), leaves, [douts.out, douts.next], create_graph=True)
+    expected = gradients(op(operands, case), operands, douts)
+    assert all(torch.equal(a, b) for a, b in zip(grads, [g for g in expected if g is not None], strict=True))
+    operands.residual.square().sum().backward()

@@ -1,0 +1,234 @@
+"""What the kernels can't serve, and how a backend is chosen: the reason is raised, or logged and passed over."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rdp_kernels as rdp
+from rdp_kernels import _backend
+from rdp_kernels._triton import support
+from tests.conftest import DEVICE
+
+from .cases import BACKENDS
+
+ROWS = torch.tensor([2, 0])
+
+
+def x(*shape, **options):
+    return torch.randn(shape or (4, 3), device=DEVICE, **options)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def ops_on(residual):
+    """Every public op on a stream and what follows from it."""
+    rows, branch = ROWS.to(residual.device), torch.zeros_like(residual)
+    return {
+        "residual_add": lambda: rdp.residual_add(residual, branch),
+        "gather_rows": lambda: rdp.gather_rows(residual, rows),
+        "residual_add_norm": lambda: rdp.residual_add_norm(residual, branch, None, next_rows=rows)[1],
+        "drop_path": lambda: rdp.drop_path(residual, 0.5, training=True),
+        "drop_path_add": lambda: rdp.drop_path_add(residual, branch, 0.5, training=True),
+    }
+
+
+UNSERVED = [
+    (x().to(torch.float8_e4m3fn), "float32, bfloat16, float16 and float64, not torch.float8_e4m3fn"),
+    (x().to("meta"), "the tensors are on meta"),
+    (x().as_subclass(Subclass), "Subclass, a subclass of Tensor"),
+]
+
+
+@pytest.mark.parametrize("op", list(ops_on(x())))
+@pytest.mark.parametrize(("stream", "reason"), UNSERVED, ids=["dtype", "device", "subclass"])
+def test_a_backend_by_name_says_why_not(backend, stream, reason, op):
+    with pytest.raises(RuntimeError, match=f"^{op}: backend '{backend}' can't serve this call: .*{reason}"):
+        ops_on(stream)[op]()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda odd: rdp.residual_add(x(), odd),
+        lambda odd: rdp.residual_add(x(), x(), gamma=odd[0]),
+        lambda odd: rdp.residual_add_norm(x(), x(), odd[0]),
+        lambda odd: rdp.residual_add_norm(x(), x(), None, odd[0]),
+    ],
+    ids=["branch", "gamma", "weight", "bias"],
+)
+def test_every_operand_is_looked_at(backend, call):
+    with pytest.raises(RuntimeError, match="can't serve this call.*float8"):
+        call(x().to(torch.float8_e5m2))
+
+
+def test_torch_func_is_refused(backend):
+    """A transform would differentiate the kernels without knowing how; in auto it gets the reference."""
+
+    def loss(residual):
+        return rdp.residual_add(residual, residual, row_scale=2.0).square().sum()
+
+    stream = x()
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(loss)(stream)
+    with rdp.use_backend("auto"):
+        torch.testing.assert_close(torch.func.grad(loss)(stream), 18 * stream)
+
+
+class TestWidestNorm:
+    """One kernel holds 16384 channels."""
+
+    RESIDUAL = x(2, 16385)
+
+    def call(self):
+        return rdp.residual_add_norm(self.RESIDUAL, self.RESIDUAL, None)
+
+    def test_by_name(self, backend):
+        with pytest.raises(RuntimeError, match="residual_add_norm: .*a norm over 16385 channels is wider than 16384"):
+            self.call()
+        assert torch.equal(rdp.residual_add(self.RESIDUAL, self.RESIDUAL), 2 * self.RESIDUAL)
+
+    def test_in_auto(self):
+        """Silently: warnings are errors here."""
+        with rdp.use_backend("auto"):
+            actual = self.call()
+        expected = torch.nn.functional.layer_norm(2 * self.RESIDUAL, (16385,), eps=1e-6)
+        torch.testing.assert_close(actual[1], expected)
+
+    def test_in_a_chain_of_paths(self, backend):
+        """A norm that can't be fused is the module's own; the add is still the kernel's."""
+        branch = rdp.ResidualBranch(torch.nn.Tanh(), norm=torch.nn.LayerNorm(16385)).to(DEVICE)
+        out = rdp.ResidualSequence(branch)(self.RESIDUAL)
+        expected = self.RESIDUAL + torch.nn.functional.layer_norm(self.RESIDUAL, (16385,)).tanh()
+        torch.testing.assert_close(out, expected)
+
+
+def runs_on_kernels(call):
+    out = call(x(requires_grad=True))
+    return type(out.grad_fn).__name__ == "_TailBackward"
+
+
+def add(residual):
+    return rdp.residual_add(residual, residual)
+
+
+class TestChoice:
+    def test_by_environment(self, monkeypatch):
+        for name in BACKENDS:
+            monkeypatch.setenv("RDP_BACKEND", name)
+            assert runs_on_kernels(add)
+            with rdp.use_backend("eager"):
+                assert not runs_on_kernels(add)
+            monkeypatch.setenv("RDP_BACKEND", "eager")
+            assert not runs_on_kernels(add)
+            with rdp.use_backend(name):
+                assert runs_on_kernels(add)
+        monkeypatch.delenv("RDP_BACKEND")
+        unset = runs_on_kernels(add)
+        monkeypatch.setenv("RDP_BACKEND", "auto")
+        assert runs_on_kernels(add) == unset == torch.cuda.is_available()
+
+    def test_an_unknown_name_in_the_environment(self, monkeypatch):
+        monkeypatch.setenv("RDP_BACKEND", "tritron")
+        with pytest.raises(ValueError, match="RDP_BACKEND must be one of .*'triton'.*, got 'tritron'"):
+            add(x())
+
+    def test_is_undone_after_an_error(self, backend):
+        with pytest.raises(KeyError), rdp.use_backend("eager"):
+            raise KeyError
+        assert runs_on_kernels(add)
+
+    def test_auto_tells_the_log_once(self, monkeypatch, caplog):
+        monkeypatch.setattr(_backend, "_logged", set())
+        stream = x().to("meta")
+        with caplog.at_level(logging.DEBUG, logger="rdp_kernels"), rdp.use_backend("auto"):
+            for _ in range(2):
+                assert add(stream).shape == (4, 3)
+                rdp.gather_rows(stream, ROWS.to("meta"))
+        told = [
+            (record.levelname, record.getMessage()) for record in caplog.records if "'triton'" in record.getMessage()
+        ]
+        assert len(told) == 2
+        for (level, message), op in zip(told, ("residual_add", "gather_rows"), strict=True):
+            assert level == "DEBUG"
+            assert message.startswith(f"{op}: passing over backend 'triton': the tensors are on meta")
+
+    def test_the_log_is_silent_by_default(self, monkeypatch, caplog):
+        monkeypatch.setattr(_backend, "_logged", set())
+        with caplog.at_level(logging.INFO, logger="rdp_kernels"), rdp.use_backend("auto"):
+            add(x().to("meta"))
+        assert not caplog.records
+
+
+class TestWithoutTriton:
+    @pytest.fixture(autouse=True)
+    def _missing(self, monkeypatch):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+        )
+        support.unavailable.cache_clear()
+        yield
+        monkeypatch.undo()
+        support.unavailable.cache_clear()
+
+    def test_says_so(self):
+        assert "pip install triton" in rdp.available_backends()["triton"]
+        with (
+            pytest.raises(RuntimeError, match="'triton' is not available: triton is not installed"),
+            rdp.use_backend("triton"),
+        ):
+            pass
+
+    @pytest.mark.parametrize("op", list(ops_on(x())))
+    def test_ops_work(self, op):
+        stream = x(requires_grad=True)
+        torch.manual_seed(0)
+        out = ops_on(stream)[op]()
+        out.square().sum().backward()
+        with rdp.use_backend("eager"):
+            torch.manual_seed(0)
+            assert torch.equal(out, ops_on(stream)[op]())
+        assert stream.grad.isfinite().all()
+
+
+# A machine without triton, as far as Python can tell: importing it fails.
+SCRIPT = """
+import sys
+{hide}
+import torch
+import rdp_kernels as rdp
+assert {loaded} not in sys.modules, "imported"
+stream = torch.randn(4, 3, requires_grad=True)
+rows = torch.tensor([2, 0])
+with rdp.use_backend({backend!r}):
+    out, normed = rdp.residual_add_norm(stream, stream, torch.ones(3), next_rows=rows)
+    out = rdp.residual_add(out, normed, rows=rows, gamma=torch.ones(3), activation="relu")
+    out = rdp.drop_path_add(out, rdp.drop_path(out, 0.5, training=True), 0.5, training=True)
+    rdp.gather_rows(out, rows).sum().backward()
+    branch = rdp.ResidualBranch(torch.nn.Linear(3, 3), norm=torch.nn.LayerNorm(3), drop_prob=0.5)
+    scheme = rdp.ResidualDropPath(branch)
+    for _ in scheme.iterations(4):
+        branch(stream).sum().backward()
+assert stream.grad.isfinite().all()
+assert {loaded} not in sys.modules, "imported by an op"
+assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "hidden"), [("eager", False), ("auto", True)], ids=["", "triton can't be imported"]
+)
+def test_no_op_on_the_cpu_imports_triton(backend, hidden):
+    """Nor initialises CUDA."""
+    hide = "sys.modules['triton'] = None" if hidden else ""
+    script = SCRIPT.format(hide=hide, loaded="'triton.language'", backend=backend)
+    environment = {name: value for name, value in os.environ.items() if name != "RDP_BACKEND"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,33 @@
+import pytest
+import torch
+from hypothesis import given
+
+from . import ops
+from .budget import check
+from .cases import Case, examples, gathers
+from .values import operands_of
+
+
+@examples(200)
+@given(case=gathers())
+def test_against_float64(backend, check_new, case):
+    check_new(case, ops.gather_rows)
+
+
+@pytest.mark.parametrize("width", [1, 3, 13, 64, 197, 257, 1000, 5000])
+def test_widths(backend, width):
+    check(Case((4, width), adds=False, follows=True, next_rows=(3, 0, 1), layouts=("offset",) * 4), ops.gather_rows)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_bits_are_copied(backend, dtype):
+    """Infinities, NaN, numbers below the normal ones, and the sign of zero."""
+    special = torch.tensor(
+        [torch.inf, -torch.inf, torch.nan, -0.0, torch.finfo(getattr(torch, dtype)).smallest_normal / 4]
+    )
+    case = Case((3, 5), (dtype,) * 4, adds=False, follows=True, next_rows=(2, 1))
+    operands = operands_of(case)
+    operands = operands._replace(residual=special.to(operands.residual).repeat(3, 1))
+    gathered = ops.gather_rows(operands, case).next
+    bits = {"float64": torch.int64, "float32": torch.int32}.get(dtype, torch.int16)
+    assert torch.equal(gathered.view(bits), operands.residual[1:].view(bits))

@@ -1,0 +1,60 @@
+"""The node that a chain of paths runs: the tail of one and the head of the next, with learning and frozen rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+
+from . import ops
+from .budget import check
+from .cases import Case, examples, joints
+from .values import operands_of
+
+MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, follows=True, next_rows=(1, 4, 3, 2), num_next_learning=3, norm="layer", weight=True, bias=True)  # fmt: skip
+
+
+@examples(200)
+@given(case=joints())
+def test_against_float64(backend, check_new, case):
+    check_new(case, ops.joint)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 3, 13, 64, 197, 257, 1000])
+def test_widths(backend, width, dtype):
+    check(replace(MIXED, shape=(5, 2, width), dtypes=(dtype,) * 4), ops.joint)
+
+
+@pytest.mark.parametrize("tiles", ["small", "wide"])
+@pytest.mark.parametrize(("num_learning", "num_next_learning"), [(0, 0), (3, 4), (0, 4), (3, 0), (2, 1)])
+def test_all_or_none_learn(backend, num_learning, num_next_learning, tiles):
+    check(replace(MIXED, num_learning=num_learning, num_next_learning=num_next_learning, tiles=tiles), ops.joint)
+
+
+@pytest.mark.parametrize("norm", [None, "rms"])
+@pytest.mark.parametrize("constant", ["frozen", "all"])
+def test_constant_rows_have_no_gradient(backend, constant, norm):
+    case = replace(MIXED, norm=norm, weight=norm is not None, bias=False, constant=constant)
+    results = ops.joint(operands_of(case), case)
+    assert results.out.requires_grad
+    assert results.next.requires_grad == (constant == "frozen")
+    assert not results.frozen_next.requires_grad
+    check(case, ops.joint)
+
+
+@pytest.mark.parametrize(
+    "used", [("out",), ("next",), ("frozen_next",), ("out", "frozen_next"), ("next", "frozen_next")]
+)
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_results_that_nobody_uses(backend, used, norm):
+    """Of a norm that nobody uses the vectors get None, as from torch: an optimizer leaves them alone."""
+    case = replace(MIXED, norm=norm, weight=norm is not None, bias=norm is not None, used=used)
+    check(case, ops.joint)
+    operands = operands_of(case)
+    results = ops.joint(operands, case)
+    sum(getattr(results, name).sum() for name in used).backward()
+    if norm is not None and used == ("out",):
+        assert operands.weight.grad is None
+        assert operands.bias.grad is None
+    assert torch.isfinite(operands.residual.grad).all()

@@ -1,0 +1,52 @@
+"""NaN in what isn't read leaks nowhere: the same bits come out as with numbers there."""
+
+import torch
+from hypothesis import given
+
+from . import ops
+from .budget import gradients, same
+from .cases import examples, joints
+from .tiles import cut
+from .values import douts_of, operands_of
+
+
+def samples_of(rows, batch_size):
+    return set(range(batch_size)) if rows is None else set(rows)
+
+
+@examples(60)
+@given(case=joints().filter(lambda case: case.activation is None and case.shape[0] > 1))
+def test_nan_stays_in_its_rows(backend, case):
+    """Of samples that go on to no branch the stream is NaN, of those without a branch row the gradient is NaN, and of
+    those frozen rows that don't go on the branch is NaN."""
+    batch_size = case.shape[0]
+    everywhere = set(range(batch_size))
+    goes_on = {row for part in case.next_parts for row in part} if case.follows else set()
+    reads = samples_of(case.rows, batch_size) if case.adds and case.row_scale != 0 else set()
+    stays, unread = sorted(everywhere - goes_on), sorted(everywhere - reads)
+    frozen = [place for place, row in enumerate(case.frozen) if row not in goes_on]
+
+    def run(poison):
+        operands = operands_of(case)
+        with torch.no_grad():
+            operands.residual[stays] = poison
+            if operands.frozen is not None and case.row_scale != 0 and case.layouts[1] != "expanded":
+                operands.frozen[frozen] = poison
+        with cut(case.tiles):
+            results = ops.joint(operands, case)
+            douts = douts_of(case, results)
+            if douts.out is not None:
+                dout = douts.out.clone()
+                dout[unread] = poison
+                douts = douts._replace(out=dout)
+            return results, gradients(results, operands, douts)
+
+    results, grads = run(torch.nan)
+    expected, expected_grads = run(1.0)
+    kept = sorted(goes_on)
+    assert same(results.out[kept], expected.out[kept])
+    for actual, wanted in zip((*results[1:3], *grads[1:]), (*expected[1:3], *expected_grads[1:]), strict=True):
+        assert (actual is None and wanted is None) or torch.equal(actual, wanted)
+    if grads.residual is not None:
+        reading = sorted(reads)
+        assert torch.equal(grads.residual[reading], expected_grads.residual[reading])

@@ -1,0 +1,35 @@
+"""How kernels cut their work, where tests choose.
+
+The launch numbers are made for large tensors: one tile holds most of a test's. Small ones make programs and tiles of
+it, with a rest at every edge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+
+@contextlib.contextmanager
+def cut(how: str) -> Iterator[None]:
+    """ "tuned": by the table; "small": several tiles a program, rows and columns cut; "wide": so, and the norm's
+    backward goes through each row in pieces, as for thousands of channels."""
+    if how == "tuned":
+        yield
+        return
+    from rdp_kernels._triton import launch, tail
+
+    widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
+    cut_columns = launch.LaunchConfig(tile=128, max_columns=64, num_warps=1, tiles=2)
+    whole_rows = launch.LaunchConfig(tile=64, max_columns=widest, num_warps=1, tiles=2)
+    in_pieces = launch.LaunchConfig(tile=1, max_columns=16, num_warps=1, tiles=2)
+    special = {
+        "residual_add_norm_fwd": whole_rows,
+        "residual_add_norm_bwd": whole_rows,
+        "residual_add_norm_bwd_wide": in_pieces,
+    }
+    table = {op: {"default": ((2**31, special.get(op, cut_columns)),)} for op in launch.CONFIGS}
+    in_registers = 0 if how == "wide" else tail.WIDEST_SUM_IN_REGISTERS
+    with mock.patch.object(launch, "CONFIGS", table), mock.patch.object(tail, "WIDEST_SUM_IN_REGISTERS", in_registers):
+        yield
