@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import readme, step
+from . import ops, readme, sanitize, step, tune
 
-COMMANDS = (step, readme)
+COMMANDS = (step, ops, tune, sanitize, readme)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,20 +6,21 @@
     session.rows
 
 Nothing is timed before every provider of its case has passed its check. A round gives each provider one turn, so that
-a busy machine slows all of them, in an order that changes from round to round. Counting FLOPs warms up.
+a busy machine slows all of them, in an order that changes from round to round. Counting FLOPs, or a turn, warms up.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .machine import Device, facts
+from .machine import Ceilings, Device, facts
 
 Row = dict[str, Any]
 """One provider of one case: a line of the CSV. A value that there isn't is None."""
@@ -41,6 +42,21 @@ class Check:
         return self.error <= self.bound  # NaN fails this
 
 
+@dataclass(frozen=True)
+class Capture:
+    """A provider's turns as a CUDA graph.
+
+    Args:
+        runs: a turn on each set of inputs; returns tensors.
+        check: of what the first returns.
+        kept: tensors that belong to the inputs: a result that shares memory with one is not new.
+    """
+
+    runs: Sequence[Callable[[], tuple[Tensor, ...]]]
+    check: Callable[[tuple[Tensor, ...]], Check]
+    kept: Sequence[Tensor] = ()
+
+
 def _never(*_: object) -> Any:
     raise AssertionError("an unavailable provider is neither verified nor run")
 
@@ -57,6 +73,8 @@ class Provider:
         minimal: it claims to do the needed FLOPs and no more, which is checked over all turns. Others do the same
             FLOPs in each turn, and those of the first are counted.
         unavailable: why it can't run here.
+        columns: more of its row.
+        capture: what a CUDA graph can be captured of, for times of the device alone.
     """
 
     name: str
@@ -66,6 +84,8 @@ class Provider:
     needed_bytes: float | None = None
     minimal: bool = False
     unavailable: str | None = None
+    columns: Row = field(default_factory=dict)
+    capture: Capture | None = None
 
     def __post_init__(self) -> None:
         if self.minimal and not self.needed_flop:
@@ -108,7 +128,10 @@ class Case:
         """The check that comes closest to its bound. Raises `CheckFailed` for one that doesn't pass."""
         checks = []
         for provider in self.available:
-            check = provider.verify()
+            try:
+                check = provider.verify()
+            except Exception as error:
+                raise CheckFailed(f"{self}: {provider.name!r} raises {told(error)}") from error
             if not check.passed:
                 raise CheckFailed(
                     f"{self}: {provider.name!r} differs from the float64 reference by {check.error:.1e}, "
@@ -130,6 +153,12 @@ class Case:
                 )
         return counted
 
+    def warm_up(self) -> dict[str, float]:
+        """A turn of each provider, in the place of counting; counts nothing."""
+        for provider in self.available:
+            provider.run(0)
+        return {}
+
 
 class Session:
     """Measures cases on one device and collects their `rows`.
@@ -137,11 +166,20 @@ class Session:
     Args:
         turns: of each provider of a case.
         on_round: called after every round.
+        flops: whether FLOPs are counted, and measured against their ceiling.
+        more: further columns of a provider's row, measured after the rounds.
     """
 
-    def __init__(self, device: Device, turns: int, on_round: Callable[[], object] = lambda: None):
-        self.device, self.turns, self.on_round = device, turns, on_round
-        self._facts, self._ceilings = facts(device), device.ceilings()
+    def __init__(
+        self,
+        device: Device,
+        turns: int,
+        on_round: Callable[[], object] = lambda: None,
+        flops: bool = True,
+        more: Callable[[Provider], Row] = lambda provider: {},
+    ):
+        self.device, self.turns, self.on_round, self.flops, self.more = device, turns, on_round, flops, more
+        self._facts, self._ceilings = facts(device), self._measure_ceilings()
         self._rows: list[Row] = []
 
     @property
@@ -152,16 +190,23 @@ class Session:
     def measure(self, case: Case) -> None:
         """Verifies, counts and times `case`. Interrupted while it times, it keeps the complete rounds."""
         case.verify()
-        self._ceilings = self._ceilings.or_higher(self.device.ceilings())  # other programs may have lowered the last
-        counted = case.count_flop(self.turns)
+        self._ceilings = self._ceilings.or_higher(self._measure_ceilings())  # other programs may have lowered the last
+        counted = case.count_flop(self.turns) if self.flops else case.warm_up()
         rounds: list[dict[str, float]] = []
+        more: dict[str, Row] = {}
         try:
             for turn in range(self.turns):
                 rounds.append(self._round(case, turn))
                 self.on_round()
+            for provider in case.available:
+                more[provider.name] = self.more(provider)
         finally:
             if rounds:
-                self._rows += [self._row(case, provider, rounds, counted) for provider in case.providers]
+                rows = [self._row(case, provider, rounds, counted) for provider in case.providers]
+                self._rows += [row | more.get(row["provider"], {}) for row in rows]
+
+    def _measure_ceilings(self) -> Ceilings:
+        return self.device.ceilings() if self.flops else Ceilings(0.0, self.device.copy_rate())
 
     def _round(self, case: Case, turn: int) -> dict[str, float]:
         """Milliseconds of one turn of each provider."""
@@ -183,8 +228,9 @@ class Session:
             "counted_gflop": scaled(flop, 1e-9),
             "needed_gb": scaled(provider.needed_bytes, 1e-9),
             "needed_ratio": quotient(provider.needed_flop, base.needed_flop),
-            "counted_ratio": quotient(flop, counted[base.name]),
+            "counted_ratio": quotient(flop, counted.get(base.name)),
             "unavailable": provider.unavailable or "",
+            **provider.columns,
         }
 
     def _shares(self, row: Row) -> Row:
@@ -193,7 +239,7 @@ class Session:
         return {
             "ceiling_gflops": gflops,
             "ceiling_gbs": gbs,
-            "flop_share": quotient(scaled(row["needed_gflop"], 1e3 / gflops), row["p50_ms"]),
+            "flop_share": quotient(quotient(scaled(row["needed_gflop"], 1e3), gflops), row["p50_ms"]),
             "byte_share": quotient(scaled(row["needed_gb"], 1e3 / gbs), row["p50_ms"]),
         }
 
@@ -224,6 +270,12 @@ def scaled(value: float | None, factor: float) -> float | None:
 def quotient(value: float | None, by: float | None) -> float | None:
     """None where either is unknown, or `by` is 0."""
     return value / by if value is not None and by else None
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line: its name and what it says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, " ".join(lines[:2])] if lines else [type(error).__name__])
 
 
 def _count(provider: Provider, turn: int) -> int:

@@ -18,6 +18,7 @@ MATMUL_SIZES = (512, 1024, 2048)
 CONV_SHAPES = ((24, 32, 32), (32, 256, 16), (64, 128, 8))  # images, channels, side
 CEILING_REPEATS = 5
 CACHE_IF_UNKNOWN = 64 << 20
+GPU_COPY = 1 << 30
 ROOT = Path(__file__).parent.parent
 
 
@@ -62,11 +63,18 @@ class Device:
         twice its size."""
         return 2 * self.cache_bytes // max(bytes_of_one, 1) + 1
 
+    def work_stream(self) -> contextlib.AbstractContextManager:
+        """Inside, a GPU works on a stream of its own: a CUDA graph can only be captured on one, and a backward runs on
+        the stream of its forward. On the CPU nothing."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
     def ceilings(self) -> Ceilings:
         """Measures them: about a second on two cores."""
         flops = [self._matmul_flops(size) for size in MATMUL_SIZES]
         flops += [self._conv_flops(*shape) for shape in CONV_SHAPES]
-        return Ceilings(max(flops), self._copy_bytes())
+        return Ceilings(max(flops), self.copy_rate())
 
     def _matmul_flops(self, size: int) -> float:
         a, b = torch.randn(2, size, size, device=self.device)
@@ -79,8 +87,10 @@ class Device:
         flops = 2 * images * channels * channels * 9 * side * side
         return flops / self._best_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
 
-    def _copy_bytes(self) -> float:
-        source = torch.zeros(4 * self.cache_bytes, dtype=torch.uint8, device=self.device)
+    def copy_rate(self) -> float:
+        """Bytes/s of a copy larger than the cache, read and written; on a GPU so large that its launch is nothing."""
+        size = max(4 * self.cache_bytes, GPU_COPY if self.device.type == "cuda" else 0)
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self._best_seconds(lambda: target.copy_(source))
 

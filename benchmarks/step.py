@@ -7,24 +7,20 @@ of the same work can leave out, as a ratio to plain training's; "time / needed" 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import command
 from .cases import MODELS, MODES, PROBS, step_case
-from .harness import CheckFailed, Row, Session, quotient
-from .machine import Device, one_thread
-from .output import writable, write_csv, write_json
+from .command import shown
+from .harness import Row, Session, quotient
+from .machine import Device
 from .pairs import BranchFrozen, Exact, Naive
 
 FULL_TURNS, QUICK_TURNS = 12, 3
-WIDTH = 100
 ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
 OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
 
@@ -36,55 +32,28 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
     parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
-    parser.add_argument("--batch", type=_count, help="images; default: each network's own")
-    parser.add_argument("--turns", type=_count, help=f"pairs of each provider; default: {FULL_TURNS}")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"tiny networks, p = 0.5, {QUICK_TURNS} turns: does it run"
-    )
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+    parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
+    turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
+    command.add_options(parser, turns, f"{quick}: does it run")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints and writes. An interrupt ends it with what there is so far."""
-    console = Console(width=WIDTH)
+    if not command.has_device(options.device):
+        return 2
+    console = Console(width=command.WIDTH)
     probs = options.prob or (PROBS[-1:] if options.quick else PROBS)
     turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
     choices = list(itertools.product(options.model, options.mode, probs))
-    size, device, code, session = "quick" if options.quick else "full", Device.of(options.device), 0, None
-    try:
-        with _progress(len(choices) * turns) as on_round, one_thread() if options.quick else contextlib.nullcontext():
-            session = Session(device, turns, on_round)
-            for choice in choices:
-                session.measure(step_case(size, *choice, turns, device, options.batch))
-    except CheckFailed as error:
-        print(f"not timed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        code = 130
-    rows = [] if session is None else session.rows
+    size, device = "quick" if options.quick else "full", Device.of(options.device)
+    cases = (step_case(size, *choice, turns, device, options.batch) for choice in choices)
+    rows, code = command.measured(
+        console, cases, len(choices) * turns, lambda on_round: Session(device, turns, on_round), options.quick
+    )
     if rows:
         console.print(table_of(rows), *notes_of(rows), *([] if options.quick else verdicts_of(rows)), sep="\n")
-    for path, write in ((options.csv, write_csv), (options.json, write_json)):
-        try:
-            if path is not None and rows:
-                write(path, rows)
-        except OSError as error:
-            print(f"can't write {path}: {error.strerror}; what was there is kept", file=sys.stderr)
-            code = 1
-    return code
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left, on stderr. Yields what advances it."""
-    columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+    return code if command.written(options, rows) else 1
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -110,7 +79,7 @@ def table_of(rows: list[Row]) -> Table:
         table.add_row(f"[bold]{case}[/bold]")
         for row in group:
             values = row | {"above_needed": above_needed(row)}
-            cells = (_shown(values[key], spec) for key, spec in COLUMNS.values())
+            cells = (shown(values[key], spec) for key, spec in COLUMNS.values())
             table.add_row(f"  {row['provider']}", *cells)
     return table
 
@@ -152,13 +121,9 @@ def _verdict(value: float, target: float) -> str:
     return f"target {target}: {'met' if value <= target else 'MISSED'}"
 
 
-def _shown(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
-
-
 def _machine_line(row: Row) -> str:
     peaks = f"peak {row['ceiling_gflops']:.0f} GFLOP/s, {row['ceiling_gbs']:.0f} GB/s"
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['commit']}, {peaks}"
+    return f"{command.machine_line(row)}, {peaks}"
 
 
 def _probability(text: str) -> float:
@@ -170,17 +135,3 @@ def _probability(text: str) -> float:
     if not 0.01 <= value <= 0.99:
         raise argparse.ArgumentTypeError(wanted)
     return value
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this machine, or this torch, has no cuda device")
-    return text

@@ -140,12 +140,22 @@ def test_verdicts(time_ratio, verdict):
     assert of_naive.endswith(verdict)
 
 
-def test_a_failed_check_ends_the_run(instant, tmp_path, monkeypatch, capsys):
+def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, monkeypatch, capsys):
+    right = step.step_case
     wrong = Provider("plain", lambda turn: pytest.fail("it was timed"), lambda: Check(float("nan"), 1e-10))
-    monkeypatch.setattr(step, "step_case", lambda *_: Case({"model": "vit"}, "pair", "plain", [wrong]))
+
+    def step_case(size, model, *options):
+        if model == "vit":
+            return Case({"model": model}, "pair", "plain", [wrong])
+        return right(size, model, *options)
+
+    monkeypatch.setattr(step, "step_case", step_case)
     out = tmp_path / "step.csv"
-    assert main(["step", "--csv", str(out)]) == 1
+    assert main(["step", "--turns", "1", "--csv", str(out)]) == 1
     assert "not timed: model vit: 'plain' differs from the float64 reference by nan" in capsys.readouterr().err
+    assert {row["model"] for row in csv.DictReader(out.read_text().splitlines())} == {"resnet"}
+    out.unlink()
+    assert main(["step", "--turns", "1", "--model", "vit", "--csv", str(out)]) == 1
     assert not out.exists()
 
 
@@ -192,8 +202,22 @@ def test_under_pytest_benchmark(tmp_path):
     """Budget: 1 minute. Every provider of every quick case is a benchmark, or skipped for the scheme's reason."""
     out = tmp_path / "benchmarks.json"
     options = ["--benchmark-only", f"--benchmark-json={out}"]
-    subprocess.run([sys.executable, "-m", "pytest", "benchmarks", *options], check=True, env=ONE_THREAD)
+    subprocess.run([sys.executable, "-m", "pytest", "benchmarks/test_step.py", *options], check=True, env=ONE_THREAD)
     benchmarks = json.loads(out.read_text())["benchmarks"]
     assert len(benchmarks) == 17
     assert len({benchmark["group"] for benchmark in benchmarks}) == 4
     assert all({"commit", "device", "needed_gflop", "model", "provider"} <= b["extra_info"].keys() for b in benchmarks)
+
+
+@pytest.mark.slow
+def test_ops_under_pytest_benchmark(tmp_path):
+    """Budget: 2 minutes, of which compiling takes most. Every provider of every quick case is a benchmark, or skipped."""
+    out = tmp_path / "benchmarks.json"
+    options = ["--benchmark-only", f"--benchmark-json={out}"]
+    environment = ONE_THREAD | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    subprocess.run([sys.executable, "-m", "pytest", "benchmarks/test_ops.py", *options], check=True, env=environment)
+    benchmarks = json.loads(out.read_text())["benchmarks"]
+    assert len({benchmark["group"] for benchmark in benchmarks}) == 30
+    assert all({"commit", "device", "needed_gb", "op", "provider"} <= b["extra_info"].keys() for b in benchmarks)
+    providers = {b["extra_info"]["provider"] for b in benchmarks}
+    assert {"eager", "torch.compile", "compiled index ops", "ours eager"} <= providers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.harness import SUMMARY, Case, Check, CheckFailed, Provider, Session, summary, turn_order
+from benchmarks.harness import SUMMARY, Case, Check, CheckFailed, Provider, Session, summary, told, turn_order
 from benchmarks.machine import Ceilings, Device
 
 FIELDS = {
@@ -60,6 +60,55 @@ def test_what_fails_its_check_is_never_run(error, session):
     with pytest.raises(CheckFailed, match=rf"model m, p 0.5: 'wrong' .* by {error:.1e}, its bound is 1.0e-10"):
         session(3).measure(case_of(right, wrong))
     assert not ran
+
+
+def test_what_raises_in_its_check_is_never_run(session):
+    ran = []
+
+    def raises():
+        raise ValueError("first line\n\n  second\nthird")
+
+    with pytest.raises(CheckFailed, match="model m, p 0.5: 'wrong' raises ValueError: first line second$"):
+        session(3).measure(case_of(provider("right", ran.append), Provider("wrong", ran.append, raises)))
+    assert not ran
+
+
+def test_without_flops_nothing_is_counted_but_everything_warmed_up(session, clock, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Device, "copy_rate", lambda self: 10e9)
+
+    def run(turn):
+        ran.append(turn)
+        clock.passes(0.2)
+
+    running = session(2, flops=False)
+    running.measure(case_of(provider("A", run, needed_bytes=1e9), provider("B", run)))
+    assert ran == [0, 0, 0, 0, 1, 1], "each provider warms up, and has two turns"
+    a, b = running.rows
+    assert a["counted_gflop"] is a["flop_share"] is a["counted_ratio"] is None
+    assert a["ceiling_gbs"] == 10
+    assert a["byte_share"] == pytest.approx(1 / 0.2 / 10)
+    assert b["byte_share"] is None
+
+
+def test_more_columns(session, clock):
+    def run(turn):
+        clock.passes(0.1)
+
+    case = case_of(
+        provider("A", run, columns={"moved": 3}), provider("B", run), Provider.missing("C", "no such device")
+    )
+    asked = []
+    running = session(2, more=lambda provider: asked.append((provider.name, clock.now)) or {"alone": provider.name})
+    running.measure(case)
+    assert [(row.get("moved"), row.get("alone")) for row in running.rows] == [(3, "A"), (None, "B"), (None, None)]
+    assert [name for name, _ in asked] == ["A", "B"]
+    assert min(now for _, now in asked) == pytest.approx(0.6), "after the rounds"
+
+
+def test_an_exception_in_one_line():
+    assert told(ValueError("wrong")) == "ValueError: wrong"
+    assert told(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
 def test_more_flops_than_needed_fail_before_timing(session):

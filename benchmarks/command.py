@@ -1,0 +1,116 @@
+"""What the commands that measure have in common: options, the loop over cases under a bar, and the files of rows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .harness import Case, CheckFailed, Row, Session
+from .machine import one_thread
+from .output import writable, write_csv, write_json
+
+WIDTH = 100
+NO_GPU = "this machine, or this torch, has no cuda device"
+
+
+def add_options(parser: argparse.ArgumentParser, turns: str, quick: str) -> None:
+    """`turns` and `quick`: the help of these options."""
+    parser.add_argument("--turns", type=count, help=turns)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
+    parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+
+
+def measured(
+    console: Console,
+    cases: Iterable[Case],
+    rounds: int,
+    make_session: Callable[[Callable[[], None]], Session],
+    quick: bool = False,
+) -> tuple[list[Row], int]:
+    """The rows of all cases, and an exit code. A case that fails its check is told of and left out; an interrupt, or
+    an exception, ends it with what there is so far.
+
+    Args:
+        cases: made one after the other.
+        rounds: of all cases together.
+        make_session: from what advances the bar.
+        quick: on one thread.
+    """
+    code, session = 0, None
+    try:
+        with _progress(rounds) as on_round, one_thread() if quick else contextlib.nullcontext():
+            session = make_session(on_round)
+            for case in cases:
+                try:
+                    session.measure(case)
+                except CheckFailed as error:
+                    print(f"not timed: {error}", file=sys.stderr)
+                    code = 1
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    return [] if session is None else session.rows, code
+
+
+def written(options: argparse.Namespace, rows: list[Row]) -> bool:
+    """Writes the files that were asked for. False, and why, where one can't be."""
+    complete = True
+    for path, write in ((options.csv, write_csv), (options.json, write_json)):
+        try:
+            if path is not None and rows:
+                write(path, rows)
+        except OSError as error:
+            print(f"can't write {path}: {error.strerror}; what was there is kept", file=sys.stderr)
+            complete = False
+    return complete
+
+
+def has_device(kind: str) -> bool:
+    """Whether it is there; says so where it isn't."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        print(f"--device cuda: {NO_GPU}", file=sys.stderr)
+        return False
+    return True
+
+
+def shown(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def machine_line(row: Row) -> str:
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['commit']}"
+
+
+def count(text: str) -> int:
+    """An argparse type."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def device(text: str) -> str:
+    """An argparse type. Whether the device is there is asked when it is wanted."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    return text
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar with the time left, on stderr. Yields what advances it."""
+    columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,118 @@
+"""The op cases: a pass of an op on tensors of some shape, by every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .harness import Case
+from .machine import Device
+from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRelu
+from .op_kinds import Op, Setting
+from .op_providers import EAGER, Sets, ways_of
+from .op_rows import Chain, GatherRows, Path, ResidualAddNormRows, ResidualAddRows
+
+PASSES = ("forward", "backward", "both")
+DENSE, RELU, NORM = ResidualAdd.name, ResidualAddRelu.name, ResidualAddNorm.name
+ROWS, GATHER, PATH, CHAIN, NORM_ROWS = (
+    op.name for op in (ResidualAddRows, GatherRows, Path, Chain, ResidualAddNormRows)
+)
+OPS: dict[str, type[Op]] = {
+    op.name: op
+    for op in (
+        ResidualAdd,
+        ResidualAddRelu,
+        ResidualAddRows,
+        GatherRows,
+        Path,
+        Chain,
+        ResidualAddNorm,
+        ResidualAddNormRows,
+    )
+}
+MAX_SETS = 32  # of inputs so small that more of them would be in the cache just as well
+BF16, FP16 = torch.bfloat16, torch.float16
+
+VIT_B, VIT_S, LONG, XFORMERS = (128, 197, 768), (64, 197, 384), (32, 256, 1024), (48, 257, 1536)
+RESNET = (64, 256, 56, 56)
+CUDA = (
+    Setting(DENSE, VIT_B, None, BF16, gamma=False),  # a plain sum, whose backward is nothing
+    Setting(DENSE, VIT_B, 128, BF16),
+    Setting(DENSE, VIT_B, 102, BF16),
+    Setting(DENSE, VIT_B, 64, BF16),
+    Setting(DENSE, VIT_B, 64, BF16, gamma=False),
+    Setting(DENSE, VIT_S, 51),
+    Setting(DENSE, LONG, 26, BF16),
+    Setting(DENSE, RESNET, 51, BF16),
+    Setting(DENSE, RESNET, 51, BF16, channels_last=True),  # ConvNeXt
+    Setting(RELU, RESNET, 51, BF16, gamma=False),  # ResNet
+    Setting(ROWS, VIT_B, 102, BF16),
+    Setting(ROWS, VIT_B, 64, BF16),
+    Setting(ROWS, VIT_S, 32),
+    Setting(ROWS, XFORMERS, 28, FP16, gamma=False),  # xFormers' own benchmark, and where it was slower than eager
+    Setting(ROWS, XFORMERS, 28, FP16),
+    Setting(ROWS, (48, 1, 394752), 28, FP16),
+    Setting(GATHER, VIT_B, 64, BF16, gamma=False),
+    Setting(GATHER, XFORMERS, 28, FP16, gamma=False),
+    Setting(PATH, VIT_B, 64, BF16),
+    Setting(PATH, VIT_S, 32),
+    Setting(PATH, XFORMERS, 28, FP16),
+    Setting(CHAIN, VIT_B, 102, BF16),
+    Setting(CHAIN, VIT_B, 64, BF16),
+    Setting(CHAIN, VIT_S, 32),
+    Setting(NORM, VIT_B, 102, BF16),
+    Setting(NORM, VIT_S, 51),
+    Setting(NORM, LONG, 26, BF16),
+    Setting(NORM_ROWS, VIT_B, 64, BF16),
+    Setting(NORM_ROWS, LONG, 16, BF16),
+)
+TOKENS, WIDE, SHORT = (32, 197, 384), (8, 257, 1536), (64, 50, 768)
+FULL = (
+    Setting(DENSE, TOKENS, 26),
+    Setting(DENSE, TOKENS, 16),
+    Setting(DENSE, SHORT, 51, BF16),
+    Setting(ROWS, TOKENS, 16),
+    Setting(ROWS, WIDE, 5),
+    Setting(GATHER, WIDE, 5, gamma=False),
+    Setting(PATH, TOKENS, 16),
+    Setting(CHAIN, TOKENS, 16),
+    Setting(NORM, SHORT, 51),
+    Setting(NORM_ROWS, SHORT, 32),
+)
+TINY = (6, 5, 32)
+QUICK = (
+    Setting(DENSE, TINY, None, gamma=False),
+    Setting(DENSE, TINY, 4, BF16),
+    Setting(DENSE, (4, 8, 3, 5), 2, channels_last=True),
+    Setting(RELU, (4, 8, 3, 5), 2),
+    Setting(ROWS, TINY, 3, FP16),
+    Setting(GATHER, TINY, 3, gamma=False),
+    Setting(PATH, TINY, 3),
+    Setting(CHAIN, TINY, 3),
+    Setting(NORM, TINY, 4),
+    Setting(NORM_ROWS, TINY, 3, gamma=False),
+)
+
+
+def settings(device: str, quick: bool, ops: Iterable[str] = OPS) -> list[Setting]:
+    """Those that are measured on `"cpu"` or `"cuda"`."""
+    chosen, ops = QUICK if quick else CUDA if device == "cuda" else FULL, list(ops)
+    return [setting for setting in chosen if setting.op in ops]
+
+
+def op_cases(
+    setting: Setting, device: Device, passes: Iterable[str] = PASSES, interpreted: bool = False
+) -> Iterator[Case]:
+    """One for each pass, on the same tensors.
+
+    Args:
+        interpreted: ours with interpreted kernels, to be verified and not to be timed.
+    """
+    op = OPS[setting.op](setting, device.device)
+    needed = op.needed.times(op.sample_bytes)
+    sets = Sets(op, min(device.input_sets(int(needed.forward) // 2), MAX_SETS))  # half of it is about what is read
+    ways = ways_of(op, sets, interpreted)
+    for direction in passes:
+        providers = [way.provider(direction, needed) for way in ways]
+        yield Case(setting.labels | {"pass": direction}, direction, EAGER, providers)

@@ -1,0 +1,75 @@
+"""What the kernels are to reach on a GPU, and which of it rows show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from .harness import Row, quotient, scaled
+from .op_dense import ResidualAddNorm
+from .op_providers import EAGER, OURS
+from .op_rows import ResidualAddNormRows
+
+ELEMENTWISE, NORM_BACKWARD, OF_BYTE_RATIO = 0.92, 0.80, 0.92
+LARGE_GB = 0.064
+NORMS = (ResidualAddNorm.name, ResidualAddNormRows.name)
+
+
+class Goal(NamedTuple):
+    """One goal at one row; `measured` is None where there is no time of the device alone, and that isn't met."""
+
+    goal: str
+    where: str
+    measured: float | None
+    met: bool
+
+
+def goals(rows: Iterable[Row]) -> list[Goal]:
+    """Every goal at every row of ours that it is about."""
+    return [goal for row, others in _with_others(rows) for goal in _goals_of(row, others)]
+
+
+def _goals_of(row: Row, others: list[Row]) -> Iterator[Goal]:
+    share = quotient(scaled(row["needed_gb"], 1e3 / row["ceiling_gbs"]), row["device_ms"])
+    direction, is_norm = row["pass"], row["op"] in NORMS
+    if is_norm and direction == "backward":
+        yield _at_least(NORM_BACKWARD, "of copy bandwidth in the backward of norms", row, share)
+    if not is_norm and direction != "both" and row["needed_gb"] > LARGE_GB:
+        yield _at_least(ELEMENTWISE, "of copy bandwidth in elementwise passes over 64 MB", row, share)
+    for other in others:
+        faster = quotient(other["device_ms"], row["device_ms"])
+        bytes_ratio = quotient(other["moved_gb"], row["needed_gb"])
+        if bytes_ratio and not other["provider"].startswith("ours"):
+            of_ratio = quotient(faster, bytes_ratio)
+            comparator = "eager" if other["provider"] == EAGER else "the compiled formula"
+            yield _at_least(OF_BYTE_RATIO, f"of the ratio of bytes to {comparator}", row, of_ratio)
+        if other["provider"] == EAGER:
+            slower = quotient(row["device_ms"], other["device_ms"])
+            yield Goal("device time at most eager's", case_of(row), slower, slower is not None and slower <= 1)
+
+
+def _at_least(least: float, what: str, row: Row, measured: float | None) -> Goal:
+    return Goal(f"at least {least:.2f} {what}", case_of(row), measured, measured is not None and measured >= least)
+
+
+def _with_others(rows: Iterable[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """Each row of ours that was measured, with the measured rows of its case."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row["unavailable"]:
+            cases.setdefault(case_of(row), []).append(row)
+    for case in cases.values():
+        ours = [row for row in case if row["provider"] == OURS]
+        yield from ((row, [other for other in case if other is not row]) for row in ours)
+
+
+def case_of(row: Row) -> str:
+    return f"{setting_of(row)}: {row['pass']}"
+
+
+def setting_of(row: Row) -> str:
+    batch = row["shape"].partition("x")[0]
+    kept = "no mask" if row["kept"] is None else f"{row['kept']} of {batch}"
+    layout = "" if row["layout"] == "..C" else f" {row['layout']}"
+    gamma = ", γ" if row["gamma"] else ""
+    return f"{row['op']} {row['shape']}{layout} {row['dtype']}, {kept}{gamma}"

@@ -1,0 +1,205 @@
+"""Ops on the rows that a branch runs on, and what a path is beside its branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rdp_kernels as rdp
+from rdp_kernels.ops.tail import Tail, library_for, run_tail
+from rdp_kernels.tail import Add, Next, Operands
+
+from . import op_bytes
+from .op_bytes import Moved
+from .op_kinds import EPS, Op, Tensors, layer_norm, with_rows
+
+
+class ResidualAddRows(Op):
+    """The branch of K rows added to a stream of B, out of place."""
+
+    name = "residual_add rows"
+    compiled = "compiled index_add"
+    has_xformers = True
+
+    @property
+    def needed(self) -> Moved:
+        return op_bytes.some_rows(self.batch, self.kept, self.setting.gamma)
+
+    @property
+    def compiled_moves(self) -> Moved:
+        return op_bytes.compiled_some_rows(self.batch, self.kept, self.setting.gamma)
+
+    def inputs(self, number: int) -> Tensors:
+        return self.make(number, self.batch, self.kept, vectors=0)
+
+    def eager(self, residual, branch, gamma=None):
+        return (torch.index_add(residual, 0, self.rows, self.scaled(branch, gamma), alpha=self.scale),)
+
+    def ours(self, residual, branch, gamma=None):
+        return (rdp.residual_add(residual, branch, rows=self.rows, row_scale=self.scale, gamma=gamma),)
+
+    def reference(self, residual, branch, gamma=None):
+        return (with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma)),)
+
+    def xformers(self, residual, branch, gamma=None):
+        from xformers.ops import scaled_index_add
+
+        return (scaled_index_add(residual.clone(), self.rows, branch, gamma, self.scale),)
+
+
+class GatherRows(Op):
+    name = "gather_rows"
+    compiled = "compiled index_select"
+    has_xformers = True
+
+    @property
+    def needed(self) -> Moved:
+        return op_bytes.gather(self.batch, self.kept)
+
+    @property
+    def compiled_moves(self) -> Moved:
+        return op_bytes.compiled_gather(self.batch, self.kept)
+
+    def inputs(self, number: int) -> Tensors:
+        return self.make(number, self.batch, vectors=0)
+
+    def eager(self, residual):
+        return (residual.index_select(0, self.rows),)
+
+    def ours(self, residual):
+        return (rdp.gather_rows(residual, self.rows),)
+
+    def reference(self, residual):
+        return (residual[self.rows],)
+
+    def xformers(self, residual):
+        return (_xformers_gather(residual, self.rows),)
+
+
+class Path(Op):
+    """All of a path but its branch: the gather of its rows and, with γ, the add of what the branch made of them, which
+    here is given. Out of place, as `ResidualBranch` runs it."""
+
+    name = "path"
+    compiled = "compiled index ops"
+    has_xformers = True
+
+    @property
+    def needed(self) -> Moved:
+        return op_bytes.chain(self.batch, self._rows(), self.setting.gamma)
+
+    @property
+    def compiled_moves(self) -> Moved:
+        return op_bytes.compiled_chain(self.batch, self._rows(), self.setting.gamma)
+
+    def _rows(self) -> list[list[int]]:
+        return [rows.index.tolist() for rows in self.row_sets]
+
+    def inputs(self, number: int) -> Tensors:
+        paths = self.num_row_sets
+        return self.make(number, self.batch, *[self.kept] * paths, vectors=(paths - 1) * self.setting.gamma)
+
+    def _paths(self, inputs: Sequence[Tensor]) -> list[tuple]:
+        """(rows, branch, γ or None) of each."""
+        paths = self.num_row_sets
+        branches, gammas = inputs[:paths], list(inputs[paths:]) or [None] * paths
+        return list(zip(self.row_sets, branches, gammas, strict=True))
+
+    def eager(self, x, *inputs):
+        """In place from the second add on, as the chain: nobody else has the first one's sum."""
+        gathered = []
+        for rows, branch, gamma in self._paths(inputs):
+            add = torch.index_add if not gathered else Tensor.index_add_
+            gathered.append(x.index_select(0, rows.index))
+            x = add(x, 0, rows.index, self.scaled(branch, gamma), alpha=self.scale)
+        return (*gathered, x)
+
+    def ours(self, x, *inputs):
+        kernels = library_for("path", Operands(x), None, None)
+        return self._path_by_path(x, inputs) if kernels is None else self._chain(kernels, x, inputs)
+
+    def _path_by_path(self, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+        gathered = []
+        for rows, branch, gamma in self._paths(inputs):
+            entered = run_tail("path", Operands(x), following=Next(rows))
+            gathered.append(entered.next)
+            x = run_tail("path", Operands(entered.out, branch, gamma=gamma), Add(rows, self.scale)).out
+        return (*gathered, x)
+
+    def _chain(self, kernels: ModuleType, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+        """The add of a path with the gather of the next one's rows is one tail, as in `ResidualSequence`."""
+        gathered, update, add, tail = [], Operands(), None, None
+        for rows, branch, gamma in self._paths(inputs):
+            tail = Tail(kernels, add, Next(rows), tail)
+            results = tail(update._replace(residual=x))
+            gathered.append(results.next)
+            x, update, add = results.out, Operands(branch=branch, gamma=gamma), Add(rows, self.scale)
+        return (*gathered, Tail(kernels, add, None, tail)(update._replace(residual=x)).out)
+
+    def reference(self, x, *inputs):
+        gathered = []
+        for rows, branch, gamma in self._paths(inputs):
+            gathered.append(x[rows.index])
+            x = with_rows(x, rows.index, self.scale * self.scaled(branch, gamma))
+        return (*gathered, x)
+
+    def xformers(self, x, *inputs):
+        from xformers.ops import scaled_index_add
+
+        gathered = []
+        for rows, branch, gamma in self._paths(inputs):
+            gathered.append(_xformers_gather(x, rows.index))
+            x = scaled_index_add(x if len(gathered) > 1 else x.clone(), rows.index, branch, gamma, self.scale)
+        return (*gathered, x)
+
+
+class Chain(Path):
+    """Three paths, in place on a stream that nobody else has: what `ResidualSequence` runs between its branches."""
+
+    name = "chain of 3 paths"
+    num_row_sets = 3
+
+
+class ResidualAddNormRows(Op):
+    """The branch of K rows added, and the norm of the K that the next branch runs on."""
+
+    name = "residual_add_norm rows"
+    compiled = "compiled index ops"
+    norm = True
+    num_row_sets = 2
+
+    @property
+    def needed(self) -> Moved:
+        return op_bytes.norm(self.batch, self.kept, self.kept, self.kept, self.setting.gamma)
+
+    @property
+    def compiled_moves(self) -> Moved:
+        return op_bytes.compiled_norm_rows(self.batch, self.kept, self.kept, self.setting.gamma)
+
+    def inputs(self, number: int) -> Tensors:
+        return self.make(number, self.batch, self.kept, vectors=2)
+
+    def eager(self, residual, branch, weight, bias, gamma=None):
+        out = torch.index_add(residual, 0, self.rows, self.scaled(branch, gamma), alpha=self.scale)
+        normed = F.layer_norm(out.index_select(0, self.row_sets[1].index), out.shape[-1:], weight, bias, EPS)
+        return out, normed
+
+    def ours(self, residual, branch, weight, bias, gamma=None):
+        rows = {"rows": self.rows, "next_rows": self.row_sets[1].index}
+        return rdp.residual_add_norm(
+            residual, branch, weight, bias, row_scale=self.scale, gamma=gamma, eps=EPS, **rows
+        )  # fmt: skip
+
+    def reference(self, residual, branch, weight, bias, gamma=None):
+        out = with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma))
+        return out, layer_norm(out[self.row_sets[1].index], weight, bias)
+
+
+def _xformers_gather(x: Tensor, rows: Tensor) -> Tensor:
+    from xformers.ops import index_select_cat
+
+    return index_select_cat([x.flatten(1)], [rows]).view(len(rows), *x.shape[1:])

@@ -1,0 +1,164 @@
+"""`python -m benchmarks ops`: each op and its passes, ours against eager torch, compiled torch and xFormers.
+
+GB/s are of the bytes that the op needs, whoever computes it: each needed byte of the big tensors once. "of copy" is the
+share of the bandwidth that a copy reaches in the same run. "bytes" is what a provider moves by its formula, as a ratio
+to what is needed; "/eager" and "/compiled" are ratios of times. On a GPU all of that is from times of the device
+alone, replays of a CUDA graph, where there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import command
+from .command import shown
+from .harness import Row, Session, quotient, scaled
+from .machine import Device
+from .op_cases import OPS, PASSES, op_cases, settings
+from .op_goals import case_of, goals, setting_of
+from .op_providers import EAGER
+from .replay import device_time
+
+FULL_TURNS, QUICK_TURNS = 12, 3
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "ops", help="each op by itself", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
+    turns = f"of each provider; default: {FULL_TURNS}"
+    command.add_options(parser, turns, f"tiny tensors, {QUICK_TURNS} turns: does it run")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    if not command.has_device(options.device):
+        return 2
+    console = Console(width=command.WIDTH)
+    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
+    device, chosen = Device.of(options.device), settings(options.device, options.quick, options.op)
+    with device.work_stream():
+        rows, code = command.measured(
+            console,
+            (case for setting in chosen for case in op_cases(setting, device, options.passes)),
+            len(chosen) * len(options.passes) * turns,
+            lambda on_round: Session(
+                device, turns, on_round, flops=False, more=lambda provider: device_time(device, provider, turns)
+            ),
+            options.quick,
+        )
+    rows = compared(rows)
+    if rows:
+        console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
+        if options.device == "cuda" and not options.quick:
+            console.print(*verdicts_of(rows), sep="\n")
+    return code if command.written(options, rows) else 1
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """With GB/s and ratios to the comparators of the same case, and without what is about FLOPs."""
+    result = []
+    for _, group in itertools.groupby(rows, case_of):
+        case = [_filled(row) for row in group]
+        eager, compiled = (next((row for row in case if is_it(row)), None) for is_it in (_is_eager, _is_compiled))
+        for row in case:
+            rate = quotient(scaled(row["needed_gb"] or None, 1e3), _milliseconds(row))
+            result.append(
+                row
+                | {
+                    "gbs": rate,
+                    "copy_share": quotient(rate, row["ceiling_gbs"]),
+                    "to_eager": _time_ratio(row, eager),
+                    "to_compiled": _time_ratio(row, compiled),
+                    "bytes_ratio": quotient(row["moved_gb"], row["needed_gb"]),
+                }
+            )
+    return result
+
+
+def _filled(row: Row) -> Row:
+    """Every row has the same columns, those that couldn't be measured too."""
+    row = row | {key: row.get(key, nothing) for key, nothing in _MEASURED_HERE.items()}
+    return {key: value for key, value in row.items() if "flop" not in key and key not in _OF_STEPS}
+
+
+_MEASURED_HERE = {"moved_gb": None, "device_ms": None, "no_device_ms": ""}
+_OF_STEPS = ("needed_ratio", "counted_ratio", "byte_share")
+
+
+def _is_eager(row: Row) -> bool:
+    return row["provider"] == EAGER
+
+
+def _is_compiled(row: Row) -> bool:
+    return row["provider"].startswith(("compiled", "torch.compile"))
+
+
+def _milliseconds(row: Row) -> float | None:
+    return row["p50_ms"] if row["device_ms"] is None else row["device_ms"]
+
+
+def _time_ratio(row: Row, other: Row | None) -> float | None:
+    """Of the device alone where both have that, else the steadiest there is."""
+    if other is None:
+        return None
+    ratio = quotient(row["device_ms"], other["device_ms"])
+    return quotient(row["ratio_rounds"], other["ratio_rounds"]) if ratio is None else ratio
+
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "p50 ms": ("p50_ms", ".3f"),
+    "device ms": ("device_ms", ".4f"),
+    "GB/s": ("gbs", ".1f"),
+    "of copy": ("copy_share", ".0%"),
+    "/eager": ("to_eager", ".2f"),
+    "/compiled": ("to_compiled", ".2f"),
+    "bytes": ("bytes_ratio", ".2f"),
+}
+
+
+def tables_of(rows: list[Row]) -> Iterator[Table]:
+    """One for each setting, with its passes below each other."""
+    columns = {name: how for name, how in COLUMNS.items() if name != "device ms" or any(row[how[0]] for row in rows)}
+    for setting, group in itertools.groupby(rows, setting_of):
+        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("pass", no_wrap=True, min_width=8)
+        table.add_column("provider", no_wrap=True, min_width=18)
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
+            for row in providers:
+                if not row["unavailable"]:
+                    cells = (shown(row[key], spec) for key, spec in columns.values())
+                    table.add_row(direction, row["provider"], *cells)
+                    direction = ""
+        yield table
+
+
+def notes_of(rows: list[Row]) -> Iterator[str]:
+    """The ceiling; why providers were not measured, or not on the device alone, each reason once."""
+    yield f"a copy of more than the cache holds: {rows[0]['ceiling_gbs']:.1f} GB/s"
+    for column, what in (("unavailable", "no"), ("no_device_ms", "no device time of")):
+        reasons = Counter((row["provider"], row[column]) for row in rows if row[column])
+        for (provider, reason), count in reasons.items():
+            yield f"– {what} {provider} in {count} cases: {reason}"
+
+
+def verdicts_of(rows: list[Row]) -> Iterator[str]:
+    """Each goal with how often it holds, and where it doesn't."""
+    for goal, group in itertools.groupby(sorted(goals(rows), key=lambda goal: goal.goal), lambda goal: goal.goal):
+        all_of_it = list(group)
+        missed = [each for each in all_of_it if not each.met]
+        yield f"{goal}: {'met' if not missed else 'MISSED'}, {len(all_of_it) - len(missed)} of {len(all_of_it)}"
+        for each in missed:
+            yield f"  {'not measured' if each.measured is None else f'{each.measured:.2f}'}  {each.where}"

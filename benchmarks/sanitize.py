@@ -1,0 +1,55 @@
+"""`python -m benchmarks sanitize`: the tests of the kernels under NVIDIA's compute-sanitizer, on a GPU.
+
+memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of what nobody wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from rdp_kernels._triton.launch import CONFIGS
+
+from .command import NO_GPU
+from .machine import ROOT
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("sanitize", help="kernel tests under compute-sanitizer", description=__doc__)
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS, help=f"default: {' '.join(TOOLS)}")
+    parser.add_argument("--tests", nargs="+", default=["tests/kernels"], metavar="PATH", help="default: tests/kernels")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """1 where a tool finds something or a test fails."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None or not torch.cuda.is_available():
+        reason = NO_GPU if sanitizer else "compute-sanitizer isn't on the PATH; it comes with the CUDA toolkit"
+        print(f"can't sanitize: {reason}", file=sys.stderr)
+        return 2
+    failed = []
+    for tool in options.tool:
+        print(f"== {tool}", flush=True)
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *filters(tool)]
+        command += [sys.executable, "-m", "pytest", "-x", *options.tests]
+        # torch's allocator hands out pieces of large blocks, within which no access is out of bounds
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+        if subprocess.run(command, env=environment, cwd=ROOT).returncode:
+            failed.append(tool)
+    print(f"failed: {', '.join(failed)}" if failed else "nothing found")
+    return 1 if failed else 0
+
+
+def filters(tool: str) -> list[str]:
+    """Our kernels only, for time; initcheck has to see torch's write what ours read."""
+    if tool == "initcheck":
+        return []
+    return [part for op in CONFIGS for part in ("--kernel-name", f"kernel_substring=_{op}_kernel")]

@@ -1,0 +1,101 @@
+"""What launch numbers are tuned on: for each kernel, calls of the launchers that run it, at widths of every class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rdp_kernels._triton import kernels
+from rdp_kernels.rows import RowSet, row_set
+from rdp_kernels.tail import Add, Next, Operands, Results
+
+from .tuning import Work
+
+NARROW, VIT, XFORMERS, RESNET = (128, 197, 384), (128, 197, 768), (48, 1, 394752), (64, 256, 56, 56)
+MIDDLE, LARGE, HUGE = (32, 256, 2048), (16, 256, 4096), (8, 256, 8192)
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "residual_add_fwd": (VIT, XFORMERS, RESNET),
+    "residual_add_bwd": (VIT, XFORMERS, RESNET),
+    "residual_add_norm_fwd": (NARROW, VIT, MIDDLE, LARGE, HUGE),
+    "residual_add_norm_bwd": (NARROW, VIT, MIDDLE, LARGE),
+    "residual_add_norm_bwd_wide": (HUGE,),
+    "gather_rows": (VIT, XFORMERS),
+    "sum_partials": (VIT, XFORMERS),
+    "invert_rows": (VIT,),
+}
+KEPT = 0.8
+NORM = Next(None, "layer", 1e-6)
+
+
+def works_of(
+    op: str,
+    device: torch.device,
+    shapes: tuple[tuple[int, ...], ...] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Work]:
+    """On tensors `[B, ...]` of each shape, of which four dimensions are NCHW; LayerNorm and γ where the op has them."""
+    return [_Tensors(shape, device, dtype).work(op) for shape in shapes or SHAPES[op]]
+
+
+class _Tensors:
+    """A stream, a branch and the rest of what ops want of one shape."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+        generator = torch.Generator(device).manual_seed(0)
+        self.channel_dim = 1 if len(shape) == 4 else -1
+        channels = shape[self.channel_dim]
+        self.batch, self.device = shape[0], device
+        streams = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4))
+        self.residual, self.branch, self.dout, self.dnext = streams
+        vectors = (torch.rand(channels, generator=generator, dtype=dtype, device=device) for _ in range(3))
+        self.gamma, self.weight, self.bias = vectors
+        keep = torch.arange(self.batch) < math.ceil(KEPT * self.batch)
+        keep = keep[torch.randperm(self.batch, generator=torch.Generator().manual_seed(0))]
+        self.rows = row_set(keep, device)
+        self.add = Add(row_scale=keep.to(device) / KEPT, channel_dim=self.channel_dim)
+        self.width = math.prod(shape[2:]) if len(shape) == 4 else channels
+
+    def work(self, op: str) -> Work:
+        sums = ()
+        if op == "residual_add_fwd":
+            run, width = self.forward, self.width
+        elif op == "residual_add_norm_fwd":
+            run, width = self.norm_forward, self.width
+        elif op in ("residual_add_bwd", "sum_partials"):
+            run, width, sums = self.backward(), self.width, ("sum_partials",)
+        elif op in ("residual_add_norm_bwd", "residual_add_norm_bwd_wide"):
+            run, width, sums = self.backward(NORM), self.width, ("sum_partials",)
+        elif op == "gather_rows":
+            run, width = self.gather, math.prod(self.residual.shape[1:])
+        else:
+            assert op == "invert_rows", op
+            run, width = self.invert, 1
+        return Work(op, width, lambda: tuple(t for t in run() if t is not None), sums)
+
+    def forward(self) -> Results:
+        return self._forward(None)[0]
+
+    def norm_forward(self) -> Results:
+        return self._forward(NORM)[0]
+
+    def backward(self, following: Next | None = None) -> Callable[[], Operands]:
+        results, context = self._forward(following)
+        saved = Operands(branch=self.branch, gamma=self.gamma, weight=self.weight)
+        gradients = Results(self.dout, None if following is None else self.dnext)
+        wanted = Operands(True, True, False, True, *[following is not None] * 2)
+        return lambda: kernels().tail_bwd(context, saved, results, gradients, self.add, following, wanted)
+
+    def _forward(self, following: Next | None) -> tuple[Results, Any]:
+        operands = Operands(self.residual, self.branch, None, self.gamma, self.weight, self.bias)
+        return kernels().tail_fwd(operands, self.add, following, 0 if following is None else self.batch)
+
+    def gather(self) -> Results:
+        return kernels().tail_fwd(Operands(self.residual), None, Next(self.rows))[0]
+
+    def invert(self) -> Results:
+        """The inverse itself isn't returned; the sum at these rows tells."""
+        add = Add(RowSet(self.rows.index, self.rows.num_rows))
+        return kernels().tail_fwd(Operands(self.residual, self.branch[: self.rows.num_rows]), add, None)[0]

@@ -1,0 +1,234 @@
+"""The search for launch numbers, with interpreted kernels and made-up times; and the commands that want a GPU."""
+
+import re
+import subprocess
+import types
+
+import pytest
+import torch
+
+from benchmarks import sanitize, tune, tuning
+from benchmarks.__main__ import main
+from benchmarks.machine import Device
+from benchmarks.tuning import Tuned, Work, WrongResult, candidates, table_source
+from benchmarks.tuning_works import SHAPES, works_of
+from rdp_kernels._triton.launch import CONFIGS, LaunchConfig, architecture
+from tests.conftest import DEVICE
+
+ON = torch.device(DEVICE)
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+TINY = {
+    "residual_add_fwd": ((4, 5, 32), (3, 4, 5, 6), (3, 1, 200)),
+    "residual_add_bwd": ((4, 80, 32), (3, 4, 5, 6)),
+    "residual_add_norm_fwd": ((3, 2, 32), (2, 1, 1500)),
+    "residual_add_norm_bwd": ((4, 80, 32), (2, 1, 600)),
+    "residual_add_norm_bwd_wide": ((2, 1, 4100),),
+    "gather_rows": ((4, 5, 32),),
+    "sum_partials": ((4, 5, 32),),
+    "invert_rows": ((4, 5, 32),),
+}
+
+
+def small_and_few(launches):
+    """A made-up time: large tiles and many warps are slow."""
+    assert launches
+    return sum(launch.config.tile + 1000 * launch.config.num_warps + launch.config.tiles for launch in launches)
+
+
+@pytest.mark.parametrize("op", [op for op in TINY if op != "residual_add_norm_bwd_wide"])
+def test_finds_the_fastest(op, monkeypatch):
+    before = {name: dict(table) for name, table in CONFIGS.items()}
+    columns = {"residual_add_norm_fwd": 2048, "residual_add_norm_bwd": 1024}.get(op, 4096)
+    slow = LaunchConfig(tile=8192, max_columns=columns, num_warps=16, tiles=32 if op.endswith("bwd") else 1)
+    monkeypatch.setitem(CONFIGS, op, {"default": ((2**31, slow),)})
+    (tuned,) = tuning.tune(op, works_of(op, ON, TINY[op], torch.float32), ON, small_and_few)
+    assert (tuned.op, tuned.largest) == (op, 2**31)
+    assert tuned.config.num_warps == 4
+    assert tuned.config.tile == min(config.tile for config in candidates(op, slow))
+    assert tuned.config.tiles == (8 if slow.tiles > 1 else 1)
+    assert tuned.ratio < 0.6
+    assert tuned.tried > 1
+    assert CONFIGS[op] == {"default": ((2**31, slow),)}, "the table is as it was"
+    assert all(CONFIGS[name] == table for name, table in before.items() if name != op)
+
+
+def test_every_kernel_has_works_that_run_it():
+    assert set(SHAPES) == set(TINY) == set(CONFIGS)
+    for op, shapes in TINY.items():
+        present = CONFIGS[op]["default"][-1]
+        for work in works_of(op, ON, shapes[:1], torch.float32):
+            launches = tuning._launches(work, op, *present, ON)
+            assert f"_{op}_kernel" in {launch.kernel.fn.__name__ for launch in launches}
+            assert all(torch.isfinite(result).all() for result in work.run())
+
+
+def test_each_width_class_is_searched_on_works_of_its_own():
+    def run():
+        return (torch.ones(1),)
+
+    works = [Work("residual_add_norm_fwd", width, run) for width in (100, 1024, 1025, 20000)]
+    (first, second, third) = tuning.tune("residual_add_norm_fwd", works, ON, lambda launches: 1.0)
+    table = CONFIGS["residual_add_norm_fwd"]["default"]
+    assert [(tuned.largest, tuned.config) for tuned in (first, second, third)] == list(table)
+    assert {tuned.ratio for tuned in (first, second, third)} == {1.0}
+    assert {tuned.tried for tuned in (first, second, third)} == {1}, "all have the same effect: none"
+
+
+def test_small_gains_are_noise():
+    present = CONFIGS["gather_rows"]["default"][0][1]
+
+    for gain, changes in ((0.99, False), (0.97, True)):
+        time = lambda launches, gain=gain: 1.0 if launches[0].config == present else gain  # noqa: E731
+        (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((4, 5, 32),)), ON, time)
+        assert (tuned.config != present) == changes
+
+
+def test_a_candidate_that_changes_results_is_refused():
+    def run():
+        table = CONFIGS["gather_rows"]
+        (_, config), *_ = table.get(architecture(ON), table["default"])
+        for work in honest:
+            work.run()
+        return (torch.ones(3) * (1.01 if config.num_warps == 16 else 1.0),)
+
+    honest = works_of("gather_rows", ON, ((4, 5, 32),))
+    dishonest = [Work("gather_rows", 160, run)]
+    with pytest.raises(WrongResult, match=r"gather_rows with LaunchConfig\(.*num_warps=16.* by 1.0e-02"):
+        tuning.tune("gather_rows", dishonest, ON, lambda launches: 1.0)
+
+
+def test_a_candidate_that_cannot_be_launched_is_passed_over():
+    told = []
+
+    def time(launches):
+        if launches[0].config.num_warps == 8:
+            raise RuntimeError("out of resource: registers")
+        return 1.0 if launches[0].config.num_warps == 4 else 0.5
+
+    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((4, 5, 32),)), ON, time, told.append)
+    assert tuned.config.num_warps == 16
+    assert told
+    assert all("num_warps=8" in line and "out of resource: registers" in line for line in told)
+
+
+@pytest.mark.parametrize("op", CONFIGS)
+def test_candidates_fit_their_kernel(op):
+    for largest, present in CONFIGS[op]["default"]:
+        grid = list(candidates(op, present))
+        assert len(set(grid)) == len(grid) > 2
+        for config in grid:
+            assert 8 <= config.tile / (32 * config.num_warps) <= 64
+            assert config.num_stages == present.num_stages
+            if op in ("residual_add_norm_fwd", "residual_add_norm_bwd"):
+                assert config.max_columns >= largest, "a tile holds whole rows"
+            if op == "residual_add_norm_bwd_wide":
+                assert config.tile == config.max_columns, "one row at a time"
+
+
+def test_the_source_evaluates_to_what_was_found():
+    found = [
+        Tuned("residual_add_fwd", 2**31, LaunchConfig(4096, 1024, 8), 0.9, 5),
+        Tuned("residual_add_norm_bwd", 512, LaunchConfig(1024, 1024, 4, tiles=16), 0.8, 9),
+        Tuned("residual_add_norm_bwd", 4096, LaunchConfig(8192, 4096, 16, 2, 8), 0.7, 9),
+    ]
+    source = table_source(found, ON, "a GPU")
+    assert source.startswith("# a GPU\n{")
+    table, name = eval(source, {"LaunchConfig": LaunchConfig}), architecture(ON)
+    others = dict(CONFIGS["residual_add_norm_bwd"]["default"])
+    assert table == {
+        "residual_add_fwd": {name: ((2**31, LaunchConfig(4096, 1024, 8)),)},
+        "residual_add_norm_bwd": {name: tuple((others | {512: found[1].config, 4096: found[2].config}).items())},
+    }
+    assert [largest for largest, _ in table["residual_add_norm_bwd"][name]] == sorted(others)
+    assert eval(table_source([], ON), {}) == {}
+
+
+def test_the_search_goes_on_after_a_wrong_result(monkeypatch, capsys):
+    def tuned(op, works, device, time, tell):
+        if op == "residual_add_fwd":
+            raise WrongResult("it differs")
+        if op == "sum_partials":
+            raise KeyboardInterrupt
+        return [Tuned(op, 2**31, LaunchConfig(1024, 1024, 4), 0.5, 7)]
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    monkeypatch.setattr(tune, "works_of", lambda op, device: [])
+    found, code = tune.search(["residual_add_fwd", "gather_rows"], ON, small_and_few)
+    assert ([each.op for each in found], code) == (["gather_rows"], 1)
+    assert "not tuned: it differs" in capsys.readouterr().err
+    found, code = tune.search(["gather_rows", "sum_partials", "invert_rows"], ON, small_and_few)
+    assert ([each.op for each in found], code) == (["gather_rows"], 130)
+
+
+def test_tune_prints_the_table(monkeypatch, capsys):
+    """The whole command, with the CPU in the place of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Device, "of", lambda kind: Device(ON, "a GPU", 1))
+    monkeypatch.setattr(tune, "flushed_time", lambda device: small_and_few)
+    monkeypatch.setattr(tune, "works_of", lambda op, device: works_of(op, device, TINY[op], torch.float32))
+    assert main(["tune", "--op", "gather_rows", "invert_rows"]) == 0
+    printed = capsys.readouterr()
+    table = eval(printed.out, {"LaunchConfig": LaunchConfig})
+    assert list(table) == ["gather_rows", "invert_rows"]
+    assert table["gather_rows"][architecture(ON)] == CONFIGS["gather_rows"]["default"], "on so few rows they are equal"
+    assert re.search(r"# a GPU, .*torch \d.*triton \d", printed.out)
+    assert "gather_rows up to 2147483648: 1.000 × the present time" in printed.err
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("options", [[], ["--device", "cuda"], ["--op", "gather_rows"]])
+def test_without_a_gpu_tune_says_so(options, capsys):
+    assert main(["tune", *options]) == 2
+    assert "tune needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_times_are_of_the_device(capsys):
+    time = tune.flushed_time(Device.of("cuda"))
+    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((64, 64, 256),)), ON, time)
+    assert 0 < tuned.ratio <= 1
+
+
+# Sanitize
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A machine with a GPU and a compute-sanitizer in which initcheck finds something."""
+    found = []
+
+    def run(command, **how):
+        found.append((command, how["env"]))
+        return subprocess.CompletedProcess(command, int("initcheck" in command))
+
+    monkeypatch.setattr(sanitize, "shutil", types.SimpleNamespace(which=lambda name: f"/bin/{name}"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.subprocess, "run", run)
+    return found
+
+
+def test_sanitize_runs_every_tool_over_the_kernel_tests(runs, capsys):
+    assert main(["sanitize"]) == 1
+    assert capsys.readouterr().out.endswith("failed: initcheck\n")
+    tools = [command[command.index("--tool") + 1] for command, _ in runs]
+    assert tools == ["memcheck", "racecheck", "initcheck"]
+    for command, environment in runs:
+        assert command[0] == "/bin/compute-sanitizer"
+        assert command[command.index("--error-exitcode") + 1] != "0"
+        assert command[-1] == "tests/kernels"
+        assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    memcheck, _, initcheck = (command for command, _ in runs)
+    assert "kernel_substring=_residual_add_fwd_kernel" in memcheck
+    assert not any("kernel" in part for part in initcheck[:-1]), "torch's kernels write what ours read"
+    assert main(["sanitize", "--tool", "memcheck", "--tests", "tests/gpu"]) == 0
+    assert runs[-1][0][-1] == "tests/gpu"
+
+
+def test_sanitize_says_what_is_missing(runs, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["sanitize"]) == 2
+    assert "can't sanitize: this machine, or this torch, has no cuda device" in capsys.readouterr().err
+    monkeypatch.setattr(sanitize, "shutil", types.SimpleNamespace(which=lambda name: None))
+    assert main(["sanitize"]) == 2
+    assert "compute-sanitizer isn't on the PATH" in capsys.readouterr().err
+    assert not runs
