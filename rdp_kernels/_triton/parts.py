@@ -39,6 +39,19 @@ def standing(inverse_ptr, b, exists, num_rows):
 
 
 @triton.jit
+def branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE: tl.constexpr):
+    """Of samples b: where they stand among a branch's rows, whether they do, whether that row is read, its scale."""
+    k = standing(inverse_ptr, b, exists, num_rows)
+    takes_part = exists & (k < num_rows)
+    reads = takes_part
+    factor = tl.full(b.shape, 1.0, COMPUTE) * scale
+    if row_scale_ptr is not None:
+        factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
+        reads = reads & (factor != 0)
+    return k, takes_part, reads, factor
+
+
+@triton.jit
 def place(b, p, n, row_stride, width):
     """Offsets of columns n at positions p of samples b, in 64 bits."""
     return (b.to(tl.int64) * row_stride + p.to(tl.int64) * width)[:, None] + n[None, :]

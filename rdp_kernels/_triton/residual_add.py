@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import kernel, load_gamma, load_parts, place, standing, store_parts
+from .parts import branch_rows, kernel, load_gamma, load_parts, place, standing, store_parts
 
 
 @kernel
@@ -51,12 +51,7 @@ def _residual_add_fwd_kernel(
     exists, in_width = m < num_positions, (n < width)[None, :]
     b, p = m // positions, m % positions
 
-    k = standing(inverse_ptr, b, exists, num_rows)
-    reads = exists & (k < num_rows)
-    factor = tl.full([BLOCK_M], 1.0, COMPUTE) * scale
-    if row_scale_ptr is not None:
-        factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
-        reads = reads & (factor != 0)
+    k, _, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
     touched = exists
     if next_inverse_ptr is not None or next_ptr is not None or frozen_next_ptr is not None:
         j = standing(next_inverse_ptr, b, exists, num_next_rows)
@@ -138,13 +133,7 @@ def _residual_add_bwd_kernel(
         m = (row_block * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = m < num_positions
         b, p = m // positions, m % positions
-        k = standing(inverse_ptr, b, exists, num_rows)
-        takes_part = exists & (k < num_rows)
-        reads = takes_part
-        factor = tl.full([BLOCK_M], 1.0, COMPUTE) * scale
-        if row_scale_ptr is not None:
-            factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
-            reads = reads & (factor != 0)
+        k, takes_part, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         changed = reads
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
             j = standing(next_inverse_ptr, b, exists, num_next_rows)

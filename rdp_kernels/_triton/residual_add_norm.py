@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import kernel, load_parts, place, standing, store_parts
+from .parts import branch_rows, kernel, load_parts, place, standing, store_parts
 
 
 @kernel
@@ -59,12 +59,7 @@ def _residual_add_norm_fwd_kernel(
     goes_on = exists & (j < num_next_rows)
     touched, reads = goes_on, goes_on
     if out_ptr is not None:
-        k = standing(inverse_ptr, b, exists, num_rows)
-        reads = exists & (k < num_rows)
-        factor = tl.full([BLOCK_M], 1.0, COMPUTE) * scale
-        if row_scale_ptr is not None:
-            factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
-            reads = reads & (factor != 0)
+        k, _, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         touched = exists
         if IN_PLACE:
             touched = reads | goes_on
@@ -156,15 +151,7 @@ def _residual_add_norm_bwd_kernel(
         b, p = m // positions, m % positions
         j = standing(next_inverse_ptr, b, exists, num_saved)
         has_norm = exists & (j < num_saved)
-        takes_part = has_norm
-        if branch_ptr is not None or dbranch_ptr is not None or dfrozen_ptr is not None:
-            k = standing(inverse_ptr, b, exists, num_rows)
-            takes_part = exists & (k < num_rows)
-        reads = takes_part
-        factor = tl.full([BLOCK_M], 1.0, COMPUTE) * scale
-        if row_scale_ptr is not None:
-            factor = tl.load(row_scale_ptr + k, mask=reads, other=0.0).to(COMPUTE)
-            reads = reads & (factor != 0)
+        k, takes_part, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             has_norm = has_norm & reads
 
