@@ -43,9 +43,9 @@ class Norm:
 
         `thaw`: parameters that learn although they don't require grad now; the module's own call sees to them.
         """
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _is_plain(module):
-            return cls()
         if thaw or torch.compiler.is_compiling():
+            return cls()
+        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _is_plain(module):
             return cls()
         if list(module.normalized_shape) != [x.shape[-1]] or x.dim() < 2 or not _keeps_dtype(module, x):
             return cls()

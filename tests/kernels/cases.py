@@ -143,7 +143,7 @@ _LAYOUTS = st.tuples(
 )
 # Hypothesis is fond of ends and of short lists; empty tensors are to be some cases, not half of them.
 _BATCH_SIZES = [3, 1, 2, 4, 5, 2, 3, 4, 5, 6, 0]
-_MIDDLES = [(), (), (3,), (2,), (5,), (1,), (2, 3), (3, 2), (1, 2), (3, 1), (2, 2), (0,), (2, 0)]
+_MIDDLES = [(), (), (3,), (2,), (5,), (1,), (2, 3), (3, 2), (1, 2), (3, 1), (2, 2), (0,), (2, 0), (2, 1, 3)]
 _WIDTHS = {
     "tuned": [1, 2, 3, 5, 7, 13, 16, 33, 64, 197],
     "small": [1, 3, 5, 13, 16, 17, 33, 65, 100],

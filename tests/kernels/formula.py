@@ -48,9 +48,8 @@ def add(t: Operands, case: Case, row_scale: Scale) -> Tensor:
             continue
         update = scaled(branch, scale)
         if gamma is not None:
-            update = (
-                gamma.view([-1 if d == case.channel_dim % branch.dim() else 1 for d in range(branch.dim())]) * update
-            )
+            channel = case.channel_dim % branch.dim()
+            update = gamma.view([-1 if d == channel else 1 for d in range(branch.dim())]) * update
         if out is None:
             out = update
         elif rows is None:
@@ -65,7 +64,7 @@ def scaled(branch: Tensor, scale: Scale) -> Tensor:
     if scale is None:
         return branch
     if not isinstance(scale, Tensor):
-        return torch.where(torch.tensor(scale != 0), branch, 0.0) * scale
+        return branch * scale if scale != 0 else torch.zeros_like(branch)
     scale = scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
     return torch.where(scale != 0, branch, 0.0) * scale
 

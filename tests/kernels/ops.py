@@ -8,6 +8,7 @@ import rdp_kernels as rdp
 from rdp_kernels.ops.tail import run_tail
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next, Operands, Results
+from tests.conftest import DEVICE
 
 from .cases import Case
 from .values import index, row_scale_of
@@ -62,12 +63,21 @@ def joint(t: Operands, case: Case) -> Results:
     """The node of a path's tail and the next one's head, as a chain of paths runs it."""
     add = following = None
     if case.adds:
-        rows = None if case.rows is None else RowSet(index(case.rows, case), len(case.learning))
+        rows = None if case.rows is None else _row_set(case.rows, len(case.learning), case)
         scale = row_scale_of(case)
         of_rows = isinstance(scale, torch.Tensor)
         number = 1.0 if of_rows or scale is None else scale
         add = Add(rows, number, scale if of_rows else None, case.channel_dim, case.activation)
     if case.follows:
-        rows = None if case.next_rows is None else RowSet(index(case.next_rows, case), len(case.next_parts[0]))
+        rows = None if case.next_rows is None else _row_set(case.next_rows, len(case.next_parts[0]), case)
         following = Next(rows, case.norm, case.eps if case.norm else 0.0, case.constant)
     return run_tail("path", t, add, following)
+
+
+def _row_set(rows: tuple[int, ...], num_learning: int, case: Case) -> RowSet:
+    """As a plan makes it, with the inverse, or without."""
+    if case.seed % 2:
+        return RowSet(index(rows, case), num_learning)
+    others = [row for row in range(case.shape[0]) if row not in rows]
+    order = torch.tensor([*rows, *others], dtype=torch.int64)
+    return RowSet(index(rows, case), num_learning, order.argsort().to(DEVICE))

@@ -131,9 +131,10 @@ def test_sums_have_the_same_bits_every_time(backend, call, dtype):
 
 
 @EACH
-def test_without_grad(backend, op, case):
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_grad(backend, op, case, without):
     operands = operands_of(case)
-    with torch.no_grad():
+    with without():
         results = op(operands, case)
     expected = op(operands, case)
     for name, result, with_grad in zip(results._fields, results, expected, strict=True):

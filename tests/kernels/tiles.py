@@ -13,8 +13,10 @@ from unittest import mock
 
 @contextlib.contextmanager
 def cut(how: str) -> Iterator[None]:
-    """ "tuned": by the table; "small": several tiles a program, rows and columns cut; "wide": so, and the norm's
-    backward goes through each row in pieces, as for thousands of channels."""
+    """Args:
+    how: "tuned", by the table; "small", several tiles a program, rows and columns cut; "wide", so, and the norm's
+        backward goes through each row in pieces, as for thousands of channels.
+    """
     if how == "tuned":
         yield
         return

@@ -35,7 +35,9 @@ def operands_of(case: Case) -> Operands:
         values = values._replace(branch=values.branch[:1].expand(values.branch.shape))
     if case.activation == "relu":
         values = _away_from_zero(values, case, generator)
-    values = values._replace(branch=_dropped_rows_are_nan(values.branch, case))
+    values = values._replace(
+        branch=_dropped_rows_are_nan(values.branch, case), frozen=_dropped_rows_are_nan(values.frozen, case)
+    )
 
     wanted = case.operands if case.wanted is None else case.wanted
     leaves = {}
@@ -118,7 +120,7 @@ def _dropped_rows_are_nan(branch: Tensor | None, case: Case) -> Tensor | None:
         return branch
     if not isinstance(scale, Tensor):
         return torch.full_like(branch, torch.inf) if scale == 0 else branch
-    dropped = (scale[: len(branch)].cpu() == 0).view(-1, *[1] * (branch.dim() - 1))
+    dropped = (scale.cpu() == 0).view(-1, *[1] * (branch.dim() - 1))
     return branch if not dropped.any() else branch.masked_fill(dropped, torch.nan if case.seed % 2 else torch.inf)
 
 
