@@ -72,7 +72,7 @@ class _Tensors:
             run, width = self.gather, math.prod(self.residual.shape[1:])
         else:
             assert op == "invert_rows", op
-            run, width = self.invert, 1
+            run, width = self.invert, self.batch
         return Work(op, width, lambda: tuple(t for t in run() if t is not None), sums)
 
     def forward(self) -> Results:
