@@ -69,8 +69,11 @@ CUDA = (
 )
 TOKENS, WIDE, SHORT = (32, 197, 384), (8, 257, 1536), (64, 50, 768)
 FULL = (
-    Setting(DENSE, TOKENS, 26),
-    Setting(DENSE, TOKENS, 16),
+    *(Setting(DENSE, TOKENS, kept) for kept in (32, 26, 16)),
+    *(Setting(DENSE, WIDE, kept) for kept in (8, 6, 4)),
+    *(Setting(DENSE, SHORT, kept) for kept in (64, 51, 32)),
+    Setting(DENSE, TOKENS, 26, BF16),
+    Setting(DENSE, WIDE, 6, BF16),
     Setting(DENSE, SHORT, 51, BF16),
     Setting(ROWS, TOKENS, 16),
     Setting(ROWS, WIDE, 5),

@@ -15,12 +15,14 @@ import torch._functorch.config
 from torch import Tensor
 
 import rdp_kernels as rdp
+from rdp_kernels import _native
 
 from .harness import Capture, Check, Provider, told
 from .op_bytes import Moved, count_bytes
 from .op_kinds import Op, Tensors
 
-EAGER, OURS, OURS_EAGER, XFORMERS = "eager", "ours triton", "ours eager", "xformers"
+EAGER, OURS_EAGER, XFORMERS = "eager", "ours eager", "xformers"
+OURS, OURS_NATIVE = "ours triton", "ours native"
 INTERPRETED = "on the CPU only Triton's interpreter runs the kernels, and that isn't timed"
 COMPILER = "inductor"
 TINY = 1e-30
@@ -161,9 +163,12 @@ def ways_of(op: Op, sets: Sets, interpreted: bool = False) -> list[Way]:
         Way(op.compiled, compiled, op.compiled_moves.times(op.sample_bytes), reason),
         Way(OURS_EAGER, ours_eager, _counted(ours_eager)),
     ]
-    reason = why_no_triton(op.device, interpreted)
-    ours = Runner(on_backend("triton", op.ours), sets, ours=True)
-    ways.append(Way(OURS, None if reason else ours, unavailable=reason))
+    for name, backend, reason in (
+        (OURS, "triton", why_no_triton(op.device, interpreted)),
+        (OURS_NATIVE, "native", why_no_native(op)),
+    ):
+        ours = Runner(on_backend(backend, op.ours), sets, ours=True)
+        ways.append(Way(name, None if reason else ours, unavailable=reason))
     if op.has_xformers:
         there = find_spec("xformers") is not None
         others, reason = _available(lambda: op.xformers, sets) if there else (None, "xformers is not installed")
@@ -192,6 +197,10 @@ def why_no_triton(device: torch.device, interpreted: bool = False) -> str | None
     if device.type == "cpu" and not interpreted:
         return INTERPRETED
     return rdp.available_backends()["triton"]
+
+
+def why_no_native(op: Op) -> str | None:
+    return _native.why_not_kind(op.device, [op.setting.dtype], 1 if op.norm else None, forced=True)
 
 
 def on_backend(name: str, compute: Compute) -> Compute:

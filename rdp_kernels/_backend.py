@@ -8,6 +8,7 @@ serve the call, else the eager reference; the logger `rdp_kernels` tells at leve
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -16,13 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _native, _triton
 from ._checks import check_choice
 
-_LIBRARIES = {"triton": _triton}
-_CHOICES = ("auto", "eager", "triton", "native")
-WIDEST_NORM = _triton.MAX_NORM_WIDTH
-_NO_NATIVE = "this version of rdp_kernels has no C++ or CUDA kernels yet"
+_LIBRARIES = {"native": _native, "triton": _triton}
+_CHOICES = ("auto", "eager", *_LIBRARIES)
+_FIRST_ON_CPU = {} if _native.unavailable() else dict.fromkeys(("auto", "native"), _native.kernels())
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
 _log = logging.getLogger("rdp_kernels")
@@ -31,8 +31,7 @@ _logged: set[tuple[str, str, str]] = set()
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name with None where it can be used, else the reason why not."""
-    libraries = {name: library.unavailable() for name, library in _LIBRARIES.items()}
-    return {"eager": None, **libraries, "native": _NO_NATIVE}
+    return {"eager": None} | {name: library.unavailable() for name, library in _LIBRARIES.items()}
 
 
 @contextlib.contextmanager
@@ -40,7 +39,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
 
     `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the
-    reason, on a call that it can't serve. The environment variable `RDP_BACKEND` sets the same for a whole process.
+    reason, on a call that it can't serve. The environment variable `RDP_BACKEND`, which is read once, sets the same for
+    a whole process.
     Raises `ValueError` for an unknown name and `RuntimeError`, with the reason, for a backend that is not available.
     """
     global _chosen
@@ -81,25 +81,44 @@ def kernels_for(
     return None
 
 
-def compiles_to_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Under `torch.compile`, once for a graph: whether `op` becomes a registered op of the Triton kernels. Raises as
-    `kernels_for` does."""
+def compiled_kernels(
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None
+) -> str | None:
+    """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops."""
     chosen = _choice()
     if chosen == "eager":
-        return False
-    reason = _triton.why_not_kind(device, dtypes, forced=chosen == "triton")
-    if reason is not None and chosen == "triton":
-        raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
-    return reason is None
+        return None
+    for name, library in _LIBRARIES.items():
+        if chosen not in ("auto", name):
+            continue
+        reason = library.why_not_kind(device, dtypes, norm_width, forced=chosen == name)
+        if reason is None:
+            return name
+        if chosen == name:
+            raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
+    return None
 
 
 # What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
-compiles_to_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+compiled_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def kernels_named(name: str) -> ModuleType:
+    """Those of a library."""
+    return _LIBRARIES[name].kernels()
+
+
+def cpu_kernels() -> ModuleType | None:
+    """The compiled library's, where it comes first for CPU tensors: asked before all else, at every call."""
+    return _FIRST_ON_CPU.get(_from_environment() if _chosen is None else _chosen)
 
 
 def _choice() -> str:
-    if _chosen is not None:
-        return _chosen
+    return _from_environment() if _chosen is None else _chosen
+
+
+@functools.cache
+def _from_environment() -> str:
     chosen = os.environ.get("RDP_BACKEND", "auto")
     _require("RDP_BACKEND", chosen)
     return chosen

@@ -115,15 +115,20 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
         )
     if following is None:
         return Results(residual)
-    parts = [residual]
-    if following.rows is not None:
-        residual, *parts = _fork_rows(residual, following)
-    if following.norm is not None:
-        for part, x in enumerate(parts):
-            if part == 1:  # the weights are constants for frozen rows
-                weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-            parts[part] = normalise(x, weight, bias, following.norm, following.eps)
-    return Results(residual, *parts)
+    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following)
+    return normalised(Results(*forked), weight, bias, following)
+
+
+def normalised(results: Results, weight: Tensor | None, bias: Tensor | None, following: Next) -> Results:
+    """With the norm, where `following` has one, over the next branch's rows. It is a constant for frozen ones."""
+    if following.norm is None:
+        return results
+    rows = normalise(results.next, weight, bias, following.norm, following.eps)
+    frozen_rows = results.frozen_next
+    if frozen_rows is not None:
+        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+        frozen_rows = normalise(frozen_rows, weight, bias, following.norm, following.eps)
+    return results._replace(next=rows, frozen_next=frozen_rows)
 
 
 def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:

@@ -16,9 +16,9 @@ from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
-from .results import Context, context_of, empty_gradients, empty_results, part_sizes
+from ..results import Context, context_of, empty_gradients, empty_results, part_sizes
 from .rows import _gather_rows_kernel, _invert_rows_kernel
-from .tiling import Tiling
+from ..layout import Tiling
 
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""

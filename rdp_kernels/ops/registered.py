@@ -1,4 +1,4 @@
-"""The kernels as registered ops, `rdp::triton_tail` and its backward: what `torch.compile` and export put into a graph.
+"""The kernels as registered ops, `rdp::tail` and its backward: what `torch.compile` and export put into a graph.
 
 Schemas know no dataclasses: `_spell` and `_read` turn a call into a flat list of arguments and back. A tensor that
 there isn't is an empty one among the results.
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._triton.results import Context, context_of, empty_gradients, empty_results
-from .._triton.tiling import Layout
+from .._backend import kernels_named
+from ..results import Context, context_of, empty_gradients, empty_results
+from ..layout import Layout
 from ..rows import RowSet
 from ..tail import Add, Next, Operands, Results
 
@@ -23,19 +23,19 @@ _SPEC = (
     "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
     "float eps, str? constant"
 )
-_FORWARD = f"triton_tail({_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_FORWARD = f"tail(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    "triton_tail_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
+    "tail_backward(str library, Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
     f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? x_hat, Tensor? rstd, {_SPEC}, SymInt[] shape, int[] order, "
     "ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NUM_OPERANDS, _NUM_SPEC = 6, 15
 
 
-def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
-    """As `run_tail`, on kernels."""
+def tail(library: str, operands: Operands, add: Add | None, following: Next | None) -> Results:
+    """As `run_tail`, on the kernels of a library."""
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    results = torch.ops.rdp.triton_tail(*operands, *_spell(add, following), saves)
+    results = torch.ops.rdp.tail(library, *operands, *_spell(add, following), saves)
     next_rows = None if following is None else following.rows
     return Results(
         out=operands.residual if add is None else results[0],
@@ -87,27 +87,28 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None
     return operands, add, following, num_saved, stream
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     operands, add, following, num_saved, stream = _forward_arguments(arguments)
-    results, _ = _triton.kernels().tail_fwd(operands, add, following, num_saved)
+    results, _ = kernels_named(library).tail_fwd(operands, add, following, num_saved)
     return _fill(results, stream)
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_fake(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     operands, add, following, num_saved, stream = _forward_arguments(arguments)
     context = context_of(operands, None if following is None else following.norm, None)
     return _fill(empty_results(context, add, following, num_saved), stream)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    operands, add, following, num_saved, stream = _forward_arguments(inputs)
+    ctx.library, *arguments = inputs
+    operands, add, following, num_saved, stream = _forward_arguments(tuple(arguments))
     context = context_of(operands, None if following is None else following.norm, None)
     ctx.geometry = (
         list(context.shape),
         list(context.layout.order),
         [stream.dtype if t is None else t.dtype for t in operands],
     )
-    spec = inputs[_NUM_OPERANDS:-1]
+    spec = arguments[_NUM_OPERANDS:-1]
     ctx.spec = [None if isinstance(value, Tensor) else value for value in spec]
     ctx.save_for_backward(
         operands.branch if operands.gamma is not None and operands.gamma.requires_grad else None,
@@ -122,7 +123,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     branch, gamma, weight, bias, out, x_hat, rstd, *spec_tensors = ctx.saved_tensors
     spec = tuple(value if t is None else t for value, t in zip(ctx.spec, spec_tensors, strict=True))
     add, following = _read(spec)
-    wanted = list(ctx.needs_input_grad[:_NUM_OPERANDS])
+    wanted = list(ctx.needs_input_grad[1 : _NUM_OPERANDS + 1])
     dout, dnext, dfrozen_next = gradients[:3]
     if following is None or following.constant == "all":
         dnext = dfrozen_next = None
@@ -131,14 +132,14 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if add is None:
         dout = None  # the stream went past the op
     passes = wanted[0] and out is None and dnext is None and dfrozen_next is None
-    grads = torch.ops.rdp.triton_tail_backward(
-        dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, x_hat, rstd,
+    grads = torch.ops.rdp.tail_backward(
+        ctx.library, dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, x_hat, rstd,
         *spec, *ctx.geometry, [False, *wanted[1:]] if passes else wanted,
     )  # fmt: skip
     found = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
     if passes:
         found[0] = dout  # an op may not return its argument
-    return *found, *[None] * (_NUM_SPEC + 1)
+    return None, *found, *[None] * (_NUM_SPEC + 1)
 
 
 def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -152,13 +153,13 @@ def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return context, operands, results, gradients, add, following, Operands(*wanted), like
 
 
-def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _run_backward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     *call, like = _backward_arguments(arguments)
-    grads = _triton.kernels().tail_bwd(*call)
+    grads = kernels_named(library).tail_bwd(*call)
     return _fill(tuple(g if w else None for g, w in zip(grads, call[-1], strict=True)), like)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     context, _, _, _, add, _, wanted, like = _backward_arguments(arguments)
     grads = empty_gradients(context, add, wanted)
     if wanted.residual:
@@ -169,8 +170,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 _LIBRARY = torch.library.Library("rdp", "DEF")
 _LIBRARY.define(_FORWARD)
 _LIBRARY.define(_BACKWARD)
-_LIBRARY.impl("triton_tail", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("triton_tail_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("rdp::triton_tail", _forward_fake)
-torch.library.register_fake("rdp::triton_tail_backward", _backward_fake)
-torch.library.register_autograd("rdp::triton_tail", _backward, setup_context=_setup_context)
+_LIBRARY.impl("tail", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("tail_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("rdp::tail", _forward_fake)
+torch.library.register_fake("rdp::tail_backward", _backward_fake)
+torch.library.register_autograd("rdp::tail", _backward, setup_context=_setup_context)

@@ -7,6 +7,7 @@ from torch import Tensor
 from .._checks import check_residual_add, check_rows, check_stream
 from ..rows import RowSet
 from ..tail import Add, Operands
+from . import direct
 from .tail import run_tail
 
 
@@ -35,6 +36,9 @@ def residual_add(
     Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or `TypeError` naming the
     argument; values of `rows` are checked where they are on the CPU.
     """
+    out = direct.residual_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
+    if out is not None:
+        return out
     if rows is not None:
         stream = check_stream("residual", residual)
         check_rows("rows", rows, stream.shape[0], stream.device)

@@ -21,16 +21,29 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
     way; an op of ours would stand in its way. Rows and norms stay ours there, as registered ops.
     """
+    kernels = None
     if not torch.compiler.is_compiling():
         kernels = library_for(op, operands, add, following)
-        return reference.tail(operands, add, following) if kernels is None else Tail(kernels, add, following)(operands)
-    dense = following is None and add is not None and add.rows is None
-    stream = operands.branch if operands.residual is None else operands.residual
-    dtypes = tuple(t.dtype for t in operands if t is not None)
-    too_wide = following is not None and following.norm is not None and stream.shape[-1] > _backend.WIDEST_NORM
-    if dense or too_wide or not _backend.compiles_to_kernels(op, stream.device, dtypes):
+        if kernels is not None:
+            return Tail(kernels, add, following)(operands)
+    elif following is not None or add is None or add.rows is not None:
+        stream = operands.branch if operands.residual is None else operands.residual
+        dtypes = tuple(t.dtype for t in operands if t is not None)
+        library = _backend.compiled_kernels(op, stream.device, dtypes, _norm_width(stream, following))
+        if library is not None:
+            return registered.tail(library, operands, add, following)
+    if following is None or following.norm is None or (add is None and following.rows is None):
         return reference.tail(operands, add, following)
-    return registered.tail(operands, add, following)
+    # No kernel has this norm: torch's, after what kernels there are for the rest.
+    rest = None if following.rows is None else Next(following.rows, constant=following.constant)
+    results = run_tail(op, operands._replace(weight=None, bias=None), add, rest)
+    if rest is None:
+        results = results._replace(next=results.out)
+    return reference.normalised(results, operands.weight, operands.bias, following)
+
+
+def _norm_width(stream: Tensor, following: Next | None) -> int | None:
+    return None if following is None or following.norm is None else stream.shape[-1]
 
 
 def library_for(
@@ -39,9 +52,8 @@ def library_for(
     """The kernels that serve a call; None for the eager reference. Not `required`: None also where the backend that was
     asked for by name can't serve it."""
     stream = operands.branch if operands.residual is None else operands.residual
-    norm_width = None if following is None or following.norm is None else stream.shape[-1]
     row_scale = None if add is None else add.row_scale
-    return _backend.kernels_for(op, stream, *operands, row_scale, norm_width=norm_width, required=required)
+    return _backend.kernels_for(op, stream, *operands, row_scale, norm_width=_norm_width(stream, following), required=required)
 
 
 class Tail:
@@ -119,8 +131,13 @@ class _Tail(torch.autograd.Function):
             # What a norm's backward gives depends on the stream, and nothing that is saved tells autograd so.
             through_norm = x_hat is not None and any(ctx.needs_input_grad[1:5])
             stand_in = torch.empty(0, requires_grad=True) if through_norm else None
-            grads = _DifferentiableOnce.apply(*grads, *douts, branch, gamma, weight, out, stand_in)[: len(grads)]
+            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, stand_in))
         return None, *grads
+
+
+def differentiable_once(grads: tuple, sources: tuple) -> tuple:
+    """Gradients that depend on `sources`, which raise when these ask for their own."""
+    return _DifferentiableOnce.apply(*grads, *sources)[: len(grads)]
 
 
 class _DifferentiableOnce(torch.autograd.Function):

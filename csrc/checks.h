@@ -1,0 +1,258 @@
+// Tensors as what `tail.h` takes. Every check that keeps a kernel inside its tensors is here; each error names the
+// argument, what came and what is wanted.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "tail.h"
+
+namespace rdp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t MAX_DIMS = 16;
+
+inline std::string shown(const int64_t* values, int64_t count) {
+  std::string text = "[";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
+inline std::string shape_of(const Tensor& tensor) { return shown(tensor.sizes().data(), tensor.dim()); }
+
+inline Dtype dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+  }
+  return Dtype::float32;
+}
+
+inline ScalarType scalar_type_of(Dtype dtype) {
+  constexpr ScalarType types[NUM_DTYPES] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
+                                            ScalarType::Half};
+  return types[int(dtype)];
+}
+
+// The shape of a sample and the order of its dimensions in memory, taken from the first tensor of a call: all others
+// have to agree. A sample lies in one piece; samples may be any distance apart.
+class SampleLayout {
+ public:
+  SampleLayout(const char* name, const Tensor& like) : dim_(like.dim()), device_(like.get_device_index()) {
+    is_cuda_ = like.is_cuda();
+    STD_TORCH_CHECK(is_cuda_ || like.is_cpu(), name, " must be on a CPU or a CUDA device");
+    STD_TORCH_CHECK(dim_ >= 1 && dim_ <= MAX_DIMS, name, " must have 1 to ", MAX_DIMS, " dimensions, got ", dim_);
+    const int64_t *sizes = like.sizes().data(), *strides = like.strides().data();
+    std::copy_n(sizes, dim_, sizes_.begin());
+    for (int64_t d = 0; d < dim_; ++d) order_[d] = d;
+    for (int64_t d = 2; d < dim_; ++d) {  // by falling stride; equal ones, as of size 1, stay as they are
+      const int64_t moved = order_[d];
+      int64_t at = d;
+      for (; at > 1 && strides[order_[at - 1]] < strides[moved]; --at) order_[at] = order_[at - 1];
+      order_[at] = moved;
+    }
+    for (int64_t d = 1; d < dim_; ++d) sample_size_ *= sizes_[d];
+    check_dense(name, like);
+  }
+
+  int64_t batch_size() const { return sizes_[0]; }
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t d) const { return sizes_[d]; }
+  bool is_cuda() const { return is_cuda_; }
+  int32_t device() const { return device_; }
+
+  // `channel_dim`: that of γ, or 0 where there is none; then a sample is one long row.
+  Geometry geometry(int64_t batch_size, int64_t channel_dim) const {
+    Geometry geometry;
+    geometry.batch_size = batch_size;
+    if (channel_dim == 0) {
+      geometry.width = sample_size_;
+      return geometry;
+    }
+    int64_t outer = 1, inner = 1, d = 1;
+    for (; order_[d] != channel_dim; ++d) outer *= sizes_[order_[d]];
+    for (++d; d < dim_; ++d) inner *= sizes_[order_[d]];
+    geometry.channels = sizes_[channel_dim];
+    geometry.gamma_per_position = inner > 1;
+    geometry.positions = inner > 1 ? outer * geometry.channels : outer;
+    geometry.width = inner > 1 ? inner : geometry.channels;
+    return geometry;
+  }
+
+  Samples samples(const char* name, const Tensor& tensor, int64_t num_rows) const {
+    check_device(name, tensor);
+    bool fits = tensor.dim() == dim_ && tensor.size(0) == num_rows;
+    const int64_t* sizes = tensor.sizes().data();
+    for (int64_t d = 1; fits && d < dim_; ++d) fits = sizes[d] == sizes_[d];
+    if (!fits) {
+      std::array<int64_t, MAX_DIMS> wanted = sizes_;
+      wanted[0] = num_rows;
+      STD_TORCH_CHECK(false, name, " must have shape ", shown(wanted.data(), dim_), ", got ", shape_of(tensor));
+    }
+    check_dense(name, tensor);
+    return {tensor.data_ptr(), tensor.stride(0), dtype_of(name, tensor.scalar_type())};
+  }
+
+  Samples samples(const char* name, const MaybeTensor& tensor, int64_t num_rows) const {
+    return tensor ? samples(name, *tensor, num_rows) : Samples();
+  }
+
+  Vector vector(const char* name, const Tensor& tensor, int64_t size) const {
+    check_device(name, tensor);
+    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have shape [", size, "], got ",
+                    shape_of(tensor));
+    STD_TORCH_CHECK(size <= 1 || tensor.stride(0) == 1, name, " must be contiguous, got stride ", tensor.stride(0));
+    return {tensor.data_ptr(), dtype_of(name, tensor.scalar_type())};
+  }
+
+  // A new tensor of `num_rows` samples in this order.
+  Tensor empty(int64_t num_rows, Dtype dtype) const {
+    std::array<int64_t, MAX_DIMS> sizes = sizes_, strides;
+    sizes[0] = num_rows;
+    int64_t stride = 1;
+    for (int64_t place = dim_ - 1; place >= 0; --place) {
+      strides[order_[place]] = stride;
+      stride *= std::max<int64_t>(sizes[order_[place]], 1);
+    }
+    return empty_strided(sizes.data(), strides.data(), dim_, dtype);
+  }
+
+  Tensor empty_vector(int64_t size, Dtype dtype) const {
+    const int64_t stride = 1;
+    return empty_strided(&size, &stride, 1, dtype);
+  }
+
+  void check_device(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.is_cuda() == is_cuda_ && (is_cuda_ || tensor.is_cpu()) &&
+                        tensor.get_device_index() == device_,
+                    name, " must be on the device of the other tensors");
+  }
+
+ private:
+  Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) const {
+    AtenTensorHandle made = nullptr;
+    const int32_t device_type = is_cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dim, sizes, strides, int32_t(torch::stable::detail::to<int32_t>(torch::stable::detail::from(
+                                 scalar_type_of(dtype)))),
+        device_type, device_, &made));
+    return Tensor(made);
+  }
+
+  void check_dense(const char* name, const Tensor& tensor) const {
+    const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
+    int64_t stride = 1;
+    for (int64_t place = dim_ - 1; place >= 1; --place) {
+      const int64_t d = order_[place];
+      STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == stride, name,
+                      " must be contiguous, or each of its samples in the order of the first tensor's: got shape ",
+                      shape_of(tensor), " with strides ", shown(strides, dim_));
+      stride *= sizes[d];
+    }
+  }
+
+  int64_t dim_, sample_size_ = 1;
+  int32_t device_;
+  bool is_cuda_;
+  std::array<int64_t, MAX_DIMS> sizes_, order_;
+};
+
+// `rows` int64 [K], unique, in [0, batch_size), on the CPU, inverted. `num_learning` negative: all of them.
+class InvertedRows {
+ public:
+  InvertedRows(const char* name, const MaybeTensor& rows, int64_t num_learning, int64_t batch_size) {
+    if (!rows) {
+      num_rows_ = rows_.num_learning = batch_size;
+      return;
+    }
+    num_rows_ = check_rows(name, *rows);
+    STD_TORCH_CHECK(rows->is_cpu(), name, " must be on the CPU");
+    if (num_learning < 0) num_learning = num_rows_;
+    STD_TORCH_CHECK(num_learning <= num_rows_, "the number of learning ", name, " must be at most ",
+                    num_rows_, ", got ", num_learning);
+    int64_t* inverse = few_;
+    if (batch_size > FEW) {
+      many_.resize(batch_size);
+      inverse = many_.data();
+    }
+    std::fill_n(inverse, batch_size, -1);
+    const int64_t* indices = static_cast<const int64_t*>(rows->const_data_ptr());
+    for (int64_t i = 0; i < num_rows_; ++i) {
+      const int64_t row = indices[i];
+      STD_TORCH_CHECK(row >= 0 && row < batch_size, name, " must be in [0, ", batch_size, "), got ", row);
+      STD_TORCH_CHECK(inverse[row] < 0, name, " must not repeat a row, got ", row, " twice");
+      inverse[row] = i;
+    }
+    rows_ = {inverse, num_learning};
+  }
+  InvertedRows(const InvertedRows&) = delete;
+
+  static int64_t check_rows(const char* name, const Tensor& rows) {
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, name,
+                    " must be an int64 tensor of shape [K], got ", torch::headeronly::toString(rows.scalar_type()),
+                    " of shape ", shape_of(rows));
+    STD_TORCH_CHECK(rows.size(0) <= 1 || rows.stride(0) == 1, name, " must be contiguous");
+    return rows.size(0);
+  }
+
+  const Rows& rows() const { return rows_; }
+  int64_t num_learning() const { return rows_.num_learning; }
+  int64_t num_frozen() const { return num_rows_ - rows_.num_learning; }
+  int64_t num_rows() const { return num_rows_; }
+
+ private:
+  static constexpr int64_t FEW = 64;
+  Rows rows_;
+  int64_t num_rows_;
+  int64_t few_[FEW];
+  std::vector<int64_t> many_;
+};
+
+inline Scale scale_of(const SampleLayout& layout, const MaybeTensor& row_scale, double number, int64_t num_rows,
+                      Dtype stream) {
+  Scale scale;
+  scale.number = number;
+  if (row_scale) {
+    scale.per_row = layout.vector("row_scale", *row_scale, num_rows);
+    STD_TORCH_CHECK(scale.per_row.dtype == Dtype::float32 ||
+                        (scale.per_row.dtype == Dtype::float64 && stream == Dtype::float64),
+                    "row_scale must be float32, or float64 where the stream is");
+  }
+  return scale;
+}
+
+// That of γ as a positive number; 0 without γ.
+inline int64_t channel_dim_of(const SampleLayout& layout, bool has_gamma, int64_t channel_dim) {
+  if (!has_gamma) return 0;
+  const int64_t positive = channel_dim < 0 ? channel_dim + layout.dim() : channel_dim;
+  STD_TORCH_CHECK(positive >= 1 && positive < layout.dim(),
+                  "channel_dim must name a dimension of the residual behind its rows, got ", channel_dim, " for ",
+                  layout.dim(), " dimensions");
+  return positive;
+}
+
+template <class... Tensors>
+bool any_float64(const Tensors&... tensors) {
+  return ((tensors && tensors.dtype == Dtype::float64) || ...);
+}
+
+}  // namespace rdp

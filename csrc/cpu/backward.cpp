@@ -1,0 +1,179 @@
+#include <utility>
+
+#include "stored.h"
+#include "tail.h"
+
+namespace rdp::cpu {
+namespace {
+
+// dγ in two stages: partial sums of each work item, in `Acc`, then their sum in float64.
+template <class Acc>
+class GammaSums {
+ public:
+  GammaSums(const TailBackward& call, const Grid& grid, const Pieces<Acc>& pieces)
+      : call_(call), grid_(grid), pieces_(pieces), geometry_(call.geometry) {
+    if (call.dgamma) partials_.reset(new Acc[num_partials() * per_partial()]);
+  }
+
+  // The sums of one work item.
+  class OfItem {
+   public:
+    OfItem(GammaSums& all, int64_t row_block, int64_t column_block)
+        : all_(all), row_block_(row_block), column_block_(column_block) {
+      if (!all.call_.dgamma) return;
+      const Grid& grid = all.grid_;
+      if (all.geometry_.gamma_per_position) {
+        for (int64_t row = grid.first_row(row_block); row < grid.end_row(row_block); ++row) *of_row(row) = 0;
+      } else if (repeated()) {
+        std::fill_n(repeats_.elements, grid.rows_of_piece() * all.geometry_.width, Acc(0));
+      } else {
+        std::fill(columns() + grid.first_column(column_block), columns() + grid.end_column(column_block), Acc(0));
+      }
+    }
+
+    // Where a piece is added to, column by column.
+    Acc* sums_of(const Piece& piece) { return repeated() ? repeats_.elements : columns() + piece.column; }
+
+    void add(const Piece& piece, const Acc* d, const Acc* branch, Acc scale) {
+      const int64_t width = all_.geometry_.width;
+      if (all_.geometry_.gamma_per_position) {
+        for (int64_t start = 0, row = piece.row; start < piece.n; start += width, ++row) {
+          *of_row(row) += all_.pieces_.total(d + start, branch + start, scale, std::min(width, piece.n - start));
+        }
+      } else {
+        all_.pieces_.accumulate(sums_of(piece), d, branch, scale, piece.n);
+      }
+    }
+
+    void finish() {
+      if (!all_.call_.dgamma || all_.geometry_.gamma_per_position || !repeated()) return;
+      const int64_t width = all_.geometry_.width;
+      for (int64_t column = 0; column < width; ++column) {
+        Acc sum = 0;
+        for (int64_t i = 0; i < all_.grid_.rows_of_piece(); ++i) sum += repeats_.elements[i * width + column];
+        columns()[column] = sum;
+      }
+    }
+
+   private:
+    bool repeated() const { return all_.grid_.rows_of_piece() > 1; }
+    Acc* columns() { return all_.partials_.get() + row_block_ * all_.geometry_.width; }
+    Acc* of_row(int64_t row) { return all_.partials_.get() + row * all_.grid_.column_blocks() + column_block_; }
+
+    GammaSums& all_;
+    int64_t row_block_, column_block_;
+    Buffer<Acc> repeats_;
+  };
+
+  void write() const {
+    if (!call_.dgamma) return;
+    const int64_t channels = geometry_.gamma_per_position ? geometry_.channels : geometry_.width;
+    const int64_t blocks = (channels + PIECE - 1) / PIECE;
+    Grid::in_parallel(blocks, num_partials() * per_partial(), [&](int64_t block) {
+      const int64_t from = block * PIECE, n = std::min(PIECE, channels - from);
+      double sums[PIECE] = {};
+      if (geometry_.gamma_per_position) {
+        const int64_t per_row = grid_.column_blocks();
+        for (int64_t first = from; first < grid_.num_rows(); first += channels) {
+          for (int64_t i = 0; i < n * per_row; ++i) sums[i / per_row] += double(partials_[first * per_row + i]);
+        }
+      } else {
+        for (int64_t i = 0; i < num_partials(); ++i) {
+          pieces_.add_partials(sums, partials_.get() + i * channels + from, n);
+        }
+      }
+      best_pieces<double>().store[int(call_.dgamma.dtype)](
+          sums, static_cast<char*>(call_.dgamma.data) + from * size_of(call_.dgamma.dtype), n);
+    });
+  }
+
+ private:
+  int64_t num_partials() const { return geometry_.gamma_per_position ? grid_.num_rows() : grid_.row_blocks(); }
+  int64_t per_partial() const { return geometry_.gamma_per_position ? grid_.column_blocks() : geometry_.width; }
+
+  const TailBackward& call_;
+  const Grid& grid_;
+  const Pieces<Acc>& pieces_;
+  const Geometry& geometry_;
+  std::unique_ptr<Acc[]> partials_;
+};
+
+template <class Acc>
+void run(const TailBackward& call) {
+  const Pieces<Acc>& pieces = best_pieces<Acc>();
+  const Grid grid(call.geometry, bool(call.dgamma) && !call.geometry.gamma_per_position);
+  const Gamma<Acc> gamma(pieces, call.gamma, call.geometry, grid);
+  GammaSums<Acc> sums(call, grid, pieces);
+
+  grid.for_each_item([&](int64_t row_block, int64_t column_block) {
+    typename GammaSums<Acc>::OfItem item(sums, row_block, column_block);
+    Buffer<Acc> x, y, z, combined, result, factors;
+    grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
+      const int64_t sample = piece.sample, place = call.rows.place_of(sample), learning = call.rows.num_learning;
+      const bool learns = place >= 0 && place < learning;
+      const int64_t row = learns ? place : place - learning;
+      const Samples& dbranch = learns ? call.dbranch : call.dfrozen;
+      Acc scale = place < 0 ? Acc(0) : scale_of<Acc>(call.scale, place);
+      const bool wants_update = place >= 0 && dbranch, wants_sum = learns && call.dgamma && scale != 0;
+      if (wants_update && scale == 0) fill_zero(dbranch, row, piece);
+      const bool reads = scale != 0 && (wants_update || wants_sum);
+      if (!call.dresidual && !reads) return;
+
+      const int64_t next_place = call.next_rows.place_of(sample), next_learning = call.next_rows.num_learning;
+      const Samples& from_next = next_place < next_learning ? call.dnext : call.dfrozen_next;
+      const bool has_next = next_place >= 0 && from_next;
+      const int64_t next_row = next_place < next_learning ? next_place : next_place - next_learning;
+      if (!call.dout && !has_next) {
+        if (call.dresidual) fill_zero(call.dresidual, sample, piece);
+        if (reads && wants_update) fill_zero(dbranch, row, piece);
+        return;
+      }
+      const bool changes = call.out || (call.dout && has_next);
+      if (call.dresidual && !changes) {
+        call.dout ? copy(call.dresidual, sample, call.dout, sample, piece)
+                  : copy(call.dresidual, sample, from_next, next_row, piece);
+        if (!reads) return;
+      }
+      const Acc* d = call.dout ? x.read(pieces, call.dout, sample, piece) : nullptr;
+      const Acc* dnext = has_next ? y.read(pieces, from_next, next_row, piece) : nullptr;
+      if (d == nullptr) d = std::exchange(dnext, nullptr);
+      if (changes) {
+        const Acc* out = call.out ? z.read(pieces, call.out, sample, piece) : nullptr;
+        Acc* to = call.dresidual ? combined.target(call.dresidual, sample, piece) : combined.elements;
+        pieces.combine(to, d, dnext, out, piece.n);
+        if (call.dresidual) combined.store(pieces, call.dresidual, sample, piece);
+        d = to;
+      }
+      if (!reads) return;
+      const Acc* update = wants_sum ? z.read(pieces, call.branch, row, piece) : nullptr;
+      if (!wants_update) return item.add(piece, d, update, scale);
+      Acc* to = result.target(dbranch, row, piece);
+      if (wants_sum && call.gamma && !call.geometry.gamma_per_position) {
+        const Acc* factor = gamma.of(piece, scale, factors);
+        pieces.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
+      } else {
+        if (wants_sum) item.add(piece, d, update, scale);
+        const Acc* factor = gamma.of(piece, scale, factors);
+        pieces.scaled(to, d, factor, scale, piece.n);
+      }
+      result.store(pieces, dbranch, row, piece);
+    });
+    item.finish();
+  });
+  sums.write();
+}
+
+}  // namespace
+
+void tail_backward(const TailBackward& call) {
+  if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) {
+    if (call.dgamma) {
+      const int64_t channels = call.geometry.gamma_per_position ? call.geometry.channels : call.geometry.width;
+      std::memset(call.dgamma.data, 0, channels * size_of(call.dgamma.dtype));
+    }
+    return;
+  }
+  call.in_float64 ? run<double>(call) : run<float>(call);
+}
+
+}  // namespace rdp::cpu

@@ -1,0 +1,106 @@
+// Tensors of any dtype as pieces of `Acc`: in place where that is their dtype, else through a buffer.
+#pragma once
+
+#include <cstring>
+#include <memory>
+
+#include "grid.h"
+#include "pieces.h"
+
+namespace rdp::cpu {
+
+template <class Acc>
+constexpr Dtype DTYPE_OF = sizeof(Acc) == 8 ? Dtype::float64 : Dtype::float32;
+
+inline char* address(const Samples& samples, int64_t row, const Piece& piece) {
+  return static_cast<char*>(samples.data) + (row * samples.row_stride + piece.offset) * size_of(samples.dtype);
+}
+
+inline void fill_zero(const Samples& samples, int64_t row, const Piece& piece) {
+  std::memset(address(samples, row, piece), 0, piece.n * size_of(samples.dtype));
+}
+
+// Both of the same dtype.
+inline void copy(const Samples& to, int64_t to_row, const Samples& from, int64_t from_row, const Piece& piece) {
+  char *target = address(to, to_row, piece), *source = address(from, from_row, piece);
+  if (target != source) std::memcpy(target, source, piece.n * size_of(to.dtype));
+}
+
+template <class Acc>
+struct Buffer {
+  alignas(64) Acc elements[PIECE];
+
+  const Acc* read(const Pieces<Acc>& pieces, const Samples& samples, int64_t row, const Piece& piece) {
+    const char* from = address(samples, row, piece);
+    if (samples.dtype == DTYPE_OF<Acc>) return reinterpret_cast<const Acc*>(from);
+    pieces.load[int(samples.dtype)](from, elements, piece.n);
+    return elements;
+  }
+
+  // Where to write a piece, which `store` then brings to its place.
+  Acc* target(const Samples& samples, int64_t row, const Piece& piece) {
+    return samples.dtype == DTYPE_OF<Acc> ? reinterpret_cast<Acc*>(address(samples, row, piece)) : elements;
+  }
+
+  void store(const Pieces<Acc>& pieces, const Samples& samples, int64_t row, const Piece& piece) {
+    if (samples.dtype == DTYPE_OF<Acc>) return;
+    pieces.store[int(samples.dtype)](elements, address(samples, row, piece), piece.n);
+  }
+};
+
+template <class Acc>
+Acc scale_of(const Scale& scale, int64_t place) {
+  if (!scale.per_row) return Acc(scale.number);
+  return scale.per_row.dtype == Dtype::float64 ? Acc(static_cast<const double*>(scale.per_row.data)[place])
+                                               : Acc(static_cast<const float*>(scale.per_row.data)[place]);
+}
+
+// γ as `Acc`, repeated as often as whole rows fit a piece.
+template <class Acc>
+class Gamma {
+ public:
+  Gamma(const Pieces<Acc>& pieces, const Vector& gamma, const Geometry& geometry, const Grid& grid)
+      : geometry_(geometry), there_(bool(gamma)) {
+    if (!there_) return;
+    const int64_t channels = geometry.gamma_per_position ? geometry.channels : geometry.width;
+    const int64_t repeats = geometry.gamma_per_position ? 1 : grid.rows_of_piece();
+    if (gamma.dtype == DTYPE_OF<Acc> && repeats == 1) {
+      factors_ = static_cast<const Acc*>(gamma.data);
+      return;
+    }
+    Acc* factors = few_;
+    if (channels * repeats > FEW) {
+      many_.reset(new Acc[channels * repeats]);
+      factors = many_.get();
+    }
+    pieces.load[int(gamma.dtype)](gamma.data, factors, channels);
+    for (int64_t i = channels; i < channels * repeats; ++i) factors[i] = factors[i - channels];
+    factors_ = factors;
+  }
+
+  // A factor for each element of a piece, or null and one number, by which `scale` is multiplied.
+  const Acc* of(const Piece& piece, Acc& scale, Buffer<Acc>& buffer) const {
+    if (!there_) return nullptr;
+    if (!geometry_.gamma_per_position) return factors_ + piece.column;
+    if (piece.n <= geometry_.width) {
+      scale *= factors_[channel_of(piece.row)];
+      return nullptr;
+    }
+    for (int64_t start = 0, row = piece.row; start < piece.n; start += geometry_.width, ++row) {
+      std::fill_n(buffer.elements + start, geometry_.width, factors_[channel_of(row)]);
+    }
+    return buffer.elements;
+  }
+
+ private:
+  int64_t channel_of(int64_t row) const { return row % geometry_.positions % geometry_.channels; }
+
+  static constexpr int64_t FEW = 64;
+  Geometry geometry_;
+  bool there_;
+  const Acc* factors_ = nullptr;
+  Acc few_[FEW];
+  std::unique_ptr<Acc[]> many_;
+};
+
+}  // namespace rdp::cpu

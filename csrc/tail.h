@@ -1,0 +1,79 @@
+// The tail of a path in raw pointers: a branch added to the stream, and the rows of the next branch gathered.
+// No torch: `checks.h` makes these from tensors, `cpu/` computes them.
+#pragma once
+
+#include <cstdint>
+
+namespace rdp {
+
+enum class Dtype : int8_t { float32, float64, bfloat16, float16 };
+constexpr int NUM_DTYPES = 4;
+
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Samples that each lie in one piece, `row_stride` elements apart. `data` is null where there is no such tensor.
+struct Samples {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  Dtype dtype = Dtype::float32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Vector {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// How a sample lies in memory: `positions` rows of `width` elements. γ has a factor for each column, or for each
+// position: position p has channel p mod `channels`.
+struct Geometry {
+  int64_t batch_size = 0;
+  int64_t positions = 1;
+  int64_t width = 1;
+  int64_t channels = 1;
+  bool gamma_per_position = false;
+
+  int64_t sample_size() const { return positions * width; }
+};
+
+// The samples that a branch has rows for: those that learn, then those that are frozen.
+struct Rows {
+  const int64_t* inverse = nullptr;  // where sample b stands among the rows, or -1; null: sample b is row b
+  int64_t num_learning = 0;
+
+  int64_t place_of(int64_t sample) const { return inverse == nullptr ? sample : inverse[sample]; }
+};
+
+struct Scale {
+  Vector per_row;  // by place
+  double number = 1.0;
+};
+
+// out = act(residual + scale · γ · branch), next = out[next rows]. Unless it `adds`, the stream is only read.
+// Arithmetic is in float32, or in float64.
+struct TailForward {
+  Geometry geometry;
+  bool in_float64 = false, adds = false, relu = false;
+  Rows rows, next_rows;
+  Scale scale;
+  Samples residual, branch, frozen, out, next, frozen_next;
+  Vector gamma;
+};
+
+// The gradients of the above. `dresidual` may be `dout`. What isn't wanted has no data.
+struct TailBackward {
+  Geometry geometry;
+  bool in_float64 = false;
+  Rows rows, next_rows;
+  Scale scale;
+  Samples dout, dnext, dfrozen_next, out, branch;
+  Samples dresidual, dbranch, dfrozen;
+  Vector gamma, dgamma;
+};
+
+}  // namespace rdp

@@ -1,0 +1,25 @@
+"""The compiled library of `csrc/`: the masked residual add and the gather of rows, for CPUs and, where it was built with
+a CUDA toolkit, for NVIDIA GPUs.
+
+| file | holds |
+|---|---|
+| `library.py` | loads it, and remembers why it is missing |
+| `support.py` | why a call can't be served |
+| `tail.py` | the calls of its ops |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from .library import unavailable
+from .support import why_not, why_not_kind
+
+__all__ = ["kernels", "unavailable", "why_not", "why_not_kind"]
+
+
+def kernels() -> ModuleType:
+    """The launchers `tail_fwd` and `tail_bwd`."""
+    from . import tail
+
+    return tail

@@ -1,0 +1,109 @@
+"""The residual add of CPU tensors, straight from its arguments to the compiled library: on small tensors checks and
+dataclasses in Python would cost more than the sum. The library's ops check everything themselves.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import _backend
+from ..layout import Layout
+from .tail import differentiable_once
+
+_PLAIN = (Tensor, Parameter)
+
+
+def residual_add(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | float | None,
+    rows: Tensor | None = None,
+    channel_dim: int = -1,
+    activation: str | None = None,
+) -> Tensor | None:
+    """As the public op, on unchecked arguments. None where that has to see to it: another backend serves, a tensor has to
+    be copied first, or an argument is wrong and wants its error."""
+    kernels = _backend.cpu_kernels()
+    if (
+        kernels is None
+        or torch.compiler.is_compiling()
+        or type(residual) not in _PLAIN
+        or type(branch) not in _PLAIN
+        or not residual.is_cpu
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    scale, factors = 1.0, None
+    if row_scale is not None:
+        if type(row_scale) is float and row_scale - row_scale == 0:  # finite
+            scale = row_scale
+        elif type(row_scale) is Tensor and not row_scale.requires_grad:
+            factors = row_scale
+        else:
+            return None
+    if gamma is not None and (type(gamma) not in _PLAIN or type(channel_dim) is not int):
+        return None
+    options: tuple = ()
+    if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
+        if activation not in (None, "relu") or not (rows is None or type(rows) is Tensor):
+            return None
+        options = (rows, scale, channel_dim, activation == "relu")
+    learns = residual.requires_grad or branch.requires_grad or (gamma is not None and gamma.requires_grad)
+    try:
+        if learns and torch.is_grad_enabled():
+            return _apply(residual, branch, gamma, (kernels, factors, options))
+        return kernels.residual_add(residual, branch, gamma, factors, *options)
+    except RuntimeError:
+        return None
+
+
+class _ResidualAdd(torch.autograd.Function):
+    """`call`: kernels, row_scale, and the further options where they aren't the usual ones. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, residual, branch, gamma, call):
+        kernels, row_scale, options = ctx.call = call
+        out = kernels.residual_add(residual, branch, gamma, row_scale, *options)
+        kept = branch if ctx.needs_input_grad[2] else None
+        if options and options[3]:
+            ctx.save_for_backward(kept, gamma, out)
+        else:
+            ctx.save_for_backward(kept, gamma)
+        ctx.dtype = branch.dtype if branch.dtype != residual.dtype else None
+        ctx.layout = None if residual.is_contiguous() else Layout.of(residual)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        kernels, row_scale, options = ctx.call
+        branch, gamma, *activated = ctx.saved_tensors
+        _, wants_branch, wants_gamma, _ = ctx.needs_input_grad
+        if not (activated or wants_branch or wants_gamma):
+            return dout, None, None, None
+        like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
+        if options:
+            rows, scale, channel_dim, _ = options
+            options = (wants_branch, *(activated or [None]), rows, scale, channel_dim, ctx.dtype)
+        elif not wants_branch or ctx.dtype is not None:
+            options = (wants_branch, None, None, 1.0, -1, ctx.dtype)
+        twice = torch.is_grad_enabled()
+        if twice:
+            with torch.no_grad():
+                grads = kernels.residual_add_backward(like, branch, gamma, row_scale, *options)
+        else:
+            grads = kernels.residual_add_backward(like, branch, gamma, row_scale, *options)
+        dresidual, dbranch, dgamma = grads
+        if not activated:
+            dresidual = dout
+        if twice:
+            return *differentiable_once((dresidual, dbranch, dgamma), (dout, branch, gamma, *activated)), None
+        return dresidual, dbranch, dgamma, None
+
+
+# `Function.apply` without its look for functorch, which isn't active here: a quarter of what it costs.
+_apply = super(torch.autograd.Function, _ResidualAdd).apply
