@@ -21,10 +21,10 @@ RDP_ELEMENT T relu(T x) {
   return x < T(0) ? T(0) : x;
 }
 
-// The gradient that passes a ReLU whose result was `out`.
+// The gradient that passes a ReLU whose result was `out`; it passes NaN, as in torch.
 template <class T>
 RDP_ELEMENT T through_relu(T dout, T out) {
-  return out > T(0) ? dout : T(0);
+  return out <= T(0) ? T(0) : dout;
 }
 
 // What one element adds to dγ.

@@ -66,8 +66,9 @@ FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, con
                           std::optional<ScalarType> branch_dtype, std::optional<ScalarType> frozen_dtype,
                           std::optional<ScalarType> gamma_dtype, const MaybeTensor& dresidual) {
   STD_TORCH_CHECK(dout || dnext || dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  const SampleLayout layout(dout ? "dout" : dnext ? "dnext" : "dfrozen_next",
-                            dout ? *dout : dnext ? *dnext : *dfrozen_next);
+  const bool from_next = dnext && (!dfrozen_next || dnext->size(0) > 0);  // one without rows has no order
+  const SampleLayout layout(dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
+                            dout ? *dout : from_next ? *dnext : *dfrozen_next);
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
   TailBackward call;
   const InvertedRows inverted("rows", rows, num_learning, batch_size);
@@ -80,7 +81,7 @@ FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, con
   call.out = layout.samples("out", out, batch_size);
   call.branch = layout.samples("branch", branch, inverted.num_learning());
   STD_TORCH_CHECK(branch || !gamma_dtype, "branch must be given where the gradient of gamma is wanted");
-  const Dtype dtype = dout ? call.dout.dtype : dnext ? call.dnext.dtype : call.dfrozen_next.dtype;
+  const Dtype dtype = dout ? call.dout.dtype : from_next ? call.dnext.dtype : call.dfrozen_next.dtype;
   call.scale = scale_of(layout, row_scale, scale, inverted.num_rows(), dtype);
   channel_dim = channel_dim_of(layout, gamma || gamma_dtype, channel_dim);
   call.geometry = layout.geometry(batch_size, channel_dim);

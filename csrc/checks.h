@@ -92,6 +92,10 @@ class SampleLayout {
     for (; order_[d] != channel_dim; ++d) outer *= sizes_[order_[d]];
     for (++d; d < dim_; ++d) inner *= sizes_[order_[d]];
     geometry.channels = sizes_[channel_dim];
+    if (sample_size_ == 0) {
+      geometry.width = 0;
+      return geometry;
+    }
     geometry.gamma_per_position = inner > 1;
     geometry.positions = inner > 1 ? outer * geometry.channels : outer;
     geometry.width = inner > 1 ? inner : geometry.channels;
@@ -161,6 +165,7 @@ class SampleLayout {
   void check_dense(const char* name, const Tensor& tensor) const {
     const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
     int64_t stride = 1;
+    if (sample_size_ == 0 || tensor.size(0) == 0) return;
     for (int64_t place = dim_ - 1; place >= 1; --place) {
       const int64_t d = order_[place];
       STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == stride, name,

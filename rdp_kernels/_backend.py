@@ -1,8 +1,10 @@
 """The one place that chooses which implementation serves a call, and that can say why not.
 
-A kernel library is a package with three functions: `unavailable()` and `why_not(...)` give a reason or None without
-importing a kernel, `kernels()` gives the module with `tail_fwd` and `tail_bwd`. `"auto"` takes the first one that can
-serve the call, else the eager reference; the logger `rdp_kernels` tells at level DEBUG what was passed over and why.
+A kernel library is a package with three functions that give a reason or None without importing a kernel,
+`unavailable()`, `why_not(...)` and `why_not_kind(...)`, and with `kernels()`, which gives the module with `tail_fwd`
+and `tail_bwd`. `HAS_NORMS` says whether these take a norm: after those of a library without, torch's own norm is called.
+`"auto"` takes the first one that can serve the call, else the eager reference; the logger `rdp_kernels` tells at level
+DEBUG what was passed over and why.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -22,6 +24,7 @@ from ._checks import check_choice
 
 _LIBRARIES = {"native": _native, "triton": _triton}
 _CHOICES = ("auto", "eager", *_LIBRARIES)
+WIDEST_NORM = _triton.MAX_NORM_WIDTH
 _FIRST_ON_CPU = {} if _native.unavailable() else dict.fromkeys(("auto", "native"), _native.kernels())
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
@@ -57,46 +60,19 @@ def kernels_for(
 ) -> ModuleType | None:
     """The kernels that serve `op` on `tensors`, the first of which is the stream; None for the eager reference.
 
-    `norm_width`: how many elements the norm is over. Raises `RuntimeError` where the backend was asked for by name and
-    can't serve the call, if that is `required`; else None.
+    `norm_width`: how many elements the norm is over; None too where the library has no norms. Raises `RuntimeError`
+    where the backend was asked for by name and can't serve the call, if that is `required`; else None.
     """
-    chosen = _choice()
-    if chosen == "eager":
-        return None
-    if chosen != "auto":
-        library = _LIBRARIES[chosen]
-        reason = library.why_not(tensors, norm_width, forced=True)
-        if reason is None:
-            return library.kernels()
-        if required:
-            raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
-        return None
-    for name, library in _LIBRARIES.items():
-        reason = library.why_not(tensors, norm_width)
-        if reason is None:
-            return library.kernels()
-        if _log.isEnabledFor(logging.DEBUG) and (op, name, reason) not in _logged:
-            _logged.add((op, name, reason))
-            _log.debug("%s: passing over backend %r: %s", op, name, reason)
-    return None
+    name = _serving(
+        op, required, norm_width is not None, lambda library, forced: library.why_not(tensors, norm_width, forced)
+    )
+    return None if name is None else _LIBRARIES[name].kernels()
 
 
-def compiled_kernels(
-    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None
-) -> str | None:
-    """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops."""
-    chosen = _choice()
-    if chosen == "eager":
-        return None
-    for name, library in _LIBRARIES.items():
-        if chosen not in ("auto", name):
-            continue
-        reason = library.why_not_kind(device, dtypes, norm_width, forced=chosen == name)
-        if reason is None:
-            return name
-        if chosen == name:
-            raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
-    return None
+def compiled_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool) -> str | None:
+    """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops.
+    A norm, if there is one, is no wider than `WIDEST_NORM`."""
+    return _serving(op, True, normed, lambda library, forced: library.why_not_kind(device, dtypes, None, forced))
 
 
 # What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
@@ -111,6 +87,24 @@ def kernels_named(name: str) -> ModuleType:
 def cpu_kernels() -> ModuleType | None:
     """The compiled library's, where it comes first for CPU tensors: asked before all else, at every call."""
     return _FIRST_ON_CPU.get(_from_environment() if _chosen is None else _chosen)
+
+
+def _serving(op: str, required: bool, normed: bool, why_not: Callable[[ModuleType, bool], str | None]) -> str | None:
+    """The library that serves a call, by the choice of the moment."""
+    chosen = _choice()
+    if chosen == "eager":
+        return None
+    for name, library in _LIBRARIES.items() if chosen == "auto" else [(chosen, _LIBRARIES[chosen])]:
+        reason = why_not(library, chosen != "auto")
+        if reason is None and (library.HAS_NORMS or not normed):
+            return name
+        if reason is not None and chosen != "auto" and required:
+            raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
+        reason = reason or "it has no norms"
+        if _log.isEnabledFor(logging.DEBUG) and (op, name, reason) not in _logged:
+            _logged.add((op, name, reason))
+            _log.debug("%s: passing over backend %r: %s", op, name, reason)
+    return None
 
 
 def _choice() -> str:

@@ -86,9 +86,10 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
     return residual.index_select(0, rows)
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float) -> Tensor:
-    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension."""
-    dtype = compute_dtype(x, weight, bias)
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, following: Next, dtype: torch.dtype) -> Tensor:
+    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension,
+    computed in `dtype`."""
+    norm, eps = following.norm, following.eps
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     if norm == "layer":
         return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
@@ -97,7 +98,7 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, 
 
 def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
     """A branch added to the stream, the next branch's rows, or both: the ops above, one after the other."""
-    residual, branch, frozen, gamma, weight, bias = operands
+    residual, branch, frozen, gamma, *_ = operands
     if add is not None:
         scale = add.scale if add.row_scale is None else add.row_scale
         if residual is None:
@@ -116,18 +117,21 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
     if following is None:
         return Results(residual)
     forked = (residual, residual) if following.rows is None else _fork_rows(residual, following)
-    return normalised(Results(*forked), weight, bias, following)
+    return normalised(Results(*forked), operands, following)
 
 
-def normalised(results: Results, weight: Tensor | None, bias: Tensor | None, following: Next) -> Results:
-    """With the norm, where `following` has one, over the next branch's rows. It is a constant for frozen ones."""
+def normalised(results: Results, operands: Operands, following: Next) -> Results:
+    """With the norm, where `following` has one, over the next rows. Its weights are constants for frozen ones."""
     if following.norm is None:
         return results
-    rows = normalise(results.next, weight, bias, following.norm, following.eps)
-    frozen_rows = results.frozen_next
+    weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
+    rows, frozen_rows = results.next, results.frozen_next
+    constant_weight, constant_bias = (None if t is None else t.detach() for t in (weight, bias))
+    if following.constant == "all":
+        rows, weight, bias = rows.detach(), constant_weight, constant_bias
+    rows = normalise(rows, weight, bias, following, dtype)
     if frozen_rows is not None:
-        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-        frozen_rows = normalise(frozen_rows, weight, bias, following.norm, following.eps)
+        frozen_rows = normalise(frozen_rows, constant_weight, constant_bias, following, dtype)
     return results._replace(next=rows, frozen_next=frozen_rows)
 
 

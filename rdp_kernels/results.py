@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import Layout, Tiling
 from .reference import compute_dtype
 from .rows import RowSet
 from .tail import Add, Next, Operands, Results
-from .layout import Layout, Tiling
 
 
 @dataclass(frozen=True)

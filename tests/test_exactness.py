@@ -69,9 +69,10 @@ def test_equals_the_textbook(kind, mode, freeze, sampling, train_rest, seed, bat
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize("kind", NETS)
-def test_equals_the_textbook_on_kernels(kind, mode, freeze, seed, batch, p):
+@pytest.mark.parametrize("backend", ["triton", "native"] if DEVICE == "cpu" else ["triton"])
+def test_equals_the_textbook_on_kernels(backend, kind, mode, freeze, seed, batch, p):
     sampling, train_rest = ("bernoulli", "fixed")[seed // 2 % 2], bool(seed // 4 % 2)
-    with rdp.use_backend("triton"):
+    with rdp.use_backend(backend):
         check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device=DEVICE)
 
 

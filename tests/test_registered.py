@@ -1,5 +1,7 @@
 """The kernels in graphs: registered ops, torch.compile, export."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -12,6 +14,8 @@ from rdp_kernels.tail import Add, Next, Operands
 from .conftest import DEVICE
 
 BATCH, TOKENS, DIM = 5, 3, 8
+LIBRARIES = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
+OUR_OPS = ("rdp.tail", "rdp::tail")
 
 
 def tensor(*shape, grad=True, dtype=None):
@@ -49,9 +53,15 @@ def calls():
 
 
 @pytest.mark.parametrize("name", calls())
-def test_opcheck(name):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_opcheck(library, name):
     operands, add, following = calls()[name]
-    opcheck(torch.ops.rdp.triton_tail.default, (*operands, *registered._spell(add, following), True))
+    if library == "native" and following is not None and following.norm is not None:
+        following = replace(following, norm=None)
+        operands = operands._replace(weight=None, bias=None)
+    if following == Next():
+        return  # the head of a path without rows and norm is the stream itself
+    opcheck(torch.ops.rdp.tail.default, (library, *operands, *registered._spell(add, following), True))
 
 
 def block(x, update, weight, bias, gamma, rows, next_rows):
@@ -75,7 +85,7 @@ class Graphs:
         return [str(node.target) for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", *LIBRARIES])
 def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
     torch._dynamo.reset()
     x, weight, bias, gamma = tensor(BATCH, TOKENS, DIM), tensor(DIM), tensor(DIM), tensor(DIM)
@@ -90,11 +100,12 @@ def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
             expected = torch.autograd.grad(block(*leaves, order[:count], next_order[:next_count]), leaves)
             torch.testing.assert_close(actual, expected)
     assert len(graphs.graphs) == 1
-    ours = [op for op in graphs.ops() if "triton_tail" in op]
-    assert len(ours) == (3 if backend == "triton" else 0)
+    ours = [op for op in graphs.ops() if op.startswith(OUR_OPS)]
+    assert len(ours) == (0 if backend == "eager" else 3)
 
 
-def test_the_dense_add_is_aten_when_compiled():
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_the_dense_add_is_aten_when_compiled(backend):
     """Nothing of ours stands between inductor and what surrounds the add."""
     torch._dynamo.reset()
 
@@ -104,7 +115,7 @@ def test_the_dense_add_is_aten_when_compiled():
     graphs = Graphs()
     leaves = (tensor(BATCH, TOKENS, DIM), tensor(BATCH, TOKENS, DIM), tensor(DIM))
     row_scale = torch.tensor([1.5, 0.0, 1.5, 0.0, 1.5], device=DEVICE)
-    with rdp.use_backend("triton"):
+    with rdp.use_backend(backend):
         actual = torch.compile(dense, fullgraph=True, backend=graphs)(*leaves, row_scale)
         expected = dense(*leaves, row_scale)
     torch.testing.assert_close(actual, expected)
@@ -140,7 +151,8 @@ def test_inductor_makes_one_kernel_of_the_dense_add_each_way():
     assert kernels_of(both_ways) <= 1 + 2, "forward; gradients of stream and branch, and the sum over rows for dγ"
 
 
-def test_export_keeps_our_ops():
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_export_keeps_our_ops(backend):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -150,7 +162,7 @@ def test_export_keeps_our_ops():
             return rdp.residual_add_norm(x, update, self.weight, rows=rows, norm="rms")
 
     model, arguments = Model().to(DEVICE), (tensor(BATCH, DIM), tensor(2, DIM), torch.tensor([3, 0], device=DEVICE))
-    with rdp.use_backend("triton"):
+    with rdp.use_backend(backend):
         program = torch.export.export(model, arguments)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
-    assert sum("triton_tail" in str(node.target) for node in program.graph.nodes) == 1
+    assert sum(str(node.target).startswith(OUR_OPS) for node in program.graph.nodes) == 1

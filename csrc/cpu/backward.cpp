@@ -67,7 +67,7 @@ class GammaSums {
 
   void write() const {
     if (!call_.dgamma) return;
-    const int64_t channels = geometry_.gamma_per_position ? geometry_.channels : geometry_.width;
+    const int64_t channels = geometry_.channels;
     const int64_t blocks = (channels + PIECE - 1) / PIECE;
     Grid::in_parallel(blocks, num_partials() * per_partial(), [&](int64_t block) {
       const int64_t from = block * PIECE, n = std::min(PIECE, channels - from);
@@ -168,7 +168,7 @@ void run(const TailBackward& call) {
 void tail_backward(const TailBackward& call) {
   if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) {
     if (call.dgamma) {
-      const int64_t channels = call.geometry.gamma_per_position ? call.geometry.channels : call.geometry.width;
+      const int64_t channels = call.geometry.channels;
       std::memset(call.dgamma.data, 0, channels * size_of(call.dgamma.dtype));
     }
     return;

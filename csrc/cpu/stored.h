@@ -62,7 +62,7 @@ class Gamma {
   Gamma(const Pieces<Acc>& pieces, const Vector& gamma, const Geometry& geometry, const Grid& grid)
       : geometry_(geometry), there_(bool(gamma)) {
     if (!there_) return;
-    const int64_t channels = geometry.gamma_per_position ? geometry.channels : geometry.width;
+    const int64_t channels = geometry.channels;
     const int64_t repeats = geometry.gamma_per_position ? 1 : grid.rows_of_piece();
     if (gamma.dtype == DTYPE_OF<Acc> && repeats == 1) {
       factors_ = static_cast<const Acc*>(gamma.data);

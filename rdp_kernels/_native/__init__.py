@@ -1,5 +1,5 @@
-"""The compiled library of `csrc/`: the masked residual add and the gather of rows, for CPUs and, where it was built with
-a CUDA toolkit, for NVIDIA GPUs.
+"""The compiled library of `csrc/`: the masked residual add and the gather of rows, for CPUs and, where it was built
+with a CUDA toolkit, for NVIDIA GPUs.
 
 | file | holds |
 |---|---|
@@ -15,7 +15,9 @@ from types import ModuleType
 from .library import unavailable
 from .support import why_not, why_not_kind
 
-__all__ = ["kernels", "unavailable", "why_not", "why_not_kind"]
+HAS_NORMS = False
+
+__all__ = ["HAS_NORMS", "kernels", "unavailable", "why_not", "why_not_kind"]
 
 
 def kernels() -> ModuleType:

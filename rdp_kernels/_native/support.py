@@ -16,7 +16,10 @@ more than running it; no GPU has measured it yet, so they serve on request only.
 
 
 def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, forced: bool = False) -> str | None:
-    """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can."""
+    """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
+
+    `norm_width`: of libraries that have norms.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     asked = forced or given[0].numel() <= SMALL_ON_CUDA
     reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, asked)
@@ -47,6 +50,4 @@ def why_not_kind(
     for dtype in dtypes:
         if dtype not in DTYPES:
             return f"the compiled library has float32, bfloat16, float16 and float64, not {dtype}"
-    if norm_width is not None:
-        return "the compiled library has no norms"
     return None

@@ -23,7 +23,9 @@ from types import ModuleType
 
 from .support import MAX_NORM_WIDTH, unavailable, why_not, why_not_kind
 
-__all__ = ["MAX_NORM_WIDTH", "kernels", "unavailable", "why_not", "why_not_kind"]
+HAS_NORMS = True
+
+__all__ = ["HAS_NORMS", "MAX_NORM_WIDTH", "kernels", "unavailable", "why_not", "why_not_kind"]
 
 
 def kernels() -> ModuleType:

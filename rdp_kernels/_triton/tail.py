@@ -9,6 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import Tiling
+from ..results import Context, context_of, empty_gradients, empty_results, part_sizes
 from ..rows import RowSet
 from ..tail import Add, Next, Operands, Results
 from .launch import Tiles
@@ -16,9 +18,7 @@ from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
-from ..results import Context, context_of, empty_gradients, empty_results, part_sizes
 from .rows import _gather_rows_kernel, _invert_rows_kernel
-from ..layout import Tiling
 
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""

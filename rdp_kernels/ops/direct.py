@@ -4,8 +4,6 @@ dataclasses in Python would cost more than the sum. The library's ops check ever
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -26,8 +24,8 @@ def residual_add(
     channel_dim: int = -1,
     activation: str | None = None,
 ) -> Tensor | None:
-    """As the public op, on unchecked arguments. None where that has to see to it: another backend serves, a tensor has to
-    be copied first, or an argument is wrong and wants its error."""
+    """As the public op, on unchecked arguments. None where that has to see to it: another backend serves, a tensor has
+    to be copied first, or an argument is wrong and wants its error."""
     kernels = _backend.cpu_kernels()
     if (
         kernels is None

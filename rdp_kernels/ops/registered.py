@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._backend import kernels_named
-from ..results import Context, context_of, empty_gradients, empty_results
 from ..layout import Layout
+from ..results import Context, context_of, empty_gradients, empty_results
 from ..rows import RowSet
 from ..tail import Add, Next, Operands, Results
 

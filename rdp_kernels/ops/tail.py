@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from .. import _backend, reference
 from ..tail import Add, Next, Operands, Results
@@ -29,8 +30,10 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     elif following is not None or add is None or add.rows is not None:
         stream = operands.branch if operands.residual is None else operands.residual
         dtypes = tuple(t.dtype for t in operands if t is not None)
-        library = _backend.compiled_kernels(op, stream.device, dtypes, _norm_width(stream, following))
-        if library is not None:
+        width = _norm_width(stream, following)
+        too_wide = width is not None and width > _backend.WIDEST_NORM
+        library = _backend.compiled_kernels(op, stream.device, dtypes, normed=width is not None)
+        if library is not None and not too_wide:
             return registered.tail(library, operands, add, following)
     if following is None or following.norm is None or (add is None and following.rows is None):
         return reference.tail(operands, add, following)
@@ -39,7 +42,7 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     results = run_tail(op, operands._replace(weight=None, bias=None), add, rest)
     if rest is None:
         results = results._replace(next=results.out)
-    return reference.normalised(results, operands.weight, operands.bias, following)
+    return reference.normalised(results, operands, following)
 
 
 def _norm_width(stream: Tensor, following: Next | None) -> int | None:
@@ -53,7 +56,9 @@ def library_for(
     asked for by name can't serve it."""
     stream = operands.branch if operands.residual is None else operands.residual
     row_scale = None if add is None else add.row_scale
-    return _backend.kernels_for(op, stream, *operands, row_scale, norm_width=_norm_width(stream, following), required=required)
+    return _backend.kernels_for(
+        op, stream, *operands, row_scale, norm_width=_norm_width(stream, following), required=required
+    )
 
 
 class Tail:
@@ -76,12 +81,13 @@ class Tail:
 
     def __call__(self, operands: Operands) -> Results:
         """Without `x_hat` and `rstd`."""
-        return Results(*_Tail.apply(self, *operands))
+        return Results(*_Tail.apply(self, *operands)[:3])
 
 
 class _Tail(torch.autograd.Function):
     """Saves what the wanted gradients need: the branch's learning rows for dγ, γ and the norm's weight to pass through,
-    x̂ and rstd of the next rows, the sum where there is an activation. Differentiable once."""
+    x̂ and rstd of the next rows, the sum where there is an activation. Differentiable once: x̂ is returned so that
+    autograd knows that what the norm's backward makes of it depends on the operands."""
 
     @staticmethod
     def forward(ctx, tail, *tensors):
@@ -107,7 +113,7 @@ class _Tail(torch.autograd.Function):
             constant = [results.frozen_next] if following.constant == "frozen" else [results.next, results.frozen_next]
             ctx.mark_non_differentiable(*(t for t in constant if t is not None))
         out = operands.residual if add is None else results.out
-        return out, results.next, results.frozen_next
+        return out, results.next, results.frozen_next, results.x_hat
 
     @staticmethod
     def backward(ctx, *douts):
@@ -119,7 +125,7 @@ class _Tail(torch.autograd.Function):
                 ctx.context,
                 Operands(branch=branch, gamma=gamma, weight=weight),
                 Results(out, x_hat=x_hat, rstd=rstd),
-                Results(*douts),
+                Results(*douts[:3]),
                 tail.add,
                 tail.following,
                 Operands(*ctx.needs_input_grad[1:]),
@@ -128,10 +134,7 @@ class _Tail(torch.autograd.Function):
         if tail.previous is not None:
             tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
         if twice:
-            # What a norm's backward gives depends on the stream, and nothing that is saved tells autograd so.
-            through_norm = x_hat is not None and any(ctx.needs_input_grad[1:5])
-            stand_in = torch.empty(0, requires_grad=True) if through_norm else None
-            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, stand_in))
+            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, x_hat))
         return None, *grads
 
 

@@ -11,8 +11,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-BACKENDS = ["triton"]
-"""All are held to the same numbers; a further one joins by its name."""
+from tests.conftest import DEVICE
+
+BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
+"""All are held to the same numbers; a further one joins by its name. What the compiled library has for CUDA, which is
+less, is tested in `tests/test_gpu.py`."""
 
 VECTORS = ("gamma", "weight", "bias")
 
