@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import ops, readme, sanitize, step, tune
+from . import ops, overhead, readme, sanitize, step, tune
 
-COMMANDS = (step, ops, tune, sanitize, readme)
+COMMANDS = (step, ops, overhead, tune, sanitize, readme)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

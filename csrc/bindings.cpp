@@ -14,6 +14,20 @@ using FourTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTenso
 const MaybeTensor NONE;
 constexpr int64_t ALL = -1;
 
+void run(const TailForward& call, const SampleLayout& layout) {
+#ifdef RDP_CUDA
+  if (layout.is_cuda()) return cuda::tail_forward(call, layout.device());
+#endif
+  cpu::tail_forward(call);
+}
+
+void run(const TailBackward& call, const SampleLayout& layout) {
+#ifdef RDP_CUDA
+  if (layout.is_cuda()) return cuda::tail_backward(call, layout.device());
+#endif
+  cpu::tail_backward(call);
+}
+
 ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
                   const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
                   const MaybeTensor& row_scale, double scale, int64_t channel_dim, bool relu, bool gathers,
@@ -28,7 +42,7 @@ ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const 
   call.relu = relu;
   STD_TORCH_CHECK(branch || !(frozen || gamma || rows || row_scale || out),
                   "branch must be given where frozen, gamma, rows, row_scale or out is");
-  const InvertedRows inverted("rows", rows, num_learning, batch_size);
+  const InvertedRows inverted("rows", layout, rows, num_learning, batch_size);
   call.rows = inverted.rows();
   call.residual = layout.samples("residual", residual, batch_size);
   call.branch = layout.samples("branch", branch, inverted.num_learning());
@@ -44,7 +58,7 @@ ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const 
   if (branch && !out) made = layout.empty(batch_size, dtype);
   if (branch) call.out = layout.samples("out", out ? out : made, batch_size);
   STD_TORCH_CHECK(!branch || call.out.dtype == dtype, "out must have the dtype of the residual");
-  const InvertedRows next_inverted("next_rows", next_rows, num_next_learning, batch_size);
+  const InvertedRows next_inverted("next_rows", layout, next_rows, num_next_learning, batch_size);
   if (gathers) {
     call.next_rows = next_inverted.rows();
     next = layout.empty(next_inverted.num_learning(), dtype);
@@ -54,7 +68,7 @@ ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const 
       call.frozen_next = layout.samples("frozen_next", frozen_next, next_inverted.num_frozen());
     }
   }
-  cpu::tail_forward(call);
+  run(call, layout);
   return {made, next, frozen_next};
 }
 
@@ -71,8 +85,8 @@ FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, con
                             dout ? *dout : from_next ? *dnext : *dfrozen_next);
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
   TailBackward call;
-  const InvertedRows inverted("rows", rows, num_learning, batch_size);
-  const InvertedRows next_inverted("next_rows", next_rows, num_next_learning, batch_size);
+  const InvertedRows inverted("rows", layout, rows, num_learning, batch_size);
+  const InvertedRows next_inverted("next_rows", layout, next_rows, num_next_learning, batch_size);
   call.rows = inverted.rows();
   call.next_rows = next_inverted.rows();
   call.dout = layout.samples("dout", dout, batch_size);
@@ -107,7 +121,7 @@ FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, con
     call.dgamma = layout.vector("dgamma", *dgamma, layout.size(channel_dim));
   }
   call.in_float64 = in_float64;
-  cpu::tail_backward(call);
+  run(call, layout);
   return {made, dbranch, dfrozen, dgamma};
 }
 
@@ -135,6 +149,17 @@ ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch
   return {dresidual, dbranch, dgamma};
 }
 
+Tensor gather_rows(const Tensor& residual, const Tensor& rows) {
+  return *std::get<1>(
+      tail(residual, NONE, NONE, NONE, NONE, ALL, NONE, 1.0, -1, false, true, rows, ALL, NONE));
+}
+
+Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batch_size) {
+  return *std::get<0>(tail_backward(NONE, dout, NONE, NONE, NONE, NONE, NONE, ALL, NONE, 1.0, -1, rows, ALL, batch_size,
+                                    dout.scalar_type() == ScalarType::Double, true, std::nullopt, std::nullopt,
+                                    std::nullopt, NONE));
+}
+
 }  // namespace
 }  // namespace rdp
 
@@ -147,6 +172,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
       "native_residual_add_backward(Tensor dout, Tensor? branch=None, Tensor? gamma=None, Tensor? row_scale=None, "
       "bool wants_branch=True, Tensor? out=None, Tensor? rows=None, float scale=1.0, int channel_dim=-1, "
       "ScalarType? branch_dtype=None) -> (Tensor?, Tensor?, Tensor?)");
+  ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor");
+  ops.def("native_gather_rows_backward(Tensor dout, Tensor rows, int batch_size) -> Tensor");
   ops.def(
       "native_tail(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, int num_learning, "
       "Tensor? row_scale, float scale, int channel_dim, bool relu, bool gathers, Tensor? next_rows, "
@@ -159,9 +186,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rdp, CPU, ops) {
+namespace {
+template <class Library>
+void implement(Library& ops) {
   ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
   ops.impl("native_residual_add_backward", TORCH_BOX(&rdp::residual_add_backward));
+  ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
+  ops.impl("native_gather_rows_backward", TORCH_BOX(&rdp::gather_rows_backward));
   ops.impl("native_tail", TORCH_BOX(&rdp::tail));
   ops.impl("native_tail_backward", TORCH_BOX(&rdp::tail_backward));
 }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rdp, CPU, ops) { implement(ops); }
+#ifdef RDP_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rdp, CUDA, ops) { implement(ops); }
+#endif

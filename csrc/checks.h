@@ -13,6 +13,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "tail.h"
+#ifdef RDP_CUDA
+#include "cuda/tail.h"
+#endif
 
 namespace rdp {
 
@@ -137,12 +140,17 @@ class SampleLayout {
       strides[order_[place]] = stride;
       stride *= std::max<int64_t>(sizes[order_[place]], 1);
     }
-    return empty_strided(sizes.data(), strides.data(), dim_, dtype);
+    return empty_strided(sizes.data(), strides.data(), dim_, scalar_type_of(dtype));
   }
 
   Tensor empty_vector(int64_t size, Dtype dtype) const {
     const int64_t stride = 1;
-    return empty_strided(&size, &stride, 1, dtype);
+    return empty_strided(&size, &stride, 1, scalar_type_of(dtype));
+  }
+
+  Tensor empty_indices(int64_t size) const {
+    const int64_t stride = 1;
+    return empty_strided(&size, &stride, 1, ScalarType::Long);
   }
 
   void check_device(const char* name, const Tensor& tensor) const {
@@ -152,13 +160,12 @@ class SampleLayout {
   }
 
  private:
-  Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) const {
+  Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) const {
     AtenTensorHandle made = nullptr;
+    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     const int32_t device_type = is_cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dim, sizes, strides, int32_t(torch::stable::detail::to<int32_t>(torch::stable::detail::from(
-                                 scalar_type_of(dtype)))),
-        device_type, device_, &made));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_, &made));
     return Tensor(made);
   }
 
@@ -181,33 +188,45 @@ class SampleLayout {
   std::array<int64_t, MAX_DIMS> sizes_, order_;
 };
 
-// `rows` int64 [K], unique, in [0, batch_size), on the CPU, inverted. `num_learning` negative: all of them.
+// `rows` int64 [K], unique, in [0, batch_size), inverted. Values are checked on the CPU only: on a GPU nobody waits for
+// them, and those out of range are left out. `num_learning` negative: all of them.
 class InvertedRows {
  public:
-  InvertedRows(const char* name, const MaybeTensor& rows, int64_t num_learning, int64_t batch_size) {
+  InvertedRows(const char* name, const SampleLayout& layout, const MaybeTensor& rows, int64_t num_learning,
+               int64_t batch_size) {
     if (!rows) {
       num_rows_ = rows_.num_learning = batch_size;
       return;
     }
     num_rows_ = check_rows(name, *rows);
-    STD_TORCH_CHECK(rows->is_cpu(), name, " must be on the CPU");
+    layout.check_device(name, *rows);
     if (num_learning < 0) num_learning = num_rows_;
-    STD_TORCH_CHECK(num_learning <= num_rows_, "the number of learning ", name, " must be at most ",
-                    num_rows_, ", got ", num_learning);
+    STD_TORCH_CHECK(num_learning <= num_rows_, "the number of learning ", name, " must be at most ", num_rows_, ", got ",
+                    num_learning);
+    rows_.num_learning = num_learning;
+    const int64_t* indices = static_cast<const int64_t*>(rows->const_data_ptr());
+    if (layout.is_cuda()) {
+#ifdef RDP_CUDA
+      on_device_ = layout.empty_indices(batch_size);
+      int64_t* inverse = static_cast<int64_t*>(on_device_->data_ptr());
+      cuda::invert_rows(inverse, indices, num_rows_, batch_size, layout.device());
+      rows_.inverse = inverse;
+#endif
+      return;
+    }
     int64_t* inverse = few_;
     if (batch_size > FEW) {
       many_.resize(batch_size);
       inverse = many_.data();
     }
     std::fill_n(inverse, batch_size, -1);
-    const int64_t* indices = static_cast<const int64_t*>(rows->const_data_ptr());
     for (int64_t i = 0; i < num_rows_; ++i) {
       const int64_t row = indices[i];
       STD_TORCH_CHECK(row >= 0 && row < batch_size, name, " must be in [0, ", batch_size, "), got ", row);
       STD_TORCH_CHECK(inverse[row] < 0, name, " must not repeat a row, got ", row, " twice");
       inverse[row] = i;
     }
-    rows_ = {inverse, num_learning};
+    rows_.inverse = inverse;
   }
   InvertedRows(const InvertedRows&) = delete;
 
@@ -230,6 +249,7 @@ class InvertedRows {
   int64_t num_rows_;
   int64_t few_[FEW];
   std::vector<int64_t> many_;
+  MaybeTensor on_device_;
 };
 
 inline Scale scale_of(const SampleLayout& layout, const MaybeTensor& row_scale, double number, int64_t num_rows,

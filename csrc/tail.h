@@ -4,12 +4,14 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
+
 namespace rdp {
 
 enum class Dtype : int8_t { float32, float64, bfloat16, float16 };
 constexpr int NUM_DTYPES = 4;
 
-inline int64_t size_of(Dtype dtype) {
+RDP_ELEMENT int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
@@ -19,14 +21,14 @@ struct Samples {
   int64_t row_stride = 0;
   Dtype dtype = Dtype::float32;
 
-  explicit operator bool() const { return data != nullptr; }
+  RDP_ELEMENT explicit operator bool() const { return data != nullptr; }
 };
 
 struct Vector {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
 
-  explicit operator bool() const { return data != nullptr; }
+  RDP_ELEMENT explicit operator bool() const { return data != nullptr; }
 };
 
 // How a sample lies in memory: `positions` rows of `width` elements. γ has a factor for each column, or for each
@@ -38,7 +40,7 @@ struct Geometry {
   int64_t channels = 1;
   bool gamma_per_position = false;
 
-  int64_t sample_size() const { return positions * width; }
+  RDP_ELEMENT int64_t sample_size() const { return positions * width; }
 };
 
 // The samples that a branch has rows for: those that learn, then those that are frozen.
@@ -46,7 +48,7 @@ struct Rows {
   const int64_t* inverse = nullptr;  // where sample b stands among the rows, or -1; null: sample b is row b
   int64_t num_learning = 0;
 
-  int64_t place_of(int64_t sample) const { return inverse == nullptr ? sample : inverse[sample]; }
+  RDP_ELEMENT int64_t place_of(int64_t sample) const { return inverse == nullptr ? sample : inverse[sample]; }
 };
 
 struct Scale {

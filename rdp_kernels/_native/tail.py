@@ -20,6 +20,8 @@ def _without_python(op: Callable) -> Callable:
 
 residual_add = _without_python(torch.ops.rdp.native_residual_add.default)
 residual_add_backward = _without_python(torch.ops.rdp.native_residual_add_backward.default)
+gather_rows = _without_python(torch.ops.rdp.native_gather_rows.default)
+gather_rows_backward = _without_python(torch.ops.rdp.native_gather_rows_backward.default)
 _forward = torch.ops.rdp.native_tail.default
 _backward = torch.ops.rdp.native_tail_backward.default
 

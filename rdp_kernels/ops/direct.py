@@ -1,8 +1,10 @@
-"""The residual add of CPU tensors, straight from its arguments to the compiled library: on small tensors checks and
-dataclasses in Python would cost more than the sum. The library's ops check everything themselves.
+"""The residual add and the gather of CPU tensors, straight from their arguments to the compiled library: on small tensors
+checks and dataclasses in Python would cost more than the work. The library's ops check everything themselves.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,15 +28,8 @@ def residual_add(
 ) -> Tensor | None:
     """As the public op, on unchecked arguments. None where that has to see to it: another backend serves, a tensor has
     to be copied first, or an argument is wrong and wants its error."""
-    kernels = _backend.cpu_kernels()
-    if (
-        kernels is None
-        or torch.compiler.is_compiling()
-        or type(residual) not in _PLAIN
-        or type(branch) not in _PLAIN
-        or not residual.is_cpu
-        or torch._C._are_functorch_transforms_active()
-    ):
+    kernels = _kernels_for(residual)
+    if kernels is None or type(branch) not in _PLAIN:
         return None
     scale, factors = 1.0, None
     if row_scale is not None:
@@ -54,10 +49,36 @@ def residual_add(
     learns = residual.requires_grad or branch.requires_grad or (gamma is not None and gamma.requires_grad)
     try:
         if learns and torch.is_grad_enabled():
-            return _apply(residual, branch, gamma, (kernels, factors, options))
+            return _residual_add(residual, branch, gamma, (kernels, factors, options))
         return kernels.residual_add(residual, branch, gamma, factors, *options)
     except RuntimeError:
         return None
+
+
+def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
+    """As `residual_add`."""
+    kernels = _kernels_for(residual)
+    if kernels is None or type(rows) is not Tensor:
+        return None
+    try:
+        if residual.requires_grad and torch.is_grad_enabled():
+            return _gather_rows(residual, rows, kernels)
+        return kernels.gather_rows(residual, rows)
+    except RuntimeError:
+        return None
+
+
+def _kernels_for(residual: Tensor) -> ModuleType | None:
+    kernels = _backend.cpu_kernels()
+    if (
+        kernels is None
+        or torch.compiler.is_compiling()
+        or type(residual) not in _PLAIN
+        or not residual.is_cpu
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    return kernels
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -103,5 +124,24 @@ class _ResidualAdd(torch.autograd.Function):
         return dresidual, dbranch, dgamma, None
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, rows, kernels):
+        ctx.call = rows, kernels, residual.shape[0]
+        ctx.layout = None if residual.is_contiguous() else Layout.of(residual)
+        return kernels.gather_rows(residual, rows)
+
+    @staticmethod
+    def backward(ctx, dout):
+        rows, kernels, batch_size = ctx.call
+        like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
+        if not torch.is_grad_enabled():
+            return kernels.gather_rows_backward(like, rows, batch_size), None, None
+        with torch.no_grad():
+            dresidual = kernels.gather_rows_backward(like, rows, batch_size)
+        return *differentiable_once((dresidual,), (dout,)), None, None
+
+
 # `Function.apply` without its look for functorch, which isn't active here: a quarter of what it costs.
-_apply = super(torch.autograd.Function, _ResidualAdd).apply
+_residual_add = super(torch.autograd.Function, _ResidualAdd).apply
+_gather_rows = super(torch.autograd.Function, _GatherRows).apply

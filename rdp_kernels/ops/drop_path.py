@@ -10,6 +10,7 @@ from .._device import to_device
 from ..plan import kept_scale
 from ..reference import compute_dtype
 from ..tail import Add, Operands
+from . import direct
 from .tail import run_tail
 
 
@@ -48,6 +49,9 @@ def drop_path_add(
     check_residual_add(residual, branch, None, None, gamma, -1, None)
     dropping = training and drop_prob > 0
     row_scale = draw_row_scale(residual, drop_prob, scale_by_keep) if dropping else None
+    out = direct.residual_add(residual, branch, gamma, row_scale)
+    if out is not None:
+        return out
     operands = Operands(residual, branch, gamma=gamma)
     return run_tail("drop_path_add", operands, Add(row_scale=row_scale)).out
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from .._checks import check_rows, check_stream
 from ..rows import RowSet
 from ..tail import Next, Operands
+from . import direct
 from .tail import run_tail
 
 
@@ -19,6 +20,9 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
 
     Raises `ValueError` or `TypeError` naming the argument; values of `rows` are checked where they are on the CPU.
     """
+    out = direct.gather_rows(residual, rows)
+    if out is not None:
+        return out
     check_stream("residual", residual)
     check_rows("rows", rows, residual.shape[0], residual.device)
     return run_tail("gather_rows", Operands(residual), following=Next(RowSet(rows, rows.shape[0]))).next

@@ -1,0 +1,290 @@
+"""`python -m benchmarks overhead`: what a call costs before it computes anything.
+
+Host time per call, in microseconds, on tensors so small that little else is left; argument checks are part of it. A
+turn is a block of calls on one thread, and the providers take turns; ours enter their backend once a block. "no grad"
+is a forward under torch.no_grad, "forward" one that autograd records, "both" that and the gradients of all inputs.
+"torch.add" is what one op of torch costs. "/eager" is the median of the turns' ratios, "min/eager" that of the fastest
+turns. Half of the rows are dropped; drop_path_add, and timm's formula, draw them, half in the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import rdp_kernels as rdp
+
+from . import command
+from .command import shown
+from .harness import Case, Check, Provider, Row, Session, scaled
+from .machine import Device
+from .op_dense import ResidualAdd, ResidualAddRelu
+from .op_goals import setting_of
+from .op_kinds import Op, Setting, Tensors
+from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, Sets, why_no_native, why_no_triton
+from .op_rows import GatherRows, ResidualAddRows
+
+NO_GRAD, FORWARD, BOTH = PASSES = ("no grad", "forward", "both")
+SHAPES = ((2, 2), (8, 16, 32))
+FULL_TURNS, QUICK_TURNS = 30, 3
+FULL_CALLS, QUICK_CALLS = 500, 20
+FLOOR = "torch.add"
+DROP_PROB = 0.5
+DRAWS = 8
+MOST_MICROSECONDS, MOST_OF_EAGER = 4.0, 1.0
+"""The goals: of a forward without gradients, and of a forward and its backward as a ratio to eager's time."""
+Call = Callable[[], Tensor]
+
+
+class DropPathAdd(ResidualAdd):
+    """Draws the rows that it drops."""
+
+    name = "drop_path_add"
+
+
+class HostDevice(Device):
+    """The device on whose tensors the host works, timed on the host's clock until it has issued everything."""
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        self._wait()
+        start = self.clock()
+        run()
+        milliseconds = 1e3 * (self.clock() - start)
+        self._wait()
+        return milliseconds
+
+    def copy_rate(self) -> float:
+        """Isn't measured: nothing here is about bandwidth."""
+        return math.nan
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "overhead", help="host time per call", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    turns = f"blocks of {FULL_CALLS} calls of each provider; default: {FULL_TURNS}"
+    command.add_options(parser, turns, f"{QUICK_TURNS} blocks of {QUICK_CALLS} calls: does it run")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    if not command.has_device(options.device):
+        return 2
+    console = Console(width=command.WIDTH)
+    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
+    calls = QUICK_CALLS if options.quick else FULL_CALLS
+    device = HostDevice.of(options.device)
+    rows, code = command.measured(
+        console,
+        (case for op in ops(device.device) for case in overhead_cases(op, calls)),
+        len(SHAPES) * len(CALLS) * len(PASSES) * turns,
+        lambda on_round: Session(device, turns, on_round, flops=False),
+        quick=True,  # one thread: a second one has nothing to do
+    )
+    rows = [per_call(row) for row in rows]
+    if rows:
+        console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
+        if not options.quick:
+            console.print(*verdicts_of(rows), sep="\n")
+    return code if command.written(options, rows) else 1
+
+
+# What is called, on tensors that are there: the formula, and ours
+
+
+def _residual_add(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Call, Call]:
+    row_scale, mask = op.row_scale, op.mask
+    return (
+        lambda: residual + branch * gamma * mask,
+        lambda: rdp.residual_add(residual, branch, gamma=gamma, row_scale=row_scale),
+    )
+
+
+def _residual_add_relu(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Call, Call]:
+    row_scale, mask = op.row_scale, op.mask
+    return (
+        lambda: (residual + branch * gamma * mask).relu(),
+        lambda: rdp.residual_add(residual, branch, gamma=gamma, row_scale=row_scale, activation="relu"),
+    )
+
+
+def _residual_add_rows(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Call, Call]:
+    rows, scale = op.rows, op.scale
+    return (
+        lambda: torch.index_add(residual, 0, rows, branch * gamma, alpha=scale),
+        lambda: rdp.residual_add(residual, branch, rows=rows, row_scale=scale, gamma=gamma),
+    )
+
+
+def _gather_rows(op: Op, residual: Tensor) -> tuple[Call, Call]:
+    rows = op.rows
+    return lambda: residual.index_select(0, rows), lambda: rdp.gather_rows(residual, rows)
+
+
+def _drop_path_add(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Call, Call]:
+    return (
+        lambda: residual + _timm_drop_path(branch * gamma, DROP_PROB),
+        lambda: rdp.drop_path_add(residual, branch, DROP_PROB, True, gamma=gamma),
+    )
+
+
+def _timm_drop_path(x: Tensor, drop_prob: float) -> Tensor:
+    """As timm computes it in training."""
+    keep_prob = 1 - drop_prob
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+    if keep_prob > 0:
+        mask.div_(keep_prob)
+    return x * mask
+
+
+CALLS: dict[type[Op], Callable[..., tuple[Call, Call]]] = {
+    ResidualAdd: _residual_add,
+    ResidualAddRelu: _residual_add_relu,
+    ResidualAddRows: _residual_add_rows,
+    GatherRows: _gather_rows,
+    DropPathAdd: _drop_path_add,
+}
+
+
+def ops(device: torch.device) -> Iterator[Op]:
+    for kind, shape in itertools.product(CALLS, SHAPES):
+        yield kind(Setting(kind.name, shape, shape[0] // 2, gamma=kind is not GatherRows), device)
+
+
+# Cases
+
+
+def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
+    """One for each pass; a turn is so many calls."""
+    sets = Sets(op, 1)
+    eager, ours = CALLS[type(op)](op, *sets.inputs[0])
+    for direction in PASSES:
+        providers = [provider(EAGER, eager, sets, direction, calls)]
+        if type(op) is ResidualAdd:
+            plain = Sets(ResidualAdd(Setting(FLOOR, op.setting.shape, None, gamma=False), op.device), 1)
+            providers.append(provider(FLOOR, functools.partial(torch.add, *plain.inputs[0]), plain, direction, calls))
+        for name, backend, reason in (
+            (OURS_EAGER, "eager", None),
+            (OURS, "triton", why_no_triton(op.device)),
+            (OURS_NATIVE, "native", why_no_native(op)),
+        ):
+            if reason is None:
+                providers.append(provider(name, ours, sets, direction, calls, backend))
+            else:
+                providers.append(Provider.missing(name, reason))
+        yield Case(op.setting.labels | {"pass": direction, "calls": calls}, "call", EAGER, providers)
+
+
+def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, backend: str = "auto") -> Provider:
+    """One pass of `call`; `backend` is that of ours."""
+    inputs, douts = sets.inputs[0], sets.douts[0]
+    check = check_of_draws if isinstance(sets.op, DropPathAdd) else _check
+
+    def with_gradients() -> Tensors:
+        out = call()
+        return out, *torch.autograd.grad(out, inputs, douts)
+
+    once = with_gradients if direction == BOTH else call
+
+    def block(count: int) -> Tensors | Tensor:
+        with rdp.use_backend(backend), torch.set_grad_enabled(direction != NO_GRAD):
+            for _ in range(count):
+                results = once()
+        return results
+
+    return Provider(name, lambda turn: block(calls), lambda: check(sets, direction, lambda: block(1)))
+
+
+def _check(sets: Sets, direction: str, run: Callable[[], Tensors | Tensor]) -> Check:
+    results = run()
+    return sets.check(BOTH, results) if direction == BOTH else sets.check(FORWARD, (results,))
+
+
+def check_of_draws(sets: Sets, direction: str, run: Callable[[], Tensors | Tensor]) -> Check:
+    """The worst of several draws, each against the definition on the rows that it kept, which are those that changed.
+    No bound is kept where every draw keeps everything, or nothing."""
+    checks, shares = [], []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        results = run()
+        out = results[0] if direction == BOTH else results
+        keep = (out != sets.inputs[0][0]).flatten(1).any(1)
+        shares.append(keep.double().mean().item())
+        drawn = type(sets.op)(sets.op.setting, sets.op.device)
+        drawn.rows, drawn.scale = keep.nonzero().flatten(), 1 / (1 - DROP_PROB)
+        # its inputs are equal, being drawn from the same seed
+        checks.append(_check(Sets(drawn, 1), direction, lambda results=results: results))
+    if not 0 < sum(shares) < DRAWS:
+        return Check(math.inf, 0.0)
+    return next((c for c in checks if not c.passed), None) or max(checks, key=lambda c: c.error / c.bound)
+
+
+# What is shown
+
+
+def per_call(row: Row) -> Row:
+    """Its times in microseconds of a call; without what is about FLOPs and bytes."""
+    left_out = ("flop", "_gb", "_share", "_ms", "needed", "counted")
+    kept = {key: value for key, value in row.items() if not any(part in key for part in left_out)}
+    times = {key.replace("_ms", "_us"): scaled(row[key], 1e3 / row["calls"]) for key in row if key.endswith("_ms")}
+    return kept | times
+
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "min µs": ("min_us", ".2f"),
+    "p50 µs": ("p50_us", ".2f"),
+    "/eager": ("ratio_rounds", ".2f"),
+    "min/eager": ("ratio_min", ".2f"),
+}
+
+
+def tables_of(rows: list[Row]) -> Iterator[Table]:
+    """One for each op and shape, with its passes below each other."""
+    for setting, group in itertools.groupby(rows, setting_of):
+        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("pass", no_wrap=True, min_width=8)
+        table.add_column("provider", no_wrap=True, min_width=18)
+        for name in COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
+            for row in providers:
+                if not row["unavailable"]:
+                    table.add_row(direction, row["provider"], *(shown(row[key], how) for key, how in COLUMNS.values()))
+                    direction = ""
+        yield table
+
+
+def notes_of(rows: list[Row]) -> Iterator[str]:
+    """Why providers were not measured."""
+    for name, reason in dict.fromkeys((row["provider"], row["unavailable"]) for row in rows if row["unavailable"]):
+        yield f"– no {name}: {reason}"
+
+
+def verdicts_of(rows: list[Row]) -> Iterator[str]:
+    """The goals, which are about the residual add of the smallest tensors by the compiled library."""
+    shape = "x".join(map(str, SHAPES[0]))
+    about = (ResidualAdd.name, shape, OURS_NATIVE, "")
+    of = {r["pass"]: r for r in rows if (r["op"], r["shape"], r["provider"], r["unavailable"]) == about}
+    for direction, what, key, key_min, unit, most in (
+        (BOTH, "forward and backward", "ratio_rounds", "ratio_min", "of eager", MOST_OF_EAGER),
+        (NO_GRAD, "a forward without gradients", "p50_us", "min_us", "µs", MOST_MICROSECONDS),
+    ):
+        measured, met = "not measured", False
+        if direction in of:
+            value, lowest = of[direction][key], of[direction][key_min]
+            measured, met = f"{value:.2f} (min {lowest:.2f}) {unit}", value <= most
+        yield f"{about[0]} {shape}, {what}: {measured}, target {most:g} {unit}: {'met' if met else 'MISSED'}"

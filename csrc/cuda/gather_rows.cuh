@@ -1,0 +1,40 @@
+// Rows gathered, and a list of rows inverted, on raw pointers. The gather's backward is an add: `residual_add.cuh`.
+#pragma once
+
+#include "residual_add.cuh"
+
+namespace rdp::cuda {
+
+// Words of 16 bytes, or the elements themselves, are moved as they are.
+template <class Word>
+__global__ void __launch_bounds__(THREADS)
+    gather_rows_kernel(const Samples stream, const Samples next, const Samples frozen_next, const Rows rows,
+                       int64_t batch_size, int64_t words) {
+  const int64_t step = int64_t(gridDim.x) * THREADS;
+  const auto word_of = [&](const Samples& samples, int64_t row) {
+    const int64_t bytes = row * samples.row_stride * size_of(samples.dtype);
+    return reinterpret_cast<Word*>(static_cast<char*>(samples.data) + bytes);
+  };
+  for (int64_t sample = blockIdx.y; sample < batch_size; sample += gridDim.y) {
+    const int64_t place = rows.place_of(sample);
+    const bool learns = place < rows.num_learning;
+    const Samples& to = learns ? next : frozen_next;
+    if (place < 0 || !to) continue;
+    const Word* source = word_of(stream, sample);
+    Word* target = word_of(to, learns ? place : place - rows.num_learning);
+    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
+  }
+}
+
+// inverse[rows[i]] = i, -1 where there is none. Indices out of range are left out: nothing is written outside.
+__global__ void __launch_bounds__(1024)
+    invert_rows_kernel(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size) {
+  for (int64_t sample = threadIdx.x; sample < batch_size; sample += blockDim.x) inverse[sample] = -1;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < num_rows; i += blockDim.x) {
+    const int64_t row = rows[i];
+    if (row >= 0 && row < batch_size) inverse[row] = i;
+  }
+}
+
+}  // namespace rdp::cuda

@@ -1,0 +1,173 @@
+// The masked residual add, forward and backward, on raw pointers. A pack of elements per thread and step; samples are
+// blocks of the grid's y, so that whether a sample has a branch is asked once a block.
+#pragma once
+
+#include "../arithmetic.h"
+#include "pack.cuh"
+
+namespace rdp::cuda {
+
+constexpr int THREADS = 256;
+constexpr int64_t MAX_BLOCKS_Y = 65535;
+// The sums for dγ: a block has COLUMN_THREADS packs of columns and ROW_THREADS rows at a time, of CHUNK_ROWS in all.
+constexpr int COLUMN_THREADS = 32;
+constexpr int ROW_THREADS = 8;
+constexpr int64_t CHUNK_ROWS = 128;
+
+template <class T>
+__device__ __forceinline__ T* at(const Samples& samples, int64_t row, int64_t offset) {
+  return static_cast<T*>(samples.data) + row * samples.row_stride + offset;
+}
+
+__device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
+  return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
+}
+
+// A sample's branch: which tensor and row, and its scale; 0 where it is dropped, and then never read.
+struct Place {
+  int64_t row;
+  bool there, learns;
+  float scale;
+
+  __device__ __forceinline__ Place(const Rows& rows, const Scale& scales, int64_t sample) {
+    const int64_t place = rows.place_of(sample);
+    there = place >= 0;
+    learns = there && place < rows.num_learning;
+    row = learns ? place : place - rows.num_learning;
+    scale = !there           ? 0.0f
+            : scales.per_row ? static_cast<const float*>(scales.per_row.data)[place]
+                             : float(scales.number);
+  }
+};
+
+template <class S, class U, int N>
+__global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailForward call) {
+  const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
+  for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
+    const Place place(call.rows, call.scale, sample);
+    const Samples& branch = place.learns ? call.branch : call.frozen;
+    const bool adds = place.scale != 0 && branch;
+    for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
+      float sum[N] = {};
+      if (call.residual) load<S, N>(sum, at<const S>(call.residual, sample, offset));
+      if (adds) {
+        float update[N], gamma[N];
+        load<U, N>(update, at<const U>(branch, place.row, offset));
+        if (call.gamma) load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          sum[i] = added(sum[i], call.gamma ? place.scale * gamma[i] : place.scale, update[i]);
+        }
+      }
+      if (call.relu) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] = relu(sum[i]);
+      }
+      store<S, N>(at<S>(call.out, sample, offset), sum);
+    }
+  }
+}
+
+// The gradient of the sum, before its activation. False where there is none.
+template <class S, int N>
+__device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call, int64_t sample, int64_t offset) {
+  const int64_t place = call.next_rows.place_of(sample), learning = call.next_rows.num_learning;
+  const bool learns = place < learning;
+  const Samples& next = learns ? call.dnext : call.dfrozen_next;
+  const bool has_next = place >= 0 && next;
+  if (!call.dout && !has_next) return false;
+  if (call.dout) load<S, N>(d, at<const S>(call.dout, sample, offset));
+  if (has_next) {
+    float dnext[N];
+    load<S, N>(dnext, at<const S>(next, learns ? place : place - learning, offset));
+#pragma unroll
+    for (int i = 0; i < N; ++i) d[i] = call.dout ? d[i] + dnext[i] : dnext[i];
+  }
+  if (call.out) {
+    float out[N];
+    load<S, N>(out, at<const S>(call.out, sample, offset));
+#pragma unroll
+    for (int i = 0; i < N; ++i) d[i] = through_relu(d[i], out[i]);
+  }
+  return true;
+}
+
+// One pack of all gradients but dγ, to whose sums it is added.
+template <class S, class U, int N>
+__device__ __forceinline__ void backward_pack(const TailBackward& call, const Place& place, int64_t sample,
+                                              int64_t offset, int64_t column, float (&sums)[N]) {
+  const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
+  const bool updates = place.there && dbranch, reads = place.scale != 0;
+  const bool summed = place.learns && reads && call.dgamma;
+  float d[N] = {};
+  const bool has_gradient = (call.dresidual || (reads && (updates || summed))) && gradient<S, N>(d, call, sample, offset);
+  if (call.dresidual) store<S, N>(at<S>(call.dresidual, sample, offset), d);
+  if (summed && has_gradient) {
+    float update[N];
+    load<U, N>(update, at<const U>(call.branch, place.row, offset));
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i] += of_dgamma(d[i], place.scale, update[i]);
+  }
+  if (!updates) return;
+  float gamma[N];
+  if (call.gamma && reads) load_gamma(gamma, call.gamma, column);
+#pragma unroll
+  for (int i = 0; i < N; ++i) d[i] = reads ? (call.gamma ? place.scale * gamma[i] : place.scale) * d[i] : 0.0f;
+  store<U, N>(at<U>(dbranch, place.row, offset), d);
+}
+
+template <class S, class U, int N>
+__global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const TailBackward call) {
+  const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
+  for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
+    const Place place(call.rows, call.scale, sample);
+    for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
+      float nothing[N];
+      backward_pack<S, U, N>(call, place, sample, offset, column_of(offset, call.geometry.width), nothing);
+    }
+  }
+}
+
+// The same with the first stage of dγ: partials [chunks of rows, C], each a sum in a fixed order.
+template <class S, class U, int N>
+__global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
+    residual_add_bwd_sums_kernel(const TailBackward call, float* partials) {
+  __shared__ float shared[ROW_THREADS][COLUMN_THREADS * N];
+  const int64_t width = call.geometry.width, positions = call.geometry.positions;
+  const int64_t num_rows = call.geometry.batch_size * positions;
+  const int64_t column = (int64_t(blockIdx.x) * COLUMN_THREADS + threadIdx.x) * N;
+  for (int64_t chunk = blockIdx.y; chunk * CHUNK_ROWS < num_rows; chunk += gridDim.y) {
+    float sums[N] = {};
+    const int64_t end = min((chunk + 1) * CHUNK_ROWS, num_rows);
+    for (int64_t row = chunk * CHUNK_ROWS + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
+      const int64_t sample = row / positions;
+      const Place place(call.rows, call.scale, sample);
+      backward_pack<S, U, N>(call, place, sample, (row - sample * positions) * width + column, column, sums);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
+    __syncthreads();
+    if (threadIdx.y == 0 && column < width) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float sum = 0;
+        for (int y = 0; y < ROW_THREADS; ++y) sum += shared[y][threadIdx.x + i * COLUMN_THREADS];
+        partials[chunk * width + column + i] = sum;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The second stage, a thread a column.
+template <class G>
+__global__ void __launch_bounds__(THREADS)
+    sum_partials_kernel(G* dgamma, const float* partials, int64_t num_chunks, int64_t width) {
+  const int64_t column = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (column >= width) return;
+  float sum = 0;
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum += partials[chunk * width + column];
+  round_to(dgamma[column], sum);
+}
+
+}  // namespace rdp::cuda

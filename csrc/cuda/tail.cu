@@ -1,0 +1,190 @@
+#include "tail.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "gather_rows.cuh"
+#include "residual_add.cuh"
+
+// It lives in torch's CUDA library: absent where a library built for both is loaded by a CPU torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace rdp::cuda {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel couldn't be launched: ", cudaGetErrorString(error));
+}
+
+// Memory for the time until all that the stream holds now has run.
+template <class T>
+class Scratch {
+ public:
+  Scratch(int64_t count, int32_t device) {
+    const int64_t size = count * sizeof(T), stride = 1;
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                           aoti_torch_device_type_cuda(), device, &made));
+    memory_ = torch::stable::Tensor(made);
+  }
+  T* data() const { return static_cast<T*>(memory_.data_ptr()); }
+
+ private:
+  torch::stable::Tensor memory_;
+};
+
+dim3 grid_of(const Geometry& geometry, int64_t steps) {
+  const int64_t x = std::clamp<int64_t>((steps + THREADS - 1) / THREADS, 1, 1024);
+  return dim3(x, std::min(geometry.batch_size, MAX_BLOCKS_Y));
+}
+
+// Calls run(stream, branch, pack) with two dtypes and the number of elements of a pack as types.
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+template <class T>
+struct Type {
+  using type = T;
+};
+
+template <class Run>
+void with_types(Dtype stream, Dtype branch, bool packed, const Run& run) {
+  const auto with = [&](auto s, auto u, auto n) { packed ? run(s, u, n) : run(s, u, Size<1>()); };
+  using Float = Type<float>;
+  using BFloat16 = Type<__nv_bfloat16>;
+  using Half = Type<__half>;
+  if (stream == Dtype::float32 && branch == Dtype::float32) return with(Float(), Float(), Size<4>());
+  if (stream == Dtype::float32 && branch == Dtype::bfloat16) return with(Float(), BFloat16(), Size<8>());
+  if (stream == Dtype::float32 && branch == Dtype::float16) return with(Float(), Half(), Size<8>());
+  if (stream == Dtype::bfloat16 && branch == Dtype::bfloat16) return with(BFloat16(), BFloat16(), Size<8>());
+  if (stream == Dtype::float16 && branch == Dtype::float16) return with(Half(), Half(), Size<8>());
+  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library have a branch of the stream's dtype, or a bfloat16 "
+                         "or float16 one on a float32 stream, and no float64");
+}
+
+int pack_size(Dtype stream, Dtype branch) { return stream == Dtype::float32 && branch == Dtype::float32 ? 4 : 8; }
+
+template <class... Tensors>
+bool fits_packs(const Geometry& geometry, int n, const Vector& gamma, const Tensors&... tensors) {
+  return rows_are_whole_packs(geometry, n) && is_aligned(gamma) && (samples_are_aligned(tensors) && ...);
+}
+
+void check_served(const Geometry& geometry, bool in_float64, const Vector& gamma, const Scale& scale) {
+  STD_TORCH_CHECK(!geometry.gamma_per_position,
+                  "the CUDA kernels of the compiled library have gamma along the dimension that is innermost in memory");
+  STD_TORCH_CHECK(!in_float64 && gamma.dtype != Dtype::float64 && scale.per_row.dtype == Dtype::float32,
+                  "the CUDA kernels of the compiled library have no float64");
+}
+
+// The branch's dtype; learning and frozen rows have the same.
+Dtype branch_dtype(const Samples& learning, const Samples& frozen, Dtype otherwise) {
+  STD_TORCH_CHECK(!learning || !frozen || learning.dtype == frozen.dtype, "frozen must have the dtype of branch");
+  return learning ? learning.dtype : frozen ? frozen.dtype : otherwise;
+}
+
+void gather(const TailForward& call, const Samples& stream, cudaStream_t cuda_stream) {
+  const int64_t bytes = call.geometry.sample_size() * size_of(stream.dtype);
+  const auto run = [&](auto word) {
+    const int64_t words = bytes / sizeof(word);
+    gather_rows_kernel<decltype(word)><<<grid_of(call.geometry, words), THREADS, 0, cuda_stream>>>(
+        stream, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
+    check_launch();
+  };
+  const bool wide = bytes % PACK_BYTES == 0 && samples_are_aligned(stream) && samples_are_aligned(call.next) &&
+                    samples_are_aligned(call.frozen_next);
+  if (wide) return run(int4());
+  stream.dtype == Dtype::float32 ? run(int32_t()) : run(int16_t());
+}
+
+}  // namespace
+
+void tail_forward(const TailForward& call, int32_t device) {
+  if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) return;
+  check_served(call.geometry, call.in_float64, call.gamma, call.scale);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  if (call.adds) {
+    const Dtype branch = branch_dtype(call.branch, call.frozen, call.out.dtype);
+    const int n = pack_size(call.out.dtype, branch);
+    const bool packed =
+        fits_packs(call.geometry, n, call.gamma, call.residual, call.branch, call.frozen, call.out);
+    with_types(call.out.dtype, branch, packed, [&](auto s, auto u, auto size) {
+      constexpr int N = decltype(size)::value;
+      const dim3 grid = grid_of(call.geometry, call.geometry.sample_size() / N);
+      residual_add_fwd_kernel<typename decltype(s)::type, typename decltype(u)::type, N>
+          <<<grid, THREADS, 0, stream>>>(call);
+      check_launch();
+    });
+  }
+  if (call.next || call.frozen_next) gather(call, call.adds ? call.out : call.residual, stream);
+}
+
+void tail_backward(const TailBackward& call, int32_t device) {
+  const Geometry& geometry = call.geometry;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  if (geometry.batch_size == 0 || geometry.sample_size() == 0) {
+    if (call.dgamma) {
+      const int64_t bytes = geometry.channels * size_of(call.dgamma.dtype);
+      STD_TORCH_CHECK(cudaMemsetAsync(call.dgamma.data, 0, bytes, stream) == cudaSuccess, "dgamma couldn't be zeroed");
+    }
+    return;
+  }
+  check_served(geometry, call.in_float64, call.gamma, call.scale);
+  const Samples& source = call.dout ? call.dout : call.dnext ? call.dnext : call.dfrozen_next;
+  const Samples& update = call.branch ? call.branch : call.dbranch;
+  STD_TORCH_CHECK(!call.branch || !call.dbranch || call.branch.dtype == call.dbranch.dtype,
+                  "dbranch must have the dtype of branch");
+  STD_TORCH_CHECK(call.dgamma.dtype != Dtype::float64, "dgamma must not be float64");
+  const Dtype branch = branch_dtype(update, call.dfrozen, source.dtype);
+  const int n = pack_size(source.dtype, branch);
+  const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out, call.branch,
+                                 call.dresidual, call.dbranch, call.dfrozen);
+  with_types(source.dtype, branch, packed, [&](auto s, auto u, auto size) {
+    using S = typename decltype(s)::type;
+    using U = typename decltype(u)::type;
+    constexpr int N = decltype(size)::value;
+    if (!call.dgamma) {
+      const dim3 grid = grid_of(geometry, geometry.sample_size() / N);
+      residual_add_bwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
+      return check_launch();
+    }
+    const int64_t num_rows = geometry.batch_size * geometry.positions, width = geometry.width;
+    const int64_t chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const Scratch<float> partials(chunks * width, device);
+    const dim3 grid((width + COLUMN_THREADS * N - 1) / (COLUMN_THREADS * N), std::min(chunks, MAX_BLOCKS_Y));
+    const dim3 block(COLUMN_THREADS, ROW_THREADS);
+    residual_add_bwd_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials.data());
+    check_launch();
+    const auto sum = [&](auto* dgamma) {
+      sum_partials_kernel<<<(width + THREADS - 1) / THREADS, THREADS, 0, stream>>>(dgamma, partials.data(), chunks, width);
+      check_launch();
+    };
+    call.dgamma.dtype == Dtype::float32    ? sum(static_cast<float*>(call.dgamma.data))
+    : call.dgamma.dtype == Dtype::bfloat16 ? sum(static_cast<__nv_bfloat16*>(call.dgamma.data))
+                                           : sum(static_cast<__half*>(call.dgamma.data));
+  });
+}
+
+void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device) {
+  if (batch_size == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  invert_rows_kernel<<<1, 1024, 0, current_stream(device)>>>(inverse, rows, num_rows, batch_size);
+  check_launch();
+}
+
+}  // namespace rdp::cuda
