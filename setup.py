@@ -1,6 +1,6 @@
 """Builds the package, and the compiled library of `csrc/` with it.
 
-`RDP_BUILD` says what is compiled: `auto` (default) the CPU kernels, and CUDA's too where torch has CUDA and a toolkit is
+`RDP_BUILD` says what is compiled: `auto` (default) the CPU kernels, and CUDA's where torch has CUDA and a toolkit is
 found; it goes on without what can't be built, saying so in a line. `cpu` and `cuda` (both) fail instead. `none`: pure
 Python. Torch must be importable: `pip install --no-build-isolation .`; an isolated build has no torch and makes a pure
 package. Known to torch's own extensions, and so here: MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME.
@@ -9,16 +9,17 @@ package. Known to torch's own extensions, and so here: MAX_JOBS, NVCC_THREADS, T
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 try:
     from torch.utils import cpp_extension
-except ImportError:
+except (ImportError, OSError):  # none, or one whose own libraries are missing
     cpp_extension = None
 
-BUILD = os.environ.get("RDP_BUILD", "auto")
+BUILD = os.environ.get("RDP_BUILD") or "auto"
 STABLE_ABI = "0x020a000000000000"  # LibTorch's, as of torch 2.10
 PYTHON_ABI = "cp310"
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # unless TORCH_CUDA_ARCH_LIST or a GPU says otherwise
@@ -41,8 +42,7 @@ def why_no_cuda():
 
     if BUILD == "auto" and torch.version.cuda is None:
         return "this torch has no CUDA"
-    nvcc = shutil.which("nvcc")
-    home = os.environ.get("CUDA_HOME") or (str(Path(nvcc).parent.parent) if nvcc else "/usr/local/cuda")
+    home = os.environ.get("CUDA_HOME") or toolkit()
     if not Path(home, "bin", "nvcc").exists():
         return f"no CUDA toolkit at {home} (CUDA_HOME says where)"
     cpp_extension.CUDA_HOME = home
@@ -51,27 +51,62 @@ def why_no_cuda():
     return None
 
 
-def extension():
+def toolkit():
+    """The folder that the `nvcc` of PATH is in, unless that is a script which calls another."""
+    nvcc = shutil.which("nvcc")
+    home = Path(nvcc).resolve().parent.parent if nvcc else None
+    return str(home) if home and (home / "include" / "cuda_runtime.h").exists() else "/usr/local/cuda"
+
+
+def extension(cuda):
     """The compiled library; it isn't a Python module, torch loads it."""
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    options = dict(extra_compile_args={"cxx": flags}, extra_link_args=[])
+    options = dict(extra_compile_args={"cxx": flags})
     files = ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]
-    if BUILD != "cpu":
-        reason = why_no_cuda()
-        if reason is None:
-            files += sources("cuda", "*.cu")
-            options["define_macros"] = [("RDP_CUDA", None)]
-            threads = os.environ.get("NVCC_THREADS")
-            options["extra_compile_args"]["nvcc"] = [
-                *("-O3", "-DUSE_CUDA", flags[-1], "-Xcompiler=-fvisibility=hidden"),
-                *([f"--threads={threads}"] if threads else []),
-            ]
-            # torch's own CUDA library, which has the current stream, comes along with libtorch where there is one
-            options["extra_link_args"] += ["-lcudart_static", "-Wl,--no-as-needed", "-ltorch"]
-            options["library_dirs"] = [str(Path(cpp_extension.CUDA_HOME, "lib64"))]
-        else:
-            degrade(reason, "CUDA kernels")
+    if cuda:
+        files += sources("cuda", "*.cu")
+        options["define_macros"] = [("RDP_CUDA", None)]
+        threads = os.environ.get("NVCC_THREADS")
+        options["extra_compile_args"]["nvcc"] = [
+            *("-O3", "-DUSE_CUDA", flags[-1], "-Xcompiler=-fvisibility=hidden"),
+            *([f"--threads={threads}"] if threads else []),
+        ]
+        # torch's own CUDA library, which has the current stream, comes along with libtorch where there is one
+        options["extra_link_args"] = ["-lcudart_static", "-Wl,--no-as-needed", "-ltorch"]
+        options["library_dirs"] = [str(Path(cpp_extension.CUDA_HOME, folder)) for folder in ("lib64", "lib")]
     return cpp_extension.CppExtension("rdp_kernels._C", files, py_limited_api=True, **options)
+
+
+def build_command(cuda):
+    """A `build_ext` that degrades step by step: without CUDA, then to a pure package."""
+
+    class Build(cpp_extension.BuildExtension):
+        with_cuda = cuda
+
+        def run(self):
+            self.built_into = {self.build_lib, "." if self.inplace else self.build_lib}
+            super().run()
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                said = textwrap.shorten(str(error).replace("\\n", " "), 200, placeholder=" ...")
+                if self.with_cuda:
+                    degrade(f"building for CUDA failed ({said})", "CUDA kernels (RDP_BUILD=cuda shows why)")
+                    self.with_cuda = False
+                    vars(self.extensions[0]).update(vars(extension(cuda=False)))
+                    self.build_extensions()
+                else:
+                    degrade(f"the compiler failed ({said})", "compiled kernels (RDP_BUILD=cpu shows why)")
+                    self.extensions = self.distribution.ext_modules = []
+                    for root in self.built_into:
+                        Path(root, "rdp_kernels", "_C.abi3.so").unlink(missing_ok=True)  # of an earlier build
+                    wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+                    if wheel is not None:
+                        wheel.root_is_pure = True  # its name must not promise a library
+
+    return Build
 
 
 def build():
@@ -83,20 +118,17 @@ def build():
     if cpp_extension is None:
         degrade("torch can't be imported here (pip's --no-build-isolation lets it)", "compiled kernels")
         return {}
-
-    class Build(cpp_extension.BuildExtension):
-        def run(self):
-            try:
-                super().run()
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                degrade(f"the compiler failed ({error})", "compiled kernels (RDP_BUILD=cpu shows why)")
-                self.extensions = []
-
+    cuda = BUILD != "cpu"
+    if cuda:
+        reason = why_no_cuda()
+        if reason is not None:
+            degrade(reason, "CUDA kernels")
+            cuda = False
+    # Where ninja is, if it was installed for a Python whose environment isn't active.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     return {
-        "ext_modules": [extension()],
-        "cmdclass": {"build_ext": Build},
+        "ext_modules": [extension(cuda)],
+        "cmdclass": {"build_ext": build_command(cuda)},
         "options": {"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
     }
 

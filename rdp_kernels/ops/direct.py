@@ -1,5 +1,5 @@
-"""The residual add and the gather of CPU tensors, straight from their arguments to the compiled library: on small tensors
-checks and dataclasses in Python would cost more than the work. The library's ops check everything themselves.
+"""The residual add and the gather of CPU tensors, straight from their arguments to the compiled library: on small
+tensors checks and dataclasses in Python would cost more than the work. The library's ops check everything themselves.
 """
 
 from __future__ import annotations
