@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../tail.h"
 
@@ -20,25 +21,51 @@ __device__ __forceinline__ void round_to(float& to, float x) { to = x; }
 __device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
 
-// `N` elements that are loaded and stored in as few pieces as there can be, of 16 bytes at most.
+// `N` elements, loaded and stored in pieces of 16 bytes, or in one of 8.
 template <class T, int N>
-struct alignas(N * sizeof(T) < PACK_BYTES ? N * sizeof(T) : PACK_BYTES) Pack {
+union Pack {
+  using Piece = std::conditional_t<(N * sizeof(T) >= 16), int4, std::conditional_t<(N * sizeof(T) == 8), int2, T>>;
+  static constexpr int PIECES = N * sizeof(T) / sizeof(Piece);
+
   T elements[N];
+  Piece pieces[PIECES];
+
+  __device__ Pack() {}
 };
 
 template <class T, int N>
 __device__ __forceinline__ void load(float (&values)[N], const T* from) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+  using P = Pack<T, N>;
+  P pack;
+#pragma unroll
+  for (int i = 0; i < P::PIECES; ++i) pack.pieces[i] = reinterpret_cast<const typename P::Piece*>(from)[i];
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = to_float(pack.elements[i]);
 }
 
+// An ordinary store that stays whole: left to itself the compiler takes that of an int4 apart.
+__device__ __forceinline__ void store_piece(int4* to, int4 x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+#else
+  *to = x;
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_piece(T* to, T x) {
+  *to = x;
+}
+
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const float (&values)[N]) {
-  Pack<T, N> pack;
+  using P = Pack<T, N>;
+  P pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) round_to(pack.elements[i], values[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+#pragma unroll
+  for (int i = 0; i < P::PIECES; ++i) store_piece(reinterpret_cast<typename P::Piece*>(to) + i, pack.pieces[i]);
 }
 
 // γ may have any dtype; all threads of a launch take the same way.

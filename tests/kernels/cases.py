@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
-"""All are held to the same numbers; a further one joins by its name. What the compiled library has for CUDA, which is
-less, is tested in `tests/test_gpu.py`."""
+NUMERICS_BACKENDS = ["triton", "native"]
+"""All are held to the same numbers. Of the compiled library's CUDA kernels, which serve fewer calls, only the drawn cases
+are run: those that aren't served are drawn anew."""
 
 VECTORS = ("gamma", "weight", "bias")
 

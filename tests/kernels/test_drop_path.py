@@ -8,13 +8,13 @@ from .cases import Case, drop_paths, examples
 
 @examples(200)
 @given(case=drop_paths(residual=False))
-def test_drop_path_against_float64(backend, check_new, case):
+def test_drop_path_against_float64(numerics_backend, check_new, case):
     check_new(case, ops.drop_path)
 
 
 @examples(200)
 @given(case=drop_paths(residual=True))
-def test_drop_path_add_against_float64(backend, check_new, case):
+def test_drop_path_add_against_float64(numerics_backend, check_new, case):
     check_new(case, ops.drop_path_add)
 
 

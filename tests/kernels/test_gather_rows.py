@@ -10,7 +10,7 @@ from .values import operands_of
 
 @examples(200)
 @given(case=gathers())
-def test_against_float64(backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, case):
     check_new(case, ops.gather_rows)
 
 

@@ -16,7 +16,7 @@ MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 
 
 @examples(200)
 @given(case=joints())
-def test_against_float64(backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, case):
     check_new(case, ops.joint)
 
 

@@ -12,7 +12,7 @@ from .cases import Case, examples, residual_adds
 
 @examples(200)
 @given(case=residual_adds())
-def test_against_float64(backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, case):
     check_new(case, ops.residual_add)
 
 
