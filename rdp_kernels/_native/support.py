@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .library import has_cuda, unavailable
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*CUDA_DTYPES, torch.float64)
 SMALL_ON_CUDA = 0
 """Up to how many elements of the stream the CUDA kernels serve unasked. That is where launching a Triton kernel costs
 more than running it; no GPU has measured it yet, so they serve on request only."""
@@ -50,4 +51,6 @@ def why_not_kind(
     for dtype in dtypes:
         if dtype not in DTYPES:
             return f"the compiled library has float32, bfloat16, float16 and float64, not {dtype}"
+        if device.type == "cuda" and dtype not in CUDA_DTYPES:
+            return f"the CUDA kernels of the compiled library have float32, bfloat16 and float16, not {dtype}"
     return None

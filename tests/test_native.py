@@ -1,0 +1,279 @@
+"""The compiled library's own ops, called past the public ones; and what of it depends on threads and instruction sets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rdp_kernels as rdp
+from rdp_kernels._native import support
+from rdp_kernels.layout import Layout
+
+OPS = torch.ops.rdp
+B, T, C = 4, 3, 5
+X, BRANCH, GAMMA = torch.randn(B, T, C), torch.randn(B, T, C), torch.randn(C)
+SCALE, ROWS = torch.tensor([1.5, 0.0, 2.0, 1.0]), torch.tensor([2, 0])
+
+
+def tail(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
+         gathers=False, next_rows=None, num_next_learning=-1, out=None):  # fmt: skip
+    return OPS.native_tail(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, False,
+                           gathers, next_rows, num_next_learning, out)  # fmt: skip
+
+
+def tail_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gamma=GAMMA, out=None, rows=None,
+                  num_learning=-1, row_scale=None, channel_dim=-1, next_rows=None, num_next_learning=-1, batch_size=B,
+                  gamma_dtype=torch.float32, dresidual=None, wants_residual=True):  # fmt: skip
+    return OPS.native_tail_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, num_learning, row_scale, 1.0,
+                                    channel_dim, next_rows, num_next_learning, batch_size, False, wants_residual,
+                                    torch.float32, None, gamma_dtype, dresidual)  # fmt: skip
+
+
+STRIDED, TRANSPOSED = torch.randn(B, T, 2 * C)[:, :, ::2], torch.randn(B, C, T).transpose(1, 2)
+BAD = {
+    "int": (lambda: tail(residual=X.long()), "residual must be float32, float64, bfloat16 or float16, got Long"),
+    "complex branch": (lambda: tail(branch=BRANCH.cfloat()), "branch must be float32"),
+    "nothing": (lambda: tail(residual=None, branch=None, gamma=None), "no tensor arguments"),
+    "no dimension": (lambda: tail(residual=torch.tensor(1.0)), "residual must have 1 to 16 dimensions, got 0"),
+    "17 dimensions": (lambda: tail(residual=torch.ones([1] * 17)), "residual must have 1 to 16 dimensions, got 17"),
+    "rank": (lambda: tail(branch=BRANCH[0]), r"branch must have shape \[4, 3, 5\], got \[3, 5\]"),
+    "batch": (lambda: tail(branch=BRANCH[:3]), r"branch must have shape \[4, 3, 5\], got \[3, 3, 5\]"),
+    "channels": (lambda: tail(branch=BRANCH[:, :, :4]), r"branch must have shape \[4, 3, 5\], got \[4, 3, 4\]"),
+    "strided": (lambda: tail(residual=STRIDED), "residual must be contiguous"),
+    "strided branch": (lambda: tail(branch=STRIDED), "branch must be contiguous"),
+    "another order": (lambda: tail(branch=TRANSPOSED), "branch must be contiguous, or each of its samples in the order"),
+    "expanded": (lambda: tail(branch=BRANCH[:, :1].expand(B, T, C)), "branch must be contiguous"),
+    "γ's size": (lambda: tail(gamma=torch.ones(C + 1)), r"gamma must have shape \[5\], got \[6\]"),
+    "γ's rank": (lambda: tail(gamma=torch.ones(1, C)), r"gamma must have shape \[5\], got \[1, 5\]"),
+    "γ's stride": (lambda: tail(gamma=torch.ones(2 * C)[::2]), "gamma must be contiguous, got stride 2"),
+    "batch as channels": (lambda: tail(channel_dim=0), "channel_dim must name a dimension of the residual behind its rows"),
+    "no such channels": (lambda: tail(channel_dim=3), "channel_dim must name a dimension.*got 3 for 3 dimensions"),
+    "far channels": (lambda: tail(channel_dim=-(2**62)), "channel_dim must name a dimension"),
+    "scales": (lambda: tail(row_scale=SCALE[:3]), r"row_scale must have shape \[4\], got \[3\]"),
+    "scales of rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS, row_scale=SCALE), r"row_scale must have shape \[2\]"),
+    "narrow scales": (lambda: tail(row_scale=SCALE.half()), "row_scale must be float32"),
+    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the stream is"),
+    "too far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 4])), r"rows must be in \[0, 4\), got 4"),
+    "negative": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, -1])), r"rows must be in \[0, 4\), got -1"),
+    "very far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 2**62])), r"rows must be in \[0, 4\)"),
+    "twice": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([1, 1])), "rows must not repeat a row, got 1 twice"),
+    "int32": (lambda: tail(branch=BRANCH[:2], rows=ROWS.int()), "rows must be an int64 tensor.*got Int"),
+    "2-d rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS[None]), r"rows must be an int64 tensor.*shape \[1, 2\]"),
+    "strided rows": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 9, 2])[::2]), "rows must be contiguous"),
+    "learning": (lambda: tail(branch=BRANCH[:2], rows=ROWS, num_learning=3), "learning rows must be at most 2, got 3"),
+    "frozen": (lambda: tail(branch=BRANCH[:1], frozen=BRANCH, rows=ROWS, num_learning=1), r"frozen must have shape \[1, 3"),
+    "next rows": (lambda: tail(gathers=True, next_rows=torch.tensor([7])), r"next_rows must be in \[0, 4\), got 7"),
+    "γ alone": (lambda: tail(branch=None), "branch must be given where"),
+    "out's shape": (lambda: tail(out=torch.empty(B, T, C + 1)), "out must have shape"),
+    "out's dtype": (lambda: tail(out=torch.empty(B, T, C).half()), "out must have the dtype of the residual"),
+    "out's strides": (lambda: tail(out=torch.empty(B, C, T).transpose(1, 2)), "out must be contiguous"),
+    "no gradient": (lambda: tail_backward(dout=None), "dout, dnext or dfrozen_next must be given"),
+    "its batch": (lambda: tail_backward(batch_size=3), r"dout must have shape \[3, 3, 5\], got \[4, 3, 5\]"),
+    "negative batch": (lambda: tail_backward(batch_size=-1), "batch_size must be at least 0, got -1"),
+    "dγ without branch": (lambda: tail_backward(branch=None), "branch must be given where the gradient of gamma"),
+    "dnext": (lambda: tail_backward(dnext=X, next_rows=ROWS), r"dnext must have shape \[2, 3, 5\], got \[4, 3, 5\]"),
+    "dnext's dtype": (lambda: tail_backward(dnext=X.half()), "must have the dtype of dout"),
+    "dresidual": (lambda: tail_backward(dresidual=torch.empty(B)), "dresidual must have shape"),
+    "dγ's dtype": (lambda: tail_backward(gamma_dtype=torch.int32), "gamma must be float32.*got Int"),
+    "strided dout": (lambda: tail_backward(dout=STRIDED), "dout must be contiguous"),
+    "gather, no rows": (lambda: OPS.native_gather_rows(X, torch.tensor([0.0])), "rows must be an int64 tensor"),
+    "gathered": (lambda: OPS.native_gather_rows_backward(X[:2], torch.tensor([3, 9]), B), r"rows must be in \[0, 4\)"),
+    "a gradient for γ": (lambda: OPS.native_residual_add_backward(X, BRANCH), "gamma must be given where its gradient"),
+    "a number's gradient": (lambda: OPS.native_residual_add_backward(torch.tensor(1.0)), "dout must have its rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_raise(name):
+    """Behind the public ops' own checks nothing is read or written outside either."""
+    call, reason = BAD[name]
+    with pytest.raises(RuntimeError, match=reason):
+        call()
+
+
+def test_other_devices_raise():
+    with pytest.raises(NotImplementedError):
+        tail(residual=X.to("meta"), branch=BRANCH.to("meta"), gamma=None)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        tail(branch=BRANCH.to("meta"))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (0, 0), (2, 0, 3), (2, 3, 0), (3, 1, 1, 0)])
+def test_sizes_of_zero_are_valid(shape):
+    x = torch.randn(shape)
+    gamma = torch.randn(shape[1]) if len(shape) > 1 else None
+    assert OPS.native_residual_add(x, x, gamma, None, None, 1.0, 1 if len(shape) > 1 else -1).shape == x.shape
+    rows = torch.arange(shape[0])[:1]
+    assert OPS.native_gather_rows(x, rows).shape == (len(rows), *shape[1:])
+    assert OPS.native_gather_rows_backward(x[: len(rows)], rows, shape[0]).shape == x.shape
+    if gamma is not None:
+        _, dbranch, dgamma = OPS.native_residual_add_backward(x, x, gamma, channel_dim=1)
+        assert dbranch.shape == x.shape
+        assert torch.equal(dgamma, torch.zeros_like(gamma))
+
+
+class TestDirect:
+    """The short way of the public ops, and when it isn't taken."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param({"row_scale": torch.ones(B, requires_grad=True)}, id="row_scale learns"),
+            pytest.param({"row_scale": float("nan")}, id="NaN"),
+            pytest.param({"row_scale": float("inf")}, id="infinite"),
+            pytest.param({"row_scale": True}, id="a bool"),
+            pytest.param({"row_scale": "2"}, id="a string"),
+            pytest.param({"activation": "gelu"}, id="activation"),
+            pytest.param({"channel_dim": True}, id="channel_dim a bool"),
+            pytest.param({"channel_dim": 0}, id="channel_dim"),
+            pytest.param({"gamma": torch.ones(C, dtype=torch.int64)}, id="gamma of integers"),
+            pytest.param({"gamma": [1.0] * C}, id="gamma a list"),
+            pytest.param({"rows": torch.tensor([0, 1, 2, 4])}, id="rows too far"),
+            pytest.param({"rows": [0, 1, 2, 3]}, id="rows a list"),
+            pytest.param({"branch": BRANCH[:2]}, id="a short branch"),
+            pytest.param({"branch": 1.0}, id="branch a number"),
+            pytest.param({"residual": X.tolist()}, id="residual a list"),
+            pytest.param({"residual": X.int()}, id="residual of integers"),
+        ],
+    )
+    def test_the_errors_are_those_of_every_backend(self, change):
+        arguments = {"residual": X, "branch": BRANCH, "gamma": GAMMA} | change
+        said = []
+        for backend in ("eager", "native"):
+            with rdp.use_backend(backend), pytest.raises((TypeError, ValueError)) as caught:
+                rdp.residual_add(arguments["residual"], arguments["branch"], **{
+                    name: value for name, value in arguments.items() if name not in ("residual", "branch")
+                })  # fmt: skip
+            said.append((type(caught.value), str(caught.value)))
+        assert said[0] == said[1]
+        assert next(iter(change)) in said[0][1]
+
+    def test_integers_are_numbers(self):
+        with rdp.use_backend("native"):
+            torch.testing.assert_close(rdp.residual_add(X, BRANCH, row_scale=2), X + 2 * BRANCH)
+
+    def test_strided_tensors_are_copied(self):
+        with rdp.use_backend("native"):
+            out = rdp.residual_add(
+                STRIDED, TRANSPOSED, gamma=torch.ones(2 * C)[::2], rows=torch.arange(2 * B)[::2] // 2
+            )
+        torch.testing.assert_close(out, STRIDED + TRANSPOSED)
+
+    def test_a_gradient_in_another_layout(self):
+        """The stream is in channels last, what comes back is not, and the other way round."""
+        for ours, theirs in (
+            (torch.channels_last, torch.contiguous_format),
+            (torch.contiguous_format, torch.channels_last),
+        ):
+            x = torch.randn(2, 3, 4, 5).contiguous(memory_format=ours).requires_grad_()
+            branch, gamma = torch.randn_like(x).requires_grad_(), torch.rand(3, requires_grad=True)
+            dout = torch.randn(2, 3, 4, 5).contiguous(memory_format=theirs)
+            leaves = (x, branch, gamma)
+            with rdp.use_backend("native"):
+                out = rdp.residual_add(x, branch, gamma=gamma, channel_dim=1, activation="relu")
+            actual = torch.autograd.grad(out, leaves, dout)
+            expected = torch.autograd.grad((x + branch * gamma.view(3, 1, 1)).relu(), leaves, dout)
+            torch.testing.assert_close(actual, expected)
+            assert Layout.of(actual[1]) == Layout.of(x)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    """Of sums too, in both layouts; 8 threads on any machine."""
+    torch.manual_seed(0)
+    tokens, images = torch.randn(9, 61, 203), torch.randn(9, 37, 11, 17)
+    found = []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            results = []
+            for x, channel_dim in ((tokens, -1), (images, 1)):
+                for dtype in (torch.float32, torch.bfloat16):
+                    gamma = torch.linspace(0.5, 2, x.shape[channel_dim])
+                    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, x.flip(0), gamma)]
+                    scale = torch.tensor([1.3, 0.0, 1.3, 1.3, 0.0, 1.3, 1.3, 1.3, 0.0])
+                    with rdp.use_backend("native"):
+                        out = rdp.residual_add(*leaves[:2], gamma=leaves[2], row_scale=scale, channel_dim=channel_dim)
+                        results += [out, *torch.autograd.grad(out, leaves, torch.ones_like(out) / 3)]
+            found.append(results)
+    finally:
+        torch.set_num_threads(1)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+SCRIPT = """
+import hashlib, torch, rdp_kernels as rdp
+from rdp_kernels._native import library
+assert library.unavailable() is None
+torch.manual_seed(0)
+digest = hashlib.sha256()
+
+def told(*tensors):
+    for t in tensors:
+        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+
+def drawn(shape):  # torch's own normal numbers depend on the instruction set
+    return torch.randint(-9999, 9999, shape) / 3000
+
+zeros = torch.zeros
+with rdp.use_backend("native"):
+    bits = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = bits.view(dtype)
+        wide = rdp.residual_add(zeros(2**16), every)  # to float32
+        assert torch.equal(wide.nan_to_num(7), every.float().nan_to_num(7)), dtype
+        same = rdp.residual_add(every, zeros(2**16))  # and back
+        assert torch.equal(same.isnan(), every.isnan()), dtype
+        assert torch.equal(same.float().nan_to_num(7), every.float().nan_to_num(7)), dtype
+        told(wide.nan_to_num(7), same.float().nan_to_num(7))
+        # every kind of float32: halfway between two of dtype, a little beside, below the normal ones, too large
+        ends = torch.tensor([0, 1, 2**12 - 1, 2**12, 2**12 + 1, 2**13 - 1, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1])
+        numbers = ((bits.int()[:, None] << 16) | ends.int()[None]).flatten().view(torch.float32)
+        numbers = torch.cat([numbers, torch.randint(-2**31, 2**31, (10**5,)).int().view(torch.float32)])
+        ours = rdp.residual_add(zeros(len(numbers), dtype=dtype), numbers)
+        torchs = numbers.to(dtype)
+        assert torch.equal(ours.isnan(), torchs.isnan()), dtype
+        assert torch.equal(ours.float().nan_to_num(7), torchs.float().nan_to_num(7)), dtype
+        told(ours.float().nan_to_num(7))
+    for shape, channel_dim in (((5, 7, 203), -1), ((5, 37, 3, 7), 1), ((5, 3000), -1)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            x, branch, dout = (drawn(shape).to(dtype).requires_grad_() for _ in range(3))
+            gamma = drawn((shape[channel_dim],)).to(dtype).requires_grad_()
+            scale = torch.tensor([1.5, 0, 1.5, 1.5, 1.5])
+            out = rdp.residual_add(x, branch, gamma=gamma, row_scale=scale, channel_dim=channel_dim, activation="relu")
+            told(out.detach(), *torch.autograd.grad(out, (x, branch, gamma), dout))
+print(digest.hexdigest())
+"""
+
+
+def test_instruction_sets_give_the_same_bits():
+    """Every number of 16 bits, each way of rounding to one, and sums, as torch has them; on this machine and as if it
+    could do less. The variable is torch's."""
+    digests = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        digests[capability] = done.stdout
+    assert len(set(digests.values())) == 1, digests
+
+
+class TestWhyNot:
+    """The reasons that a machine without a GPU can't run into."""
+
+    CUDA = torch.device("cuda", 0)
+
+    def test_without_cuda(self, monkeypatch):
+        monkeypatch.setattr(support, "has_cuda", lambda: False)
+        assert "built without CUDA" in support.why_not_kind(self.CUDA, [torch.float32], forced=True)
+
+    def test_on_request_only(self, monkeypatch):
+        monkeypatch.setattr(support, "has_cuda", lambda: True)
+        assert "on request only" in support.why_not_kind(self.CUDA, [torch.float32])
+        assert support.why_not_kind(self.CUDA, [torch.float32, torch.bfloat16], forced=True) is None
+
+    def test_float64_on_cuda(self, monkeypatch):
+        monkeypatch.setattr(support, "has_cuda", lambda: True)
+        assert "float64" in support.why_not_kind(self.CUDA, [torch.float64], forced=True)
