@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a GPU, and which of it rows show."""
+"""What the kernels are to reach, on a GPU and on CPUs, and which of it rows show."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .harness import Row, quotient, scaled
-from .op_dense import ResidualAddNorm
-from .op_providers import EAGER, OURS
+from .op_dense import ResidualAdd, ResidualAddNorm
+from .op_providers import EAGER, OURS, OURS_NATIVE
 from .op_rows import ResidualAddNormRows
 
 ELEMENTWISE, NORM_BACKWARD, OF_BYTE_RATIO = 0.92, 0.80, 0.92
 LARGE_GB = 0.064
+CPU_FORWARD = {0.8: 2.2, 0.5: 2.5}
+CPU_BOTH = 2.0
+CPU_COMPILED = {1.0: 0.95, 0.5: 1.2}
+"""By the share of samples that are kept: how many times as fast as eager, and as the compiled formula."""
 NORMS = (ResidualAddNorm.name, ResidualAddNormRows.name)
 
 
@@ -48,18 +52,48 @@ def _goals_of(row: Row, others: list[Row]) -> Iterator[Goal]:
             yield Goal("device time at most eager's", case_of(row), slower, slower is not None and slower <= 1)
 
 
+def cpu_goals(rows: Iterable[Row]) -> list[Goal]:
+    """Those for the dense add with γ and row_scale, of the fastest turns; bfloat16 isn't to be slower than float32."""
+    rows = list(rows)
+    return [goal for row, others in _with_others(rows, OURS_NATIVE) for goal in _cpu_goals_of(row, others, rows)]
+
+
+def _cpu_goals_of(row: Row, others: list[Row], rows: list[Row]) -> Iterator[Goal]:
+    direction = row["pass"]
+    if row["op"] != ResidualAdd.name or not row["gamma"]:
+        return
+    batch = int(row["shape"].partition("x")[0])
+    share = min((1.0, 0.8, 0.5), key=lambda share: abs(share - (row["kept"] or batch) / batch))
+    if row["dtype"] == "bfloat16":
+        for wide in rows:
+            same = all(wide[key] == row[key] for key in ("op", "shape", "kept", "pass", "provider"))
+            if same and wide["dtype"] == "float32":
+                faster = quotient(wide["min_ms"], row["min_ms"])
+                yield _at_least(1.0, "times as fast in bfloat16 as in float32", row, faster)
+        return
+    for other in others:
+        faster = quotient(other["min_ms"], row["min_ms"])
+        if other["provider"] == EAGER and direction == "forward" and share in CPU_FORWARD:
+            yield _at_least(CPU_FORWARD[share], f"times as fast as eager, forward, {share:.0%} kept", row, faster)
+        if other["provider"] == EAGER and direction == "both" and share < 1:
+            yield _at_least(CPU_BOTH, "times as fast as eager, forward and backward", row, faster)
+        if other["provider"].startswith("torch.compile") and direction == "forward" and share in CPU_COMPILED:
+            least = CPU_COMPILED[share]
+            yield _at_least(least, f"times as fast as the compiled formula, {share:.0%} kept", row, faster)
+
+
 def _at_least(least: float, what: str, row: Row, measured: float | None) -> Goal:
     return Goal(f"at least {least:.2f} {what}", case_of(row), measured, measured is not None and measured >= least)
 
 
-def _with_others(rows: Iterable[Row]) -> Iterator[tuple[Row, list[Row]]]:
+def _with_others(rows: Iterable[Row], provider: str = OURS) -> Iterator[tuple[Row, list[Row]]]:
     """Each row of ours that was measured, with the measured rows of its case."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         if not row["unavailable"]:
             cases.setdefault(case_of(row), []).append(row)
     for case in cases.values():
-        ours = [row for row in case if row["provider"] == OURS]
+        ours = [row for row in case if row["provider"] == provider]
         yield from ((row, [other for other in case if other is not row]) for row in ours)
 
 

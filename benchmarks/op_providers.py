@@ -15,7 +15,6 @@ import torch._functorch.config
 from torch import Tensor
 
 import rdp_kernels as rdp
-from rdp_kernels import _native
 
 from .harness import Capture, Check, Provider, told
 from .op_bytes import Moved, count_bytes
@@ -163,12 +162,11 @@ def ways_of(op: Op, sets: Sets, interpreted: bool = False) -> list[Way]:
         Way(op.compiled, compiled, op.compiled_moves.times(op.sample_bytes), reason),
         Way(OURS_EAGER, ours_eager, _counted(ours_eager)),
     ]
-    for name, backend, reason in (
-        (OURS, "triton", why_no_triton(op.device, interpreted)),
-        (OURS_NATIVE, "native", why_no_native(op)),
-    ):
-        ours = Runner(on_backend(backend, op.ours), sets, ours=True)
-        ways.append(Way(name, None if reason else ours, unavailable=reason))
+    reason = why_no_triton(op.device, interpreted)
+    ours = Runner(on_backend("triton", op.ours), sets, ours=True)
+    ways.append(Way(OURS, None if reason else ours, unavailable=reason))
+    native, reason = _available(lambda: on_backend("native", op.ours), sets, ours=True)
+    ways.append(Way(OURS_NATIVE, native, unavailable=reason))
     if op.has_xformers:
         there = find_spec("xformers") is not None
         others, reason = _available(lambda: op.xformers, sets) if there else (None, "xformers is not installed")
@@ -183,10 +181,11 @@ def _counted(ours: Runner) -> Moved | None:
         return None
 
 
-def _available(make: Callable[[], Compute], sets: Sets) -> tuple[Runner | None, str | None]:
-    """The way that `make()` computes, or why it can't: what others write may fail on what is there."""
+def _available(make: Callable[[], Compute], sets: Sets, ours: bool = False) -> tuple[Runner | None, str | None]:
+    """The way that `make()` computes, or why it can't: what others write may fail on what is there, and our compiled
+    library serves less on GPUs."""
     try:
-        runner = Runner(make(), sets)
+        runner = Runner(make(), sets, ours)
         runner.run("both", 0)
     except Exception as error:
         return None, told(error)
@@ -199,8 +198,8 @@ def why_no_triton(device: torch.device, interpreted: bool = False) -> str | None
     return rdp.available_backends()["triton"]
 
 
-def why_no_native(op: Op) -> str | None:
-    return _native.why_not_kind(op.device, [op.setting.dtype], 1 if op.norm else None, forced=True)
+def why_no_native() -> str | None:
+    return rdp.available_backends()["native"]
 
 
 def on_backend(name: str, compute: Compute) -> Compute:

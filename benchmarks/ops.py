@@ -22,7 +22,7 @@ from .command import shown
 from .harness import Row, Session, quotient, scaled
 from .machine import Device
 from .op_cases import OPS, PASSES, op_cases, settings
-from .op_goals import case_of, goals, setting_of
+from .op_goals import Goal, case_of, cpu_goals, goals, setting_of
 from .op_providers import EAGER
 from .replay import device_time
 
@@ -60,8 +60,9 @@ def run(options: argparse.Namespace) -> int:
     rows = compared(rows)
     if rows:
         console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
-        if options.device == "cuda" and not options.quick:
-            console.print(*verdicts_of(rows), sep="\n")
+        if not options.quick:
+            reached = goals(rows) if options.device == "cuda" else cpu_goals(rows)
+            console.print(*verdicts_of(reached), sep="\n")
     return code if command.written(options, rows) else 1
 
 
@@ -154,9 +155,9 @@ def notes_of(rows: list[Row]) -> Iterator[str]:
             yield f"– {what} {provider} in {count} cases: {reason}"
 
 
-def verdicts_of(rows: list[Row]) -> Iterator[str]:
+def verdicts_of(reached: list[Goal]) -> Iterator[str]:
     """Each goal with how often it holds, and where it doesn't."""
-    for goal, group in itertools.groupby(sorted(goals(rows), key=lambda goal: goal.goal), lambda goal: goal.goal):
+    for goal, group in itertools.groupby(sorted(reached, key=lambda goal: goal.goal), lambda goal: goal.goal):
         all_of_it = list(group)
         missed = [each for each in all_of_it if not each.met]
         yield f"{goal}: {'met' if not missed else 'MISSED'}, {len(all_of_it) - len(missed)} of {len(all_of_it)}"

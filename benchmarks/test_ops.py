@@ -15,14 +15,21 @@ import pytest
 from .harness import Case
 from .machine import Device, facts, one_thread
 from .op_cases import OPS, PASSES, Setting, op_cases, settings
-from .op_providers import EAGER, OURS, OURS_EAGER, XFORMERS
+from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, XFORMERS
 
 SIZE = os.environ.get("RDP_BENCH", "quick")
 TURNS = {"quick": 3, "full": 12}[SIZE]
 CHOICES = [
     (setting, direction, name)
     for setting, direction in itertools.product(settings("cpu", SIZE == "quick"), PASSES)
-    for name in (EAGER, OPS[setting.op].compiled, OURS_EAGER, OURS, *[XFORMERS] * OPS[setting.op].has_xformers)
+    for name in (
+        EAGER,
+        OPS[setting.op].compiled,
+        OURS_EAGER,
+        OURS,
+        OURS_NATIVE,
+        *[XFORMERS] * OPS[setting.op].has_xformers,
+    )
 ]
 
 

@@ -41,7 +41,7 @@ def test_all_providers_are_right_time_and_again(setting):
     """In each pass, on each set of inputs as on the first, and without a change to any input."""
     for case in cases_of(setting):
         names = [provider.name for provider in case.available]
-        assert names == ["eager", OPS[setting.op].compiled, "ours eager", "ours triton"]
+        assert names == ["eager", OPS[setting.op].compiled, "ours eager", "ours triton", "ours native"]
         before = [t.clone() for t in case.providers[0].capture.kept]
         for _ in range(2):
             assert case.verify().passed

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness import Capture, Check, Provider
 from benchmarks.machine import Device
 from benchmarks.op_cases import OPS
-from benchmarks.op_goals import Goal, goals
+from benchmarks.op_goals import Goal, cpu_goals, goals
 from tests.conftest import DEVICE
 
 GPU = Device(torch.device("cuda"), "a GPU", cache_bytes=1)
@@ -34,7 +34,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
     assert {row["op"] for row in rows} == set(OPS)
-    assert len(rows) == 3 * (6 * 4 + 4 * 5), "4 of the 10 settings have xFormers' as well"
+    assert len(rows) == 3 * (6 * 5 + 4 * 6), "4 of the 10 settings have xFormers' as well"
     assert not any("flop" in key for key in rows[0])
     for row in rows:
         if row["unavailable"]:
@@ -163,7 +163,7 @@ def test_verdicts_say_where_a_goal_is_missed():
     rows = [row_of("eager", 0.4), row_of("ours triton", 0.1)]
     rows += [row_of("eager", 0.4, direction="backward"), row_of("ours triton", 0.5, direction="backward")]
     rows += [row_of("eager", 0.4, direction="both"), row_of("ours triton", None, direction="both")]
-    lines = list(ops.verdicts_of(rows))
+    lines = list(ops.verdicts_of(goals(rows)))
     assert lines == [
         "at least 0.92 of copy bandwidth in elementwise passes over 64 MB: MISSED, 1 of 2",
         "  0.20  residual_add 8x4 float32, 4 of 8, γ: backward",
@@ -171,6 +171,31 @@ def test_verdicts_say_where_a_goal_is_missed():
         "  1.25  residual_add 8x4 float32, 4 of 8, γ: backward",
         "  not measured  residual_add 8x4 float32, 4 of 8, γ: both",
     ]
+
+
+def cpu_row(provider, direction, min_ms, kept=16, dtype="float32"):
+    return row_of(provider, None, direction=direction) | {
+        "shape": "32x8", "kept": kept, "gamma": True, "min_ms": min_ms, "dtype": dtype,
+    }  # fmt: skip
+
+
+def test_goals_on_cpus():
+    rows = [
+        cpu_row("eager", "forward", 2.5),
+        cpu_row("torch.compile", "forward", 1.19),
+        cpu_row("ours native", "forward", 1.0),
+    ]
+    rows += [cpu_row("eager", "both", 1.9), cpu_row("ours native", "both", 1.0)]
+    rows += [cpu_row("eager", "forward", 2.1, 26), cpu_row("ours native", "forward", 1.0, 26)]
+    rows += [cpu_row("torch.compile", "forward", 0.96, 32), cpu_row("ours native", "forward", 1.0, 32)]
+    rows += [cpu_row("ours native", "forward", 1.1, 26, "bfloat16")]
+    assert [(goal.measured, goal.met) for goal in cpu_goals(rows)] == [
+        (2.5, True), (1.19, False), (1.9, False), (2.1, False), (0.96, True), (pytest.approx(1 / 1.1), False),
+    ]  # fmt: skip
+    assert cpu_goals([row | {"op": "gather_rows"} for row in rows]) == []
+    lines = list(ops.verdicts_of(cpu_goals(rows)))
+    assert "at least 1.00 times as fast in bfloat16 as in float32: MISSED, 0 of 1" in lines
+    assert "  0.91  residual_add 32x8 bfloat16, 26 of 32, γ: forward" in lines
 
 
 # Times of the device alone
