@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .op_providers import EAGER, OURS_NATIVE
 from .output import replace
 from .pairs import BranchFrozen, Exact, Naive
 from .step import case_of
@@ -79,8 +80,63 @@ def digits_table(rows: list[CsvRow]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def ops_table(rows: list[CsvRow]) -> str:
+    """How many times as fast as eager and as the compiled formula the compiled library is, for each setting."""
+    lines = [
+        "| op | shape | dtype | rows kept | forward: eager / ours | compiled / ours | forward + backward: eager / ours "
+        "| compiled / ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for _, group in itertools.groupby(
+        rows, lambda row: [row[key] for key in ("op", "shape", "layout", "dtype", "kept")]
+    ):
+        by_pass: dict[str, dict[str, CsvRow]] = {}
+        for row in group:
+            by_pass.setdefault(row["pass"], {})[row["provider"]] = row
+        cells = [row["op"], row["shape"].replace("x", " × "), row["dtype"], row["kept"] or "all"]
+        for providers in (by_pass["forward"], by_pass["both"]):
+            ours = providers[OURS_NATIVE]
+            compiled = next(row for name, row in providers.items() if name.startswith(("compiled", "torch.compile")))
+            cells += [_times_as_fast(providers[EAGER], ours), _times_as_fast(compiled, ours)]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "Times as fast as the other, by the median of the turns' ratios (by the fastest turns); "
+        f"{rows[0]['turns']} turns on {_measured_on(rows[0])}; a copy: {float(rows[0]['ceiling_gbs']):.0f} GB/s."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def overhead_table(rows: list[CsvRow]) -> str:
+    """Microseconds of a call on the smallest tensors: eager, ours, and their ratio."""
+    passes = ("no grad", "forward", "both")
+    lines = [
+        "| op | no grad: eager | ours | forward: eager | ours | both: eager | ours | ours / eager |",
+        "|" + "---|" * 8,
+    ]
+    smallest = rows[0]["shape"]
+    for op, group in itertools.groupby((row for row in rows if row["shape"] == smallest), lambda row: row["op"]):
+        by_call = {(row["pass"], row["provider"]): row for row in group}
+        cells = [op]
+        for name in passes:
+            cells += [f"{float(by_call[name, provider]['p50_us']):.1f}" for provider in (EAGER, OURS_NATIVE)]
+        lines.append(f"| {' | '.join([*cells, _ratio(by_call['both', OURS_NATIVE]['ratio_rounds'])])} |")
+    shape = smallest.replace("x", " × ")
+    turns = f"{rows[0]['turns']} turns of {rows[0]['calls']} calls"
+    note = f"Microseconds, medians of {turns}, [{shape}]; {_measured_on(rows[0])}."
+    return "\n".join([*lines, "", note])
+
+
+def _times_as_fast(other: CsvRow, ours: CsvRow) -> str:
+    if other["unavailable"] or ours["unavailable"]:
+        return "–"
+    rounds, low = (float(other[key]) / float(ours[key]) for key in ("ratio_rounds", "min_ms"))
+    return f"{rounds:.2f} ({low:.2f})"
+
+
 TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "step": ("step-cpu.csv", step_table),
+    "ops": ("ops-cpu.csv", ops_table),
+    "overhead": ("overhead-cpu.csv", overhead_table),
     "digits": ("digits-cpu.csv", digits_table),
 }
 """Name in README.md → file in `benchmarks/results/`, and its rows → markdown."""

@@ -6,13 +6,16 @@ from torch import nn
 
 import rdp_kernels as rdp
 from examples.models import ViT
+from rdp_kernels._native.library import has_cuda
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _kernels():
-    with rdp.use_backend("triton"):
+@pytest.fixture(autouse=True, params=["triton", "native"])
+def _kernels(request):
+    if request.param == "native" and not has_cuda():
+        pytest.skip("the compiled library was built without CUDA")
+    with rdp.use_backend(request.param):
         yield
 
 

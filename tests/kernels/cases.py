@@ -11,10 +11,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from rdp_kernels._native.library import has_cuda
 from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
-NUMERICS_BACKENDS = ["triton", "native"]
+NUMERICS_BACKENDS = ["triton", "native"] if DEVICE == "cpu" or has_cuda() else ["triton"]
 """All are held to the same numbers. Of the compiled library's CUDA kernels, which serve fewer calls, only the drawn cases
 are run: those that aren't served are drawn anew."""
 
