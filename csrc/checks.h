@@ -277,7 +277,7 @@ inline int64_t channel_dim_of(const SampleLayout& layout, bool has_gamma, int64_
 
 template <class... Tensors>
 bool any_float64(const Tensors&... tensors) {
-  return ((tensors && tensors.dtype == Dtype::float64) || ...);
+  return ((tensors.dtype == Dtype::float64) || ...);
 }
 
 }  // namespace rdp

@@ -10,8 +10,8 @@ namespace {
 template <class Acc>
 class GammaSums {
  public:
-  GammaSums(const TailBackward& call, const Grid& grid, const Pieces<Acc>& pieces)
-      : call_(call), grid_(grid), pieces_(pieces), geometry_(call.geometry) {
+  GammaSums(const TailBackward& call, const Geometry& geometry, const Grid& grid, const Pieces<Acc>& pieces)
+      : call_(call), grid_(grid), pieces_(pieces), geometry_(geometry) {
     if (call.dgamma) partials_.reset(new Acc[num_partials() * per_partial()]);
   }
 
@@ -101,9 +101,14 @@ class GammaSums {
 template <class Acc>
 void run(const TailBackward& call) {
   const Pieces<Acc>& pieces = best_pieces<Acc>();
-  const Grid grid(call.geometry, bool(call.dgamma) && !call.geometry.gamma_per_position);
-  const Gamma<Acc> gamma(pieces, call.gamma, call.geometry, grid);
-  GammaSums<Acc> sums(call, grid, pieces);
+  const bool gathered = call.dnext || call.dfrozen_next;
+  const Geometry geometry =
+      gathered ? call.geometry
+               : merged(call.geometry, call.rows, call.scale,
+                        {&call.dout, &call.out, &call.branch, &call.dresidual, &call.dbranch});
+  const Grid grid(geometry, bool(call.dgamma) && !geometry.gamma_per_position);
+  const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
+  GammaSums<Acc> sums(call, geometry, grid, pieces);
 
   grid.for_each_item([&](int64_t row_block, int64_t column_block) {
     typename GammaSums<Acc>::OfItem item(sums, row_block, column_block);
@@ -148,7 +153,7 @@ void run(const TailBackward& call) {
       const Acc* update = wants_sum ? z.read(pieces, call.branch, row, piece) : nullptr;
       if (!wants_update) return item.add(piece, d, update, scale);
       Acc* to = result.target(dbranch, row, piece);
-      if (wants_sum && call.gamma && !call.geometry.gamma_per_position) {
+      if (wants_sum && call.gamma && !geometry.gamma_per_position) {
         const Acc* factor = gamma.of(piece, scale, factors);
         pieces.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
       } else {

@@ -7,8 +7,11 @@ namespace {
 template <class Acc>
 void run(const TailForward& call) {
   const Pieces<Acc>& pieces = best_pieces<Acc>();
-  const Grid grid(call.geometry, false);
-  const Gamma<Acc> gamma(pieces, call.gamma, call.geometry, grid);
+  const bool gathers = bool(call.next) || bool(call.frozen_next);
+  const Geometry geometry =
+      gathers ? call.geometry : merged(call.geometry, call.rows, call.scale, {&call.residual, &call.branch, &call.out});
+  const Grid grid(geometry, false);
+  const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
   const Samples& stream = call.adds ? call.out : call.residual;
 
   const auto add = [&](const Piece& piece) {
@@ -32,7 +35,6 @@ void run(const TailForward& call) {
     result.store(pieces, call.out, sample, piece);
   };
 
-  const bool gathers = bool(call.next) || bool(call.frozen_next);
   grid.for_each_item([&](int64_t row_block, int64_t column_block) {
     grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
       if (call.adds) add(piece);

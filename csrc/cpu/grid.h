@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +24,18 @@ constexpr int64_t SERIAL = 32768;         // elements below which a second threa
 struct Piece {
   int64_t sample, offset, row, column, n;
 };
+
+// The geometry of a call that treats all samples alike and finds them one behind the other: they are one sample then,
+// and pieces needn't end where a short one does.
+inline Geometry merged(Geometry geometry, const Rows& rows, const Scale& scale,
+                       std::initializer_list<const Samples*> tensors) {
+  bool merges = rows.inverse == nullptr && !scale.per_row;
+  for (const Samples* samples : tensors) {
+    merges = merges && (!*samples || samples->row_stride == geometry.sample_size());
+  }
+  if (merges) geometry.positions *= std::exchange(geometry.batch_size, 1);
+  return geometry;
+}
 
 class Grid {
  public:

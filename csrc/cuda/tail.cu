@@ -145,7 +145,11 @@ void tail_backward(const TailBackward& call, int32_t device) {
     return;
   }
   check_served(geometry, call.in_float64, call.gamma, call.scale);
-  const Samples& source = call.dout ? call.dout : call.dnext ? call.dnext : call.dfrozen_next;
+  // The stream's dtype; gradients without rows have no data, and there may be no others.
+  const Samples& source = call.dresidual ? call.dresidual
+                          : call.dout    ? call.dout
+                          : call.dnext   ? call.dnext
+                                         : call.dfrozen_next;
   const Samples& update = call.branch ? call.branch : call.dbranch;
   STD_TORCH_CHECK(!call.branch || !call.dbranch || call.branch.dtype == call.dbranch.dtype,
                   "dbranch must have the dtype of branch");
