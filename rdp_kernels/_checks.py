@@ -153,5 +153,15 @@ def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: o
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
 
 
+def why_not_plain(tensors: Collection[Tensor]) -> str | None:
+    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or torch.func looks on."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, which the gradients of compiled kernels don't support"
+    return None
+
+
 def describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .._checks import why_not_plain
 from .library import has_cuda, unavailable
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*CUDA_DTYPES, torch.float64)
 SMALL_ON_CUDA = 0
-"""Up to how many elements of the stream the CUDA kernels serve unasked. That is where launching a Triton kernel costs
+"""Below how many elements of the stream the CUDA kernels serve unasked. That is where launching a Triton kernel costs
 more than running it; no GPU has measured it yet, so they serve on request only."""
 
 
@@ -22,16 +23,9 @@ def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, for
     `norm_width`: of libraries that have norms.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    asked = forced or given[0].numel() <= SMALL_ON_CUDA
+    asked = forced or given[0].numel() < SMALL_ON_CUDA
     reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, asked)
-    if reason is not None:
-        return reason
-    for tensor in given:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which the compiled library's gradients don't support"
-    return None
+    return why_not_plain(given) if reason is None else reason
 
 
 def why_not_kind(
@@ -45,7 +39,7 @@ def why_not_kind(
         if not has_cuda():
             return "the compiled library was built without CUDA"
         if not forced:
-            return f"on GPUs the compiled library serves on request only, or up to {SMALL_ON_CUDA} elements"
+            return f"on GPUs the compiled library serves on request only, or below {SMALL_ON_CUDA} elements"
     elif device.type != "cpu":
         return f"the tensors are on {device}, the compiled library runs on CPUs and NVIDIA GPUs"
     for dtype in dtypes:

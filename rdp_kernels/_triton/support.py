@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .._checks import why_not_plain
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_NORM_WIDTH = 16384
 MIN_CAPABILITY = (8, 0)
@@ -40,14 +42,9 @@ def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, for
     reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, forced)
     if reason is not None:
         return reason
-    for tensor in given:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
     if given[0].numel() // max(given[0].shape[-1], 1) > MAX_TILE_ROWS:
         return f"the stream has more than {MAX_TILE_ROWS} rows of its last dimension"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which the Triton kernels' gradients don't support"
-    return None
+    return why_not_plain(given)
 
 
 def why_not_kind(
