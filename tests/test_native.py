@@ -11,6 +11,10 @@ import rdp_kernels as rdp
 from rdp_kernels._native import support
 from rdp_kernels.layout import Layout
 
+from .kernels import ops
+from .kernels.budget import check
+from .kernels.cases import Case
+
 OPS = torch.ops.rdp
 B, T, C = 4, 3, 5
 X, BRANCH, GAMMA = torch.randn(B, T, C), torch.randn(B, T, C), torch.randn(C)
@@ -177,6 +181,36 @@ class TestDirect:
             expected = torch.autograd.grad((x + branch * gamma.view(3, 1, 1)).relu(), leaves, dout)
             torch.testing.assert_close(actual, expected)
             assert Layout.of(actual[1]) == Layout.of(x)
+
+
+LARGE = {
+    "items that begin within a sample": Case((9, 61, 203), rows=(8, 0, 3, 5), gamma=True),
+    "rows dropped": Case((9, 61, 203), row_scale="tensor", gamma=True, activation="relu"),
+    "images": Case((9, 37, 11, 19), row_scale="tensor", gamma=True, channel_dim=1),
+    "wide images": Case((2, 3, 70000), row_scale=1 / 0.7, gamma=True, channel_dim=1),
+    "wide rows": Case((3, 70001), row_scale="tensor", gamma=True),
+    "without γ": Case((3, 7, 11003), row_scale="tensor"),
+    "short samples": Case((30011, 3), gamma=True),
+    "short samples apart": Case((30011, 3), layouts=("padded", "dense", "padded", "dense"), gamma=True),
+    "16 bits": Case((9, 61, 203), ("bfloat16",) * 4, rows=(8, 0, 3, 5), gamma=True),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_several_work_items(name):
+    """Of 65,536 elements; what hypothesis draws fits one."""
+    with rdp.use_backend("native"):
+        check(LARGE[name], ops.residual_add)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("used", [("next",), ("frozen_next",), ("out", "next")])
+def test_a_gradient_from_the_next_rows_alone(dtype, used):
+    """Where that is converted, nothing else may use its buffer: the branch, for dγ, is read after it."""
+    rows = dict(rows=(4, 0, 3), num_learning=2, next_rows=(1, 4, 3, 0), num_next_learning=3)
+    case = Case((5, 2, 7), (dtype,) * 4, gamma=True, row_scale=1 / 0.7, follows=True, used=used, **rows)
+    with rdp.use_backend("native"):
+        check(case, ops.joint)
 
 
 def test_any_number_of_threads_gives_the_same_bits():
