@@ -20,6 +20,7 @@ __device__ __forceinline__ T* at(const Samples& samples, int64_t row, int64_t of
 }
 
 __device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
+  if (offset < width) return offset;
   return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
 }
 

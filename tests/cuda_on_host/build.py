@@ -1,0 +1,86 @@
+"""A copy of the tree whose compiled library runs the CUDA kernels on the host.
+
+Sources are compiled as they are but for `EDITS`, with the headers of `include/` in place of CUDA's and some functions
+of torch's C interface exchanged for those of `host.cpp`.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[2]
+HOST = Path("tests", "cuda_on_host")
+
+KERNEL = r"__launch_bounds__\(([^)]*)\)\s+\w+_kernel\([^{]*\{"
+LAUNCH = r"(?s)(\w+_kernel(?:<[^;{]*?>)?)\s*<<<(.*?)>>>\((.*?)\);"
+COUNTED = r"\g<0> struct Here {}; host::enter<Here>(\1);"
+LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS) = (\d+);"
+
+EDITS = (
+    # file, pattern, replacement, how often it is found
+    ("cuda/tail.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 6),
+    ("cuda/residual_add.cuh", KERNEL, COUNTED, 4),
+    ("cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
+    ("cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 1),
+    # limits that only large tensors reach can be lowered
+    ("cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 2),
+    ("cuda/tail.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
+    # CPU tensors go the way of a GPU's
+    ("checks.h", r"(bool is_cuda\(\) const) \{ return is_cuda_; \}", r"\1 { return true; }", 1),
+)
+EXCHANGED = {
+    "aoti_torch_device_type_cuda": "aoti_torch_device_type_cpu",
+    "aoti_torch_empty_strided": "host_empty_strided",
+    "aoti_torch_create_device_guard": "host_create_device_guard",
+    "aoti_torch_delete_device_guard": "host_delete_device_guard",
+    "aoti_torch_get_current_cuda_stream": "host_current_stream",
+}
+
+
+def copy_tree(to: Path) -> None:
+    """Sources and tests, edited; fails where the sources have changed so that an edit no longer fits."""
+    for folder in ("csrc", "rdp_kernels", "tests"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", to)
+    for file, pattern, replacement, times in EDITS:
+        path = to / "csrc" / file
+        text, found = re.subn(pattern, replacement, path.read_text(encoding="utf-8"))
+        assert found == times, f"{file}: {found} instead of {times} places match {pattern}"
+        path.write_text(text, encoding="utf-8")
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment in which a library with sanitizers can be loaded; empty where the compiler has none."""
+    needed = [_compiler("-print-file-name=" + name) for name in ("libasan.so", "libstdc++.so.6")]
+    if not all(Path(path).is_absolute() for path in needed):
+        return {}
+    return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def compile_library(tree: Path) -> None:
+    """That of a copy. It has no CPU kernels: what computes is CUDA's. UBSan sees misaligned packs, ASan stray ones."""
+    stable_abi = re.search(r'STABLE_ABI = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert stable_abi is not None
+    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitizers() else []
+    flags = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
+    flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # packs: nvcc has no such rule
+    flags += ["-DRDP_CUDA", f"-DTORCH_TARGET_VERSION={stable_abi[1]}"]
+    flags += [f"-I{path}" for path in (HOST / "include", "csrc", *cpp_extension.include_paths())]
+    exchanges = [f"-D{torchs}={ours}" for torchs, ours in EXCHANGED.items()]
+    _compiler(*flags, "-c", HOST / "host.cpp", "-o", "host.o", cwd=tree)
+    _compiler(*flags, *exchanges, "-c", "csrc/bindings.cpp", "-o", "bindings.o", cwd=tree)
+    _compiler(*flags, *exchanges, "-c", "-x", "c++", "csrc/cuda/tail.cu", "-o", "tail.o", cwd=tree)
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    output = ["-o", "rdp_kernels/_C.abi3.so"]
+    _compiler("-shared", *sanitized, "host.o", "bindings.o", "tail.o", *libraries, *output, cwd=tree)
+
+
+def _compiler(*arguments: object, cwd: Path | None = None) -> str:
+    command = ["c++", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    return result.stdout.strip()

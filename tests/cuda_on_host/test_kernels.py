@@ -1,0 +1,59 @@
+"""The CUDA kernels and their host code, without a GPU: compiled for the host, where fibers stand for the threads of a
+block, and held to the numerics suite of `tests/kernels`.
+
+This shows that indices, packs, alignment, dtypes, launches, sums and barriers are right, in whatever order threads come
+to their turn, and that nothing outside a tensor is touched. It doesn't show what needs real parallelism (atomicity,
+memory order, streams), what nvcc makes of the code (its `__CUDA_ARCH__` branches, registers, fused multiply-adds), nor
+how fast it is. Stray and misaligned accesses are seen where the compiler has ASan and UBSan.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from . import build
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="no compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels itself"),
+]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("cuda_on_host")
+    build.copy_tree(tree)
+    build.compile_library(tree)
+    return tree
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"RDP_MAX_BLOCKS_X": "2", "RDP_MAX_BLOCKS_Y": "2", "RDP_CHUNK_ROWS": "12"}],
+    ids=["as they are", "lowered"],
+)
+def test_numerics_suite(tree, limits):
+    """Every kernel runs with all its template arguments. Budget: 2 minutes each, with the build."""
+    launches = tree / "launches.tsv"
+    launches.unlink(missing_ok=True)
+    ours = ("RDP_", "PYTEST_", "PYTHONPATH", "LD_PRELOAD", "TRITON_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    paths = {"PYTHONPATH": str(tree), "RDP_LAUNCHES": str(launches)}
+    options = ("--capture=sys", "-k", "against_float64 and not triton")  # what a sanitizer says last is to be seen
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/kernels", "tests/cuda_on_host/rounds.py"],
+        cwd=tree,
+        env=inherited | build.sanitizers() | paths | limits,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-20_000:]
+    table = [line.split("\t") for line in launches.read_text(encoding="utf-8").splitlines()]
+    assert len(table) > 0
+    assert [kernel for count, kernel in table if count == "0"] == []
