@@ -14,7 +14,7 @@
 
 namespace rdp::cpu {
 
-constexpr int64_t PIECE = 1024;           // elements that are worked on at a time: a few such buffers fit the L1 cache
+constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few of float32 fit the L1 cache
 constexpr int64_t ITEM = 65536;           // elements of a work item
 constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is rather tall, that there be few partial sums
 constexpr int64_t SERIAL = 32768;         // elements below which a second thread doesn't pay, as in torch
