@@ -106,7 +106,8 @@ void run(const TailBackward& call) {
       gathered ? call.geometry
                : merged(call.geometry, call.rows, call.scale,
                         {&call.dout, &call.out, &call.branch, &call.dresidual, &call.dbranch});
-  const Grid grid(geometry, bool(call.dgamma) && !geometry.gamma_per_position);
+  const Grid grid(geometry, converts<Acc>({&call.dout, &call.dnext, &call.branch, &call.dbranch, &call.dfrozen}),
+                  bool(call.dgamma) && !geometry.gamma_per_position);
   const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
   GammaSums<Acc> sums(call, geometry, grid, pieces);
 

@@ -10,7 +10,7 @@ void run(const TailForward& call) {
   const bool gathers = bool(call.next) || bool(call.frozen_next);
   const Geometry geometry =
       gathers ? call.geometry : merged(call.geometry, call.rows, call.scale, {&call.residual, &call.branch, &call.out});
-  const Grid grid(geometry, false);
+  const Grid grid(geometry, converts<Acc>({&call.residual, &call.branch, &call.frozen, &call.out}), false);
   const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
   const Samples& stream = call.adds ? call.out : call.residual;
 

@@ -14,10 +14,11 @@
 
 namespace rdp::cpu {
 
-constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few of float32 fit the L1 cache
-constexpr int64_t ITEM = 65536;           // elements of a work item
+constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few such fit the L1 cache,
+constexpr int64_t CONVERTED_PIECE = 1024;  // and of these twice as many, where some are copies in another dtype
+constexpr int64_t ITEM = 65536;            // elements of a work item
 constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is rather tall, that there be few partial sums
-constexpr int64_t SERIAL = 32768;         // elements below which a second thread doesn't pay, as in torch
+constexpr int64_t SERIAL = 32768;          // elements below which a second thread doesn't pay, as in torch
 
 // `n` elements from `offset` on in a sample; they are part of row `row` = sample · positions + position from `column`
 // on, or that row and whole ones after it.
@@ -39,8 +40,9 @@ inline Geometry merged(Geometry geometry, const Rows& rows, const Scale& scale,
 
 class Grid {
  public:
-  Grid(const Geometry& geometry, bool sums_columns)
+  Grid(const Geometry& geometry, bool converts, bool sums_columns)
       : geometry_(geometry),
+        piece_(converts ? CONVERTED_PIECE : PIECE),
         num_rows_(geometry.batch_size * geometry.positions),
         item_columns_(std::min(geometry.width, sums_columns ? COLUMNS_OF_SUMS : ITEM)),
         item_rows_(std::max<int64_t>(1, ITEM / item_columns_)) {}
@@ -55,7 +57,7 @@ class Grid {
     return std::min(geometry_.width, (column_block + 1) * item_columns_);
   }
   // How many whole rows a piece may hold.
-  int64_t rows_of_piece() const { return std::clamp<int64_t>(PIECE / geometry_.width, 1, geometry_.positions); }
+  int64_t rows_of_piece() const { return std::clamp<int64_t>(piece_ / geometry_.width, 1, geometry_.positions); }
 
   // Calls work(row_block, column_block) for each item.
   template <class Work>
@@ -79,8 +81,8 @@ class Grid {
         row += count;
         continue;
       }
-      for (int64_t column = from; column < to; column += PIECE) {
-        work(Piece{sample, position * width + column, row, column, std::min(PIECE, to - column)});
+      for (int64_t column = from; column < to; column += piece_) {
+        work(Piece{sample, position * width + column, row, column, std::min(piece_, to - column)});
       }
       ++row;
     }
@@ -118,7 +120,7 @@ class Grid {
   static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   Geometry geometry_;
-  int64_t num_rows_, item_columns_, item_rows_;
+  int64_t piece_, num_rows_, item_columns_, item_rows_;
 };
 
 }  // namespace rdp::cpu

@@ -12,6 +12,13 @@ namespace rdp::cpu {
 template <class Acc>
 constexpr Dtype DTYPE_OF = sizeof(Acc) == 8 ? Dtype::float64 : Dtype::float32;
 
+// Whether a tensor of a call has to be converted.
+template <class Acc>
+bool converts(std::initializer_list<const Samples*> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Samples* samples) { return *samples && samples->dtype != DTYPE_OF<Acc>; });
+}
+
 inline char* address(const Samples& samples, int64_t row, const Piece& piece) {
   return static_cast<char*>(samples.data) + (row * samples.row_stride + piece.offset) * size_of(samples.dtype);
 }
