@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import __version__, available_backends
+from ._native.library import has_cuda
 
 
 def describe() -> str:
@@ -22,6 +23,8 @@ def describe() -> str:
     lines += [f"device {index}     {name}" for index, name in enumerate(devices)] or ["devices      CPU only"]
     for name, reason in available_backends().items():
         lines.append(f"{name:12} {'available' if reason is None else 'missing: ' + reason}")
+        if name == "native" and reason is None:
+            lines[-1] += ", for CPUs and CUDA" if has_cuda() else ", for CPUs (built without CUDA)"
     return "\n".join(lines)
 
 

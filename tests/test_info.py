@@ -4,6 +4,7 @@ import sys
 import torch
 
 import rdp_kernels as rdp
+from rdp_kernels._native.library import has_cuda
 from rdp_kernels.info import describe
 
 
@@ -13,6 +14,7 @@ def test_describe():
     assert torch.__version__ in text
     for name, reason in rdp.available_backends().items():
         assert any(line.startswith(name) and (reason or "available") in line for line in text.splitlines())
+    assert ("native       available, for CPUs and CUDA" in text) == has_cuda()
 
 
 def test_command_and_import_cost_nothing():
