@@ -1,5 +1,6 @@
 """The kernels in graphs: registered ops, torch.compile, export."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -104,9 +105,9 @@ def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
     assert len(ours) == (0 if backend == "eager" else 3)
 
 
-@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("backend", [None, *LIBRARIES])
 def test_the_dense_add_is_aten_when_compiled(backend):
-    """Nothing of ours stands between inductor and what surrounds the add."""
+    """Nothing of ours stands between inductor and what surrounds the add. None: no backend was asked for."""
     torch._dynamo.reset()
 
     def dense(x, update, gamma, row_scale):
@@ -115,7 +116,7 @@ def test_the_dense_add_is_aten_when_compiled(backend):
     graphs = Graphs()
     leaves = (tensor(BATCH, TOKENS, DIM), tensor(BATCH, TOKENS, DIM), tensor(DIM))
     row_scale = torch.tensor([1.5, 0.0, 1.5, 0.0, 1.5], device=DEVICE)
-    with rdp.use_backend(backend):
+    with contextlib.nullcontext() if backend is None else rdp.use_backend(backend):
         actual = torch.compile(dense, fullgraph=True, backend=graphs)(*leaves, row_scale)
         expected = dense(*leaves, row_scale)
     torch.testing.assert_close(actual, expected)

@@ -69,10 +69,11 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
 
 
 def _kernels_for(residual: Tensor) -> ModuleType | None:
+    if torch.compiler.is_compiling():
+        return None
     kernels = _backend.cpu_kernels()
     if (
         kernels is None
-        or torch.compiler.is_compiling()
         or type(residual) not in _PLAIN
         or not residual.is_cpu
         or torch._C._are_functorch_transforms_active()
