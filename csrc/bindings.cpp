@@ -1,5 +1,6 @@
 // The ops, as torch sees them: raw, without autograd, which `rdp_kernels` puts over them.
 #include <tuple>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,8 +12,10 @@ namespace {
 
 using ThreeTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
 using FourTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-const MaybeTensor NONE;
+using MaybeType = std::optional<ScalarType>;
 constexpr int64_t ALL = -1;
+
+const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
 void run(const TailForward& call, const SampleLayout& layout) {
 #ifdef RDP_CUDA
@@ -28,136 +31,230 @@ void run(const TailBackward& call, const SampleLayout& layout) {
   cpu::tail_backward(call);
 }
 
+// How the branch is added; null where there is none of it.
+struct Addend {
+  const Tensor *gamma = nullptr, *rows = nullptr, *row_scale = nullptr;
+  int64_t num_learning = ALL;
+  double scale = 1.0;
+  int64_t channel_dim = -1;
+};
+
+struct NextRows {
+  const Tensor* rows = nullptr;
+  int64_t num_learning = ALL;
+};
+
+struct ForwardArguments {
+  const Tensor *residual = nullptr, *branch = nullptr, *frozen = nullptr, *out = nullptr;
+  Addend addend;
+  bool relu = false, gathers = false;
+  NextRows next;
+};
+
+struct ForwardResults {
+  MaybeTensor out, next, frozen_next;
+};
+
+struct BackwardArguments {
+  const Tensor *dout = nullptr, *dnext = nullptr, *dfrozen_next = nullptr;
+  const Tensor *branch = nullptr, *out = nullptr, *dresidual = nullptr;
+  Addend addend;
+  NextRows next;
+  int64_t batch_size = 0;
+  bool in_float64 = false, wants_residual = false;
+  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of the gradients that are wanted
+};
+
+struct BackwardResults {
+  MaybeTensor dresidual, dbranch, dfrozen, dgamma;
+};
+
+ForwardResults forward(const ForwardArguments& given) {
+  const Addend& addend = given.addend;
+  STD_TORCH_CHECK(given.residual || given.branch, "residual or branch must be given");
+  const SampleLayout layout(given.residual ? "residual" : "branch", given.residual ? *given.residual : *given.branch);
+  STD_TORCH_CHECK(given.residual || !addend.rows, "residual must be given where rows are");
+  const int64_t batch_size = layout.batch_size();
+
+  TailForward call;
+  call.adds = given.branch != nullptr;
+  call.relu = given.relu;
+  STD_TORCH_CHECK(
+      call.adds || !(given.frozen || addend.gamma || addend.rows || addend.row_scale || given.out),
+      "branch must be given where frozen, gamma, rows, row_scale or out is");
+  const InvertedRows inverted("rows", layout, addend.rows, addend.num_learning, batch_size);
+  call.rows = inverted.rows();
+  call.residual = layout.samples("residual", given.residual, batch_size);
+  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
+  call.frozen = layout.samples("frozen", given.frozen, inverted.num_frozen());
+  const Dtype dtype = given.residual ? call.residual.dtype : call.branch.dtype;
+  call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
+  const int64_t channel_dim = channel_dim_of(layout, addend.gamma != nullptr, addend.channel_dim);
+  call.geometry = layout.geometry(batch_size, channel_dim);
+  call.gamma = layout.vector("gamma", addend.gamma, layout.size(channel_dim));
+  for (const Dtype each : {call.residual.dtype, call.branch.dtype, call.frozen.dtype, call.gamma.dtype}) {
+    call.in_float64 |= each == Dtype::float64;
+  }
+
+  ForwardResults results;
+  if (call.adds) {
+    if (!given.out) results.out = layout.empty(batch_size, dtype);
+    call.out = layout.samples("out", given.out ? *given.out : *results.out, batch_size);
+    STD_TORCH_CHECK(call.out.dtype == dtype, "out must have the dtype of the residual");
+  }
+  const InvertedRows next_inverted("next_rows", layout, given.next.rows, given.next.num_learning, batch_size);
+  if (given.gathers) {
+    call.next_rows = next_inverted.rows();
+    results.next = layout.empty(next_inverted.num_learning(), dtype);
+    call.next = layout.samples("next", *results.next, next_inverted.num_learning());
+    if (next_inverted.num_frozen() > 0) {
+      results.frozen_next = layout.empty(next_inverted.num_frozen(), dtype);
+      call.frozen_next = layout.samples("frozen_next", *results.frozen_next, next_inverted.num_frozen());
+    }
+  }
+  run(call, layout);
+  return results;
+}
+
+BackwardResults backward(const BackwardArguments& given) {
+  const Addend& addend = given.addend;
+  STD_TORCH_CHECK(given.dout || given.dnext || given.dfrozen_next, "dout, dnext or dfrozen_next must be given");
+  const bool from_next = given.dnext && (!given.dfrozen_next || given.dnext->size(0) > 0);  // without rows: no order
+  const SampleLayout layout(given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
+                            given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next);
+  const int64_t batch_size = given.batch_size;
+  STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
+
+  TailBackward call;
+  const InvertedRows inverted("rows", layout, addend.rows, addend.num_learning, batch_size);
+  const InvertedRows next_inverted("next_rows", layout, given.next.rows, given.next.num_learning, batch_size);
+  call.rows = inverted.rows();
+  call.next_rows = next_inverted.rows();
+  call.dout = layout.samples("dout", given.dout, batch_size);
+  call.dnext = layout.samples("dnext", given.dnext, next_inverted.num_learning());
+  call.dfrozen_next = layout.samples("dfrozen_next", given.dfrozen_next, next_inverted.num_frozen());
+  call.out = layout.samples("out", given.out, batch_size);
+  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
+  STD_TORCH_CHECK(given.branch || !given.gamma_dtype, "branch must be given where the gradient of gamma is wanted");
+  const Dtype dtype = given.dout ? call.dout.dtype : from_next ? call.dnext.dtype : call.dfrozen_next.dtype;
+  call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
+  const int64_t channel_dim = channel_dim_of(layout, addend.gamma || given.gamma_dtype, addend.channel_dim);
+  call.geometry = layout.geometry(batch_size, channel_dim);
+  call.gamma = layout.vector("gamma", addend.gamma, layout.size(channel_dim));
+  call.in_float64 = given.in_float64;
+  for (const Samples* samples : {&call.dnext, &call.dfrozen_next, &call.out}) {
+    STD_TORCH_CHECK(!*samples || samples->dtype == dtype, "dnext, dfrozen_next and out must have the dtype of dout");
+  }
+
+  BackwardResults results;
+  if (given.wants_residual) {
+    if (!given.dresidual) results.dresidual = layout.empty(batch_size, dtype);
+    call.dresidual = layout.samples("dresidual", given.dresidual ? *given.dresidual : *results.dresidual, batch_size);
+    STD_TORCH_CHECK(call.dresidual.dtype == dtype, "dresidual must have the dtype of dout");
+  }
+  const auto make = [&](const char* name, MaybeTensor& made, int64_t num_rows, MaybeType wanted) {
+    if (!wanted) return Samples();
+    made = layout.empty(num_rows, dtype_of(name, *wanted));
+    return layout.samples(name, *made, num_rows);
+  };
+  call.dbranch = make("dbranch", results.dbranch, inverted.num_learning(), given.branch_dtype);
+  call.dfrozen = make("dfrozen", results.dfrozen, inverted.num_frozen(), given.frozen_dtype);
+  if (given.gamma_dtype) {
+    results.dgamma = layout.empty_vector(layout.size(channel_dim), dtype_of("gamma", *given.gamma_dtype));
+    call.dgamma = layout.vector("dgamma", *results.dgamma, layout.size(channel_dim));
+  }
+  run(call, layout);
+  return results;
+}
+
 ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
                   const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
                   const MaybeTensor& row_scale, double scale, int64_t channel_dim, bool relu, bool gathers,
                   const MaybeTensor& next_rows, int64_t num_next_learning, const MaybeTensor& out) {
-  STD_TORCH_CHECK(residual || branch, "residual or branch must be given");
-  const SampleLayout layout(residual ? "residual" : "branch", residual ? *residual : *branch);
-  STD_TORCH_CHECK(residual || !rows, "residual must be given where rows are");
-  const int64_t batch_size = layout.batch_size();
-
-  TailForward call;
-  call.adds = branch.has_value();
-  call.relu = relu;
-  STD_TORCH_CHECK(branch || !(frozen || gamma || rows || row_scale || out),
-                  "branch must be given where frozen, gamma, rows, row_scale or out is");
-  const InvertedRows inverted("rows", layout, rows, num_learning, batch_size);
-  call.rows = inverted.rows();
-  call.residual = layout.samples("residual", residual, batch_size);
-  call.branch = layout.samples("branch", branch, inverted.num_learning());
-  call.frozen = layout.samples("frozen", frozen, inverted.num_frozen());
-  const Dtype dtype = residual ? call.residual.dtype : call.branch.dtype;
-  call.scale = scale_of(layout, row_scale, scale, inverted.num_rows(), dtype);
-  channel_dim = channel_dim_of(layout, gamma.has_value(), channel_dim);
-  call.geometry = layout.geometry(batch_size, channel_dim);
-  if (gamma) call.gamma = layout.vector("gamma", *gamma, layout.size(channel_dim));
-  call.in_float64 = any_float64(call.residual, call.branch, call.frozen, call.gamma);
-
-  MaybeTensor made, next, frozen_next;
-  if (branch && !out) made = layout.empty(batch_size, dtype);
-  if (branch) call.out = layout.samples("out", out ? out : made, batch_size);
-  STD_TORCH_CHECK(!branch || call.out.dtype == dtype, "out must have the dtype of the residual");
-  const InvertedRows next_inverted("next_rows", layout, next_rows, num_next_learning, batch_size);
-  if (gathers) {
-    call.next_rows = next_inverted.rows();
-    next = layout.empty(next_inverted.num_learning(), dtype);
-    call.next = layout.samples("next", next, next_inverted.num_learning());
-    if (next_inverted.num_frozen() > 0) {
-      frozen_next = layout.empty(next_inverted.num_frozen(), dtype);
-      call.frozen_next = layout.samples("frozen_next", frozen_next, next_inverted.num_frozen());
-    }
-  }
-  run(call, layout);
-  return {made, next, frozen_next};
+  auto [made, next, frozen_next] = forward({
+      .residual = pointer(residual),
+      .branch = pointer(branch),
+      .frozen = pointer(frozen),
+      .out = pointer(out),
+      .addend = {pointer(gamma), pointer(rows), pointer(row_scale), num_learning, scale, channel_dim},
+      .relu = relu,
+      .gathers = gathers,
+      .next = {pointer(next_rows), num_next_learning},
+  });
+  return {std::move(made), std::move(next), std::move(frozen_next)};
 }
 
 FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, const MaybeTensor& dfrozen_next,
                           const MaybeTensor& branch, const MaybeTensor& gamma, const MaybeTensor& out,
                           const MaybeTensor& rows, int64_t num_learning, const MaybeTensor& row_scale, double scale,
                           int64_t channel_dim, const MaybeTensor& next_rows, int64_t num_next_learning,
-                          int64_t batch_size, bool in_float64, bool wants_residual,
-                          std::optional<ScalarType> branch_dtype, std::optional<ScalarType> frozen_dtype,
-                          std::optional<ScalarType> gamma_dtype, const MaybeTensor& dresidual) {
-  STD_TORCH_CHECK(dout || dnext || dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  const bool from_next = dnext && (!dfrozen_next || dnext->size(0) > 0);  // one without rows has no order
-  const SampleLayout layout(dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
-                            dout ? *dout : from_next ? *dnext : *dfrozen_next);
-  STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
-  TailBackward call;
-  const InvertedRows inverted("rows", layout, rows, num_learning, batch_size);
-  const InvertedRows next_inverted("next_rows", layout, next_rows, num_next_learning, batch_size);
-  call.rows = inverted.rows();
-  call.next_rows = next_inverted.rows();
-  call.dout = layout.samples("dout", dout, batch_size);
-  call.dnext = layout.samples("dnext", dnext, next_inverted.num_learning());
-  call.dfrozen_next = layout.samples("dfrozen_next", dfrozen_next, next_inverted.num_frozen());
-  call.out = layout.samples("out", out, batch_size);
-  call.branch = layout.samples("branch", branch, inverted.num_learning());
-  STD_TORCH_CHECK(branch || !gamma_dtype, "branch must be given where the gradient of gamma is wanted");
-  const Dtype dtype = dout ? call.dout.dtype : from_next ? call.dnext.dtype : call.dfrozen_next.dtype;
-  call.scale = scale_of(layout, row_scale, scale, inverted.num_rows(), dtype);
-  channel_dim = channel_dim_of(layout, gamma || gamma_dtype, channel_dim);
-  call.geometry = layout.geometry(batch_size, channel_dim);
-  if (gamma) call.gamma = layout.vector("gamma", *gamma, layout.size(channel_dim));
-  for (const Samples* samples : {&call.dnext, &call.dfrozen_next, &call.out}) {
-    STD_TORCH_CHECK(!*samples || samples->dtype == dtype, "dnext, dfrozen_next and out must have the dtype of dout");
-  }
-
-  MaybeTensor made, dbranch, dfrozen, dgamma;
-  const auto make = [&](const char* name, MaybeTensor& made, Samples& samples, int64_t num_rows,
-                        std::optional<ScalarType> dtype) {
-    if (!dtype) return;
-    made = layout.empty(num_rows, dtype_of(name, *dtype));
-    samples = layout.samples(name, made, num_rows);
-  };
-  if (wants_residual && !dresidual) made = layout.empty(batch_size, dtype);
-  if (wants_residual) call.dresidual = layout.samples("dresidual", dresidual ? dresidual : made, batch_size);
-  STD_TORCH_CHECK(!wants_residual || call.dresidual.dtype == dtype, "dresidual must have the dtype of dout");
-  make("dbranch", dbranch, call.dbranch, inverted.num_learning(), branch_dtype);
-  make("dfrozen", dfrozen, call.dfrozen, inverted.num_frozen(), frozen_dtype);
-  if (gamma_dtype) {
-    dgamma = layout.empty_vector(layout.size(channel_dim), dtype_of("gamma", *gamma_dtype));
-    call.dgamma = layout.vector("dgamma", *dgamma, layout.size(channel_dim));
-  }
-  call.in_float64 = in_float64;
-  run(call, layout);
-  return {made, dbranch, dfrozen, dgamma};
+                          int64_t batch_size, bool in_float64, bool wants_residual, MaybeType branch_dtype,
+                          MaybeType frozen_dtype, MaybeType gamma_dtype, const MaybeTensor& dresidual) {
+  auto [made, dbranch, dfrozen, dgamma] = backward({
+      .dout = pointer(dout),
+      .dnext = pointer(dnext),
+      .dfrozen_next = pointer(dfrozen_next),
+      .branch = pointer(branch),
+      .out = pointer(out),
+      .dresidual = pointer(dresidual),
+      .addend = {pointer(gamma), pointer(rows), pointer(row_scale), num_learning, scale, channel_dim},
+      .next = {pointer(next_rows), num_next_learning},
+      .batch_size = batch_size,
+      .in_float64 = in_float64,
+      .wants_residual = wants_residual,
+      .branch_dtype = branch_dtype,
+      .frozen_dtype = frozen_dtype,
+      .gamma_dtype = gamma_dtype,
+  });
+  return {std::move(made), std::move(dbranch), std::move(dfrozen), std::move(dgamma)};
 }
 
 Tensor residual_add(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
                     const MaybeTensor& row_scale, const MaybeTensor& rows, double scale, int64_t channel_dim,
                     bool relu) {
-  return *std::get<0>(
-      tail(residual, branch, NONE, gamma, rows, ALL, row_scale, scale, channel_dim, relu, false, NONE, ALL, NONE));
+  return *forward({
+      .residual = &residual,
+      .branch = &branch,
+      .addend = {pointer(gamma), pointer(rows), pointer(row_scale), ALL, scale, channel_dim},
+      .relu = relu,
+  }).out;
 }
 
 ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch, const MaybeTensor& gamma,
                                    const MaybeTensor& row_scale, bool wants_branch, const MaybeTensor& out,
                                    const MaybeTensor& rows, double scale, int64_t channel_dim,
-                                   std::optional<ScalarType> branch_dtype) {
-  std::optional<ScalarType> gamma_dtype;
+                                   MaybeType branch_dtype) {
   STD_TORCH_CHECK(dout.dim() > 0, "dout must have its rows in dimension 0");
   STD_TORCH_CHECK(gamma || !branch, "gamma must be given where its gradient is wanted, that is, where branch is");
-  if (branch) gamma_dtype = gamma->scalar_type();
-  if (!branch_dtype) branch_dtype = branch ? branch->scalar_type() : dout.scalar_type();
-  const auto is_double = [](const MaybeTensor& tensor) { return tensor && tensor->scalar_type() == ScalarType::Double; };
-  const bool in_float64 = is_double(dout) || is_double(gamma) || *branch_dtype == ScalarType::Double;
-  auto [dresidual, dbranch, dfrozen, dgamma] = tail_backward(
-      dout, NONE, NONE, branch, gamma, out, rows, ALL, row_scale, scale, channel_dim, NONE, ALL, dout.size(0),
-      in_float64, out.has_value(), wants_branch ? branch_dtype : std::nullopt, std::nullopt, gamma_dtype, NONE);
-  return {dresidual, dbranch, dgamma};
+  const ScalarType dout_dtype = dout.scalar_type(), gamma_dtype = gamma ? gamma->scalar_type() : dout_dtype;
+  if (!branch_dtype) branch_dtype = branch ? branch->scalar_type() : dout_dtype;
+  constexpr ScalarType DOUBLE = ScalarType::Double;
+  auto [dresidual, dbranch, dfrozen, dgamma] = backward({
+      .dout = &dout,
+      .branch = pointer(branch),
+      .out = pointer(out),
+      .addend = {pointer(gamma), pointer(rows), pointer(row_scale), ALL, scale, channel_dim},
+      .batch_size = dout.size(0),
+      .in_float64 = dout_dtype == DOUBLE || gamma_dtype == DOUBLE || *branch_dtype == DOUBLE,
+      .wants_residual = out.has_value(),
+      .branch_dtype = wants_branch ? branch_dtype : std::nullopt,
+      .gamma_dtype = branch ? MaybeType(gamma_dtype) : std::nullopt,
+  });
+  return {std::move(dresidual), std::move(dbranch), std::move(dgamma)};
 }
 
 Tensor gather_rows(const Tensor& residual, const Tensor& rows) {
-  return *std::get<1>(
-      tail(residual, NONE, NONE, NONE, NONE, ALL, NONE, 1.0, -1, false, true, rows, ALL, NONE));
+  return *forward({.residual = &residual, .gathers = true, .next = {&rows}}).next;
 }
 
 Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batch_size) {
-  return *std::get<0>(tail_backward(NONE, dout, NONE, NONE, NONE, NONE, NONE, ALL, NONE, 1.0, -1, rows, ALL, batch_size,
-                                    dout.scalar_type() == ScalarType::Double, true, std::nullopt, std::nullopt,
-                                    std::nullopt, NONE));
+  return *backward({
+      .dnext = &dout,
+      .next = {&rows},
+      .batch_size = batch_size,
+      .in_float64 = dout.scalar_type() == ScalarType::Double,
+      .wants_residual = true,
+  }).dresidual;
 }
 
 }  // namespace

@@ -119,8 +119,12 @@ class SampleLayout {
     return {tensor.data_ptr(), tensor.stride(0), dtype_of(name, tensor.scalar_type())};
   }
 
-  Samples samples(const char* name, const MaybeTensor& tensor, int64_t num_rows) const {
+  Samples samples(const char* name, const Tensor* tensor, int64_t num_rows) const {
     return tensor ? samples(name, *tensor, num_rows) : Samples();
+  }
+
+  Vector vector(const char* name, const Tensor* tensor, int64_t size) const {
+    return tensor ? vector(name, *tensor, size) : Vector();
   }
 
   Vector vector(const char* name, const Tensor& tensor, int64_t size) const {
@@ -192,7 +196,7 @@ class SampleLayout {
 // them, and those out of range are left out. `num_learning` negative: all of them.
 class InvertedRows {
  public:
-  InvertedRows(const char* name, const SampleLayout& layout, const MaybeTensor& rows, int64_t num_learning,
+  InvertedRows(const char* name, const SampleLayout& layout, const Tensor* rows, int64_t num_learning,
                int64_t batch_size) {
     if (!rows) {
       num_rows_ = rows_.num_learning = batch_size;
@@ -252,7 +256,7 @@ class InvertedRows {
   MaybeTensor on_device_;
 };
 
-inline Scale scale_of(const SampleLayout& layout, const MaybeTensor& row_scale, double number, int64_t num_rows,
+inline Scale scale_of(const SampleLayout& layout, const Tensor* row_scale, double number, int64_t num_rows,
                       Dtype stream) {
   Scale scale;
   scale.number = number;
@@ -273,11 +277,6 @@ inline int64_t channel_dim_of(const SampleLayout& layout, bool has_gamma, int64_
                   "channel_dim must name a dimension of the residual behind its rows, got ", channel_dim, " for ",
                   layout.dim(), " dimensions");
   return positive;
-}
-
-template <class... Tensors>
-bool any_float64(const Tensors&... tensors) {
-  return ((tensors.dtype == Dtype::float64) || ...);
 }
 
 }  // namespace rdp

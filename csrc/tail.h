@@ -43,16 +43,30 @@ struct Geometry {
   RDP_ELEMENT int64_t sample_size() const { return positions * width; }
 };
 
+// Where a sample stands among a branch's rows.
+struct Place {
+  int64_t index = -1;  // among all of them
+  int64_t row = -1;    // among those that learn, or among those that are frozen
+  bool there = false, learns = false;
+};
+
 // The samples that a branch has rows for: those that learn, then those that are frozen.
 struct Rows {
   const int64_t* inverse = nullptr;  // where sample b stands among the rows, or -1; null: sample b is row b
   int64_t num_learning = 0;
 
-  RDP_ELEMENT int64_t place_of(int64_t sample) const { return inverse == nullptr ? sample : inverse[sample]; }
+  RDP_ELEMENT Place operator[](int64_t sample) const {
+    Place place;
+    place.index = inverse == nullptr ? sample : inverse[sample];
+    place.there = place.index >= 0;
+    place.learns = place.there && place.index < num_learning;
+    place.row = place.learns ? place.index : place.index - num_learning;
+    return place;
+  }
 };
 
 struct Scale {
-  Vector per_row;  // by place
+  Vector per_row;  // by the place's index
   double number = 1.0;
 };
 

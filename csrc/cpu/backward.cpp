@@ -115,33 +115,31 @@ void run(const TailBackward& call) {
     typename GammaSums<Acc>::OfItem item(sums, row_block, column_block);
     Buffer<Acc> x, y, z, combined, result, factors;
     grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
-      const int64_t sample = piece.sample, place = call.rows.place_of(sample), learning = call.rows.num_learning;
-      const bool learns = place >= 0 && place < learning;
-      const int64_t row = learns ? place : place - learning;
-      const Samples& dbranch = learns ? call.dbranch : call.dfrozen;
-      Acc scale = place < 0 ? Acc(0) : scale_of<Acc>(call.scale, place);
-      const bool wants_update = place >= 0 && dbranch, wants_sum = learns && call.dgamma && scale != 0;
-      if (wants_update && scale == 0) fill_zero(dbranch, row, piece);
+      const int64_t sample = piece.sample;
+      const Place place = call.rows[sample];
+      const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
+      Acc scale = place.there ? scale_of<Acc>(call.scale, place) : Acc(0);
+      const bool wants_update = place.there && dbranch, wants_sum = place.learns && call.dgamma && scale != 0;
+      if (wants_update && scale == 0) fill_zero(dbranch, place.row, piece);
       const bool reads = scale != 0 && (wants_update || wants_sum);
       if (!call.dresidual && !reads) return;
 
-      const int64_t next_place = call.next_rows.place_of(sample), next_learning = call.next_rows.num_learning;
-      const Samples& from_next = next_place < next_learning ? call.dnext : call.dfrozen_next;
-      const bool has_next = next_place >= 0 && from_next;
-      const int64_t next_row = next_place < next_learning ? next_place : next_place - next_learning;
+      const Place next = call.next_rows[sample];
+      const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
+      const bool has_next = next.there && from_next;
       if (!call.dout && !has_next) {
         if (call.dresidual) fill_zero(call.dresidual, sample, piece);
-        if (reads && wants_update) fill_zero(dbranch, row, piece);
+        if (reads && wants_update) fill_zero(dbranch, place.row, piece);
         return;
       }
       const bool changes = call.out || (call.dout && has_next);
       if (call.dresidual && !changes) {
         call.dout ? copy(call.dresidual, sample, call.dout, sample, piece)
-                  : copy(call.dresidual, sample, from_next, next_row, piece);
+                  : copy(call.dresidual, sample, from_next, next.row, piece);
         if (!reads) return;
       }
       const Acc* d = call.dout ? x.read(pieces, call.dout, sample, piece) : nullptr;
-      const Acc* dnext = has_next ? y.read(pieces, from_next, next_row, piece) : nullptr;
+      const Acc* dnext = has_next ? y.read(pieces, from_next, next.row, piece) : nullptr;
       if (d == nullptr) d = std::exchange(dnext, nullptr);
       if (changes) {
         const Acc* out = call.out ? z.read(pieces, call.out, sample, piece) : nullptr;
@@ -151,9 +149,9 @@ void run(const TailBackward& call) {
         d = to;
       }
       if (!reads) return;
-      const Acc* update = wants_sum ? z.read(pieces, call.branch, row, piece) : nullptr;
+      const Acc* update = wants_sum ? z.read(pieces, call.branch, place.row, piece) : nullptr;
       if (!wants_update) return item.add(piece, d, update, scale);
-      Acc* to = result.target(dbranch, row, piece);
+      Acc* to = result.target(dbranch, place.row, piece);
       if (wants_sum && call.gamma && !geometry.gamma_per_position) {
         const Acc* factor = gamma.of(piece, scale, factors);
         pieces.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
@@ -162,7 +160,7 @@ void run(const TailBackward& call) {
         const Acc* factor = gamma.of(piece, scale, factors);
         pieces.scaled(to, d, factor, scale, piece.n);
       }
-      result.store(pieces, dbranch, row, piece);
+      result.store(pieces, dbranch, place.row, piece);
     });
     item.finish();
   });

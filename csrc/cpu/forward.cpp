@@ -15,10 +15,10 @@ void run(const TailForward& call) {
   const Samples& stream = call.adds ? call.out : call.residual;
 
   const auto add = [&](const Piece& piece) {
-    const int64_t sample = piece.sample, place = call.rows.place_of(sample);
-    const bool learns = place < call.rows.num_learning;
-    const Samples& branch = learns ? call.branch : call.frozen;
-    Acc scale = place < 0 || !branch ? Acc(0) : scale_of<Acc>(call.scale, place);
+    const int64_t sample = piece.sample;
+    const Place place = call.rows[sample];
+    const Samples& branch = place.learns ? call.branch : call.frozen;
+    Acc scale = place.there && branch ? scale_of<Acc>(call.scale, place) : Acc(0);
     Buffer<Acc> x, y, factors, result;
     const Acc* residual = nullptr;
     if (scale == 0) {  // the branch is not read
@@ -28,7 +28,7 @@ void run(const TailForward& call) {
       pieces.activate(result.target(call.out, sample, piece), residual, piece.n);
     } else {
       if (call.residual) residual = x.read(pieces, call.residual, sample, piece);
-      const Acc* update = y.read(pieces, branch, learns ? place : place - call.rows.num_learning, piece);
+      const Acc* update = y.read(pieces, branch, place.row, piece);
       const Acc* factor = gamma.of(piece, scale, factors);
       pieces.add(result.target(call.out, sample, piece), residual, update, factor, scale, call.relu, piece.n);
     }
@@ -39,9 +39,9 @@ void run(const TailForward& call) {
     grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
       if (call.adds) add(piece);
       if (!gathers) return;
-      const int64_t place = call.next_rows.place_of(piece.sample), learning = call.next_rows.num_learning;
-      if (place >= 0 && place < learning) copy(call.next, place, stream, piece.sample, piece);
-      if (place >= learning && call.frozen_next) copy(call.frozen_next, place - learning, stream, piece.sample, piece);
+      const Place place = call.next_rows[piece.sample];
+      const Samples& next = place.learns ? call.next : call.frozen_next;
+      if (place.there && next) copy(next, place.row, stream, piece.sample, piece);
     });
   });
 }

@@ -56,10 +56,10 @@ struct Buffer {
 };
 
 template <class Acc>
-Acc scale_of(const Scale& scale, int64_t place) {
+Acc scale_of(const Scale& scale, const Place& place) {
   if (!scale.per_row) return Acc(scale.number);
-  return scale.per_row.dtype == Dtype::float64 ? Acc(static_cast<const double*>(scale.per_row.data)[place])
-                                               : Acc(static_cast<const float*>(scale.per_row.data)[place]);
+  return scale.per_row.dtype == Dtype::float64 ? Acc(static_cast<const double*>(scale.per_row.data)[place.index])
+                                               : Acc(static_cast<const float*>(scale.per_row.data)[place.index]);
 }
 
 // γ as `Acc`, repeated as often as whole rows fit a piece.

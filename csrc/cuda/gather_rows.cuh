@@ -13,15 +13,13 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t step = int64_t(gridDim.x) * THREADS;
   const int64_t element = size_of(stream.dtype);
   for (int64_t sample = blockIdx.y; sample < batch_size; sample += gridDim.y) {
-    const int64_t place = rows.place_of(sample);
-    const bool learns = place < rows.num_learning;
-    void* const data = learns ? next.data : frozen_next.data;
-    if (place < 0 || data == nullptr) continue;
-    const int64_t row = learns ? place : place - rows.num_learning;
-    const int64_t stride = learns ? next.row_stride : frozen_next.row_stride;
+    const Place place = rows[sample];
+    void* const data = place.learns ? next.data : frozen_next.data;
+    if (!place.there || data == nullptr) continue;
+    const int64_t stride = place.learns ? next.row_stride : frozen_next.row_stride;
     const char* from = static_cast<const char*>(stream.data) + sample * stream.row_stride * element;
     const Word* source = reinterpret_cast<const Word*>(from);
-    Word* target = reinterpret_cast<Word*>(static_cast<char*>(data) + row * stride * element);
+    Word* target = reinterpret_cast<Word*>(static_cast<char*>(data) + place.row * stride * element);
     for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
   }
 }

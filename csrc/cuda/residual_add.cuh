@@ -24,30 +24,20 @@ __device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
   return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
 }
 
-// A sample's branch: which tensor and row, and its scale; 0 where it is dropped, and then never read.
-struct Place {
-  int64_t row;
-  bool there, learns;
-  float scale;
-
-  __device__ __forceinline__ Place(const Rows& rows, const Scale& scales, int64_t sample) {
-    const int64_t place = rows.place_of(sample);
-    there = place >= 0;
-    learns = there && place < rows.num_learning;
-    row = learns ? place : place - rows.num_learning;
-    scale = !there           ? 0.0f
-            : scales.per_row ? static_cast<const float*>(scales.per_row.data)[place]
-                             : float(scales.number);
-  }
-};
+// The scale of a sample's branch; 0 where it is dropped, and then it is never read.
+__device__ __forceinline__ float scale_of(const Scale& scale, const Place& place) {
+  if (!place.there) return 0.0f;
+  return scale.per_row ? static_cast<const float*>(scale.per_row.data)[place.index] : float(scale.number);
+}
 
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailForward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
-    const Place place(call.rows, call.scale, sample);
+    const Place place = call.rows[sample];
+    const float scale = scale_of(call.scale, place);
     const Samples& branch = place.learns ? call.branch : call.frozen;
-    const bool adds = place.scale != 0 && branch;
+    const bool adds = scale != 0 && branch;
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float sum[N] = {};
       if (call.residual) load<S, N>(sum, at<const S>(call.residual, sample, offset));
@@ -57,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailFor
         if (call.gamma) load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          sum[i] = added(sum[i], call.gamma ? place.scale * gamma[i] : place.scale, update[i]);
+          sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
         }
       }
       if (call.relu) {
@@ -72,15 +62,14 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailFor
 // The gradient of the sum, before its activation. False where there is none.
 template <class S, int N>
 __device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call, int64_t sample, int64_t offset) {
-  const int64_t place = call.next_rows.place_of(sample), learning = call.next_rows.num_learning;
-  const bool learns = place < learning;
-  const Samples& next = learns ? call.dnext : call.dfrozen_next;
-  const bool has_next = place >= 0 && next;
+  const Place place = call.next_rows[sample];
+  const Samples& next = place.learns ? call.dnext : call.dfrozen_next;
+  const bool has_next = place.there && next;
   if (!call.dout && !has_next) return false;
   if (call.dout) load<S, N>(d, at<const S>(call.dout, sample, offset));
   if (has_next) {
     float dnext[N];
-    load<S, N>(dnext, at<const S>(next, learns ? place : place - learning, offset));
+    load<S, N>(dnext, at<const S>(next, place.row, offset));
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] = call.dout ? d[i] + dnext[i] : dnext[i];
   }
@@ -95,10 +84,10 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call
 
 // One pack of all gradients but dγ, to whose sums it is added.
 template <class S, class U, int N>
-__device__ __forceinline__ void backward_pack(const TailBackward& call, const Place& place, int64_t sample,
-                                              int64_t offset, int64_t column, float (&sums)[N]) {
+__device__ __forceinline__ void backward_pack(const TailBackward& call, const Place& place, float scale,
+                                              int64_t sample, int64_t offset, int64_t column, float (&sums)[N]) {
   const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-  const bool updates = place.there && dbranch, reads = place.scale != 0;
+  const bool updates = place.there && dbranch, reads = scale != 0;
   const bool summed = place.learns && reads && call.dgamma;
   float d[N] = {};
   const bool has_gradient = (call.dresidual || (reads && (updates || summed))) && gradient<S, N>(d, call, sample, offset);
@@ -107,13 +96,13 @@ __device__ __forceinline__ void backward_pack(const TailBackward& call, const Pl
     float update[N];
     load<U, N>(update, at<const U>(call.branch, place.row, offset));
 #pragma unroll
-    for (int i = 0; i < N; ++i) sums[i] += of_dgamma(d[i], place.scale, update[i]);
+    for (int i = 0; i < N; ++i) sums[i] += of_dgamma(d[i], scale, update[i]);
   }
   if (!updates) return;
   float gamma[N];
   if (call.gamma && reads) load_gamma(gamma, call.gamma, column);
 #pragma unroll
-  for (int i = 0; i < N; ++i) d[i] = reads ? (call.gamma ? place.scale * gamma[i] : place.scale) * d[i] : 0.0f;
+  for (int i = 0; i < N; ++i) d[i] = reads ? (call.gamma ? scale * gamma[i] : scale) * d[i] : 0.0f;
   store<U, N>(at<U>(dbranch, place.row, offset), d);
 }
 
@@ -121,10 +110,11 @@ template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const TailBackward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
-    const Place place(call.rows, call.scale, sample);
+    const Place place = call.rows[sample];
+    const float scale = scale_of(call.scale, place);
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float nothing[N];
-      backward_pack<S, U, N>(call, place, sample, offset, column_of(offset, call.geometry.width), nothing);
+      backward_pack<S, U, N>(call, place, scale, sample, offset, column_of(offset, call.geometry.width), nothing);
     }
   }
 }
@@ -142,8 +132,9 @@ __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
     const int64_t end = min((chunk + 1) * CHUNK_ROWS, num_rows);
     for (int64_t row = chunk * CHUNK_ROWS + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
       const int64_t sample = row / positions;
-      const Place place(call.rows, call.scale, sample);
-      backward_pack<S, U, N>(call, place, sample, (row - sample * positions) * width + column, column, sums);
+      const Place place = call.rows[sample];
+      const float scale = scale_of(call.scale, place);
+      backward_pack<S, U, N>(call, place, scale, sample, (row - sample * positions) * width + column, column, sums);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
