@@ -47,7 +47,9 @@ struct Geometry {
 struct Place {
   int64_t index = -1;  // among all of them
   int64_t row = -1;    // among those that learn, or among those that are frozen
-  bool there = false, learns = false;
+  bool learns = false;
+
+  RDP_ELEMENT bool there() const { return index >= 0; }
 };
 
 // The samples that a branch has rows for: those that learn, then those that are frozen.
@@ -58,8 +60,7 @@ struct Rows {
   RDP_ELEMENT Place operator[](int64_t sample) const {
     Place place;
     place.index = inverse == nullptr ? sample : inverse[sample];
-    place.there = place.index >= 0;
-    place.learns = place.there && place.index < num_learning;
+    place.learns = place.there() && place.index < num_learning;
     place.row = place.learns ? place.index : place.index - num_learning;
     return place;
   }

@@ -118,15 +118,15 @@ void run(const TailBackward& call) {
       const int64_t sample = piece.sample;
       const Place place = call.rows[sample];
       const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-      Acc scale = place.there ? scale_of<Acc>(call.scale, place) : Acc(0);
-      const bool wants_update = place.there && dbranch, wants_sum = place.learns && call.dgamma && scale != 0;
+      Acc scale = place.there() ? scale_of<Acc>(call.scale, place) : Acc(0);
+      const bool wants_update = place.there() && dbranch, wants_sum = place.learns && call.dgamma && scale != 0;
       if (wants_update && scale == 0) fill_zero(dbranch, place.row, piece);
       const bool reads = scale != 0 && (wants_update || wants_sum);
       if (!call.dresidual && !reads) return;
 
       const Place next = call.next_rows[sample];
       const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
-      const bool has_next = next.there && from_next;
+      const bool has_next = next.there() && from_next;
       if (!call.dout && !has_next) {
         if (call.dresidual) fill_zero(call.dresidual, sample, piece);
         if (reads && wants_update) fill_zero(dbranch, place.row, piece);

@@ -18,7 +18,7 @@ void run(const TailForward& call) {
     const int64_t sample = piece.sample;
     const Place place = call.rows[sample];
     const Samples& branch = place.learns ? call.branch : call.frozen;
-    Acc scale = place.there && branch ? scale_of<Acc>(call.scale, place) : Acc(0);
+    Acc scale = place.there() && branch ? scale_of<Acc>(call.scale, place) : Acc(0);
     Buffer<Acc> x, y, factors, result;
     const Acc* residual = nullptr;
     if (scale == 0) {  // the branch is not read
@@ -41,7 +41,7 @@ void run(const TailForward& call) {
       if (!gathers) return;
       const Place place = call.next_rows[piece.sample];
       const Samples& next = place.learns ? call.next : call.frozen_next;
-      if (place.there && next) copy(next, place.row, stream, piece.sample, piece);
+      if (place.there() && next) copy(next, place.row, stream, piece.sample, piece);
     });
   });
 }

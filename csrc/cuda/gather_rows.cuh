@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int64_t sample = blockIdx.y; sample < batch_size; sample += gridDim.y) {
     const Place place = rows[sample];
     void* const data = place.learns ? next.data : frozen_next.data;
-    if (!place.there || data == nullptr) continue;
+    if (!place.there() || data == nullptr) continue;
     const int64_t stride = place.learns ? next.row_stride : frozen_next.row_stride;
     const char* from = static_cast<const char*>(stream.data) + sample * stream.row_stride * element;
     const Word* source = reinterpret_cast<const Word*>(from);

@@ -26,7 +26,7 @@ __device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
 
 // The scale of a sample's branch; 0 where it is dropped, and then it is never read.
 __device__ __forceinline__ float scale_of(const Scale& scale, const Place& place) {
-  if (!place.there) return 0.0f;
+  if (!place.there()) return 0.0f;
   return scale.per_row ? static_cast<const float*>(scale.per_row.data)[place.index] : float(scale.number);
 }
 
@@ -61,15 +61,15 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailFor
 
 // The gradient of the sum, before its activation. False where there is none.
 template <class S, int N>
-__device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call, int64_t sample, int64_t offset) {
-  const Place place = call.next_rows[sample];
-  const Samples& next = place.learns ? call.dnext : call.dfrozen_next;
-  const bool has_next = place.there && next;
+__device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call, const Place& next, int64_t sample,
+                                         int64_t offset) {
+  const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
+  const bool has_next = next.there() && from_next;
   if (!call.dout && !has_next) return false;
   if (call.dout) load<S, N>(d, at<const S>(call.dout, sample, offset));
   if (has_next) {
     float dnext[N];
-    load<S, N>(dnext, at<const S>(next, place.row, offset));
+    load<S, N>(dnext, at<const S>(from_next, next.row, offset));
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] = call.dout ? d[i] + dnext[i] : dnext[i];
   }
@@ -85,12 +85,12 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call
 // One pack of all gradients but dγ, to whose sums it is added.
 template <class S, class U, int N>
 __device__ __forceinline__ void backward_pack(const TailBackward& call, const Place& place, float scale,
-                                              int64_t sample, int64_t offset, int64_t column, float (&sums)[N]) {
+                                              const Place& next, int64_t sample, int64_t offset, int64_t column, float (&sums)[N]) {
   const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-  const bool updates = place.there && dbranch, reads = scale != 0;
+  const bool updates = place.there() && dbranch, reads = scale != 0;
   const bool summed = place.learns && reads && call.dgamma;
   float d[N] = {};
-  const bool has_gradient = (call.dresidual || (reads && (updates || summed))) && gradient<S, N>(d, call, sample, offset);
+  const bool has_gradient = (call.dresidual || (reads && (updates || summed))) && gradient<S, N>(d, call, next, sample, offset);
   if (call.dresidual) store<S, N>(at<S>(call.dresidual, sample, offset), d);
   if (summed && has_gradient) {
     float update[N];
@@ -110,11 +110,11 @@ template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const TailBackward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
-    const Place place = call.rows[sample];
+    const Place place = call.rows[sample], next = call.next_rows[sample];
     const float scale = scale_of(call.scale, place);
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float nothing[N];
-      backward_pack<S, U, N>(call, place, scale, sample, offset, column_of(offset, call.geometry.width), nothing);
+      backward_pack<S, U, N>(call, place, scale, next, sample, offset, column_of(offset, call.geometry.width), nothing);
     }
   }
 }
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
     const int64_t end = min((chunk + 1) * CHUNK_ROWS, num_rows);
     for (int64_t row = chunk * CHUNK_ROWS + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
       const int64_t sample = row / positions;
-      const Place place = call.rows[sample];
+      const Place place = call.rows[sample], next = call.next_rows[sample];
       const float scale = scale_of(call.scale, place);
-      backward_pack<S, U, N>(call, place, scale, sample, (row - sample * positions) * width + column, column, sums);
+      backward_pack<S, U, N>(call, place, scale, next, sample, (row - sample * positions) * width + column, column, sums);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
