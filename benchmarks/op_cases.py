@@ -73,6 +73,8 @@ FULL = (
     *(Setting(DENSE, WIDE, kept) for kept in (8, 6, 4)),
     *(Setting(DENSE, SHORT, kept) for kept in (64, 51, 32)),
     *(Setting(DENSE, shape, kept, BF16) for shape, kept in ((TOKENS, 26), (WIDE, 6), (SHORT, 51))),
+    Setting(DENSE, (65536, 8), 32768),  # many samples of a few elements, each with a scale: where we are slow
+    Setting(DENSE, (16384, 64), 8192),
     Setting(ROWS, TOKENS, 16),
     Setting(ROWS, WIDE, 5),
     Setting(GATHER, WIDE, 5, gamma=False),

@@ -175,7 +175,7 @@ def test_verdicts_say_where_a_goal_is_missed():
 
 def cpu_row(provider, direction, min_ms, kept=16, dtype="float32"):
     return row_of(provider, None, direction=direction) | {
-        "shape": "32x8", "kept": kept, "gamma": True, "min_ms": min_ms, "dtype": dtype,
+        "shape": "32x8x4", "kept": kept, "gamma": True, "min_ms": min_ms, "dtype": dtype,
     }  # fmt: skip
 
 
@@ -193,9 +193,10 @@ def test_goals_on_cpus():
         (2.5, True), (1.19, False), (1.9, False), (2.1, False), (0.96, True), (pytest.approx(1 / 1.1), False),
     ]  # fmt: skip
     assert cpu_goals([row | {"op": "gather_rows"} for row in rows]) == []
+    assert cpu_goals([row | {"shape": "32x8"} for row in rows]) == [], "no tokens"
     lines = list(ops.verdicts_of(cpu_goals(rows)))
     assert "at least 1.00 times as fast in bfloat16 as in float32: MISSED, 0 of 1" in lines
-    assert "  0.91  residual_add 32x8 bfloat16, 26 of 32, γ: forward" in lines
+    assert "  0.91  residual_add 32x8x4 bfloat16, 26 of 32, γ: forward" in lines
 
 
 # Times of the device alone
