@@ -87,6 +87,7 @@ ForwardResults forward(const ForwardArguments& given) {
   call.residual = layout.samples("residual", given.residual, batch_size);
   call.branch = layout.samples("branch", given.branch, inverted.num_learning());
   call.frozen = layout.samples("frozen", given.frozen, inverted.num_frozen());
+  STD_TORCH_CHECK(given.frozen || inverted.num_frozen() == 0, "frozen must be given where rows are frozen");
   const Dtype dtype = given.residual ? call.residual.dtype : call.branch.dtype;
   call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
   const int64_t channel_dim = channel_dim_of(layout, addend.gamma != nullptr, addend.channel_dim);
@@ -227,7 +228,7 @@ ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch
   STD_TORCH_CHECK(dout.dim() > 0, "dout must have its rows in dimension 0");
   STD_TORCH_CHECK(gamma || !branch, "gamma must be given where its gradient is wanted, that is, where branch is");
   const ScalarType dout_dtype = dout.scalar_type(), gamma_dtype = gamma ? gamma->scalar_type() : dout_dtype;
-  if (!branch_dtype) branch_dtype = branch ? branch->scalar_type() : dout_dtype;
+  if (!branch_dtype) branch_dtype = dout_dtype;
   constexpr ScalarType DOUBLE = ScalarType::Double;
   auto [dresidual, dbranch, dfrozen, dgamma] = backward({
       .dout = &dout,

@@ -68,6 +68,7 @@ BAD = {
     "strided rows": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 9, 2])[::2]), "rows must be contiguous"),
     "learning": (lambda: tail(branch=BRANCH[:2], rows=ROWS, num_learning=3), "learning rows must be at most 2, got 3"),
     "frozen": (lambda: tail(branch=BRANCH[:1], frozen=BRANCH, rows=ROWS, num_learning=1), r"frozen must have shape \[1, 3"),
+    "no frozen": (lambda: tail(branch=BRANCH[:1], rows=ROWS, num_learning=1), "frozen must be given where rows are frozen"),
     "next rows": (lambda: tail(gathers=True, next_rows=torch.tensor([7])), r"next_rows must be in \[0, 4\), got 7"),
     "γ alone": (lambda: tail(branch=None), "branch must be given where"),
     "out's shape": (lambda: tail(out=torch.empty(B, T, C + 1)), "out must have shape"),

@@ -18,7 +18,7 @@ void run(const TailForward& call) {
     const int64_t sample = piece.sample;
     const Place place = call.rows[sample];
     const Samples& branch = place.learns ? call.branch : call.frozen;
-    Acc scale = place.there() && branch ? scale_of<Acc>(call.scale, place) : Acc(0);
+    Acc scale = place.there() ? scale_of<Acc>(call.scale, place) : Acc(0);
     Buffer<Acc> x, y, factors, result;
     const Acc* residual = nullptr;
     if (scale == 0) {  // the branch is not read

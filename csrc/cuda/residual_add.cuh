@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailFor
     const Place place = call.rows[sample];
     const float scale = scale_of(call.scale, place);
     const Samples& branch = place.learns ? call.branch : call.frozen;
-    const bool adds = scale != 0 && branch;
+    const bool adds = scale != 0;
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float sum[N] = {};
       if (call.residual) load<S, N>(sum, at<const S>(call.residual, sample, offset));
