@@ -1,6 +1,7 @@
 """Cheap stochastic depth and the two-iteration ResidualDroppath scheme (arXiv 2411.09475) for PyTorch."""
 
 from ._backend import available_backends, use_backend
+from .convert import ConversionError, ConversionReport, convert, revert
 from .modules import DropPath, ResidualBranch, ResidualSequence
 from .ops import drop_path, drop_path_add, gather_rows, residual_add, residual_add_norm
 from .plan import PathPlan, drop_path_rates
@@ -9,17 +10,21 @@ from .scheme import ResidualDropPath
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionError",
+    "ConversionReport",
     "DropPath",
     "PathPlan",
     "ResidualBranch",
     "ResidualDropPath",
     "ResidualSequence",
     "available_backends",
+    "convert",
     "drop_path",
     "drop_path_add",
     "drop_path_rates",
     "gather_rows",
     "residual_add",
     "residual_add_norm",
+    "revert",
     "use_backend",
 ]

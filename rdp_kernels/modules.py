@@ -109,6 +109,9 @@ class ResidualBranch(nn.Module):
     def branch_modules(self) -> list[nn.Module]:
         return [self.fn] if self.norm is None else [self.norm, self.fn]
 
+    def own_parameters(self) -> list[tuple[nn.Module, str]]:
+        return [] if self.gamma is None else [(self, "gamma")]
+
     def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         def gather(name: str | int, value: Any) -> Any:
             if name not in self.per_sample or value is None:

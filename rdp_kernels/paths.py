@@ -1,7 +1,7 @@
 """One path under one decision: the single place where a residual branch is run, skipped, frozen or bypassed.
 
-`ResidualBranch` calls `run_path`; so will every other module that owns a path. What to do comes as a `Decision`, from
-the scheme whose iteration is open, else from the path's own drop probability.
+`ResidualBranch` and the paths of converted blocks call `run_path`. What to do comes as a `Decision`, from the scheme
+whose iteration is open, else from the path's own drop probability.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class Decision:
 
 WHOLE = Decision()
 
+CONVERTED = "_rdp_paths"
+"""The attribute under which a converted block keeps its paths, by name."""
+
 ROWS_OF_BATCH_NORM = (
     "BatchNorm in a branch can't be frozen for some samples only: its statistics are those of the whole batch. "
     'Use mode="block", or freeze="none", or give this branch mode="block", or another norm'
@@ -83,7 +86,7 @@ class PathSlot:
 
 
 class PathOwner(Protocol):
-    """What `run_path` asks of the module that owns a path."""
+    """What `run_path` asks of what stands for a path: the module itself, or one of the paths of a converted block."""
 
     slot: PathSlot
     training: bool
@@ -100,7 +103,10 @@ class PathOwner(Protocol):
         """Before the branch, given apart so that it can fuse with the gather of rows."""
 
     def branch_modules(self) -> list[nn.Module]:
-        """The modules whose parameters, with gamma, are the path's."""
+        """The modules whose parameters are the path's."""
+
+    def own_parameters(self) -> list[tuple[nn.Module, str]]:
+        """Parameters of the path outside of these modules, gamma among them: whose they are, and their names."""
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         """The branch's output, before γ; `normed`: x is `norm(x)` already."""
@@ -124,9 +130,7 @@ class Path:
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the branch (its norm included) and its gamma, each once."""
         found = {id(p): p for module in self.module.branch_modules() for p in module.parameters()}
-        if self.module.gamma is not None:
-            found[id(self.module.gamma)] = self.module.gamma
-        return list(found.values())
+        return list((found | {id(p): p for p in own_parameters_of(self.module)}).values())
 
     def __repr__(self) -> str:
         return f"Path({self.index}, {self.name!r}, drop_prob={self.drop_prob:g})"
@@ -140,16 +144,24 @@ def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    owners = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "slot", None), PathSlot)}
+    owners: dict[str, PathOwner] = {}
+    inside: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for label, owner in paths_of(module):
+            path = ".".join(part for part in (name, label) if part)
+            if owner.slot.scheme is not None:
+                raise RuntimeError(f"path {path!r} has a scheme already: call its remove() first, or let go of it")
+            if id(module) in inside:
+                raise ValueError(
+                    f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
+                )
+            owners[path] = owner
+        for label, owner in paths_of(module):
+            path = ".".join(part for part in (name, label) if part)
+            around = [*owner.branch_modules(), owner.shortcut]
+            inside |= {id(m): path for inner in around if inner is not None for m in inner.modules()}
     if not owners:
         raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
-    outer: str | None = None
-    for name, owner in owners.items():
-        if owner.slot.scheme is not None:
-            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
-        if outer is not None and name.startswith(outer):
-            raise ValueError(f"path {name!r} lies inside path {outer[:-1]!r}: nested paths can't be planned apart")
-        outer = f"{name}." if name else ""
     rates: list[float | None] = [None] * len(owners)
     if drop_prob is not None:
         rates = [*drop_path_rates(drop_prob, len(owners), schedule)]
@@ -163,18 +175,24 @@ def refuse_batch_norm(paths: Iterable[Path]) -> None:
             raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
 
 
-def run_path(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for."""
+def run_path(
+    owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
+) -> Tensor:
+    """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
+    `residual`: what the shortcut gave, where that was computed already."""
     check_stream("x", x)
-    call = PathCall(owner, x.shape[0], args, kwargs)
+    call = PathCall(owner, x.shape[0], args, kwargs, residual)
     return call.run(x, call.decide(x))
 
 
 class PathCall:
     """One call of a path with its further arguments."""
 
-    def __init__(self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any]):
+    def __init__(
+        self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
+    ):
         self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
+        self._residual = residual
 
     def decide(self, x: Tensor) -> Decision:
         owner = self.owner
@@ -193,6 +211,8 @@ class PathCall:
         return residual.relu() if self.owner.activation == "relu" else residual
 
     def residual(self, x: Tensor) -> Tensor:
+        if self._residual is not None:
+            return self._residual
         return x if self.owner.shortcut is None else self.owner.shortcut(x)
 
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
@@ -282,12 +302,22 @@ class PathCall:
     def _frozen(self, decision: Decision) -> Iterator[None]:
         modules = modules_of(self.owner)
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        if self.owner.gamma is not None:
-            parameters.append(self.owner.gamma)
+        parameters += own_parameters_of(self.owner)
         batch_norms = batch_norms_of(self.owner) if decision.freeze_bn else ()
         lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
         with freeze(parameters, batch_norms), lean:
             yield
+
+
+def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
+    """What stands for the paths that `module` itself owns, each with its name within the module."""
+    if isinstance(getattr(module, "slot", None), PathSlot):
+        return [("", module)]  # type: ignore[list-item]
+    return list(getattr(module, CONVERTED, {}).items())
+
+
+def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:
+    return [getattr(module, name) for module, name in owner.own_parameters()]
 
 
 def modules_of(owner: PathOwner) -> list[nn.Module]:

@@ -30,7 +30,7 @@ class Rest:
         self._model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
         self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
         self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
-        self._owned = {id(path.module): {id(p) for p in path.parameters()} for path in paths}
+        self._owned = {(id(module), name) for path in paths for module, name in path.module.own_parameters()}
         self._outermost: nn.Module | None = None
         self._freeze: freeze | None = None
         self.refresh()
@@ -46,8 +46,8 @@ class Rest:
         self._batch_norms: list[nn.Module] = []
         self._names: set[str] = set()
         for name, module in self._walk():
-            skip = self._owned.get(id(module), ())
-            own = [p for p in module._parameters.values() if p is not None and id(p) not in skip]
+            named = module._parameters.items()
+            own = [p for key, p in named if p is not None and (id(module), key) not in self._owned]
             batch_norm = isinstance(module, _BatchNorm) and id(module) not in self._in_branches
             self.parameters += own
             self._batch_norms += [module] * batch_norm

@@ -1,0 +1,187 @@
+"""`rdp.convert`: residual blocks of existing models become paths whose branches can be skipped and frozen.
+
+| file | does |
+|---|---|
+| `drop_paths.py` | knows other libraries' drop-path modules |
+| `calls.py` | runs the model on an example and records what each block is called with |
+| `trace.py` | makes a graph of one block's forward, children as leaves |
+| `carve.py` | cuts the branches out of the graph |
+| `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
+| `converted.py` | what runs then |
+| `check.py` | compares the converted block with the one it was |
+| `report.py` | says what was done |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .._checks import check_bool, check_probability
+from ..paths import CONVERTED, PathSlot
+from .calls import Call, Refused, example_inputs_of, record_calls
+from .carve import Carved, carve
+from .check import check as self_check
+from .drop_paths import CONTAINERS, drop_paths_of, owns_drop_path, rate_of
+from .report import ConversionError, ConversionReport, PathReport
+from .source import install, recipe_of, uninstall
+from .spec import Recipe
+from .trace import Trace, trace
+
+
+def convert(
+    model: nn.Module,
+    drop_prob: float | None = None,
+    strict: bool = False,
+    *,
+    example_inputs: Any = None,
+    check: bool = True,
+) -> ConversionReport:
+    """Turns the residual blocks of a model into paths, in place.
+
+    Each block becomes an instance of a generated subclass of its class, which calls `run_path` in training mode where
+    the block called its drop-path; in eval mode its own forward runs. Keys, `deepcopy` and `pickle` go on working; no
+    submodule is added. `revert` undoes it.
+
+    Args:
+        model: with timm's `DropPath`, torchvision's `StochasticDepth` or one of the `*DropPath` of transformers.
+        drop_prob: P(drop) of all paths; residual blocks without a drop-path get one too. None: each its own, and only
+            what has a drop-path is converted.
+        strict: raise where anything is refused, and leave the model as it was.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
+            with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
+        check: compare each converted block with the one it was, on copies: outputs and gradients with fixed masks, in
+            float64 where it can be cast. What differs is refused.
+
+    Raises `ConversionError` if `strict`, and `TypeError` or `ValueError` naming the argument.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_bool("strict", strict)
+    check_bool("check", check)
+    if drop_prob is not None:
+        check_probability("drop_prob", drop_prob)
+    names = {id(module): name for name, module in model.named_modules()}
+    with_drop_path = [module for module in model.modules() if _may_convert(module) and owns_drop_path(module)]
+    without = [] if drop_prob is None else [m for m in model.modules() if _may_convert(m) and m not in with_drop_path]
+    report = ConversionReport()
+    if not with_drop_path and not without:
+        report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
+        return report
+    example = example_inputs_of(model) if example_inputs is None else example_inputs
+    converter = _Converter(model, drop_prob, check, *record_calls(model, [*with_drop_path, *without], example))
+    # Of blocks in blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
+    for block in [*with_drop_path, *reversed(without)]:
+        report.rows += converter.convert(block, names[id(block)])
+    order = {name: place for place, name in enumerate(names.values())}
+    report.rows.sort(key=lambda row: order[row.block])
+    if strict and report.refused:
+        for block in converter.done:
+            uninstall(block)
+        raise ConversionError("\n".join(f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused))
+    return report
+
+
+def revert(model: nn.Module) -> None:
+    """Gives the converted blocks of a model their own classes back. Raises `RuntimeError` while a scheme has them."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    blocks = [m for m in model.modules() if CONVERTED in m.__dict__]
+    for block in blocks:
+        if any(path.slot.scheme is not None for path in block.__dict__[CONVERTED].values()):
+            raise RuntimeError("a scheme has paths of this model: call its remove() first")
+    for block in blocks:
+        uninstall(block)
+
+
+def _may_convert(module: nn.Module) -> bool:
+    """Whether its own forward may hold residual paths that are not paths of ours yet."""
+    if CONVERTED in module.__dict__ or isinstance(getattr(module, "slot", None), PathSlot):
+        return False
+    if type(module) in CONTAINERS or type(module).__module__.startswith("torch.nn."):
+        return False
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+class _Converter:
+    def __init__(
+        self,
+        model: nn.Module,
+        drop_prob: float | None,
+        checks: bool,
+        calls: dict[int, list[Call]],
+        batch_sizes: tuple[int, ...],
+    ):
+        self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
+        self._fresh = any(getattr(module, "inplace", False) is True for module in model.modules())
+        self._checked: dict[tuple[str, str], str | None] = {}
+        self._in_branches: dict[int, str] = {}
+        self.done: list[nn.Module] = []
+
+    def convert(self, block: nn.Module, name: str) -> list[PathReport]:
+        """What became of the block's paths; nothing where it has none."""
+        kind, named = type(block).__name__, drop_paths_of(block)
+
+        def row(path: str, **more: Any) -> PathReport:
+            rate = rate_of(block.get_submodule(path.partition(":")[0]))
+            return PathReport(name, kind, path, rate, **more)
+
+        if id(block) in self._in_branches:
+            return [row(path, nested=self._in_branches[id(block)]) for path in named]
+        try:
+            if id(block) not in self._calls:
+                raise Refused("the model doesn't call its block in an evaluation of the example")
+            recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
+        except Refused as reason:
+            return [row(path, refused=str(reason)) for path in named]
+        rows = [row(path, refused=reason) for path, reason in carved.refused if named]
+        rows += [row(path, nested=outer) for path, outer in carved.nested if named]
+        if recipe.paths:
+            install(block, recipe, self._drop_prob)
+            self.done.append(block)
+            for spec, path in zip(recipe.paths, block.__dict__[CONVERTED].values(), strict=True):
+                rows.append(
+                    PathReport(
+                        name, kind, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
+                        foreign_rows=spec.foreign_rows, modules=spec.modules,
+                    )
+                )  # fmt: skip
+                inside = {id(m) for inner in path.branch_modules() for m in inner.modules()}
+                self._in_branches |= dict.fromkeys(inside, f"{name}.{spec.name}")
+        return rows
+
+    def _recipe(self, block: nn.Module, calls: Sequence[Call], unnamed: bool) -> tuple[Recipe, Carved]:
+        traced = trace(block, calls[0])
+        if traced.shapes is not None and _code(trace(block, calls[1])) != _code(traced):
+            raise Refused("what its forward does depends on the number of samples")
+        inputs = [traced.signature.inputs_of(call.args, call.kwargs) for call in calls]
+        if None in inputs:
+            raise Refused("it is called in different ways for different numbers of samples")
+        carved = carve(block, traced, inputs, self._batch_sizes, unnamed, self._fresh)  # type: ignore[arg-type]
+        recipe = recipe_of(traced, carved)
+        if self._checks and recipe.paths:
+            self._check(block, carved, recipe, calls)
+        return recipe, carved
+
+    def _check(self, block: nn.Module, carved: Any, recipe: Recipe, calls: Sequence[Call]) -> None:
+        """Once for blocks that are the same but for their weights and rates."""
+        key = (recipe.source + repr(recipe.attributes), re.sub(r"drop_prob=[\d.]+|p=[\d.]+", "", repr(block)))
+        if key not in self._checked:
+            try:
+                self_check(block, carved, recipe, calls)
+                self._checked[key] = None
+            except Refused as refused:
+                self._checked[key] = str(refused)
+        reason = self._checked[key]
+        if reason is not None:
+            raise Refused(reason)
+
+
+def _code(traced: Trace) -> str:
+    return traced.graph.python_code("self").src
+
+
+__all__ = ["ConversionError", "ConversionReport", "PathReport", "convert", "revert"]

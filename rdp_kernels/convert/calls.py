@@ -1,0 +1,188 @@
+"""Real calls of a model's blocks: example inputs, and what each block is called with, at two batch sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+BATCH_SIZES = (3, 4)  # different from each other and from most sizes in a model
+CONSTANTS = (type(None), bool, str, float, int, torch.dtype, torch.Size, torch.device)
+
+
+class Refused(Exception):
+    """A block, or one of its branches, can't be converted; the message is for users."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
+        return pytree.tree_flatten((self.args, self.kwargs))
+
+    def map_tensors(self, function: Any) -> Call:
+        return Call(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
+
+
+def cloned(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a block is called: which of its arguments, containers taken apart, are inputs and which are constants.
+
+    A call of another structure or with other constants is not served by what was traced.
+    """
+
+    structure: pytree.TreeSpec
+    is_input: tuple[bool, ...]
+    constants: tuple[Any, ...]
+    """One entry for each argument; None for inputs."""
+
+    @classmethod
+    def of(cls, call: Call, integers_are_inputs: bool) -> Signature:
+        flat, structure = call.flat()
+        for value in flat:
+            if not isinstance(value, (Tensor, *CONSTANTS)):
+                raise Refused(f"it is called with a {type(value).__name__}, which is neither a tensor nor a constant")
+        is_input = tuple(isinstance(v, Tensor) or (type(v) is int and integers_are_inputs) for v in flat)
+        constants = tuple(None if given else v for v, given in zip(flat, is_input, strict=True))
+        return cls(structure, is_input, constants)
+
+    def inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
+        """The inputs among the arguments of a call; None where it is a call of another kind."""
+        flat, structure = pytree.tree_flatten((args, kwargs))
+        if structure != self.structure:
+            return None
+        inputs = []
+        for value, given, constant in zip(flat, self.is_input, self.constants, strict=True):
+            if given:
+                inputs.append(value)
+            elif value is not constant and (type(value) is not type(constant) or value != constant):
+                return None
+        return inputs
+
+    def call_with(self, inputs: Iterable[Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments in this structure."""
+        values = iter(inputs)
+        flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
+        return pytree.tree_unflatten(flat, self.structure)
+
+
+def record_calls(
+    model: nn.Module, blocks: Iterable[nn.Module], example_inputs: Any
+) -> tuple[dict[int, list[Call]], tuple[int, ...]]:
+    """The first call of each of `blocks` in an evaluation of the model at two batch sizes, by the block's id; and these
+    sizes, `BATCH_SIZES` or, where a sample is several rows, the example's own and twice that.
+
+    The model is put back into the modes it had. Raises `ValueError` where the model doesn't run on the example.
+    """
+    calls: dict[int, list[Call]] = {}
+    seen: set[int] = set()
+
+    def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if id(block) not in seen:
+            seen.add(id(block))
+            calls.setdefault(id(block), []).append(Call(args, kwargs).map_tensors(cloned))
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        with in_eval(model), torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
+            batch_size = _batch_size_of(example_inputs)
+            for sizes in (BATCH_SIZES, (batch_size, 2 * batch_size)):
+                try:
+                    calls.clear()
+                    for size in sizes:
+                        seen.clear()
+                        args, kwargs = _of_size(example_inputs, size)
+                        model(*args, **kwargs)
+                    break
+                except Exception as error:
+                    if sizes is not BATCH_SIZES:
+                        raise ValueError(
+                            f"example_inputs: the model can't be called with them ({type(error).__name__}: {error}); "
+                            "give a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0"
+                        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {block: found for block, found in calls.items() if len(found) == len(sizes)}, sizes
+
+
+def example_inputs_of(model: Any) -> Any:
+    """An input that the model says it takes, or an image of 224 × 224 pixels."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None or not parameter.is_floating_point() else parameter.dtype
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(model, "main_input_name"):  # transformers
+        name = model.main_input_name
+        size = getattr(config, "image_size", None)
+        if name == "pixel_values":
+            size = tuple(size) if isinstance(size, (tuple, list)) else (size or 224, size or 224)
+            return {name: _image((getattr(config, "num_channels", 3), *size), dtype, device)}
+        return {k: v.to(device) for k, v in model.dummy_inputs.items()}
+    shape = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))  # timm
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or getattr(model, "image_size", None)  # as built; torchvision's ViT
+    if isinstance(size, int):
+        size = (size, size)
+    shape = (getattr(model, "in_chans", shape[0]), *(size if size is not None else shape[1:]))
+    return _image(shape, dtype, device)
+
+
+def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *shape, generator=generator).to(device, dtype)
+
+
+def _of_size(example_inputs: Any, size: int) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with their samples repeated or left out until there are `size`."""
+    if isinstance(example_inputs, dict):
+        args, kwargs = (), example_inputs
+    else:
+        args, kwargs = (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+    batch_size = _batch_size_of(example_inputs)
+
+    def resize(x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[0] != batch_size:
+            return x
+        return x[torch.arange(size, device=x.device) % batch_size]
+
+    return pytree.tree_map_only(Tensor, resize, (args, kwargs))
+
+
+def _batch_size_of(example_inputs: Any) -> int:
+    tensors = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim() > 0]
+    if not tensors or tensors[0].shape[0] == 0:
+        raise ValueError("example_inputs must hold a tensor with samples in dimension 0")
+    return tensors[0].shape[0]
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

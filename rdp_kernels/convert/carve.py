@@ -1,0 +1,343 @@
+"""Branches cut out of a block's graph: what only a drop-path's input needs becomes a function of its own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..paths import CONVERTED
+from . import converted
+from .calls import Refused
+from .graphs import (
+    Values,
+    check_mutations,
+    computed_only_for,
+    copied_into,
+    copy_of,
+    drop_dead,
+    fold_nothing,
+    is_add,
+    is_float,
+    is_heavy,
+    module_calls,
+    self_of,
+)
+from .sites import Site, drop_path_sites, unnamed_sites
+from .spec import PathSpec
+from .trace import Trace, is_constant
+
+
+@dataclass
+class Carved:
+    """A block's graph with its paths called, and the branches' own graphs."""
+
+    graph: fx.Graph
+    branches: list[fx.Graph]
+    paths: list[PathSpec]
+    refused: list[tuple[str, str]]
+    """Drop-path and reason."""
+    nested: list[tuple[str, str]]
+    """Drop-paths that stay as they are, inside the branch of another, which is named."""
+    reference: fx.Graph
+    """The graph before anything was cut, with a `mark` where no drop-path is called."""
+    called: list[tuple[str | None, int | None]]
+    """In the order of calls: the drop-path, None for a mark, and the path's index, None where it was refused."""
+
+
+def carve(
+    block: nn.Module,
+    traced: Trace,
+    inputs: list[list[Any]],
+    batch_sizes: tuple[int, ...],
+    unnamed: bool = False,
+    fresh: bool = False,
+) -> Carved:
+    """Cuts the branches out.
+
+    Args:
+        inputs: of two calls, for `batch_sizes` samples.
+        unnamed: where no drop-path is called, residual adds are found by the graph alone.
+        fresh: as in `PathSpec`.
+    """
+    graph = traced.graph
+    check_mutations(graph)
+    drop_dead(graph)
+    modules = dict(block.named_modules(remove_duplicate=False))
+    values = Values(graph, block, inputs)
+    fold_nothing(graph, values)
+    sites = drop_path_sites(graph, modules)
+    if not sites and unnamed:
+        sites = unnamed_sites(block, graph, modules, values)
+    reference = copy_of(graph)
+    carving = _Carving(block, graph, modules, values, batch_sizes, fresh)
+    found: dict[int, tuple[PathSpec, fx.Graph]] = {}
+    refused: list[tuple[str, str]] = []
+    nested: list[tuple[str, str]] = []
+    for number in reversed(range(len(sites))):  # what comes last may hold what comes before
+        site = sites[number]
+        try:
+            if site.node not in graph.nodes:
+                nested.insert(0, (site.name, carving.around(site.node)))
+                continue
+            found[number] = carving.cut(site, number)
+        except Refused as reason:
+            refused.insert(0, (site.name, str(reason)))
+    carving.check_shared_modules(found)
+    carving.renumber(sorted(found))
+    drop_dead(graph)
+    graph.lint()
+    ordered = [found[number] for number in sorted(found)]
+    places = {number: place for place, number in enumerate(sorted(found))}
+    called = [(site.drop_path, places.get(number)) for number, site in enumerate(sites)]
+    return Carved(
+        graph, [branch for _, branch in ordered], [spec for spec, _ in ordered], refused, nested, reference, called
+    )
+
+
+class _Carving:
+    def __init__(
+        self,
+        block: nn.Module,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        values: Values,
+        batch_sizes: tuple[int, ...],
+        fresh: bool,
+    ):
+        self.block, self.graph, self.modules, self.values = block, graph, modules, values
+        self.batch_sizes, self.fresh = batch_sizes, fresh
+        self._calls: dict[int, fx.Node] = {}
+        self._gone: dict[fx.Node, str] = {}
+
+    def cut(self, site: Site, number: int) -> tuple[PathSpec, fx.Graph]:
+        """The path of one place, whose branch leaves the graph and is called instead. Raises `Refused`."""
+        output = site.node.args[0]
+        if not isinstance(output, fx.Node) or not is_float(self.values[output]):
+            raise Refused("what is dropped is not a floating-point tensor")
+        rows = tuple(value.shape[0] if value.dim() else 0 for value in self.values.of(output))
+        if rows[0] == rows[1]:
+            raise Refused(
+                f"dimension 0 of what is dropped doesn't follow the batch: it is {rows[0]} for any batch size"
+            )
+        inside = self._without_foreign_rows(computed_only_for(self.graph, site.node), rows)
+        if output not in inside or not any(is_heavy(node, self.modules) for node in inside):
+            raise Refused("all that is computed for it is used elsewhere too, so there is nothing to skip")
+        if any(hasattr(m, CONVERTED) for node in inside for m in self._modules_in(node)):
+            raise Refused("its branch holds blocks with paths of their own, and nested paths can't be planned apart")
+        add = self._add_of(site.node)
+        inputs = self._inputs(inside, rows)
+        residual = None if add is None else self._other(add, site.node)
+        x = self._stream(inputs, residual)
+        further = [node for node, kind in inputs if node is not x and kind in ("row", "shared")]
+        kinds = tuple(kind for node, kind in inputs if node is not x and kind in ("row", "shared"))
+        branch, norm = self._branch(inside, output, x, inputs, rows, further)
+        zeros = None if add is not None else self._zeros(output, x)
+        spec = self._spec(site, inside, kinds, norm, zeros, rows)
+
+        replaced = site.node if add is None else add
+        with self.graph.inserting_before(replaced):
+            kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
+            arguments: tuple[Any, ...] = (self_of(self.graph), number, x, *further)
+            call = self.graph.create_node("call_function", converted.run, arguments, kwargs, "stream")
+        self._calls[number] = call
+        self.values.alias(call, replaced)
+        replaced.replace_all_uses_with(call)
+        for node in [replaced, site.node, *reversed(inside)]:
+            if not node.users and node in self.graph.nodes:
+                self.graph.erase_node(node)
+                self._gone[node] = spec.name
+        return spec, branch
+
+    def around(self, node: fx.Node) -> str:
+        """The path in whose branch a node is that has left the graph."""
+        return self._gone[node]
+
+    def renumber(self, numbers: list[int]) -> None:
+        """Calls name their path by its place among those that were cut."""
+        for place, number in enumerate(numbers):
+            call = self._calls[number]
+            call.args = (call.args[0], place, *call.args[2:])
+
+    def _modules_in(self, node: fx.Node) -> list[nn.Module]:
+        return list(self.modules[str(node.target)].modules()) if node.op == "call_module" else []
+
+    def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
+        """Raises `Refused` where weights of a branch are used outside of all branches too."""
+        outside = {id(p): n.target for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
+        for spec, _ in found.values():
+            for name in spec.modules:
+                if any(id(p) in outside for p in self.modules[name].parameters()):
+                    raise Refused(f"the module {name!r} of a branch is called outside of all branches too")
+
+    def _without_foreign_rows(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[fx.Node]:
+        """Without the views at its head that turn other dimensions into the rows: they go on being made outside."""
+        kept = list(inside)
+        for node in inside:
+            sources = [s for s in node.all_input_nodes if s not in kept and s.op != "get_attr"]
+            if (
+                not is_heavy(node, self.modules)
+                and node.op != "call_module"
+                and any(map(self._is_other(rows), sources))
+            ):
+                kept.remove(node)
+        return kept
+
+    def _is_other(self, rows: tuple[int, ...]) -> Callable[[fx.Node], bool]:
+        """Tells a tensor that changes with the batch and has not these rows."""
+
+        def is_other(node: fx.Node) -> bool:
+            a, b = self.values.of(node)
+            return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
+
+        return is_other
+
+    def _add_of(self, site: fx.Node) -> fx.Node | None:
+        """The add that the branch goes to; None where something else is done with it."""
+        (user, *others) = site.users
+        if others or not is_add(user):
+            return None
+        other, out = self.values[self._other(user, site)], self.values[user]
+        whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
+        return user if whole and is_float(other) and out.dtype == other.dtype else None
+
+    @staticmethod
+    def _other(add: fx.Node, site: fx.Node) -> fx.Node:
+        first, second = add.args[:2]
+        other = second if first is site else first
+        assert isinstance(other, fx.Node)
+        return other
+
+    def _inputs(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[tuple[fx.Node, str | tuple]]:
+        """What the branch takes from outside, and what each is: "row", "shared", or a size as multiples of x's rows."""
+        members, found = set(inside), dict[fx.Node, Any]()
+        for node in inside:
+            for source in node.all_input_nodes:
+                if source not in members and source not in found and source.op != "get_attr":
+                    found[source] = self._kind(source, rows)
+        return list(found.items())
+
+    def _kind(self, node: fx.Node, rows: tuple[int, ...]) -> str | tuple:
+        first, second = self.values.of(node)
+        leaves = [list(v) if isinstance(v, torch.Size) else pytree.tree_leaves(v) for v in (first, second)]
+        tensors = [v for v in leaves[0] if isinstance(v, Tensor)]
+        if tensors:
+            pairs = [pair for pair in zip(*leaves, strict=True) if isinstance(pair[0], Tensor)]
+            if len(tensors) == len(leaves[0]):
+                if all(a.shape == b.shape for a, b in pairs):
+                    return "shared"
+                if all(_follows(a, b, rows) for a, b in pairs):
+                    return "row"
+            shapes = ", ".join(str(list(a.shape)) for a, _ in pairs)
+            raise Refused(
+                f"its branch takes {node.name!r} of shape {shapes}, which changes with the batch and has no row for "
+                f"each of the {rows[0]} that are dropped or kept"
+            )
+        if is_constant(first):
+            if first == second:
+                return "shared"
+            multiples = [_multiple(a, b, rows) for a, b in zip(*leaves, strict=True)]
+            if all(m is not None for m in multiples):
+                return (multiples, isinstance(first, int))
+        raise Refused(f"its branch takes {node.name!r}, a {type(first).__name__} that changes with the batch")
+
+    def _stream(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
+        rows = [node for node, kind in inputs if kind == "row" and is_float(self.values[node])]
+        if not rows:
+            raise Refused("its branch takes no tensor with a row for each of those that are dropped")
+        return residual if residual in rows else rows[0]  # type: ignore[return-value]
+
+    def _branch(self, inside: list[fx.Node], output: fx.Node, x: fx.Node, inputs: list[tuple[fx.Node, Any]],
+                rows: tuple[int, ...], further: list[fx.Node]) -> tuple[fx.Graph, str | None]:  # fmt: skip
+        """The graph of the branch, and the norm at its head, which is not in the graph: the caller applies it."""
+        graph, made = fx.Graph(), dict[fx.Node, Any]()
+        made[x] = graph.placeholder("x")
+        for node in further:
+            made[node] = graph.placeholder(node.name)
+        for node, kind in inputs:
+            if isinstance(kind, tuple):
+                multiples, single = kind
+                sizes = [self._size(graph, made[x], multiple) for multiple in multiples]
+                made[node] = sizes[0] if single else tuple(sizes)
+        norm = self._leading_norm(inside, x)
+        for node in inside:
+            if node is norm:
+                made[node] = made[x]
+                continue
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in made:
+                    made[source] = graph.node_copy(source)
+            made[node] = copied_into(graph, node, made)
+        graph.output(made[output])
+        graph.lint()
+        return graph, None if norm is None else str(norm.target)
+
+    def _leading_norm(self, inside: list[fx.Node], x: fx.Node) -> fx.Node | None:
+        users = [node for node in x.users if node in set(inside)]
+        if len(users) != 1 or users[0].op != "call_module" or users[0].args != (x,) or users[0].kwargs:
+            return None
+        return users[0] if type(self.modules[str(users[0].target)]) in (nn.LayerNorm, nn.RMSNorm) else None
+
+    @staticmethod
+    def _size(graph: fx.Graph, x: fx.Node, multiple: Any) -> Any:
+        constant, times = multiple
+        if constant:
+            return times
+        size = graph.call_function(operator.getitem, (graph.call_function(getattr, (x, "shape")), 0))
+        return size if times == 1 else graph.call_function(operator.mul, (size, times))
+
+    def _zeros(self, output: fx.Node, x: fx.Node) -> tuple[int | None, ...]:
+        shape, like = self.values[output].shape, self.values[x].shape
+        return tuple(None if d < len(like) and like[d] == size else size for d, size in enumerate(shape) if d > 0)
+
+    def _spec(self, site: Site, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
+              zeros: tuple[int | None, ...] | None, rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
+        called = module_calls(inside)
+        owned = {id(p) for name in called for p in self.modules[name].parameters()}
+        own = dict.fromkeys(
+            str(source.target)
+            for node in inside
+            for source in (node, *node.all_input_nodes)
+            if source.op == "get_attr" and id(self.values[source]) not in owned
+        )
+        parameters = tuple(name for name in own if isinstance(_attribute(self.block, name), nn.Parameter))
+        batch_norm = any(isinstance(m, _BatchNorm) for name in called for m in self.modules[name].modules())
+        foreign = rows != self.batch_sizes
+        return PathSpec(
+            name=site.name,
+            drop_path=site.drop_path,
+            mode="block" if foreign else "sample",
+            kinds=kinds,
+            modules=tuple(called),
+            parameters=parameters,
+            norm=norm,
+            zeros=zeros,
+            fresh=self.fresh,
+            batch_norm=batch_norm,
+            foreign_rows=foreign,
+        )
+
+
+def _follows(a: Any, b: Any, rows: tuple[int, ...]) -> bool:
+    return a.dim() > 0 and (a.shape[0], b.shape[0]) == rows and a.shape[1:] == b.shape[1:]
+
+
+def _multiple(a: Any, b: Any, rows: tuple[int, ...]) -> tuple[bool, Any] | None:
+    """(True, constant), or (False, k) for k times the rows; None for neither."""
+    if a == b:
+        return True, a
+    if type(a) is int and a % rows[0] == 0 and a * rows[1] == b * rows[0]:
+        return False, a // rows[0]
+    return None
+
+
+def _attribute(root: Any, name: str) -> Any:
+    for part in name.split("."):
+        root = getattr(root, part)
+    return root

@@ -1,0 +1,130 @@
+"""A converted block at run time: its paths, and what its generated forward calls."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NoReturn
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..paths import CONVERTED, PathSlot, run_path
+from .drop_paths import mode_of, rate_of, scales_by_keep
+from .spec import PathSpec
+
+
+class ConvertedPath:
+    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw.
+
+    `drop_prob` can be set; None gives back the drop-path's own.
+    """
+
+    gamma = shortcut = activation = None
+    channel_dim = -1
+
+    def __init__(self, block: nn.Module, index: int, drop_prob: float | None):
+        self.block, self.index, self.slot = block, index, PathSlot()
+        self._drop_prob = drop_prob
+
+    @property
+    def spec(self) -> PathSpec:
+        return type(self.block)._rdp_recipe.paths[self.index]  # type: ignore[attr-defined]
+
+    @property
+    def drop_path(self) -> nn.Module | None:
+        return None if self.spec.drop_path is None else self.block.get_submodule(self.spec.drop_path)
+
+    @property
+    def drop_prob(self) -> float:
+        if self._drop_prob is not None:
+            return self._drop_prob
+        return 0.0 if self.drop_path is None else rate_of(self.drop_path)
+
+    @drop_prob.setter
+    def drop_prob(self, value: float | None) -> None:
+        self._drop_prob = value
+
+    @property
+    def mode(self) -> str:
+        """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
+        return self.spec.mode if self.drop_path is None or self.spec.mode == "block" else mode_of(self.drop_path)
+
+    @property
+    def scale_by_keep(self) -> bool:
+        return self.drop_path is None or scales_by_keep(self.drop_path)
+
+    @property
+    def training(self) -> bool:
+        return self.block.training and (self.drop_path is None or self.drop_path.training)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return None if self.spec.norm is None else self.block.get_submodule(self.spec.norm)
+
+    def branch_modules(self) -> list[nn.Module]:
+        return [self.block.get_submodule(name) for name in self.spec.modules]
+
+    def own_parameters(self) -> list[tuple[nn.Module, str]]:
+        split = [name.rpartition(".") for name in self.spec.parameters]
+        return [(self.block.get_submodule(module), name) for module, _, name in split]
+
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
+        norm = self.norm
+        function = type(self.block)._rdp_branches[self.index]  # type: ignore[attr-defined]
+        return function(self.block, x if normed or norm is None else norm(x), *args)
+
+    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def gather(x: Tensor) -> Tensor:
+            if x.dim() == 0 or x.shape[0] != batch_size:
+                raise ValueError(
+                    f"path {self.spec.name!r} of {type(self.block).__name__}: an argument of shape {list(x.shape)} has "
+                    f"no row for each of the {batch_size} rows, as it had when the model was converted"
+                )
+            return x.index_select(0, rows)
+
+        kinds = zip(args, self.spec.kinds, strict=True)
+        return tuple(pytree.tree_map_only(Tensor, gather, v) if kind == "row" else v for v, kind in kinds), kwargs
+
+    def __repr__(self) -> str:
+        return f"path {self.spec.name!r} of {type(self.block).__name__}"
+
+
+def this() -> NoReturn:
+    """The block, in a graph; in generated source it is `self`."""
+    raise AssertionError("only a node of graphs")
+
+
+def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
+    """Path `index` of a converted block; what generated forwards call."""
+    path = list(getattr(block, CONVERTED).values())[index]
+    if path.spec.zeros is not None:
+        sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
+        residual = x.new_zeros((x.shape[0], *sizes))
+    out = run_path(path, x, args, {}, residual)
+    kept = x if residual is None else residual
+    # Where it is dropped the stream itself comes back, which what follows may work on in place.
+    return out.clone() if out is kept and path.spec.fresh else out
+
+
+def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward that the block had, where what was traced doesn't hold. Raises `RuntimeError` inside an iteration, as
+    that forward would draw masks of its own."""
+    original = type(block).__mro__[1]
+    for name, path in getattr(block, CONVERTED).items():
+        scheme = path.slot.scheme
+        if scheme is not None and scheme.phase is not None:
+            raise RuntimeError(
+                f"path {name!r} of {original.__name__} can't follow the plan: {reason}; call rdp.revert(model) and "
+                "rdp.convert(model, example_inputs=...) with what it is called with now"
+            )
+    warned: set[str] = block.__dict__.setdefault("_rdp_warned", set())
+    if reason not in warned:
+        warned.add(reason)
+        warnings.warn(f"{original.__name__} computes its dropped branches too: {reason}", stacklevel=3)
+    return original.forward(block, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def skips(block: nn.Module) -> bool:
+    """Whether the generated forward is to run: in training; under `torch.compile` masks are tensors, as before."""
+    return block.training and not torch.compiler.is_compiling()

@@ -1,0 +1,150 @@
+"""What is asked of a torch.fx graph here, and the values of its nodes in two calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import converted
+from .calls import Refused
+from .trace import run_graph
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__"}
+_HEAVY = {
+    "linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "einsum", "baddbmm", "addmm", "__matmul__",
+    "scaled_dot_product_attention", "multi_head_attention_forward",
+}  # fmt: skip
+
+
+class Values:
+    """The value of every node in two calls, with batches of different sizes."""
+
+    def __init__(self, graph: fx.Graph, block: nn.Module, inputs: list[list[Any]]):
+        self.calls: list[dict[fx.Node, Any]] = []
+        for given in inputs:
+            copied = [v.clone() if isinstance(v, Tensor) else v for v in given]  # children may work in place
+            try:
+                with torch.no_grad():
+                    self.calls.append(run_graph(graph, block, copied))
+            except Exception as error:
+                raise Refused(f"what was traced holds for one batch size ({type(error).__name__}: {error})") from error
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self.calls[0][node]
+
+    def of(self, node: fx.Node) -> tuple[Any, Any]:
+        return self.calls[0][node], self.calls[1][node]
+
+    def alias(self, node: fx.Node, original: fx.Node) -> None:
+        for values in self.calls:
+            values[node] = values[original]
+
+
+def computed_only_for(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """What is computed for `node` alone, in order."""
+    inside: list[fx.Node] = []
+    members = {node}
+    before = list(graph.nodes)
+    for candidate in reversed(before[: before.index(node)]):
+        if candidate.op != "placeholder" and candidate.users and members.issuperset(candidate.users):
+            members.add(candidate)
+            inside.append(candidate)
+    return inside[::-1]
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    seen, stack = set[fx.Node](), list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return seen
+
+
+def is_add(node: fx.Node) -> bool:
+    """Of two values."""
+    adds = node.op in ("call_function", "call_method") and node.target in _ADDS
+    return adds and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def is_heavy(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is worth skipping: it has weights, or multiplies matrices."""
+    if node.op == "call_module":
+        return any(True for _ in modules[str(node.target)].parameters())
+    return name_of(node) in _HEAVY or node.target is converted.run
+
+
+def name_of(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def check_mutations(graph: fx.Graph) -> None:
+    """Raises `Refused` where a tensor is changed and then used under its old name, which a graph doesn't show."""
+    for node in graph.nodes:
+        name = name_of(node)
+        if node.target is operator.setitem:
+            raise Refused(f"its forward assigns to a part of a tensor ({node.name})")
+        in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+        if in_place and not node.users:
+            raise Refused(f"its forward changes a tensor in place and uses it under its old name ({node.name}: {name})")
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Without what nobody uses and that computes nothing: taking apart of tuples, reads of shapes and attributes."""
+    for node in reversed(list(graph.nodes)):
+        cheap = node.op == "get_attr" or node.target in (operator.getitem, getattr, converted.this)
+        if cheap and not node.users:
+            graph.erase_node(node)
+
+
+def fold_nothing(graph: fx.Graph, values: Values) -> None:
+    """Parts of what a child returns that are None or empty, such as attention weights nobody asked for, become that."""
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and node.users and all(map(_is_nothing, values.of(node))):
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, _replacing(node, values[node]))
+                user.kwargs = fx.map_arg(user.kwargs, _replacing(node, values[node]))
+            graph.erase_node(node)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (tuple, list)) and all(map(_is_nothing, value)))
+
+
+def _replacing(node: fx.Node, constant: Any) -> Callable[[fx.Node], Any]:
+    return lambda other: constant if other is node else other
+
+
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def copied_into(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    """`node` in another graph; `made` may hold sizes, which are tuples of nodes and numbers."""
+    args, kwargs = (fx.map_arg(a, made.__getitem__) for a in (node.args, node.kwargs))
+    return graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+
+
+def self_of(graph: fx.Graph) -> fx.Node:
+    """The node that stands for the block itself."""
+    for node in graph.nodes:
+        if node.target is converted.this:
+            return node
+    with graph.inserting_before(next(iter(graph.nodes))):
+        return graph.call_function(converted.this)
+
+
+def module_calls(nodes: Iterable[fx.Node]) -> list[str]:
+    """The children that are called, each once."""
+    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))

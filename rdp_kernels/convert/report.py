@@ -1,0 +1,88 @@
+"""What a conversion did, as a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+class ConversionError(ValueError):
+    """`convert(strict=True)`: something was refused. The model is as it was."""
+
+
+@dataclass(frozen=True)
+class PathReport:
+    """One path that was found, converted or refused."""
+
+    block: str
+    block_class: str
+    name: str
+    drop_prob: float
+    refused: str | None = None
+    """Why it stays as it was; None where it was converted."""
+    nested: str | None = None
+    """The path in whose branch it lies, where it goes on masking what it gets, as it did."""
+    whole_in_sample_mode: bool = False
+    foreign_rows: bool = False
+    modules: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """What is skipped, or why nothing is."""
+        if self.refused is not None:
+            return f"refused: {self.refused}"
+        if self.nested is not None:
+            return f"inside the branch of {self.nested}: masks there as before"
+        skipped = f"skips {', '.join(self.modules)}" if self.modules else "skips its branch"
+        if self.whole_in_sample_mode:
+            skipped += "; BatchNorm: skipped in block mode, run whole and masked in sample mode"
+        if self.foreign_rows:
+            skipped += "; its rows aren't samples: decided for the whole batch"
+        return skipped
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, path by path, in registration order. `str` of it is a table; rich draws it, if installed."""
+
+    rows: list[PathReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[PathReport]:
+        return [row for row in self.rows if row.refused is None and row.nested is None]
+
+    @property
+    def refused(self) -> list[PathReport]:
+        return [row for row in self.rows if row.refused is not None]
+
+    def __iter__(self) -> Iterator[PathReport]:
+        return iter(self.rows)
+
+    def summary(self) -> str:
+        blocks = len({row.block for row in self.converted})
+        text = f"{len(self.converted)} paths in {blocks} blocks converted"
+        return text + (f", {len(self.refused)} refused" if self.refused else "")
+
+    def __str__(self) -> str:
+        cells = [(r.block or "(the model)", r.block_class, r.name, f"{r.drop_prob:.3f}", r.what) for r in self.rows]
+        header = ("block", "class", "path", "p", "what")
+        return "\n".join([*_table(header, cells), *self.notes, self.summary()])
+
+
+def _table(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
+    if not cells:
+        return []
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        return ["  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
+    table = Table(*header)
+    for row in cells:
+        table.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return [text.getvalue().rstrip("\n")]

@@ -1,0 +1,88 @@
+"""The places in a block's graph where a branch may be dropped: calls of drop-paths, else residual adds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from .drop_paths import is_drop_path
+from .graphs import Values, ancestors, computed_only_for, is_add, is_heavy, module_calls
+
+_SHORTCUT = re.compile(r"downsample|shortcut|skip|proj|identity", re.IGNORECASE)
+# What these return is concatenated with what came before by who calls them: dropped, it is zeros.
+_CONCATENATED = {"torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer"}
+
+
+@dataclass
+class Site:
+    """A node whose value is masked where its branch is dropped: a drop-path's call, or a `mark`."""
+
+    node: fx.Node
+    name: str
+    drop_path: str | None
+
+
+def mark(x: Tensor) -> Tensor:
+    """Stands in a graph where a drop-path would."""
+    return x
+
+
+def drop_path_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Site]:
+    sites: list[Site] = []
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and node.users and is_drop_path(target.rpartition(".")[2], modules[target]):
+            count = sum(site.drop_path == target for site in sites)
+            sites.append(Site(node, f"{target}:{count}" if count else target, target))
+    return sites
+
+
+def unnamed_sites(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], values: Values) -> list[Site]:
+    """Residual adds, found by the graph alone: of two summands one is computed with weights, the other is the stream
+    or a shortcut from it. Each gets a `mark`."""
+    if f"{type(block).__module__}.{type(block).__qualname__}" in _CONCATENATED:
+        (output,) = [node for node in graph.nodes if node.op == "output"]
+        result = output.args[0]
+        return [Site(_marked(graph, result, output, values), "output", None)] if isinstance(result, fx.Node) else []
+    sites = []
+    for add in list(graph.nodes):
+        branch = _branch_of(graph, add, modules, values) if is_add(add) else None
+        if branch is not None:
+            called = module_calls(computed_only_for(graph, add))
+            sites.append(Site(_marked(graph, branch, add, values), f"add_{called[-1]}" if called else add.name, None))
+    return sites
+
+
+def _branch_of(graph: fx.Graph, add: fx.Node, modules: dict[str, nn.Module], values: Values) -> fx.Node | None:
+    """The summand that is a branch, if one is."""
+    summands = [node for node in add.args if isinstance(node, fx.Node)]
+    whole = [isinstance(values[n], Tensor) and values[n].shape == values[add].shape for n in summands]
+    if summands[0] is summands[1] or not all(whole):
+        return None
+    computed = [_computed_for(graph, node, add) for node in summands]
+    heavy = [any(is_heavy(n, modules) for n in nodes) for nodes in computed]
+    if all(heavy):
+        heavy = [not any(map(_SHORTCUT.search, module_calls(nodes))) for nodes in computed]
+    if sum(heavy) != 1:
+        return None
+    branch, residual = summands[heavy.index(True)], summands[heavy.index(False)]
+    nodes = computed[heavy.index(True)]
+    streams = {source for node in nodes for source in node.all_input_nodes} - set(nodes)
+    return branch if streams & {residual, *ancestors(residual)} else None
+
+
+def _computed_for(graph: fx.Graph, node: fx.Node, add: fx.Node) -> list[fx.Node]:
+    """`node` and what is computed for it alone; nothing where others use it too."""
+    if set(node.users) != {add} or node.op == "placeholder":
+        return []
+    return [*computed_only_for(graph, node), node]
+
+
+def _marked(graph: fx.Graph, node: fx.Node, user: fx.Node, values: Values) -> fx.Node:
+    with graph.inserting_before(user):
+        site = graph.call_function(mark, (node,))
+    user.replace_input_with(node, site)
+    values.alias(site, node)
+    return site

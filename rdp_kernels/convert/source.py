@@ -1,0 +1,145 @@
+"""A converted class from a carved graph: its source, and the class from its source, now or when it is unpickled."""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..paths import CONVERTED
+from . import converted
+from .calls import Refused
+from .carve import Carved
+from .spec import Recipe
+from .trace import Trace
+
+_SELF = re.compile(r"\w*converted_this\(\)")
+_RUN = re.compile(r"\b\w*converted_run\(")
+_ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
+_classes: dict[tuple[type, bytes], type] = {}
+
+
+def recipe_of(traced: Trace, carved: Carved) -> Recipe:
+    """Raises `Refused` where the source would use what can't be imported."""
+    functions = {"_forward": carved.graph} | {f"_branch_{i}": graph for i, graph in enumerate(carved.branches)}
+    parts, names = [], dict[str, tuple[str, str]]()
+    for name, graph in functions.items():
+        text, used = _function(name, graph)
+        parts.append(text)
+        names |= used
+    attributes = tuple(traced.attributes.items())
+    return Recipe(
+        "\n\n".join(parts), tuple(names.items()), traced.signature, attributes, traced.shapes, tuple(carved.paths)
+    )
+
+
+def _function(name: str, graph: fx.Graph) -> tuple[str, dict[str, tuple[str, str]]]:
+    for node in graph.nodes:
+        node.type = None  # annotations would have to be imported
+    code = graph.python_code("self")
+    names = {}
+    for used, value in code.globals.items():
+        if value not in (converted.this, converted.run) and used not in _ALWAYS:
+            names[used] = _place_of(value)
+    text = _RUN.sub("run_path(", _SELF.sub("self", code.src)).strip("\n")
+    text = re.sub(r"^\s*self = self;?.*\n", "", text, flags=re.MULTILINE)
+    return text.replace("def forward(", f"def {name}(", 1) + "\n", names
+
+
+def _place_of(value: Any) -> tuple[str, str]:
+    """Module and name to import it by."""
+    if isinstance(value, type(re)):
+        return value.__name__, ""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", ""))
+    for candidate in (module, "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
+        try:
+            if candidate is not None and _import(candidate, name) is value:
+                return candidate, name
+        except (ImportError, AttributeError):
+            continue
+    raise Refused(f"its forward calls {name or value!r}, which can't be imported by name")
+
+
+def _import(module: str, name: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in name.split(".") if name else ():
+        found = getattr(found, part)
+    return found
+
+
+def class_of(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    """The subclass of `base` that a recipe describes; one and the same for the same recipe."""
+    key = (base, pickle.dumps(recipe))
+    if key not in _classes:
+        _classes[key] = _make(base, recipe)
+    return _classes[key]
+
+
+def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
+    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
+    space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
+    space |= _ALWAYS | {"run_path": converted.run}
+    exec(compile(recipe.source, file, "exec"), space)
+    traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not converted.skips(self):
+            return base.forward(self, *args, **kwargs)
+        inputs = signature.inputs_of(args, kwargs)
+        if inputs is None:
+            return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
+        for name, value in attributes:
+            if getattr(self, name) != value:
+                reason = f"its attribute {name!r} was {value!r} when it was converted"
+                return converted.fall_back(self, reason, args, kwargs)
+        if shapes is not None and not _fit(inputs, shapes):
+            return converted.fall_back(self, "its inputs had another shape when it was converted", args, kwargs)
+        return traced(self, *inputs)
+
+    members: Mapping[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_rdp_recipe": recipe,
+        "_rdp_branches": [space[f"_branch_{i}"] for i in range(len(recipe.paths))],
+        "forward": forward,
+    }
+    return type(base.__name__, (base,), dict(members))
+
+
+def _fit(inputs: list[Any], shapes: tuple[Any, ...]) -> bool:
+    return all(
+        (tuple(v.shape[1:]) if isinstance(v, Tensor) else v) == shape for v, shape in zip(inputs, shapes, strict=True)
+    )
+
+
+def install(block: nn.Module, recipe: Recipe, drop_prob: float | None) -> None:
+    """Makes `block` an instance of the converted class."""
+    block.__class__ = class_of(type(block), recipe)
+    paths = {
+        spec.name.replace(".", "_"): converted.ConvertedPath(block, i, drop_prob) for i, spec in enumerate(recipe.paths)
+    }
+    block.__dict__[CONVERTED] = paths
+
+
+def uninstall(block: nn.Module) -> None:
+    block.__class__ = type(block).__mro__[1]
+    for name in (CONVERTED, "_rdp_warned"):
+        block.__dict__.pop(name, None)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    base, recipe = type(self).__mro__[1], type(self)._rdp_recipe  # type: ignore[attr-defined]
+    return rebuild, (base, recipe), self.__dict__.copy()
+
+
+def rebuild(base: type[nn.Module], recipe: Recipe) -> nn.Module:
+    """An instance without contents: what a pickle of a converted block begins with."""
+    return object.__new__(class_of(base, recipe))

@@ -1,0 +1,44 @@
+"""What a conversion knows of a block, in plain types: enough to make the class again in another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .calls import Signature
+
+
+@dataclass(frozen=True)
+class PathSpec:
+    """One path of a block. A branch takes `x`, with the norm at its head applied, then what `kinds` describes."""
+
+    name: str
+    drop_path: str | None
+    """The module that says how often it is dropped; None where there is none."""
+    mode: str
+    kinds: tuple[str, ...]
+    """Of the further inputs: "row", they have a row for each of x; "shared", they are handed on as they are."""
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    """Those of the branch that belong to none of its modules."""
+    norm: str | None
+    zeros: tuple[int | None, ...] | None
+    """There is no residual but zeros: their shape behind dimension 0, None for a size that is x's; else None."""
+    fresh: bool
+    """Whether what comes back must be a new tensor, because something in the model works in place."""
+    batch_norm: bool
+    foreign_rows: bool
+    """Rows are not samples: windows, patches."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A converted class but for its base."""
+
+    source: str
+    names: tuple[tuple[str, tuple[str, str]], ...]
+    """The source's globals: where each is imported from."""
+    signature: Signature
+    attributes: tuple[tuple[str, Any], ...]
+    shapes: tuple[Any, ...] | None
+    paths: tuple[PathSpec, ...] = field(default=())
