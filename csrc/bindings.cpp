@@ -120,9 +120,12 @@ ForwardResults forward(const ForwardArguments& given) {
 BackwardResults backward(const BackwardArguments& given) {
   const Addend& addend = given.addend;
   STD_TORCH_CHECK(given.dout || given.dnext || given.dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  const bool from_next = given.dnext && (!given.dfrozen_next || given.dnext->size(0) > 0);  // without rows: no order
-  const SampleLayout layout(given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
-                            given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next);
+  // A tensor without rows has no order of its own.
+  const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
+  const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
+  const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
+  const SampleLayout layout(from_branch ? "branch" : given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
+                            from_branch ? *given.branch : gradient);
   const int64_t batch_size = given.batch_size;
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
 

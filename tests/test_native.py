@@ -214,6 +214,13 @@ def test_a_gradient_from_the_next_rows_alone(dtype, used):
         check(case, ops.joint)
 
 
+def test_a_gradient_without_rows_says_nothing_of_their_order():
+    layouts = ("dense", "dense", "channels_last", "dense")
+    case = Case((3, 2, 3, 2), layouts=layouts, gamma=True, follows=True, used=("next",), next_rows=())
+    with rdp.use_backend("native"):
+        check(case, ops.joint)
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     """Of sums too, in both layouts; 8 threads on any machine."""
     torch.manual_seed(0)
