@@ -182,6 +182,8 @@ def run_path(
     `residual`: what the shortcut gave, where that was computed already."""
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
+    if torch.compiler.is_compiling() and owner.training and owner.slot.scheme is None and owner.drop_prob > 0:
+        return call.masked_in_graph(x)
     return call.run(x, call.decide(x))
 
 
@@ -270,6 +272,14 @@ class PathCall:
         row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
+
+    def masked_in_graph(self, x: Tensor) -> Tensor:
+        """Under `torch.compile`: nothing that the host has to know is drawn, so the branch is whole."""
+        owner = self.owner
+        count = self.batch_size if owner.mode == "sample" else 1
+        keep = torch.rand(count, device=x.device) >= owner.drop_prob
+        row_scale = keep.to(compute_dtype(x)) * kept_scale(owner.drop_prob, owner.scale_by_keep)
+        return self.add(self.residual(x), self.branch(x), row_scale=row_scale.expand(self.batch_size).contiguous())
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows: two calls and one add."""

@@ -2,7 +2,6 @@
 
 | file | does |
 |---|---|
-| `drop_paths.py` | knows other libraries' drop-path modules |
 | `calls.py` | runs the model on an example and records what each block is called with |
 | `trace.py` | makes a graph of one block's forward, children as leaves |
 | `carve.py` | cuts the branches out of the graph |
@@ -21,11 +20,11 @@ from typing import Any
 from torch import nn
 
 from .._checks import check_bool, check_probability
+from ..drop_paths import CONTAINERS, drop_paths_of, owns_drop_path, rate_of
 from ..paths import CONVERTED, PathSlot
 from .calls import Call, Refused, example_inputs_of, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
-from .drop_paths import CONTAINERS, drop_paths_of, owns_drop_path, rate_of
 from .report import ConversionError, ConversionReport, PathReport
 from .source import install, recipe_of, uninstall
 from .spec import Recipe

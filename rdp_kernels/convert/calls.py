@@ -45,7 +45,8 @@ class Signature:
     A call of another structure or with other constants is not served by what was traced.
     """
 
-    structure: pytree.TreeSpec
+    structure: str
+    """As `torch.utils._pytree.treespec_dumps` writes it."""
     is_input: tuple[bool, ...]
     constants: tuple[Any, ...]
     """One entry for each argument; None for inputs."""
@@ -58,12 +59,12 @@ class Signature:
                 raise Refused(f"it is called with a {type(value).__name__}, which is neither a tensor nor a constant")
         is_input = tuple(isinstance(v, Tensor) or (type(v) is int and integers_are_inputs) for v in flat)
         constants = tuple(None if given else v for v, given in zip(flat, is_input, strict=True))
-        return cls(structure, is_input, constants)
+        return cls(pytree.treespec_dumps(structure), is_input, constants)
 
     def inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The inputs among the arguments of a call; None where it is a call of another kind."""
         flat, structure = pytree.tree_flatten((args, kwargs))
-        if structure != self.structure:
+        if structure != _loaded(self.structure):
             return None
         inputs = []
         for value, given, constant in zip(flat, self.is_input, self.constants, strict=True):
@@ -77,7 +78,16 @@ class Signature:
         """Arguments in this structure."""
         values = iter(inputs)
         flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
-        return pytree.tree_unflatten(flat, self.structure)
+        return pytree.tree_unflatten(flat, _loaded(self.structure))
+
+
+_structures: dict[str, pytree.TreeSpec] = {}
+
+
+def _loaded(structure: str) -> pytree.TreeSpec:
+    if structure not in _structures:
+        _structures[structure] = pytree.treespec_loads(structure)
+    return _structures[structure]
 
 
 def record_calls(

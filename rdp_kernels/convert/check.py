@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..drop_paths import is_drop_path
 from ..paths import CONVERTED, Decision
 from ..rows import row_set
 from .calls import Call, Refused, cloned
 from .carve import Carved
-from .drop_paths import is_drop_path
 from .sites import mark
 from .source import install
 from .spec import Recipe

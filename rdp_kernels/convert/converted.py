@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any, NoReturn
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..drop_paths import mode_of, rate_of, scales_by_keep
 from ..paths import CONVERTED, PathSlot, run_path
-from .drop_paths import mode_of, rate_of, scales_by_keep
 from .spec import PathSpec
 
 
@@ -123,8 +122,3 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
         warned.add(reason)
         warnings.warn(f"{original.__name__} computes its dropped branches too: {reason}", stacklevel=3)
     return original.forward(block, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-def skips(block: nn.Module) -> bool:
-    """Whether the generated forward is to run: in training; under `torch.compile` masks are tensors, as before."""
-    return block.training and not torch.compiler.is_compiling()

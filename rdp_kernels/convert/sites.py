@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from .drop_paths import is_drop_path
+from ..drop_paths import is_drop_path
 from .graphs import Values, ancestors, computed_only_for, is_add, is_heavy, module_calls
 
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj|identity", re.IGNORECASE)
@@ -50,7 +50,7 @@ def unnamed_sites(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Modul
     for add in list(graph.nodes):
         branch = _branch_of(graph, add, modules, values) if is_add(add) else None
         if branch is not None:
-            called = module_calls(computed_only_for(graph, add))
+            called = module_calls([*computed_only_for(graph, branch), branch])
             sites.append(Site(_marked(graph, branch, add, values), f"add_{called[-1]}" if called else add.name, None))
     return sites
 

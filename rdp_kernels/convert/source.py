@@ -89,7 +89,7 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not converted.skips(self):
+        if not self.training:
             return base.forward(self, *args, **kwargs)
         inputs = signature.inputs_of(args, kwargs)
         if inputs is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .calls import Signature
@@ -41,4 +41,7 @@ class Recipe:
     signature: Signature
     attributes: tuple[tuple[str, Any], ...]
     shapes: tuple[Any, ...] | None
-    paths: tuple[PathSpec, ...] = field(default=())
+    paths: tuple[PathSpec, ...]
+
+    def __deepcopy__(self, memo: object) -> Recipe:
+        return self

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..drop_paths import owns_drop_path
 from .calls import CONSTANTS, Call, Refused, Signature, cloned
-from .drop_paths import owns_drop_path
 
 
 @dataclass
@@ -45,6 +45,8 @@ def trace(block: nn.Module, call: Call) -> Trace:
             except Refused as refused:
                 reasons.append(str(refused))
             except Exception as error:
+                if "item assignment" in str(error):
+                    raise Refused("its forward assigns to a part of a tensor") from error
                 reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise Refused(f"its forward can't be traced: {reasons[-1]}")
 

@@ -10,6 +10,8 @@ import re
 
 from torch import nn
 
+from .paths import paths_of
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TYPE = re.compile(r"DropPath|StochasticDepth|DropConnect", re.IGNORECASE)
 _NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
@@ -36,6 +38,17 @@ def drop_paths_of(module: nn.Module) -> dict[str, nn.Module]:
         elif type(child) in CONTAINERS:
             found |= {f"{name}.{inner}": m for inner, m in drop_paths_of(child).items()}
     return found
+
+
+def left_over(model: nn.Module) -> list[str]:
+    """Drop-paths that drop, and that belong to no path of a scheme nor lie in the branch of one."""
+    ours: set[int] = set()
+    for module in model.modules():
+        for _, path in paths_of(module):
+            ours |= {id(m) for inner in path.branch_modules() for m in inner.modules()}
+            ours.add(id(getattr(path, "drop_path", None)))
+    found = [(name, m) for name, m in model.named_modules() if is_drop_path(name.rpartition(".")[2], m)]
+    return [name for name, module in found if id(module) not in ours and rate_of(module) > 0]
 
 
 def rate_of(module: nn.Module) -> float:

@@ -1,0 +1,233 @@
+"""What can't be converted is refused with a reason, or runs as it did: never a wrong number."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rdp_kernels as rdp
+from rdp_kernels.paths import CONVERTED
+
+from . import nets
+from .nets import DIM, DropPath, Net, mlp, tokens
+
+
+class Residual(nn.Module):
+    """`x + drop_path(fn(x))`, to be varied."""
+
+    def __init__(self, fn=None):
+        super().__init__()
+        self.fn, self.drop_path = mlp() if fn is None else fn, DropPath(0.2)
+
+    def forward(self, x):
+        return x + self.drop_path(self.fn(x))
+
+
+class InPlace(nn.Module):
+    """Changes its input: the residual too is then another."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return self.linear(x.data.mul_(2) + 0 * x)
+
+
+class MixesSamples(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0, keepdim=True))
+
+
+class AsksForTypes(Residual):
+    def forward(self, x):
+        y = self.fn(x)
+        y = 2 * y if isinstance(y, torch.Tensor) else 3 * y
+        return x + self.drop_path(y)
+
+
+class AsksForNumbers(Residual):
+    def forward(self, x):
+        y = self.fn(x)
+        if y.sum() > 0:
+            y = 2 * y
+        return x + self.drop_path(y)
+
+
+class Assigns(Residual):
+    def forward(self, x):
+        y = self.fn(x)
+        y[:, 0] = 0
+        return x + self.drop_path(y)
+
+
+class ChangesInPlace(Residual):
+    def forward(self, x):
+        y = self.fn(x)
+        y.mul_(2)
+        return x + self.drop_path(y)
+
+
+class ChangesItsInput(Residual):
+    def forward(self, x):
+        x += self.drop_path(self.fn(x))
+        return x
+
+
+class MakesTensors(Residual):
+    def forward(self, x):
+        return x + self.drop_path(self.fn(x) * torch.arange(DIM))
+
+
+class UsedTwice(Residual):
+    """The branch's module is called for the residual too."""
+
+    def forward(self, x):
+        return self.fn(x) + self.drop_path(self.fn(2 * x))
+
+
+class Everything(Residual):
+    """Nothing is computed for the drop-path alone."""
+
+    def forward(self, x):
+        y = self.fn(x)
+        return x + self.drop_path(y) + y
+
+
+class Calls(Residual):
+    def forward(self, x, flag=None):
+        return x + self.drop_path(self.fn(x))
+
+
+REFUSED = {
+    "hidden in-place child": (lambda: Residual(InPlace()), "changes its own input|differs from the original"),
+    "samples are mixed": (lambda: Residual(MixesSamples()), "with some rows dropped .* differs from the original"),
+    "isinstance of a proxy": (AsksForTypes, "differs from the original"),
+    "if over numbers": (AsksForNumbers, "depends on numbers in a tensor"),
+    "setitem": (Assigns, "assigns to a part of a tensor"),
+    "in place, old name": (ChangesInPlace, "changes a tensor in place and uses it under its old name"),
+    "input in place": (ChangesItsInput, "changes its own input in place"),
+    "tensor of constants": (MakesTensors, "makes a tensor of constants"),
+    "module used outside": (UsedTwice, "is called outside of all branches too"),
+    "nothing to skip": (Everything, "used elsewhere too, so there is nothing to skip"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_says_why_and_changes_nothing(name):
+    make, reason = REFUSED[name]
+    model = nets.tokens_net(make())
+    before = copy.deepcopy(model)
+    report = rdp.convert(model, example_inputs=tokens())
+    (row,) = report.refused
+    assert (row.block, row.name) == ("blocks.0", "drop_path")
+    assert re.search(reason, row.refused), row.refused
+    assert type(model.blocks[0]) is type(before.blocks[0])
+    assert vars(model.blocks[0]).keys() == vars(before.blocks[0]).keys(), "torch.fx leaves nothing behind"
+    torch.manual_seed(5)
+    expected = before(tokens())
+    torch.manual_seed(5)
+    assert torch.equal(model(tokens()), expected)
+    with pytest.raises(rdp.ConversionError, match=r"blocks.0.drop_path \(\w+\): "):
+        rdp.convert(model, strict=True, example_inputs=tokens())
+
+
+def test_strict_leaves_the_model_as_it_was():
+    model = nets.tokens_net(nets.Block, Assigns())
+    with pytest.raises(rdp.ConversionError):
+        rdp.convert(model, strict=True, example_inputs=tokens())
+    assert type(model.blocks[0]) is nets.Block
+    assert not any(CONVERTED in module.__dict__ for module in model.modules())
+
+
+def test_a_nested_drop_path_stays_a_mask_in_the_branch_around_it():
+    model = nets.tokens_net(nets.Nested)
+    report = rdp.convert(model, example_inputs=tokens())
+    assert [(row.name, row.nested) for row in report] == [("drop_path", "drop_path:1"), ("drop_path:1", None)]
+    assert len(rdp.ResidualDropPath(model, 0.5).paths) == 1
+
+
+def test_an_attribute_that_changes_after_conversion():
+    model = nets.tokens_net(nets.Block)
+    rdp.convert(model, example_inputs=tokens())
+    model.blocks[0].heads = 4
+    with pytest.warns(UserWarning, match="Block computes its dropped branches too: its attribute 'heads' was 2"):
+        model(tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens())  # warned once
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    with pytest.raises(RuntimeError, match="can't follow the plan: its attribute 'heads'"), scheme.drop_iteration():
+        model(tokens())
+    scheme.remove()
+    rdp.revert(model)
+    assert not rdp.convert(model, example_inputs=tokens()).refused
+
+
+def test_a_call_in_another_way():
+    block, x = nets.tokens_net(Calls()).blocks[0], tokens()
+    model = Net(block)
+    rdp.convert(model, example_inputs=x)
+    with pytest.warns(UserWarning, match="it is called in another way than when it was converted"):
+        block(x, flag=True)
+    rdp.ResidualDropPath(model, 0.5).remove()
+
+
+def test_sizes_that_an_if_asked_for():
+    model = nets.tokens_net(nets.Sizes)
+    rdp.convert(model, example_inputs=tokens())
+    with pytest.warns(UserWarning, match="its inputs had another shape"):
+        model(torch.randn(2, 8, DIM))
+
+
+def test_any_batch_size_and_any_other_size_serve():
+    model = nets.tokens_net(nets.Block, nets.Windows, nets.Concat)
+    rdp.convert(model, example_inputs=tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((1, 6), (2, 2), (9, 10)):
+            model(torch.randn(*shape, DIM)).sum().backward()
+
+
+BAD = {
+    "model": (lambda: rdp.convert("vit"), TypeError, "model must be a torch.nn.Module, got str"),
+    "drop_prob": (lambda: rdp.convert(nets.tokens_net(nets.Plain), 1.5), ValueError, "drop_prob must be"),
+    "strict": (lambda: rdp.convert(nets.tokens_net(nets.Block), strict="no"), TypeError, "strict must be"),
+    "no tensor": (lambda: rdp.convert(nets.tokens_net(nets.Block), example_inputs=3), ValueError, "must hold a tensor"),
+    "wrong shape": (
+        lambda: rdp.convert(nets.tokens_net(nets.Block), example_inputs=torch.ones(2, 3)),
+        ValueError,
+        "example_inputs: the model can't be called with them",
+    ),
+    "no example": (lambda: rdp.convert(nets.tokens_net(nets.Block)), ValueError, "example_inputs: the model can't"),
+    "revert": (lambda: rdp.revert(None), TypeError, "model must be a torch.nn.Module, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    call, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_model_without_anything_to_convert():
+    model = nn.Sequential(nn.Linear(DIM, DIM))
+    report = rdp.convert(model, example_inputs=torch.ones(2, DIM))
+    assert "no block has a drop-path" in str(report)
+    with pytest.raises(ValueError, match="model has no paths"):
+        rdp.ResidualDropPath(model)
+
+
+def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
+    model = nets.tokens_net(nets.Block, Assigns())
+    rdp.convert(model, example_inputs=tokens())
+    with pytest.warns(UserWarning, match=r"no paths of the scheme and go on dropping .*: blocks.1.drop_path"):
+        rdp.ResidualDropPath(model, 0.5)
