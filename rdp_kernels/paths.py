@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ._checks import check_residual_add, check_stream
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay
 from .norms import Norm
+from .ops import direct
 from .ops.tail import run_tail
 from .plan import drop_path_rates, kept_scale
 from .reference import compute_dtype
@@ -51,7 +52,7 @@ class Decision:
 WHOLE = Decision()
 
 CONVERTED = "_rdp_paths"
-"""The attribute under which a converted block keeps its paths, by name."""
+"""The attribute under which a converted block keeps its paths: pairs of name and path."""
 
 ROWS_OF_BATCH_NORM = (
     "BatchNorm in a branch can't be frozen for some samples only: its statistics are those of the whole batch. "
@@ -249,7 +250,14 @@ class PathCall:
         scale: float = 1.0,
         row_scale: Tensor | None = None,
     ) -> Tensor:
-        operands = Operands(residual, branch, frozen, self.owner.gamma)
+        owner = self.owner
+        if frozen is None:
+            index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
+            options = (owner.channel_dim, owner.activation)
+            out = direct.residual_add(residual, branch, owner.gamma, factor, index, *options)
+            if out is not None:
+                return out
+        operands = Operands(residual, branch, frozen, owner.gamma)
         return run_tail("path", operands, self.checked_add(operands, rows, scale, row_scale)).out
 
     def checked_add(
@@ -323,7 +331,7 @@ def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
     """What stands for the paths that `module` itself owns, each with its name within the module."""
     if isinstance(getattr(module, "slot", None), PathSlot):
         return [("", module)]  # type: ignore[list-item]
-    return list(getattr(module, CONVERTED, {}).items())
+    return list(getattr(module, CONVERTED, ()))
 
 
 def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:

@@ -90,10 +90,13 @@ def revert(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = [m for m in model.modules() if CONVERTED in m.__dict__]
     for block in blocks:
-        if any(path.slot.scheme is not None for path in block.__dict__[CONVERTED].values()):
+        if any(path.slot.scheme is not None for _, path in block.__dict__[CONVERTED]):
             raise RuntimeError("a scheme has paths of this model: call its remove() first")
     for block in blocks:
         uninstall(block)
+
+
+_RATE = re.compile(r"(drop_prob|p)=[\d.]+")
 
 
 def _may_convert(module: nn.Module) -> bool:
@@ -116,7 +119,7 @@ class _Converter:
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
         self._fresh = any(getattr(module, "inplace", False) is True for module in model.modules())
-        self._checked: dict[tuple[str, str], str | None] = {}
+        self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
         self._in_branches: dict[int, str] = {}
         self.done: list[nn.Module] = []
 
@@ -141,7 +144,8 @@ class _Converter:
         if recipe.paths:
             install(block, recipe, self._drop_prob)
             self.done.append(block)
-            for spec, path in zip(recipe.paths, block.__dict__[CONVERTED].values(), strict=True):
+            for _, path in block.__dict__[CONVERTED]:
+                spec = path.spec
                 rows.append(
                     PathReport(
                         name, kind, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
@@ -156,27 +160,28 @@ class _Converter:
         traced = trace(block, calls[0])
         if traced.shapes is not None and _code(trace(block, calls[1])) != _code(traced):
             raise Refused("what its forward does depends on the number of samples")
+        # Blocks that are the same but for their weights and rates are carved and checked once.
+        shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
+        key = f"{_code(traced)} {traced.attributes} {shapes} {_RATE.sub('', repr(block))}"
+        if key not in self._carved:
+            try:
+                self._carved[key] = self._carve(block, traced, calls, unnamed)
+            except Refused as refused:
+                self._carved[key] = refused
+        carved = self._carved[key]
+        if isinstance(carved, Refused):
+            raise carved
+        return carved
+
+    def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call], unnamed: bool) -> tuple[Recipe, Carved]:
         inputs = [traced.signature.inputs_of(call.args, call.kwargs) for call in calls]
         if None in inputs:
             raise Refused("it is called in different ways for different numbers of samples")
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed, self._fresh)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
-            self._check(block, carved, recipe, calls)
+            self_check(block, carved, recipe, calls)
         return recipe, carved
-
-    def _check(self, block: nn.Module, carved: Any, recipe: Recipe, calls: Sequence[Call]) -> None:
-        """Once for blocks that are the same but for their weights and rates."""
-        key = (recipe.source + repr(recipe.attributes), re.sub(r"drop_prob=[\d.]+|p=[\d.]+", "", repr(block)))
-        if key not in self._checked:
-            try:
-                self_check(block, carved, recipe, calls)
-                self._checked[key] = None
-            except Refused as refused:
-                self._checked[key] = str(refused)
-        reason = self._checked[key]
-        if reason is not None:
-            raise Refused(reason)
 
 
 def _code(traced: Trace) -> str:

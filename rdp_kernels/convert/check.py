@@ -140,7 +140,7 @@ def _run_marked(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple
 def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Runner:
     """Runs the converted forward under decisions that say the same."""
     _silence(block)
-    for index, path in enumerate(getattr(block, CONVERTED).values()):
+    for index, path in enumerate(path for _, path in block.__dict__[CONVERTED]):
         path.slot = _Fixed(pattern, index)
         if path.drop_path is not None:
             path.drop_path.training = True

@@ -22,23 +22,21 @@ class ConvertedPath:
     gamma = shortcut = activation = None
     channel_dim = -1
 
-    def __init__(self, block: nn.Module, index: int, drop_prob: float | None):
-        self.block, self.index, self.slot = block, index, PathSlot()
+    def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
+        self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
 
     @property
-    def spec(self) -> PathSpec:
-        return type(self.block)._rdp_recipe.paths[self.index]  # type: ignore[attr-defined]
-
-    @property
     def drop_path(self) -> nn.Module | None:
-        return None if self.spec.drop_path is None else self.block.get_submodule(self.spec.drop_path)
+        """As the block has it now."""
+        return None if self.spec.drop_path is None else _child(self.block, self.spec.drop_path)
 
     @property
     def drop_prob(self) -> float:
         if self._drop_prob is not None:
             return self._drop_prob
-        return 0.0 if self.drop_path is None else rate_of(self.drop_path)
+        drop_path = self.drop_path
+        return 0.0 if drop_path is None else rate_of(drop_path)
 
     @drop_prob.setter
     def drop_prob(self, value: float | None) -> None:
@@ -47,7 +45,8 @@ class ConvertedPath:
     @property
     def mode(self) -> str:
         """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
-        return self.spec.mode if self.drop_path is None or self.spec.mode == "block" else mode_of(self.drop_path)
+        drop_path = self.drop_path
+        return self.spec.mode if drop_path is None or self.spec.mode == "block" else mode_of(drop_path)
 
     @property
     def scale_by_keep(self) -> bool:
@@ -55,11 +54,12 @@ class ConvertedPath:
 
     @property
     def training(self) -> bool:
-        return self.block.training and (self.drop_path is None or self.drop_path.training)
+        drop_path = self.drop_path
+        return self.block.training and (drop_path is None or drop_path.training)
 
     @property
     def norm(self) -> nn.Module | None:
-        return None if self.spec.norm is None else self.block.get_submodule(self.spec.norm)
+        return None if self.spec.norm is None else _child(self.block, self.spec.norm)
 
     def branch_modules(self) -> list[nn.Module]:
         return [self.block.get_submodule(name) for name in self.spec.modules]
@@ -89,6 +89,11 @@ class ConvertedPath:
         return f"path {self.spec.name!r} of {type(self.block).__name__}"
 
 
+def _child(block: nn.Module, name: str) -> nn.Module:
+    child = block._modules.get(name)
+    return block.get_submodule(name) if child is None else child
+
+
 def this() -> NoReturn:
     """The block, in a graph; in generated source it is `self`."""
     raise AssertionError("only a node of graphs")
@@ -96,11 +101,11 @@ def this() -> NoReturn:
 
 def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
     """Path `index` of a converted block; what generated forwards call."""
-    path = list(getattr(block, CONVERTED).values())[index]
+    path: ConvertedPath = block.__dict__[CONVERTED][index][1]
     if path.spec.zeros is not None:
         sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
         residual = x.new_zeros((x.shape[0], *sizes))
-    out = run_path(path, x, args, {}, residual)
+    out = run_path(path, x, args, {}, residual)  # type: ignore[arg-type]
     kept = x if residual is None else residual
     # Where it is dropped the stream itself comes back, which what follows may work on in place.
     return out.clone() if out is kept and path.spec.fresh else out
@@ -110,7 +115,7 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
     """The forward that the block had, where what was traced doesn't hold. Raises `RuntimeError` inside an iteration, as
     that forward would draw masks of its own."""
     original = type(block).__mro__[1]
-    for name, path in getattr(block, CONVERTED).items():
+    for name, path in block.__dict__[CONVERTED]:
         scheme = path.slot.scheme
         if scheme is not None and scheme.phase is not None:
             raise RuntimeError(

@@ -123,10 +123,10 @@ def _fit(inputs: list[Any], shapes: tuple[Any, ...]) -> bool:
 def install(block: nn.Module, recipe: Recipe, drop_prob: float | None) -> None:
     """Makes `block` an instance of the converted class."""
     block.__class__ = class_of(type(block), recipe)
-    paths = {
-        spec.name.replace(".", "_"): converted.ConvertedPath(block, i, drop_prob) for i, spec in enumerate(recipe.paths)
-    }
-    block.__dict__[CONVERTED] = paths
+    block.__dict__[CONVERTED] = [
+        (spec.name.replace(".", "_"), converted.ConvertedPath(block, index, spec, drop_prob))
+        for index, spec in enumerate(recipe.paths)
+    ]
 
 
 def uninstall(block: nn.Module) -> None:

@@ -30,6 +30,9 @@ class PathSpec:
     foreign_rows: bool
     """Rows are not samples: windows, patches."""
 
+    def __deepcopy__(self, memo: object) -> PathSpec:
+        return self
+
 
 @dataclass(frozen=True)
 class Recipe:

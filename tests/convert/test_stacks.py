@@ -56,7 +56,7 @@ def test_copies_are_converted_and_have_no_scheme(model):
     assert torch.equal(seeded(copied, tokens()), expected)
     for block, other in zip(model.blocks, copied.blocks, strict=True):
         assert type(other) is type(block)
-        for path, twin in zip(block.__dict__[CONVERTED].values(), other.__dict__[CONVERTED].values(), strict=True):
+        for (_, path), (_, twin) in zip(block.__dict__[CONVERTED], other.__dict__[CONVERTED], strict=True):
             assert twin.block is other
             assert path.slot.scheme is scheme
             assert twin.slot.scheme is None
