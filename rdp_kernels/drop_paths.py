@@ -54,7 +54,7 @@ def left_over(model: nn.Module) -> list[str]:
 def rate_of(module: nn.Module) -> float:
     """P(drop), read from the module as it is now."""
     for name in ("drop_prob", "p", "drop_path", "drop_rate"):
-        value = getattr(module, name, None)
+        value = module.__dict__.get(name)  # getattr is slow where there is none
         if isinstance(value, (int, float)):
             return float(value)
     return 0.0
@@ -62,8 +62,8 @@ def rate_of(module: nn.Module) -> float:
 
 def mode_of(module: nn.Module) -> str:
     """torchvision's "batch" is ours "block"."""
-    return "block" if getattr(module, "mode", "row") == "batch" else "sample"
+    return "block" if module.__dict__.get("mode") == "batch" else "sample"
 
 
 def scales_by_keep(module: nn.Module) -> bool:
-    return bool(getattr(module, "scale_by_keep", True))
+    return bool(module.__dict__.get("scale_by_keep", True))

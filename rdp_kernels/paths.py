@@ -201,7 +201,11 @@ class PathCall:
         owner = self.owner
         if not owner.training:
             return WHOLE
-        return owner.slot.decide(x) or draw_decision(x, owner.drop_prob, owner.mode, owner.scale_by_keep)
+        decision = owner.slot.decide(x)
+        if decision is not None:
+            return decision
+        drop_prob = owner.drop_prob
+        return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
         if decision.rows is not None:
@@ -349,8 +353,6 @@ def batch_norms_of(owner: PathOwner) -> list[_BatchNorm]:
 
 def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:
     """Ordinary stochastic depth, drawn from torch's global CPU generator."""
-    if drop_prob == 0:
-        return WHOLE
     scale = kept_scale(drop_prob, scale_by_keep)
     keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
     kept = int(keep.sum())

@@ -10,13 +10,18 @@ import rdp_kernels as rdp
 from benchmarks import __main__ as benchmarks
 from examples import train_digits
 
+from .coverage.libraries import import_torchvision, installed
+
 README_PATH = Path(__file__).parent.parent / "README.md"
 README = README_PATH.read_text(encoding="utf-8")
 
 
 def test_code_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
+    if not installed("timm"):
+        pytest.skip("timm is not installed")
+    import_torchvision()
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)

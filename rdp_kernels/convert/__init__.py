@@ -17,12 +17,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, drop_paths_of, owns_drop_path, rate_of
 from ..paths import CONVERTED, PathSlot
-from .calls import Call, Refused, example_inputs_of, record_calls
+from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
 from .report import ConversionError, ConversionReport, PathReport
@@ -136,7 +137,8 @@ class _Converter:
         try:
             if id(block) not in self._calls:
                 raise Refused("the model doesn't call its block in an evaluation of the example")
-            recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
+            with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
+                recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
         except Refused as reason:
             return [row(path, refused=str(reason)) for path in named]
         rows = [row(path, refused=reason) for path, reason in carved.refused if named]

@@ -50,6 +50,8 @@ class Signature:
     is_input: tuple[bool, ...]
     constants: tuple[Any, ...]
     """One entry for each argument; None for inputs."""
+    is_flat: bool
+    """All are positional, and none is a container."""
 
     @classmethod
     def of(cls, call: Call, integers_are_inputs: bool) -> Signature:
@@ -59,13 +61,16 @@ class Signature:
                 raise Refused(f"it is called with a {type(value).__name__}, which is neither a tensor nor a constant")
         is_input = tuple(isinstance(v, Tensor) or (type(v) is int and integers_are_inputs) for v in flat)
         constants = tuple(None if given else v for v, given in zip(flat, is_input, strict=True))
-        return cls(pytree.treespec_dumps(structure), is_input, constants)
+        is_flat = not call.kwargs and not any(map(_is_container, call.args))
+        return cls(pytree.treespec_dumps(structure), is_input, constants, is_flat)
 
     def inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The inputs among the arguments of a call; None where it is a call of another kind."""
-        flat, structure = pytree.tree_flatten((args, kwargs))
-        if structure != _loaded(self.structure):
-            return None
+        flat: Any = args
+        if kwargs or not self.is_flat or len(args) != len(self.is_input) or any(map(_is_container, args)):
+            flat, structure = pytree.tree_flatten((args, kwargs))
+            if structure != _loaded(self.structure):
+                return None
         inputs = []
         for value, given, constant in zip(flat, self.is_input, self.constants, strict=True):
             if given:
@@ -79,6 +84,10 @@ class Signature:
         values = iter(inputs)
         flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
         return pytree.tree_unflatten(flat, _loaded(self.structure))
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (tuple, list, dict))
 
 
 _structures: dict[str, pytree.TreeSpec] = {}

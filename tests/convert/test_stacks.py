@@ -45,6 +45,21 @@ def test_nothing_that_others_look_at_changes(model):
     assert all(vars(a).keys() == vars(b).keys() for a, b in zip(model.modules(), plain.modules(), strict=True))
 
 
+def test_conversion_leaves_numbers_modes_and_generators_alone():
+    model = nets.image_net()
+    model.blocks[1].eval()
+    before, modes, state = (
+        copy.deepcopy(model.state_dict()),
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+    )
+    rdp.convert(model, example_inputs=nets.images())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "BatchNorm's too"
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_second_conversion_finds_nothing_left(model):
     assert "no block has a drop-path" in str(rdp.convert(model, example_inputs=tokens()))
 
