@@ -119,7 +119,6 @@ class _Converter:
         batch_sizes: tuple[int, ...],
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._fresh = any(getattr(module, "inplace", False) is True for module in model.modules())
         self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
         self._in_branches: dict[int, str] = {}
         self.done: list[nn.Module] = []
@@ -179,7 +178,7 @@ class _Converter:
         inputs = [traced.signature.inputs_of(call.args, call.kwargs) for call in calls]
         if None in inputs:
             raise Refused("it is called in different ways for different numbers of samples")
-        carved = carve(block, traced, inputs, self._batch_sizes, unnamed, self._fresh)  # type: ignore[arg-type]
+        carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
             self_check(block, carved, recipe, calls)

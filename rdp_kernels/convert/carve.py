@@ -57,14 +57,12 @@ def carve(
     inputs: list[list[Any]],
     batch_sizes: tuple[int, ...],
     unnamed: bool = False,
-    fresh: bool = False,
 ) -> Carved:
     """Cuts the branches out.
 
     Args:
         inputs: of two calls, for `batch_sizes` samples.
         unnamed: where no drop-path is called, residual adds are found by the graph alone.
-        fresh: as in `PathSpec`.
     """
     graph = traced.graph
     check_mutations(graph)
@@ -76,7 +74,7 @@ def carve(
     if not sites and unnamed:
         sites = unnamed_sites(block, graph, modules, values)
     reference = copy_of(graph)
-    carving = _Carving(block, graph, modules, values, batch_sizes, fresh)
+    carving = _Carving(block, graph, modules, values, batch_sizes)
     found: dict[int, tuple[PathSpec, fx.Graph]] = {}
     refused: list[tuple[str, str]] = []
     nested: list[tuple[str, str]] = []
@@ -109,10 +107,9 @@ class _Carving:
         modules: dict[str, nn.Module],
         values: Values,
         batch_sizes: tuple[int, ...],
-        fresh: bool,
     ):
         self.block, self.graph, self.modules, self.values = block, graph, modules, values
-        self.batch_sizes, self.fresh = batch_sizes, fresh
+        self.batch_sizes = batch_sizes
         self._calls: dict[int, fx.Node] = {}
         self._gone: dict[fx.Node, str] = {}
 
@@ -318,7 +315,6 @@ class _Carving:
             parameters=parameters,
             norm=norm,
             zeros=zeros,
-            fresh=self.fresh,
             batch_norm=batch_norm,
             foreign_rows=foreign,
         )

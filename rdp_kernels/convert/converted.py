@@ -106,9 +106,8 @@ def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | 
         sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
         residual = x.new_zeros((x.shape[0], *sizes))
     out = run_path(path, x, args, {}, residual)  # type: ignore[arg-type]
-    kept = x if residual is None else residual
-    # Where it is dropped the stream itself comes back, which what follows may work on in place.
-    return out.clone() if out is kept and path.spec.fresh else out
+    # As after the block's own add: what follows may work in place on what comes back.
+    return out.clone() if out is (x if residual is None else residual) and path.spec.zeros is None else out
 
 
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -125,5 +124,5 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
     warned: set[str] = block.__dict__.setdefault("_rdp_warned", set())
     if reason not in warned:
         warned.add(reason)
-        warnings.warn(f"{original.__name__} computes its dropped branches too: {reason}", stacklevel=3)
+        warnings.warn(f"{original.__name__} runs as before its conversion and skips nothing: {reason}", stacklevel=3)
     return original.forward(block, *args, **kwargs)  # type: ignore[attr-defined]

@@ -24,8 +24,6 @@ class PathSpec:
     norm: str | None
     zeros: tuple[int | None, ...] | None
     """There is no residual but zeros: their shape behind dimension 0, None for a size that is x's; else None."""
-    fresh: bool
-    """Whether what comes back must be a new tensor, because something in the model works in place."""
     batch_norm: bool
     foreign_rows: bool
     """Rows are not samples: windows, patches."""

@@ -115,6 +115,24 @@ def test_three_steps_equal_the_textbook(name):
             torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-9, msg=key)
 
 
+def test_other_ways_into_a_model():
+    """`forward_features` and `forward_intermediates` of timm, in a drop iteration and without a scheme."""
+    model, x = case_of("ViT with a class token").make()
+    rdp.convert(model, example_inputs=x)
+    expected = model.eval().forward_features(x)
+    final, intermediates = model.forward_intermediates(x, norm=True)
+    torch.testing.assert_close(final, expected)
+    scheme = rdp.ResidualDropPath(model.train(), 0.5, mode="sample", seed=1)
+    seen = []
+    model.blocks[0].mlp.register_forward_hook(lambda m, a, out: seen.append(len(out)))
+    keep = torch.eye(2, dtype=torch.bool).repeat(len(scheme.paths) // 2, 1)  # each path keeps one of the two samples
+    with scheme.drop_iteration(len(x), plan=rdp.PathPlan(keep, [0.5] * len(keep), "sample")):
+        model.forward_features(x)
+        _, intermediates = model.forward_intermediates(x)
+    assert seen == [1, 1]
+    assert all(t.isfinite().all() for t in intermediates)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if "plain" in MODELS[name]])
 def test_models_without_drop_path_train_in_both_iterations(name):

@@ -158,7 +158,9 @@ def test_an_attribute_that_changes_after_conversion():
     model = nets.tokens_net(nets.Block)
     rdp.convert(model, example_inputs=tokens())
     model.blocks[0].heads = 4
-    with pytest.warns(UserWarning, match="Block computes its dropped branches too: its attribute 'heads' was 2"):
+    with pytest.warns(
+        UserWarning, match="Block runs as before its conversion and skips nothing: its attribute 'heads' was 2"
+    ):
         model(tokens())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
