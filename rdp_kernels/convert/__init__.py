@@ -128,8 +128,9 @@ class _Converter:
         kind, named = type(block).__name__, drop_paths_of(block)
 
         def row(path: str, **more: Any) -> PathReport:
-            rate = rate_of(block.get_submodule(path.partition(":")[0]))
-            return PathReport(name, kind, path, rate, **more)
+            drop_path = named.get(path.partition(":")[0])
+            rate = self._drop_prob if drop_path is None or self._drop_prob is not None else rate_of(drop_path)
+            return PathReport(name, kind, path, rate or 0.0, **more)
 
         if id(block) in self._in_branches:
             return [row(path, nested=self._in_branches[id(block)]) for path in named]
@@ -140,8 +141,8 @@ class _Converter:
                 recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
         except Refused as reason:
             return [row(path, refused=str(reason)) for path in named]
-        rows = [row(path, refused=reason) for path, reason in carved.refused if named]
-        rows += [row(path, nested=outer) for path, outer in carved.nested if named]
+        rows = [row(path, refused=reason) for path, reason in carved.refused]
+        rows += [row(path, nested=outer) for path, outer in carved.nested]
         if recipe.paths:
             install(block, recipe, self._drop_prob)
             self.done.append(block)
@@ -163,7 +164,8 @@ class _Converter:
             raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        key = f"{_code(traced)} {traced.attributes} {shapes} {_RATE.sub('', repr(block))}"
+        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)))
+        key = repr(same)
         if key not in self._carved:
             try:
                 self._carved[key] = self._carve(block, traced, calls, unnamed)

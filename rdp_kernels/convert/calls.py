@@ -20,6 +20,10 @@ class Refused(Exception):
     """A block, or one of its branches, can't be converted; the message is for users."""
 
 
+class HoldsPaths(Refused):
+    """Its branch holds blocks that are converted already."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one call."""

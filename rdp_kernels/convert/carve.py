@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..paths import CONVERTED
 from . import converted
-from .calls import Refused
+from .calls import HoldsPaths, Refused
 from .graphs import (
     Values,
     check_mutations,
@@ -86,7 +86,8 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            refused.insert(0, (site.name, str(reason)))
+            if not (unnamed and isinstance(reason, HoldsPaths)):  # an add around blocks, of which nobody spoke
+                refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
     carving.renumber(sorted(found))
     drop_dead(graph)
@@ -127,7 +128,7 @@ class _Carving:
         if output not in inside or not any(is_heavy(node, self.modules) for node in inside):
             raise Refused("all that is computed for it is used elsewhere too, so there is nothing to skip")
         if any(hasattr(m, CONVERTED) for node in inside for m in self._modules_in(node)):
-            raise Refused("its branch holds blocks with paths of their own, and nested paths can't be planned apart")
+            raise HoldsPaths("its branch holds blocks with paths of their own, and nested paths can't be planned apart")
         add = self._add_of(site.node)
         inputs = self._inputs(inside, rows)
         residual = None if add is None else self._other(add, site.node)

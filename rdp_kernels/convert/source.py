@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import linecache
 import pickle
@@ -88,6 +89,7 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     exec(compile(recipe.source, file, "exec"), space)
     traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
 
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return base.forward(self, *args, **kwargs)
