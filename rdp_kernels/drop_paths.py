@@ -10,9 +10,9 @@ import re
 
 from torch import nn
 
-from .paths import paths_of
-
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+REFUSED = "_rdp_refused"
+"""The attribute under which a block keeps the names of drop-paths that `convert` has refused."""
 _TYPE = re.compile(r"DropPath|StochasticDepth|DropConnect", re.IGNORECASE)
 _NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
 
@@ -41,14 +41,13 @@ def drop_paths_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def left_over(model: nn.Module) -> list[str]:
-    """Drop-paths that drop, and that belong to no path of a scheme nor lie in the branch of one."""
-    ours: set[int] = set()
-    for module in model.modules():
-        for _, path in paths_of(module):
-            ours |= {id(m) for inner in path.branch_modules() for m in inner.modules()}
-            ours.add(id(getattr(path, "drop_path", None)))
-    found = [(name, m) for name, m in model.named_modules() if is_drop_path(name.rpartition(".")[2], m)]
-    return [name for name, module in found if id(module) not in ours and rate_of(module) > 0]
+    """Drop-paths that drop, and that `convert` has refused."""
+    found = []
+    for name, block in model.named_modules():
+        for path in dict.fromkeys(refused.partition(":")[0] for refused in block.__dict__.get(REFUSED, ())):
+            if rate_of(block.get_submodule(path)) > 0:
+                found.append(f"{name}.{path}" if name else path)
+    return found
 
 
 def rate_of(module: nn.Module) -> float:

@@ -209,7 +209,7 @@ class PathCall:
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
         if decision.rows is not None:
-            return self.masked(x, decision) if self.mixes_rows() else self.on_rows(x, decision)
+            return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
         if decision.learning:
             return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
         if decision.frozen:
@@ -241,9 +241,11 @@ class PathCall:
         with self._frozen(decision), torch.set_grad_enabled(recorded):
             return self.branch(x, rows, normed)
 
-    def mixes_rows(self) -> bool:
-        """A training BatchNorm: statistics of some rows would differ from those of the batch."""
-        return any(m.training or m.running_mean is None for m in batch_norms_of(self.owner))
+    def needs_all_rows(self, rows: RowSet) -> bool:
+        """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
+        single row is left: torch 2.13's backward of that is wrong on CPUs where the gradient is channels_last."""
+        batch_norms = batch_norms_of(self.owner)
+        return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 
     def add(
         self,

@@ -66,7 +66,7 @@ class _Chain:
         if not decision.runs:
             return
         norm = Norm.of(call.owner.norm, self._stream, decision.thaw)
-        if decision.rows is not None and call.mixes_rows():
+        if decision.rows is not None and call.needs_all_rows(decision.rows):
             self.expose(call.run(self.finish(), decision))
             return
         if decision.rows is None and not norm.fused:

@@ -195,3 +195,20 @@ L = nn.Linear(2, 2)
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_one_kept_row_of_a_frozen_batch_norm_has_the_right_gradient():
+    """torch 2.13's own backward of it is wrong on CPUs for a channels_last gradient."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6).double()
+    branch = rdp.ResidualBranch(norm, drop_prob=0.5, channel_dim=1)
+    norm.eval()
+    x = torch.randn(3, 6, 4, 4).double().to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(3, 6, 4, 4).double().to(memory_format=torch.channels_last)
+    scheme = rdp.ResidualDropPath(branch, mode="sample", freeze="none")
+    keep = torch.tensor([[False, True, False]])
+    with scheme.drop_iteration(3, plan=rdp.PathPlan(keep, [0.5], "sample")):
+        (branch(x) * weight).sum().backward()
+    expected = weight.clone()
+    expected[1] += 2 * weight[1] * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)

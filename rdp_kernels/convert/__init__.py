@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .._checks import check_bool, check_probability
-from ..drop_paths import CONTAINERS, drop_paths_of, owns_drop_path, rate_of
+from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
 from ..paths import CONVERTED, PathSlot
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
@@ -81,6 +81,8 @@ def convert(
     if strict and report.refused:
         for block in converter.done:
             uninstall(block)
+        for block in with_drop_path:
+            block.__dict__.pop(REFUSED, None)
         raise ConversionError("\n".join(f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused))
     return report
 
@@ -95,6 +97,8 @@ def revert(model: nn.Module) -> None:
             raise RuntimeError("a scheme has paths of this model: call its remove() first")
     for block in blocks:
         uninstall(block)
+    for module in model.modules():
+        module.__dict__.pop(REFUSED, None)
 
 
 _RATE = re.compile(r"(drop_prob|p)=[\d.]+")
@@ -140,7 +144,9 @@ class _Converter:
             with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
         except Refused as reason:
+            self._note_refused(block, list(named))
             return [row(path, refused=str(reason)) for path in named]
+        self._note_refused(block, [path for path, _ in carved.refused if path.partition(":")[0] in named])
         rows = [row(path, refused=reason) for path, reason in carved.refused]
         rows += [row(path, nested=outer) for path, outer in carved.nested]
         if recipe.paths:
@@ -157,6 +163,12 @@ class _Converter:
                 inside = {id(m) for inner in path.branch_modules() for m in inner.modules()}
                 self._in_branches |= dict.fromkeys(inside, f"{name}.{spec.name}")
         return rows
+
+    @staticmethod
+    def _note_refused(block: nn.Module, names: list[str]) -> None:
+        block.__dict__.pop(REFUSED, None)
+        if names:
+            block.__dict__[REFUSED] = names
 
     def _recipe(self, block: nn.Module, calls: Sequence[Call], unnamed: bool) -> tuple[Recipe, Carved]:
         traced = trace(block, calls[0])

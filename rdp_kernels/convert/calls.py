@@ -73,8 +73,10 @@ class Signature:
         flat: Any = args
         if kwargs or not self.is_flat or len(args) != len(self.is_input) or any(map(_is_container, args)):
             flat, structure = pytree.tree_flatten((args, kwargs))
-            if structure != _loaded(self.structure):
-                return None
+            if structure != _loaded(self.structure):  # a torch.Size was recorded as a tuple
+                flat, structure = pytree.tree_flatten(pytree.tree_map(_itself, (args, kwargs)))
+                if structure != _loaded(self.structure):
+                    return None
         inputs = []
         for value, given, constant in zip(flat, self.is_input, self.constants, strict=True):
             if given:
@@ -88,6 +90,10 @@ class Signature:
         values = iter(inputs)
         flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
         return pytree.tree_unflatten(flat, _loaded(self.structure))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _is_container(value: Any) -> bool:

@@ -64,8 +64,9 @@ def _castable(block: nn.Module, call: Call) -> tuple[bool, float]:
     """Whether the block runs in float64, and the tolerance, relative to the largest number that is compared."""
     wide = call.map_tensors(lambda t: t.double() if t.is_floating_point() else t)
     try:
+        copied = copy.deepcopy(block).eval().double()
         with torch.no_grad(), _without_dropout(), _Narrow() as narrow:
-            copy.deepcopy(block).eval().double()(*wide.args, **wide.kwargs)
+            copied(*wide.args, **wide.kwargs)
     except Exception:
         return False, 2e-4
     return True, 2e-5 if narrow.seen else 1e-9  # something computes in float32 by itself

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
+from rdp_kernels.convert.calls import Call
+from rdp_kernels.convert.check import _castable
 from rdp_kernels.paths import CONVERTED
 
 from . import nets
@@ -130,7 +132,8 @@ def test_a_refusal_says_why_and_changes_nothing(name):
     assert (row.block, row.name) == ("blocks.0", "drop_path")
     assert re.search(reason, row.refused), row.refused
     assert type(model.blocks[0]) is type(before.blocks[0])
-    assert vars(model.blocks[0]).keys() == vars(before.blocks[0]).keys(), "torch.fx leaves nothing behind"
+    left = vars(model.blocks[0]).keys() - vars(before.blocks[0]).keys()
+    assert left == {"_rdp_refused"}, "nothing of torch.fx's"
     torch.manual_seed(5)
     expected = before(tokens())
     torch.manual_seed(5)
@@ -232,4 +235,51 @@ def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
     model = nets.tokens_net(nets.Block, Assigns())
     rdp.convert(model, example_inputs=tokens())
     with pytest.warns(UserWarning, match=r"no paths of the scheme and go on dropping .*: blocks.1.drop_path"):
-        rdp.ResidualDropPath(model, 0.5)
+        rdp.ResidualDropPath(model, 0.5).remove()
+    model.blocks[1].drop_path.drop_prob = 0.0
+    rdp.ResidualDropPath(model, 0.5).remove()
+    rdp.revert(model)
+    assert not any("_rdp_refused" in vars(module) for module in model.modules())
+
+
+def test_a_drop_path_that_is_never_called_is_nobodys_business():
+    block = nets.Block()
+    block.drop_path3 = DropPath(0.2)
+    model = nets.tokens_net(block)
+    report = rdp.convert(model, strict=True, example_inputs=tokens())
+    assert [row.name for row in report] == ["drop_path1", "drop_path2"]
+    rdp.ResidualDropPath(model, 0.5)
+
+
+class SizeAsArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Sized()
+
+    def forward(self, x):
+        return self.block(x, x.shape[1:])
+
+
+class Sized(Residual):
+    def forward(self, x, size):
+        return x + self.drop_path(self.fn(x).reshape(-1, *size))
+
+
+def test_a_size_is_a_tuple_of_numbers():
+    model = nets.tokens_net(SizeAsArgument)
+    assert not rdp.convert(model, example_inputs=tokens()).refused
+    for path in rdp.ResidualDropPath(model, 0.5).paths:
+        path.module.slot.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens())
+        model(torch.randn(2, 8, DIM))
+
+
+def test_the_check_is_as_strict_as_float64_allows():
+    """A block that computes in float32 by itself is compared less strictly; others aren't."""
+    call = Call((tokens(),), {})
+    assert _castable(nets.Block(), call) == (True, 1e-9)
+    block = nets.Block()
+    block.norm1.forward = lambda x: nn.functional.layer_norm(x.float(), (DIM,)).to(x.dtype)
+    assert _castable(block, call) == (True, 2e-5)

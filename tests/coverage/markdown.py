@@ -1,0 +1,97 @@
+"""docs/models.md, made of docs/models.csv and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .found import FLOORS, PRECISIONS
+from .rows import OUTCOMES, Row, summary
+
+INTRODUCTION = """\
+# Models that can be converted
+
+```python
+import timm
+import rdp_kernels as rdp
+
+model = timm.create_model("vit_base_patch16_224", drop_path_rate=0.2)
+print(rdp.convert(model))  # what became of each residual branch
+scheme = rdp.ResidualDropPath(model, seed=0)
+```
+
+`rdp.convert` knows no model by name: it follows a block's own forward from the call of its drop-path, and cuts out what is
+computed for that call alone. This page says what came of it for every block class of the libraries below that owns a
+drop-path. It is written by `python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`, which builds one small
+model for each class, with random weights, converts it and measures what follows.
+
+**Converted** means: where its plan drops a branch, nothing of the branch is computed. For each model that was measured the
+keys of the `state_dict` are the same and the evaluation is equal to the bit; with all, some and no rows kept, outputs and
+gradients of inputs and parameters equal those of the unconverted model with the same masks; so do a drop and a reuse
+iteration with half of the paths dropped, and with the other half; copies and pickles are converted too, and `rdp.revert` gives
+the original back. Dropout is off, and so are drop-paths that stay masked; BatchNorm is measured in eval and in training
+mode, in eval mode with two rows kept or more: for one, torch's own backward is wrong on CPUs (2.13, whichever library calls
+it).
+
+**Stays masked**, as in the library: what was *refused*, where the report says why, and a drop-path *inside of another
+branch*, which is skipped along with that branch. In a model that is converted in part the scheme plans the converted
+paths only, and the other drop-paths go on drawing masks of their own, in both iterations.
+
+**BatchNorm** in a branch: skipped in block mode, run whole and masked in sample mode. **Rows** that aren't samples (windows,
+patches): the branch is dropped for the whole batch in either mode. Models without a drop-path get one for each residual
+add with `rdp.convert(model, drop_prob=0.2)`, DenseNet's layers one whose dropped result is zeros.
+"""
+
+
+def render(rows: Iterable[Row]) -> str:
+    rows = list(rows)
+    parts = [INTRODUCTION, _summary(rows), _differences(rows)]
+    for library in dict.fromkeys(row.library for row in rows):
+        for drop_path, title in (("yes", library), ("no", f"{library}, without drop-path")):
+            found = [row for row in rows if row.library == library and row.drop_path == drop_path]
+            if found:
+                versions = " and ".join(dict.fromkeys(row.versions for row in found)).replace(", ", " on ")
+                parts.append(f"## {title}\n\nMeasured with {versions}.\n\n{_classes(found)}")
+    return "\n".join(parts)
+
+
+def _summary(rows: list[Row]) -> str:
+    lines = [f"| library | classes | {' | '.join(OUTCOMES)} |", f"|---|---{'|---' * len(OUTCOMES)}|"]
+    for name, counts in summary(rows):
+        lines.append(f"| {name} | {sum(counts.values())} | {' | '.join(str(counts[o]) for o in OUTCOMES)} |")
+    return "\n".join(["## In short", "", *lines, ""])
+
+
+def _differences(rows: list[Row]) -> str:
+    lines = ["Differences are relative to a tensor's largest element, or to a share of the model's largest gradient if",
+             "that is more.", "", "| computes in | models' classes | tolerance | that share | largest seen |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for precision, tolerance in PRECISIONS.items():
+        found = [row for row in rows if row.precision == precision and row.outcome != "failed"]
+        if found:
+            worst = max(float(row.error) for row in found)
+            lines.append(f"| {precision} | {len(found)} | {tolerance:.0e} | {FLOORS[precision]:g} | {worst:.0e} |")
+    return "\n".join([*lines, ""])
+
+
+def _classes(rows: list[Row]) -> str:
+    lines = [
+        "| block class | model | outcome | paths | what is skipped, or why it isn't | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.block_class):
+        kind = re.sub(r"^(timm|torchvision|transformers)\.models\.", "", row.block_class)
+        what = [row.skips, f"**refused** {row.reasons}" if row.reasons else "", row.failures and f"**{row.failures}**"]
+        flags = [
+            "BatchNorm" if row.batch_norm else "",
+            "whole batch" if row.foreign_rows else "",
+            f"not measured: {row.not_measured}" if row.not_measured else "",
+        ]
+        paths = f"{row.converted} of {row.converted + row.nested + row.refused}"
+        cells = [f"`{kind}`", row.model, row.outcome, paths, _joined(what), _joined(flags)]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _joined(parts: list[str]) -> str:
+    return "; ".join(part for part in parts if part)
