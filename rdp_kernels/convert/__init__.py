@@ -142,7 +142,7 @@ class _Converter:
             if id(block) not in self._calls:
                 raise Refused("the model doesn't call its block in an evaluation of the example")
             with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
-                recipe, carved = self._recipe(block, self._calls[id(block)], unnamed=not named)
+                recipe, carved = self._recipe(block, self._calls[id(block)])
         except Refused as reason:
             self._note_refused(block, list(named))
             return [row(path, refused=str(reason)) for path in named]
@@ -170,7 +170,7 @@ class _Converter:
         if names:
             block.__dict__[REFUSED] = names
 
-    def _recipe(self, block: nn.Module, calls: Sequence[Call], unnamed: bool) -> tuple[Recipe, Carved]:
+    def _recipe(self, block: nn.Module, calls: Sequence[Call]) -> tuple[Recipe, Carved]:
         traced = trace(block, calls[0])
         if traced.shapes is not None and _code(trace(block, calls[1])) != _code(traced):
             raise Refused("what its forward does depends on the number of samples")
@@ -180,7 +180,7 @@ class _Converter:
         key = repr(same)
         if key not in self._carved:
             try:
-                self._carved[key] = self._carve(block, traced, calls, unnamed)
+                self._carved[key] = self._carve(block, traced, calls)
             except Refused as refused:
                 self._carved[key] = refused
         carved = self._carved[key]
@@ -188,10 +188,11 @@ class _Converter:
             raise carved
         return carved
 
-    def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call], unnamed: bool) -> tuple[Recipe, Carved]:
+    def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call]) -> tuple[Recipe, Carved]:
         inputs = [traced.signature.inputs_of(call.args, call.kwargs) for call in calls]
         if None in inputs:
             raise Refused("it is called in different ways for different numbers of samples")
+        unnamed = self._drop_prob is not None
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:

@@ -86,7 +86,9 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            if not (unnamed and isinstance(reason, HoldsPaths)):  # an add around blocks, of which nobody spoke
+            if not (
+                site.drop_path is None and isinstance(reason, HoldsPaths)
+            ):  # an add around blocks, of which nobody spoke
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
     carving.renumber(sorted(found))

@@ -167,6 +167,35 @@ class Plain(nn.Module):
         return x + self.proj(x)
 
 
+class DinoBlock(nn.Module):
+    """As the blocks of DINOv2's own code: functions within the forward, another way at each rate."""
+
+    def __init__(self, drop_prob=0.0):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.LayerNorm(DIM), mlp()
+        self.drop_path1 = DropPath(drop_prob) if drop_prob > 0 else nn.Identity()
+        self.drop_path2 = DropPath(drop_prob) if drop_prob > 0 else nn.Identity()
+        self.sample_drop_ratio = drop_prob
+
+    def forward(self, x):
+        def attn_residual(x):
+            return self.attn(self.norm1(x))
+
+        def mlp_residual(x):
+            return self.mlp(self.norm2(x))
+
+        if self.training and self.sample_drop_ratio > 0.1:
+            rows = torch.randperm(len(x))[: max(int(len(x) * (1 - self.sample_drop_ratio)), 1)]
+            for function in (attn_residual, mlp_residual):
+                x = torch.index_add(x, 0, rows, function(x[rows]), alpha=len(x) / len(rows))
+            return x
+        if self.training and self.sample_drop_ratio > 0:
+            x = x + self.drop_path1(attn_residual(x))
+            return x + self.drop_path1(mlp_residual(x))
+        x = x + attn_residual(x)
+        return x + mlp_residual(x)
+
+
 TOKENS = (Block, Shared, Windows, Concat, Between, Trains, Sizes)
 
 

@@ -160,3 +160,21 @@ def test_without_drop_path_the_graph_tells_where_a_branch_is():
         stem = model.stem(x)
         branch = blocks[0].fn(blocks[0].norm(stem))
         torch.testing.assert_close(blocks[1](blocks[0](stem)), stem + 2 * branch)
+
+
+def test_blocks_of_dinov2_at_each_of_their_rates():
+    x = nets.tokens()
+    model = nets.tokens_net(nets.DinoBlock(0.0), nets.DinoBlock(0.0))
+    expected = model(x)
+    report = rdp.convert(model, drop_prob=0.3, strict=True, example_inputs=x)
+    assert [row.name for row in report] == ["add_attn", "add_mlp"] * 2
+    scheme = rdp.ResidualDropPath(model)
+    with scheme.drop_iteration(plan=rdp.PathPlan(torch.ones(4, dtype=torch.bool), [0.0] * 4, "block")):
+        torch.testing.assert_close(model(x), expected)
+    model = nets.tokens_net(nets.DinoBlock(0.05))
+    report = rdp.convert(model, strict=True, example_inputs=x)
+    assert [row.name for row in report] == ["drop_path1", "drop_path1:1"]
+    model = nets.tokens_net(nets.DinoBlock(0.3))
+    report = rdp.convert(model, example_inputs=x)
+    assert all("depends on" in row.refused or "can't be traced" in row.refused for row in report), str(report)
+    assert len(report.refused) == 2
