@@ -170,8 +170,12 @@ class _Carving:
 
     def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
         """Raises `Refused` where weights of a branch are used outside of all branches too."""
-        outside = {id(p): n.target for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
+        outside = {id(p) for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
+        read = {node.target for node in self.graph.nodes if node.op == "get_attr" and node.users}
         for spec, _ in found.values():
+            for name in spec.parameters:
+                if name in read:
+                    raise Refused(f"the parameter {name!r} of a branch is used outside of all branches too")
             for name in spec.modules:
                 if any(id(p) in outside for p in self.modules[name].parameters()):
                     raise Refused(f"the module {name!r} of a branch is called outside of all branches too")

@@ -95,6 +95,17 @@ class UsedTwice(Residual):
         return self.fn(x) + self.drop_path(self.fn(2 * x))
 
 
+class ScaledTwice(Residual):
+    """A parameter of the block scales the branch and the residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(DIM))
+
+    def forward(self, x):
+        return self.gamma * x + self.drop_path(self.gamma * self.fn(x))
+
+
 class Everything(Residual):
     """Nothing is computed for the drop-path alone."""
 
@@ -118,6 +129,7 @@ REFUSED = {
     "input in place": (ChangesItsInput, "changes its own input in place"),
     "tensor of constants": (MakesTensors, "makes a tensor of constants"),
     "module used outside": (UsedTwice, "is called outside of all branches too"),
+    "parameter used outside": (ScaledTwice, "'gamma' of a branch is used outside of all branches too"),
     "nothing to skip": (Everything, "used elsewhere too, so there is nothing to skip"),
 }  # fmt: skip
 
