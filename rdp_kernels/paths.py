@@ -257,6 +257,9 @@ class PathCall:
         row_scale: Tensor | None = None,
     ) -> Tensor:
         owner = self.owner
+        plain = frozen is None and rows is None and row_scale is None and _is_plain(owner)
+        if plain and branch.shape == residual.shape and branch.dtype == residual.dtype:
+            return torch.add(residual, branch, alpha=scale)  # one kernel each way too, and no Python in its backward
         if frozen is None:
             index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
             options = (owner.channel_dim, owner.activation)
@@ -338,6 +341,10 @@ def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
     if isinstance(getattr(module, "slot", None), PathSlot):
         return [("", module)]  # type: ignore[list-item]
     return list(getattr(module, CONVERTED, ()))
+
+
+def _is_plain(owner: PathOwner) -> bool:
+    return owner.gamma is None and owner.activation is None
 
 
 def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:
