@@ -295,3 +295,63 @@ def test_the_check_is_as_strict_as_float64_allows():
     block = nets.Block()
     block.norm1.forward = lambda x: nn.functional.layer_norm(x.float(), (DIM,)).to(x.dtype)
     assert _castable(block, call) == (True, 2e-5)
+
+
+class Attention(nn.Module):
+    """Returns weights where it is asked for them, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x, flag=None):
+        return (self.linear(x), x.mean(-1) if flag else None)
+
+
+class ReturnsTuples(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.drop_path = Attention(), DropPath(0.2)
+
+    def forward(self, x, flag=None):
+        outputs = self.attention(x, flag)
+        return (x + self.drop_path(outputs[0]), *outputs[1:])
+
+
+class AsksForOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ReturnsTuples()
+
+    def forward(self, x, flag=None):
+        return self.block(x, flag)
+
+
+def test_results_that_nobody_asked_for_and_a_constant_that_changes():
+    model = AsksForOutputs().train()
+    report = rdp.convert(model, example_inputs=tokens())
+    assert not report.refused, str(report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, nothing = model(tokens())
+    assert nothing is None
+    with pytest.warns(UserWarning, match="it is called in another way"):
+        _, weights = model(tokens(), flag=True)
+    assert weights is not None
+
+
+def test_a_drop_path_in_eval_mode_drops_nothing():
+    model = nets.tokens_net(nets.Concat)
+    rdp.convert(model, example_inputs=tokens())
+    model.blocks[0].drop_path.drop_prob = 0.9
+    model.blocks[0].drop_path.eval()
+    x = tokens()
+    torch.testing.assert_close(model(x), model.eval()(x))
+
+
+def test_a_block_in_the_branch_of_another_stays_as_it_was():
+    model = nets.tokens_net(Residual(Residual()))
+    report = rdp.convert(model, example_inputs=tokens())
+    assert [(row.block, row.nested) for row in report] == [("blocks.0", None), ("blocks.0.fn", "blocks.0.drop_path")]
+    assert CONVERTED not in model.blocks[0].fn.__dict__
+    rdp.ResidualDropPath(model, 0.5)
