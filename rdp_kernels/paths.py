@@ -243,7 +243,7 @@ class PathCall:
 
     def needs_all_rows(self, rows: RowSet) -> bool:
         """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
-        single row is left: torch 2.13's backward of that is wrong on CPUs where the gradient is channels_last."""
+        single row is left: torch 2.13's backward of that is wrong on CPUs for a gradient of strides (C, 1, W·C, C)."""
         batch_norms = batch_norms_of(self.owner)
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 

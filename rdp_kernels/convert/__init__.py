@@ -143,9 +143,10 @@ class _Converter:
                 raise Refused("the model doesn't call its block in an evaluation of the example")
             with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
-        except Refused as reason:
+        except Exception as error:
+            reason = str(error) if isinstance(error, Refused) else f"it raises {type(error).__name__}: {error}"
             self._note_refused(block, list(named))
-            return [row(path, refused=str(reason)) for path in named]
+            return [row(path, refused=reason) for path in named]
         self._note_refused(block, [path for path, _ in carved.refused if path.partition(":")[0] in named])
         rows = [row(path, refused=reason) for path, reason in carved.refused]
         rows += [row(path, nested=outer) for path, outer in carved.nested]

@@ -1,7 +1,7 @@
 """What can't be converted is refused with a reason, or runs as it did: never a wrong number."""
 
-import copy
 import re
+import threading
 import warnings
 
 import pytest
@@ -46,6 +46,26 @@ class MixesSamples(nn.Module):
 
     def forward(self, x):
         return self.linear(x - x.mean(0, keepdim=True))
+
+
+class BehindZeros(MixesSamples):
+    """As networks are initialised: the branch is zero at first, whatever it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Parameter(torch.zeros(DIM))
+        self.gamma = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x):
+        return self.gamma * (self.inner * super().forward(x))
+
+
+class HoldsALock(Residual):
+    """What can't be copied can't be checked."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 class AsksForTypes(Residual):
@@ -122,6 +142,8 @@ class Calls(Residual):
 REFUSED = {
     "hidden in-place child": (lambda: Residual(InPlace()), "changes its own input|differs from the original"),
     "samples are mixed": (lambda: Residual(MixesSamples()), "with some rows dropped .* differs from the original"),
+    "samples are mixed, behind a γ of zeros": (lambda: Residual(BehindZeros()), "differs from the original"),
+    "an error of its own": (HoldsALock, "TypeError: cannot pickle"),
     "isinstance of a proxy": (AsksForTypes, "differs from the original"),
     "if over numbers": (AsksForNumbers, "depends on numbers in a tensor"),
     "setitem": (Assigns, "assigns to a part of a tensor"),
@@ -138,7 +160,8 @@ REFUSED = {
 def test_a_refusal_says_why_and_changes_nothing(name):
     make, reason = REFUSED[name]
     model = nets.tokens_net(make())
-    before = copy.deepcopy(model)
+    before = nets.tokens_net(make())  # not a copy: a lock has none
+    before.load_state_dict(model.state_dict())
     report = rdp.convert(model, example_inputs=tokens())
     (row,) = report.refused
     assert (row.block, row.name) == ("blocks.0", "drop_path")
