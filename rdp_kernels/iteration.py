@@ -85,6 +85,14 @@ class Iteration:
         rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
         return self._decision(index, rows=rows)
 
+    def learning_paths(self) -> list[Path]:
+        """Those that learn; where ranks draw apart, in sample mode, those that may learn on any of them."""
+        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
+        if self.plan.mode == "sample":
+            never = 1.0 if self.phase == "drop" else 0.0
+            learns = learns | (torch.tensor(self.plan.drop_probs) != never)
+        return [path for path, flag in zip(self.paths, learns.tolist(), strict=True) if flag]
+
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
         self._orders.clear()  # made again should a checkpoint ask

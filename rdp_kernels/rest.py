@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .frozen import freeze
@@ -42,7 +42,7 @@ class Rest:
 
     def refresh(self) -> None:
         """Looks up what the rest consists of now; users add heads and swap layers."""
-        self.parameters: list[Tensor] = []
+        self.parameters: list[nn.Parameter] = []
         self._batch_norms: list[nn.Module] = []
         self._names: set[str] = set()
         for name, module in self._walk():

@@ -135,6 +135,20 @@ class ResidualDropPath:
         """Whether a drop iteration has ended whose complement has yet to learn."""
         return self._pending is not None
 
+    def learning_parameters(self) -> list[nn.Parameter]:
+        """The parameters that can get a gradient in the open iteration, each once; none where no iteration is open.
+
+        In block mode exactly those that the plan lets learn, the same on every rank; in sample mode, where ranks draw
+        apart, those that may learn on any rank.
+        """
+        if self._open is None:
+            return []
+        found = [p for path in self._open.learning_paths() for p in path.parameters()]
+        if self._open.phase == "drop" or not self._rules.freezes_rest:
+            self._rest.refresh()
+            found += self._rest.parameters
+        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+
     # Opening and closing
 
     @contextlib.contextmanager

@@ -552,3 +552,20 @@ def test_no_warnings_and_no_growth():
         for _ in range(1000):
             list(scheme.iterations())
     assert len(scheme._closed) <= 16
+
+
+@pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
+@pytest.mark.parametrize("mode", ["block", "sample"])
+def test_learning_parameters_are_those_that_get_a_gradient(mode, freeze):
+    net = Net(drop_prob=0.5).double()
+    net.stem.weight.requires_grad_(False)
+    scheme = rdp.ResidualDropPath(net, mode=mode, freeze=freeze, seed=2)
+    assert scheme.learning_parameters() == []
+    for _ in range(4):
+        for _ in scheme.iterations(3):
+            net(torch.randn(3, 3).double()).square().sum().backward()
+            with_grad = {id(p) for p in net.parameters() if p.grad is not None}
+            announced = {id(p) for p in scheme.learning_parameters()}
+            assert with_grad == announced if mode == "block" else with_grad <= announced
+            assert id(net.stem.weight) not in announced
+            net.zero_grad()
