@@ -20,28 +20,52 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+Place = tuple[nn.Module, str]
+"""A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
 
-class freeze:
-    """Context: `parameters` don't require grad, and `batch_norms` are in eval mode.
 
-    Whatever happens inside, every flag is put back on leaving. Parameters that the user froze are left alone.
+class requires_grad:
+    """Context: the parameters in `places` require grad, or don't. Those that did so before are left alone.
+
+    On leaving the flags are put back whatever happened, of what was in these places then and of what is there now.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], batch_norms: Iterable[nn.Module] = ()):
-        self._candidates, self._batch_norms = parameters, [m for m in batch_norms if m.training]
-        self._parameters: list[Tensor] = []
+    def __init__(self, places: Iterable[Place], flag: bool):
+        self._places, self._flag = places, flag
+        self._changed: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def __enter__(self) -> requires_grad:
+        flag = self._flag
+        for module, name in self._places:
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.requires_grad != flag:  # a second mention of a tied one has it
+                parameter.requires_grad_(flag)
+                self._changed.append((module, name, parameter))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module, name, parameter in self._changed:
+            parameter.requires_grad_(not self._flag)
+            current = module._parameters.get(name)
+            if current is not None and current is not parameter:
+                current.requires_grad_(not self._flag)
+
+
+class freeze(requires_grad):
+    """Context: the parameters in `places` don't require grad, and `batch_norms` are in eval mode."""
+
+    def __init__(self, places: Iterable[Place], batch_norms: Iterable[nn.Module] = ()):
+        super().__init__(places, False)
+        self._batch_norms = [m for m in batch_norms if m.training]
 
     def __enter__(self) -> freeze:
-        for parameter in self._candidates:
-            if parameter.requires_grad:  # a second mention of a tied one finds it frozen
-                self._parameters.append(parameter.requires_grad_(False))
+        super().__enter__()
         for batch_norm in self._batch_norms:
             batch_norm.training = False
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
+        super().__exit__()
         for batch_norm in self._batch_norms:
             batch_norm.training = True
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._device import to_device
+from .frozen import Place
 from .paths import Decision, Path
 from .plan import PathPlan, kept_scale
 from .rows import RowSet, orders_of
@@ -41,7 +42,7 @@ class Iteration:
     paths: Sequence[Path]
     rules: Rules
     forwards: tuple[int, ...] = ()
-    thaw: Sequence[tuple[nn.Parameter, ...]] = ()
+    thaw: Sequence[tuple[Place, ...]] = ()
     """For each path its parameters that the frozen rest shares."""
     first_node: int = field(default_factory=torch._C._autograd._get_sequence_nr)
     last_node: float = float("inf")

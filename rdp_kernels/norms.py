@@ -38,7 +38,7 @@ class Norm:
         return Next(rows, self.kind, self.eps, constant)
 
     @classmethod
-    def of(cls, module: nn.Module | None, x: Tensor, thaw: Sequence[nn.Parameter] = ()) -> Norm:
+    def of(cls, module: nn.Module | None, x: Tensor, thaw: Sequence[object] = ()) -> Norm:
         """Fused where that means exactly what calling `module` on `x` would, and kernels serve it.
 
         `thaw`: parameters that learn although they don't require grad now; the module's own call sees to them.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_residual_add, check_stream
-from .frozen import bypass, freeze, lean_ops, lean_ops_pay
+from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -41,7 +41,7 @@ class Decision:
     scale: float = 1.0
     freeze: str = "parameters"
     freeze_bn: bool = True
-    thaw: tuple[nn.Parameter, ...] = ()
+    thaw: tuple[Place, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
 
     @property
@@ -106,8 +106,8 @@ class PathOwner(Protocol):
     def branch_modules(self) -> list[nn.Module]:
         """The modules whose parameters are the path's."""
 
-    def own_parameters(self) -> list[tuple[nn.Module, str]]:
-        """Parameters of the path outside of these modules, gamma among them: whose they are, and their names."""
+    def own_parameters(self) -> list[Place]:
+        """Parameters of the path outside of these modules, gamma among them."""
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         """The branch's output, before γ; `normed`: x is `norm(x)` already."""
@@ -233,7 +233,7 @@ class PathCall:
     ) -> Tensor:
         if not decision.thaw:
             return self.branch(x, rows, normed)
-        with _thawed(decision.thaw):
+        with requires_grad(decision.thaw, True):
             return self.branch(x, rows, normed)
 
     def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
@@ -331,11 +331,9 @@ class PathCall:
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
         modules = modules_of(self.owner)
-        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        parameters += own_parameters_of(self.owner)
         batch_norms = batch_norms_of(self.owner) if decision.freeze_bn else ()
         lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
-        with freeze(parameters, batch_norms), lean:
+        with freeze(places_of(self.owner), batch_norms), lean:
             yield
 
 
@@ -352,6 +350,11 @@ def _is_plain(owner: PathOwner) -> bool:
 
 def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:
     return [getattr(module, name) for module, name in owner.own_parameters()]
+
+
+def places_of(owner: PathOwner) -> list[Place]:
+    """Where a path's parameters are."""
+    return [(module, name) for module in modules_of(owner) for name in module._parameters] + owner.own_parameters()
 
 
 def modules_of(owner: PathOwner) -> list[nn.Module]:
@@ -371,15 +374,3 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
     if kept in (0, len(keep)):
         return Decision(learning=kept > 0, scale=scale)
     return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)
-
-
-@contextlib.contextmanager
-def _thawed(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
-    thawed = [p for p in parameters if not p.requires_grad]
-    for parameter in thawed:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(False)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .frozen import freeze
+from .frozen import Place, freeze
 from .paths import Path, modules_of
 
 
@@ -42,17 +42,20 @@ class Rest:
 
     def refresh(self) -> None:
         """Looks up what the rest consists of now; users add heads and swap layers."""
-        self.parameters: list[nn.Parameter] = []
+        self._places: list[Place] = []
         self._batch_norms: list[nn.Module] = []
         self._names: set[str] = set()
         for name, module in self._walk():
             named = module._parameters.items()
-            own = [p for key, p in named if p is not None and (id(module), key) not in self._owned]
+            own = [(module, key) for key, p in named if p is not None and (id(module), key) not in self._owned]
             batch_norm = isinstance(module, _BatchNorm) and id(module) not in self._in_branches
-            self.parameters += own
+            self._places += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
                 self._names.add(name)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]
 
     def check_entry(self, path: Path) -> None:
         """Raises where `path` runs in a frozen rest although no module around it was called.
@@ -100,7 +103,7 @@ class Rest:
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if self._outermost is None and module.training and self._is_frozen():
             self._outermost = module
-            self._freeze = freeze(self.parameters, self._batch_norms if self._freeze_bn else ())
+            self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, *_: Any) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ._checks import check_bool, check_choice, check_count, check_probability
 from .alternate import Alternation
 from .drop_paths import left_over
+from .frozen import Place
 from .iteration import Iteration, Rules, check_plan
-from .paths import Decision, Path, find_paths, refuse_batch_norm
+from .paths import Decision, Path, find_paths, places_of, refuse_batch_norm
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -105,8 +106,11 @@ class ResidualDropPath:
 
         itself = weakref.ref(self)
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
-        in_rest = {id(p) for p in self._rest.parameters}
-        self._shared = [[p for p in path.parameters() if id(p) in in_rest] for path in self.paths]
+        in_rest = {id(p) for p in self._rest.parameters()}
+        self._shared = [
+            [(m, name) for m, name in places_of(path.module) if id(m._parameters.get(name)) in in_rest]
+            for path in self.paths
+        ]
         for path in self.paths:
             path.module.slot.bind(self, path.index)
         self._remover = weakref.finalize(self, _remove, self.paths, self._rest)
@@ -146,7 +150,7 @@ class ResidualDropPath:
         found = [p for path in self._open.learning_paths() for p in path.parameters()]
         if self._open.phase == "drop" or not self._rules.freezes_rest:
             self._rest.refresh()
-            found += self._rest.parameters
+            found += self._rest.parameters()
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
 
     # Opening and closing
@@ -333,7 +337,7 @@ class ResidualDropPath:
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
-        thaw = [tuple(p for p in shared if p.requires_grad) for shared in self._shared] if phase == "reuse" else ()
+        thaw = [tuple(filter(_requires_grad, shared)) for shared in self._shared] if phase == "reuse" else ()
         return Iteration(phase, plan, self.paths, self._rules, forwards, thaw)
 
     @contextlib.contextmanager
@@ -408,6 +412,12 @@ def _forwards(batch_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
         return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
     return (check_count("batch_size", batch_size),)
+
+
+def _requires_grad(place: Place) -> bool:
+    module, name = place
+    parameter = module._parameters[name]
+    return parameter is not None and parameter.requires_grad
 
 
 def _rank() -> int:
