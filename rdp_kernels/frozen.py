@@ -8,6 +8,8 @@ needs. What is left for this module:
 | `freeze` | wgrad: parameters and BatchNorm statistics stand still during one call |
 | `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
 | `lean_ops` | inputs that autograd saves for convolution and BatchNorm although no weight learns |
+
+`take_part` is the reverse: zeros for weights that learn on other ranks.
 """
 
 from __future__ import annotations
@@ -97,6 +99,22 @@ class _Bypass(torch.autograd.Function):
         for out in ctx.saved_tensors:
             dout = dout * (out > 0)
         return dout, None, None
+
+
+def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
+    return _TakePart.apply(out, *others)
+
+
+class _TakePart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, *others):
+        ctx.like = [(t.shape, t.new_empty(())) for t in others]
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, *(like.new_zeros(shape) for shape, like in ctx.like)
 
 
 class lean_ops(TorchFunctionMode):

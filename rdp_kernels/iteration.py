@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Iteration:
         if self.phase == "reuse" and self.rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
+        self._absent: dict[tuple[int, int], tuple[str, ...]] = {}
         flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
@@ -67,8 +68,10 @@ class Iteration:
         self.begun = True
         if self.phase == "reuse":
             self._note_grad_mode(index)
-        if "block" in (self.plan.mode, self.paths[index].module.mode):
+        if self.plan.mode == "block":
             return self._uniform[index]
+        if self.paths[index].module.mode == "block":
+            return self._among_ranks(self._uniform[index], index, 0)
         forward = self._count_forward(index, recomputing)
         size = self.forwards[forward]
         if x.shape[0] != size:
@@ -80,7 +83,7 @@ class Iteration:
         learns = self._learns[index, start : start + size]
         count = int(learns.sum())
         if count in (0, size):
-            return self._whole(index, count > 0)
+            return self._among_ranks(self._whole(index, count > 0), index, forward)
         order, inverse = self._order(forward, start, size, x.device)[:, index]
         # In a drop iteration the dropped rows, behind the others in the order, have no branch.
         rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
@@ -93,6 +96,19 @@ class Iteration:
             never = 1.0 if self.phase == "drop" else 0.0
             learns = learns | (torch.tensor(self.plan.drop_probs) != never)
         return [path for path, flag in zip(self.paths, learns.tolist(), strict=True) if flag]
+
+    def calls(self) -> Tensor:
+        """Bool [2, forwards, paths]: in sample mode, whether branches are called on learning and on frozen rows."""
+        learns = torch.stack([part.any(dim=1) for part in self._learns.split(self.forwards, dim=1)])
+        frozen = torch.stack([(~part).any(dim=1) for part in self._learns.split(self.forwards, dim=1)])
+        return torch.stack([learns, frozen & (self.phase == "reuse")])
+
+    def take_part_in(self, calls: Tensor) -> None:
+        """`calls`, as of `self.calls()`: those that any rank makes. This one makes them too, with rows of zeros."""
+        self._absent = {}
+        for kind, forward, path in (calls & ~self.calls()).nonzero().tolist():
+            before = self._absent.get((forward, path), ())
+            self._absent[forward, path] = (*before, ("learning", "frozen")[kind])
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
@@ -138,6 +154,10 @@ class Iteration:
             )
         self._calls[index] += 1
         return forward
+
+    def _among_ranks(self, decision: Decision, index: int, forward: int) -> Decision:
+        absent = self._absent.get((forward, index))
+        return decision if absent is None else replace(decision, absent=absent)
 
     def _whole(self, index: int, learns: bool) -> Decision:
         return self._decision(index, learns, not learns and self.phase == "reuse")

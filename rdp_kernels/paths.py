@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_residual_add, check_stream
-from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad
+from ._ranks import world_size
+from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -43,6 +44,8 @@ class Decision:
     freeze_bn: bool = True
     thaw: tuple[Place, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
+    absent: tuple[str, ...] = ()
+    """"learning", "frozen": which calls of the branch other ranks make and this one has no rows for."""
 
     @property
     def runs(self) -> bool:
@@ -208,6 +211,25 @@ class PathCall:
         return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
+        if not decision.absent:
+            return self.run_here(x, decision)
+        # In the order of the calls that other ranks make: collectives of theirs wait for ours.
+        others = [self.call_for_others(x, decision, learning=False)] if "frozen" in decision.absent else []
+        out = self.run_here(x, decision)
+        if "learning" in decision.absent:
+            gamma = self.owner.gamma
+            others += [self.call_for_others(x, decision, learning=True), *([] if gamma is None else [gamma])]
+        return take_part(out, others)
+
+    def call_for_others(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
+        """The branch on a row of zeros; with BatchNorm, whose statistics ranks may share, on the batch."""
+        rows = None
+        if not batch_norms_of(self.owner):
+            rows = torch.zeros(1, dtype=torch.int64, device=x.device)
+            x = x.new_zeros(1, *x.shape[1:]).requires_grad_(x.requires_grad)
+        return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
+
+    def run_here(self, x: Tensor, decision: Decision) -> Tensor:
         if decision.rows is not None:
             return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
         if decision.learning:
@@ -372,5 +394,7 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
     keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
     kept = int(keep.sum())
     if kept in (0, len(keep)):
-        return Decision(learning=kept > 0, scale=scale)
+        # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP average or scatter what all have.
+        absent = ("learning",) if kept == 0 and world_size() > 1 else ()
+        return Decision(learning=kept > 0, scale=scale, absent=absent)
     return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)

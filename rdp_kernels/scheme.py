@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_bool, check_choice, check_count, check_probability
+from ._ranks import rank
 from .alternate import Alternation
 from .drop_paths import left_over
 from .frozen import Place
@@ -397,7 +398,7 @@ class ResidualDropPath:
             )
 
     def _draw(self, forwards: tuple[int, ...]) -> PathPlan:
-        generator = plan_generator(self.seed, self._drawn, _rank() if self.mode == "sample" else 0)
+        generator = plan_generator(self.seed, self._drawn, rank() if self.mode == "sample" else 0)
         self._drawn += 1
         drop_probs = [path.drop_prob for path in self.paths]
         if self.mode == "block":
@@ -418,11 +419,6 @@ def _requires_grad(place: Place) -> bool:
     module, name = place
     parameter = module._parameters[name]
     return parameter is not None and parameter.requires_grad
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _in_backward() -> bool:
