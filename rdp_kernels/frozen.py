@@ -8,6 +8,8 @@ needs. What is left for this module:
 | `freeze` | wgrad: parameters and BatchNorm statistics stand still during one call |
 | `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
 | `lean_ops` | inputs that autograd saves for convolution and BatchNorm although no weight learns |
+
+And one for the opposite, `with_zero_gradients`: gradients of weights that learn on another rank only.
 """
 
 from __future__ import annotations
@@ -97,6 +99,26 @@ class _Bypass(torch.autograd.Function):
         for out in ctx.saved_tensors:
             dout = dout * (out > 0)
         return dout, None, None
+
+
+def with_zero_gradients(out: Tensor, places: Iterable[Place]) -> Tensor:
+    """`out`, whose backward gives zeros to the parameters in `places`: they take part, with nothing to say."""
+    with requires_grad(places, True):
+        parameters = [module._parameters[name] for module, name in places]
+        return _ZeroGradients.apply(out, *parameters)
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A copy of x; dx = dout, d parameter = 0."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.parameters = parameters  # leaves: nothing of the graph is kept alive by them
+        return x.clone()  # no view: what follows may work in place
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, *map(torch.zeros_like, ctx.parameters)
 
 
 class lean_ops(TorchFunctionMode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._device import to_device
 from .frozen import Place
-from .paths import Decision, Path
+from .paths import Decision, Path, places_of
 from .plan import PathPlan, kept_scale
 from .rows import RowSet, orders_of
 
@@ -58,9 +58,50 @@ class Iteration:
         if self.phase == "reuse" and self.rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
-        flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
-        # What holds for every row of a path; a path in block mode never mixes.
+        self._anywhere: Tensor | None = None
+        self._decide_for_all_rows()
+
+    def join(self, kept: Tensor, dropped: Tensor) -> None:
+        """For sample mode on several ranks, which draw apart: bool [paths] each, whether any rank keeps, or drops, any
+        sample of a path.
+
+        The parameters of a path that learns on some rank then get a gradient on all, zeros where none of its rows
+        learns: ranks have the same gradients to average, and each a loss to go backward from. Before any forward.
+        """
+        self._anywhere = torch.stack([kept, dropped])
+        self._decide_for_all_rows()
+
+    def _decide_for_all_rows(self) -> None:
+        """What holds for every row of a path; a path in block mode never mixes."""
+        flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
+        self._zeros = self._learns_elsewhere()
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
+
+    def _learns_elsewhere(self) -> list[tuple[Place, ...]]:
+        """For each path the parameters that get zeros from a call in which no row of it learns."""
+        if self._anywhere is None:
+            return [()] * len(self.paths)
+        return [
+            tuple(place for place in places_of(path.module) if learns and trainable(place))
+            for path, learns in zip(self.paths, self._learns_anywhere().tolist(), strict=True)
+        ]
+
+    def _learns_anywhere(self) -> Tensor:
+        """bool [paths]: whether any sample of any rank learns; what may be so, where `join` hasn't told."""
+        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
+        if self._anywhere is not None:
+            everything = self.phase == "reuse" and self.rules.freeze == "none"
+            kept, dropped = self._anywhere
+            return torch.ones_like(learns) if everything else kept if self.phase == "drop" else dropped
+        if self.plan.mode == "sample":
+            never = 1.0 if self.phase == "drop" else 0.0
+            learns = learns | (torch.tensor(self.plan.drop_probs) != never)
+        return learns
+
+    @property
+    def dropped_paths(self) -> list[int]:
+        """Indices of the paths that are dropped for at least one sample, of any rank where `join` has told."""
+        return self.plan.dropped_paths if self._anywhere is None else self._anywhere[1].nonzero().flatten().tolist()
 
     def decide(self, index: int, x: Tensor, recomputing: bool) -> Decision:
         """The decision for a call of path `index` on `x`. Raises `ValueError` for a batch that doesn't fit the plan."""
@@ -87,12 +128,10 @@ class Iteration:
         return self._decision(index, rows=rows)
 
     def learning_paths(self) -> list[Path]:
-        """Those that learn; where ranks draw apart, in sample mode, those that may learn on any of them."""
-        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
-        if self.plan.mode == "sample":
-            never = 1.0 if self.phase == "drop" else 0.0
-            learns = learns | (torch.tensor(self.plan.drop_probs) != never)
-        return [path for path, flag in zip(self.paths, learns.tolist(), strict=True) if flag]
+        """Those that learn, paths in eval mode among them, which no plan is for; where ranks draw apart, in sample
+        mode, those that may learn on any of them."""
+        learns = self._learns_anywhere().tolist()
+        return [path for path, flag in zip(self.paths, learns, strict=True) if flag or not path.module.training]
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
@@ -147,7 +186,8 @@ class Iteration:
     ) -> Decision:
         scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
         thaw = self.thaw[index] if self.thaw else ()
-        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, thaw)
+        zeros = () if learning or rows is not None else self._zeros[index]
+        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, thaw, zeros)
 
     def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
         """int64 [2, paths, batch] on `device`: each path's learning rows, then the others, and where each row stands.
@@ -159,6 +199,12 @@ class Iteration:
             learns = self._learns[:, start : start + size]
             self._orders[key] = to_device(orders_of(learns), device)
         return self._orders[key]
+
+
+def trainable(place: Place) -> bool:
+    module, name = place
+    parameter = module._parameters[name]
+    return parameter is not None and parameter.requires_grad
 
 
 def check_plan(plan: object, paths: Sequence[Path], mode: str, forwards: tuple[int, ...], rules: Rules) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_residual_add, check_stream
-from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad
+from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad, with_zero_gradients
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -43,6 +43,8 @@ class Decision:
     freeze_bn: bool = True
     thaw: tuple[Place, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
+    zeros: tuple[Place, ...] = ()
+    """Parameters of this path that learn on another rank, or in another forward, but not in this call."""
 
     @property
     def runs(self) -> bool:
@@ -208,6 +210,11 @@ class PathCall:
         return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
+        out = self._run(x, decision)
+        recorded = decision.zeros and torch.is_grad_enabled()
+        return with_zero_gradients(out, decision.zeros) if recorded else out
+
+    def _run(self, x: Tensor, decision: Decision) -> Tensor:
         if decision.rows is not None:
             return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
         if decision.learning:

@@ -63,10 +63,10 @@ class _Chain:
     def run(self, call: PathCall) -> None:
         """One path: takes its input from the last update's tail, and leaves an update of its own."""
         decision = call.decide(self._stream)
-        if not decision.runs:
+        if not decision.runs and not decision.zeros:
             return
         norm = Norm.of(call.owner.norm, self._stream, decision.thaw)
-        if decision.rows is not None and call.needs_all_rows(decision.rows):
+        if decision.zeros or (decision.rows is not None and call.needs_all_rows(decision.rows)):
             self.expose(call.run(self.finish(), decision))
             return
         if decision.rows is None and not norm.fused:
