@@ -58,6 +58,7 @@ class Iteration:
         if self.phase == "reuse" and self.rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
+        self._presence: Tensor | None = None  # on any rank
         self._absent: dict[tuple[int, int], tuple[str, ...]] = {}
         flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
@@ -90,25 +91,48 @@ class Iteration:
         return self._decision(index, rows=rows)
 
     def learning_paths(self) -> list[Path]:
-        """Those that learn; where ranks draw apart, in sample mode, those that may learn on any of them."""
-        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
-        if self.plan.mode == "sample":
-            never = 1.0 if self.phase == "drop" else 0.0
-            learns = learns | (torch.tensor(self.plan.drop_probs) != never)
-        return [path for path, flag in zip(self.paths, learns.tolist(), strict=True) if flag]
+        """Those that learn, paths in eval mode among them, which no plan is for; where ranks draw apart, in sample
+        mode, those that learn on any of them, or may, where `join` hasn't told."""
+        if self._presence is not None:
+            learns = self._branch_calls(self._presence)["learning"].any(dim=0)
+        else:
+            learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
+            if self.plan.mode == "sample":
+                never = 1.0 if self.phase == "drop" else 0.0
+                learns = learns | (torch.tensor(self.plan.drop_probs) != never)
+        flags = learns.tolist()
+        return [path for path, flag in zip(self.paths, flags, strict=True) if flag or not path.module.training]
 
-    def calls(self) -> Tensor:
-        """Bool [2, forwards, paths]: in sample mode, whether branches are called on learning and on frozen rows."""
-        learns = torch.stack([part.any(dim=1) for part in self._learns.split(self.forwards, dim=1)])
-        frozen = torch.stack([(~part).any(dim=1) for part in self._learns.split(self.forwards, dim=1)])
-        return torch.stack([learns, frozen & (self.phase == "reuse")])
+    @property
+    def dropped_paths(self) -> list[int]:
+        """Indices of the paths that are dropped for at least one sample, of any rank where `join` has told."""
+        if self._presence is None:
+            return self.plan.dropped_paths
+        return self._presence[1].any(dim=0).nonzero().flatten().tolist()
 
-    def take_part_in(self, calls: Tensor) -> None:
-        """`calls`, as of `self.calls()`: those that any rank makes. This one makes them too, with rows of zeros."""
-        self._absent = {}
-        for kind, forward, path in (calls & ~self.calls()).nonzero().tolist():
-            before = self._absent.get((forward, path), ())
-            self._absent[forward, path] = (*before, ("learning", "frozen")[kind])
+    def presence(self) -> Tensor:
+        """Bool [2, forwards, paths], in sample mode: whether a path keeps, and whether it drops, any sample."""
+        parts = self.plan.keep.split(self.forwards, dim=1)
+        return torch.stack([torch.stack([k.any(dim=1) for k in keep]) for keep in (parts, [~part for part in parts])])
+
+    def join(self, presence: Tensor) -> None:
+        """For sample mode on several ranks, which draw apart: `presence`, as of `presence()`, on any rank.
+
+        Where a branch learns, or is frozen, for rows of other ranks only, this one calls it too, with a row of zeros:
+        all ranks make the same calls and have the same gradients to average or scatter. Before any forward.
+        """
+        self._presence, self._absent = presence, {}
+        here = self._branch_calls(self.presence())
+        for kind, anywhere in self._branch_calls(presence).items():
+            for forward, path in (anywhere & ~here[kind]).nonzero().tolist():
+                self._absent[forward, path] = (*self._absent.get((forward, path), ()), kind)
+
+    def _branch_calls(self, presence: Tensor) -> dict[str, Tensor]:
+        """Bool [forwards, paths]: which branches are called on rows that learn, and on frozen ones."""
+        kept, dropped = presence
+        if self.phase == "drop":
+            return {"learning": kept}
+        return {"learning": kept | dropped} if self.rules.freeze == "none" else {"learning": dropped, "frozen": kept}
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
@@ -179,6 +203,12 @@ class Iteration:
             learns = self._learns[:, start : start + size]
             self._orders[key] = to_device(orders_of(learns), device)
         return self._orders[key]
+
+
+def trainable(place: Place) -> bool:
+    module, name = place
+    parameter = module._parameters[name]
+    return parameter is not None and parameter.requires_grad
 
 
 def check_plan(plan: object, paths: Sequence[Path], mode: str, forwards: tuple[int, ...], rules: Rules) -> None:

@@ -27,7 +27,7 @@ class Rest:
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: bool):
-        self._model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
+        self.model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
         self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
         self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
         self._owned = {(id(module), name) for path in paths for module, name in path.module.own_parameters()}
@@ -67,7 +67,7 @@ class Rest:
         parts = path.name.split(".")
         for end in range(len(parts)):
             around = ".".join(parts[:end])
-            own = self._model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
+            own = self.model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
             if any(p.requires_grad for p in own):
                 raise RuntimeError(
                     f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
@@ -89,7 +89,7 @@ class Rest:
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside of branches with their names, each once, parents first."""
         seen: set[int] = set()
-        stack = [("", self._model)]
+        stack = [("", self.model)]
         while stack:
             name, module = stack.pop()
             if id(module) in seen:

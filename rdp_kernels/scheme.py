@@ -6,7 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from ._checks import check_bool, check_choice, check_count, check_probability
 from ._ranks import rank
 from .alternate import Alternation
 from .drop_paths import left_over
-from .frozen import Place
-from .iteration import Iteration, Rules, check_plan
+from .iteration import Iteration, Rules, check_plan, trainable
 from .paths import Decision, Path, find_paths, places_of, refuse_batch_norm
 from .plan import (
     MODES,
@@ -104,6 +103,8 @@ class ResidualDropPath:
         self._open: Iteration | None = None
         self._closed: deque[Iteration] = deque(maxlen=16)  # for recomputation by checkpointing
         self._alternation: Alternation | None = None
+        self._on_begin: list[Callable[[Iteration], None]] = []
+        """Integrations: called with an iteration before it is open; an error keeps it shut and a pair pending."""
 
         itself = weakref.ref(self)
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
@@ -144,7 +145,7 @@ class ResidualDropPath:
         """The parameters that can get a gradient in the open iteration, each once; none where no iteration is open.
 
         In block mode exactly those that the plan lets learn, the same on every rank; in sample mode, where ranks draw
-        apart, those that may learn on any rank.
+        apart, those that may learn on any rank (that do, after `integrations.distributed.agree`).
         """
         if self._open is None:
             return []
@@ -153,6 +154,11 @@ class ResidualDropPath:
             self._rest.refresh()
             found += self._rest.parameters()
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """The others of the model's: those that get no gradient in the open iteration; all where none is open."""
+        learning = {id(p) for p in self.learning_parameters()}
+        return [p for p in self._rest.model.parameters() if id(p) not in learning]
 
     # Opening and closing
 
@@ -227,6 +233,7 @@ class ResidualDropPath:
         if self._alternation is not None:
             self._alternation.remove()
         self.reset()
+        self._on_begin.clear()
         self._remover()
 
     # State
@@ -338,7 +345,7 @@ class ResidualDropPath:
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
-        thaw = [tuple(filter(_requires_grad, shared)) for shared in self._shared] if phase == "reuse" else ()
+        thaw = [tuple(filter(trainable, shared)) for shared in self._shared] if phase == "reuse" else ()
         return Iteration(phase, plan, self.paths, self._rules, forwards, thaw)
 
     @contextlib.contextmanager
@@ -357,6 +364,8 @@ class ResidualDropPath:
         self._begin(self._drop(None, None) if self._pending is None else self._reuse())
 
     def _begin(self, iteration: Iteration) -> None:
+        for call in self._on_begin:
+            call(iteration)
         self._pending = None
         if iteration.phase == "reuse":
             self._rest.refresh()
@@ -371,7 +380,7 @@ class ResidualDropPath:
         if completed:
             iteration.check_complete()
             self._completed[iteration.phase] += 1
-            if iteration.phase == "drop" and self._can_learn(iteration.plan):
+            if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
                 self._pending = iteration
 
     def _end_alternation(self, alternation: Alternation) -> None:
@@ -379,9 +388,8 @@ class ResidualDropPath:
             self._alternation = None
             self.reset()
 
-    def _can_learn(self, plan: PathPlan) -> bool:
+    def _can_learn(self, dropped: list[int]) -> bool:
         """Whether a reuse iteration has anything to learn: an optimizer step without gradients fails under AMP."""
-        dropped = plan.dropped_paths
         if not dropped or not self._rules.freezes_rest:
             return bool(dropped)
         return any(p.requires_grad for path in dropped for p in self.paths[path].parameters())
@@ -413,12 +421,6 @@ def _forwards(batch_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
         return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
     return (check_count("batch_size", batch_size),)
-
-
-def _requires_grad(place: Place) -> bool:
-    module, name = place
-    parameter = module._parameters[name]
-    return parameter is not None and parameter.requires_grad
 
 
 def _in_backward() -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 60
+SECONDS = 150
 """After which a group of processes is given up."""
 
 

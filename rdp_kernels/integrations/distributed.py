@@ -1,0 +1,279 @@
+"""Several processes: ranks agree on what is dropped, and DistributedDataParallel sends only what learns.
+
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    distributed.register(ddp, scheme)
+
+`agree` is the half of it that holds for any kind of data parallelism; `register` adds DDP's communication hook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from .._checks import check_bool
+from ..iteration import Iteration
+from ..scheme import ResidualDropPath
+
+Facts = dict[str, Any]
+"""What ranks have to agree on, by names that an error can use: "rank 1 has NAME VALUE"."""
+
+
+def register(
+    ddp: DistributedDataParallel,
+    scheme: ResidualDropPath,
+    *,
+    every_iteration: bool = True,
+    compress: torch.dtype | None = None,
+    timeout: timedelta | None = None,
+) -> Agreement:
+    """Makes `ddp` train by the iterations of `scheme`: gradients are those of one process on the joined batch, what
+    doesn't learn has no gradient on any rank, and isn't sent. Every rank calls it, before the first iteration.
+
+    Args:
+        ddp: built with `find_unused_parameters=True`, by anyone: dropped and frozen parameters are unused ones.
+        scheme: that of the model, or of a part of it; the rest of the model is sent in every iteration.
+        every_iteration, timeout: see `agree`, which is called.
+        compress: dtype in which gradients travel, for example `torch.bfloat16`; None for their own.
+
+    DDP sends gradients in buckets, cut by size. Of a bucket in which only some parameters learn these are sent, joined
+    into one tensor: bytes are in proportion to what learns, however the buckets were cut and whoever built the DDP, and
+    there are as many messages as without. Buckets cut by path would save that copy and cost a message for each path.
+
+    Raises `TypeError` or `ValueError` naming the argument, and `RuntimeError` where ranks disagree, or where `ddp` has
+    a communication hook already (`agree(scheme, ddp.process_group)` then does all but the saving of bytes).
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}")
+    _check_scheme(scheme)
+    if ddp.static_graph or not ddp.find_unused_parameters:
+        wrong = "static_graph=True" if ddp.static_graph else "find_unused_parameters=False"
+        raise ValueError(
+            "ddp must be built with find_unused_parameters=True and without static_graph, as what is unused differs by "
+            f"iteration, got {wrong}"
+        )
+    if compress is not None and not (isinstance(compress, torch.dtype) and compress.is_floating_point):
+        raise TypeError(f"compress must be a floating-point torch.dtype or None, got {compress!r}")
+    owned = {id(p) for p in ddp.module.parameters()}
+    for path in scheme.paths:
+        if any(id(p) not in owned for p in path.parameters()):
+            raise ValueError(
+                f"scheme must be of the model in ddp, but that hasn't the parameters of path {path.name!r}"
+            )
+    agreement = agree(scheme, ddp.process_group, every_iteration=every_iteration, timeout=timeout)
+    sending = _Sending(scheme, ddp.process_group, compress)
+    ddp.register_comm_hook(sending, _send)
+    ddp.register_forward_pre_hook(sending.before_forward)
+    return agreement
+
+
+def agree(
+    scheme: ResidualDropPath,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    every_iteration: bool = True,
+    timeout: timedelta | None = None,
+) -> Agreement:
+    """Compares on all ranks what decides the masks, now and at the start of every iteration. Every rank calls it.
+
+    Compared are the scheme's options and state, its paths, their drop probabilities and parameters; then, for each
+    iteration, its number and phase, the probabilities and, in block mode, the plan. Ranks draw apart in sample mode:
+    there each iteration tells which paths learn on any rank, so that all run the reuse iteration if one has to.
+
+    Args:
+        process_group: the ranks; None for all.
+        every_iteration: False spares block mode the exchange at every start, 8 bytes that ranks wait for on the host.
+        timeout: for that waiting; None is torch's default, half an hour. A rank that died is noticed at once.
+
+    Nothing waits for the device: what is exchanged are CPU tensors, in a gloo group of its own. `remove()` of what is
+    returned, or of the scheme, ends it. Raises `RuntimeError` on every rank where they disagree, naming which rank has
+    what; no iteration is open then, and a pending one stays pending.
+    """
+    return Agreement(_check_scheme(scheme), process_group, check_bool("every_iteration", every_iteration), timeout)
+
+
+class Agreement:
+    """Of the ranks of `group`, a gloo group: what `agree` returns."""
+
+    def __init__(
+        self,
+        scheme: ResidualDropPath,
+        process_group: dist.ProcessGroup | None,
+        every_iteration: bool,
+        timeout: timedelta | None,
+    ):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("torch.distributed.init_process_group() has to be called before")
+        self.ranks: list[int] = dist.get_process_group_ranks(process_group)
+        # Its own group: should a rank skip an iteration, its other collectives don't meet these.
+        self.group = dist.new_group(self.ranks, timeout, backend="gloo", use_local_synchronization=True)
+        self._scheme, self._every_iteration = weakref.ref(scheme), every_iteration
+        self.compare(facts_of(scheme))
+        scheme._on_begin.append(self._begin)
+
+    def remove(self) -> None:
+        scheme = self._scheme()
+        if scheme is not None and self._begin in scheme._on_begin:
+            scheme._on_begin.remove(self._begin)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`[world, *values.shape]`: the CPU tensor `values` of all ranks, of the same shape and dtype on each."""
+        out = [torch.empty_like(values) for _ in self.ranks]
+        dist.all_gather(out, values, group=self.group)
+        return torch.stack(out)
+
+    def compare(self, facts: Facts) -> None:
+        """Raises `RuntimeError` on every rank where `facts` aren't the same on all."""
+        fingerprints = self.gather(_fingerprint(facts))
+        if (fingerprints == fingerprints[0]).all():
+            return
+        of_ranks: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(of_ranks, facts, group=self.group)
+        raise RuntimeError(differences(self.ranks, of_ranks))
+
+    def _begin(self, iteration: Iteration) -> None:
+        scheme = self._scheme()
+        assert scheme is not None
+        facts = facts_of_iteration(scheme, iteration)
+        if iteration.plan.mode == "block":
+            if self._every_iteration:
+                self.compare(facts)
+            return
+        self.compare(facts)
+        iteration.join(self.gather(iteration.presence()).any(dim=0))
+
+
+def facts_of(scheme: ResidualDropPath) -> Facts:
+    """What ranks have to have in common when training begins or goes on."""
+    facts = {
+        "number of paths": len(scheme.paths),
+        "mode": scheme.mode,
+        "seed": scheme.seed,
+        "plans drawn": scheme._drawn,
+        "iteration": scheme.phase or ("reuse pending" if scheme.reuse_pending else "none open"),
+        "sampling": scheme.sampling,
+        "options": scheme._rules,
+    }
+    if scheme.plan is not None and scheme.mode == "block":
+        facts["plan that drops paths"] = scheme.plan.dropped_paths
+    for path in scheme.paths:
+        facts[f"path {path.index}"] = path.name
+        facts |= _drop_prob_of(path.name, path.drop_prob)
+        facts[f"parameters in path {path.name!r}"] = [_describe(p) for p in path.parameters()]
+    facts["parameters in the rest"] = [_describe(p) for p in scheme._rest.parameters()]
+    return facts
+
+
+def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
+    """What ranks have to have in common in an iteration."""
+    plan = iteration.plan
+    facts = {"seed": scheme.seed, "plans drawn": scheme._drawn, "iteration": iteration.phase}
+    if plan.mode == "block":
+        facts["plan that drops paths"] = plan.dropped_paths
+    else:
+        facts["number of forwards"] = len(iteration.forwards)
+    for path, drop_prob in zip(iteration.paths, plan.drop_probs, strict=True):
+        facts |= _drop_prob_of(path.name, drop_prob)
+    return facts
+
+
+def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) -> str:
+    """ "ranks disagree: rank 1 has seed 4, rank 0 has 3": the first `most` facts that differ, against the majority."""
+    names = list(dict.fromkeys(name for facts in of_ranks for name in facts))
+    sentences = []
+    for name in names:
+        values = [_shortened(facts.get(name, "none")) for facts in of_ranks]
+        usual, count = Counter(values).most_common(1)[0]  # of as many the lowest rank's
+        if count == len(ranks):
+            continue
+        others = [f"rank {rank} has {name} {v}" for rank, v in zip(ranks, values, strict=True) if v != usual]
+        holder = f"rank {ranks[values.index(usual)]} has" if count == 1 else f"the other {count} have"
+        sentences.append(f"{', '.join(others[:most])}{' and others' * (len(others) > most)}, {holder} {usual}")
+    more = f"; and {len(sentences) - most} more" * (len(sentences) > most)
+    return f"ranks disagree: {'; '.join(sentences[:most])}{more}"
+
+
+class _Sending:
+    """Which parameters of a DDP's model the communication hook leaves out.
+
+    Settled in the forward, as the backward may come when the iteration is over. A pickle or copy sends everything.
+    """
+
+    def __init__(
+        self,
+        scheme: ResidualDropPath | None = None,
+        group: dist.ProcessGroup | None = None,
+        compress: torch.dtype | None = None,
+    ):
+        self._scheme = (lambda: None) if scheme is None else weakref.ref(scheme)
+        self.group, self.compress = group, compress
+        self.idle: frozenset[int] = frozenset()
+
+    def before_forward(self, ddp: nn.Module, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            scheme = self._scheme()
+            # In eval mode an iteration means nothing to a forward.
+            planned = scheme is not None and scheme.phase is not None and ddp.module.training  # type: ignore[union-attr]
+            self.idle = frozenset(map(id, scheme.idle_parameters())) if planned else frozenset()  # type: ignore[union-attr]
+
+    def __reduce__(self) -> tuple:
+        return _Sending, ()
+
+
+def _send(state: _Sending, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Averages over the ranks what learns of a bucket, in place; the rest of it, zeros, stays where it is."""
+    buffer = bucket.buffer()
+    pieces = [g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in state.idle]
+    if not pieces:
+        done: Future[Tensor] = Future()
+        done.set_result(buffer)
+        return done
+    whole = len(pieces) == len(bucket.parameters())
+    sent = buffer if whole else torch.cat([piece.flatten() for piece in pieces])
+    sent = sent.to(state.compress or sent.dtype)
+    sent.div_(dist.get_world_size(state.group))  # before the sum, which would overflow earlier in 16 bits
+
+    def put_back(future: Future) -> Tensor:
+        (mean,) = future.value()
+        if whole:
+            return buffer if mean.dtype == buffer.dtype else buffer.copy_(mean)
+        for piece, value in zip(pieces, mean.split([piece.numel() for piece in pieces]), strict=True):
+            piece.copy_(value.view_as(piece))
+        return buffer
+
+    return dist.all_reduce(sent, group=state.group, async_op=True).get_future().then(put_back)
+
+
+def _check_scheme(scheme: object) -> ResidualDropPath:
+    if not isinstance(scheme, ResidualDropPath):
+        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
+    return scheme
+
+
+def _drop_prob_of(name: str, drop_prob: float) -> Facts:
+    return {f"drop_prob of path {name!r}": drop_prob}
+
+
+def _describe(parameter: nn.Parameter) -> str:
+    kind = "" if parameter.requires_grad else " frozen"
+    return f"{list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}{kind}"
+
+
+def _fingerprint(facts: Facts) -> Tensor:
+    """uint8 [8]."""
+    return torch.frombuffer(bytearray(hashlib.sha256(repr(facts).encode()).digest()[:8]), dtype=torch.uint8)
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
