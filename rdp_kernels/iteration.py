@@ -78,12 +78,17 @@ class Iteration:
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
 
     def _learns_elsewhere(self) -> list[tuple[Place, ...]]:
-        """For each path the parameters that get zeros from a call in which no row of it learns."""
-        if self._anywhere is None:
+        """For each path the parameters that get zeros from a call in which no row of it learns: those that learn in
+        another of several forwards or on another rank. A forward in which nothing learns has a backward then."""
+        if self._anywhere is not None:
+            learns = self._learns_anywhere()
+        elif self.plan.mode == "sample" and len(self.forwards) > 1:
+            learns = self._learns.any(dim=1)
+        else:
             return [()] * len(self.paths)
         return [
-            tuple(place for place in places_of(path.module) if learns and trainable(place))
-            for path, learns in zip(self.paths, self._learns_anywhere().tolist(), strict=True)
+            tuple(place for place in places_of(path.module) if flag and trainable(place))
+            for path, flag in zip(self.paths, learns.tolist(), strict=True)
         ]
 
     def _learns_anywhere(self) -> Tensor:
