@@ -59,7 +59,8 @@ class Iteration:
             learns = torch.ones_like(learns)
         self._learns = learns
         self._presence: Tensor | None = None  # on any rank
-        self._absent: dict[tuple[int, int], tuple[str, ...]] = {}
+        several = self.plan.mode == "sample" and len(self.forwards) > 1
+        self._absent = self._absent_among(self.presence()) if several else {}
         flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
@@ -118,14 +119,20 @@ class Iteration:
     def join(self, presence: Tensor) -> None:
         """For sample mode on several ranks, which draw apart: `presence`, as of `presence()`, on any rank.
 
-        Where a branch learns, or is frozen, for rows of other ranks only, this one calls it too, with a row of zeros:
-        all ranks make the same calls and have the same gradients to average or scatter. Before any forward.
+        All ranks then make the same calls, and have the same gradients to average or scatter. Before any forward.
         """
-        self._presence, self._absent = presence, {}
+        self._presence, self._absent = presence, self._absent_among(presence)
+
+    def _absent_among(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
+        """By forward and path: which calls of the branch, on rows that learn or on frozen ones, other ranks make, or
+        other forwards, and this one has no rows for. It makes them too, with a row of zeros: every path that learns
+        has a gradient from each forward, so that each has a backward."""
+        absent: dict[tuple[int, int], tuple[str, ...]] = {}
         here = self._branch_calls(self.presence())
         for kind, anywhere in self._branch_calls(presence).items():
-            for forward, path in (anywhere & ~here[kind]).nonzero().tolist():
-                self._absent[forward, path] = (*self._absent.get((forward, path), ()), kind)
+            for forward, path in (anywhere.any(dim=0) & ~here[kind]).nonzero().tolist():
+                absent[forward, path] = (*absent.get((forward, path), ()), kind)
+        return absent
 
     def _branch_calls(self, presence: Tensor) -> dict[str, Tensor]:
         """Bool [forwards, paths]: which branches are called on rows that learn, and on frozen ones."""

@@ -230,8 +230,9 @@ class _Sending:
         return _Sending, ()
 
 
-def _send(state: _Sending, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Averages over the ranks what learns of a bucket, in place; the rest of it, zeros, stays where it is."""
+def _send(state, bucket):  # torch looks at annotations and doesn't understand those that are strings
+    """The communication hook: averages what learns of a `dist.GradBucket` over the ranks, in place. Nobody reads the
+    rest of it. Gives a future of the bucket's buffer."""
     buffer = bucket.buffer()
     pieces = [g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in state.idle]
     if not pieces:
