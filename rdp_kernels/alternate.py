@@ -33,7 +33,7 @@ class Alternation:
             self.open_next()
 
 
-def stepped_by(optimizer: object) -> object:
+def stepped_by(optimizer: Any) -> Any:
     """The optimizer inside of wrappers that have no hooks of their own, as accelerate's and Lightning's."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
