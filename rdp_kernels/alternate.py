@@ -19,7 +19,7 @@ class Alternation:
         self.open_next()
 
     def remove(self) -> None:
-        """Ends the alternation; the iteration that is open is abandoned."""
+        """Ends the alternation. The iteration that is open has not been: whatever iterates next begins with it."""
         self._hook.remove()
         self._scheme._end_alternation(self)
 
@@ -27,5 +27,14 @@ class Alternation:
         self._scheme._open_next()
 
     def _after_step(self, *_: Any) -> None:
-        self._scheme._close(completed=True)
-        self.open_next()
+        # Not every step follows a forward: torch.distributed.checkpoint makes an optimizer's state by an empty one.
+        if self._scheme._begun():
+            self._scheme._close(completed=True)
+            self.open_next()
+
+
+def stepped_by(optimizer: Any) -> Any:
+    """The optimizer inside of wrappers that have no hooks of their own, as accelerate's and Lightning's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._checks import check_bool, check_choice, check_count, check_probability
 from ._ranks import rank
-from .alternate import Alternation
+from .alternate import Alternation, stepped_by
 from .drop_paths import left_over
 from .iteration import Iteration, Rules, check_plan, trainable
 from .paths import Decision, Path, find_paths, places_of, refuse_batch_norm
@@ -208,12 +208,14 @@ class ResidualDropPath:
         """For loops that others own: every `optimizer.step()` ends an iteration and opens the next, on the next batch.
 
         The first iteration opens at once. Steps that a GradScaler skips don't count. Returns a handle whose `remove()`
-        ends it, leaving no iteration open. Block mode only, as the next batch's size is not known.
+        ends it, leaving no iteration open. Block mode only, as the next batch's size is not known. `optimizer` may be
+        the wrapper that accelerate or Lightning makes of it.
         """
         if self.mode != "block":
             raise ValueError(
                 "alternate needs mode='block': in sample mode the next batch's size would have to be known"
             )
+        optimizer = stepped_by(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self._check_none_open()
@@ -241,8 +243,9 @@ class ResidualDropPath:
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, in plain types: seed, number of plans drawn, pending plan, counters.
 
-        Raises `RuntimeError` inside an iteration. Under `alternate`, where one is always open, it works between
-        `optimizer.step()` and the next forward. In sample mode each rank saves its own.
+        Raises `RuntimeError` inside an iteration. Under `alternate`, where one is always open, it works at any time: an
+        iteration whose optimizer step is still to come will be run from its start. In sample mode each rank saves its
+        own.
         """
         if not self._at_rest():
             raise RuntimeError(f"state_dict() inside an open {self.phase} iteration: call it after the iteration")
@@ -385,8 +388,9 @@ class ResidualDropPath:
 
     def _end_alternation(self, alternation: Alternation) -> None:
         if self._alternation is alternation:
-            self._alternation = None
+            state, self._alternation = self.state_dict(), None
             self.reset()
+            self.load_state_dict(state)
 
     def _can_learn(self, dropped: list[int]) -> bool:
         """Whether a reuse iteration has anything to learn: an optimizer step without gradients fails under AMP."""
@@ -395,7 +399,10 @@ class ResidualDropPath:
         return any(p.requires_grad for path in dropped for p in self.paths[path].parameters())
 
     def _at_rest(self) -> bool:
-        return self._open is None or (self._alternation is not None and not self._open.begun)
+        return self._open is None or self._alternation is not None
+
+    def _begun(self) -> bool:
+        return self._open is not None and self._open.begun
 
     def _check_none_open(self) -> None:
         if self._alternation is not None and self._open is not None:

@@ -332,17 +332,56 @@ class TestAlternate:
         for _ in range(stop):
             self.step()
         state = copy.deepcopy(self.scheme.state_dict())
-        self.net(torch.randn(4, 3))
-        with pytest.raises(RuntimeError, match=r"state_dict\(\) inside an open"):
-            self.scheme.state_dict()
-        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside an open"):
-            self.scheme.load_state_dict(state)
+        self.net(torch.randn(4, 3)).sum().backward()
+        self.optimizer.zero_grad()  # as after a step that a GradScaler skipped: this iteration is still to come
+        assert self.scheme.state_dict() == state
         expected = [self.step() for _ in range(6)]
+        self.scheme.load_state_dict(state)
+        assert [self.step() for _ in range(6)] == expected
         self.setup_method()
         self.scheme.seed = 0
         self.scheme.alternate(self.optimizer)
         self.scheme.load_state_dict(state)
         assert [self.step() for _ in range(6)] == expected
+
+    @pytest.mark.parametrize("begun", [False, True])
+    @pytest.mark.parametrize("stop", range(5))
+    def test_ending_loses_no_iteration(self, stop, begun):
+        """A loop that ends and another that begins see what one loop would."""
+        self.scheme.alternate(self.optimizer)
+        expected = [self.step() for _ in range(8)]
+        assert "reuse" in [phase for phase, _ in expected[3:]]
+        self.setup_method()
+        handle = self.scheme.alternate(self.optimizer)
+        actual = [self.step() for _ in range(stop)]
+        if begun:
+            self.net(torch.randn(4, 3))
+        handle.remove()
+        assert self.scheme.phase is None
+        assert self.scheme.reuse_pending == (expected[stop][0] == "reuse")
+        self.scheme.alternate(self.optimizer)
+        assert actual + [self.step() for _ in range(8 - stop)] == expected
+
+    def test_a_step_without_a_forward_is_no_iteration(self):
+        self.scheme.alternate(self.optimizer)
+        plan = self.scheme.plan
+        self.optimizer.step()
+        self.net.eval()(torch.randn(4, 3))
+        self.optimizer.step()
+        assert self.scheme.plan is plan
+        self.net.train()
+        self.step()
+        assert self.scheme.plan is not plan or self.scheme.phase == "reuse"
+
+    def test_wrapped_optimizers(self):
+        """accelerate's wrapper is an Optimizer whose hooks were never set up."""
+
+        class Wrapper(torch.optim.Optimizer):
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+
+        self.scheme.alternate(Wrapper(Wrapper(self.optimizer)))
+        assert len({phase for phase, _ in (self.step() for _ in range(8))}) == 2
 
     def test_errors(self):
         with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Net"):

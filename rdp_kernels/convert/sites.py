@@ -34,9 +34,14 @@ def drop_path_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Site
     for node in graph.nodes:
         target = str(node.target)
         if node.op == "call_module" and node.users and is_drop_path(target.rpartition(".")[2], modules[target]):
-            count = sum(site.drop_path == target for site in sites)
-            sites.append(Site(node, f"{target}:{count}" if count else target, target))
+            sites.append(Site(node, _numbered(target, sites), target))
     return sites
+
+
+def _numbered(name: str, sites: list[Site]) -> str:
+    """`name`, `name:1`, `name:2`: paths of a block have different names."""
+    count = sum(site.name.partition(":")[0] == name for site in sites)
+    return f"{name}:{count}" if count else name
 
 
 def unnamed_sites(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], values: Values) -> list[Site]:
@@ -46,12 +51,13 @@ def unnamed_sites(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Modul
         (output,) = [node for node in graph.nodes if node.op == "output"]
         result = output.args[0]
         return [Site(_marked(graph, result, output, values), "output", None)] if isinstance(result, fx.Node) else []
-    sites = []
+    sites: list[Site] = []
     for add in list(graph.nodes):
         branch = _branch_of(graph, add, modules, values) if is_add(add) else None
         if branch is not None:
             called = module_calls([*computed_only_for(graph, branch), branch])
-            sites.append(Site(_marked(graph, branch, add, values), f"add_{called[-1]}" if called else add.name, None))
+            name = _numbered(f"add_{called[-1]}" if called else add.name, sites)
+            sites.append(Site(_marked(graph, branch, add, values), name, None))
     return sites
 
 

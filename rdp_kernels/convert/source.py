@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import linecache
 import pickle
 import re
@@ -21,6 +22,8 @@ from .trace import Trace
 
 _SELF = re.compile(r"\w*converted_this\(\)")
 _RUN = re.compile(r"\b\w*converted_run\(")
+_PASSED_ON = {"num_items_in_batch", "use_cache"}
+"""What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
 _classes: dict[tuple[type, bytes], type] = {}
 
@@ -88,12 +91,15 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     space |= _ALWAYS | {"run_path": converted.run}
     exec(compile(recipe.source, file, "exec"), space)
     traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
+    passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return base.forward(self, *args, **kwargs)
         inputs = signature.inputs_of(args, kwargs)
+        if inputs is None and not passed_on.isdisjoint(kwargs):
+            inputs = signature.inputs_of(args, {name: v for name, v in kwargs.items() if name not in passed_on})
         if inputs is None:
             return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
         for name, value in attributes:

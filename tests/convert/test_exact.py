@@ -162,6 +162,29 @@ def test_without_drop_path_the_graph_tells_where_a_branch_is():
         torch.testing.assert_close(blocks[1](blocks[0](stem)), stem + 2 * branch)
 
 
+def test_branches_that_end_in_the_same_module_are_paths_of_their_own():
+    """transformers' ViT has one Dropout for both of its branches."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = nn.Linear(nets.DIM, nets.DIM), nets.mlp()
+            self.dropout = nn.Dropout(0.0)
+
+        def forward(self, x):
+            x = self.dropout(self.attention(x)) + x
+            return self.dropout(self.mlp(x)) + x
+
+    model, x = nets.tokens_net(Layer, Layer), nets.tokens()
+    report = rdp.convert(model, drop_prob=0.5, example_inputs=x)
+    assert [row.name for row in report] == ["add_dropout", "add_dropout:1"] * 2
+    scheme = rdp.ResidualDropPath(model)
+    assert len(scheme.paths) == 4
+    with scheme.drop_iteration(plan=rdp.PathPlan(torch.tensor([True, False] * 2), [0.5] * 4, "block")):
+        stem = model.stem(x)
+        torch.testing.assert_close(model.blocks[0](stem), stem + 2 * model.blocks[0].attention(stem))
+
+
 def test_blocks_of_dinov2_at_each_of_their_rates():
     x = nets.tokens()
     model = nets.tokens_net(nets.DinoBlock(0.0), nets.DinoBlock(0.0))

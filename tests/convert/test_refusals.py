@@ -220,6 +220,38 @@ def test_a_call_in_another_way():
     rdp.ResidualDropPath(model, 0.5).remove()
 
 
+class HandsOn(Residual):
+    """Hands keyword arguments on to its children, as transformers' blocks do; `flag` makes a difference."""
+
+    def forward(self, x, **kwargs):
+        return x + self.drop_path(self.inner(x, **kwargs))
+
+    def inner(self, x, flag=False, **_):
+        return self.fn(x) * (2 if flag else 1)
+
+
+class CachesByItself(HandsOn):
+    def forward(self, x, use_cache=True, **kwargs):
+        return x + self.drop_path(self.inner(x, flag=not use_cache, **kwargs))
+
+
+def test_what_a_trainer_hands_down_for_the_loss_is_no_other_call():
+    blocks = nets.tokens_net(HandsOn(), CachesByItself()).blocks
+    x, model, other = tokens(), Net(blocks[0]), Net(blocks[1])
+    rdp.convert(model, example_inputs=x)
+    rdp.convert(other, example_inputs=x)
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    plan = rdp.PathPlan(torch.tensor([True]), [0.5], "block")
+    with scheme.drop_iteration(plan=plan):
+        out = blocks[0](x, num_items_in_batch=torch.tensor(4), use_cache=False)
+        torch.testing.assert_close(out, x + 2 * blocks[0].fn(x))
+        with pytest.raises(RuntimeError, match="called in another way"):
+            blocks[0](x, num_items_in_batch=torch.tensor(4), flag=True)
+    scheme = rdp.ResidualDropPath(other, 0.5)
+    with scheme.drop_iteration(plan=plan), pytest.raises(RuntimeError, match="called in another way"):
+        blocks[1](x, use_cache=False)
+
+
 def test_sizes_that_an_if_asked_for():
     model = nets.tokens_net(nets.Sizes)
     rdp.convert(model, example_inputs=tokens())

@@ -1,0 +1,42 @@
+"""The scheme in a loop of one's own that runs under `accelerate`:
+
+    scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=seed)          # before or after accelerator.prepare
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    register(accelerator, model, scheme)
+    for images, labels in loader:
+        for _ in scheme.iterations(len(images)):
+            accelerator.backward(F.cross_entropy(model(images), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+
+With `accelerator.accumulate`, which decides when an optimizer steps, leave the loop as it was and say
+`scheme.alternate(optimizer)`.
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..scheme import ResidualDropPath
+from ._trained import check_trained
+
+
+def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPath) -> None:
+    """Makes the scheme part of `accelerator.save_state` and `load_state`, so that training goes on to the bit.
+
+    Args:
+        accelerator: that runs the loop.
+        model: what `accelerator.prepare` made of the scheme's model.
+        scheme: in either mode.
+
+    Raises `TypeError` naming the argument, and `ValueError` where `model` isn't the scheme's.
+    """
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(scheme, ResidualDropPath):
+        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
+    check_trained(model, scheme)
+    accelerator.register_for_checkpointing(scheme)
