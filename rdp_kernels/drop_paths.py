@@ -7,6 +7,7 @@ timm's `DropPath`, torchvision's `StochasticDepth`, the many `*DropPath` of tran
 from __future__ import annotations
 
 import re
+import warnings
 
 from torch import nn
 
@@ -48,6 +49,17 @@ def left_over(model: nn.Module) -> list[str]:
             if rate_of(block.get_submodule(path)) > 0:
                 found.append(f"{name}.{path}" if name else path)
     return found
+
+
+def warn_left_over(model: nn.Module) -> None:
+    """Warns of them, in the name of the line that makes a scheme."""
+    others = left_over(model)
+    if others:
+        warnings.warn(
+            f"{len(others)} drop-paths are no paths of the scheme and go on dropping at random in both iterations, "
+            f"unless their rates are set to 0: {', '.join(others)}",
+            stacklevel=3,
+        )
 
 
 def rate_of(module: nn.Module) -> float:

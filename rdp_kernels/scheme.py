@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ._checks import check_bool, check_choice, check_count, check_probability
 from ._ranks import rank
 from .alternate import Alternation, stepped_by
-from .drop_paths import left_over
+from .drop_paths import warn_left_over
 from .iteration import Iteration, Rules, check_plan, trainable
 from .paths import Decision, Path, find_paths, places_of, refuse_batch_norm
 from .plan import (
@@ -88,13 +87,7 @@ class ResidualDropPath:
             check_bool("freeze_bn", freeze_bn),
         )
         self.paths = find_paths(model, drop_prob, schedule)
-        others = left_over(model)
-        if others:
-            warnings.warn(
-                f"{len(others)} drop-paths are no paths of the scheme and go on dropping at random in both iterations, "
-                f"unless their rates are set to 0: {', '.join(others)}",
-                stacklevel=2,
-            )
+        warn_left_over(model)
         if mode == "sample" and freeze != "none":
             refuse_batch_norm(self.paths)
         self._drawn = 0

@@ -15,7 +15,7 @@ INTRODUCTION = """\
 import timm
 import rdp_kernels as rdp
 
-model = timm.create_model("vit_base_patch16_224", drop_path_rate=0.2)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.2)
 print(rdp.convert(model))  # what became of each residual branch
 scheme = rdp.ResidualDropPath(model, seed=0)
 ```

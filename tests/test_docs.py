@@ -1,0 +1,40 @@
+"""The code in docs/ runs, each block by itself, and it names what exists."""
+
+import re
+
+import pytest
+import torch
+
+import rdp_kernels as rdp
+
+from .markdown import ROOT, missing, python_blocks, run
+
+BLOCKS = [
+    pytest.param(name, block, id=f"{name}: {where}")
+    for name in ("docs/integrations.md", "docs/models.md")
+    for where, block in python_blocks(name).items()
+]
+
+
+@pytest.mark.filterwarnings("default")  # other libraries' warnings aren't ours to mend
+@pytest.mark.parametrize(("name", "block"), BLOCKS)
+def test_code_blocks_run(name, block):
+    if absent := missing(block):
+        pytest.skip(f"not installed: {', '.join(absent)}")
+    run(name, block, {"torch": torch, "rdp": rdp})
+
+
+@pytest.mark.parametrize("name", ["docs/integrations.md", "docs/models.md"])
+def test_public_names_exist(name):
+    for public in set(re.findall(r"\brdp\.(\w+)", "".join(python_blocks(name).values()))):
+        assert public in rdp.__all__, public
+
+
+def test_what_is_named_exists():
+    """Files, and headings that are linked to."""
+    text = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:tests|examples|rdp_kernels)/[\w./]+)`", text):
+        assert (ROOT / file).exists(), file
+    headings = {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.*)", text, re.M)}
+    for link in re.findall(r"\]\(#([\w-]+)\)", text):
+        assert link in headings, link
