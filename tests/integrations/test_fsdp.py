@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -49,12 +50,13 @@ def make(chain=False, **options):
 
 def shard(net, units):
     """A unit for each branch, for each path, or for the whole model."""
+    mesh = init_device_mesh("cpu", (2,))
     if units == "branches":
-        return fsdp.shard_paths(net)
+        return fsdp.shard_paths(net, mesh=mesh)
     if units == "paths":
         for path in net.paths:
-            fully_shard(path)
-    return fully_shard(net)
+            fully_shard(path, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
 
 
 def joined(plan, batch_size):
@@ -159,7 +161,7 @@ class Converted(nn.Module):
 
 
 def check_converted(rank):
-    inputs, found = random_inputs(4, 5, DIM), []
+    inputs, mesh, found = random_inputs(4, 5, DIM), init_device_mesh("cpu", (2,)), []
     for mode, units in (("block", "branches"), ("sample", "branches"), ("block", "blocks"), ("sample", "blocks")):
         torch.manual_seed(0)
         one = Converted().double()
@@ -168,8 +170,8 @@ def check_converted(rank):
             assert not rdp.convert(model, 0.5, example_inputs=inputs(0)).refused
         if units == "blocks":
             for block in net.blocks:
-                fully_shard(block)
-        fsdp.shard_paths(net) if units == "branches" else fully_shard(net)
+                fully_shard(block, mesh=mesh)
+        fsdp.shard_paths(net, mesh=mesh) if units == "branches" else fully_shard(net, mesh=mesh)
         found.append(one_process_equals(rank, one, net, inputs, pairs=8, mode=mode))
     return found
 
@@ -181,7 +183,7 @@ def test_converted_models(results):
 
 def count_messages(rank):
     """Of each iteration: phase, paths that learn, gathers, scatters."""
-    net = fsdp.shard_paths(make())
+    net = shard(make(), "branches")
     scheme = rdp.ResidualDropPath(net, 0.5, seed=4)
     fsdp.register(net, scheme)
     found = []
@@ -216,8 +218,8 @@ def check_mixed_precision(rank):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     net, one = make().float(), make().float()
     for path in net.paths:
-        fully_shard(path.fn, mp_policy=policy)
-    fully_shard(net)
+        fully_shard(path.fn, mp_policy=policy, mesh=init_device_mesh("cpu", (2,)))
+    shard(net, "model")
     schemes = [rdp.ResidualDropPath(m, 0.5, seed=3) for m in (one, net)]
     fsdp.register(net, schemes[1])
     worst = 0.0
@@ -243,7 +245,7 @@ def test_mixed_precision(results):
 
 def check_weights(rank):
     """AdamW on sharded weights, momentum and decay included: those that are frozen don't move by one bit."""
-    net = fsdp.shard_paths(make())
+    net = shard(make(), "branches")
     scheme = rdp.ResidualDropPath(net, 0.5, seed=3)
     fsdp.register(net, scheme)
     optimizer = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.1)
@@ -266,7 +268,7 @@ def test_frozen_weights_do_not_move(results):
 
 
 def check_disagreement(rank):
-    net = fsdp.shard_paths(make())
+    net = shard(make(), "branches")
     with pytest.raises(RuntimeError, match=r"rank \d has seed \d, rank \d has \d"):
         fsdp.register(net, rdp.ResidualDropPath(net, 0.5, seed=3 + rank))
     scheme = rdp.ResidualDropPath(net, 0.5, seed=3)
