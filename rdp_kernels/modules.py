@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,20 +112,22 @@ class ResidualBranch(nn.Module):
     def own_parameters(self) -> list[tuple[nn.Module, str]]:
         return [] if self.gamma is None else [(self, "gamma")]
 
-    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def gather(name: str | int, value: Any) -> Any:
+    def map_rows(
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        def apply(name: str | int, value: Any) -> Any:
             if name not in self.per_sample or value is None:
                 return value
             if not isinstance(value, Tensor):
                 raise TypeError(f"per_sample argument {name!r} must be a tensor, got {type(value).__name__}")
-            if value.dim() == 0 or value.shape[0] != batch_size:
+            if value.dim() == 0 or batch_size not in (None, value.shape[0]):
                 raise ValueError(
                     f"per_sample argument {name!r} must have a row for each of the {batch_size} samples, "
                     f"got shape {list(value.shape)}"
                 )
-            return value.index_select(0, rows)
+            return function(value)
 
-        return tuple(gather(i, v) for i, v in enumerate(args)), {name: gather(name, v) for name, v in kwargs.items()}
+        return tuple(apply(i, v) for i, v in enumerate(args)), {name: apply(name, v) for name, v in kwargs.items()}
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)

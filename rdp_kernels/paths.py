@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +69,8 @@ class PathSlot:
     def __init__(self) -> None:
         self._scheme: weakref.ref[ResidualDropPath] | None = None
         self._index = -1
+        self.runner: Runner | None = None
+        """What runs the branch in the place of the owner's `run_branch`: compiled, or captured."""
 
     @property
     def scheme(self) -> ResidualDropPath | None:
@@ -115,8 +117,14 @@ class PathOwner(Protocol):
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         """The branch's output, before γ; `normed`: x is `norm(x)` already."""
 
-    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The further arguments with those that carry a row per sample gathered."""
+    def map_rows(
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """The further arguments with `function` of those that carry a row per sample, `batch_size` of them if given."""
+
+
+Runner = Callable[[PathOwner, Tensor, tuple, dict, bool], Tensor]
+"""`run_branch` of any owner: owner, x, args, kwargs, normed."""
 
 
 class Path:
@@ -133,8 +141,7 @@ class Path:
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the branch (its norm included) and its gamma, each once."""
-        found = {id(p): p for module in self.module.branch_modules() for p in module.parameters()}
-        return list((found | {id(p): p for p in own_parameters_of(self.module)}).values())
+        return list({id(p): p for p in parameters_of(self.module)}.values())
 
     def __repr__(self) -> str:
         return f"Path({self.index}, {self.name!r}, drop_prob={self.drop_prob:g})"
@@ -247,8 +254,12 @@ class PathCall:
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         args, kwargs = self.args, self.kwargs
         if rows is not None:
-            args, kwargs = self.owner.gather_arguments(rows, self.batch_size, args, kwargs)
-        return self.owner.run_branch(x, args, kwargs, normed)
+            args, kwargs = self.owner.map_rows(lambda t: t.index_select(0, rows), self.batch_size, args, kwargs)
+        runner = self.owner.slot.runner
+        single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
+        if runner is None or single or torch.compiler.is_compiling():
+            return self.owner.run_branch(x, args, kwargs, normed)
+        return runner(self.owner, x, args, kwargs, normed)
 
     def learning_branch(
         self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
@@ -325,7 +336,8 @@ class PathCall:
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows: two calls and one add."""
-        norm = Norm.of(self.owner.norm, x, decision.thaw)
+        # A runner takes the norm in, so that it makes one thing of a branch on all rows and on some.
+        norm = Norm.of(self.owner.norm, x, decision.thaw) if self.owner.slot.runner is None else Norm()
         following = norm.following(decision.rows, "frozen" if decision.freeze == "branch" else None)
         entered = run_tail("path", norm.operands()._replace(residual=x), following=following)
         updates = self.updates(decision, entered.next, entered.frozen_next, norm.fused)
@@ -368,6 +380,13 @@ def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
 
 def _is_plain(owner: PathOwner) -> bool:
     return owner.gamma is None and owner.activation is None
+
+
+def parameters_of(owner: PathOwner) -> Iterator[nn.Parameter]:
+    """All that are a path's; those that modules share more than once."""
+    for module in owner.branch_modules():
+        yield from module.parameters()
+    yield from own_parameters_of(owner)
 
 
 def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:

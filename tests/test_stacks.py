@@ -1,4 +1,4 @@
-"""The scheme inside what training loops are made of: checkpointing, accumulation, AMP, EMA, compile, resuming."""
+"""The scheme inside what training loops are made of: checkpointing, accumulation, AMP, EMA, resuming."""
 
 import copy
 
@@ -231,69 +231,6 @@ def test_ema_copy_follows():
                 expected = value.clone() if expected is None else 0.5 * expected + 0.5 * value
     torch.testing.assert_close(ema.module.head.weight.detach(), expected)
     assert all(path.slot.scheme is None for path in ema.modules() if isinstance(path, rdp.ResidualBranch))
-
-
-@pytest.mark.parametrize("freeze", ["parameters", "branch"])
-def test_compiled_branches(freeze):
-    """Each branch's `fn` compiled whole: gradients as without, and a bounded number of graphs whatever the plans."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    plain = Net()
-    net = copy.deepcopy(plain)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    for path in (m for m in net.modules() if isinstance(m, rdp.ResidualBranch)):
-        path.fn.compile(fullgraph=True, backend=backend, dynamic=False)
-    schemes = [rdp.ResidualDropPath(m, freeze=freeze, seed=3) for m in (plain, net)]
-    x = torch.randn(4, 3).double()
-    counts = []
-    for _ in range(8):
-        for _ in zip(*(s.iterations() for s in schemes), strict=True):
-            plain(x).square().sum().backward()
-            net(x).square().sum().backward()
-            assert_same(gradients(net), gradients(plain))
-            plain.zero_grad(), net.zero_grad()
-        counts.append(len(graphs))
-    assert counts[-1] == counts[-4], "no graph is added once learning and frozen variants are known"
-    assert counts[-1] <= 4 * 6
-
-
-def test_a_model_with_a_scheme_compiles_and_exports_whole_in_eval():
-    torch._dynamo.reset()
-    net, x = Net().eval(), torch.randn(2, 3, dtype=torch.float64)
-    scheme = rdp.ResidualDropPath(net, 0.5)
-    expected = net(x)
-    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
-    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
-    assert scheme.phase is None
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor():
-    """Budget: 2 minutes. The real compiler on one branch, learning and frozen, full and on rows."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    plain = Net()
-    net = copy.deepcopy(plain)
-    path = net.stages[1][1]
-    path.fn = torch.compile(path.fn, fullgraph=True, dynamic=True)
-    x = torch.randn(6, 3).double()
-    for mode in ("block", "sample"):
-        schemes = [rdp.ResidualDropPath(m, mode=mode, seed=3) for m in (plain, net)]
-        for _ in range(3):
-            for _ in zip(*(s.iterations(6) for s in schemes), strict=True):
-                plain(x).square().sum().backward()
-                net(x).square().sum().backward()
-                for p, q in zip(net.parameters(), plain.parameters(), strict=True):
-                    assert (p.grad is None) == (q.grad is None)
-                    assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-10)
-                plain.zero_grad(), net.zero_grad()
-        for scheme in schemes:
-            scheme.remove()
 
 
 @pytest.mark.parametrize("mode", ["block", "sample"])

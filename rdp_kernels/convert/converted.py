@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch.utils._pytree as pytree
@@ -73,17 +74,19 @@ class ConvertedPath:
         function = type(self.block)._rdp_branches[self.index]  # type: ignore[attr-defined]
         return function(self.block, x if normed or norm is None else norm(x), *args)
 
-    def gather_arguments(self, rows: Tensor, batch_size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def gather(x: Tensor) -> Tensor:
-            if x.dim() == 0 or x.shape[0] != batch_size:
+    def map_rows(
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        def apply(x: Tensor) -> Tensor:
+            if x.dim() == 0 or batch_size not in (None, x.shape[0]):
                 raise ValueError(
                     f"path {self.spec.name!r} of {type(self.block).__name__}: an argument of shape {list(x.shape)} has "
                     f"no row for each of the {batch_size} rows, as it had when the model was converted"
                 )
-            return x.index_select(0, rows)
+            return function(x)
 
         kinds = zip(args, self.spec.kinds, strict=True)
-        return tuple(pytree.tree_map_only(Tensor, gather, v) if kind == "row" else v for v, kind in kinds), kwargs
+        return tuple(pytree.tree_map_only(Tensor, apply, v) if kind == "row" else v for v, kind in kinds), kwargs
 
     def __repr__(self) -> str:
         return f"path {self.spec.name!r} of {type(self.block).__name__}"

@@ -1,0 +1,72 @@
+"""What runs branches in their owners' place, compiled or captured: which variants there are, how it is put in and out.
+
+What a path does, and with it what learns, is decided in Python at each call; the branch alone is compiled or captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..paths import PathOwner, PathSlot, Runner, parameters_of, paths_of
+
+
+def owners_of(model: nn.Module) -> dict[str, PathOwner]:
+    """The owners of the paths of `model`, by their names in a scheme.
+
+    Raises `TypeError` for what is no module, `ValueError` where there are no paths and `RuntimeError` where a branch
+    has a runner already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    owners = {
+        ".".join(part for part in (name, label) if part): owner
+        for name, module in model.named_modules()
+        for label, owner in paths_of(module)
+    }
+    if not owners:
+        raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
+    for name, owner in owners.items():
+        if owner.slot.runner is not None:
+            raise RuntimeError(f"the branch of path {name!r} is compiled or captured already: call remove() first")
+    return owners
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def variant_of(owner: PathOwner, tensors: Iterable[Tensor]) -> str:
+    """What a call of a branch on `tensors` has to compute.
+
+    | variant | gradients |
+    |---|---|
+    | `"learning"` | of weights and of its input |
+    | `"frozen"` | of its input |
+    | `"constant"` | none, and saves nothing |
+    """
+    if not torch.is_grad_enabled():
+        return "constant"
+    if any(p.requires_grad for p in parameters_of(owner)):
+        return "learning"
+    return "frozen" if any(t.requires_grad for t in tensors) else "constant"
+
+
+class Runners:
+    """The runners of some branches, until `remove()`."""
+
+    def __init__(self, runners: Iterable[tuple[PathOwner, Runner]]):
+        self._slots: list[PathSlot] = []
+        for owner, runner in runners:
+            owner.slot.runner = runner
+            self._slots.append(owner.slot)
+
+    def remove(self) -> None:
+        """Branches run as before."""
+        for slot in self._slots:
+            slot.runner = None
+        self._slots.clear()

@@ -1,0 +1,108 @@
+"""`torch.compile` for the branches of a model: three graphs each, whatever the plans.
+
+A whole model that is compiled specialises on Python's decisions, a graph for each plan. Here decisions stay in Python:
+which branch runs, on which rows, and whether it learns; what is compiled is the branch.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..convert.converted import ConvertedPath
+from ..frozen import freeze
+from ..paths import PathOwner, own_parameters_of, parameters_of
+from .branches import Runners, owners_of, tensors_in, variant_of
+
+
+def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> Runners:
+    """Compiles the branch of every path of `model`, own or converted, with a scheme or without one.
+
+    Args:
+        model: the model, in place; parameters, names and `state_dict` stay as they are.
+        dynamic: as of `torch.compile`, except that by default the number of rows is a symbol in any case: sample mode
+            runs a branch on any number of them. False is for block mode with batches of one size.
+        **options: further options of `torch.compile`. `fullgraph` is True unless given.
+
+    Returns a handle whose `remove()` undoes it. A branch has up to three graphs: learning, frozen, and frozen where no
+    gradient passes; identical branches share them. A single row of several runs uncompiled, as compilers would make a
+    graph for the number 1. A copy or pickle of the model is not compiled, and neither are branches compiled apart
+    within a model that is compiled whole. Raises `TypeError`, `ValueError` or `RuntimeError` for a model that is
+    none, has no paths or is compiled already.
+    """
+    shared: dict[Hashable, _CompiledBranch] = {}
+    options = {"fullgraph": True, "dynamic": dynamic, **options}
+    return Runners(
+        [
+            (owner, shared.setdefault(_likeness(owner), _CompiledBranch(name, options)))
+            for name, owner in owners_of(model).items()
+        ]
+    )
+
+
+class _CompiledBranch:
+    """Runs a branch, and others that are identical, compiled."""
+
+    def __init__(self, name: str, options: dict[str, Any]):
+        self._name, self._options = name, options
+        self._functions: dict[Hashable, Callable[..., Tensor]] = {}
+
+    def __call__(self, owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
+        variant = variant_of(owner, tensors_in(x, args, kwargs))
+        # What requires grad is part of a graph: each variant has it one way.
+        if variant == "constant":
+            x, args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (x, args, kwargs))
+        elif not x.requires_grad:
+            x = x.detach().requires_grad_()
+        if self._options["dynamic"] is not False:
+            _mark_rows(x)
+            owner.map_rows(_mark_rows, None, args, kwargs)
+        need_grad = [t.requires_grad for t in tensors_in(args, kwargs)]
+        function = self._function(variant, normed, owner.training, *need_grad)
+        if variant != "constant":
+            return function(owner, x, args, kwargs, normed)
+        with torch.no_grad(), freeze(parameters_of(owner)):
+            return function(owner, x, args, kwargs, normed)
+
+    def _function(self, variant: str, *further: Hashable) -> Callable[..., Tensor]:
+        """Dynamo counts and compares graphs by code object: each variant has its own, under a name that says so."""
+        key = (variant, *further)
+        if key not in self._functions:
+            name = re.sub(r"\W", "_", f"{self._name}_{variant}")
+            code = _run_branch.__code__.replace(co_name=name)
+            self._functions[key] = torch.compile(types.FunctionType(code, globals(), name), **self._options)
+        return self._functions[key]
+
+
+def _mark_rows(tensor: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
+def _run_branch(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
+    return owner.run_branch(x, args, kwargs, normed)
+
+
+def _likeness(owner: PathOwner) -> Hashable:
+    """Equal for branches that a compiler can't tell apart: the same code, on modules of the same structure."""
+    code = (type(owner.block), owner.index) if isinstance(owner, ConvertedPath) else type(owner)
+    own = tuple(_metadata(p) for p in own_parameters_of(owner))
+    modules = [(name, m) for module in owner.branch_modules() for name, m in module.named_modules()]
+    return code, own, tuple((name, type(m), _constants(m)) for name, m in modules)
+
+
+def _constants(module: nn.Module) -> tuple[Hashable, ...]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    parts = ("_parameters", "_buffers", "_modules")
+    plain = [(k, repr(v)) for k, v in vars(module).items() if k not in parts and not isinstance(v, Tensor)]
+    return tuple((name, _metadata(t)) for name, t in tensors), tuple(plain)
+
+
+def _metadata(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
