@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
 from ..frozen import freeze
-from ..paths import PathOwner, own_parameters_of, parameters_of
+from ..paths import PathOwner, own_parameters_of, places_of
 from .branches import Runners, owners_of, tensors_in, variant_of
 
 
@@ -67,7 +67,7 @@ class _CompiledBranch:
         function = self._function(variant, normed, owner.training, *need_grad)
         if variant != "constant":
             return function(owner, x, args, kwargs, normed)
-        with torch.no_grad(), freeze(parameters_of(owner)):
+        with torch.no_grad(), freeze(places_of(owner)):
             return function(owner, x, args, kwargs, normed)
 
     def _function(self, variant: str, *further: Hashable) -> Callable[..., Tensor]:

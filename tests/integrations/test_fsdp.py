@@ -49,10 +49,10 @@ def make(chain=False, **options):
 
 
 def shard(net, units):
-    """A unit for each branch, for each path, or for the whole model."""
+    """A unit for each branch, gathered for every call or for the iteration, for each path, or for the whole model."""
     mesh = init_device_mesh("cpu", (2,))
-    if units == "branches":
-        return fsdp.shard_paths(net, mesh=mesh)
+    if units.startswith("branches"):
+        return fsdp.shard_paths(net, mesh=mesh, **({"reshard_after_forward": False} if "kept" in units else {}))
     if units == "paths":
         for path in net.paths:
             fully_shard(path, mesh=mesh)
@@ -121,7 +121,8 @@ CASES = [
         ("branches", False, "sample", "parameters", {}),
         ("branches", True, "sample", "branch", {}),
         ("branches", False, "sample", "none", {"train_rest": True}),
-        ("branches", False, "block", "none", {}),
+        ("branches, kept", False, "sample", "parameters", {}),
+        ("branches, kept", False, "block", "none", {}),
         ("paths", False, "block", "parameters", {"train_rest": True}),
         ("paths", False, "sample", "parameters", {"train_rest": True}),
         ("paths", True, "sample", "branch", {}),
