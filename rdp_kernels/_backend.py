@@ -75,8 +75,14 @@ def compiled_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, .
     return _serving(op, True, normed, lambda library, forced: library.why_not_kind(device, dtypes, None, forced))
 
 
+def is_free() -> bool:
+    """Whether no backend was asked for by name."""
+    return _choice() == "auto"
+
+
 # What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
-compiled_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _asked_in_graphs in (compiled_kernels, is_free):
+    _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def kernels_named(name: str) -> ModuleType:

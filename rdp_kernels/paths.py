@@ -290,12 +290,10 @@ class PathCall:
         row_scale: Tensor | None = None,
     ) -> Tensor:
         owner = self.owner
-        plain = frozen is None and rows is None and row_scale is None and _is_plain(owner)
-        # With a factor that rounds once; the kernels round twice, as other libraries' drop-path and add do. Images go
-        # their way: BatchNorm over few pixels magnifies the difference.
-        plain = plain and branch.dim() <= 3
-        if plain and branch.shape == residual.shape and branch.dtype == residual.dtype:
-            return torch.add(residual, branch, alpha=scale)  # one kernel each way too, and no Python in its backward
+        if frozen is None and rows is None and row_scale is None and _is_plain(owner):
+            out = direct.plain_add(residual, branch, scale)
+            if out is not None:
+                return out
         if frozen is None:
             index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
             options = (owner.channel_dim, owner.activation)

@@ -226,3 +226,14 @@ def test_one_kept_row_of_a_frozen_batch_norm_has_the_right_gradient():
     expected, factor = weight.clone(), fn.norm.weight / (fn.norm.running_var + fn.norm.eps).sqrt()
     expected[1] += 2 * weight[1] * factor[:, None, None]
     torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "native"])
+def test_a_plain_add_is_torchs_own_unless_a_backend_is_asked_for(backend):
+    if rdp.available_backends().get(backend):
+        pytest.skip(rdp.available_backends()[backend])
+    branch, x = rdp.ResidualBranch(nn.Linear(4, 4)), torch.randn(3, 4)
+    with rdp.use_backend(backend):
+        out = branch(x)
+    assert (out.grad_fn.name() == "AddBackward0") == (backend == "auto")
+    torch.testing.assert_close(out, x + branch.fn(x))

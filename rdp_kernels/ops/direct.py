@@ -55,6 +55,18 @@ def residual_add(
         return None
 
 
+def plain_add(residual: Tensor, branch: Tensor, scale: float) -> Tensor | None:
+    """`residual + scale · branch` by torch's own add, on any device: one kernel each way too, and no Python in its
+    backward. None where a backend was asked for by name, and where that add would broadcast or promote.
+
+    None for images as well: with a scale it rounds once where kernels, and other libraries' drop-path and add, round
+    twice, and BatchNorm over few pixels magnifies the difference.
+    """
+    if branch.dim() > 3 or branch.shape != residual.shape or branch.dtype != residual.dtype:
+        return None
+    return torch.add(residual, branch, alpha=scale) if _backend.is_free() else None
+
+
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
     """As `residual_add`."""
     kernels = _kernels_for(residual)
