@@ -26,6 +26,8 @@ class Alternation:
     def open_next(self) -> None:
         self._scheme._open_next()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", None):  # a GradScaler has a fused optimizer skip by itself, inside its step
+            return
         self._scheme._close(completed=True)
         self.open_next()
