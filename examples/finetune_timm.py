@@ -17,7 +17,6 @@ Needs timm and torchvision, for the digits scikit-learn; rich draws a progress b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import rdp_kernels as rdp
 from examples.digits.analysis import weights_sha256
+from examples.digits.command import Problem, add_option, add_run_options, begin_run, display
 from examples.digits.storage import Folder, StorageError
 
 INSTALL = "; needed: pip install timm torchvision scikit-learn (with --no-deps, if your torch is to stay)"
 LIMITS = {"drop_prob": (0, 1), "lr": (0, 1e3), "seed": (0, 2**31 - 1)}
 LIMITS |= dict.fromkeys(("epochs", "batch_size", "image_size"), (1, 1e6))
-
-
-class Problem(Exception):
-    """Something that the user can mend; the message says how, in a line."""
 
 
 def import_timm() -> Any:
@@ -214,26 +210,9 @@ class Training:
         random.setstate(python)
 
 
-@contextlib.contextmanager
-def display(total: int, done: int) -> Iterator[tuple[Callable, Callable[[str], None]]]:
-    """Functions to advance a bar by a batch, where rich is installed, and to print a line."""
-    if importlib.util.find_spec("rich") is None:
-        yield lambda **_: None, print
-        return
-    from rich.progress import Progress
-
-    with Progress(refresh_per_second=4) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield partial(bar.update, task, advance=1), partial(bar.console.print, highlight=False, soft_wrap=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name: str, text: str, default: Any = None, **kwargs: Any) -> None:
-        text = text if default is None else f"{text} (default: {default})"
-        parser.add_argument(name, help=text, default=default, **kwargs)
-
+    add = partial(add_option, parser)
     add("model", "a name that timm knows", "pvt_v2_b0", nargs="?", metavar="MODEL")
     add("--data", "digits, or a folder", "digits", metavar="digits|FOLDER")
     add("--scheme", "how to train", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
@@ -245,37 +224,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", "of weights, batches and draws", 0, type=int)
     add("--image-size", "pixels a side (default: 32 for digits, else the model's own)", type=int)
     parser.add_argument("--pretrained", action="store_true", help="begin with timm's pretrained weights")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: report/finetune-MODEL-SCHEME)")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start again though an unfinished run is there")
+    add_run_options(parser, "report/finetune-MODEL-SCHEME")
     return parser
 
 
 def begin(argv: Sequence[str] | None) -> tuple[Training, Folder]:
     """What the options, or the checkpoint that they say to resume, ask for."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    folder = Folder(args.out or Path("report") / f"finetune-{args.model.replace('/', '-')}-{args.scheme}")
-    state = None
-    if folder.has_checkpoint() and not args.overwrite:
-        state = folder.load_checkpoint(torch.device("cpu"))
-        if not isinstance(saved := state.get("options"), dict):
-            raise Problem(f"argument --out: {folder.path} holds the run of another example")
-        if args.resume:
-            parser.set_defaults(**saved)  # options that aren't given are the run's
-            args = parser.parse_args(argv)
-            for name, value in saved.items():
-                if getattr(args, name) != value:
-                    option = f"argument {name.replace('_', '-')}: the run in {folder.path} has {value!r}"
-                    raise Problem(f"{option}, got {getattr(args, name)!r}: leave it out, or name another --out")
-        elif len(state["epochs"]) < saved["epochs"]:
-            raise Problem(f"{folder.path} holds an unfinished run: give --resume, --overwrite or another --out")
-        else:
-            state = None
-    options = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite")})
-    for name, (low, high) in LIMITS.items():
-        if (value := getattr(options, name)) is not None and not low <= value <= high:
-            raise Problem(f"argument --{name.replace('_', '-')}: must be in [{low:g}, {high:g}], got {value}")
+
+    def name(args: argparse.Namespace) -> str:
+        return f"finetune-{args.model.replace('/', '-')}-{args.scheme}"
+
+    options, state, folder = begin_run(build_parser(), argv, name, LIMITS)
     if (options.scheme, options.mode) == ("drop-path", "block"):
         raise Problem("argument --mode: must be sample with --scheme drop-path, which decides as timm does")
     return Training(options, state), folder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
@@ -48,7 +51,7 @@ class ViT(ResidualClassifier):
     """A pre-norm vision transformer; each block is two paths, attention and MLP.
 
     Args:
-        image: side of the square images, in pixels.
+        image: side of the square images, in pixels; for those of another size the position embedding is interpolated.
         patch: side of a patch, in pixels.
         drop_prob: P(drop) of every path.
         layer_scale: initial value of the paths' gamma; None for none.
@@ -83,7 +86,12 @@ class ViT(ResidualClassifier):
         self.head = nn.Linear(dim, classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.patches(images).flatten(2).mT + self.position
+        tokens, position = self.patches(images), self.position
+        if tokens.shape[2:].numel() != position.shape[1]:
+            side = math.isqrt(position.shape[1])
+            grid = F.interpolate(position.mT.unflatten(2, (side, side)), tokens.shape[2:], mode="bilinear")
+            position = grid.flatten(2).mT
+        return tokens.flatten(2).mT + position
 
     def classify(self, stream: Tensor) -> Tensor:
         return self.head(self.norm(stream).mean(dim=1))

@@ -26,7 +26,9 @@ class Alternation:
     def open_next(self) -> None:
         self._scheme._open_next()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", None):  # a GradScaler has a fused optimizer skip by itself, inside its step
+            return
         # Not every step follows a forward: torch.distributed.checkpoint makes an optimizer's state by an empty one.
         if self._scheme._begun():
             self._scheme._close(completed=True)

@@ -1,6 +1,4 @@
-"""The scheme inside what training loops are made of: checkpointing, accumulation, AMP, EMA, resuming."""
-
-import copy
+"""Checkpointing, exporting and resuming. What else loops are made of: `tests/integrations/`."""
 
 import pytest
 import torch
@@ -141,99 +139,6 @@ def test_a_path_that_the_user_froze_may_run_without_grad():
 
 
 @pytest.mark.parametrize("mode", ["block", "sample"])
-def test_gradient_accumulation(mode):
-    """Micro-batches in one iteration add up to the gradients of the joined batch."""
-    torch.manual_seed(0)
-    net = Net()
-    whole = copy.deepcopy(net)
-    x = torch.randn(8, 3, dtype=torch.float64)
-    schemes = [rdp.ResidualDropPath(m, mode=mode, seed=2) for m in (net, whole)]
-    for _ in range(3):
-        parts = iter(())
-        for phase in schemes[1].iterations(8):
-            whole(x).sum().backward()
-            if phase == "drop":
-                parts = schemes[0].iterations([3, 5], plan=schemes[1].plan)
-            assert next(parts) == phase
-            for part in (x[:3], x[3:]):
-                net(part).sum().backward()
-            assert_same(gradients(net), gradients(whole))
-            net.zero_grad(), whole.zero_grad()
-        next(parts, None)
-
-
-@pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
-@pytest.mark.parametrize("mode", ["block", "sample"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_grad_scaler(mode, freeze, dtype):
-    torch.manual_seed(0)
-    net = Net(dtype=torch.float32)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    scheme = rdp.ResidualDropPath(net, 0.5, mode=mode, freeze=freeze, seed=1)
-    x, target = torch.randn(16, 3), torch.randn(16, 2)
-    losses = []
-    for _ in range(30):
-        for _ in scheme.iterations(16):
-            with torch.autocast("cpu", dtype):
-                out = net(x)
-                loss = (out.float() - target).square().mean()
-            assert out.dtype == dtype
-            losses.append(loss.item())
-            before = {n: p.detach().clone() for n, p in net.named_parameters()}
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            for name, p in net.named_parameters():
-                assert p.grad is not None or torch.equal(p, before[name]), "frozen weights don't move by a bit"
-            optimizer.zero_grad(set_to_none=True)
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
-def test_bfloat16_gradients_are_near_float64s():
-    torch.manual_seed(0)
-    exact = Net()
-    net = copy.deepcopy(exact).float()
-    x = torch.randn(16, 3)
-    schemes = [rdp.ResidualDropPath(m, seed=3) for m in (exact, net)]
-    for _ in zip(*(s.iterations() for s in schemes), strict=True):
-        exact(x.double()).square().mean().backward()
-        with torch.autocast("cpu", torch.bfloat16):
-            net(x).float().square().mean().backward()
-        for p, q in zip(net.parameters(), exact.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None)
-            if q.grad is not None:
-                assert (p.grad - q.grad).norm() <= 0.05 * q.grad.norm() + 1e-4
-        net.zero_grad(), exact.zero_grad()
-
-
-def test_ema_copy_follows():
-    """An averaged copy made inside an iteration: an ordinary model, updated at every step."""
-    torch.manual_seed(0)
-    net = Net()
-    scheme = rdp.ResidualDropPath(net, seed=1)
-    optimizer, ema, x = torch.optim.SGD(net.parameters(), 1e-3), None, torch.randn(4, 3).double()
-    expected = None
-    for _ in range(4):
-        for phase in scheme.iterations():
-            net(x).square().sum().backward()
-            optimizer.step(), optimizer.zero_grad()
-            if ema is None and phase == "reuse":
-                ema = torch.optim.swa_utils.AveragedModel(
-                    net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-                )
-                assert all(p.requires_grad for p in ema.parameters())
-            if ema is not None:
-                ema.update_parameters(net)
-                value = net.head.weight.detach()
-                expected = value.clone() if expected is None else 0.5 * expected + 0.5 * value
-    torch.testing.assert_close(ema.module.head.weight.detach(), expected)
-    assert all(path.slot.scheme is None for path in ema.modules() if isinstance(path, rdp.ResidualBranch))
-
-
-@pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_resuming_is_bit_identical(mode, stop, tmp_path):
     """Stopped after any iteration, also between drop and reuse, saved, loaded into new objects, continued."""
@@ -272,26 +177,3 @@ def test_resuming_is_bit_identical(mode, stop, tmp_path):
     torch.set_rng_state(state["rng"])
     train(net, optimizer, scheme, 10 - stop)
     assert all(torch.equal(net.state_dict()[name], value) for name, value in expected.items())
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("freeze", ["parameters", "branch"])
-def test_frozen_weights_do_not_move(optimizer, freeze):
-    """With momentum and weight decay, foreach: what takes no part has no gradient, not zeros."""
-    torch.manual_seed(0)
-    net = Net()
-    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
-    optimizer = optimizer(net.parameters(), lr=0.01, weight_decay=0.1, foreach=True, **options)
-    scheme = rdp.ResidualDropPath(net, freeze=freeze, seed=2)
-    moved_ever = set()
-    for _ in range(5):
-        for phase in scheme.iterations():
-            dropped = {scheme.paths[i].name for i in scheme.plan.dropped_paths}
-            before = {n: p.detach().clone() for n, p in net.named_parameters()}
-            net(torch.randn(4, 3).double()).square().sum().backward()
-            optimizer.step(), optimizer.zero_grad(set_to_none=True)
-            moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
-            in_dropped = {n for n in before if any(n.startswith(f"{d}.") for d in dropped)}
-            assert moved == (in_dropped if phase == "reuse" else set(before) - in_dropped)
-            moved_ever |= moved
-    assert moved_ever == set(before)

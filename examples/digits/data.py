@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -43,3 +44,17 @@ class Digits:
         order = torch.randperm(len(self.train_images), generator=generator)
         rows = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE].to(self.train_images.device)
         return self.train_images[rows], self.train_labels[rows]
+
+
+def crops(images: Tensor, count: int, side: int, area: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """`[count · B, 1, side, side]`: shifted, scaled, turned and faded parts of `images`, one of each at a time;
+    `area`: the share of an image's area, from and to."""
+    images = images.repeat(count, 1, 1, 1)
+    size, angle, right, down, fade, light = torch.rand(6, len(images), generator=generator)
+    zoom = (area[0] + (area[1] - area[0]) * size).sqrt()
+    cos, sin = zoom * (0.4 * angle - 0.2).cos(), zoom * (0.4 * angle - 0.2).sin()
+    right, down = (1 - zoom) * (2 * right - 1), (1 - zoom) * (2 * down - 1)
+    matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, [len(images), 1, side, side], align_corners=False)
+    faded = images * (1 - 0.3 * fade).view(-1, 1, 1, 1) + 0.3 * (light - 0.5).view(-1, 1, 1, 1)
+    return F.grid_sample(faded, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,84 @@
+"""What the examples that train one network share: a run that can be resumed, errors in a line, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.digits.storage import Folder
+
+LAST = ("out", "resume", "overwrite")  # options that are about a command, not about its run
+
+
+class Problem(Exception):
+    """Something that the user can mend; the message says how, in a line."""
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **kwargs: Any) -> None:
+    text = text if default is None else f"{text} (default: {default})"
+    parser.add_argument(name, help=text, default=default, **kwargs)
+
+
+def add_run_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """--out, whose default is described, --resume and --overwrite."""
+    parser.add_argument("--out", type=Path, help=f"folder of the run (default: {default})")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder stopped")
+    parser.add_argument("--overwrite", action="store_true", help="start again though an unfinished run is there")
+
+
+def begin_run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    default_out: Callable[[argparse.Namespace], str],
+    limits: Mapping[str, tuple[float, float]],
+) -> tuple[argparse.Namespace, dict[str, Any] | None, Folder]:
+    """The options, the checkpoint to go on from, if any, and the folder. Raises `Problem`.
+
+    Args:
+        default_out: the run's folder where --out isn't given.
+        limits: lowest and highest value of options.
+    """
+    args = parser.parse_args(argv)
+    folder = Folder(args.out or Path("report") / default_out(args))
+    state = None
+    if folder.has_checkpoint() and not args.overwrite:
+        state = folder.load_checkpoint(torch.device("cpu"))
+        saved = state.get("options")
+        if not isinstance(saved, dict) or saved.keys() != vars(args).keys() - set(LAST):
+            raise Problem(f"argument --out: {folder.path} holds the run of another example")
+        if args.resume:
+            parser.set_defaults(**saved)  # options that aren't given are the run's
+            args = parser.parse_args(argv)
+            for name, value in saved.items():
+                if getattr(args, name) != value:
+                    option = f"argument {name.replace('_', '-')}: the run in {folder.path} has {value!r}"
+                    raise Problem(f"{option}, got {getattr(args, name)!r}: leave it out, or name another --out")
+        elif state["epochs"][-1]["epoch"] < saved["epochs"]:
+            raise Problem(f"{folder.path} holds an unfinished run: give --resume, --overwrite or another --out")
+        else:
+            state = None
+    options = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in LAST})
+    for name, (low, high) in limits.items():
+        if (value := getattr(options, name)) is not None and not low <= value <= high:
+            raise Problem(f"argument --{name.replace('_', '-')}: must be in [{low:g}, {high:g}], got {value}")
+    return options, state, folder
+
+
+@contextlib.contextmanager
+def display(total: int, done: int) -> Iterator[tuple[Callable, Callable[[str], None]]]:
+    """Functions to advance a bar, where rich is installed, and to print a line."""
+    if importlib.util.find_spec("rich") is None:
+        yield lambda **_: None, print
+        return
+    from rich.progress import Progress
+
+    with Progress(refresh_per_second=4) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield partial(bar.update, task, advance=1), partial(bar.console.print, highlight=False, soft_wrap=True)
