@@ -1,0 +1,74 @@
+"""What the examples of training loops that others own have in common: the data, the command line, missing libraries."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_declared: list[torch.library.Library] = []  # the ops live as long as this
+
+
+@contextlib.contextmanager
+def needs(*libraries: str) -> Iterator[None]:
+    """Around imports: one line where a library is missing. Also mends torchvision, which all of them import where they
+    find it, where its compiled library doesn't match torch's build."""
+    try:
+        if importlib.util.find_spec("torchvision") is not None:
+            _import_torchvision()
+        yield
+    except ImportError as error:
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script}: error: {error}; needed: pip install {' '.join(libraries)}") from error
+
+
+def _import_torchvision() -> None:
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def data(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images `[N, 1, 8, 8]` and labels `[N]` to train on, and those to test with."""
+    from examples.digits.data import Digits  # which needs scikit-learn
+
+    found = Digits.load(torch.device("cpu"))
+    some = slice(256 if options.quick else None)
+    return found.train_images[some], found.train_labels[some], found.test_images, found.test_labels
+
+
+def command(
+    description: str | None,
+    train: Callable[[argparse.Namespace], float],
+    argv: Sequence[str] | None,
+    **flags: str,
+) -> int:
+    """Runs `train` on the options of the command line; it returns the accuracy on the test images."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=10, help="passes through the data")
+    parser.add_argument("--drop-prob", type=float, default=0.2)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one epoch on 256 images")
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    options = parser.parse_args(argv)
+    for name, (low, high) in {"epochs": (1, 1e6), "drop_prob": (0, 1), "lr": (0, 1e3), "seed": (0, 2**31 - 1)}.items():
+        if not low <= getattr(options, name) <= high:
+            parser.error(f"argument --{name.replace('_', '-')}: must be in [{low}, {high:g}]")
+    if options.quick:
+        options.epochs = 1
+    torch.manual_seed(options.seed)
+    print(f"accuracy on the test images: {train(options):.1%}")
+    return 0
