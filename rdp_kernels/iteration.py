@@ -91,6 +91,25 @@ class Iteration:
         rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
         return self._decision(index, rows=rows)
 
+    def factors(self) -> Tensor:
+        """Float64 `[2, paths]` or `[2, paths, batch]`: what the plan multiplies branches by in a whole forward, where
+        they learn and where they are frozen. Counts as a forward."""
+        self.begun = True
+        learns = self._learns
+        if self.forwards:
+            forward = self._count_forward(0, recomputing=False)
+            self._calls = [self._calls[0]] * len(self.paths)
+            start = sum(self.forwards[:forward])
+            learns = learns[:, start : start + self.forwards[forward]]
+        scales = [self._whole(index, True).scale for index in range(len(self.paths))]
+        scale = torch.tensor(scales, dtype=torch.float64).view([-1] + [1] * (learns.dim() - 1))
+        frozen = ~learns if self.phase == "reuse" else torch.zeros_like(learns)
+        return torch.stack([torch.where(learns, scale, 0.0), frozen.double()])
+
+    def learns(self, index: int) -> bool:
+        """Whether path `index` learns, of any row of this process."""
+        return self._uniform[index].learning
+
     def learning_paths(self) -> list[Path]:
         """Those that learn, paths in eval mode among them, which no plan is for; where ranks draw apart, in sample
         mode, those that learn on any of them, or may, where `join` hasn't told."""

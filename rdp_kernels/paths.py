@@ -23,7 +23,7 @@ from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
 from .plan import drop_path_rates, kept_scale
-from .reference import compute_dtype
+from .reference import compute_dtype, residual_add
 from .rows import RowSet, row_set
 from .tail import Add, Operands
 
@@ -71,6 +71,8 @@ class PathSlot:
         self._index = -1
         self.runner: Runner | None = None
         """What runs the branch in the place of the owner's `run_branch`: compiled, or captured."""
+        self.factors: Factors | None = None
+        """Where the whole model is compiled: what the plan says, as data."""
 
     @property
     def scheme(self) -> ResidualDropPath | None:
@@ -80,7 +82,7 @@ class PathSlot:
         self._scheme, self._index = weakref.ref(scheme), index
 
     def clear(self) -> None:
-        self._scheme = None
+        self._scheme = self.factors = None
 
     def decide(self, x: Tensor) -> Decision | None:
         """The scheme's decision for a call on `x`; None without a scheme, or where no iteration is open."""
@@ -122,6 +124,9 @@ class PathOwner(Protocol):
     ) -> tuple[tuple, dict]:
         """The further arguments with `function` of those that carry a row per sample, `batch_size` of them if given."""
 
+
+Factors = tuple[Tensor, Tensor | None]
+"""What a branch's rows are multiplied by where they learn, and where they are constants, float64 `[]` or `[B]`."""
 
 Runner = Callable[[PathOwner, Tensor, tuple, dict, bool], Tensor]
 """`run_branch` of any owner: owner, x, args, kwargs, normed."""
@@ -193,8 +198,11 @@ def run_path(
     `residual`: what the shortcut gave, where that was computed already."""
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
-    if torch.compiler.is_compiling() and owner.training and owner.slot.scheme is None and owner.drop_prob > 0:
-        return call.masked_in_graph(x)
+    if torch.compiler.is_compiling() and owner.training:
+        if owner.slot.factors is not None:
+            return call.planned_in_graph(x, *owner.slot.factors)
+        if owner.drop_prob > 0 and (owner.slot.scheme is None or owner.slot.scheme.phase is None):
+            return call.masked_in_graph(x)
     return call.run(x, call.decide(x))
 
 
@@ -330,7 +338,22 @@ class PathCall:
         count = self.batch_size if owner.mode == "sample" else 1
         keep = torch.rand(count, device=x.device) >= owner.drop_prob
         row_scale = keep.to(compute_dtype(x)) * kept_scale(owner.drop_prob, owner.scale_by_keep)
-        return self.add(self.residual(x), self.branch(x), row_scale=row_scale.expand(self.batch_size).contiguous())
+        return self.add(self.residual(x), self.branch(x), row_scale=self.for_rows(row_scale, x))
+
+    def planned_in_graph(self, x: Tensor, learning: Tensor, constant: Tensor | None) -> Tensor:
+        """Under `torch.compile`, where no plan may be part of the graph: the branch whole, its rows times `learning`
+        and, as constants, times `constant`; one of the two is 0."""
+        owner, residual, branch = self.owner, self.residual(x), self.branch(x)
+        if constant is not None:
+            gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
+            residual = residual_add(
+                residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim
+            )
+        return self.add(residual, branch, row_scale=self.for_rows(learning, x))
+
+    def for_rows(self, scale: Tensor, x: Tensor) -> Tensor:
+        """One number, or one for each row: the latter, as the ops take it."""
+        return scale.to(compute_dtype(x)).expand(self.batch_size).contiguous()
 
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows: two calls and one add."""

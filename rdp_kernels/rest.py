@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -101,13 +102,15 @@ class Rest:
             stack += reversed(children)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # flags are a graph's own; where the whole model is compiled, gradients are thrown away instead
         if self._outermost is None and module.training and self._is_frozen():
             self._outermost = module
             self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._outermost is module:
+        if not torch.compiler.is_compiling() and self._outermost is module:
             self.release()
 
 

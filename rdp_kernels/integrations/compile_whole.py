@@ -1,0 +1,122 @@
+"""`torch.compile` for a whole model with a scheme: plans are data, so that one graph serves all of them.
+
+The graph has every branch on every row, and multiplies. It is exact and skips no work: `compile_branches` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._device import to_device
+from ..paths import batch_norms_of
+from ..scheme import ResidualDropPath
+
+
+def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) -> nn.Module:
+    """Compiles `model`, whose scheme is `scheme`, whole.
+
+    Args:
+        model: the model that `scheme` was made for.
+        scheme: in block mode, or with `freeze="branch"` or `"none"`.
+        **options: those of `torch.compile`. `fullgraph` is True unless given.
+
+    Returns what `torch.compile` returns, to be called in the model's place: outputs and gradients are those of the
+    scheme for any plan, with one graph. What takes no part in an iteration gets a gradient nevertheless, which hooks
+    throw away: `.grad` stays what it was. Backward goes before the next iteration's forward.
+
+    Raises `ValueError` where that can't be exact: BatchNorm in branches or frozen, single samples frozen with
+    `freeze="parameters"`, a frozen weight that something else shares.
+    """
+    _check(model, scheme)
+    compiled: Any = torch.compile(model, **{"fullgraph": True, **options})
+    plan = _PlanAsData(scheme)
+    compiled.register_forward_pre_hook(plan.hand_over)
+    compiled.register_forward_hook(plan.take_back, always_call=True)
+    return compiled
+
+
+def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
+    if not isinstance(scheme, ResidualDropPath):
+        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
+    if not any(m is scheme._rest._model for m in model.modules()):
+        raise ValueError("model must be, or hold, the one that scheme was made for")
+    rules = scheme._rules
+    for path in scheme.paths:
+        if batch_norms_of(path.module):
+            raise ValueError(
+                f"path {path.name!r}: in a graph every branch runs and would move its BatchNorm's statistics"
+            )
+    if rules.freezes_rest and rules.freeze_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
+    if scheme.mode == "sample" and rules.freeze == "parameters":
+        raise ValueError('weights can\'t be frozen for single samples in a graph: use freeze="branch", or mode="block"')
+    owners = {id(p): "the rest" for p in scheme._rest.parameters} if rules.freezes_rest else {}
+    for path in scheme.paths:
+        for parameter in path.parameters():
+            other = owners.setdefault(id(parameter), path.name)
+            if other != path.name and (rules.freeze == "parameters" or other == "the rest"):
+                raise ValueError(f"a graph can't freeze a parameter of path {path.name!r} that {other} shares")
+
+
+class _PlanAsData:
+    """Hands the plan to the paths for a forward, and finds out whose gradients count."""
+
+    def __init__(self, scheme: ResidualDropPath):
+        self._scheme = weakref.ref(scheme)
+        self._gradients = _Gradients()
+
+    def hand_over(self, module: nn.Module, _: Any) -> None:
+        scheme = self._scheme()
+        iteration = None if scheme is None or not module.training else scheme._open
+        self._gradients.ignored = set()
+        if scheme is None or iteration is None:
+            return
+        scheme._rest.refresh()
+        rest = scheme._rest.parameters
+        rest_learns = iteration.phase == "drop" or not scheme._rules.freezes_rest
+        learning = [p for path in scheme.paths if iteration.learns(path.index) for p in path.parameters()]
+        learning += rest if rest_learns else []
+        known = {id(p): p for p in [*rest, *(p for path in scheme.paths for p in path.parameters())]}
+        self._gradients.ignored = known.keys() - {id(p) for p in learning}
+        self._gradients.watch(known.values())
+        factors = to_device(iteration.factors(), next(iter(known.values())).device)
+        for path, learns, constant in zip(scheme.paths, *factors, strict=True):
+            path.module.slot.factors = (learns, constant) if scheme.freeze == "branch" else (learns + constant, None)
+
+    def take_back(self, *_: Any) -> None:
+        scheme = self._scheme()
+        for path in () if scheme is None else scheme.paths:
+            path.module.slot.factors = None
+
+
+class _Gradients:
+    """Leaves `.grad` of parameters in `ignored` as it is, whatever a backward accumulates."""
+
+    def __init__(self) -> None:
+        self.ignored: set[int] = set()
+        self._set_aside: dict[int, Tensor | None] = {}
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            reference = self._watched.get(id(parameter))
+            if parameter.requires_grad and (reference is None or reference() is not parameter):
+                reference = self._watched[id(parameter)] = weakref.ref(parameter)
+                parameter.register_hook(functools.partial(self._before, reference))
+                parameter.register_post_accumulate_grad_hook(self._after)
+
+    def _before(self, reference: weakref.ref[Tensor], _: Tensor) -> None:
+        parameter = reference()
+        if parameter is not None and id(parameter) in self.ignored:
+            self._set_aside[id(parameter)], parameter.grad = parameter.grad, None
+
+    def _after(self, parameter: Tensor) -> None:
+        if id(parameter) in self._set_aside:
+            parameter.grad = self._set_aside.pop(id(parameter))

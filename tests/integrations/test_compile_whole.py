@@ -1,0 +1,204 @@
+"""Models compiled whole, plans as data, against the scheme on the same model uncompiled; graphs are counted by dynamo."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import rdp_kernels as rdp
+from rdp_kernels.integrations.compile_whole import compile_whole
+
+from .. import nets
+from ..convert import nets as blocks
+from ..test_stacks import Net, assert_same, gradients
+from .test_compile import double
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def pair(plain, backend="eager", **options):
+    net = copy.deepcopy(plain)
+    schemes = [rdp.ResidualDropPath(model, 0.5, seed=3, **options) for model in (plain, net)]
+    return net, compile_whole(net, schemes[1], backend=backend), schemes
+
+
+def compare(plain, x, steps=6, backend="eager", **options):
+    """Gradients are zeroed after every other pair only: what doesn't learn keeps what it had, None or not."""
+    net, compiled, schemes = pair(plain, backend, **options)
+    for step in range(steps):
+        for _ in zip(*(scheme.iterations(len(x)) for scheme in schemes), strict=True):
+            expected, actual = plain(x), compiled(x)
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+            expected.square().sum().backward(), actual.square().sum().backward()
+            assert_same(gradients(net), gradients(plain))
+        if step % 2:
+            plain.zero_grad(), net.zero_grad()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+OPTIONS = [
+    {"mode": "block", "backend": "aot_eager"},
+    {"mode": "block", "freeze": "branch"},
+    {"mode": "sample", "freeze": "branch"},
+    {"mode": "sample", "freeze": "none"},
+    {"mode": "block", "train_rest": True, "scale_by_keep": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_graph_for_all_plans(options):
+    compare(Net(), double(6, 3), 12, **options)
+
+
+@pytest.mark.parametrize("mode", ["block", "sample"])
+def test_shared_branches_and_activations(mode):
+    """Weights of two paths, γ with and without a norm, relu after the add."""
+    compare(nets.tokens_net(), double(4, 3, 5), mode=mode, freeze="branch")
+
+
+@pytest.mark.parametrize("mode", ["block", "sample"])
+def test_converted_blocks(mode):
+    net, x = blocks.tokens_net(blocks.Block, blocks.Shared).double(), blocks.tokens(dtype=torch.float64)
+    rdp.convert(net, example_inputs=x)
+    compare(net, x, mode=mode, freeze="branch")
+
+
+@pytest.mark.slow
+def test_inductor():
+    """Budget: 60 seconds."""
+    compare(Net(), double(6, 3), backend="inductor")
+
+
+def test_several_forwards():
+    """Their losses added up: a path that learns in one of them only."""
+    plain = Net()
+    net, compiled, schemes = pair(plain, mode="sample", freeze="branch")
+    first, second = double(3, 3), double(2, 3)
+    for _ in range(4):
+        for _ in zip(*(scheme.iterations([3, 2]) for scheme in schemes), strict=True):
+            for model in (plain, compiled):
+                (model(first).square().sum() + model(second).square().sum()).backward()
+            assert_same(gradients(net), gradients(plain))
+            plain.zero_grad(), net.zero_grad()
+
+
+def test_an_optimizer_moves_the_same_weights():
+    plain = Net()
+    net, compiled, schemes = pair(plain)
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9, weight_decay=0.1) for m in (plain, net)]
+    x = double(4, 3)
+    for _ in range(4):
+        for _ in zip(*(scheme.iterations() for scheme in schemes), strict=True):
+            for model, optimizer in zip((plain, compiled), optimizers, strict=True):
+                model(x).square().mean().backward()
+                optimizer.step(), optimizer.zero_grad()
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_alternate():
+    plain = Net()
+    net, compiled, schemes = pair(plain)
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3) for m in (plain, net)]
+    for scheme, optimizer in zip(schemes, optimizers, strict=True):
+        scheme.alternate(optimizer)
+    for _ in range(6):
+        x = double(4, 3)
+        for model in (plain, compiled):
+            model(x).square().sum().backward()
+        assert_same(gradients(net), gradients(plain))
+        with pytest.raises(RuntimeError, match="inside an open"):
+            schemes[1].state_dict()
+        for optimizer in optimizers:
+            optimizer.step(), optimizer.zero_grad()
+        assert schemes[1].state_dict() == schemes[0].state_dict()
+
+
+def test_a_model_inside_another():
+    """The wrapper's own parameters are none of the scheme's: they learn always."""
+
+    class WithLoss(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.factor = model, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            return self.factor * self.model(x).square().sum()
+
+    plain, x = WithLoss(Net()), double(4, 3)
+    wrapped = copy.deepcopy(plain)
+    schemes = [rdp.ResidualDropPath(m.model, 0.5) for m in (plain, wrapped)]
+    compiled = compile_whole(wrapped, schemes[1], backend="eager")
+    for _ in zip(*(scheme.iterations() for scheme in schemes), strict=True):
+        for model in (plain, compiled):
+            model(x).backward()
+        assert_same(gradients(wrapped), gradients(plain))
+        assert wrapped.factor.grad is not None
+        plain.zero_grad(), wrapped.zero_grad()
+
+
+def test_without_an_iteration():
+    """Training draws in the graph, everything learns; eval is plain, inside an iteration too."""
+    net = Net()
+    scheme = rdp.ResidualDropPath(net, freeze="branch", seed=3)
+    compiled = compile_whole(net, scheme, backend="eager")
+    x = double(4, 3)
+    for _ in scheme.iterations():
+        compiled(x).sum().backward()
+    net.zero_grad()
+    outputs = [compiled(x) for _ in range(3)]
+    assert not torch.equal(outputs[0], outputs[1]) or not torch.equal(outputs[0], outputs[2])
+    sum(outputs).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    compiled.eval()
+    expected = net(x)
+    with scheme.drop_iteration():
+        torch.testing.assert_close(compiled(x), expected)
+    assert not counters["graph_break"]
+
+
+def test_refusals():
+    def whole(net, **options):
+        return compile_whole(net, rdp.ResidualDropPath(net, 0.5, **options))
+
+    with pytest.raises(ValueError, match='weights can\'t be frozen for single samples in a graph: use freeze="branch"'):
+        whole(Net(), mode="sample")
+    with pytest.raises(ValueError, match="path 'paths.0': in a graph every branch runs and would move its BatchNorm"):
+        whole(nets.batch_norm_net())
+    with pytest.raises(ValueError, match="BatchNorm can't be frozen in a graph: use train_rest=True"):
+        whole(nn.Sequential(nn.BatchNorm1d(4), rdp.ResidualBranch(nn.Linear(4, 4))))
+    with pytest.raises(ValueError, match=r"can't freeze a parameter of path 'paths.3' that paths.1 shares"):
+        net = nets.tied_net()
+        net.paths[2].fn.weight = nn.Parameter(torch.randn(4, 4).double())
+        whole(net)
+    with pytest.raises(ValueError, match=r"can't freeze a parameter of path 'paths.2' that the rest shares"):
+        whole(nets.tied_net(), freeze="branch")
+    net = Net()
+    with pytest.raises(ValueError, match="model must be, or hold, the one that scheme was made for"):
+        compile_whole(Net(), rdp.ResidualDropPath(net))
+    with pytest.raises(TypeError, match="scheme must be a ResidualDropPath, got Net"):
+        compile_whole(net, net)
+
+
+def test_models_do_not_outlive_their_use():
+    net, x = Net(), double(4, 3)
+    scheme = rdp.ResidualDropPath(net, 0.5)
+    compiled = compile_whole(net, scheme, backend="eager")
+    for _ in scheme.iterations():
+        compiled(x).sum().backward()
+    reference = weakref.ref(net)
+    del net, scheme, compiled
+    gc.collect()
+    torch._dynamo.reset()
+    assert reference() is None
