@@ -5,14 +5,16 @@ What a path does, and with it what learns, is decided in Python at each call; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..paths import PathOwner, PathSlot, Runner, parameters_of, paths_of
+from ..frozen import freeze
+from ..paths import PathOwner, PathSlot, Runner, parameters_of, paths_of, places_of
 
 
 def owners_of(model: nn.Module) -> dict[str, PathOwner]:
@@ -40,8 +42,9 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def variant_of(owner: PathOwner, tensors: Iterable[Tensor]) -> str:
-    """What a call of a branch on `tensors` has to compute.
+@dataclass(frozen=True)
+class BranchCall:
+    """A call of a branch in one of its variants, each of which has what requires grad one way.
 
     | variant | gradients |
     |---|---|
@@ -49,11 +52,31 @@ def variant_of(owner: PathOwner, tensors: Iterable[Tensor]) -> str:
     | `"frozen"` | of its input |
     | `"constant"` | none, and saves nothing |
     """
-    if not torch.is_grad_enabled():
-        return "constant"
-    if any(p.requires_grad for p in parameters_of(owner)):
-        return "learning"
-    return "frozen" if any(t.requires_grad for t in tensors) else "constant"
+
+    variant: str
+    owner: PathOwner
+    x: Tensor
+    args: tuple
+    kwargs: dict
+    normed: bool
+
+    @classmethod
+    def of(cls, owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> BranchCall:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters_of(owner)):
+            variant = "learning"
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(x, args, kwargs)):
+            variant = "frozen"
+        else:
+            x, args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (x, args, kwargs))
+            return cls("constant", owner, x, args, kwargs, normed)
+        return cls(variant, owner, x if x.requires_grad else x.detach().requires_grad_(), args, kwargs, normed)
+
+    def run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`function(*args)`, which runs the branch, under the flags of the variant."""
+        if self.variant != "constant":
+            return function(*args)
+        with torch.no_grad(), freeze(places_of(self.owner)):
+            return function(*args)
 
 
 class Runners:

@@ -12,13 +12,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
-from ..frozen import freeze
-from ..paths import PathOwner, own_parameters_of, places_of
-from .branches import Runners, owners_of, tensors_in, variant_of
+from ..paths import PathOwner, own_parameters_of
+from .branches import BranchCall, Runners, owners_of, tensors_in
 
 
 def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> Runners:
@@ -54,21 +52,13 @@ class _CompiledBranch:
         self._functions: dict[Hashable, Callable[..., Tensor]] = {}
 
     def __call__(self, owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
-        variant = variant_of(owner, tensors_in(x, args, kwargs))
-        # What requires grad is part of a graph: each variant has it one way.
-        if variant == "constant":
-            x, args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (x, args, kwargs))
-        elif not x.requires_grad:
-            x = x.detach().requires_grad_()
+        call = BranchCall.of(owner, x, args, kwargs, normed)
         if self._options["dynamic"] is not False:
-            _mark_rows(x)
-            owner.map_rows(_mark_rows, None, args, kwargs)
-        need_grad = [t.requires_grad for t in tensors_in(args, kwargs)]
-        function = self._function(variant, normed, owner.training, *need_grad)
-        if variant != "constant":
-            return function(owner, x, args, kwargs, normed)
-        with torch.no_grad(), freeze(places_of(owner)):
-            return function(owner, x, args, kwargs, normed)
+            _mark_rows(call.x)
+            owner.map_rows(_mark_rows, None, call.args, call.kwargs)
+        need_grad = [t.requires_grad for t in tensors_in(call.args, call.kwargs)]
+        function = self._function(call.variant, normed, owner.training, *need_grad)
+        return call.run(function, owner, call.x, call.args, call.kwargs, normed)
 
     def _function(self, variant: str, *further: Hashable) -> Callable[..., Tensor]:
         """Dynamo counts and compares graphs by code object: each variant has its own, under a name that says so."""

@@ -45,7 +45,7 @@ def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) ->
 def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
     if not isinstance(scheme, ResidualDropPath):
         raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
-    if not any(m is scheme._rest._model for m in model.modules()):
+    if not any(m is scheme._rest.model for m in model.modules()):
         raise ValueError("model must be, or hold, the one that scheme was made for")
     rules = scheme._rules
     for path in scheme.paths:
@@ -57,7 +57,7 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":
         raise ValueError('weights can\'t be frozen for single samples in a graph: use freeze="branch", or mode="block"')
-    owners = {id(p): "the rest" for p in scheme._rest.parameters} if rules.freezes_rest else {}
+    owners = {id(p): "the rest" for p in scheme._rest.parameters()} if rules.freezes_rest else {}
     for path in scheme.paths:
         for parameter in path.parameters():
             other = owners.setdefault(id(parameter), path.name)
@@ -79,7 +79,7 @@ class _PlanAsData:
         if scheme is None or iteration is None:
             return
         scheme._rest.refresh()
-        rest = scheme._rest.parameters
+        rest = scheme._rest.parameters()
         rest_learns = iteration.phase == "drop" or not scheme._rules.freezes_rest
         learning = [p for path in scheme.paths if iteration.learns(path.index) for p in path.parameters()]
         learning += rest if rest_learns else []
