@@ -85,12 +85,7 @@ def train(options: argparse.Namespace) -> float:
     module.scheme = rdp.ResidualDropPath(module, options.drop_prob, seed=options.seed)
     callbacks = [ResidualDropPathCallback(module.scheme)]
 
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(accelerator="cpu", max_epochs=options.epochs, callbacks=callbacks, **quiet)
     trainer.fit(module, loader, test)
     print(f"optimizer steps: {module.scheme.state_dict()['completed']}")

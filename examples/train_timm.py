@@ -1,4 +1,4 @@
-"""Where the scheme goes in timm's train.py: a loop like that one, of timm's own parts, on scikit-learn's digits.
+"""Where the scheme goes in timm's train.py: shown on a loop like that one, with timm's own parts, on the digits.
 
     python examples/train_timm.py --drop-prob 0.3
 

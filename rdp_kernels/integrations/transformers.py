@@ -43,10 +43,13 @@ class _Alternate(TrainerCallback):
     def __init__(self, trainer: Trainer, scheme: ResidualDropPath):
         self._trainer, self._scheme = trainer, scheme
         self._alternation: Alternation | None = None
+        self._checked: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._end()  # of a run that failed, which auto_find_batch_size starts again
-        check_trained(self._trainer.model_wrapped, self._scheme)
+        if self._trainer.model_wrapped is not self._checked:  # else train() is called again
+            self._checked = self._trainer.model_wrapped
+            check_trained(self._checked, self._scheme)
         saved = state.stateful_callbacks.get(KEY)
         if saved is not None:
             self._scheme.load_state_dict(saved)
