@@ -27,10 +27,9 @@ from .plan import (
     plan_generator,
 )
 from .rest import Rest
+from .state import PHASES, BatchSize, State, forwards_of
 
-PHASES = ("drop", "reuse")
 FREEZES = ("parameters", "branch", "none")
-BatchSize = int | Sequence[int] | None
 
 
 class ResidualDropPath:
@@ -190,7 +189,7 @@ class ResidualDropPath:
                 yield "drop"
         elif plan is not None:
             raise ValueError("plan can't be set while the reuse iteration of an earlier plan is pending: call reset()")
-        elif self.mode == "sample" and batch_size is not None and _forwards(batch_size) != self._pending.forwards:
+        elif self.mode == "sample" and batch_size is not None and forwards_of(batch_size) != self._pending.forwards:
             wanted = list(self._pending.forwards)
             raise ValueError(f"batch_size must be {wanted}, that of the pending reuse iteration, got {batch_size}")
         if self._pending is not None:
@@ -244,16 +243,10 @@ class ResidualDropPath:
             raise RuntimeError(f"state_dict() inside an open {self.phase} iteration: call it after the iteration")
         redrawn = self._open is not None and self._open.phase == "drop"  # opened by alternate, which will draw it again
         pending = self._pending if self._open is None else None if redrawn else self._open
-        return {
-            "mode": self.mode,
-            "num_paths": len(self.paths),
-            "seed": self.seed,
-            "drawn": self._drawn - redrawn,
-            "completed": dict(self._completed),
-            "phase": "drop" if pending is None else "reuse",
-            "plan": None if pending is None else pending.plan.state_dict(),
-            "forwards": [] if pending is None else list(pending.forwards),
-        }
+        plan, forwards = (None, ()) if pending is None else (pending.plan, pending.forwards)
+        return State(
+            self.mode, len(self.paths), self.seed, self._drawn - redrawn, self._completed, plan, forwards
+        ).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken: the same plans follow, and a pending reuse iteration is pending again.
@@ -263,25 +256,18 @@ class ResidualDropPath:
         """
         if not self._at_rest():
             raise RuntimeError(f"load_state_dict() inside an open {self.phase} iteration: call it after the iteration")
-        try:
-            mode, num_paths, phase = state["mode"], state["num_paths"], state["phase"]
-            seed, drawn = check_count("seed", state["seed"], -(2**63)), check_count("drawn", state["drawn"])
-            completed = {name: check_count(name, state["completed"][name]) for name in PHASES}
-            plan = None if phase == "drop" else PathPlan.from_state_dict(state["plan"])
-            forwards = _forwards(state["forwards"])
-            check_choice("phase", phase, PHASES)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"state is not from a ResidualDropPath.state_dict(): {error!r}") from error
-        if (mode, num_paths) != (self.mode, len(self.paths)):
+        loaded = State.from_dict(state)
+        if (loaded.mode, loaded.num_paths) != (self.mode, len(self.paths)):
             raise ValueError(
-                f"state must be of mode {self.mode!r} with {len(self.paths)} paths, got mode {mode!r} with {num_paths}"
+                f"state must be of mode {self.mode!r} with {len(self.paths)} paths, got mode {loaded.mode!r} with "
+                f"{loaded.num_paths}"
             )
-        if plan is not None:
-            check_plan(plan, self.paths, self.mode, forwards, self._rules)
+        if loaded.plan is not None:
+            check_plan(loaded.plan, self.paths, self.mode, loaded.forwards, self._rules)
         if self._open is not None:
             self._close(completed=False)
-        self.seed, self._drawn, self._completed = seed, drawn, completed
-        self._pending = None if plan is None else self._iteration("drop", plan, forwards)
+        self.seed, self._drawn, self._completed = loaded.seed, loaded.drawn, dict(loaded.completed)
+        self._pending = None if loaded.plan is None else self._iteration("drop", loaded.plan, loaded.forwards)
         if self._alternation is not None:
             self._open_next()
 
@@ -314,7 +300,7 @@ class ResidualDropPath:
 
     def _drop(self, batch_size: BatchSize, plan: PathPlan | None) -> Iteration:
         self._check_none_open()
-        forwards = () if batch_size is None else _forwards(batch_size)
+        forwards = () if batch_size is None else forwards_of(batch_size)
         if self.mode == "block":
             forwards = ()
         elif batch_size is None:
@@ -415,12 +401,6 @@ class ResidualDropPath:
         keep = torch.cat([draw_sample_keep(drop_probs, size, self.sampling, generator) for size in forwards], dim=1)
         keep[whole] = draw_block_keep([drop_probs[path] for path in whole], self.sampling, generator)[:, None]
         return PathPlan(keep, drop_probs, "sample")
-
-
-def _forwards(batch_size: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
-        return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
-    return (check_count("batch_size", batch_size),)
 
 
 def _in_backward() -> bool:
