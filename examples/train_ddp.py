@@ -1,9 +1,11 @@
 """Trains a small transformer on scikit-learn's digits on one or several processes; nothing is lost when one is killed:
 
-    torchrun --nproc-per-node 2 examples/train_ddp.py                    # DistributedDataParallel
-    torchrun --nproc-per-node 2 --max-restarts 9 examples/train_ddp.py   # goes on by itself when a process dies
-    torchrun --nproc-per-node 4 examples/train_ddp.py --resume           # goes on, on any number of processes
-    python examples/train_ddp.py                                         # one process
+    torchrun --nproc-per-node 2 examples/train_ddp.py            # DistributedDataParallel
+    torchrun --nproc-per-node 4 examples/train_ddp.py --resume   # goes on, on any number of processes
+    python examples/train_ddp.py                                 # one process
+
+With `torchrun --max-restarts 9` it goes on by itself when a process dies. The launcher then needs
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or new processes look for dead ones (pytorch#135712).
 
 A checkpoint every few optimizer steps holds all that the rest depends on, also between the two iterations of a pair: on
 CPUs a run that was killed anywhere and resumed on as many processes ends in the same weights to the bit.

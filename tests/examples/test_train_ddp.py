@@ -99,7 +99,7 @@ def test_wrong_input_gets_one_line(tmp_path, capsys, monkeypatch):
 
 # Two processes, killed
 
-RUN = ("--steps", "300", "--save-every", "7")  # saves in the middle of pairs too
+RUN = ("--steps", "200", "--save-every", "7")  # saves in the middle of pairs too
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,8 @@ def wait_for_checkpoints(folder: Path, number: int) -> bool:
 def test_a_killed_rank_is_restarted_by_the_launcher(whole, tmp_path):
     """Budget: 90 seconds. SIGKILL for one of the ranks, at random moments; `torchrun --max-restarts` does the rest."""
     rng, folder, killed = random.Random(0), tmp_path / "run", []
-    with started(torchrun(SCRIPT, *RUN, "--out", str(folder), options=["--max-restarts=9"])) as launcher:
+    command = torchrun(SCRIPT, *RUN, "--out", str(folder), options=["--max-restarts=9"])
+    with started(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) as launcher:
         for rank in (1, 0, 1):
             if wait_for_checkpoints(folder, rng.randint(1, 6)):
                 time.sleep(rng.uniform(0, 0.05))
@@ -170,9 +171,8 @@ def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_without_a_launcher_the_other_rank_gets_an_error(killed, whole, tmp_path):
-    """Budget: 60 seconds each. Nobody ends the other rank: it ends itself, as it can't reach the one that died. Then
-    the run goes on as a single process, and back on two."""
+def test_without_a_launcher_the_other_rank_gets_an_error(killed, tmp_path):
+    """Budget: 60 seconds each. Nobody ends the other rank: it ends itself, as it can't reach the one that died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -186,4 +186,3 @@ def test_without_a_launcher_the_other_rank_gets_an_error(killed, whole, tmp_path
         out, _ = ranks[1 - killed].communicate(timeout=LIMIT)
     assert ranks[1 - killed].returncode == 1
     assert "RuntimeError" in out
-    assert "Error" in out.splitlines()[-1] or "peer" in out, out
