@@ -162,6 +162,27 @@ def test_gradient_accumulation(mode):
         next(parts, None)
 
 
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_micro_batch_in_which_nothing_learns_has_a_backward(freeze, chain):
+    """Nothing of it was dropped, but something of the other: its loss has a graph, and adds nothing."""
+    net = Net()
+    if chain:
+        net.stages = nn.ModuleList([rdp.ResidualSequence(*(stage[i] for stage in net.stages for i in (1, 2)))])
+    whole = copy.deepcopy(net)
+    keep = torch.ones(6, 5, dtype=torch.bool)
+    keep[1, 0] = keep[4, 1] = False
+    plan, x = rdp.PathPlan(keep, [0.5] * 6, "sample"), torch.randn(5, 3).double()
+    schemes = [rdp.ResidualDropPath(m, mode="sample", freeze=freeze) for m in (net, whole)]
+    phases = zip(*(s.iterations(n, plan=plan) for s, n in zip(schemes, ([2, 3], 5), strict=True)), strict=True)
+    for _ in phases:
+        whole(x).square().sum().backward()
+        for part in x.split([2, 3]):
+            net(part).square().sum().backward()
+        assert_same(gradients(net), gradients(whole))
+        net.zero_grad(), whole.zero_grad()
+
+
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
