@@ -1,5 +1,7 @@
 """Checkpointing, exporting and resuming. What else loops are made of: `tests/integrations/`."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,27 @@ def test_a_path_that_the_user_froze_may_run_without_grad():
             features = net[0](x)
         net[1](features + x).sum().backward()
     assert net[1].fn.weight.grad is not None
+
+
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_micro_batch_in_which_nothing_learns_has_a_backward(freeze, chain):
+    """Nothing of it was dropped, but something of the other: its loss has a graph, and adds nothing."""
+    net = Net()
+    if chain:
+        net.stages = nn.ModuleList([rdp.ResidualSequence(*(stage[i] for stage in net.stages for i in (1, 2)))])
+    whole = copy.deepcopy(net)
+    keep = torch.ones(6, 5, dtype=torch.bool)
+    keep[1, 0] = keep[4, 1] = False
+    plan, x = rdp.PathPlan(keep, [0.5] * 6, "sample"), torch.randn(5, 3).double()
+    schemes = [rdp.ResidualDropPath(m, mode="sample", freeze=freeze) for m in (net, whole)]
+    phases = zip(*(s.iterations(n, plan=plan) for s, n in zip(schemes, ([2, 3], 5), strict=True)), strict=True)
+    for _ in phases:
+        whole(x).square().sum().backward()
+        for part in x.split([2, 3]):
+            net(part).square().sum().backward()
+        assert_same(gradients(net), gradients(whole))
+        net.zero_grad(), whole.zero_grad()
 
 
 @pytest.mark.parametrize("mode", ["block", "sample"])
