@@ -201,8 +201,8 @@ def run_path(
     if torch.compiler.is_compiling() and owner.training:
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
-        if owner.drop_prob > 0 and (owner.slot.scheme is None or owner.slot.scheme.phase is None):
-            return call.masked_in_graph(x)
+        if owner.slot.scheme is None or owner.slot.scheme.phase is None:
+            return call.masked_in_graph(x) if owner.drop_prob > 0 else call.run(x, WHOLE)
     return call.run(x, call.decide(x))
 
 

@@ -6,6 +6,7 @@ which branch runs, on which rows, and whether it learns; what is compiled is the
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 from collections.abc import Callable, Hashable
@@ -44,6 +45,9 @@ def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options
     )
 
 
+_numbers = itertools.count()
+
+
 class _CompiledBranch:
     """Runs a branch, and others that are identical, compiled."""
 
@@ -61,10 +65,10 @@ class _CompiledBranch:
         return call.run(function, owner, call.x, call.args, call.kwargs, normed)
 
     def _function(self, variant: str, *further: Hashable) -> Callable[..., Tensor]:
-        """Dynamo counts and compares graphs by code object: each variant has its own, under a name that says so."""
+        """Dynamo counts graphs by code object, and looks for sizes that change by name: each variant has its own."""
         key = (variant, *further)
         if key not in self._functions:
-            name = re.sub(r"\W", "_", f"{self._name}_{variant}")
+            name = re.sub(r"\W", "_", f"{self._name}_{variant}_{next(_numbers)}")
             code = _run_branch.__code__.replace(co_name=name)
             self._functions[key] = torch.compile(types.FunctionType(code, globals(), name), **self._options)
         return self._functions[key]

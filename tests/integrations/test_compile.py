@@ -67,7 +67,7 @@ def double(*shape):
 
 @pytest.mark.parametrize(
     ("mode", "freeze"),
-    [("block", "parameters"), ("block", "branch"), ("sample", "parameters"), ("sample", "branch"), ("sample", "none")],
+    [("block", "parameters"), ("block", "branch"), ("sample", "parameters"), ("sample", "none")],
 )
 def test_fifty_plans_make_three_graphs(mode, freeze):
     """Six identical branches: learning, frozen, and frozen where no gradient passes."""
@@ -80,22 +80,34 @@ CASES = [
     ("tied", "sample", "branch"),
     ("tokens", "sample", "parameters"),
     ("conv", "block", "parameters"),
-    ("conv", "sample", "branch"),
+    pytest.param("conv", "sample", "branch", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("name", "mode", "freeze"), CASES)
 def test_all_kinds_of_paths(name, mode, freeze):
+    """Budget: 5 seconds."""
     net = compare(nets.NETS[name](), double(6, *nets.INPUTS[name]), mode=mode, freeze=freeze)
     assert graphs() <= 3 * len({path.slot.runner for path in net.paths})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze_bn", [True, False])
 def test_batch_norms_statistics(freeze_bn):
+    """Budget: 5 seconds."""
     plain = nets.batch_norm_net()
     net = compare(plain, double(4, 2, 4, 4), freeze_bn=freeze_bn, backend="aot_eager")
     for value, expected in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    assert graphs() == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["block", "sample"])
+def test_a_norm_that_kernels_would_fuse(mode):
+    """Budget: 15 seconds. Inside the branch, whether it runs on all rows or on some."""
+    with rdp.use_backend("triton"):
+        compare(Net(), double(4, 3), mode=mode)
     assert graphs() == 3
 
 
@@ -107,14 +119,22 @@ def test_a_sequence_hands_over_through_fused_kernels():
     assert graphs() <= 3 * len({path.slot.runner for path in net.paths}) + 3, "a norm may be fused or not"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "freeze"), [("block", "branch"), ("sample", "parameters")])
 def test_converted_blocks(mode, freeze):
-    """Two blocks of each class, four distinct branches."""
+    """Budget: 10 seconds. Two blocks of each class, four distinct branches."""
     net = blocks.tokens_net(blocks.Block, blocks.Shared, blocks.Block, blocks.Shared).double()
     x = blocks.tokens(dtype=torch.float64)
     rdp.convert(net, example_inputs=x)
     compare(net, x, 8, mode=mode, freeze=freeze)
     assert graphs() <= 4 * 3
+
+
+def test_converted_blocks_share_graphs():
+    net, x = blocks.tokens_net(*[blocks.DinoBlock] * 3).double(), blocks.tokens(dtype=torch.float64)
+    rdp.convert(net, drop_prob=0.4, example_inputs=x)
+    compare(net, x, mode="sample", freeze="none")
+    assert graphs() == 2
 
 
 @pytest.mark.parametrize("kept", [range(7), range(6, -1, -1)])
@@ -176,8 +196,10 @@ class Conditioned(nn.Module):
         return y if factor is None else y * factor[:, None]
 
 
-@pytest.mark.parametrize("mode", ["block", "sample"])
+@pytest.mark.parametrize("mode", ["sample", pytest.param("block", marks=pytest.mark.slow)])
 def test_arguments_with_a_row_per_sample(mode):
+    """Budget: 5 seconds."""
+
     class Conditional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -196,8 +218,9 @@ def test_arguments_with_a_row_per_sample(mode):
     assert graphs() <= 3 + 1, "the bias gets a gradient in drop iterations only, which is a learning branch more"
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", ["non-reentrant", pytest.param("reentrant", marks=pytest.mark.slow)])
 def test_checkpointing(kind):
+    """Budget: 5 seconds."""
     compare(Net(kind), double(6, 3).requires_grad_(), mode="sample", backend="aot_eager")
     assert graphs() == (3 if kind == "reentrant" else 2), "what is constant is run without grad first"
 
@@ -233,7 +256,6 @@ def test_without_iterations_and_in_eval():
     with torch._dynamo.config.patch(error_on_recompile=False):
         torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), expected)
     assert graphs() == 4
-    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
     assert scheme.phase is None
 
 
@@ -319,15 +341,14 @@ def test_a_graph_break_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["block", "sample"])
-def test_inductor_on_own_branches(mode):
-    """Budget: 40 seconds. The real compiler, one graph more for each variant."""
-    compare(Net(), double(6, 3), 8, mode=mode, backend="inductor")
+def test_inductor_on_own_branches():
+    """Budget: 30 seconds. The real compiler."""
+    compare(Net(), double(6, 3), 8, mode="sample", backend="inductor")
     assert graphs() == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "freeze"), [("block", "parameters"), ("sample", "branch"), ("sample", "parameters")])
+@pytest.mark.parametrize(("mode", "freeze"), [("sample", "parameters"), ("block", "branch")])
 def test_inductor_on_a_vision_transformer(mode, freeze):
     """Budget: 90 seconds. timm's, converted: eight paths, two distinct branches."""
     if not installed("timm"):
@@ -338,4 +359,4 @@ def test_inductor_on_a_vision_transformer(mode, freeze):
     net = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32, num_classes=5).double().train()
     rdp.convert(net, drop_prob=0.2)
     compare(net, double(5, 3, 32, 32), 6, mode=mode, freeze=freeze, backend="inductor")
-    assert graphs() == (4 if freeze == "branch" else 6)
+    assert graphs() <= 2 * (2 if freeze == "branch" else 3)
