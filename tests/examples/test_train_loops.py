@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from tests.coverage.libraries import installed
 from tests.integrations.loops import isolate
 
 isolated = pytest.fixture(autouse=True)(isolate)
@@ -18,7 +19,8 @@ isolated = pytest.fixture(autouse=True)(isolate)
     ids=["transformers", "accelerate", "lightning", "lightning --pairs", "timm"],
 )
 def test_runs(name, options, capsys):
-    pytest.importorskip(name)
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         example = importlib.import_module(f"examples.train_{name}")
