@@ -213,7 +213,7 @@ def test_resumes_to_the_bit(options, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_killed_and_resumed_in_new_processes(tmp_path):
     """Budget: 60 seconds. SIGKILL as soon as a checkpoint is there."""
-    argv = [sys.executable, str(SCRIPT), "--batch-size", "16", "--epochs", "1", "--save-every", "3", "--out"]
+    argv = [sys.executable, str(SCRIPT), "--batch-size", "64", "--epochs", "1", "--save-every", "5", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*argv, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "killed" / "checkpoint.pt").exists():
