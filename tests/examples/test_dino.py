@@ -145,8 +145,8 @@ def test_the_teacher_is_an_average_without_a_scheme(options):
     for batch in range(3):
         logits, before = run.draw_batch()[3], weights_sha256(run.teacher)
         run.step()
-        if run.record["batches"] == batch:
-            assert weights_sha256(run.teacher) == before
+        if run.scheme is not None and run.scheme.reuse_pending:
+            assert (run.record["batches"], weights_sha256(run.teacher)) == (batch, before)
             run.step()
         weight = 0.02 * (1 + math.cos(math.pi * batch / 5)) / 2
         expected = [(1 - weight) * p + weight * q for p, q in zip(expected, run.student.parameters(), strict=True)]
@@ -213,7 +213,7 @@ def test_resumes_to_the_bit(options, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_killed_and_resumed_in_new_processes(tmp_path):
     """Budget: 60 seconds. SIGKILL as soon as a checkpoint is there."""
-    argv = [sys.executable, str(SCRIPT), "--batch-size", "16", "--epochs", "1", "--save-every", "3", "--out"]
+    argv = [sys.executable, str(SCRIPT), "--batch-size", "64", "--epochs", "1", "--save-every", "5", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*argv, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "killed" / "checkpoint.pt").exists():
