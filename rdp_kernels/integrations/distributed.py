@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -38,7 +38,8 @@ def register(
     timeout: timedelta | None = None,
 ) -> Agreement:
     """Makes `ddp` train by the iterations of `scheme`: gradients are those of one process on the joined batch, what
-    doesn't learn has no gradient on any rank, and isn't sent. Every rank calls it, before the first iteration.
+    doesn't learn has no gradient on any rank, and isn't sent. Every rank calls it, before the first iteration; again
+    for another scheme of the same DDP, or by a loop that is started twice.
 
     Args:
         ddp: built with `find_unused_parameters=True`, by anyone: dropped and frozen parameters are unused ones.
@@ -71,9 +72,13 @@ def register(
                 f"scheme must be of the model in ddp, but that hasn't the parameters of path {path.name!r}"
             )
     agreement = agree(scheme, ddp.process_group, every_iteration=every_iteration, timeout=timeout)
-    sending = _Sending(scheme, ddp.process_group, compress)
-    ddp.register_comm_hook(sending, _send)
-    ddp.register_forward_pre_hook(sending.before_forward)
+    sending = _sending_of.get(ddp)
+    if sending is None:
+        sending = _Sending()
+        ddp.register_comm_hook(sending, _send)
+        ddp.register_forward_pre_hook(sending.before_forward)
+        _sending_of[ddp] = sending
+    sending.follow(scheme, ddp.process_group, compress)
     return agreement
 
 
@@ -119,6 +124,7 @@ class Agreement:
         self.group = dist.new_group(self.ranks, timeout, backend="gloo", use_local_synchronization=True)
         self._scheme, self._every_iteration = weakref.ref(scheme), every_iteration
         self.compare(facts_of(scheme))
+        scheme._on_begin[:] = [call for call in scheme._on_begin if not _is_agreement(call)]
         scheme._on_begin.append(self._begin)
 
     def remove(self) -> None:
@@ -151,6 +157,10 @@ class Agreement:
             return
         self.compare(facts)
         iteration.join(self.gather(iteration.presence()).any(dim=0))
+
+
+def _is_agreement(call: Any) -> bool:
+    return isinstance(getattr(call, "__self__", None), Agreement)
 
 
 def facts_of(scheme: ResidualDropPath) -> Facts:
@@ -209,15 +219,15 @@ class _Sending:
     Settled in the forward, as the backward may come when the iteration is over. A pickle or copy sends everything.
     """
 
-    def __init__(
-        self,
-        scheme: ResidualDropPath | None = None,
-        group: dist.ProcessGroup | None = None,
-        compress: torch.dtype | None = None,
-    ):
-        self._scheme = (lambda: None) if scheme is None else weakref.ref(scheme)
-        self.group, self.compress = group, compress
+    group: dist.ProcessGroup | None = None
+    compress: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        self._scheme: Callable[[], ResidualDropPath | None] = lambda: None
         self.idle: frozenset[int] = frozenset()
+
+    def follow(self, scheme: ResidualDropPath, group: dist.ProcessGroup | None, compress: torch.dtype | None) -> None:
+        self._scheme, self.group, self.compress = weakref.ref(scheme), group, compress
 
     def before_forward(self, ddp: nn.Module, *_: Any) -> None:
         if torch.is_grad_enabled():
@@ -228,6 +238,9 @@ class _Sending:
 
     def __reduce__(self) -> tuple:
         return _Sending, ()
+
+
+_sending_of: weakref.WeakKeyDictionary[DistributedDataParallel, _Sending] = weakref.WeakKeyDictionary()
 
 
 def _send(state, bucket):  # torch looks at annotations and doesn't understand those that are strings

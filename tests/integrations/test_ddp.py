@@ -85,6 +85,24 @@ def test_wrong_arguments_are_named(alone):
     assert not scheme._on_begin
 
 
+def test_a_loop_that_starts_twice_registers_twice(alone):
+    """And another scheme of the same DDP takes the place of the one before."""
+    ddp = DistributedDataParallel(model := net(), find_unused_parameters=True)
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    for _ in range(2):
+        distributed.register(ddp, scheme)
+    assert len(scheme._on_begin) == 1
+    scheme.remove()
+    for keep in ([True, False, True], [False, True, True]):
+        scheme = rdp.ResidualDropPath(model, 0.5)
+        distributed.register(ddp, scheme)
+        with scheme.drop_iteration(plan=rdp.PathPlan(torch.tensor(keep), [0.5] * 3, "block")):
+            ddp(torch.randn(2, 4)).sum().backward()
+            assert [path.module.fn.weight.grad is not None for path in scheme.paths] == keep
+        model.zero_grad()
+        scheme.remove()
+
+
 def test_needs_a_process_group():
     scheme = rdp.ResidualDropPath(model := net(), 0.5)
     with pytest.raises(RuntimeError, match="init_process_group"):
