@@ -51,8 +51,6 @@ class ResidualDropPathCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-        if self._scheme.phase is not None:  # training_step was left inside a pair
-            self._scheme.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return self._scheme.state_dict()

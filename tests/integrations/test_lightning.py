@@ -46,15 +46,18 @@ class Module(L.LightningModule):
         self.scheme = rdp.ResidualDropPath(self, seed=3)
         self.watch = None
 
-    def training_step(self, batch, index):
+    def loss(self, batch):
         if self.global_step == self.fail_at:
             raise ZeroDivisionError
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, index):
         if self.automatic_optimization:
-            return F.cross_entropy(self.net(batch[0]), batch[1])
+            return self.loss(batch)
         optimizer = self.optimizers()
         for _ in self.scheme.iterations():
             optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            self.manual_backward(self.loss(batch))
             optimizer.step()
         return None
 
