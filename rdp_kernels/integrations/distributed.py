@@ -72,7 +72,11 @@ def register(
             )
     agreement = agree(scheme, ddp.process_group, every_iteration=every_iteration, timeout=timeout)
     sending = _Sending(scheme, ddp.process_group, compress)
-    ddp.register_comm_hook(sending, _send)
+    try:
+        ddp.register_comm_hook(sending, _send)
+    except BaseException:
+        agreement.remove()
+        raise
     ddp.register_forward_pre_hook(sending.before_forward)
     return agreement
 
