@@ -75,7 +75,11 @@ def register(
     sending = _sending_of.get(ddp)
     if sending is None:
         sending = _Sending()
-        ddp.register_comm_hook(sending, _send)
+        try:
+            ddp.register_comm_hook(sending, _send)
+        except BaseException:
+            agreement.remove()
+            raise
         ddp.register_forward_pre_hook(sending.before_forward)
         _sending_of[ddp] = sending
     sending.follow(scheme, ddp.process_group, compress)

@@ -80,7 +80,10 @@ def test_wrong_arguments_are_named(alone):
     with pytest.raises(TypeError, match="every_iteration must be"):
         distributed.register(ddp, scheme, every_iteration=1)
     assert not scheme._on_begin
-    distributed.register(ddp, scheme)
+    agreement = distributed.register(ddp, scheme)
+    with pytest.raises(RuntimeError, match="register_comm_hook"):
+        distributed.register(ddp, scheme)
+    assert scheme._on_begin == [agreement._begin]
     scheme.remove()
     assert not scheme._on_begin
 
