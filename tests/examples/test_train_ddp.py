@@ -76,6 +76,7 @@ def test_goes_on_to_the_bit(saves, tmp_path, monkeypatch):
     assert (state["progress"]["steps"], state["scheme"]["phase"]) == (saves, ("drop", "reuse")[saves % 2])
     assert train_ddp.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
     assert_same(content(tmp_path / "parts"), content(tmp_path / "whole"))
+    assert content(tmp_path / "whole")[0]["batches"] == 4, "both iterations of a pair see the same batch"
 
 
 def test_wrong_input_gets_one_line(tmp_path, capsys, monkeypatch):
