@@ -98,7 +98,6 @@ class Iteration:
         learns = self._learns
         if self.forwards:
             forward = self._count_forward(0, recomputing=False)
-            self._calls = [self._calls[0]] * len(self.paths)
             start = sum(self.forwards[:forward])
             learns = learns[:, start : start + self.forwards[forward]]
         scales = [self._whole(index, True).scale for index in range(len(self.paths))]

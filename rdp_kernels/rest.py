@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,6 +31,8 @@ class Rest:
         self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
         self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
         self._owned = {(id(module), name) for path in paths for module, name in path.module.own_parameters()}
+        self.in_graph = False
+        """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
         self._outermost: nn.Module | None = None
         self._freeze: freeze | None = None
         self.refresh()
@@ -102,15 +103,13 @@ class Rest:
             stack += reversed(children)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return  # flags are a graph's own; where the whole model is compiled, gradients are thrown away instead
-        if self._outermost is None and module.training and self._is_frozen():
+        if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
             self._outermost = module
             self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and self._outermost is module:
+        if not self.in_graph and self._outermost is module:
             self.release()
 
 

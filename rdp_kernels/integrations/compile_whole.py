@@ -73,10 +73,13 @@ class _PlanAsData:
         self._gradients = _Gradients()
 
     def hand_over(self, module: nn.Module, _: Any) -> None:
-        scheme = self._scheme()
-        iteration = None if scheme is None or not module.training else scheme._open
         self._gradients.ignored = set()
-        if scheme is None or iteration is None:
+        scheme = self._scheme()
+        if scheme is None:
+            return
+        scheme._rest.in_graph = True
+        iteration = scheme._open if module.training else None
+        if iteration is None:
             return
         scheme._rest.refresh()
         rest = scheme._rest.parameters()
@@ -92,8 +95,10 @@ class _PlanAsData:
 
     def take_back(self, *_: Any) -> None:
         scheme = self._scheme()
-        for path in () if scheme is None else scheme.paths:
-            path.module.slot.factors = None
+        if scheme is not None:
+            scheme._rest.in_graph = False
+            for path in scheme.paths:
+                path.module.slot.factors = None
 
 
 class _Gradients:

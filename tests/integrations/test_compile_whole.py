@@ -173,6 +173,18 @@ def test_without_an_iteration():
     assert not counters["graph_break"]
 
 
+def test_a_model_that_is_compiled_without_being_told_is_slow_but_exact():
+    """Plain `torch.compile`: graphs break at the scheme's decisions, and the rest is frozen all the same."""
+    plain = Net()
+    net = copy.deepcopy(plain)
+    schemes = [rdp.ResidualDropPath(model, 0.5, seed=3) for model in (plain, net)]
+    compiled, x = torch.compile(net, backend="eager"), double(4, 3)
+    for _ in zip(*(scheme.iterations() for scheme in schemes), strict=True):
+        plain(x).square().sum().backward(), compiled(x).square().sum().backward()
+        assert_same(gradients(net), gradients(plain))
+        plain.zero_grad(), net.zero_grad()
+
+
 def test_refusals():
     def whole(net, **options):
         return compile_whole(net, rdp.ResidualDropPath(net, 0.5, **options))

@@ -24,7 +24,7 @@ def graphed(branch, sample, pool):
     parameters = tuple(branch.parameters())
     call, run = branch.call, branch.call.owner.run_branch
     pool.append((call.variant, any(p.requires_grad for p in parameters)))
-    wanted = [p for p in parameters if p.requires_grad]
+    wanted, addresses = [p for p in parameters if p.requires_grad], [p.data_ptr() for p in parameters]
     static_input, static = sample.detach().clone(), {}
 
     def compute():
@@ -40,6 +40,7 @@ def graphed(branch, sample, pool):
         @staticmethod
         def forward(ctx, x, *_):
             assert [id(p) for p in parameters if p.requires_grad] == [id(p) for p in wanted], "captured otherwise"
+            assert [p.data_ptr() for p in parameters] == addresses, "a graph would read what was there before"
             static_input.copy_(x)
             compute()
             return static["buffer"].detach()
@@ -149,6 +150,19 @@ def test_buffers_in_use_are_left_alone(captures):
             assert_same(gradients(net), gradients(plain))
             if step % 2:
                 plain.zero_grad(), net.zero_grad()
+    assert captures
+
+
+def test_gradients_add_up(captures):
+    """What a parameter has for its gradient is the buffer that the next replay overwrites."""
+    plain = Net()
+    net = copy.deepcopy(plain)
+    capture_branches(net)
+    for x in double(3, 4, 3):
+        for model in (plain, net):
+            torch.manual_seed(1)
+            model(x).square().sum().backward()
+        assert_same(gradients(net), gradients(plain))
     assert captures
 
 
