@@ -97,8 +97,9 @@ def test_inductor():
     compare(Net(), double(6, 3), backend="inductor")
 
 
+@pytest.mark.slow
 def test_several_forwards():
-    """Their losses added up: a path that learns in one of them only."""
+    """Budget: 5 seconds. Their losses added up: a path that learns in one of them only."""
     plain = Net()
     net, compiled, schemes = pair(plain, mode="sample", freeze="branch")
     first, second = double(3, 3), double(2, 3)
@@ -173,8 +174,9 @@ def test_without_an_iteration():
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_without_being_told_is_slow_but_exact():
-    """Plain `torch.compile`: graphs break at the scheme's decisions, and the rest is frozen all the same."""
+    """Budget: 10 seconds. Plain `torch.compile`: graphs break at the scheme's decisions, and the rest is frozen all the same."""
     plain = Net()
     net = copy.deepcopy(plain)
     schemes = [rdp.ResidualDropPath(model, 0.5, seed=3) for model in (plain, net)]
