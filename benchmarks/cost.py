@@ -106,7 +106,8 @@ class _Part(nn.Module):
 
 
 def _count(part: nn.Module, x: Tensor, input_grad: bool, weight_grad: bool) -> int:
-    x, frozen = x.detach().requires_grad_(input_grad), () if weight_grad else part.parameters()
+    x = x.detach().requires_grad_(input_grad)
+    frozen = [] if weight_grad else [(module, name) for module in part.modules() for name in module._parameters]
     with FlopCounterMode(display=False) as counter, torch.enable_grad(), freeze(frozen):
         out = part(x)
         if out.requires_grad:
