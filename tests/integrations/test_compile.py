@@ -67,7 +67,7 @@ def double(*shape):
 
 @pytest.mark.parametrize(
     ("mode", "freeze"),
-    [("block", "branch"), ("block", "none"), ("sample", "parameters")],
+    [("block", "parameters"), ("block", "branch"), ("block", "none"), ("sample", "parameters")],
 )
 def test_fifty_plans_make_three_graphs(mode, freeze):
     """Six identical branches: learning, frozen, and frozen where no gradient passes."""
