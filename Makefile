@@ -43,7 +43,6 @@ results: .venv/built
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt timm torchvision # theirs would bring another torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt accelerate lightning transformers
 	RDP_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 

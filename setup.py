@@ -147,7 +147,9 @@ setup(
     extras_require={
         "demo": ["matplotlib", "rich", "scikit-learn", "scipy"],
         "dev": [
+            "accelerate",
             "hypothesis",
+            "lightning",
             "matplotlib",
             "mypy",
             "ninja",
@@ -159,6 +161,7 @@ setup(
             "ruff",
             "scikit-learn",
             "scipy",
+            "transformers",
             "triton",
         ],
         "triton": ["triton"],
