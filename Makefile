@@ -14,7 +14,7 @@ test: .venv/built lint
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compiled
 
 test-all: .venv/built
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=12
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
 	RDP_EXAMPLES=10 $(PYTEST) tests/test_exactness.py tests/kernels -k "equals_the_textbook or against_float64"
 

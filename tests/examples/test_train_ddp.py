@@ -100,7 +100,7 @@ def test_wrong_input_gets_one_line(tmp_path, capsys, monkeypatch):
 
 # Two processes, killed
 
-RUN = ("--steps", "200", "--save-every", "7")  # saves in the middle of pairs too
+RUN = ("--steps", "100", "--save-every", "5")  # saves in the middle of pairs too
 
 
 @pytest.fixture(scope="module")
