@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import rdp_kernels as rdp
 from examples.digits.analysis import weights_sha256
 from examples.digits.command import Problem, add_option, add_run_options, begin_run, display
+from examples.digits.seeds import seed_of
 from examples.digits.storage import Folder, StorageError
 
 INSTALL = "; needed: pip install timm torchvision scikit-learn (with --no-deps, if your torch is to stay)"
@@ -171,7 +172,7 @@ class Training:
     def run_epoch(self, epoch: int, advance: Callable, line: Callable[[str], None]) -> dict[str, Any]:
         """Trains for an epoch, then tests."""
         start, losses, steps = time.perf_counter(), [], {}
-        self.batches.generator.manual_seed((self.record["options"]["seed"] << 32) + epoch)
+        self.batches.generator.manual_seed(seed_of(self.record["options"]["seed"], epoch))
         self.model.train()
         for images, labels in self.batches:
             images, labels = images.to(self.device), labels.to(self.device)

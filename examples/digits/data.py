@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from examples.digits.seeds import seed_of
+
 BATCH_SIZE = 64
 
 
@@ -40,7 +42,7 @@ class Digits:
     def batch(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
         """Batch `number` = 0, 1, ... of the endless shuffled sequence of `seed`: a pure function, so easy to resume."""
         epoch, place = divmod(number, self.batches_per_epoch)
-        generator = torch.Generator().manual_seed((seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         order = torch.randperm(len(self.train_images), generator=generator)
         rows = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE].to(self.train_images.device)
         return self.train_images[rows], self.train_labels[rows]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import rdp_kernels as rdp
 from benchmarks.cost import ModelCost, kept_fractions
 from examples.digits.data import Digits
+from examples.digits.seeds import seed_of
 from examples.models import ResidualClassifier, ResidualMLP, ResNet, ViT
 
 PLAIN, DROP_PATH, EXACT, FROZEN = "plain", "drop-path", "ResidualDroppath", "branch-frozen"
@@ -145,7 +146,7 @@ class Training:
         """Puts a plan drawn apart in the place of the one just carried out: its complement is what reuse trains."""
         assert self.scheme is not None
         drop_probs = [path.drop_prob for path in self.scheme.paths]
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.batches)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.batches))
         shape = (len(drop_probs), batch_size) if self.config.mode == "sample" else (len(drop_probs),)
         keep = torch.rand(shape, generator=generator) >= self.config.drop_prob
         with self.scheme.drop_iteration(batch_size, plan=rdp.PathPlan(keep, drop_probs, self.config.mode)):

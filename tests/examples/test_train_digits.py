@@ -1,5 +1,6 @@
 """The digits example: what it compares is comparable, nothing is lost, and wrong input is refused before it trains."""
 
+import itertools
 import json
 import re
 import signal
@@ -93,6 +94,15 @@ def test_compares_the_methods(model, mode, tmp_path, capsys):
         assert method in printed
     assert str(tmp_path / "report" / "report.html") in printed
     assert "Try next" in printed
+
+
+def test_every_seed_and_epoch_has_an_order_of_its_own(digits):
+    """And one that resuming finds again."""
+    last = digits.batches_per_epoch - 1
+    orders = [[digits.batch(seed, number)[0] for number in (0, last, last + 1)] for seed in (0, 1)]
+    images = [image for order in orders for image in order]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(images, 2))
+    assert torch.equal(digits.batch(1, last + 1)[0], images[-1])
 
 
 def test_validation_leaves_the_test_set_alone():

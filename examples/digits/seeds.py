@@ -1,0 +1,8 @@
+"""Seeds of what the examples draw by themselves: the order of batches, and plans of the controls."""
+
+import hashlib
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers. Hashed, as torch's CPU generator uses the lower 32 bits of its seed only."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "little")
