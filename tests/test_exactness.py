@@ -48,7 +48,7 @@ CASE = given(seed=st.integers(0, 2**31), batch=st.integers(1, 13), p=st.sampled_
 
 
 def examples(number):
-    """In `make test`; `make test-all` runs ten times as many."""
+    """In `make test`; `make test-all` runs four times as many."""
     return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
 
 
