@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import ops
 from ._checks import ACTIVATIONS, check_bool, check_choice, check_probability
 from .norms import has_hooks
-from .paths import PathSlot, run_path
+from .path_call import run_path
+from .paths import PathSlot
 from .plan import MODES
 from .sequence import run_sequence
 

@@ -1,31 +1,21 @@
-"""One path under one decision: the single place where a residual branch is run, skipped, frozen or bypassed.
+"""Paths: what stands for one, where it finds its scheme, which parameters are its own, and the `Decision` about a call.
 
-`ResidualBranch` and the paths of converted blocks call `run_path`. What to do comes as a `Decision`, from the scheme
-whose iteration is open, else from the path's own drop probability.
+How a path is run under a decision stands in `path_call.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._checks import check_residual_add, check_stream
-from ._ranks import world_size
-from .frozen import Place, bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
-from .norms import Norm
-from .ops import direct
-from .ops.tail import run_tail
-from .plan import drop_path_rates, kept_scale
-from .reference import compute_dtype, residual_add
-from .rows import RowSet, row_set
-from .tail import Add, Operands
+from .frozen import Place
+from .plan import drop_path_rates
+from .rows import RowSet
 
 if TYPE_CHECKING:
     from .scheme import ResidualDropPath
@@ -191,216 +181,11 @@ def refuse_batch_norm(paths: Iterable[Path]) -> None:
             raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
 
 
-def run_path(
-    owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
-) -> Tensor:
-    """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
-    `residual`: what the shortcut gave, where that was computed already."""
-    check_stream("x", x)
-    call = PathCall(owner, x.shape[0], args, kwargs, residual)
-    if torch.compiler.is_compiling() and owner.training:
-        if owner.slot.factors is not None:
-            return call.planned_in_graph(x, *owner.slot.factors)
-        if owner.slot.scheme is None or owner.slot.scheme.phase is None:
-            return call.masked_in_graph(x) if owner.drop_prob > 0 else call.run(x, WHOLE)
-    return call.run(x, call.decide(x))
-
-
-class PathCall:
-    """One call of a path with its further arguments."""
-
-    def __init__(
-        self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
-    ):
-        self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
-        self._residual = residual
-
-    def decide(self, x: Tensor) -> Decision:
-        owner = self.owner
-        if not owner.training:
-            return WHOLE
-        decision = owner.slot.decide(x)
-        if decision is not None:
-            return decision
-        drop_prob = owner.drop_prob
-        return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
-
-    def run(self, x: Tensor, decision: Decision) -> Tensor:
-        if not decision.absent:
-            return self.run_here(x, decision)
-        # In the order of the calls that other ranks make: collectives of theirs wait for ours.
-        others = [self.call_for_others(x, decision, learning=False)] if "frozen" in decision.absent else []
-        out = self.run_here(x, decision)
-        if "learning" in decision.absent:
-            gamma = self.owner.gamma
-            others += [self.call_for_others(x, decision, learning=True), *([] if gamma is None else [gamma])]
-        return take_part(out, others)
-
-    def call_for_others(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
-        """The branch on a row of zeros; with BatchNorm, whose statistics ranks may share, on the batch."""
-        rows = None
-        if not batch_norms_of(self.owner):
-            rows = torch.zeros(1, dtype=torch.int64, device=x.device)
-            x = x.new_zeros(1, *x.shape[1:]).requires_grad_(x.requires_grad)
-        return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
-
-    def run_here(self, x: Tensor, decision: Decision) -> Tensor:
-        if decision.rows is not None:
-            return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
-        if decision.learning:
-            return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
-        if decision.frozen:
-            return self.frozen(x, decision)
-        residual = self.residual(x)
-        return residual.relu() if self.owner.activation == "relu" else residual
-
-    def residual(self, x: Tensor) -> Tensor:
-        if self._residual is not None:
-            return self._residual
-        return x if self.owner.shortcut is None else self.owner.shortcut(x)
-
-    def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        args, kwargs = self.args, self.kwargs
-        if rows is not None:
-            args, kwargs = self.owner.map_rows(lambda t: t.index_select(0, rows), self.batch_size, args, kwargs)
-        runner = self.owner.slot.runner
-        single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
-        if runner is None or single or torch.compiler.is_compiling():
-            return self.owner.run_branch(x, args, kwargs, normed)
-        return runner(self.owner, x, args, kwargs, normed)
-
-    def learning_branch(
-        self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
-    ) -> Tensor:
-        if not decision.thaw:
-            return self.branch(x, rows, normed)
-        with requires_grad(decision.thaw, True):
-            return self.branch(x, rows, normed)
-
-    def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        recorded = torch.is_grad_enabled() and decision.freeze != "branch"
-        with self._frozen(decision), torch.set_grad_enabled(recorded):
-            return self.branch(x, rows, normed)
-
-    def needs_all_rows(self, rows: RowSet) -> bool:
-        """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
-        single row is left: torch 2.13's backward of that is wrong on CPUs for a gradient of strides (C, 1, W·C, C)."""
-        batch_norms = batch_norms_of(self.owner)
-        return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
-
-    def add(
-        self,
-        residual: Tensor,
-        branch: Tensor,
-        frozen: Tensor | None = None,
-        rows: RowSet | None = None,
-        scale: float = 1.0,
-        row_scale: Tensor | None = None,
-    ) -> Tensor:
-        owner = self.owner
-        if frozen is None and rows is None and row_scale is None and _is_plain(owner):
-            out = direct.plain_add(residual, branch, scale)
-            if out is not None:
-                return out
-        if frozen is None:
-            index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
-            options = (owner.channel_dim, owner.activation)
-            out = direct.residual_add(residual, branch, owner.gamma, factor, index, *options)
-            if out is not None:
-                return out
-        operands = Operands(residual, branch, frozen, owner.gamma)
-        return run_tail("path", operands, self.checked_add(operands, rows, scale, row_scale)).out
-
-    def checked_add(
-        self, operands: Operands, rows: RowSet | None, scale: float = 1.0, row_scale: Tensor | None = None
-    ) -> Add:
-        """How the branch is added. Raises `ValueError` or `TypeError` where its output doesn't fit."""
-        owner, residual = self.owner, operands.residual
-        options = (row_scale, owner.gamma, owner.channel_dim, owner.activation)
-        check_residual_add(residual, operands.branch, None if rows is None else rows.learning, *options)
-        if operands.frozen is not None and rows is not None:
-            check_residual_add(residual, operands.frozen, rows.frozen, *options)
-        return Add(rows, scale, row_scale, owner.channel_dim, owner.activation)
-
-    def masked(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch whole, dropped rows masked."""
-        rows = decision.rows
-        assert rows is not None
-        if rows.num_frozen:
-            raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
-        row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
-        row_scale.index_fill_(0, rows.learning, decision.scale)
-        return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
-
-    def masked_in_graph(self, x: Tensor) -> Tensor:
-        """Under `torch.compile`: nothing that the host has to know is drawn, so the branch is whole."""
-        owner = self.owner
-        count = self.batch_size if owner.mode == "sample" else 1
-        keep = torch.rand(count, device=x.device) >= owner.drop_prob
-        row_scale = keep.to(compute_dtype(x)) * kept_scale(owner.drop_prob, owner.scale_by_keep)
-        return self.add(self.residual(x), self.branch(x), row_scale=self.for_rows(row_scale, x))
-
-    def planned_in_graph(self, x: Tensor, learning: Tensor, constant: Tensor | None) -> Tensor:
-        """Under `torch.compile`, where no plan may be part of the graph: the branch whole, its rows times `learning`
-        and, as constants, times `constant`; one of the two is 0."""
-        owner, residual, branch = self.owner, self.residual(x), self.branch(x)
-        if constant is not None:
-            gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
-            residual = residual_add(
-                residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim
-            )
-        return self.add(residual, branch, row_scale=self.for_rows(learning, x))
-
-    def for_rows(self, scale: Tensor, x: Tensor) -> Tensor:
-        """One number, or one for each row: the latter, as the ops take it."""
-        return scale.to(compute_dtype(x)).expand(self.batch_size).contiguous()
-
-    def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch on learning and on frozen rows: two calls and one add."""
-        # A runner takes the norm in, so that it makes one thing of a branch on all rows and on some.
-        norm = Norm.of(self.owner.norm, x, decision.thaw) if self.owner.slot.runner is None else Norm()
-        following = norm.following(decision.rows, "frozen" if decision.freeze == "branch" else None)
-        entered = run_tail("path", norm.operands()._replace(residual=x), following=following)
-        updates = self.updates(decision, entered.next, entered.frozen_next, norm.fused)
-        return self.add(self.residual(entered.out), *updates, decision.rows, decision.scale)
-
-    def updates(
-        self, decision: Decision, x: Tensor, x_frozen: Tensor | None, normed: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The branch of its input's learning rows, or of all, and of its frozen rows."""
-        rows = decision.rows
-        if rows is None:
-            run = self.learning_branch if decision.learning else self.frozen_branch
-            return run(x, decision, None, normed), None
-        frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows.frozen, normed)
-        return self.learning_branch(x, decision, rows.learning, normed), frozen
-
-    def frozen(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch whole, frozen or, with `freeze="branch"`, bypassed."""
-        residual = self.residual(x)
-        with self._frozen(decision):
-            if decision.freeze == "branch":
-                return bypass(residual, lambda: self.add(residual, self.branch(x)), self.owner.activation)
-            return self.add(residual, self.branch(x))
-
-    @contextlib.contextmanager
-    def _frozen(self, decision: Decision) -> Iterator[None]:
-        modules = modules_of(self.owner)
-        batch_norms = batch_norms_of(self.owner) if decision.freeze_bn else ()
-        lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
-        with freeze(places_of(self.owner), batch_norms), lean:
-            yield
-
-
 def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
     """What stands for the paths that `module` itself owns, each with its name within the module."""
     if isinstance(getattr(module, "slot", None), PathSlot):
         return [("", module)]  # type: ignore[list-item]
     return list(getattr(module, CONVERTED, ()))
-
-
-def _is_plain(owner: PathOwner) -> bool:
-    return owner.gamma is None and owner.activation is None
 
 
 def parameters_of(owner: PathOwner) -> Iterator[nn.Parameter]:
@@ -426,15 +211,3 @@ def modules_of(owner: PathOwner) -> list[nn.Module]:
 
 def batch_norms_of(owner: PathOwner) -> list[_BatchNorm]:
     return [m for m in modules_of(owner) if isinstance(m, _BatchNorm)]
-
-
-def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:
-    """Ordinary stochastic depth, drawn from torch's global CPU generator."""
-    scale = kept_scale(drop_prob, scale_by_keep)
-    keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
-    kept = int(keep.sum())
-    if kept in (0, len(keep)):
-        # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP average or scatter what all have.
-        absent = ("learning",) if kept == 0 and world_size() > 1 else ()
-        return Decision(learning=kept > 0, scale=scale, absent=absent)
-    return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)

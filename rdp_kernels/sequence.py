@@ -17,7 +17,8 @@ from torch import Tensor
 from ._checks import check_stream
 from .norms import Norm
 from .ops.tail import Tail, library_for
-from .paths import Decision, PathCall
+from .path_call import PathCall
+from .paths import Decision
 from .tail import Add, Next, Operands, Results
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import rdp_kernels as rdp
 import rdp_kernels.iteration
-import rdp_kernels.paths
+import rdp_kernels.path_call
 from rdp_kernels.rows import orders_of
 
 from .coverage.found import CHECKS
@@ -134,12 +134,12 @@ def _other_rows_kept(monkeypatch):
 
 
 def _nothing_frozen(monkeypatch):
-    monkeypatch.setattr(rdp_kernels.paths, "freeze", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda *_: contextlib.nullcontext())
 
 
 def _frozen_batch_norm_learns(monkeypatch):
-    original = rdp_kernels.paths.freeze
-    monkeypatch.setattr(rdp_kernels.paths, "freeze", lambda parameters, batch_norms=(): original(parameters, ()))
+    original = rdp_kernels.path_call.freeze
+    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda parameters, batch_norms=(): original(parameters, ()))
 
 
 def _after_conversion(change):

@@ -10,7 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..drop_paths import mode_of, rate_of, scales_by_keep
-from ..paths import CONVERTED, PathSlot, run_path
+from ..path_call import run_path
+from ..paths import CONVERTED, PathSlot
 from .spec import PathSpec
 
 

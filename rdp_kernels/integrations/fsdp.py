@@ -1,7 +1,8 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): branches as units of their own, and ranks that make the same calls.
 
 fsdp.shard_paths(model)
-scheme = rdp.ResidualDropPath(model, 0.2, seed=seed); fsdp.register(model, scheme)
+scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=seed)
+fsdp.register(model, scheme)
 """
 
 from __future__ import annotations
