@@ -123,9 +123,11 @@ def main(name):
     pairs = zip(net.parameters(), expected.parameters(), strict=True)
     farthest = max(float((p - q).detach().abs().max()) for p, q in pairs)
     assert farthest < 1e-12, farthest
-    print(f"rank {rank} is right")
-    # These loops leave it to the script; gloo's threads abort some of the processes that exit without (pytorch#190489).
-    dist.destroy_process_group()
+    print(f"rank {rank} is right", flush=True)
+    dist.destroy_process_group()  # these loops leave it to the script
+    # Their DDP lives on in reference cycles, and gloo's threads with it, which abort one in twenty processes that
+    # finalise Python meanwhile (pytorch#190489).
+    os._exit(0)
 
 
 if __name__ == "__main__":
