@@ -44,7 +44,7 @@ def test_without_a_command_it_helps(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "step" in printed
-    assert "readme" in printed
+    assert "pages" in printed
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,9 @@ def run_experiment(mode: str, digits: Digits, folder: Folder, state=None, stop_i
     return [{name: result | {"seconds": None} for name, result in seed.items()} for seed in run.finished]
 
 
-@pytest.mark.parametrize("mode", ["block", "sample"])
+@pytest.mark.parametrize("mode", ["block", pytest.param("sample", marks=pytest.mark.slow)])
 def test_resumes_to_the_bit(mode, digits, tmp_path):
-    """Stopped after any round of steps, between the iterations of a pair too, and gone on from what was saved."""
+    """Budget: 30 seconds in sample mode. Stopped after any round of steps, between the iterations of a pair too, and gone on from what was saved."""
     folder = Folder(tmp_path)
     whole = run_experiment(mode, digits, folder)
     for stop_in_round in (0, 3, 9, 10, 16):  # ten rounds a seed
