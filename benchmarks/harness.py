@@ -12,6 +12,7 @@ a busy machine slows all of them, in an order that changes from round to round. 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .machine import Ceilings, Device, facts
 
+CEILINGS_EVERY = 5.0  # seconds
 Row = dict[str, Any]
 """One provider of one case: a line of the CSV. A value that there isn't is None."""
 
@@ -180,6 +182,7 @@ class Session:
     ):
         self.device, self.turns, self.on_round, self.flops, self.more = device, turns, on_round, flops, more
         self._facts, self._ceilings = facts(device), self._measure_ceilings()
+        self._ceilings_at = time.monotonic()
         self._rows: list[Row] = []
 
     @property
@@ -190,7 +193,7 @@ class Session:
     def measure(self, case: Case) -> None:
         """Verifies, counts and times `case`. Interrupted while it times, it keeps the complete rounds."""
         case.verify()
-        self._ceilings = self._ceilings.or_higher(self._measure_ceilings())  # other programs may have lowered the last
+        self._raise_ceilings()
         counted = case.count_flop(self.turns) if self.flops else case.warm_up()
         rounds: list[dict[str, float]] = []
         more: dict[str, Row] = {}
@@ -204,6 +207,12 @@ class Session:
             if rounds:
                 rows = [self._row(case, provider, rounds, counted) for provider in case.providers]
                 self._rows += [row | more.get(row["provider"], {}) for row in rows]
+
+    def _raise_ceilings(self) -> None:
+        """Measures them again, as other programs may have lowered the last; every few seconds is enough."""
+        if time.monotonic() - self._ceilings_at >= CEILINGS_EVERY:
+            self._ceilings = self._ceilings.or_higher(self._measure_ceilings())
+            self._ceilings_at = time.monotonic()
 
     def _measure_ceilings(self) -> Ceilings:
         return self.device.ceilings() if self.flops else Ceilings(0.0, self.device.copy_rate())

@@ -8,13 +8,14 @@ import torch
 
 from .harness import Case
 from .machine import Device
-from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRelu
+from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRelu, ResidualAddRMSNorm
 from .op_kinds import Op, Setting
-from .op_providers import EAGER, Sets, ways_of
+from .op_providers import EAGER, ways_of
 from .op_rows import Chain, GatherRows, Path, ResidualAddNormRows, ResidualAddRows
+from .op_sets import Sets
 
 PASSES = ("forward", "backward", "both")
-DENSE, RELU, NORM = ResidualAdd.name, ResidualAddRelu.name, ResidualAddNorm.name
+DENSE, RELU, NORM, RMS = (op.name for op in (ResidualAdd, ResidualAddRelu, ResidualAddNorm, ResidualAddRMSNorm))
 ROWS, GATHER, PATH, CHAIN, NORM_ROWS = (
     op.name for op in (ResidualAddRows, GatherRows, Path, Chain, ResidualAddNormRows)
 )
@@ -28,6 +29,7 @@ OPS: dict[str, type[Op]] = {
         Path,
         Chain,
         ResidualAddNorm,
+        ResidualAddRMSNorm,
         ResidualAddNormRows,
     )
 }
@@ -35,6 +37,7 @@ MAX_SETS = 32  # of inputs so small that more of them would be in the cache just
 BF16, FP16 = torch.bfloat16, torch.float16
 
 VIT_B, VIT_S, LONG, XFORMERS = (128, 197, 768), (64, 197, 384), (32, 256, 1024), (48, 257, 1536)
+LLAMA = (8, 2048, 2048)
 RESNET = (64, 256, 56, 56)
 CUDA = (
     Setting(DENSE, VIT_B, None, BF16, gamma=False),  # a plain sum, whose backward is nothing
@@ -64,6 +67,8 @@ CUDA = (
     Setting(NORM, VIT_B, 102, BF16),
     Setting(NORM, VIT_S, 51),
     Setting(NORM, LONG, 26, BF16),
+    Setting(RMS, LLAMA, None, BF16, gamma=False),  # a language model's block, which Liger is for
+    Setting(RMS, LLAMA, 6, BF16),
     Setting(NORM_ROWS, VIT_B, 64, BF16),
     Setting(NORM_ROWS, LONG, 16, BF16),
 )
@@ -81,6 +86,7 @@ FULL = (
     Setting(PATH, TOKENS, 16),
     Setting(CHAIN, TOKENS, 16),
     Setting(NORM, SHORT, 51),
+    Setting(RMS, SHORT, None, gamma=False),
     Setting(NORM_ROWS, SHORT, 32),
 )
 TINY = (6, 5, 32)
@@ -94,6 +100,7 @@ QUICK = (
     Setting(PATH, TINY, 3),
     Setting(CHAIN, TINY, 3),
     Setting(NORM, TINY, 4),
+    Setting(RMS, TINY, None, gamma=False),
     Setting(NORM_ROWS, TINY, 3, gamma=False),
 )
 

@@ -11,7 +11,7 @@ import rdp_kernels as rdp
 
 from . import op_bytes
 from .op_bytes import Moved
-from .op_kinds import EPS, Op, Tensors, layer_norm, with_rows
+from .op_kinds import EPS, Op, Tensors, layer_norm, rms_norm, with_rows
 
 
 class ResidualAdd(Op):
@@ -71,22 +71,54 @@ class ResidualAddNorm(Op):
 
     @property
     def needed(self) -> Moved:
-        return op_bytes.norm(self.batch, self.kept, self.batch, self.batch, self.setting.gamma)
+        return op_bytes.norm(self.batch, self.kept, self._dbranch, self.batch, self.setting.gamma)
 
     @property
     def compiled_moves(self) -> Moved:
-        return op_bytes.norm(*[self.batch] * 4, self.setting.gamma)
+        return op_bytes.norm(self.batch, self.batch, self._dbranch, self.batch, self.setting.gamma)
+
+    @property
+    def _dbranch(self) -> int:
+        """Samples of a gradient of its own: with neither mask nor γ the branch's is the stream's."""
+        return 0 if self.setting.kept is None and not self.setting.gamma else self.batch
 
     def inputs(self, number: int) -> Tensors:
         return self.make(number, self.batch, self.batch, vectors=2)
 
     def eager(self, residual, branch, weight, bias, gamma=None):
-        out = residual + self.scaled(branch, gamma) * self.mask
+        out = self.add(residual, branch, gamma)
         return out, F.layer_norm(out, out.shape[-1:], weight, bias, EPS)
 
+    def add(self, residual, branch, gamma=None):
+        branch = self.scaled(branch, gamma)
+        return residual + (branch if self.setting.kept is None else branch * self.mask)
+
     def ours(self, residual, branch, weight, bias, gamma=None):
-        return rdp.residual_add_norm(residual, branch, weight, bias, row_scale=self.row_scale, gamma=gamma, eps=EPS)
+        row_scale = None if self.setting.kept is None else self.row_scale
+        return rdp.residual_add_norm(residual, branch, weight, bias, row_scale=row_scale, gamma=gamma, eps=EPS)
 
     def reference(self, residual, branch, weight, bias, gamma=None):
         out = with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma)[self.rows])
         return out, layer_norm(out, weight, bias)
+
+
+class ResidualAddRMSNorm(ResidualAddNorm):
+    """The same with an RMSNorm, which has no bias: without mask and γ the block of a language model."""
+
+    name = "residual_add_norm rms"
+
+    def inputs(self, number: int) -> Tensors:
+        return self.make(number, self.batch, self.batch, vectors=1)
+
+    def eager(self, residual, branch, weight, gamma=None):
+        out = self.add(residual, branch, gamma)
+        return out, F.rms_norm(out, out.shape[-1:], weight, EPS)
+
+    def ours(self, residual, branch, weight, gamma=None):
+        row_scale = None if self.setting.kept is None else self.row_scale
+        options = {"row_scale": row_scale, "gamma": gamma, "norm": "rms", "eps": EPS}
+        return rdp.residual_add_norm(residual, branch, weight, **options)
+
+    def reference(self, residual, branch, weight, gamma=None):
+        out = with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma)[self.rows])
+        return out, rms_norm(out, weight)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .harness import Row, quotient, scaled
-from .op_dense import ResidualAdd, ResidualAddNorm
+from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRMSNorm
 from .op_providers import EAGER, OURS, OURS_NATIVE
 from .op_rows import ResidualAddNormRows
 
@@ -16,7 +16,7 @@ CPU_FORWARD = {0.8: 2.2, 0.5: 2.5}
 CPU_BOTH = 2.0
 CPU_COMPILED = {1.0: 0.95, 0.5: 1.2}
 """By the share of samples that are kept: how many times as fast as eager, and as the compiled formula."""
-NORMS = (ResidualAddNorm.name, ResidualAddNormRows.name)
+NORMS = (ResidualAddNorm.name, ResidualAddRMSNorm.name, ResidualAddNormRows.name)
 
 
 class Goal(NamedTuple):

@@ -1,4 +1,4 @@
-"""What an op under measurement is: on which tensors, as users write it, as ours, as xFormers', and as it is defined.
+"""What an op under measurement is: on which tensors, as users write it, as ours, and as it is defined.
 
 `eager` is the baseline and, compiled, a second comparator; `reference` writes the definition down with other ops of
 torch and is run in float64. Masks, rows and scales are drawn beforehand: nobody's time counts drawing.
@@ -62,7 +62,6 @@ class Op:
     """What the compiled comparator is called."""
     norm: ClassVar[bool] = False
     num_row_sets: ClassVar[int] = 1
-    has_xformers: ClassVar[bool] = False
 
     def __init__(self, setting: Setting, device: torch.device = CPU):
         self.setting, self.device = setting, device
@@ -106,9 +105,6 @@ class Op:
     def reference(self, *inputs: Tensor) -> Tensors:
         raise NotImplementedError
 
-    def xformers(self, *inputs: Tensor) -> Tensors:
-        raise NotImplementedError
-
     def make(self, number: int, *num_rows: int, vectors: int) -> Tensors:
         """Streams of so many rows, then γ if there is one, and further vectors."""
         setting = self.setting
@@ -136,3 +132,7 @@ def with_rows(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch._dynamo
@@ -19,79 +16,21 @@ import rdp_kernels as rdp
 from .harness import Capture, Check, Provider, told
 from .op_bytes import Moved, count_bytes
 from .op_kinds import Op, Tensors
+from .op_others import Compute, Other, others_of
+from .op_sets import Sets, check_of_draws
 
-EAGER, OURS_EAGER, XFORMERS = "eager", "ours eager", "xformers"
+EAGER, OURS_EAGER = "eager", "ours eager"
 OURS, OURS_NATIVE = "ours triton", "ours native"
 INTERPRETED = "on the CPU only Triton's interpreter runs the kernels, and that isn't timed"
 COMPILER = "inductor"
-TINY = 1e-30
-Compute = Callable[..., Tensors]
-
-
-class Sets:
-    """Sets of inputs, and of gradients of the results, that all providers of a case go through in turn, so that none
-    finds its own in the cache: the next one was used longest ago, whoever used it."""
-
-    def __init__(self, op: Op, count: int):
-        self.op = op
-        self.inputs = [op.inputs(number) for number in range(count)]
-        with torch.no_grad():
-            outs = op.eager(*self.inputs[0])
-        generator = torch.Generator(op.device).manual_seed(count)
-        self.douts = [
-            tuple(torch.empty_like(out).normal_(generator=generator) for out in outs) for _ in range(count)
-        ]  # fmt: skip
-        self._numbers = itertools.cycle(range(count))
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def next(self) -> int:
-        return next(self._numbers)
-
-    @functools.cached_property
-    def wanted(self) -> dict[str, Tensors]:
-        """By pass, what set 0 must give: results, gradients, and both, in float64."""
-        inputs = [t.detach().double().requires_grad_() for t in self.inputs[0]]
-        outs = self.op.reference(*inputs)
-        grads = torch.autograd.grad(outs, inputs, [dout.double() for dout in self.douts[0]])
-        outs = tuple(out.detach() for out in outs)
-        return {"forward": outs, "backward": grads, "both": (*outs, *grads)}
-
-    def check(self, direction: str, results: Tensors, ours: bool = False) -> Check:
-        """That of the tensor which comes closest to its bound; errors as shares of a tensor's largest element.
-
-        The bound: four roundings to the stream's dtype, and those of a float32 sum over all positions, which is what dγ
-        is; they grow like a random walk. On CPUs torch's own LayerNorm sums its weights' gradients in the stream's
-        dtype: others are let off with that, ours aren't.
-        """
-        dtype, shape, wanted = self.op.setting.dtype, self.op.setting.shape, self.wanted[direction]
-        if [t.shape for t in results] != [t.shape for t in wanted]:
-            return Check(math.inf, 0.0)
-        walk = math.sqrt(math.prod(shape) // shape[self.op.channel_dim])
-        bound = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * walk
-        loose = bound + torch.finfo(dtype).eps * walk / 2
-        sums_in_dtype = self.op.norm and not ours
-        checks = [
-            Check(relative_error(got, want), loose if want.dim() == 1 and sums_in_dtype else bound)
-            for got, want in zip(results, wanted, strict=True)
-        ]
-        return next((c for c in checks if not c.passed), None) or max(checks, key=lambda c: c.error / c.bound)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference by the largest wanted element."""
-    if wanted.numel() == 0:
-        return 0.0
-    return ((got.detach().double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(TINY)).item()
 
 
 class Runner:
     """One way to compute an op in each pass. `"backward"` goes through graphs that were made before, again and again;
     each other pass makes its own."""
 
-    def __init__(self, compute: Compute, sets: Sets, ours: bool = False):
-        self.compute, self.sets, self.ours = compute, sets, ours
+    def __init__(self, compute: Compute, sets: Sets, ours: bool = False, draws: bool = False):
+        self.compute, self.sets, self.ours, self.draws = compute, sets, ours, draws
 
     def run(self, direction: str, number: int) -> Tensors:
         """On set `number`."""
@@ -107,19 +46,31 @@ class Runner:
 
     def provider(self, name: str, direction: str, needed: Moved, moved: Moved | None) -> Provider:
         """One pass of it; `needed` by the op and `moved` by this way, in bytes."""
-        sets, check = self.sets, functools.partial(self.sets.check, direction, ours=self.ours)
+        sets = self.sets
         return Provider(
             name,
             run=lambda turn: self.run(direction, sets.next()),
-            verify=lambda: check(self.run(direction, 0)),
+            verify=lambda: self.verify(direction),
             needed_bytes=needed.by(direction),
             columns={"moved_gb": None if moved is None else moved.by(direction) * 1e-9},
             capture=Capture(
                 runs=[functools.partial(self.run, direction, number) for number in range(len(sets))],
-                check=check,
+                check=functools.partial(self.check, direction),
                 kept=[t for tensors in (*sets.inputs, *sets.douts) for t in tensors],
             ),
         )
+
+    def verify(self, direction: str) -> Check:
+        """A backward whose masks are drawn is verified with the forwards that draw them."""
+        if self.draws:
+            drawn = "forward" if direction == "forward" else "both"
+            return check_of_draws(self.sets, drawn, lambda: self.run(drawn, 0))
+        return self.check(direction, self.run(direction, 0))
+
+    def check(self, direction: str, results: Tensors) -> Check:
+        """Of what one run returned."""
+        sets = self.sets.as_drawn(direction, results) if self.draws else self.sets
+        return sets.check(direction, results, self.ours)
 
     @functools.cached_property
     def _graphs(self) -> list[Tensors]:
@@ -167,25 +118,37 @@ def ways_of(op: Op, sets: Sets, interpreted: bool = False) -> list[Way]:
     ways.append(Way(OURS, None if reason else ours, unavailable=reason))
     native, reason = _available(lambda: on_backend("native", op.ours), sets, ours=True)
     ways.append(Way(OURS_NATIVE, native, unavailable=reason))
-    if op.has_xformers:
-        there = find_spec("xformers") is not None
-        others, reason = _available(lambda: op.xformers, sets) if there else (None, "xformers is not installed")
-        ways.append(Way(XFORMERS, others, unavailable=reason))
-    return ways
+    return ways + [_way_of(other, op, sets) for other in others_of(op)]
 
 
-def _counted(ours: Runner) -> Moved | None:
+def _way_of(other: Other, op: Op, sets: Sets) -> Way:
+    reason = other.why_not(op.device)
+    if reason is not None:
+        return Way(other.library, unavailable=reason)
+    runner, reason = _available(lambda: other.make(op), sets, draws=other.draws)
+    if runner is None:
+        return Way(other.library, unavailable=reason)
+    check = runner.verify("both")
+    if not check.passed:  # theirs to mend: what the others of the case do is worth measuring all the same
+        differs = f"differs from the float64 reference by {check.error:.1e}, its bound is {check.bound:.1e}"
+        return Way(other.library, unavailable=differs)
+    return Way(other.library, runner, _counted(runner) if other.draws else None)
+
+
+def _counted(runner: Runner) -> Moved | None:
     try:
-        return ours.count_bytes()
+        return runner.count_bytes()
     except Exception:  # its check will tell
         return None
 
 
-def _available(make: Callable[[], Compute], sets: Sets, ours: bool = False) -> tuple[Runner | None, str | None]:
+def _available(
+    make: Callable[[], Compute], sets: Sets, ours: bool = False, draws: bool = False
+) -> tuple[Runner | None, str | None]:
     """The way that `make()` computes, or why it can't: what others write may fail on what is there, and our compiled
     library serves less on GPUs."""
     try:
-        runner = Runner(make(), sets, ours)
+        runner = Runner(make(), sets, ours, draws)
         runner.run("both", 0)
     except Exception as error:
         return None, told(error)

@@ -23,7 +23,6 @@ class ResidualAddRows(Op):
 
     name = "residual_add rows"
     compiled = "compiled index_add"
-    has_xformers = True
 
     @property
     def needed(self) -> Moved:
@@ -45,16 +44,10 @@ class ResidualAddRows(Op):
     def reference(self, residual, branch, gamma=None):
         return (with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma)),)
 
-    def xformers(self, residual, branch, gamma=None):
-        from xformers.ops import scaled_index_add
-
-        return (scaled_index_add(residual.clone(), self.rows, branch, gamma, self.scale),)
-
 
 class GatherRows(Op):
     name = "gather_rows"
     compiled = "compiled index_select"
-    has_xformers = True
 
     @property
     def needed(self) -> Moved:
@@ -76,17 +69,13 @@ class GatherRows(Op):
     def reference(self, residual):
         return (residual[self.rows],)
 
-    def xformers(self, residual):
-        return (_xformers_gather(residual, self.rows),)
-
 
 class Path(Op):
     """All of a path but its branch: the gather of its rows and, with γ, the add of what the branch made of them, which
     here is given. Out of place, as `ResidualBranch` runs it."""
 
     name = "path"
-    compiled = "compiled index ops"
-    has_xformers = True
+    compiled = "compiled subset"
 
     @property
     def needed(self) -> Moved:
@@ -103,7 +92,7 @@ class Path(Op):
         paths = self.num_row_sets
         return self.make(number, self.batch, *[self.kept] * paths, vectors=(paths - 1) * self.setting.gamma)
 
-    def _paths(self, inputs: Sequence[Tensor]) -> list[tuple]:
+    def paths(self, inputs: Sequence[Tensor]) -> list[tuple]:
         """(rows, branch, γ or None) of each."""
         paths = self.num_row_sets
         branches, gammas = inputs[:paths], list(inputs[paths:]) or [None] * paths
@@ -112,7 +101,7 @@ class Path(Op):
     def eager(self, x, *inputs):
         """In place from the second add on, as the chain: nobody else has the first one's sum."""
         gathered = []
-        for rows, branch, gamma in self._paths(inputs):
+        for rows, branch, gamma in self.paths(inputs):
             add = torch.index_add if not gathered else Tensor.index_add_
             gathered.append(x.index_select(0, rows.index))
             x = add(x, 0, rows.index, self.scaled(branch, gamma), alpha=self.scale)
@@ -124,7 +113,7 @@ class Path(Op):
 
     def _path_by_path(self, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
         gathered = []
-        for rows, branch, gamma in self._paths(inputs):
+        for rows, branch, gamma in self.paths(inputs):
             entered = run_tail("path", Operands(x), following=Next(rows))
             gathered.append(entered.next)
             x = run_tail("path", Operands(entered.out, branch, gamma=gamma), Add(rows, self.scale)).out
@@ -133,7 +122,7 @@ class Path(Op):
     def _chain(self, kernels: ModuleType, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
         """The add of a path with the gather of the next one's rows is one tail, as in `ResidualSequence`."""
         gathered, update, add, tail = [], Operands(), None, None
-        for rows, branch, gamma in self._paths(inputs):
+        for rows, branch, gamma in self.paths(inputs):
             tail = Tail(kernels, add, Next(rows), tail)
             results = tail(update._replace(residual=x))
             gathered.append(results.next)
@@ -142,18 +131,9 @@ class Path(Op):
 
     def reference(self, x, *inputs):
         gathered = []
-        for rows, branch, gamma in self._paths(inputs):
+        for rows, branch, gamma in self.paths(inputs):
             gathered.append(x[rows.index])
             x = with_rows(x, rows.index, self.scale * self.scaled(branch, gamma))
-        return (*gathered, x)
-
-    def xformers(self, x, *inputs):
-        from xformers.ops import scaled_index_add
-
-        gathered = []
-        for rows, branch, gamma in self._paths(inputs):
-            gathered.append(_xformers_gather(x, rows.index))
-            x = scaled_index_add(x if len(gathered) > 1 else x.clone(), rows.index, branch, gamma, self.scale)
         return (*gathered, x)
 
 
@@ -197,9 +177,3 @@ class ResidualAddNormRows(Op):
     def reference(self, residual, branch, weight, bias, gamma=None):
         out = with_rows(residual, self.rows, self.scale * self.scaled(branch, gamma))
         return out, layer_norm(out[self.row_sets[1].index], weight, bias)
-
-
-def _xformers_gather(x: Tensor, rows: Tensor) -> Tensor:
-    from xformers.ops import index_select_cat
-
-    return index_select_cat([x.flatten(1)], [rows]).view(len(rows), *x.shape[1:])

@@ -30,8 +30,9 @@ from .machine import Device
 from .op_dense import ResidualAdd, ResidualAddRelu
 from .op_goals import setting_of
 from .op_kinds import Op, Setting, Tensors
-from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, Sets, why_no_native, why_no_triton
+from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, why_no_native, why_no_triton
 from .op_rows import GatherRows, ResidualAddRows
+from .op_sets import Sets, check_of_draws
 
 NO_GRAD, FORWARD, BOTH = PASSES = ("no grad", "forward", "both")
 SHAPES = ((2, 2), (8, 16, 32))
@@ -39,7 +40,6 @@ FULL_TURNS, QUICK_TURNS = 30, 3
 FULL_CALLS, QUICK_CALLS = 500, 20
 FLOOR = "torch.add"
 DROP_PROB = 0.5
-DRAWS = 8
 MOST_MICROSECONDS, MOST_OF_EAGER = 4.0, 1.0
 """The goals: of a forward without gradients, and of a forward and its backward as a ratio to eager's time."""
 Call = Callable[[], Tensor]
@@ -192,7 +192,6 @@ def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
 def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, backend: str = "auto") -> Provider:
     """One pass of `call`; `backend` is that of ours."""
     inputs, douts = sets.inputs[0], sets.douts[0]
-    check = check_of_draws if isinstance(sets.op, DropPathAdd) else _check
 
     def with_gradients() -> Tensors:
         out = call()
@@ -206,31 +205,17 @@ def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, back
                 results = once()
         return results
 
-    return Provider(name, lambda turn: block(calls), lambda: check(sets, direction, lambda: block(1)))
+    def results() -> Tensors:
+        found = block(1)
+        return found if direction == BOTH else (found,)
 
+    def verify() -> Check:
+        checked = BOTH if direction == BOTH else FORWARD
+        if isinstance(sets.op, DropPathAdd):
+            return check_of_draws(sets, checked, results)
+        return sets.check(checked, results())
 
-def _check(sets: Sets, direction: str, run: Callable[[], Tensors | Tensor]) -> Check:
-    results = run()
-    return sets.check(BOTH, results) if direction == BOTH else sets.check(FORWARD, (results,))
-
-
-def check_of_draws(sets: Sets, direction: str, run: Callable[[], Tensors | Tensor]) -> Check:
-    """The worst of several draws, each against the definition on the rows that it kept, which are those that changed.
-    No bound is kept where every draw keeps everything, or nothing."""
-    checks, shares = [], []
-    for seed in range(DRAWS):
-        torch.manual_seed(seed)
-        results = run()
-        out = results[0] if direction == BOTH else results
-        keep = (out != sets.inputs[0][0]).flatten(1).any(1)
-        shares.append(keep.double().mean().item())
-        drawn = type(sets.op)(sets.op.setting, sets.op.device)
-        drawn.rows, drawn.scale = keep.nonzero().flatten(), 1 / (1 - DROP_PROB)
-        # its inputs are equal, being drawn from the same seed
-        checks.append(_check(Sets(drawn, 1), direction, lambda results=results: results))
-    if not 0 < sum(shares) < DRAWS:
-        return Check(math.inf, 0.0)
-    return next((c for c in checks if not c.passed), None) or max(checks, key=lambda c: c.error / c.bound)
+    return Provider(name, lambda turn: block(calls), verify)
 
 
 # What is shown

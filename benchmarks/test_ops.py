@@ -15,7 +15,8 @@ import pytest
 from .harness import Case
 from .machine import Device, facts, one_thread
 from .op_cases import OPS, PASSES, Setting, op_cases, settings
-from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, XFORMERS
+from .op_others import OTHERS
+from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
 
 SIZE = os.environ.get("RDP_BENCH", "quick")
 TURNS = {"quick": 3, "full": 12}[SIZE]
@@ -28,7 +29,7 @@ CHOICES = [
         OURS_EAGER,
         OURS,
         OURS_NATIVE,
-        *[XFORMERS] * OPS[setting.op].has_xformers,
+        *(other.library for other in OTHERS.get(setting.op, ()) if other.serves(setting)),
     )
 ]
 

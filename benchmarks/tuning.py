@@ -19,7 +19,7 @@ from torch import Tensor
 from rdp_kernels._triton.launch import CONFIGS, Launch, LaunchConfig, architecture
 
 from .harness import told
-from .op_providers import relative_error
+from .op_sets import relative_error
 
 Results = tuple[Tensor, ...]
 Time = Callable[[list[Launch]], float]

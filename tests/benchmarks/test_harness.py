@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks import harness, machine
 from benchmarks.harness import SUMMARY, Case, Check, CheckFailed, Provider, Session, summary, told, turn_order
 from benchmarks.machine import Ceilings, Device
 
@@ -191,6 +191,7 @@ def test_an_interrupt_keeps_complete_rounds(session, clock):
 
 
 def test_shares_are_of_the_highest_ceilings(session, clock, monkeypatch):
+    monkeypatch.setattr(harness, "CEILINGS_EVERY", 0)
     running = session(1)
     case = case_of(provider("A", lambda turn: clock.passes(1), needed_flop=1e9, needed_bytes=1e9))
     for flops, by in ((50e9, 20e9), (200e9, 5e9)):
@@ -198,6 +199,18 @@ def test_shares_are_of_the_highest_ceilings(session, clock, monkeypatch):
         running.measure(case)
     assert [row["flop_share"] for row in running.rows] == pytest.approx([1 / 200] * 2)
     assert [row["byte_share"] for row in running.rows] == pytest.approx([1 / 20] * 2)
+
+
+def test_ceilings_are_not_measured_for_every_case(session, clock, monkeypatch):
+    measured = []
+    monkeypatch.setattr(Device, "ceilings", lambda self: measured.append(1) or Ceilings(100e9, 10e9))
+    running, case = session(1), case_of(provider("A", lambda turn: clock.passes(1)))
+    for _ in range(3):
+        running.measure(case)
+    assert len(measured) == 1
+    monkeypatch.setattr(harness, "CEILINGS_EVERY", 0)
+    running.measure(case)
+    assert len(measured) == 2
 
 
 def test_the_baseline_must_be_there():

@@ -34,7 +34,8 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
     assert {row["op"] for row in rows} == set(OPS)
-    assert len(rows) == 3 * (6 * 5 + 4 * 6), "4 of the 10 settings have xFormers' as well"
+    others = 2 * 2 + 4 + 1 + 2  # timm and torchvision in two dense settings, xFormers, flash-attn; with Liger
+    assert len(rows) == 3 * (11 * 5 + others)
     assert not any("flop" in key for key in rows[0])
     for row in rows:
         if row["unavailable"]:
