@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import rdp_kernels as rdp
 
 from . import command
-from .cases import MODELS, MODES, PROBS, SIZES, Config, scheme_refusal
+from .cases import MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
 from .command import shown
 from .harness import Row, quotient
 from .machine import Device, facts
@@ -46,7 +46,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "memory", help="saved and peak bytes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
+    parser.add_argument(
+        "--model", nargs="+", choices=MODELS, default=tuple(OWN_FULL), help=f"default: {' '.join(OWN_FULL)}"
+    )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
     plans, quick = f"plans of each case; default: {FULL_PLANS}", f"tiny networks, p = 0.5, {QUICK_PLANS} plans"
     command.add_options(parser, plans, f"{quick}: does it run")
@@ -60,7 +62,10 @@ def run(options: argparse.Namespace) -> int:
     console, device = Console(width=command.WIDTH), Device.of(options.device)
     size, plans = ("quick", QUICK_PLANS) if options.quick else ("full", FULL_PLANS)
     choices = itertools.product(options.model, options.mode, PROBS[-1:] if options.quick else PROBS)
-    cases = [MemoryCase(SIZES[size][model], mode, p, {"size": size, "model": model}) for model, mode, p in choices]
+    cases = [
+        MemoryCase(config_of(size, model, device), mode, p, {"size": size, "model": model})
+        for model, mode, p in choices
+    ]
     plans = options.turns or plans
     rows, code = command.measured(
         console, cases, len(cases) * plans, lambda on_round: MemorySession(device, plans, on_round), quick=True
@@ -175,12 +180,13 @@ class MemorySession:
     def measure(self, case: MemoryCase) -> None:
         """Interrupted, it keeps the plans that are complete."""
         device, refusal = self.device.device, scheme_refusal(case.config, case.mode)
-        plans = case.config.plans(self.plans, case.mode, case.drop_prob)
         trainers = {
             kind: case.config.trainer(kind, case.mode, device)
             for kind in TRAINERS
             if refusal is None or not kind.follows_scheme
         }
+        paths = len(trainers[Plain].network.branches)
+        plans = draw_plans(paths, case.config.batch, self.plans, case.mode, case.drop_prob)
         for trainer in trainers.values():
             trainer.train(plans[0])  # makes the optimizer's state
         uses: list[dict[type[Plain], list[Use]]] = []

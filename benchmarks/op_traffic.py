@@ -35,7 +35,7 @@ from .command import shown
 from .harness import CheckFailed, Row, quotient
 from .machine import Device, facts
 from .op_bytes import Moved
-from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, QUICK, RELU, ROWS
+from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, QUICK, RELU, RMS, ROWS
 from .op_goals import setting_of
 from .op_kinds import Setting
 from .op_providers import EAGER, OURS, OURS_EAGER, Runner, Sets, on_backend
@@ -56,6 +56,7 @@ FULL = (
     Setting(PATH, TOKENS, 4),
     Setting(CHAIN, TOKENS, 4),
     Setting(NORM, TOKENS, 6),
+    Setting(RMS, TOKENS, None, gamma=False),
     Setting(NORM_ROWS, TOKENS, 4),
 )
 COUNTED, MODEL = "counted", "model"

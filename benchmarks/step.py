@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from . import command
-from .cases import MODELS, MODES, PROBS, step_case
+from .cases import BF16, DTYPES, MODELS, MODES, PROBS, step_case
 from .command import shown
 from .harness import Row, Session, quotient
 from .machine import Device
@@ -23,16 +25,44 @@ from .pairs import BranchFrozen, Exact, Naive
 FULL_TURNS, QUICK_TURNS = 12, 3
 ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
 OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
+OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
+"""On GPUs, of plain's time: ViT-B, block mode, batch 128, in bf16."""
+
+Probs = dict[str, tuple[float, ...]]
+EVERY: Probs = dict.fromkeys(MODES, PROBS)
+DEFAULTS: dict[str, dict[str, Probs]] = {
+    "cpu": {"vit": EVERY, "resnet": EVERY, "vit-s": {"block": (0.3,), "sample": (0.3,)}},
+    "cuda": {
+        "vit": {"block": (0.3,), "sample": (0.3,)},
+        "resnet": {"block": (0.3,)},
+        "vit-s": {"block": (0.3,)},
+        "vit-b": {"block": PROBS, "sample": (0.3,)},
+        "convnext-t": {"block": (0.3,)},
+        "swin-t": {"block": (0.3,)},
+        "resnet-50": {"block": (0.3,)},
+    },
+    "quick": {
+        "vit": {"block": (0.5,), "sample": (0.5,)},
+        "resnet": {"block": (0.5,), "sample": (0.5,)},
+        "vit-s": {"sample": (0.5,)},
+        "convnext-t": {"block": (0.5,)},
+        "swin-t": {"block": (0.5,)},
+        "resnet-50": {"block": (0.5,)},
+    },
+}
+"""Which p's of which modes of which models are measured if nothing is said."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "step", help="a pair of training steps", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
+    default = "default: a choice for the device"
+    parser.add_argument("--model", nargs="+", choices=MODELS, help=default)
+    parser.add_argument("--mode", nargs="+", choices=MODES, help=default)
+    parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help=f"of dropping; {default}")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
     turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
     command.add_options(parser, turns, f"{quick}: does it run")
     parser.set_defaults(run=run)
@@ -43,17 +73,41 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
-    probs = options.prob or (PROBS[-1:] if options.quick else PROBS)
     turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
-    choices = list(itertools.product(options.model, options.mode, probs))
+    choices = choices_of("quick" if options.quick else options.device, options.model, options.mode, options.prob)
+    autocast = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "float32")]
     size, device = "quick" if options.quick else "full", Device.of(options.device)
-    cases = (step_case(size, *choice, turns, device, options.batch) for choice in choices)
+    if autocast:
+        device = replace(device, dtype=torch.bfloat16)
+    cases = (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices)
     rows, code = command.measured(
-        console, cases, len(choices) * turns, lambda on_round: Session(device, turns, on_round), options.quick
+        console,
+        cases,
+        len(choices) * turns,
+        lambda on_round: Session(device, turns, on_round, quick=options.quick),
+        options.quick,
     )
     if rows:
-        console.print(table_of(rows), *notes_of(rows), *([] if options.quick else verdicts_of(rows)), sep="\n")
+        verdicts = [] if options.quick else VERDICTS[options.device](rows)
+        console.print(table_of(rows), *notes_of(rows), *verdicts, sep="\n")
     return code if command.written(options, rows) else 1
+
+
+def choices_of(
+    key: str,
+    models: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+    probs: Sequence[float] | None = None,
+) -> list[tuple[str, str, float]]:
+    """Model, mode and p of each case: what is asked for, and else `DEFAULTS[key]`, or everything where that has nothing
+    to say of a model or mode."""
+    defaults, every = DEFAULTS[key], PROBS[-1:] if key == "quick" else PROBS
+    choices = []
+    for model in models or defaults:
+        of_model = defaults.get(model, dict.fromkeys(MODES, every))
+        for mode in modes or of_model:
+            choices += [(model, mode, p) for p in probs or of_model.get(mode, every)]
+    return choices
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -93,8 +147,8 @@ def notes_of(rows: list[Row]) -> Iterator[str]:
         yield f"– {', '.join(cases)}: no {', '.join(names)}: {reason}"
 
 
-def verdicts_of(rows: list[Row]) -> Iterator[str]:
-    """The targets, of the rows that are there, with what was measured."""
+def cpu_verdicts(rows: list[Row]) -> Iterator[str]:
+    """The targets of our own ViT, of the rows that are there, with what was measured."""
     vit = {(row["mode"], row["p"], row["provider"]): row for row in rows if row["model"] == "vit"}
     for (mode, p, provider), row in vit.items():
         if provider == Exact.name:
@@ -106,6 +160,19 @@ def verdicts_of(rows: list[Row]) -> Iterator[str]:
             rounds, low = (row[key] / naive[key] for key in ("ratio_rounds", "min_ms"))
             what = f"vit block p=0.5: {provider} takes {rounds:.3f} (min {low:.3f}) of naive"
             yield f"{what}, {_verdict(max(rounds, low), target)}"
+
+
+def gpu_verdicts(rows: list[Row]) -> Iterator[str]:
+    """The targets of timm's ViT-B in bf16, of the rows that are there and were measured."""
+    for row in rows:
+        asked = (row["model"], row["mode"], row["batch"], row["dtype"]) == ("vit-b", "block", 128, BF16)
+        target = OF_PLAIN.get((row["provider"], row["p"]))
+        if asked and target is not None and row["ratio_rounds"] is not None:
+            what = f"{case_of(row)}: {row['provider']} takes {row['ratio_rounds']:.3f} of plain"
+            yield f"{what}, {_verdict(row['ratio_rounds'], target)}"
+
+
+VERDICTS = {"cpu": cpu_verdicts, "cuda": gpu_verdicts}
 
 
 def above_needed(row: Row) -> float | None:

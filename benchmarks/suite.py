@@ -16,11 +16,17 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from . import command, ops, overhead, step
+from . import command, memory, op_traffic, ops, overhead, step
 from .findings import FINDINGS
 from .harness import Row
 
-MEASURING: dict[str, ModuleType] = {"step": step, "ops": ops, "overhead": overhead}
+MEASURING: dict[str, ModuleType] = {
+    "step": step,
+    "memory": memory,
+    "ops": ops,
+    "overhead": overhead,
+    "traffic": op_traffic,
+}
 """By the command's name."""
 INTERRUPTED = 130
 

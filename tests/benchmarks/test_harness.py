@@ -225,7 +225,7 @@ def test_input_sets_exceed_twice_the_cache(bytes_of_one, sets):
 
 
 def test_ceilings_are_measured(monkeypatch):
-    monkeypatch.setattr(machine, "MATMUL_SIZES", (64, 128))
+    monkeypatch.setattr(machine, "MATMUL_SIZES", {"cpu": (64, 128)})
     ceilings = Device(torch.device("cpu"), "", cache_bytes=1 << 16).ceilings()
     assert 1e8 < ceilings.flops < 1e16
     assert 1e7 < ceilings.bytes < 1e14
