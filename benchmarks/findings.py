@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 
 from .harness import Row, quotient
+from .memory import DROP, REUSE
 from .op_goals import setting_of
 from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
 from .pairs import BranchFrozen, DropPath, Exact, Naive
@@ -69,6 +70,37 @@ def call_time(rows: list[Row]) -> str | None:
     return f"{_range([r['p50_us'] for r in ours], '.0f')} µs, {_range([r['ratio_rounds'] for r in ours])} of eager"
 
 
+def kept_bytes(provider: str, iteration: str) -> Answer:
+    """What an iteration saves for its backward, and its peak, as ratios to a plain step's, by mode."""
+
+    def answer(rows: list[Row]) -> str | None:
+        lines = []
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            those = [r for r in rows if (r["mode"], r["provider"], r["iteration"]) == (mode, provider, iteration)]
+            saved, peak = ([r[key] for r in those if r[key] is not None] for key in ("saved_ratio", "peak_ratio"))
+            if saved:
+                lines.append(f"{mode}: saved {_range(saved)}, peak {_range(peak)}")
+        return "\n".join(lines) or None
+
+    return answer
+
+
+def moved_bytes(provider: str) -> Answer:
+    """How many bytes are moved for each one that is needed, by pass."""
+
+    def answer(rows: list[Row]) -> str | None:
+        lines = []
+        for direction in dict.fromkeys(row["pass"] for row in rows):
+            those = [row for row in rows if (row["provider"], row["pass"]) == (provider, direction)]
+            ratios = [row["bytes_ratio"] for row in those if row["bytes_ratio"] is not None]
+            if ratios:
+                least = sum(ratio < 1.005 for ratio in ratios)
+                lines.append(f"{direction}: {_range(ratios)}, no more than needed in {least} of {len(ratios)}")
+        return "\n".join(lines) or None
+
+    return answer
+
+
 def is_compiled(name: str) -> bool:
     return name.startswith(("compiled", "torch.compile"))
 
@@ -85,6 +117,11 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "the exact scheme, done naively = 1": pair_against(Exact.name, Naive.name),
         "the exact scheme, masked drop-path = 1": pair_against(Exact.name, DropPath.name),
     },
+    "memory": {
+        "a drop iteration, plain training = 1": kept_bytes(Exact.name, DROP),
+        "a reuse iteration, exact": kept_bytes(Exact.name, REUSE),
+        "… with frozen branches bypassed": kept_bytes(BranchFrozen.name, REUSE),
+    },
     "ops": {
         "our ops against eager torch": ops_against(lambda name: name == EAGER),
         "… against torch.compile": ops_against(is_compiled),
@@ -92,6 +129,10 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "where we lose": ops_lost,
     },
     "overhead": {"host time of a call, forward and backward": call_time},
+    "traffic": {
+        "bytes that our Triton kernels move, needed = 1": moved_bytes(OURS),
+        "… eager torch": moved_bytes(EAGER),
+    },
 }
 """By command."""
 

@@ -28,6 +28,8 @@ MEASURING: dict[str, ModuleType] = {
     "traffic": op_traffic,
 }
 """By the command's name."""
+ANY_DEVICE = ("traffic",)
+"""What is the same on every device, and has no option for one."""
 INTERRUPTED = 130
 
 
@@ -37,7 +39,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny tensors and networks, few turns: does it run")
     parser.add_argument("--device", type=command.device, default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--out", type=_folder, metavar="FOLDER", help="write COMMAND-DEVICE.csv and .json here")
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        metavar="FOLDER",
+        help="write COMMAND-DEVICE.csv and .json here (traffic.csv: it is the same on all)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,8 +60,13 @@ def run(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name, module in MEASURING.items():
             console.rule(f"[bold]{name}")
-            files = {kind: folder / f"{name}-{options.device}.{kind}" for kind in ("csv", "json")}
-            arguments = [name, "--device", options.device, *["--quick"] * options.quick]
+            on_device = [] if name in ANY_DEVICE else [options.device]
+            files = {kind: folder / f"{'-'.join([name, *on_device])}.{kind}" for kind in ("csv", "json")}
+            arguments = [
+                name,
+                *["--quick"] * options.quick,
+                *(text for kind in on_device for text in ("--device", kind)),
+            ]
             arguments += [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
             files["json"].unlink(missing_ok=True)  # one of an earlier run must not pass for this one's
             start = time.monotonic()

@@ -94,7 +94,8 @@ def test_refuses_what_it_cannot_write_to_or_run_on(tmp_path, capsys):
 
 def test_every_command_that_measures_takes_the_suites_options():
     for name, module in suite.MEASURING.items():
-        options = suite.parsed([module], [name, "--device", "cpu", "--quick", "--csv", "a.csv", "--json", "a.json"])
+        device = [] if name in suite.ANY_DEVICE else ["--device", "cpu"]
+        options = suite.parsed([module], [name, *device, "--quick", "--csv", "a.csv", "--json", "a.json"])
         assert isinstance(options, argparse.Namespace)
         assert set(findings.FINDINGS[name]), name
 
@@ -133,3 +134,15 @@ def test_ops_on_a_gpu_are_compared_by_times_of_the_device_and_with_the_kernels_t
     assert findings.FINDINGS["ops"]["our ops against eager torch"](rows) == "forward: 4.00 × as fast (4.00)"
     rows[1]["unavailable"] = "no GPU"
     assert findings.FINDINGS["ops"]["our ops against eager torch"](rows) == "forward: 10.00 × as fast (10.00)"
+
+
+def test_memory_and_traffic():
+    rows = [
+        {"mode": "block", "provider": "ours exact", "iteration": "reuse", "saved_ratio": ratio, "peak_ratio": 1.0}
+        for ratio in (0.5, 0.25, None)
+    ]
+    assert findings.kept_bytes("ours exact", "reuse")(rows) == "block: saved 0.25 to 0.50, peak 1.00"
+    assert findings.kept_bytes("ours exact", "drop")(rows) is None
+    rows = [{"pass": "forward", "provider": "eager", "bytes_ratio": ratio} for ratio in (1.0, 2.5, None)]
+    assert findings.moved_bytes("eager")(rows) == "forward: 1.00 to 2.50, no more than needed in 1 of 2"
+    assert findings.moved_bytes("ours triton")(rows) is None
