@@ -96,13 +96,16 @@ def table_of(found: dict[str, list[Row]], seconds: dict[str, float], quick: bool
     """What each command found, in a line or two."""
     of_what = " on tiny tensors and networks: does it run" if quick else ""
     row = next((rows[0] for rows in found.values() if rows), None)
-    table = Table(title=f"Findings{of_what}", caption=command.machine_line(row) if row else None, show_lines=True)
+    table = Table(title=f"Findings{of_what}", caption=command.machine_line(row) if row else None)
     for name in ("command", "question", "answer"):
         table.add_column(name)
     for name, took in seconds.items():
+        table.add_section()
         answers = list(answers_of(name, found.get(name, [])))
+        label = f"{name}\n[dim]{took:.0f} s[/dim]"
         for question, answer in answers or [("", "nothing was measured")]:
-            table.add_row(f"{name}\n[dim]{took:.0f} s[/dim]", question, answer)
+            table.add_row(label, question, answer)
+            label = ""
     return table
 
 
