@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import plots
 from .harness import Case, CheckFailed, Row, Session
 from .machine import one_thread
 from .output import writable, write_csv, write_json
+from .plot_style import SUFFIXES, NothingToPlot, plottable
 
 WIDTH = 100
 NO_GPU = "this machine, or this torch, has no cuda device"
@@ -27,6 +29,12 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str) -> None
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
     parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+    name = parser.prog.split()[-1]
+    if name in plots.FIGURES:
+        more = "".join(f", and PATH{ending} beside it" for ending in plots.FIGURES[name] if ending)
+        text = f"draw them here, as {', '.join(SUFFIXES)}{more}"
+        parser.add_argument("--plot", type=plottable, metavar="PATH", help=text)
+    parser.set_defaults(command=name)
 
 
 def measured(
@@ -74,6 +82,13 @@ def written(options: argparse.Namespace, rows: list[Row]) -> bool:
         except OSError as error:
             print(f"can't write {path}: {error.strerror}; what was there is kept", file=sys.stderr)
             complete = False
+    path = getattr(options, "plot", None)
+    try:
+        if path is not None and rows:
+            plots.write(options.command, rows, path)
+    except (OSError, NothingToPlot) as error:
+        print(f"can't draw {path}: {error}", file=sys.stderr)
+        complete = False
     return complete
 
 

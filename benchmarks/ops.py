@@ -1,5 +1,7 @@
-"""`python -m benchmarks ops`: each op and its passes, ours against eager torch, compiled torch and, where they have
-such an op and are installed, xFormers, flash-attn, Liger, timm and torchvision; the last two draw masks in that time.
+"""`python -m benchmarks ops`: each op and its passes, ours against eager torch, compiled torch and other libraries.
+
+Those are xFormers, flash-attn, Liger, timm and torchvision, where they are installed and have such an op; the last two
+draw their masks in the time that is measured.
 
 GB/s are of the bytes that the op needs, whoever computes it: each needed byte of the big tensors once. "of copy" is the
 share of the bandwidth that a copy reaches in the same run. "bytes" is what a provider moves by its formula, as a ratio

@@ -1,0 +1,243 @@
+"""Figures of rows, as they were measured or read back from a CSV, where every value is text.
+
+save(step_cost(rows), Path("step.svg"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .op_goals import setting_of
+from .op_providers import OURS, OURS_NATIVE
+from .pairs import BranchFrozen, Exact
+from .plot_style import (
+    COLOURS,
+    MARKERS,
+    NothingToPlot,
+    Rows,
+    complete,
+    figure_of,
+    legend,
+    log_axis,
+    read_rows,
+    save,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TINY = "tiny"  # the network of nothing but paths
+PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+
+
+@styled
+def ratio_bars(rows: Rows) -> Figure:
+    """Of `ops`: how many times as fast as each of the others ours is, by the median of the turns' ratios (on a GPU by
+    the device's times); a mark has the ratio of the fastest turns."""
+    rows = complete(rows, "op", "shape", "pass", "provider", "to_eager", "ratio_min")
+    cases: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault((row["pass"], setting_of(row)), {})[row["provider"]] = row
+    bars = []  # (pass, setting, the other's name, ours, the other's)
+    for (direction, setting), providers in cases.items():
+        ours = providers.get(OURS) or providers.get(OURS_NATIVE)
+        others = [row for name, row in providers.items() if ours and not name.startswith("ours")]
+        bars += [(direction, setting, _short(row["provider"]), ours, row) for row in others]
+    if not bars:
+        raise NothingToPlot("no row of ours has one of another provider beside it")
+    settings, others = (list(dict.fromkeys(bar[place] for bar in bars)) for place in (1, 2))
+    passes = [direction for direction in ("forward", "both") if any(bar[0] == direction for bar in bars)]
+    passes = passes or ["backward"]
+    width = 0.84 / len(others)
+    size = (10, 1.4 + 0.12 * (len(others) + 1) * len(settings))
+    figure, axes = figure_of(rows, "How many times as fast ours is", len(passes), size)
+    for axis, direction in zip(axes, passes, strict=True):
+        for _, setting, other, ours, row in (bar for bar in bars if bar[0] == direction):
+            number = others.index(other)
+            y, ratio = settings.index(setting) + (number + 0.5) * width - 0.42, row["to_eager"] / ours["to_eager"]
+            axis.barh(y, ratio - 1, 0.9 * width, left=1, color=COLOURS[number])
+            if ours.get("device_ms") is None:
+                axis.plot(row["ratio_min"] / ours["ratio_min"], y, "|", color="black", markersize=5)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=PASSES[direction], xlabel="their time / our time", xscale="log")
+        axis.set_xlim(min(axis.get_xlim()[0], 0.8), max(axis.get_xlim()[1], 1.25))
+        log_axis(axis, "x", (1, 1.5, 2, 3, 5))
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(settings)), settings, fontsize=7)
+    axes[0].set_ylim(len(settings) - 0.5, -0.5)
+    entries = [(f"{other} / ours", COLOURS[number], "s") for number, other in enumerate(others)]
+    legend(figure, [*entries, ("by the fastest turns", "black", "|")])
+    return figure
+
+
+@styled
+def roofline(rows: Rows) -> Figure:
+    """What is reached of the machine's ceilings: of `step` FLOP/s by FLOPs per byte, of `ops`, which compute next to
+    nothing, bytes/s by bytes. Both as needed: what a provider does in vain doesn't count."""
+    return _step_roofline(rows) if rows and "needed_gflop" in rows[0] else _op_roofline(rows)
+
+
+def _step_roofline(rows: Rows) -> Figure:
+    rows = complete(rows, "needed_gflop", "needed_gb", "p50_ms", "ceiling_gflops", "ceiling_gbs", "model", "provider")
+    figure, (axis,) = figure_of(rows, "Roofline of pairs of steps, of needed FLOPs and bytes", 1, (8, 5))
+    providers, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("provider", "model"))
+    for row in rows:
+        axis.plot(
+            row["needed_gflop"] / row["needed_gb"],
+            row["needed_gflop"] / row["p50_ms"] * 1e3,
+            MARKERS[models.index(row["model"]) % len(MARKERS)],
+            color=COLOURS[providers.index(row["provider"]) % len(COLOURS)],
+            markersize=5,
+        )
+    flops, bandwidth = (max(row[key] for row in rows) for key in ("ceiling_gflops", "ceiling_gbs"))
+    knee = flops / bandwidth
+    ends = min(knee / 4, axis.get_xlim()[0]), max(knee * 4, axis.get_xlim()[1])
+    axis.plot([ends[0], knee, ends[1]], [ends[0] * bandwidth, flops, flops], color="black", linewidth=1)
+    axis.annotate(f"matmul: {flops:.0f} GFLOP/s", (ends[1], flops), (0, 4), textcoords="offset points", ha="right")
+    axis.annotate(f"copy: {bandwidth:.0f} GB/s", (ends[0], ends[0] * bandwidth), (6, -6), textcoords="offset points")
+    axis.set(xlabel="needed FLOP per byte", ylabel="needed GFLOP/s reached")
+    log_axis(axis, "x")
+    log_axis(axis, "y")
+    entries = [(provider, COLOURS[number % len(COLOURS)], "s") for number, provider in enumerate(providers)]
+    legend(figure, entries + [(model, "black", MARKERS[number]) for number, model in enumerate(models)])
+    return figure
+
+
+def _op_roofline(rows: Rows) -> Figure:
+    rows = complete(rows, "needed_gb", "gbs", "ceiling_gbs", "pass", "provider")
+    passes = [direction for direction in PASSES if any(row["pass"] == direction for row in rows)]
+    figure, axes = figure_of(rows, "Bandwidth of needed bytes", len(passes), (10, 4.2))
+    providers = list(dict.fromkeys(_short(row["provider"]) for row in rows))
+    ceiling = max(row["ceiling_gbs"] for row in rows)
+    for axis, direction in zip(axes, passes, strict=True):
+        for number, provider in enumerate(providers):
+            those = [r for r in rows if r["pass"] == direction and _short(r["provider"]) == provider]
+            axis.plot(
+                [1e3 * row["needed_gb"] for row in those],
+                [row["gbs"] for row in those],
+                MARKERS[number % len(MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                markersize=4,
+            )
+        axis.axhline(ceiling, color="black", linewidth=1)
+        axis.set(title=PASSES[direction], xlabel="needed bytes, MB")
+        log_axis(axis, "x")
+    axes[0].set(ylabel="needed GB/s reached", ylim=(0, None))
+    axes[0].annotate(f"copy: {ceiling:.0f} GB/s", (0.02, ceiling), (0, 3), ("axes fraction", "data"), "offset points")
+    legend(figure, [(name, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(providers)])
+    return figure
+
+
+@styled
+def step_cost(rows: Rows) -> Figure:
+    """Of `step`: what a pair of iterations needs, counts and takes as ratios to plain training; a mark has the ratio of
+    the fastest turns."""
+    keys = ("needed_ratio", "counted_ratio", "ratio_rounds")
+    rows = complete(rows, "model", "mode", "p", "provider", "ratio_min", *keys)
+    shown = {name: [row for row in rows if row["provider"] == name] for name in (Exact.name, BranchFrozen.name)}
+    cases = list(dict.fromkeys(_case(row) for those in shown.values() for row in those))
+    if not cases:
+        raise NothingToPlot(f"no row of {Exact.name} or {BranchFrozen.name}")
+    figure, axes = figure_of(rows, "Cost of a pair of steps, of plain training's", 2, (10, 4))
+    for axis, (name, those) in zip(axes, shown.items(), strict=True):
+        for row in those:
+            for number, key in enumerate(keys):
+                x = cases.index(_case(row)) + 0.27 * (number - 1)
+                axis.bar(x, row[key], 0.25, color=COLOURS[number])
+            axis.plot(x, row["ratio_min"], "_", color="black", markersize=6)
+        _ratio_axis(axis, cases, name)
+    axes[0].set_ylabel("ratio to plain")
+    entries = [(what, COLOURS[n], "s") for n, what in enumerate(("needed FLOPs", "counted FLOPs", "time"))]
+    legend(figure, [*entries, ("time by the fastest turns", "black", "_")])
+    return figure
+
+
+@styled
+def memory_bars(rows: Rows) -> Figure:
+    """Of `memory`: what our iterations keep for their backward and the most they allocate, as ratios to a plain step;
+    means over the plans, with a mark for the largest."""
+    rows = complete(rows, "model", "mode", "p", "provider", "iteration", "saved_ratio", "peak_ratio")
+    rows = [row for row in rows if row["provider"] in (Exact.name, BranchFrozen.name)]
+    if not rows:
+        raise NothingToPlot(f"no row of {Exact.name} or {BranchFrozen.name}")
+    cases = list(dict.fromkeys(map(_case, rows)))
+    kinds = list(dict.fromkeys(f"{row['provider']}, {row['iteration']}" for row in rows))
+    figure, axes = figure_of(rows, "Memory of an iteration, of a plain step's", 2, (10, 4))
+    for axis, what in zip(axes, ("saved", "peak"), strict=True):
+        for row in rows:
+            number = kinds.index(f"{row['provider']}, {row['iteration']}")
+            x = cases.index(_case(row)) + 0.8 / len(kinds) * (number + 0.5) - 0.4
+            axis.bar(x, row[f"{what}_ratio"], 0.72 / len(kinds), color=COLOURS[number])
+            axis.plot(x, row[f"{what}_max_ratio"], "_", color="black", markersize=5)
+        _ratio_axis(axis, cases, {"saved": "saved for the backward", "peak": "largest allocation"}[what])
+    axes[0].set_ylabel("ratio to plain")
+    legend(figure, [*((kind, COLOURS[n], "s") for n, kind in enumerate(kinds)), ("largest of the plans", "black", "_")])
+    return figure
+
+
+@styled
+def scaling_lines(rows: Rows) -> Figure:
+    """Of `scaling`: the time of a pair of iterations over paths that do next to nothing, by how many they are."""
+    rows = [row for row in complete(rows, "paths", "mode", "provider", "p50_ms") if row.get("network", TINY) == TINY]
+    if not rows:
+        raise NothingToPlot("no row of paths alone")
+    modes, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "provider"))
+    figure, axes = figure_of(rows, "A pair of iterations by the number of paths", len(modes), (10, 4))
+    for axis, mode in zip(axes, modes, strict=True):
+        for number, provider in enumerate(providers):
+            line = sorted((r["paths"], r["p50_ms"]) for r in rows if (r["mode"], r["provider"]) == (mode, provider))
+            axis.plot(*zip(*line, strict=True), f"-{MARKERS[number]}", color=COLOURS[number], markersize=4)
+        axis.set(title=f"{mode} mode", xlabel="paths")
+        log_axis(axis, "x")
+        log_axis(axis, "y")
+    axes[0].set_ylabel("ms")
+    legend(figure, [(name, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(providers)])
+    return figure
+
+
+def _short(provider: str) -> str:
+    """All compiled formulas are one comparator."""
+    return "compiled" if provider.startswith(("compiled", "torch.compile")) else provider
+
+
+def _case(row: dict) -> str:
+    return f"{row['model']}\n{row['mode']}\n{row['p']:g}"
+
+
+def _ratio_axis(axis: Axes, cases: list[str], title: str) -> None:
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(title=title, xlabel="model, mode, p")
+    axis.set_xticks(range(len(cases)), cases, fontsize=7)
+    axis.grid(axis="x", visible=False)
+
+
+# Files
+
+
+FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
+    "ops": {"": ratio_bars, "-roofline": roofline},
+    "step": {"": step_cost, "-roofline": roofline},
+    "memory": {"": memory_bars},
+    "scaling": {"": scaling_lines},
+}
+"""By command what is drawn of its rows, and what the name of that file ends with."""
+
+
+def plots_of_results(results: Path) -> dict[str, Figure]:
+    """A figure by name, for example `step-cpu-roofline`, for each CSV in `results` whose command has some."""
+    figures = {}
+    for path in sorted(results.glob("*.csv")):
+        rows = read_rows(path)
+        for ending, draw in FIGURES.get(path.stem.partition("-")[0], {}).items():
+            figures[path.stem + ending] = draw(rows)
+    return figures
+
+
+def write(command: str, rows: Rows, path: Path) -> None:
+    """A command's first figure at `path`, the others beside it."""
+    for ending, draw in FIGURES[command].items():
+        save(draw(rows), path.with_stem(path.stem + ending))
