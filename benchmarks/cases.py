@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -123,8 +123,17 @@ DTYPES = {"float32": False, "bf16": True}
 """Whether steps run under autocast; weights are float32 in any case."""
 
 
-def config_of(size: str, model: str, device: Device) -> Config:
-    return QUICK[model] if size == "quick" else FULL[device.device.type][model]
+def config_of(size: str, model: str, device: Device, batch: int | None = None) -> Config:
+    """`batch`: in the place of the size's own."""
+    config = QUICK[model] if size == "quick" else FULL[device.device.type][model]
+    return config if batch is None else replace(config, batch=batch)
+
+
+def labels_of(
+    size: str, model: str, config: Config, mode: str, drop_prob: float, autocast: bool, work: str
+) -> dict[str, Any]:
+    labels = {"work": work, "size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
+    return labels | {"dtype": BF16 if autocast else "float32"}
 
 
 def needs_of(network: Network, images: Tensor) -> tuple[Needs | None, Needs | None]:
@@ -153,10 +162,8 @@ def step_case(
         autocast: in bf16 where autocast says so.
     """
     device = device or Device.of("cpu")
-    config = config_of(size, model, device)
-    config = config if batch is None else replace(config, batch=batch)
-    labels = {"size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
-    labels |= {"dtype": BF16 if autocast else "float32", "work": "scheme"}
+    config = config_of(size, model, device, batch)
+    labels = labels_of(size, model, config, mode, drop_prob, autocast, "scheme")
     reason = unavailable(model)
     if reason is not None:
         return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in TRAINERS])
@@ -171,16 +178,12 @@ def step_case(
             return Provider.missing(kind.name, refusal)
         trainer = config.trainer(kind, mode, device.device, autocast)
 
-        def run(turn: int) -> None:
-            trainer.images, trainer.labels = batches[turn % len(batches)]
-            trainer.train(plans[turn % len(plans)])
-
         def needed(per: Needs | None) -> float | None:
             return None if per is None else statistics.mean(kind.needs(per, fractions) for fractions in kept)
 
         return Provider(
             kind.name,
-            run=run,
+            run=turn_of(trainer, batches, plans),
             verify=lambda: verify(kind, model, mode, drop_prob, device.device),
             needed_flop=needed(cost),
             needed_bytes=needed(traffic),
@@ -188,6 +191,18 @@ def step_case(
         )
 
     return Case(labels, UNIT, Plain.name, [provider(kind) for kind in TRAINERS])
+
+
+def turn_of(
+    trainer: Plain, batches: Sequence[tuple[Tensor, Tensor]], plans: Sequence[rdp.PathPlan | None]
+) -> Callable[[int], None]:
+    """What trains on the batch and the plan of a turn."""
+
+    def run(turn: int) -> None:
+        trainer.images, trainer.labels = batches[turn % len(batches)]
+        trainer.train(plans[turn % len(plans)])
+
+    return run
 
 
 def unavailable(model: str) -> str | None:
