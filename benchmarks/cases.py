@@ -27,6 +27,7 @@ from .traffic import Traffic
 MODES, PROBS = ("block", "sample"), (0.1, 0.3, 0.5)
 BOUND = 1e-10  # of the largest error, in float64
 VERIFIED_PLANS = 3
+PLANS = 6  # that turns take one after the other: counting the FLOPs of more would take as long as timing
 UNIT = "pair of steps"
 CPU = torch.device("cpu")
 SEED = 0
@@ -153,7 +154,7 @@ def step_case(
     batch: int | None = None,
     autocast: bool = False,
 ) -> Case:
-    """One row group of the table: turn i of every provider is a pair of steps on plan i.
+    """One row group of the table: turn i of every provider is a pair of steps on the same plan.
 
     Args:
         size: `"full"` or `"quick"`; verification has a size of its own.
@@ -168,7 +169,7 @@ def step_case(
     if reason is not None:
         return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in TRAINERS])
     batches, built = config.batches(device), config.network(device.device)
-    plans = draw_plans(len(built.branches), config.batch, turns, mode, drop_prob)
+    plans = draw_plans(len(built.branches), config.batch, min(turns, PLANS), mode, drop_prob)
     kept = [computed_fractions(built, plan) for plan in plans]
     cost, traffic = needs_of(built, batches[0][0])
     refusal = scheme_refusal(model, mode)
@@ -188,6 +189,7 @@ def step_case(
             needed_flop=needed(cost),
             needed_bytes=needed(traffic),
             minimal=kind.minimal and cost is not None,
+            period=len(plans) if kind.follows_scheme else 1,
         )
 
     return Case(labels, UNIT, Plain.name, [provider(kind) for kind in TRAINERS])
