@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from .traffic import Traffic
 MODES, PROBS = ("block", "sample"), (0.1, 0.3, 0.5)
 BOUND = 1e-10  # of the largest error, in float64
 VERIFIED_PLANS = 3
+PLANS = 6  # that turns take one after the other: counting the FLOPs of more would take as long as timing
 UNIT = "pair of steps"
 CPU = torch.device("cpu")
 SEED = 0
@@ -123,8 +124,17 @@ DTYPES = {"float32": False, "bf16": True}
 """Whether steps run under autocast; weights are float32 in any case."""
 
 
-def config_of(size: str, model: str, device: Device) -> Config:
-    return QUICK[model] if size == "quick" else FULL[device.device.type][model]
+def config_of(size: str, model: str, device: Device, batch: int | None = None) -> Config:
+    """`batch`: in the place of the size's own."""
+    config = QUICK[model] if size == "quick" else FULL[device.device.type][model]
+    return config if batch is None else replace(config, batch=batch)
+
+
+def labels_of(
+    size: str, model: str, config: Config, mode: str, drop_prob: float, autocast: bool, work: str
+) -> dict[str, Any]:
+    labels = {"work": work, "size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
+    return labels | {"dtype": BF16 if autocast else "float32"}
 
 
 def needs_of(network: Network, images: Tensor) -> tuple[Needs | None, Needs | None]:
@@ -144,7 +154,7 @@ def step_case(
     batch: int | None = None,
     autocast: bool = False,
 ) -> Case:
-    """One row group of the table: turn i of every provider is a pair of steps on plan i.
+    """One row group of the table: turn i of every provider is a pair of steps on the same plan.
 
     Args:
         size: `"full"` or `"quick"`; verification has a size of its own.
@@ -153,15 +163,13 @@ def step_case(
         autocast: in bf16 where autocast says so.
     """
     device = device or Device.of("cpu")
-    config = config_of(size, model, device)
-    config = config if batch is None else replace(config, batch=batch)
-    labels = {"size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
-    labels |= {"dtype": BF16 if autocast else "float32", "work": "scheme"}
+    config = config_of(size, model, device, batch)
+    labels = labels_of(size, model, config, mode, drop_prob, autocast, "scheme")
     reason = unavailable(model)
     if reason is not None:
         return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in TRAINERS])
     batches, built = config.batches(device), config.network(device.device)
-    plans = draw_plans(len(built.branches), config.batch, turns, mode, drop_prob)
+    plans = draw_plans(len(built.branches), config.batch, min(turns, PLANS), mode, drop_prob)
     kept = [computed_fractions(built, plan) for plan in plans]
     cost, traffic = needs_of(built, batches[0][0])
     refusal = scheme_refusal(VERIFIED[model], mode)
@@ -171,23 +179,32 @@ def step_case(
             return Provider.missing(kind.name, refusal)
         trainer = config.trainer(kind, mode, device.device, autocast)
 
-        def run(turn: int) -> None:
-            trainer.images, trainer.labels = batches[turn % len(batches)]
-            trainer.train(plans[turn % len(plans)])
-
         def needed(per: Needs | None) -> float | None:
             return None if per is None else statistics.mean(kind.needs(per, fractions) for fractions in kept)
 
         return Provider(
             kind.name,
-            run=run,
+            run=turn_of(trainer, batches, plans),
             verify=lambda: verify(kind, model, mode, drop_prob, device.device),
             needed_flop=needed(cost),
             needed_bytes=needed(traffic),
             minimal=kind.minimal and cost is not None,
+            period=len(plans) if kind.follows_scheme else 1,
         )
 
     return Case(labels, UNIT, Plain.name, [provider(kind) for kind in TRAINERS])
+
+
+def turn_of(
+    trainer: Plain, batches: Sequence[tuple[Tensor, Tensor]], plans: Sequence[rdp.PathPlan | None]
+) -> Callable[[int], None]:
+    """What trains on the batch and the plan of a turn."""
+
+    def run(turn: int) -> None:
+        trainer.images, trainer.labels = batches[turn % len(batches)]
+        trainer.train(plans[turn % len(plans)])
+
+    return run
 
 
 def unavailable(model: str) -> str | None:

@@ -74,6 +74,8 @@ class Provider:
         needed_bytes: likewise, read from and written to memory.
         minimal: it claims to do the needed FLOPs and no more, which is checked over all turns. Others do the same
             FLOPs in each turn, and those of the first are counted.
+        period: after so many turns the FLOPs of a minimal one are those of the first again; None: never.
+        compiled: by torch.compile, which lets nobody count its FLOPs.
         unavailable: why it can't run here.
         columns: more of its row.
         capture: what a CUDA graph can be captured of, for times of the device alone.
@@ -85,6 +87,8 @@ class Provider:
     needed_flop: float | None = None
     needed_bytes: float | None = None
     minimal: bool = False
+    period: int | None = None
+    compiled: bool = False
     unavailable: str | None = None
     columns: Row = field(default_factory=dict)
     capture: Capture | None = None
@@ -146,7 +150,11 @@ class Case:
         """Mean FLOPs of each provider's turns. Raises `CheckFailed` where a minimal provider does not do its own."""
         counted = {}
         for provider in self.available:
-            counts = [_count(provider, turn) for turn in range(turns if provider.minimal else 1)]
+            if provider.compiled:
+                provider.run(0)  # counting warms up the others
+                continue
+            differ = min(turns, provider.period or turns) if provider.minimal else 1
+            counts = [_count(provider, turn) for turn in range(differ)]
             counted[provider.name] = statistics.mean(counts)
             needed = provider.needed_flop
             if provider.minimal and not abs(counted[provider.name] - needed) <= 1e-9 * needed:

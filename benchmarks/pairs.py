@@ -48,12 +48,13 @@ class Plain:
         self._autocast = autocast
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
-    def train(self, plan: rdp.PathPlan) -> None:
+    def train(self, plan: rdp.PathPlan | None = None) -> None:
+        """Both steps. Where masks have another origin there is no plan."""
         for _ in self.pair(plan):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
+    def pair(self, plan: rdp.PathPlan | None) -> Iterator[None]:
         for _ in range(2):
             self.backward()
             yield

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import command
+from . import command, drop_path
 from .cases import BF16, DTYPES, MODELS, MODES, PROBS, step_case
 from .command import shown
+from .drop_path import drop_path_case
 from .harness import Row, Session, quotient
 from .machine import Device
 from .pairs import BranchFrozen, Exact, Naive
@@ -27,6 +28,9 @@ ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on 
 OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
 OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
 """On GPUs, of plain's time: ViT-B, block mode, batch 128, in bf16."""
+
+OURS_DROP_PATH = (drop_path.Ours.name, drop_path.OursCompiled.name)
+OTHERS_DROP_PATH = (drop_path.Compiled.name, drop_path.Subset.name)
 
 Probs = dict[str, tuple[float, ...]]
 EVERY: Probs = dict.fromkeys(MODES, PROBS)
@@ -63,6 +67,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help=f"of dropping; {default}")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="drop-path at p = 0.4 too, compiled by others, on "
+        f"{' and '.join(drop_path.MODELS)}; default: on cuda, on vit-b",
+    )
     turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
     command.add_options(parser, turns, f"{quick}: does it run")
     parser.set_defaults(run=run)
@@ -79,11 +89,15 @@ def run(options: argparse.Namespace) -> int:
     size, device = "quick" if options.quick else "full", Device.of(options.device)
     if autocast:
         device = replace(device, dtype=torch.bfloat16)
-    cases = (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices)
+    further = drop_path_models(options.compiled, options.device, dict.fromkeys(model for model, _, _ in choices))
+    cases = itertools.chain(
+        (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices),
+        (drop_path_case(size, model, turns, device, options.batch, autocast) for model in further),
+    )
     rows, code = command.measured(
         console,
         cases,
-        len(choices) * turns,
+        (len(choices) + len(further)) * turns,
         lambda on_round: Session(device, turns, on_round, quick=options.quick),
         options.quick,
     )
@@ -108,6 +122,12 @@ def choices_of(
         for mode in modes or of_model:
             choices += [(model, mode, p) for p in probs or of_model.get(mode, every)]
     return choices
+
+
+def drop_path_models(compiled: bool | None, device: str, models: Iterable[str]) -> list[str]:
+    """Those of `models` with a case of drop-path. Compiling takes minutes on a CPU, where it has to be asked for."""
+    wanted = drop_path.MODELS if compiled else ("vit-b",) if compiled is None and device == "cuda" else ()
+    return [model for model in models if model in wanted]
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -164,12 +184,18 @@ def cpu_verdicts(rows: list[Row]) -> Iterator[str]:
 
 def gpu_verdicts(rows: list[Row]) -> Iterator[str]:
     """The targets of timm's ViT-B in bf16, of the rows that are there and were measured."""
-    for row in rows:
-        asked = (row["model"], row["mode"], row["batch"], row["dtype"]) == ("vit-b", "block", 128, BF16)
+    asked = [row for row in rows if (row["model"], row["batch"], row["dtype"]) == ("vit-b", 128, BF16)]
+    asked = [row for row in asked if row["ratio_rounds"] is not None]
+    for row in asked:
         target = OF_PLAIN.get((row["provider"], row["p"]))
-        if asked and target is not None and row["ratio_rounds"] is not None:
+        if (row["work"], row["mode"]) == ("scheme", "block") and target is not None:
             what = f"{case_of(row)}: {row['provider']} takes {row['ratio_rounds']:.3f} of plain"
             yield f"{what}, {_verdict(row['ratio_rounds'], target)}"
+    by_name = {row["provider"]: row for row in asked if row["work"] == "drop-path"}
+    for name, other in itertools.product(OURS_DROP_PATH, OTHERS_DROP_PATH):
+        if name in by_name and other in by_name:
+            ratio = by_name[name]["ratio_rounds"] / by_name[other]["ratio_rounds"]
+            yield f"{case_of(by_name[name])}: {name} takes {ratio:.3f} of {other}, {_verdict(ratio, 1.0)}"
 
 
 VERDICTS = {"cpu": cpu_verdicts, "cuda": gpu_verdicts}
@@ -181,7 +207,9 @@ def above_needed(row: Row) -> float | None:
 
 
 def case_of(row: Row) -> str:
-    return f"{row['model']} {row['mode']} p={row['p']}"
+    """`row` may be of a file from before there was a column for the work."""
+    case = f"{row['model']} {row['mode']} p={row['p']}"
+    return f"{case} drop-path" if row.get("work") == "drop-path" else case
 
 
 def _verdict(value: float, target: float) -> str:

@@ -20,15 +20,22 @@ OURS = ("naive", "ours exact", "ours branch-frozen")
 
 
 OWN = ("vit", "resnet")
-needs_timm = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
-LIBRARY = [pytest.param("vit-s", marks=needs_timm)]  # vit-b is vit-s here
-LIBRARY += [pytest.param(name, marks=[needs_timm, pytest.mark.slow]) for name in ("convnext-t", "swin-t", "resnet-50")]
+NEEDS_TIMM = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
+LIBRARY = [
+    pytest.param(model, marks=NEEDS_TIMM)
+    for model in ("vit-s", "convnext-t", "swin-t", "resnet-50")  # vit-b is vit-s here
+]
+QUICK_ONES = [("vit-s", "sample"), ("swin-t", "sample"), ("resnet-50", "block")]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("model", [*OWN, *LIBRARY])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        *((model, mode) for model in OWN for mode in MODES),
+        *(pytest.param(model, mode, marks=NEEDS_TIMM) for model, mode in QUICK_ONES),
+    ],
+)
 def test_providers_are_right_and_ours_do_what_is_needed(model, mode):
-    """Budget: 6 seconds each."""
     case = step_case("quick", model, mode, 0.5, turns=2)
     assert case.verify().passed
     counted = case.count_flop(2)
@@ -42,6 +49,16 @@ def test_providers_are_right_and_ours_do_what_is_needed(model, mode):
         assert counted["naive"] == counted["drop-path"] == counted["plain"]
     missing = {provider.name for provider in case.providers if provider.unavailable}
     assert missing == (set(OURS) if (model, mode) in (("resnet", "sample"), ("resnet-50", "sample")) else set())
+
+
+@pytest.mark.slow
+@NEEDS_TIMM
+@pytest.mark.parametrize(
+    ("model", "mode"), [("vit-s", "block"), ("convnext-t", "block"), ("convnext-t", "sample"), ("swin-t", "block")]
+)
+def test_providers_of_other_modes(model, mode):
+    """Budget: 10 seconds in all."""
+    test_providers_are_right_and_ours_do_what_is_needed(model, mode)
 
 
 @pytest.mark.parametrize("freeze", ["none", "branch"])
