@@ -4,6 +4,8 @@ number of paths, which function calls tell exactly."""
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks import scaling
 from benchmarks.cases import CPU, MODES
 from benchmarks.scaling import BY_HAND, OURS, PLAIN, PLAN, SMALL, ByHand, Tiny, Ways, count_calls, path_case
 from tests.benchmarks.commands import run_command
+from tests.benchmarks.test_command import ONE_THREAD
 
 WAYS = (PLAIN, BY_HAND, PLAN, OURS)
 
@@ -192,3 +195,21 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert run_command(scaling, "--device", "cuda") == 2
     assert "--device cuda: this machine, or this torch, has no cuda device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_under_pytest_benchmark(tmp_path):
+    """Budget: 30 seconds. Every way of every quick case of scaling and overhead is a benchmark, in a group a case."""
+    out = tmp_path / "benchmarks.json"
+    files = ["benchmarks/test_scaling.py", "benchmarks/test_overhead.py"]
+    options = ["--benchmark-only", f"--benchmark-json={out}"]
+    subprocess.run([sys.executable, "-m", "pytest", *files, *options], check=True, env=ONE_THREAD)
+    benchmarks = json.loads(out.read_text())["benchmarks"]
+    of = {file: [b for b in benchmarks if file in b["fullname"]] for file in files}
+    assert len(of[files[0]]) == 4 * len(WAYS)
+    assert all(
+        {"commit", "device", "paths", "mode", "calls", "provider"} <= b["extra_info"].keys() for b in of[files[0]]
+    )
+    assert len({b["group"] for b in of[files[0]]}) == 4
+    assert all({"commit", "device", "op", "pass", "launches"} <= b["extra_info"].keys() for b in of[files[1]])
+    assert len({b["group"] for b in of[files[1]]}) == 5 * 2 * 3
