@@ -12,8 +12,8 @@ from torch import Tensor
 
 import rdp_kernels as rdp
 from examples.models import ResidualClassifier, ResNet, ViT
+from rdp_kernels.estimate import ModelCost, kept_fractions
 
-from .cost import ModelCost, kept_fractions
 from .harness import Case, Check, Provider
 from .machine import Device, one_thread
 from .pairs import TRAINERS, Exact, Plain
