@@ -31,7 +31,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
+    parser.add_argument("--prob", nargs="+", type=probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
     turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
     command.add_options(parser, turns, f"{quick}: does it run")
@@ -126,7 +126,8 @@ def _machine_line(row: Row) -> str:
     return f"{command.machine_line(row)}, {peaks}"
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
+    """An argparse type."""
     wanted = f"must be a number between 0.01 and 0.99, got {text!r}"  # so rare a drop would never give enough plans
     try:
         value = float(text)

@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..convert.converted import ConvertedPath
 from ..path_call import PathCall
 from ..paths import WHOLE, batch_norms_of, find_paths, parameters_of
 from ..rest import Rest
@@ -22,6 +23,10 @@ from .site import REPEATS, Site, argument_grads
 
 OnCall = Callable[[int, PathCall, Tensor], Tensor]
 """Path, call and input; returns the path's output."""
+
+
+class Unmeasurable(ValueError):
+    """The pieces of a model can't be told apart; the message is for users."""
 
 
 @dataclass
@@ -42,8 +47,7 @@ class _Run:
 class Bench:
     """Measures `model`, a copy whose gradients and statistics don't matter, on one batch.
 
-    Raises what the model raises, and `ValueError` where nothing that it returns can be learned from, or where it
-    recomputes calls.
+    Raises what the model raises, and `Unmeasurable`.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], freeze_bn: bool):
@@ -51,7 +55,10 @@ class Bench:
         self._paths = find_paths(model)
         self._freezes_rest = False
         self._rest = Rest(model, self._paths, lambda: self._freezes_rest, freeze_bn)
-        self._own: list[Tensor] = [*model.parameters(), *model.buffers()]
+        for path in self._paths:
+            path.module.slot.probe = functools.partial(self._probe, path.index)
+        self._one = torch.ones(())
+        self._own: list[Tensor] = [*model.parameters(), *model.buffers(), self._one]
         self._device = next(
             t for t in (*self._own, *pytree.tree_leaves((args, kwargs))) if isinstance(t, Tensor)
         ).device
@@ -61,20 +68,18 @@ class Bench:
         runs = {(kind, passes): self._count_rest(kind, passes) for kind in REST for passes in (False, True)}
         first = runs["learns", True]
         if (calls := len(first.paths)) == 0:
-            raise ValueError("the model calls none of its paths")
+            raise Unmeasurable("the model calls none of its paths")
         flops, saved, streams = Quantity.zeros(calls), Quantity.zeros(calls), Streams.none(calls)
         seconds = Quantity.zeros(calls) if timed else None
         flops.forward = first.forward
         for (kind, passes), run in runs.items():
             flops.rest[kind][int(passes)] = torch.tensor(run.backward, dtype=torch.float64)
-            saved.rest[kind][int(passes)], streams.by_rest[kind][int(passes)] = self._saved_by_rest(kind, passes)
-        sizes: list[int] = []
         timed_before: dict[Hashable, dict[str, tuple[float, float]]] = {}
+        numbers = itertools.count()
         last: list[Tensor] = []  # what the call before got and gave, held so that no address is used twice
 
         def on_call(path: int, call: PathCall, x: Tensor) -> Tensor:
-            number, residual = len(sizes), call.residual(x)
-            sizes.append(call.batch_size)
+            number, residual = next(numbers), call.residual(x)
             given = None if residual is x else residual
             grads = {kind == "frozen": runs[kind, True].argument_grads[number] for kind in REST}
             site = Site(call, x, given, self._freeze_bn, grads)
@@ -92,17 +97,22 @@ class Bench:
             out = PathCall(call.owner, call.batch_size, call.args, call.kwargs, residual).run_here(x, WHOLE)
             _follow(streams, number, last, x, out)
             streams.activation[number] = call.owner.activation is not None
+            copies = isinstance(call.owner, ConvertedPath)  # what follows in its block may write to what it gives
+            streams.passed_on[number] = residual is x and call.owner.activation is None and not copies
             last[:] = [x, out]
             return out
 
         with torch.no_grad():
             self._forward(on_call)
+        for kind, passes in runs:
+            saved.rest[kind][int(passes)], streams.by_rest[kind][int(passes)] = self._saved_by_rest(
+                kind, passes, streams
+            )
         if seconds is not None:
             self._time_rest(seconds)
         owners = [self._paths[path].module for path in first.paths]
         return Pieces(
             num_paths=len(self._paths),
-            batch_size=max(sizes, default=0),
             path=torch.tensor(first.paths, dtype=torch.int64),
             learns=torch.tensor([any(p.requires_grad for p in parameters_of(o)) for o in owners], dtype=torch.bool),
             whole=torch.tensor([bool(batch_norms_of(o)) for o in owners], dtype=torch.bool),
@@ -115,21 +125,14 @@ class Bench:
 
     def _forward(self, on_call: OnCall) -> Tensor | None:
         """Runs the model; the sum of what it returns, None where that doesn't require grad."""
-
-        def probe(path: int, call: PathCall, x: Tensor) -> Tensor:
-            if in_backward():
-                raise ValueError("the model recomputes calls of its paths: switch its checkpointing off to estimate")
-            return on_call(path, call, x) if call.owner.training else call.run(x, WHOLE)
-
-        for path in self._paths:
-            path.module.slot.probe = functools.partial(probe, path.index)
-        try:
-            out = self._model(*self._args, **self._kwargs)
-        finally:
-            for path in self._paths:
-                path.module.slot.probe = None
-        sums = [t.sum() for t in _tensors(out) if t.requires_grad]
+        self._on_call = on_call
+        sums = [t.sum() for t in _tensors(self._model(*self._args, **self._kwargs)) if t.requires_grad]
         return torch.stack([s.float() for s in sums]).sum() if sums else None
+
+    def _probe(self, path: int, call: PathCall, x: Tensor) -> Tensor:
+        if in_backward():
+            raise Unmeasurable("the model recomputes calls of its paths: switch its checkpointing off to estimate")
+        return self._on_call(path, call, x) if call.owner.training else call.run(x, WHOLE)
 
     def _run_rest(self, kind: str, passes: bool, meter: Flops | Clock) -> _Run:
         """A forward and backward with every path dropped. `passes`: what the first call gives requires grad."""
@@ -141,7 +144,7 @@ class Bench:
             run.paths.append(path)
             run.requires_grad.append(x.requires_grad)
             run.argument_grads.append(argument_grads(call))
-            out = self._left_out(call, x, passes and number == 0)
+            out = self._left_out(call, x, passes and number == 0, isinstance(meter, Clock))
             if out.requires_grad:
                 out.register_hook(lambda _: marks.__setitem__(number, read()))
             return out
@@ -158,13 +161,14 @@ class Bench:
         self._model.zero_grad(set_to_none=True)
         return run
 
-    def _left_out(self, call: PathCall, x: Tensor, requires_grad: bool, separate: bool = False) -> Tensor:
-        """What a call gives without its branch."""
+    def _left_out(self, call: PathCall, x: Tensor, requires_grad: bool, timed: bool = False) -> Tensor:
+        """What a call gives without its branch; where nothing is timed, in a tensor of its own and by an operation that
+        saves something, which has a checkpoint around it recompute the call, and be found out."""
         out = call.residual(x)
         if out is not x and call.owner.shortcut is None:  # what is between the residual and x has a backward too
             out = torch.add(out, x.sum().to(out.dtype), alpha=0)
-        elif separate:
-            out = out.clone()
+        if not timed:
+            out = out * self._one
         if requires_grad:
             out = out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
         return out
@@ -183,35 +187,32 @@ class Bench:
                 if (kind, passes) == ("learns", True):
                     seconds.forward = torch.tensor([run.forward for run in runs]).median().item()
 
-    def _saved_by_rest(self, kind: str, passes: bool) -> tuple[Tensor, Tensor]:
-        """By piece the bytes, and whether the stream that enters it, or leaves the last, is saved too."""
-        streams: list[Tensor] = []
-        saved = Saved(self._own, lambda: len(streams))
-        out: list[Tensor] = []
+    def _saved_by_rest(self, kind: str, passes: bool, streams: Streams) -> tuple[Tensor, Tensor]:
+        """By piece the bytes beside `streams`, and which of these are saved too."""
+        ends: list[tuple[Tensor, Tensor]] = []
+        saved = Saved(self._own, lambda: len(ends))
 
         def on_call(path: int, call: PathCall, x: Tensor) -> Tensor:
-            out[:] = [self._left_out(call, x, passes and not streams, separate=True)]
-            streams.append(x)
-            return out[0]
+            ends.append((x, self._left_out(call, x, passes and not ends)))
+            return ends[-1][1]
 
         self._freezes_rest = kind == "frozen"
         with saved.watching():
             self._forward(on_call)
-        flags = torch.tensor([saved.take(stream) for stream in (*streams, *out)])
-        return torch.tensor(saved.bytes(len(streams) + 1), dtype=torch.float64), flags
+        flags = torch.zeros(2 * len(ends), dtype=torch.bool)
+        for number, (x, out) in enumerate(ends):
+            flags[streams.entry[number]] |= saved.take(x)
+            flags[2 * number + 1] |= saved.take(out)
+        return torch.tensor(saved.bytes(len(ends) + 1), dtype=torch.float64), flags
 
 
 def _follow(streams: Streams, number: int, last: list[Tensor], x: Tensor, out: Tensor) -> None:
-    """Notes which stream call `number` gets and gives; the last call's is overwritten by the next."""
-    if last:
-        before, given = (t.untyped_storage().data_ptr() for t in last)
-        pointer = x.untyped_storage().data_ptr()
-        if pointer == before:
-            streams.entry[number] = streams.entry[number - 1]
-        streams.exit[number - 1] = number if pointer == given else -1
-    streams.bytes[number] = x.untyped_storage().nbytes()
-    streams.bytes[number + 1] = streams.exit_bytes[number] = out.untyped_storage().nbytes()
-    streams.exit[number] = number + 1
+    """Notes what call `number` gets and gives; `last`: what the call before did."""
+    for before, tensor in zip((streams.entry[number - 1], torch.tensor(2 * number - 1)), last, strict=False):
+        if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            streams.entry[number] = before
+            break
+    streams.bytes[2 * number], streams.bytes[2 * number + 1] = (t.untyped_storage().nbytes() for t in (x, out))
 
 
 def _tensors(out: Any) -> list[Tensor]:

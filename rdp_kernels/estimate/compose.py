@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..convert.calls import arguments_of, batch_size_of
 from ..plan import PathPlan
-from .bench import Bench
+from .bench import Bench, Unmeasurable
 from .pieces import Pieces, Quantity
 
 
@@ -47,6 +47,7 @@ class ModelCost:
     """
 
     pieces: Pieces
+    batch_size: int
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, *, freeze_bn: bool = True, timed: bool = False) -> ModelCost:
@@ -61,7 +62,7 @@ class ModelCost:
 
         Raises `ValueError` where the model can't be copied or run, or where it recomputes calls of its paths.
         """
-        batch_size_of(example_inputs)
+        batch_size = batch_size_of(example_inputs)
         try:
             copied = copy.deepcopy(model)
         except Exception as error:
@@ -72,7 +73,9 @@ class ModelCost:
         devices = {t.device.index for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
         with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
             try:
-                return cls(Bench(copied, args, kwargs, freeze_bn).pieces(timed))
+                return cls(Bench(copied, args, kwargs, freeze_bn).pieces(timed), batch_size)
+            except Unmeasurable:
+                raise
             except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
                 raise ValueError(f"example_inputs: the model can't be measured with them: {_told(error)}") from error
 
@@ -125,18 +128,19 @@ class ModelCost:
             "frozen": (frozen, passes & (not shares.bypassed)),
         }
         total = self._sum(pieces.saved, shares)
-        held = torch.zeros(len(learning), len(streams.bytes), dtype=torch.float64)
-        alone, behind_learning = streams.by_rest[_kind(shares)].double()
-        held += torch.where(after, behind_learning, alone)
+        alone, behind_learning = streams.by_rest[_kind(shares)]
+        around = (torch.arange(len(streams.bytes)) + 1) // 2
+        held = torch.where(after[:, around], behind_learning, alone).double()
         for state, (share, here) in saves.items():
             by_branch = streams.by_branch[state] & here
             held.index_add_(1, streams.entry, (by_branch & (share == 1)).double())
             # Some rows are gathered from the stream, into a tensor of their own.
             total += (by_branch * share * (share < 1) * streams.bytes[streams.entry]).sum(dim=1)
-        activated = streams.activation & (passes | ((learning > 0) & pieces.learns))
-        inside = streams.exit >= 0
-        held.index_add_(1, streams.exit[inside], activated[:, inside].double())
-        total += (activated & ~inside).double() @ streams.exit_bytes
+        held[:, 1::2] += streams.activation & (passes | ((learning > 0) & pieces.learns))
+        for call in reversed(streams.passed_on.nonzero().flatten().tolist()):
+            given = held[:, 2 * call + 1] * ((learning + frozen)[:, call] == 0)  # left out, it gives what it gets
+            held[:, streams.entry[call]] += given
+            held[:, 2 * call + 1] -= given
         return total + (held > 0).double() @ streams.bytes
 
     def branch_share(self) -> float:

@@ -44,23 +44,22 @@ class Quantity:
 
 @dataclass
 class Streams:
-    """The tensors between branches: several pieces may save one, which takes its bytes once.
+    """The tensors between branches: several pieces may save one, which takes its bytes once. Number 2l is what call l
+    gets, 2l + 1 what it gives; piece (n + 1) // 2 is about where tensor n is.
 
     Args:
-        bytes: `[calls + 1]`: of what each call gets, and of what the last one gives.
-        entry: int64 `[calls]`: which of them each call gets; the same for branches side by side.
-        exit: int64 `[calls]`: which of them each call gives, −1 for one that no call gets.
-        exit_bytes: `[calls]`.
+        bytes: `[2 · calls]`.
+        entry: int64 `[calls]`: the first number of what each call gets, which an earlier call may give, or get too.
         activation: bool `[calls]`: whether an activation follows the sum, which saves what the call gives.
+        passed_on: bool `[calls]`: whether the call gives what it gets where its branch is left out.
         by_branch: by state, bool `[calls]`: whether the branch saves what it gets.
-        by_rest: as `Quantity.rest`, bool.
+        by_rest: as `Quantity.rest`, bool `[2, 2 · calls]`.
     """
 
     bytes: Tensor
     entry: Tensor
-    exit: Tensor
-    exit_bytes: Tensor
     activation: Tensor
+    passed_on: Tensor
     by_branch: dict[str, Tensor]
     by_rest: dict[str, Tensor]
 
@@ -70,13 +69,12 @@ class Streams:
             return torch.zeros(shape, dtype=torch.bool)
 
         return cls(
-            torch.zeros(calls + 1, dtype=torch.float64),
-            torch.arange(calls),
-            torch.full((calls,), -1),
-            torch.zeros(calls, dtype=torch.float64),
+            torch.zeros(2 * calls, dtype=torch.float64),
+            2 * torch.arange(calls),
+            flags(calls),
             flags(calls),
             {state: flags(calls) for state in STATES},
-            {kind: flags(2, calls + 1) for kind in REST},
+            {kind: flags(2, 2 * calls) for kind in REST},
         )
 
 
@@ -94,7 +92,6 @@ class Pieces:
     """
 
     num_paths: int
-    batch_size: int
     path: Tensor
     learns: Tensor
     whole: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ PLANS = 400
 PROBS = (0.1, 0.3, 0.5)
 PAYS = 0.97
 """A step that takes no less of plain training's gains nothing that could be told from noise."""
+WIDTH = 100  # of the notes under the table
 NEAR = 0.03
 """Ratios that differ by no more are called equal."""
 
@@ -68,7 +70,7 @@ class Estimate:
 
     Args:
         rows: by rates, mode and freezing.
-        batch_size: the largest that a path gets.
+        batch_size: of the example.
         plain_flops, plain_saved_bytes, plain_seconds: of an ordinary training step; seconds None where not timed.
         branch_share: of the plain step's time, or of its FLOPs where not timed, what its branches take.
         recommendation: with its reason.
@@ -91,9 +93,8 @@ class Estimate:
         header = ("p", "mode", "freeze", "FLOPs", "time", "drop saves", "reuse saves")
         lines = table(header, [self._cells(row) for row in self.rows])
         reasons = dict.fromkeys(row.refused for row in self.rows if row.refused is not None)
-        return "\n".join(
-            [*lines, *(f"refused: {reason}" for reason in reasons), self.plain_step(), self.recommendation]
-        )
+        notes = [*(f"refused: {reason}" for reason in reasons), self.plain_step(), self.recommendation]
+        return "\n".join([*lines, *(textwrap.fill(note, WIDTH) for note in notes)])
 
     def plain_step(self) -> str:
         """In a line."""
@@ -124,7 +125,7 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
     rules, model = scheme._rules, scheme._rest.model
     cost = ModelCost.of(model, example_inputs, freeze_bn=rules.freeze_bn, timed=timed)
     own = [path.drop_prob for path in scheme.paths]
-    rates = [(own, True), *(([p] * len(own), False) for p in PROBS)]
+    rates = [(own, True), *(([p] * len(own), False) for p in PROBS if [p] * len(own) != own)]
     rows = [
         _row(scheme, cost, mode, freeze, drop_probs, is_own)
         for drop_probs, is_own in rates
@@ -135,12 +136,12 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
     share = cost.branch_share()
     return Estimate(
         rows=rows,
-        batch_size=cost.pieces.batch_size,
+        batch_size=cost.batch_size,
         plain_flops=cost.plain(),
         plain_saved_bytes=cost.saved_bytes(shares).item(),
         plain_seconds=cost.seconds(shares).item() if timed else None,
         branch_share=share,
-        recommendation=recommend(rows, share, cost.pieces.batch_size),
+        recommendation=recommend(rows, share, cost.batch_size),
         cost=cost,
     )
 
@@ -185,7 +186,7 @@ def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list
     """Float64 [plans, paths], the shares of the rows that are kept: the same plans every time."""
     generator = plan_generator(0, 0)
     whole = [path.index for path in scheme.paths if path.module.mode == "block"]
-    options = (mode, scheme.sampling, generator, [cost.pieces.batch_size], whole)
+    options = (mode, scheme.sampling, generator, [cost.batch_size], whole)
     keeps = [draw_keep(drop_probs, *options).view(len(drop_probs), -1) for _ in range(PLANS)]
     return torch.stack(keeps).double().mean(dim=2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,19 +50,19 @@ class Site:
 
     def flops(self, state: str) -> float:
         """Forward and backward."""
-        run = self._prepare(state)
+        call, x, decision = self._prepare(state)
         with Flops(self.x.device) as flops:
-            _backward(run())
+            _backward(call.run_here(x, decision))
         self._forget()
         return float(flops.read())
 
     def saved(self, state: str, own: Sequence[Tensor]) -> tuple[float, bool]:
         """Bytes, those of the input, the output and the arguments left out; and whether the input is saved too."""
-        run = self._prepare(state)
-        saved = Saved([*own, *_tensors(self.call)])
+        call, x, decision = self._prepare(state)
+        saved = Saved([*own, *_tensors(call)])
         with saved.watching():
-            out = run()
-        input_too = saved.take(run.args[0])
+            out = call.run_here(x, decision)
+        input_too = saved.take(x)
         saved.take(out)
         return saved.bytes()[0], input_too
 
@@ -83,8 +82,8 @@ class Site:
                 fixed[state] = _fixed_part(whole[state], self._seconds(state, mixed) - learning, 1 - share)
         return {state: (whole[state], fixed[state]) for state in STATES}
 
-    def _prepare(self, state: str, rows: RowSet | None = None) -> functools.partial[Tensor]:
-        """What runs the call, on inputs of its own. With `rows`, on these: some learn, and others may be in `state`."""
+    def _prepare(self, state: str, rows: RowSet | None = None) -> tuple[PathCall, Tensor, Decision]:
+        """The call in `state`, on inputs of its own. With `rows`, on these: some learn, others may be in `state`."""
         passes = rows is not None or state in ("learn", "frozen")
         frozen = state in ("frozen", "still")
         freeze = "branch" if state == "still" else "parameters"
@@ -95,16 +94,16 @@ class Site:
         args, kwargs = pytree.tree_unflatten(list(entering), structure)
         residual = None if self.residual is None else _entering(self.residual, passes)
         call = PathCall(self.owner, self.call.batch_size, args, kwargs, residual)
-        return functools.partial(call.run_here, _entering(self.x, passes), decision)
+        return call, _entering(self.x, passes), decision
 
     def _seconds(self, state: str, rows: RowSet | None = None) -> float:
         """Forward and backward: the median of a few, after one that warms up."""
         clock = Clock(self.x.device)
         ones, times = torch.ones_like(self.x if self.residual is None else self.residual), []
         for _ in range(1 + REPEATS):
-            run = self._prepare(state, rows)
+            call, x, decision = self._prepare(state, rows)
             start = clock.read()
-            _backward(run(), ones)
+            _backward(call.run_here(x, decision), ones)
             times.append(clock.spent(start, clock.read()))
             self._forget()
         return statistics.median(times[1:])
