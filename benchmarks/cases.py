@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import rdp_kernels as rdp
 from examples.models import ResidualClassifier, ResNet, ViT
+from rdp_kernels.estimate import ModelCost, kept_fractions
 
 from . import library_models
-from .cost import ModelCost, kept_fractions
 from .harness import Case, Check, Provider
 from .library_models import library, small
 from .machine import Device, one_thread
@@ -137,11 +137,11 @@ def labels_of(
     return labels | {"dtype": BF16 if autocast else "float32"}
 
 
-def needs_of(network: Network, images: Tensor) -> tuple[Needs | None, Needs | None]:
-    """FLOPs and bytes; None where they aren't known."""
-    if isinstance(network, Own):
-        return ModelCost.of(network.model, images), Traffic.of(network.model, images)
-    return None, None  # FLOPs of timm's networks are counted only
+def needs_of(network: Network, images: Tensor) -> tuple[Needs, Needs | None]:
+    """FLOPs, and bytes where they are known. `network` is not used any more."""
+    traffic = Traffic.of(network.model, images) if isinstance(network, Own) else None
+    network.prepare(images[:2])
+    return ModelCost.of(network.model, images), traffic
 
 
 def step_case(
@@ -188,7 +188,7 @@ def step_case(
             verify=lambda: verify(kind, model, mode, drop_prob, device.device),
             needed_flop=needed(cost),
             needed_bytes=needed(traffic),
-            minimal=kind.minimal and cost is not None,
+            minimal=kind.minimal,
             period=len(plans) if kind.follows_scheme else 1,
         )
 

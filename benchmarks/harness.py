@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+
+from rdp_kernels.estimate.meters import Flops
 
 from .machine import Ceilings, Device, facts
 
 CEILINGS_EVERY = 5.0  # seconds
+CPU = torch.device("cpu")
 Row = dict[str, Any]
 """One provider of one case: a line of the CSV. A value that there isn't is None."""
 
@@ -146,7 +148,7 @@ class Case:
             checks.append(check)
         return max(checks, key=lambda check: check.error / check.bound)
 
-    def count_flop(self, turns: int) -> dict[str, float]:
+    def count_flop(self, turns: int, device: torch.device = CPU) -> dict[str, float]:
         """Mean FLOPs of each provider's turns. Raises `CheckFailed` where a minimal provider does not do its own."""
         counted = {}
         for provider in self.available:
@@ -154,7 +156,7 @@ class Case:
                 provider.run(0)  # counting warms up the others
                 continue
             differ = min(turns, provider.period or turns) if provider.minimal else 1
-            counts = [_count(provider, turn) for turn in range(differ)]
+            counts = [_count(provider, turn, device) for turn in range(differ)]
             counted[provider.name] = statistics.mean(counts)
             needed = provider.needed_flop
             if provider.minimal and not abs(counted[provider.name] - needed) <= 1e-9 * needed:
@@ -209,7 +211,7 @@ class Session:
         case.verify()
         if not self.quick:
             self._raise_ceilings()
-        counted = case.count_flop(self.turns) if self.flops else case.warm_up()
+        counted = case.count_flop(self.turns, self.device.device) if self.flops else case.warm_up()
         rounds: list[dict[str, float]] = []
         more: dict[str, Row] = {}
         try:
@@ -302,7 +304,7 @@ def told(error: BaseException) -> str:
     return ": ".join([type(error).__name__, " ".join(lines[:2])] if lines else [type(error).__name__])
 
 
-def _count(provider: Provider, turn: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+def _count(provider: Provider, turn: int, device: torch.device) -> int:
+    with Flops(device) as flops:
         provider.run(turn)
-    return counter.get_total_flops()
+    return flops.read()

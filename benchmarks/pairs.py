@@ -21,7 +21,7 @@ from .textbook import Textbook
 
 
 class Needs(Protocol):
-    """What iterations need, in FLOPs (`cost.ModelCost`) or bytes (`traffic.Traffic`); `kept` as a fraction a path."""
+    """What iterations need, in FLOPs (`ModelCost`) or bytes (`traffic.Traffic`); `kept` as a fraction a path."""
 
     def plain(self) -> float: ...
     def drop(self, kept: list[float]) -> float: ...

@@ -64,7 +64,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     default = "default: a choice for the device"
     parser.add_argument("--model", nargs="+", choices=MODELS, help=default)
     parser.add_argument("--mode", nargs="+", choices=MODES, help=default)
-    parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help=f"of dropping; {default}")
+    parser.add_argument("--prob", nargs="+", type=probability, metavar="P", help=f"of dropping; {default}")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
     parser.add_argument(
@@ -221,7 +221,8 @@ def _machine_line(row: Row) -> str:
     return f"{command.machine_line(row)}, {peaks}"
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
+    """An argparse type."""
     wanted = f"must be a number between 0.01 and 0.99, got {text!r}"  # so rare a drop would never give enough plans
     try:
         value = float(text)

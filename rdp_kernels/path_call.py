@@ -33,6 +33,8 @@ def run_path(
     `residual`: what the shortcut gave, where that was computed already."""
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
+    if owner.slot.probe is not None:
+        return owner.slot.probe(call, x)
     if torch.compiler.is_compiling() and owner.training:
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
