@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import pages, sanitize, suite, tune
+from . import estimate, pages, sanitize, suite, tune
 
-COMMANDS = (suite, *suite.MEASURING.values(), tune, sanitize, pages)
+COMMANDS = (suite, *suite.MEASURING.values(), estimate, tune, sanitize, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

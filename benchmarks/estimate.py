@@ -23,7 +23,7 @@ import rdp_kernels as rdp
 from rdp_kernels.estimate import Estimate, kept_fractions
 
 from . import command
-from .cases import FULL, MODES, SEED
+from .cases import MODES, OWN_FULL, SEED
 from .command import shown
 from .harness import told
 from .machine import Device, facts
@@ -56,7 +56,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(FULL)}, or a name that timm.create_model takes")
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(OWN_FULL)}, or a name that timm.create_model takes")
     parser.add_argument(
         "--drop-prob", type=probability, default=DROP_PROB, metavar="P", help=f"of every path; default: {DROP_PROB}"
     )
@@ -95,10 +95,10 @@ def run(options: argparse.Namespace) -> int:
 def subject_of(options: argparse.Namespace, device: torch.device) -> Subject:
     """Raises `Unavailable`."""
     dtype = DTYPES[options.dtype]
-    if options.model in FULL:
-        config = FULL[options.model]
+    if options.model in OWN_FULL:
+        config = OWN_FULL[options.model]
         config = replace(config, batch=options.batch or config.batch, image=options.image or config.image, dtype=dtype)
-        model = config.model(device)
+        model = config.network(device).model
         return Subject(model, model, config.data(device)[0])
     model = _from_timm(options.model, options.image).to(device, dtype)
     side = options.image or model.pretrained_cfg["input_size"][-1]
@@ -120,9 +120,11 @@ def _from_timm(name: str, image: int | None) -> nn.Module:
         import_torchvision()
         import timm
     except ImportError as error:
-        raise Unavailable(f"{name} is none of {', '.join(FULL)}, and timm can't be imported: {told(error)}") from error
+        raise Unavailable(
+            f"{name} is none of {', '.join(OWN_FULL)}, and timm can't be imported: {told(error)}"
+        ) from error
     if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, [*FULL, *timm.list_models()])
+        near = difflib.get_close_matches(name, [*OWN_FULL, *timm.list_models()])
         raise Unavailable(f"unknown model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     torch.manual_seed(SEED)
     if image is not None:

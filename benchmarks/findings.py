@@ -101,6 +101,25 @@ def moved_bytes(provider: str) -> Answer:
     return answer
 
 
+def path_overhead(rows: list[Row]) -> str | None:
+    """Host time of ours per path and optimizer step, in the longest chain of paths that do next to nothing."""
+    ours = [row for row in rows if row["network"] == "tiny" and row["overhead_us_per_path"] is not None]
+    last = {row["mode"]: row for row in sorted(ours, key=lambda row: row["paths"])}
+    lines = [f"{mode}: {r['overhead_us_per_path'] / 2:.0f} µs, with {r['paths']:,} paths" for mode, r in last.items()]
+    return "\n".join(lines) or None
+
+
+def step_overhead(rows: list[Row]) -> str | None:
+    """The share of a step that this comes to, by network."""
+    lines = []
+    networks = dict.fromkeys((row["network"], row["batch"]) for row in rows if row["network"] != "tiny")
+    for network, batch in networks:
+        shares = [r["share"] for r in rows if (r["network"], r["batch"]) == (network, batch) and r["share"] is not None]
+        if shares:
+            lines.append(f"{network}, batch {batch}: {_range(shares, '.2%')}")
+    return "\n".join(lines) or None
+
+
 def is_compiled(name: str) -> bool:
     return name.startswith(("compiled", "torch.compile"))
 
@@ -129,6 +148,10 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "where we lose": ops_lost,
     },
     "overhead": {"host time of a call, forward and backward": call_time},
+    "scaling": {
+        "host time of the scheme per path and step": path_overhead,
+        "… as a share of a step": step_overhead,
+    },
     "traffic": {
         "bytes that our Triton kernels move, needed = 1": moved_bytes(OURS),
         "… eager torch": moved_bytes(EAGER),

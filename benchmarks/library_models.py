@@ -48,11 +48,6 @@ def missing() -> str | None:
     return None if installed("timm") else "timm is not installed"
 
 
-def vit_small(**options: Any) -> nn.Module:
-    """timm's ViT-S for patches of 16 × 16."""
-    return create("vit-s", **options)
-
-
 def create(model: str, **options: Any) -> nn.Module:
     """One of `NAMES`, without weights of a training and without drop-path."""
     if installed("torchvision"):

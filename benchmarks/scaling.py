@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 import rdp_kernels as rdp
 from examples.models import ViT
-from tests.coverage.libraries import installed, resolve
 
-from . import command
-from .cases import MODES, SEED, Config
+from . import command, library_models
+from .cases import MODES, SEED, Config, own
 from .command import shown
 from .harness import Case, Check, Provider, Row, Session, quotient
+from .library_models import library
 from .machine import Device
 from .overhead import HostDevice
 from .pairs import Exact, Plain
@@ -278,17 +278,15 @@ class Network:
 
 def own_vit(depth: int = 12, width: int = 192, batch: int = 16) -> Network:
     """Those of `step`, on 64 tokens."""
-    return Network("vit", depth, width, Config(partial(ViT, 32, 4, 3, 10, width, depth, width // 48), batch))
+    return Network("vit", depth, width, Config(own(ViT, 32, 4, 3, 10, width, depth, width // 48), batch))
 
 
-def vit_small() -> nn.Module:
-    """ViT-S/16 on 224 × 224: timm's, or one of the same size."""
-    return resolve("timm.create_model")(VIT_SMALL) if installed("timm") else ViT(224, 16, 3, 1000, 384, 12, 6)
-
-
-VIT_SMALL = "vit_small_patch16_224"
+HAS_TIMM = library_models.missing() is None
 SMALL = Network(
-    f"timm {VIT_SMALL}" if installed("timm") else "vit of ViT-S's size", 12, 384, Config(vit_small, batch=32, image=224)
+    "timm vit-s" if HAS_TIMM else "vit of ViT-S's size",
+    12,
+    384,
+    Config(partial(library, "vit-s") if HAS_TIMM else own(ViT, 224, 16, 3, 1000, 384, 12, 6), batch=32, image=224),
 )
 NETWORKS = (
     *(own_vit(depth=depth) for depth in (6, 12, 24)),
@@ -296,7 +294,7 @@ NETWORKS = (
     *(own_vit(batch=batch) for batch in (4, 64)),
     SMALL,
 )
-QUICK_NETWORKS = (Network("vit", 4, 64, Config(partial(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16)),)
+QUICK_NETWORKS = (Network("vit", 4, 64, Config(own(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16)),)
 
 
 def step_case(network: Network, device: torch.device) -> Case:

@@ -16,7 +16,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from . import command, memory, op_traffic, ops, overhead, step
+from . import command, memory, op_traffic, ops, overhead, scaling, step
 from .findings import FINDINGS
 from .harness import Row
 
@@ -25,6 +25,7 @@ MEASURING: dict[str, ModuleType] = {
     "memory": memory,
     "ops": ops,
     "overhead": overhead,
+    "scaling": scaling,
     "traffic": op_traffic,
 }
 """By the command's name."""

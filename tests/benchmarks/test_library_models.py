@@ -58,7 +58,7 @@ def test_plain_is_the_network_that_timm_makes():
 
 @needs_timm
 def test_vit_small_has_its_real_size():
-    model = library_models.vit_small()
+    model = library_models.create("vit-s")
     assert sum(p.numel() for p in model.parameters()) == 22050664
     assert len(library_models.Library(model).branches) == 24
 

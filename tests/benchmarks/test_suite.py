@@ -146,3 +146,13 @@ def test_memory_and_traffic():
     rows = [{"pass": "forward", "provider": "eager", "bytes_ratio": ratio} for ratio in (1.0, 2.5, None)]
     assert findings.moved_bytes("eager")(rows) == "forward: 1.00 to 2.50, no more than needed in 1 of 2"
     assert findings.moved_bytes("ours triton")(rows) is None
+
+
+def test_scaling():
+    tiny = {"network": "tiny", "batch": 10, "share": None, "mode": "block"}
+    rows = [tiny | {"paths": paths, "overhead_us_per_path": 20.0 + paths} for paths in (100, 1000, 300)]
+    rows += [tiny | {"paths": 5000, "overhead_us_per_path": None}]
+    rows += [{"network": "vit", "batch": batch, "share": share} for batch in (4, 8) for share in (0.01, 0.02)]
+    per_path, share = findings.FINDINGS["scaling"].values()
+    assert per_path(rows) == "block: 510 µs, with 1,000 paths"
+    assert share(rows) == "vit, batch 4: 1.00% to 2.00%\nvit, batch 8: 1.00% to 2.00%"
