@@ -33,18 +33,18 @@ def write_csv(path: Path, rows: Rows) -> None:
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(_rounded(rows))
-    replace(path, text.getvalue())
+    replace(path, text.getvalue().encode())
 
 
 def write_json(path: Path, rows: Rows) -> None:
-    replace(path, json.dumps(_rounded(rows), indent=1) + "\n")
+    replace(path, (json.dumps(_rounded(rows), indent=1) + "\n").encode())
 
 
-def replace(path: Path, text: str) -> None:
-    """`path` holds either what it held or all of `text`, whatever happens in between."""
+def replace(path: Path, content: bytes) -> None:
+    """`path` holds either what it held or all of `content`, whatever happens in between."""
     temporary = _temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

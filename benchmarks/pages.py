@@ -1,7 +1,7 @@
-"""`python -m benchmarks pages`: writes the tables and plots of README.md and docs/performance.md from the committed CSV
-files.
+"""`python -m benchmarks pages`: the tables and plots of README.md and docs/performance.md, from benchmarks/results/.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how. Plots
+are `docs/plots/FILE.svg`, of `FILE.csv`: equal rows give equal bytes with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import csv
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from .output import replace
@@ -18,6 +19,8 @@ from .tables import TABLES, TableError
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PLOTS = ROOT / "docs" / "plots"
+DRAWN_BY = re.compile(rb"Matplotlib v[\w.]+")
 MARKER = re.compile(r"<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->\n?")
 
 
@@ -56,31 +59,48 @@ def _made(name: str, line: int, results: Path) -> str:
         raise TableError(f"table {name!r} can't be made from {results / file}: it has no {error}") from None
 
 
+def drawn(results: Path, folder: Path) -> dict[Path, bytes]:
+    """What the plots in `folder` should be. Those that another version of matplotlib drew are left as they are."""
+    from .plot_style import save
+    from .plots import plots_of_results
+
+    wanted = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, figure in plots_of_results(results).items():
+            path, new = folder / f"{name}.svg", Path(temporary, f"{name}.svg")
+            save(figure, new)
+            content = new.read_bytes()
+            if not path.exists() or DRAWN_BY.findall(path.read_bytes()) == DRAWN_BY.findall(content):
+                wanted[path] = content
+    return wanted
+
+
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "pages", help="tables and plots of README.md and docs/ from benchmarks/results", description=__doc__
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page isn't current")
     parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--plots", type=Path, default=PLOTS, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """All pages, or none where one of them can't be made."""
-    wanted = {}
+    """All pages and plots, or none where one of them can't be made."""
+    wanted: dict[Path, bytes] = {}
     for page in options.pages:
         try:
-            text = page.read_text(encoding="utf-8")
-            wanted[page] = updated(text, options.results)
+            wanted[page] = updated(page.read_text(encoding="utf-8"), options.results).encode()
         except TableError as error:
             print(f"{page.name}: {error}", file=sys.stderr)
             return 1
-        if wanted[page] == text:
-            del wanted[page]
-    for page, text in wanted.items():
+    wanted |= drawn(options.results, options.plots)
+    stale = {path: content for path, content in wanted.items() if not path.exists() or path.read_bytes() != content}
+    for path, content in stale.items():
         if options.check:
-            print(f"{page.name}: its tables aren't those of {options.results}: run `python -m benchmarks pages`")
+            print(f"{path.name}: not what {options.results} gives: run `python -m benchmarks pages`")
         else:
-            replace(page, text)
-    return 1 if options.check and wanted else 0
+            path.parent.mkdir(exist_ok=True)
+            replace(path, content)
+    return 1 if options.check and stale else 0

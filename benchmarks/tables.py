@@ -6,7 +6,8 @@ import itertools
 import re
 from collections.abc import Callable
 
-from .op_providers import EAGER, OURS_NATIVE
+from .memory import DROP, REUSE
+from .op_providers import EAGER, OURS, OURS_NATIVE
 from .pairs import BranchFrozen, Exact, Naive
 from .step import case_of
 
@@ -19,8 +20,7 @@ class TableError(Exception):
 
 def step_table(rows: list[CsvRow]) -> str:
     """The exact and the branch-frozen scheme, for each model, mode and p."""
-    if any(row["size"] != "full" for row in rows):
-        raise TableError("it holds the rows of a --quick run")
+    _refuse_quick(rows)
     lines = [
         "| model | mode | p | exact: time | needed FLOPs | branch-frozen: time | needed FLOPs | exact / naive: time |",
         "|---|---|---|---|---|---|---|---|",
@@ -114,6 +114,77 @@ def overhead_table(rows: list[CsvRow]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def memory_table(rows: list[CsvRow]) -> str:
+    """Saved and peak bytes of each iteration of the exact and the branch-frozen scheme."""
+    _refuse_quick(rows)
+    lines = [
+        "| model | mode | p | drop: saved | peak | reuse, exact: saved | peak | branch-frozen: saved | peak |",
+        "|" + "---|" * 9,
+    ]
+    for _, group in itertools.groupby(rows, case_of):
+        by_name = {(row["provider"], row["iteration"]): row for row in group}
+        exact = by_name[Exact.name, DROP]
+        cells = [exact["model"], exact["mode"], exact["p"]]
+        for row in (exact, by_name[Exact.name, REUSE], by_name[BranchFrozen.name, REUSE]):
+            cells += [_ratio(row["saved_ratio"]), _ratio(row["peak_ratio"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = f"Ratios to a plain step's, means over {rows[0]['plans']} plans; counted on {_measured_on(rows[0])}."
+    return "\n".join([*lines, "", note])
+
+
+def scaling_table(rows: list[CsvRow]) -> str:
+    """Host time of the scheme on paths that do next to nothing."""
+    lines = ["| mode | paths | plain pair, ms | ours, ms | overhead, µs a path | of which plan |", "|" + "---|" * 6]
+    tiny = [row for row in rows if row["network"] == "tiny"]
+    for (mode, paths), group in itertools.groupby(tiny, lambda row: (row["mode"], row["paths"])):
+        by_name = {row["provider"]: row for row in group}
+        plain, ours, plan = (by_name[name] for name in ("plain", Exact.name, "plan"))
+        times = (float(plain["min_ms"]), float(ours["min_ms"]), float(ours["overhead_us_per_path"]))
+        cells = (mode, f"{int(paths):,}", *(f"{t:.1f}" for t in (*times, 1e3 * float(plan["min_ms"]) / int(paths))))
+        lines.append(f"| {' | '.join(cells)} |")
+    note = f"A pair of iterations, forward and backward; fastest of {tiny[0]['turns']} turns; {_measured_on(tiny[0])}."
+    return "\n".join([*lines, "", note])
+
+
+def shares_table(rows: list[CsvRow]) -> str:
+    """What that comes to in real networks."""
+    lines = ["| network | depth | width | batch | mode | plain pair, ms | overhead, ms | share |", "|" + "---|" * 8]
+    real = [row for row in rows if row["network"] != "tiny"]
+    for row in real:
+        numbers = (f"{float(row['min_ms']):,.0f}", f"{float(row['overhead_ms']):.2f}", f"{float(row['share']):.2%}")
+        labels = (row[name] for name in ("network", "depth", "width", "batch", "mode"))
+        lines.append(f"| {' | '.join([*labels, *numbers])} |")
+    note = (
+        f"Pairs of plain steps (forward, backward, AdamW), the faster of {real[0]['turns']}; {_measured_on(real[0])}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def traffic_table(rows: list[CsvRow]) -> str:
+    """Bytes moved for each byte that is needed."""
+    lines = ["| op | shape | dtype | rows kept | pass | eager | compiled (model) | ours, Triton |", "|" + "---|" * 8]
+    setting = ("op", "shape", "dtype", "kept", "pass")
+    for _, group in itertools.groupby(rows, lambda row: [row[key] for key in (*setting, "layout", "gamma")]):
+        case = list(group)
+        compiled = next(row for row in case if row["provider"].startswith(("compiled", "torch.compile")))
+        by_name = {row["provider"]: row for row in case}
+        op, shape, dtype, kept, direction = (case[0][key] for key in setting)
+        cells = [op, shape.replace("x", " × "), dtype, kept or "all", direction]
+        cells += [_ratio(row["bytes_ratio"]) for row in (by_name[EAGER], compiled, by_name[OURS])]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = "torch {torch}, triton {triton}, commit {commit}, {date}".format_map(rows[0])
+    note = (
+        "Bytes as ratios to those needed; eager's counted op by op, Triton's load by load under its interpreter; "
+        f"–: none is needed. {versions.capitalize()}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _refuse_quick(rows: list[CsvRow]) -> None:
+    if any(row["size"] != "full" for row in rows):
+        raise TableError("it holds the rows of a --quick run")
+
+
 def _times_as_fast(other: CsvRow, ours: CsvRow) -> str:
     if other["unavailable"] or ours["unavailable"]:
         return "–"
@@ -142,6 +213,10 @@ TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "step": ("step-cpu.csv", step_table),
     "ops": ("ops-cpu.csv", ops_table),
     "overhead": ("overhead-cpu.csv", overhead_table),
+    "memory": ("memory-cpu.csv", memory_table),
+    "scaling": ("scaling-cpu.csv", scaling_table),
+    "shares": ("scaling-cpu.csv", shares_table),
+    "traffic": ("traffic.csv", traffic_table),
     "digits": ("digits-cpu.csv", digits_table),
 }
 """Name on a page → file in `benchmarks/results/`, and its rows → markdown."""

@@ -9,9 +9,10 @@ import rdp_kernels as rdp
 
 from .markdown import ROOT, missing, python_blocks, run
 
+DOCS = ("docs/integrations.md", "docs/models.md", "docs/performance.md")
 BLOCKS = [
     pytest.param(name, block, id=f"{name}: {where}")
-    for name in ("docs/integrations.md", "docs/models.md")
+    for name in DOCS
     for where, block in python_blocks(name).items()
 ]
 
@@ -24,17 +25,20 @@ def test_code_blocks_run(name, block):
     run(name, block, {"torch": torch, "rdp": rdp})
 
 
-@pytest.mark.parametrize("name", ["docs/integrations.md", "docs/models.md"])
+@pytest.mark.parametrize("name", DOCS)
 def test_public_names_exist(name):
     for public in set(re.findall(r"\brdp\.(\w+)", "".join(python_blocks(name).values()))):
         assert public in rdp.__all__, public
 
 
-def test_what_is_named_exists():
+@pytest.mark.parametrize("name", DOCS)
+def test_what_is_named_exists(name):
     """Files, and headings that are linked to."""
-    text = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:tests|examples|rdp_kernels)/[\w./]+)`", text):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:tests|examples|benchmarks|rdp_kernels)/[\w./]+)`", text):
         assert (ROOT / file).exists(), file
+    for file in re.findall(r"\]\((?!https?:)([\w./-]+)(?:#[\w-]+)?\)", text):
+        assert (ROOT / name).parent.joinpath(file).exists(), file
     headings = {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.*)", text, re.M)}
     for link in re.findall(r"\]\(#([\w-]+)\)", text):
         assert link in headings, link
