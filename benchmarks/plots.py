@@ -182,19 +182,21 @@ def memory_bars(rows: Rows) -> Figure:
 @styled
 def scaling_lines(rows: Rows) -> Figure:
     """Of `scaling`: the time of a pair of iterations over paths that do next to nothing, by how many they are."""
-    rows = [row for row in complete(rows, "paths", "mode", "provider", "p50_ms") if row.get("network", TINY) == TINY]
+    rows = [row for row in complete(rows, "paths", "mode", "provider", "min_ms") if row.get("network", TINY) == TINY]
     if not rows:
         raise NothingToPlot("no row of paths alone")
     modes, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "provider"))
+    counts = sorted({row["paths"] for row in rows})
     figure, axes = figure_of(rows, "A pair of iterations by the number of paths", len(modes), (10, 4))
     for axis, mode in zip(axes, modes, strict=True):
         for number, provider in enumerate(providers):
-            line = sorted((r["paths"], r["p50_ms"]) for r in rows if (r["mode"], r["provider"]) == (mode, provider))
+            line = sorted((r["paths"], r["min_ms"]) for r in rows if (r["mode"], r["provider"]) == (mode, provider))
             axis.plot(*zip(*line, strict=True), f"-{MARKERS[number]}", color=COLOURS[number], markersize=4)
         axis.set(title=f"{mode} mode", xlabel="paths")
         log_axis(axis, "x")
         log_axis(axis, "y")
-    axes[0].set_ylabel("ms")
+        axis.set_xticks(counts, counts)
+    axes[0].set_ylabel("ms, fastest turn")
     legend(figure, [(name, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(providers)])
     return figure
 

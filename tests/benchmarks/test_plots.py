@@ -78,8 +78,8 @@ def memory_row(iteration, saved, peak, provider="ours exact"):
 
 MEMORY = [memory_row("step", 1.0, 1.0, "plain"), memory_row("drop", 0.5, 0.6), memory_row("reuse", 0.7, 0.8)]
 SCALING = [
-    MACHINE | {"network": network, "paths": paths, "mode": mode, "provider": provider, "p50_ms": factor * paths}
-    for network, mode in (("tiny", "block"), ("tiny", "sample"), ("vit", ""))
+    MACHINE | {"network": network, "paths": paths, "mode": mode, "provider": provider, "min_ms": factor * paths}
+    for network, mode in (("tiny", "block"), ("tiny", "sample"), ("vit", "block"))
     for paths in (100, 12)
     for provider, factor in (("plain", 1.0), ("ours exact", 2.0))
 ]
@@ -179,6 +179,7 @@ def test_scaling_lines(given):
     axes = plots.scaling_lines(given(SCALING)).axes
     assert [axis.get_title() for axis in axes] == ["block mode", "sample mode"]
     for axis in axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["12", "100"]
         assert points(axis) == [[[12, 12], [100, 100]], [[12, 24], [100, 200]]]
 
 
