@@ -25,9 +25,9 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/built
-	$(BIN)/python -m benchmarks step $(ARGS)
+	$(BIN)/python -m benchmarks all --quick $(ARGS)
 
-# What README.md shows: about half an hour on two cores with nothing else running.
+# What README.md and docs/ show: about half an hour on two cores with nothing else running.
 results: .venv/built
 	$(BIN)/python -m benchmarks step --csv benchmarks/results/step-cpu.csv
 	$(BIN)/python -m benchmarks ops --csv benchmarks/results/ops-cpu.csv
@@ -37,7 +37,7 @@ results: .venv/built
 	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --model resnet --out report/results/resnet-block
 	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --model mlp --out report/results/mlp-block
 	awk 'FNR > 1 || NR == 1' report/results/*/results.csv > benchmarks/results/digits-cpu.csv
-	$(BIN)/python -m benchmarks readme
+	$(BIN)/python -m benchmarks pages
 
 .venv/ready: constraints.txt setup.py
 	$(PYTHON) -m venv .venv

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from . import ops, overhead, readme, sanitize, step, tune
+from . import pages, sanitize, suite, tune
 
-COMMANDS = (step, ops, overhead, tune, sanitize, readme)
+COMMANDS = (suite, *suite.MEASURING.values(), tune, sanitize, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures, and shows what was measured.")
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_command(commands)
-    options = parser.parse_args(arguments)
-    if not hasattr(options, "run"):
-        parser.print_help()
-        return 0
+    options = suite.parsed(COMMANDS, arguments)
     return options.run(options)
 
 

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rdp_kernels as rdp
 from examples.models import ResidualClassifier, ResNet, ViT
+from rdp_kernels.estimate import ModelCost, kept_fractions
 
-from .cost import ModelCost, kept_fractions
+from . import library_models
 from .harness import Case, Check, Provider
+from .library_models import library, small
 from .machine import Device, one_thread
-from .pairs import TRAINERS, Exact, Plain
-from .parts import parts_of
+from .networks import Network, Own
+from .pairs import TRAINERS, Exact, Needs, Plain
 from .textbook import Textbook, largest_difference, state_after
 from .traffic import Traffic
 
 MODES, PROBS = ("block", "sample"), (0.1, 0.3, 0.5)
 BOUND = 1e-10  # of the largest error, in float64
 VERIFIED_PLANS = 3
+PLANS = 6  # that turns take one after the other: counting the FLOPs of more would take as long as timing
+UNIT = "pair of steps"
 CPU = torch.device("cpu")
 SEED = 0
 
@@ -32,22 +37,25 @@ SEED = 0
 class Config:
     """A network and its batch of `[batch, 3, image, image]`."""
 
-    build: Callable[[], ResidualClassifier]
+    build: Callable[[], Network]
     batch: int
     image: int = 32
     dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
 
-    def model(self, device: torch.device) -> ResidualClassifier:
+    def network(self, device: torch.device) -> Network:
         """The same weights every time."""
         torch.manual_seed(SEED)
-        return self.build().to(device, self.dtype)
+        network = self.build()
+        network.model.to(device, self.dtype, memory_format=self.memory_format)
+        return network
 
     def data(self, device: torch.device, number: int = 0) -> tuple[Tensor, Tensor]:
         """Batch `number`: images and labels."""
         generator = torch.Generator().manual_seed(SEED + number)
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
         labels = torch.randint(10, (self.batch,), generator=generator)
-        return images.to(device, self.dtype), labels.to(device)
+        return images.to(device, self.dtype, memory_format=self.memory_format), labels.to(device)
 
     def batches(self, device: Device) -> list[tuple[Tensor, Tensor]]:
         """On a GPU as many as keep a turn from finding its images in the L2 cache; the CPU's caches are left to a
@@ -56,37 +64,84 @@ class Config:
         count = device.input_sets(first[0].nbytes) if device.device.type == "cuda" else 1
         return [first, *(self.data(device.device, number) for number in range(1, count))]
 
-    def plans(self, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:
-        """The first plans that drop something: without that there is no reuse iteration, and a pair would be one step
-        for us and two for the others. Never ends at p = 0."""
-        # freeze="none" draws the same plans and takes BatchNorm in sample mode, which drop-path can do
-        drawing = {"mode": mode, "freeze": "none", "sampling": "fixed", "seed": SEED}
-        scheme = rdp.ResidualDropPath(self.model(CPU), drop_prob, **drawing)
-        plans: list[rdp.PathPlan] = []
-        while len(plans) < count:
-            with scheme.drop_iteration(self.batch if mode == "sample" else None) as plan:
-                plans += [plan] * bool(plan.dropped_paths)
-        return plans
+    def trainer(self, kind: type[Plain], mode: str, device: torch.device, autocast: bool = False) -> Plain:
+        return kind(self.network(device), *self.data(device), mode, autocast)
 
-    def trainer(self, kind: type[Plain], mode: str, device: torch.device) -> Plain:
-        return kind(self.model(device), *self.data(device), mode)
+
+def draw_plans(paths: int, batch: int, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:
+    """The first plans that drop something: without that there is no reuse iteration, and a pair would be one step for
+    us and two for the others. Never ends at p = 0."""
+    stand_in = rdp.ResidualSequence(*(rdp.ResidualBranch(nn.Identity()) for _ in range(paths)))
+    scheme = rdp.ResidualDropPath(stand_in, drop_prob, mode=mode, sampling="fixed", seed=SEED)
+    plans: list[rdp.PathPlan] = []
+    while len(plans) < count:
+        with scheme.drop_iteration(batch if mode == "sample" else None) as plan:
+            plans += [plan] * bool(plan.dropped_paths)
+    return plans
+
+
+def own(kind: type[ResidualClassifier], *args: Any, **options: Any) -> Callable[[], Network]:
+    return lambda: Own(kind(*args, **options))
 
 
 # A plain step of either takes between 100 and 300 ms on two cores. Enough paths for p = 0.1 to drop one in block mode.
-FULL = {
-    "vit": Config(partial(ViT, 32, 4, 3, 10, 192, 12, 4), batch=16),
-    "resnet": Config(partial(ResNet, 3, 10, (32, 64, 128), 4), batch=24),
+OWN_FULL = {
+    "vit": Config(own(ViT, 32, 4, 3, 10, 192, 12, 4), batch=16),
+    "resnet": Config(own(ResNet, 3, 10, (32, 64, 128), 4), batch=24),
 }
-QUICK = {
-    "vit": Config(partial(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16),
-    "resnet": Config(partial(ResNet, 3, 10, (16, 32), 2), batch=8, image=16),
+OWN_QUICK = {
+    "vit": Config(own(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16),
+    "resnet": Config(own(ResNet, 3, 10, (16, 32), 2), batch=8, image=16),
 }
-SIZES = {"full": FULL, "quick": QUICK}
-VERIFIED = {
-    "vit": Config(partial(ViT, 16, 4, 3, 10, 16, 4, 4, layer_scale=0.5), batch=6, image=16, dtype=torch.float64),
-    "resnet": Config(partial(ResNet, 3, 10, (4, 8), 2), batch=6, image=16, dtype=torch.float64),
+OWN_VERIFIED = {
+    "vit": Config(own(ViT, 16, 4, 3, 10, 16, 4, 4, layer_scale=0.5), batch=6, image=16, dtype=torch.float64),
+    "resnet": Config(own(ResNet, 3, 10, (4, 8), 2), batch=6, image=16, dtype=torch.float64),
 }
-MODELS = tuple(FULL)
+# Real depth and width. On two cores a plain step takes about a second at most.
+LIBRARY_CPU = {
+    "vit-s": Config(partial(library, "vit-s"), batch=4, image=224),
+    "vit-b": Config(partial(library, "vit-b", img_size=96), batch=4, image=96),
+    "convnext-t": Config(partial(library, "convnext-t"), batch=4, image=128),
+    "swin-t": Config(partial(library, "swin-t", img_size=112), batch=4, image=112),
+    "resnet-50": Config(partial(library, "resnet-50"), batch=4, image=128),
+}
+LIBRARY_CUDA = {
+    "vit-s": Config(partial(library, "vit-s"), batch=256, image=224),
+    "vit-b": Config(partial(library, "vit-b"), batch=128, image=224),
+    "convnext-t": Config(partial(library, "convnext-t"), batch=128, image=224, memory_format=torch.channels_last),
+    "swin-t": Config(partial(library, "swin-t"), batch=128, image=224),
+    "resnet-50": Config(partial(library, "resnet-50"), batch=128, image=224, memory_format=torch.channels_last),
+}
+LIBRARY_QUICK = {model: Config(partial(small, model), batch=6) for model in LIBRARY_CPU}
+LIBRARY_VERIFIED = {model: replace(config, dtype=torch.float64) for model, config in LIBRARY_QUICK.items()}
+
+QUICK = OWN_QUICK | LIBRARY_QUICK
+FULL = {"cpu": OWN_FULL | LIBRARY_CPU, "cuda": OWN_FULL | LIBRARY_CUDA}
+VERIFIED = OWN_VERIFIED | LIBRARY_VERIFIED
+MODELS = tuple(VERIFIED)
+BF16 = "bf16 autocast"
+DTYPES = {"float32": False, "bf16": True}
+"""Whether steps run under autocast; weights are float32 in any case."""
+
+
+def config_of(size: str, model: str, device: Device, batch: int | None = None) -> Config:
+    """`batch`: in the place of the size's own."""
+    config = QUICK[model] if size == "quick" else FULL[device.device.type][model]
+    return config if batch is None else replace(config, batch=batch)
+
+
+def labels_of(
+    size: str, model: str, config: Config, mode: str, drop_prob: float, autocast: bool, work: str
+) -> dict[str, Any]:
+    labels = {"work": work, "size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
+    return labels | {"dtype": BF16 if autocast else "float32"}
+
+
+def needs_of(network: Network, images: Tensor) -> tuple[Needs, Needs | None]:
+    """FLOPs, and bytes where they are known. `network` is not used any more."""
+    traffic = Traffic.of(network.model, images) if isinstance(network, Own) else None
+    network.prepare(images[:2])
+    return ModelCost.of(network.model, images), traffic
 
 
 def step_case(
@@ -97,43 +152,64 @@ def step_case(
     turns: int,
     device: Device | None = None,
     batch: int | None = None,
+    autocast: bool = False,
 ) -> Case:
-    """One row group of the table: turn i of every provider is a pair of steps on plan i.
+    """One row group of the table: turn i of every provider is a pair of steps on the same plan.
 
     Args:
         size: `"full"` or `"quick"`; verification has a size of its own.
         device: the CPU by default. On a GPU turns take different images, so that none is in the cache.
         batch: images, in the place of the size's own.
+        autocast: in bf16 where autocast says so.
     """
-    config = SIZES[size][model]
-    config = config if batch is None else replace(config, batch=batch)
     device = device or Device.of("cpu")
-    plans, batches = config.plans(turns, mode, drop_prob), config.batches(device)
-    built, (images, _) = config.model(device.device), batches[0]
+    config = config_of(size, model, device, batch)
+    labels = labels_of(size, model, config, mode, drop_prob, autocast, "scheme")
+    reason = unavailable(model)
+    if reason is not None:
+        return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in TRAINERS])
+    batches, built = config.batches(device), config.network(device.device)
+    plans = draw_plans(len(built.branches), config.batch, min(turns, PLANS), mode, drop_prob)
     kept = [computed_fractions(built, plan) for plan in plans]
-    cost, traffic = ModelCost.of(built, images), Traffic.of(built, images)
-    refusal = scheme_refusal(config, mode)
+    cost, traffic = needs_of(built, batches[0][0])
+    refusal = scheme_refusal(VERIFIED[model], mode)
 
     def provider(kind: type[Plain]) -> Provider:
         if refusal is not None and kind.follows_scheme:
             return Provider.missing(kind.name, refusal)
-        trainer = config.trainer(kind, mode, device.device)
+        trainer = config.trainer(kind, mode, device.device, autocast)
 
-        def run(turn: int) -> None:
-            trainer.images, trainer.labels = batches[turn % len(batches)]
-            trainer.train(plans[turn % len(plans)])
+        def needed(per: Needs | None) -> float | None:
+            return None if per is None else statistics.mean(kind.needs(per, fractions) for fractions in kept)
 
         return Provider(
             kind.name,
-            run=run,
+            run=turn_of(trainer, batches, plans),
             verify=lambda: verify(kind, model, mode, drop_prob, device.device),
-            needed_flop=statistics.mean(kind.needs(cost, fractions) for fractions in kept),
-            needed_bytes=statistics.mean(kind.needs(traffic, fractions) for fractions in kept),
+            needed_flop=needed(cost),
+            needed_bytes=needed(traffic),
             minimal=kind.minimal,
+            period=len(plans) if kind.follows_scheme else 1,
         )
 
-    labels = {"size": size, "model": model, "batch": config.batch, "mode": mode, "p": drop_prob}
-    return Case(labels, "pair of steps", Plain.name, [provider(kind) for kind in TRAINERS])
+    return Case(labels, UNIT, Plain.name, [provider(kind) for kind in TRAINERS])
+
+
+def turn_of(
+    trainer: Plain, batches: Sequence[tuple[Tensor, Tensor]], plans: Sequence[rdp.PathPlan | None]
+) -> Callable[[int], None]:
+    """What trains on the batch and the plan of a turn."""
+
+    def run(turn: int) -> None:
+        trainer.images, trainer.labels = batches[turn % len(batches)]
+        trainer.train(plans[turn % len(plans)])
+
+    return run
+
+
+def unavailable(model: str) -> str | None:
+    """Why `model` can't be built here."""
+    return library_models.missing() if model in library_models.NAMES else None
 
 
 @one_thread()
@@ -141,24 +217,23 @@ def verify(kind: type[Plain], model: str, mode: str, drop_prob: float, device: t
     """Gradients, which of them there are, and BatchNorm statistics after each backward of a small float64 network,
     against the textbook's."""
     config = VERIFIED[model]
+    trainer = config.trainer(kind, mode, device)
+    book = Textbook(config.network(device), trainer.images, trainer.labels)
     errors = []
-    for plan in config.plans(VERIFIED_PLANS, mode, drop_prob):
-        trainer = config.trainer(kind, mode, device)
-        book = Textbook(config.model(device), trainer.images, trainer.labels)
-        wanted = state_after(book.model, kind.textbook(book, plan))
+    for plan in draw_plans(len(book.network.branches), config.batch, VERIFIED_PLANS, mode, drop_prob):
+        wanted = state_after(book.network.model, kind.textbook(book, plan))
         errors.append(largest_difference(wanted, state_after(trainer.model, trainer.pair(plan))))
     return Check(torch.tensor(errors, dtype=torch.float64).max().item(), BOUND)
 
 
-def computed_fractions(model: ResidualClassifier, plan: rdp.PathPlan) -> list[float]:
+def computed_fractions(network: Network, plan: rdp.PathPlan) -> list[float]:
     """The share of the rows on which each branch must run in a drop iteration: with BatchNorm all or none."""
-    branches, _ = parts_of(model)
-    fractions = zip(branches, kept_fractions(plan), strict=True)
+    fractions = zip(network.branches, kept_fractions(plan), strict=True)
     return [float(kept > 0) if part.batch_norms else kept for part, kept in fractions]
 
 
 def scheme_refusal(config: Config, mode: str) -> str | None:
-    """Why the scheme can't freeze on this network in this mode."""
+    """Why the scheme can't freeze on this network in this mode; a small variant of it tells as well."""
     try:
         config.trainer(Exact, mode, CPU)
     except ValueError as error:

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+
+from rdp_kernels.estimate.meters import Flops
 
 from .machine import Ceilings, Device, facts
 
 CEILINGS_EVERY = 5.0  # seconds
+CPU = torch.device("cpu")
 Row = dict[str, Any]
 """One provider of one case: a line of the CSV. A value that there isn't is None."""
 
@@ -74,6 +76,8 @@ class Provider:
         needed_bytes: likewise, read from and written to memory.
         minimal: it claims to do the needed FLOPs and no more, which is checked over all turns. Others do the same
             FLOPs in each turn, and those of the first are counted.
+        period: after so many turns the FLOPs of a minimal one are those of the first again; None: never.
+        compiled: by torch.compile, which lets nobody count its FLOPs.
         unavailable: why it can't run here.
         columns: more of its row.
         capture: what a CUDA graph can be captured of, for times of the device alone.
@@ -85,6 +89,8 @@ class Provider:
     needed_flop: float | None = None
     needed_bytes: float | None = None
     minimal: bool = False
+    period: int | None = None
+    compiled: bool = False
     unavailable: str | None = None
     columns: Row = field(default_factory=dict)
     capture: Capture | None = None
@@ -106,7 +112,7 @@ class Case:
     Args:
         labels: what tells its rows from other cases', for example model, mode and p.
         unit: what one turn is.
-        baseline: the provider that ratios refer to.
+        baseline: the provider that ratios refer to. It must be available if any is.
     """
 
     labels: dict[str, Any]
@@ -116,7 +122,7 @@ class Case:
 
     def __post_init__(self) -> None:
         names = [provider.name for provider in self.available]
-        if self.baseline not in names:
+        if names and self.baseline not in names:
             raise ValueError(f"baseline must be one of the available providers {names}, got {self.baseline!r}")
 
     @property
@@ -142,11 +148,15 @@ class Case:
             checks.append(check)
         return max(checks, key=lambda check: check.error / check.bound)
 
-    def count_flop(self, turns: int) -> dict[str, float]:
+    def count_flop(self, turns: int, device: torch.device = CPU) -> dict[str, float]:
         """Mean FLOPs of each provider's turns. Raises `CheckFailed` where a minimal provider does not do its own."""
         counted = {}
         for provider in self.available:
-            counts = [_count(provider, turn) for turn in range(turns if provider.minimal else 1)]
+            if provider.compiled:
+                provider.run(0)  # counting warms up the others
+                continue
+            differ = min(turns, provider.period or turns) if provider.minimal else 1
+            counts = [_count(provider, turn, device) for turn in range(differ)]
             counted[provider.name] = statistics.mean(counts)
             needed = provider.needed_flop
             if provider.minimal and not abs(counted[provider.name] - needed) <= 1e-9 * needed:
@@ -170,6 +180,7 @@ class Session:
         on_round: called after every round.
         flops: whether FLOPs are counted, and measured against their ceiling.
         more: further columns of a provider's row, measured after the rounds.
+        quick: the ceilings are measured once, and not before every case again.
     """
 
     def __init__(
@@ -179,8 +190,10 @@ class Session:
         on_round: Callable[[], object] = lambda: None,
         flops: bool = True,
         more: Callable[[Provider], Row] = lambda provider: {},
+        quick: bool = False,
     ):
         self.device, self.turns, self.on_round, self.flops, self.more = device, turns, on_round, flops, more
+        self.quick = quick
         self._facts, self._ceilings = facts(device), self._measure_ceilings()
         self._ceilings_at = time.monotonic()
         self._rows: list[Row] = []
@@ -192,9 +205,13 @@ class Session:
 
     def measure(self, case: Case) -> None:
         """Verifies, counts and times `case`. Interrupted while it times, it keeps the complete rounds."""
+        if not case.available:
+            self._rows += [self._row(case, provider, [], {}) for provider in case.providers]
+            return
         case.verify()
-        self._raise_ceilings()
-        counted = case.count_flop(self.turns) if self.flops else case.warm_up()
+        if not self.quick:
+            self._raise_ceilings()
+        counted = case.count_flop(self.turns, self.device.device) if self.flops else case.warm_up()
         rounds: list[dict[str, float]] = []
         more: dict[str, Row] = {}
         try:
@@ -287,7 +304,7 @@ def told(error: BaseException) -> str:
     return ": ".join([type(error).__name__, " ".join(lines[:2])] if lines else [type(error).__name__])
 
 
-def _count(provider: Provider, turn: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+def _count(provider: Provider, turn: int, device: torch.device) -> int:
+    with Flops(device) as flops:
         provider.run(turn)
-    return counter.get_total_flops()
+    return flops.read()

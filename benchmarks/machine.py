@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-MATMUL_SIZES = (512, 1024, 2048)
+MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 CONV_SHAPES = ((24, 32, 32), (32, 256, 16), (64, 128, 8))  # images, channels, side
 CEILING_REPEATS = 5
 CACHE_IF_UNKNOWN = 64 << 20
@@ -29,12 +29,14 @@ class Device:
     Args:
         cache_bytes: of the last-level cache, L2 on a GPU.
         clock: seconds; a GPU is timed by events instead, on its own clock.
+        dtype: that its peak of FLOPs is measured in.
     """
 
     device: torch.device
     name: str
     cache_bytes: int
     clock: Callable[[], float] = time.perf_counter
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, kind: str) -> Device:
@@ -72,18 +74,18 @@ class Device:
 
     def ceilings(self) -> Ceilings:
         """Measures them: about a second on two cores."""
-        flops = [self._matmul_flops(size) for size in MATMUL_SIZES]
+        flops = [self._matmul_flops(size) for size in MATMUL_SIZES[self.device.type]]
         flops += [self._conv_flops(*shape) for shape in CONV_SHAPES]
         return Ceilings(max(flops), self.copy_rate())
 
     def _matmul_flops(self, size: int) -> float:
-        a, b = torch.randn(2, size, size, device=self.device)
+        a, b = torch.randn(2, size, size, device=self.device, dtype=self.dtype)
         return 2 * size**3 / self._best_seconds(lambda: a @ b)
 
     def _conv_flops(self, images: int, channels: int, side: int) -> float:
         """Of a 3 × 3 convolution: on some processors torch's convolutions are faster than its matmuls."""
-        x = torch.randn(images, channels, side, side, device=self.device)
-        weight = torch.randn(channels, channels, 3, 3, device=self.device)
+        x = torch.randn(images, channels, side, side, device=self.device, dtype=self.dtype)
+        weight = torch.randn(channels, channels, 3, 3, device=self.device, dtype=self.dtype)
         flops = 2 * images * channels * channels * 9 * side * side
         return flops / self._best_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
 
@@ -101,7 +103,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """float32 FLOP/s of a matmul or convolution, and bytes/s of a copy larger than the cache (read and written)."""
+    """FLOP/s of a matmul or convolution in the device's dtype, and bytes/s of a copy larger than the cache (read and
+    written)."""
 
     flops: float
     bytes: float

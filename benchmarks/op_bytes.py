@@ -152,7 +152,7 @@ class _Counter(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _BY_ROWS:
             self.total += _BY_ROWS[packet](*args, **(kwargs or {}))
-        elif not func.is_view and packet not in _NOTHING:
+        elif not func.is_view and not allocates(func):
             read = {} if packet in _WRITES_ONLY else _tensors((args, kwargs))
             self.total += sum(map(bytes_of, (*read.values(), *_tensors(results).values())))
         return results
@@ -163,6 +163,11 @@ def count_bytes(run: Callable[[], object]) -> int:
     with _Counter() as counter:
         run()
     return counter.total
+
+
+def allocates(func: torch._ops.OpOverload) -> bool:
+    """Whether an op does nothing else."""
+    return func.overloadpacket in _NOTHING
 
 
 def bytes_of(x: Tensor) -> int:

@@ -4,7 +4,9 @@ Host time per call, in microseconds, on tensors so small that little else is lef
 turn is a block of calls on one thread, and the providers take turns; ours enter their backend once a block. "no grad"
 is a forward under torch.no_grad, "forward" one that autograd records, "both" that and the gradients of all inputs.
 "torch.add" is what one op of torch costs. "/eager" is the median of the turns' ratios, "min/eager" that of the fastest
-turns. Half of the rows are dropped; drop_path_add, and timm's formula, draw them, half in the mean.
+turns. "launches" is how many kernels a call launches; on the CPU "ops" stand in for them, those that torch dispatches
+and that compute, a call of our compiled library being one. Half of the rows are dropped; drop_path_add, and timm's
+formula, draw them, half in the mean.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import rdp_kernels as rdp
 from . import command
 from .command import shown
 from .harness import Case, Check, Provider, Row, Session, scaled
+from .launches import OPS, count_launches, counted_as
 from .machine import Device
 from .op_dense import ResidualAdd, ResidualAddRelu
 from .op_goals import setting_of
@@ -92,7 +95,9 @@ def run(options: argparse.Namespace) -> int:
         console,
         (case for op in ops(device.device) for case in overhead_cases(op, calls)),
         len(SHAPES) * len(CALLS) * len(PASSES) * turns,
-        lambda on_round: Session(device, turns, on_round, flops=False),
+        lambda on_round: Session(
+            device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)
+        ),
         quick=True,  # one thread: a second one has nothing to do
     )
     rows = [per_call(row) for row in rows]
@@ -218,15 +223,22 @@ def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, back
     return Provider(name, lambda turn: block(calls), verify)
 
 
+def launches(provider: Provider, device: torch.device, calls: int) -> Row:
+    """Of one of the calls that `provider` makes in a turn."""
+    count = count_launches(lambda: provider.run(0), device)
+    return {"launches": count / calls, "launches_are": counted_as(device)}
+
+
 # What is shown
 
 
 def per_call(row: Row) -> Row:
     """Its times in microseconds of a call; without what is about FLOPs and bytes."""
-    left_out = ("flop", "_gb", "_share", "_ms", "needed", "counted")
+    left_out = ("flop", "_gb", "_share", "_ms", "needed", "counted", "launches")
     kept = {key: value for key, value in row.items() if not any(part in key for part in left_out)}
     times = {key.replace("_ms", "_us"): scaled(row[key], 1e3 / row["calls"]) for key in row if key.endswith("_ms")}
-    return kept | times
+    launched = {"launches": row.get("launches"), "launches_are": row.get("launches_are", "")}
+    return kept | times | launched
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -239,16 +251,18 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 def tables_of(rows: list[Row]) -> Iterator[Table]:
     """One for each op and shape, with its passes below each other."""
+    counted = "ops" if any(row["launches_are"] == OPS for row in rows) else "launches"
     for setting, group in itertools.groupby(rows, setting_of):
         table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("pass", no_wrap=True, min_width=8)
         table.add_column("provider", no_wrap=True, min_width=18)
-        for name in COLUMNS:
+        for name in (*COLUMNS, counted):
             table.add_column(name, justify="right", no_wrap=True)
         for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
             for row in providers:
                 if not row["unavailable"]:
-                    table.add_row(direction, row["provider"], *(shown(row[key], how) for key, how in COLUMNS.values()))
+                    cells = [shown(row[key], how) for key, how in (*COLUMNS.values(), ("launches", "g"))]
+                    table.add_row(direction, row["provider"], *cells)
                     direction = ""
         yield table
 

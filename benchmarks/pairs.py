@@ -6,7 +6,7 @@ and `needs` sums up what the two iterations cannot do without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rdp_kernels as rdp
-from examples.models import ResidualClassifier, masked_forward
 
-from .parts import left_alone, parts_of
+from .networks import End, Network
+from .parts import left_alone
 from .textbook import Textbook
 
 
 class Needs(Protocol):
-    """What iterations need, in FLOPs (`cost.ModelCost`) or bytes (`traffic.Traffic`); `kept` as a fraction a path."""
+    """What iterations need, in FLOPs (`ModelCost`) or bytes (`traffic.Traffic`); `kept` as a fraction a path."""
 
     def plain(self) -> float: ...
     def drop(self, kept: list[float]) -> float: ...
@@ -29,11 +29,12 @@ class Needs(Protocol):
 
 
 class Plain:
-    """Two ordinary training steps. Every trainer has a model of its own.
+    """Two ordinary training steps. Every trainer has a network of its own.
 
     Args:
-        model: is trained.
+        network: is trained.
         mode: of the plans.
+        autocast: in bf16 where autocast says so; weights stay what they are.
     """
 
     name = "plain"
@@ -42,25 +43,33 @@ class Plain:
     follows_scheme = False
     """Whether it freezes what the plan keeps, which some networks forbid."""
 
-    def __init__(self, model: ResidualClassifier, images: Tensor, labels: Tensor, mode: str):
-        self.model, self.images, self.labels = model, images, labels
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def __init__(self, network: Network, images: Tensor, labels: Tensor, mode: str, autocast: bool = False):
+        self.network, self.model, self.images, self.labels = network, network.model, images, labels
+        self._autocast = autocast
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
-    def train(self, plan: rdp.PathPlan) -> None:
+    def train(self, plan: rdp.PathPlan | None = None) -> None:
+        """Both steps. Where masks have another origin there is no plan."""
         for _ in self.pair(plan):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
+    def pair(self, plan: rdp.PathPlan | None) -> Iterator[None]:
         for _ in range(2):
-            self.backward(self.model(self.images))
+            self.backward()
             yield
 
-    def masked(self, plan: rdp.PathPlan) -> Tensor:
-        return masked_forward(self.model, self.images, plan.keep.to(self.images.device), plan.drop_probs)
+    def backward(self, ends: Sequence[End] | None = None) -> None:
+        """Forward and backward, with `ends` as in `Network.with_ends`."""
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self._autocast):
+            logits = self.network(self.images) if ends is None else self.network.with_ends(self.images, ends)
+            loss = F.cross_entropy(logits, self.labels)
+        loss.backward()
 
-    def backward(self, logits: Tensor) -> None:
-        F.cross_entropy(logits, self.labels).backward()
+    def masks(self, plan: rdp.PathPlan) -> list[End]:
+        """What drop-path does, with the masks of `plan`."""
+        keep = plan.keep.to(self.images.device)
+        return [_Mask(kept, p) for kept, p in zip(keep, plan.drop_probs, strict=True)]
 
     @staticmethod
     def textbook(book: Textbook, plan: rdp.PathPlan) -> Iterator[None]:
@@ -81,7 +90,7 @@ class DropPath(Plain):
 
     def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
         for _ in range(2):
-            self.backward(self.masked(plan))
+            self.backward(self.masks(plan))
             yield
 
     @staticmethod
@@ -106,17 +115,13 @@ class Naive(Plain):
     minimal = False
     follows_scheme = True
 
-    def __init__(self, model: ResidualClassifier, images: Tensor, labels: Tensor, mode: str):
-        super().__init__(model, images, labels, mode)
-        self.branches, self.rest = parts_of(model)
-
     def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
-        parts = list(zip(self.branches, plan.keep, strict=True))
+        parts = list(zip(self.network.branches, plan.keep, strict=True))
         with left_alone(part for part, kept in parts if not kept.any()):
-            self.backward(self.masked(plan))
+            self.backward(self.masks(plan))
         yield
-        with left_alone([self.rest, *(part for part, kept in parts if kept.all())]):
-            self.backward(self.model(self.images))
+        with left_alone([self.network.rest, *(part for part, kept in parts if kept.all())]):
+            self.backward()
         yield
 
     @staticmethod
@@ -138,13 +143,14 @@ class Exact(Plain):
     follows_scheme = True
     freeze = "parameters"
 
-    def __init__(self, model: ResidualClassifier, images: Tensor, labels: Tensor, mode: str):
-        super().__init__(model, images, labels, mode)
-        self.scheme = rdp.ResidualDropPath(model, mode=mode, freeze=self.freeze)
+    def __init__(self, network: Network, images: Tensor, labels: Tensor, mode: str, autocast: bool = False):
+        network.prepare(images[:2])
+        super().__init__(network, images, labels, mode, autocast)
+        self.scheme = rdp.ResidualDropPath(self.model, mode=mode, freeze=self.freeze)
 
     def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
         for _ in self.scheme.iterations(plan=plan):
-            self.backward(self.model(self.images))
+            self.backward()
             yield
 
     @classmethod
@@ -164,6 +170,17 @@ class BranchFrozen(Exact):
 
     name = "ours branch-frozen"
     freeze = "branch"
+
+
+class _Mask:
+    """Multiplies by mask / (1 − p), as drop-path is usually written. `kept` is bool `[]` or `[B]`."""
+
+    def __init__(self, kept: Tensor, drop_prob: float):
+        self._kept, self._drop_prob = kept, drop_prob
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mask = self._kept.to(x).expand(len(x)).view(-1, *[1] * (x.dim() - 1))
+        return x * (mask / (1 - self._drop_prob))
 
 
 TRAINERS: tuple[type[Plain], ...] = (Plain, Naive, DropPath, Exact, BranchFrozen)

@@ -17,6 +17,19 @@ class Part:
     parameters: list[nn.Parameter]
     batch_norms: list[_BatchNorm]
 
+    @classmethod
+    def of(cls, members: Iterable[nn.Module | nn.Parameter]) -> Part:
+        """What `members` consist of."""
+        parameters: list[nn.Parameter] = []
+        batch_norms: list[_BatchNorm] = []
+        for member in members:
+            if isinstance(member, nn.Parameter):
+                parameters.append(member)
+            else:
+                parameters += member.parameters()
+                batch_norms += [m for m in member.modules() if isinstance(m, _BatchNorm)]
+        return cls(parameters, batch_norms)
+
     @property
     def bytes(self) -> int:
         return sum(p.nbytes for p in self.parameters)
@@ -24,17 +37,20 @@ class Part:
 
 def parts_of(model: ResidualClassifier) -> tuple[list[Part], Part]:
     """Each path's branch with its norm and gamma, in forward order, and the rest: stem, head, final norm, shortcuts."""
-    branches = []
-    for path in model.paths:
-        modules = [module for branch in path.branch_modules() for module in branch.modules()]
-        parameters = [p for branch in path.branch_modules() for p in branch.parameters()]
-        branches.append(Part(parameters + [path.gamma] * (path.gamma is not None), _batch_norms(modules)))
+    branches = [
+        Part.of([*path.branch_modules(), *([] if path.gamma is None else [path.gamma])]) for path in model.paths
+    ]
+    return branches, rest_of(model, branches)
+
+
+def rest_of(model: nn.Module, branches: Iterable[Part]) -> Part:
+    """What of `model` belongs to none of `branches`."""
     owned = {id(member) for part in branches for member in (*part.parameters, *part.batch_norms)}
-    rest = Part(
-        [p for p in model.parameters() if id(p) not in owned],
-        [m for m in _batch_norms(model.modules()) if id(m) not in owned],
+    everything = Part.of([model])
+    return Part(
+        [p for p in everything.parameters if id(p) not in owned],
+        [m for m in everything.batch_norms if id(m) not in owned],
     )
-    return branches, rest
 
 
 @contextlib.contextmanager
@@ -51,7 +67,3 @@ def left_alone(parts: Iterable[Part]) -> Iterator[None]:
     for part in parts:
         for parameter in part.parameters:
             parameter.grad = None
-
-
-def _batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    return [m for m in modules if isinstance(m, _BatchNorm)]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import command
-from .cases import MODELS, MODES, PROBS, step_case
+from . import command, drop_path
+from .cases import BF16, DTYPES, MODELS, MODES, PROBS, step_case
 from .command import shown
+from .drop_path import drop_path_case
 from .harness import Row, Session, quotient
 from .machine import Device
 from .pairs import BranchFrozen, Exact, Naive
@@ -23,16 +26,53 @@ from .pairs import BranchFrozen, Exact, Naive
 FULL_TURNS, QUICK_TURNS = 12, 3
 ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
 OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
+OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
+"""On GPUs, of plain's time: ViT-B, block mode, batch 128, in bf16."""
+
+OURS_DROP_PATH = (drop_path.Ours.name, drop_path.OursCompiled.name)
+OTHERS_DROP_PATH = (drop_path.Compiled.name, drop_path.Subset.name)
+
+Probs = dict[str, tuple[float, ...]]
+EVERY: Probs = dict.fromkeys(MODES, PROBS)
+DEFAULTS: dict[str, dict[str, Probs]] = {
+    "cpu": {"vit": EVERY, "resnet": EVERY, "vit-s": {"block": (0.3,), "sample": (0.3,)}},
+    "cuda": {
+        "vit": {"block": (0.3,), "sample": (0.3,)},
+        "resnet": {"block": (0.3,)},
+        "vit-s": {"block": (0.3,)},
+        "vit-b": {"block": PROBS, "sample": (0.3,)},
+        "convnext-t": {"block": (0.3,)},
+        "swin-t": {"block": (0.3,)},
+        "resnet-50": {"block": (0.3,)},
+    },
+    "quick": {
+        "vit": {"block": (0.5,), "sample": (0.5,)},
+        "resnet": {"block": (0.5,), "sample": (0.5,)},
+        "vit-s": {"sample": (0.5,)},
+        "convnext-t": {"block": (0.5,)},
+        "swin-t": {"block": (0.5,)},
+        "resnet-50": {"block": (0.5,)},
+    },
+}
+"""Which p's of which modes of which models are measured if nothing is said."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "step", help="a pair of training steps", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help=f"default: {' '.join(MODELS)}")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    parser.add_argument("--prob", nargs="+", type=_probability, metavar="P", help="of dropping; default: 0.1 0.3 0.5")
+    default = "default: a choice for the device"
+    parser.add_argument("--model", nargs="+", choices=MODELS, help=default)
+    parser.add_argument("--mode", nargs="+", choices=MODES, help=default)
+    parser.add_argument("--prob", nargs="+", type=probability, metavar="P", help=f"of dropping; {default}")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="drop-path at p = 0.4 too, compiled by others, on "
+        f"{' and '.join(drop_path.MODELS)}; default: on cuda, on vit-b",
+    )
     turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
     command.add_options(parser, turns, f"{quick}: does it run")
     parser.set_defaults(run=run)
@@ -43,17 +83,51 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
-    probs = options.prob or (PROBS[-1:] if options.quick else PROBS)
     turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
-    choices = list(itertools.product(options.model, options.mode, probs))
+    choices = choices_of("quick" if options.quick else options.device, options.model, options.mode, options.prob)
+    autocast = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "float32")]
     size, device = "quick" if options.quick else "full", Device.of(options.device)
-    cases = (step_case(size, *choice, turns, device, options.batch) for choice in choices)
+    if autocast:
+        device = replace(device, dtype=torch.bfloat16)
+    further = drop_path_models(options.compiled, options.device, dict.fromkeys(model for model, _, _ in choices))
+    cases = itertools.chain(
+        (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices),
+        (drop_path_case(size, model, turns, device, options.batch, autocast) for model in further),
+    )
     rows, code = command.measured(
-        console, cases, len(choices) * turns, lambda on_round: Session(device, turns, on_round), options.quick
+        console,
+        cases,
+        (len(choices) + len(further)) * turns,
+        lambda on_round: Session(device, turns, on_round, quick=options.quick),
+        options.quick,
     )
     if rows:
-        console.print(table_of(rows), *notes_of(rows), *([] if options.quick else verdicts_of(rows)), sep="\n")
+        verdicts = [] if options.quick else VERDICTS[options.device](rows)
+        console.print(table_of(rows), *notes_of(rows), *verdicts, sep="\n")
     return code if command.written(options, rows) else 1
+
+
+def choices_of(
+    key: str,
+    models: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+    probs: Sequence[float] | None = None,
+) -> list[tuple[str, str, float]]:
+    """Model, mode and p of each case: what is asked for, and else `DEFAULTS[key]`, or everything where that has nothing
+    to say of a model or mode."""
+    defaults, every = DEFAULTS[key], PROBS[-1:] if key == "quick" else PROBS
+    choices = []
+    for model in models or defaults:
+        of_model = defaults.get(model, dict.fromkeys(MODES, every))
+        for mode in modes or of_model:
+            choices += [(model, mode, p) for p in probs or of_model.get(mode, every)]
+    return choices
+
+
+def drop_path_models(compiled: bool | None, device: str, models: Iterable[str]) -> list[str]:
+    """Those of `models` with a case of drop-path. Compiling takes minutes on a CPU, where it has to be asked for."""
+    wanted = drop_path.MODELS if compiled else ("vit-b",) if compiled is None and device == "cuda" else ()
+    return [model for model in models if model in wanted]
 
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -93,8 +167,8 @@ def notes_of(rows: list[Row]) -> Iterator[str]:
         yield f"– {', '.join(cases)}: no {', '.join(names)}: {reason}"
 
 
-def verdicts_of(rows: list[Row]) -> Iterator[str]:
-    """The targets, of the rows that are there, with what was measured."""
+def cpu_verdicts(rows: list[Row]) -> Iterator[str]:
+    """The targets of our own ViT, of the rows that are there, with what was measured."""
     vit = {(row["mode"], row["p"], row["provider"]): row for row in rows if row["model"] == "vit"}
     for (mode, p, provider), row in vit.items():
         if provider == Exact.name:
@@ -108,13 +182,34 @@ def verdicts_of(rows: list[Row]) -> Iterator[str]:
             yield f"{what}, {_verdict(max(rounds, low), target)}"
 
 
+def gpu_verdicts(rows: list[Row]) -> Iterator[str]:
+    """The targets of timm's ViT-B in bf16, of the rows that are there and were measured."""
+    asked = [row for row in rows if (row["model"], row["batch"], row["dtype"]) == ("vit-b", 128, BF16)]
+    asked = [row for row in asked if row["ratio_rounds"] is not None]
+    for row in asked:
+        target = OF_PLAIN.get((row["provider"], row["p"]))
+        if (row["work"], row["mode"]) == ("scheme", "block") and target is not None:
+            what = f"{case_of(row)}: {row['provider']} takes {row['ratio_rounds']:.3f} of plain"
+            yield f"{what}, {_verdict(row['ratio_rounds'], target)}"
+    by_name = {row["provider"]: row for row in asked if row["work"] == "drop-path"}
+    for name, other in itertools.product(OURS_DROP_PATH, OTHERS_DROP_PATH):
+        if name in by_name and other in by_name:
+            ratio = by_name[name]["ratio_rounds"] / by_name[other]["ratio_rounds"]
+            yield f"{case_of(by_name[name])}: {name} takes {ratio:.3f} of {other}, {_verdict(ratio, 1.0)}"
+
+
+VERDICTS = {"cpu": cpu_verdicts, "cuda": gpu_verdicts}
+
+
 def above_needed(row: Row) -> float | None:
     """Time over needed FLOPs, both as ratios to plain."""
     return quotient(row["ratio_rounds"], row["needed_ratio"])
 
 
 def case_of(row: Row) -> str:
-    return f"{row['model']} {row['mode']} p={row['p']}"
+    """`row` may be of a file from before there was a column for the work."""
+    case = f"{row['model']} {row['mode']} p={row['p']}"
+    return f"{case} drop-path" if row.get("work") == "drop-path" else case
 
 
 def _verdict(value: float, target: float) -> str:
@@ -126,7 +221,8 @@ def _machine_line(row: Row) -> str:
     return f"{command.machine_line(row)}, {peaks}"
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
+    """An argparse type."""
     wanted = f"must be a number between 0.01 and 0.99, got {text!r}"  # so rare a drop would never give enough plans
     try:
         value = float(text)

@@ -1,89 +1,78 @@
 """The scheme as its definition reads, in plain torch and without regard to cost: what providers are verified against.
 
-Of rdp_kernels it uses the paths' submodules only, never their forward.
+Every branch is computed, on the model as its author wrote it, and what must not count is masked or thrown away. Of
+rdp_kernels nothing runs here.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rdp_kernels as rdp
-from examples.models import ResidualClassifier
-
-from .parts import left_alone, parts_of
-
-Update = Callable[[rdp.ResidualBranch, Tensor, Tensor, float], Tensor]
-"""(path, x, which rows of x are kept, p) → what is added to the residual."""
+from .networks import End, Network
+from .parts import left_alone
 
 
 class Textbook:
-    """Iterations on a copy of `model`, each a forward and backward that leaves gradients in `self.model`."""
+    """Iterations on `network`, each a forward and backward that leaves gradients in its model."""
 
-    def __init__(self, model: ResidualClassifier, images: Tensor, labels: Tensor):
-        self.model = copy.deepcopy(model)
-        self.images, self.labels = images, labels
+    def __init__(self, network: Network, images: Tensor, labels: Tensor):
+        self.network, self.images, self.labels = network, images, labels
 
     def plain(self) -> None:
-        paths = len(self.model.paths)
-        self.drop(torch.ones(paths, dtype=torch.bool), [0.0] * paths)
+        self._backward(self.images, self.labels, [_as_it_is] * len(self.network.branches))
 
     def drop(self, keep: Tensor, drop_probs: Sequence[float], skip: bool = True) -> None:
         """Kept rows of a branch count 1 / (1 − p) times, dropped ones 0 times.
 
         Args:
             keep: bool `[paths]` or `[paths, B]`.
-            skip: a branch without kept rows isn't run; else it gets gradients of 0, and its BatchNorms see the batch.
+            skip: a branch without kept rows is left alone; else it gets gradients of 0, and its BatchNorms see the
+                batch.
         """
-
-        def update(path: rdp.ResidualBranch, x: Tensor, kept: Tensor, drop_prob: float) -> Tensor:
-            if skip and not kept.any():
-                return torch.zeros_like(kept, dtype=x.dtype)
-            return torch.where(kept, _Branch(path)(x) / (1 - drop_prob), 0)
-
-        self._iteration(keep, drop_probs, update)
+        ends = [partial(_masked, kept, p) for kept, p in zip(keep, drop_probs, strict=True)]
+        without = [part for part, kept in zip(self.network.branches, keep, strict=True) if skip and not kept.any()]
+        with left_alone(without):
+            self._backward(self.images, self.labels, ends)
 
     def reuse(self, keep: Tensor, freeze: str) -> None:
-        """Every branch runs. Where `keep` is true its weights are constants and, with `freeze="branch"`, so is what
-        it computes; the rest doesn't learn."""
+        """Every branch runs. Where `keep` is true its gradients are thrown away and, with `freeze="branch"`, what it
+        computes is a constant; the rest doesn't learn.
 
-        def update(path: rdp.ResidualBranch, x: Tensor, kept: Tensor, _: float) -> Tensor:
-            branch = _Branch(path)
-            if not kept.any():
-                return branch(x)
-            constants = {name: value.detach() for name, value in branch.state_dict().items()}
-            frozen = torch.func.functional_call(branch, constants, (x,))
-            frozen = frozen.detach() if freeze == "branch" else frozen
-            return frozen if kept.all() else torch.where(kept, frozen, branch(x))
+        In sample mode one sample after the other: their gradients add up to the batch's, as nothing but BatchNorm,
+        which can't be frozen for some samples, makes one depend on another.
+        """
+        columns = keep.view(len(keep), -1)
+        shares = columns.shape[1]
+        total: dict[nn.Parameter, Tensor] = {}
+        images, labels = self.images.chunk(shares), self.labels.chunk(shares)
+        for kept, some_images, some_labels in zip(columns.T.tolist(), images, labels, strict=True):
+            frozen = [part for part, k in zip(self.network.branches, kept, strict=True) if k]
+            ends = [Tensor.detach if k and freeze == "branch" else _as_it_is for k in kept]
+            with left_alone([*frozen, self.network.rest]):
+                self._backward(some_images, some_labels, ends, shares)
+            for parameter in self.network.model.parameters():
+                if parameter.grad is not None:
+                    total[parameter] = parameter.grad + total.get(parameter, 0)
+                    parameter.grad = None
+        for parameter, gradient in total.items():
+            parameter.grad = gradient
 
-        branches, rest = parts_of(self.model)
-        frozen = [part for part, kept in zip(branches, keep, strict=True) if kept.all()]
-        with left_alone([*frozen, rest]):
-            self._iteration(keep, [0.0] * len(keep), update)
-
-    def _iteration(self, keep: Tensor, drop_probs: Sequence[float], update: Update) -> None:
-        x = self.model.embed(self.images)
-        for path, kept, drop_prob in zip(self.model.paths, keep, drop_probs, strict=True):
-            rows = kept.to(x.device).expand(len(x)).view(-1, *[1] * (x.dim() - 1))
-            x = (x if path.shortcut is None else path.shortcut(x)) + update(path, x, rows, drop_prob)
-            x = torch.where(x > 0, x, 0) if path.activation == "relu" else x
-        F.cross_entropy(self.model.classify(x), self.labels).backward()
+    def _backward(self, images: Tensor, labels: Tensor, ends: Sequence[End], shares: int = 1) -> None:
+        (F.cross_entropy(self.network.with_ends(images, ends), labels) / shares).backward()
 
 
-class _Branch(nn.Module):
-    """`γ · fn(norm(x))` with γ along the last dimension."""
+def _as_it_is(update: Tensor) -> Tensor:
+    return update
 
-    def __init__(self, path: rdp.ResidualBranch):
-        super().__init__()
-        self.norm, self.fn, self.gamma = path.norm, path.fn, path.gamma
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fn(x if self.norm is None else self.norm(x))
-        return x if self.gamma is None else x * self.gamma
+def _masked(kept: Tensor, drop_prob: float, update: Tensor) -> Tensor:
+    rows = kept.to(update.device).expand(len(update)).view(-1, *[1] * (update.dim() - 1))
+    return torch.where(rows, update / (1 - drop_prob), 0)
 
 
 def state_after(model: nn.Module, backwards: Iterator[None]) -> list[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -171,19 +172,14 @@ class ResidualMLP(ResidualClassifier):
         return self.head(self.norm(stream))
 
 
-def masked_forward(model: ResidualClassifier, images: Tensor, keep: Tensor, drop_probs: list[float]) -> Tensor:
-    """`model(images)` as drop-path is usually written: every branch is computed, then multiplied by mask / (1 − p).
-
-    Args:
-        keep: bool `[paths]` or `[paths, B]`.
-        drop_probs: of each path, below 1.
-    """
+def forward_with_ends(model: ResidualClassifier, images: Tensor, ends: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """`model(images)` as residual networks are usually written: every branch is computed, and what branch l gives is
+    added as `ends[l]` makes it, multiplied by a mask for example."""
     x = model.embed(images)
-    for path, kept, drop_prob in zip(model.paths, keep, drop_probs, strict=True):
+    for path, end in zip(model.paths, ends, strict=True):
         update = path.fn(x if path.norm is None else path.norm(x))
         if path.gamma is not None:
             update = update * path.gamma.view([-1 if d == path.channel_dim % x.dim() else 1 for d in range(x.dim())])
-        mask = kept.to(update).expand(len(x)).view(-1, *[1] * (update.dim() - 1)) / (1 - drop_prob)
-        x = (x if path.shortcut is None else path.shortcut(x)) + update * mask
+        x = (x if path.shortcut is None else path.shortcut(x)) + end(update)
         x = x.relu() if path.activation == "relu" else x
     return model.classify(x)

@@ -102,6 +102,7 @@ class ResidualBranch(nn.Module):
         return (
             calls_run_path
             and not compiled
+            and self.slot.probe is None
             and not has_hooks(self)
             and self.shortcut is None
             and self.activation is None

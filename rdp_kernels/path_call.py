@@ -33,6 +33,8 @@ def run_path(
     `residual`: what the shortcut gave, where that was computed already."""
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
+    if owner.slot.probe is not None:
+        return owner.slot.probe(call, x)
     if torch.compiler.is_compiling() and owner.training:
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
@@ -97,7 +99,7 @@ class PathCall:
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         args, kwargs = self.args, self.kwargs
         if rows is not None:
-            args, kwargs = self.owner.map_rows(lambda t: t.index_select(0, rows), self.batch_size, args, kwargs)
+            args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
         runner = self.owner.slot.runner
         single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
         if runner is None or single or torch.compiler.is_compiling():
@@ -237,6 +239,13 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
         absent = ("learning",) if kept == 0 and world_size() > 1 else ()
         return Decision(learning=kept > 0, scale=scale, absent=absent)
     return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)
+
+
+def _select(argument: Tensor, rows: Tensor) -> Tensor:
+    """Its `rows`; of an empty batch, which `call_for_others` asks for a row, zeros, or true where it is a mask."""
+    if argument.shape[0] == 0 and len(rows):
+        return argument.new_full((len(rows), *argument.shape[1:]), argument.dtype == torch.bool)
+    return argument.index_select(0, rows)
 
 
 def _is_plain(owner: PathOwner) -> bool:

@@ -18,6 +18,7 @@ from .plan import drop_path_rates
 from .rows import RowSet
 
 if TYPE_CHECKING:
+    from .path_call import PathCall
     from .scheme import ResidualDropPath
 
 
@@ -63,6 +64,8 @@ class PathSlot:
         """What runs the branch in the place of the owner's `run_branch`: compiled, or captured."""
         self.factors: Factors | None = None
         """Where the whole model is compiled: what the plan says, as data."""
+        self.probe: Probe | None = None
+        """Who looks on at every call, and decides what comes out (`estimate`)."""
 
     @property
     def scheme(self) -> ResidualDropPath | None:
@@ -120,6 +123,10 @@ Factors = tuple[Tensor, Tensor | None]
 
 Runner = Callable[[PathOwner, Tensor, tuple, dict, bool], Tensor]
 """`run_branch` of any owner: owner, x, args, kwargs, normed."""
+
+
+Probe = Callable[["PathCall", Tensor], Tensor]
+"""The call, its input; returns the path's output."""
 
 
 class Path:

@@ -146,6 +146,23 @@ def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str
     return noise.argsort(dim=1) >= num_dropped[:, None]  # the argsort of noise is a random permutation of the rows
 
 
+def draw_keep(
+    drop_probs: Sequence[float],
+    mode: str,
+    sampling: str,
+    generator: torch.Generator,
+    batch_sizes: Sequence[int] = (),
+    whole: Sequence[int] = (),
+) -> Tensor:
+    """`PathPlan.keep`: in sample mode for the samples of several forwards, each drawn apart; paths in `whole` are
+    decided for all samples at once."""
+    if mode == "block":
+        return draw_block_keep(drop_probs, sampling, generator)
+    keep = torch.cat([draw_sample_keep(drop_probs, size, sampling, generator) for size in batch_sizes], dim=1)
+    keep[whole] = draw_block_keep([drop_probs[path] for path in whole], sampling, generator)[:, None]
+    return keep
+
+
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Midpoints of a grid of 2³² cells in (0, 1): no nearer to 0 or 1 than 2⁻³³, which rounding errors never bridge, so
     that 0.1 · 20 drops exactly 2 every time."""

@@ -37,8 +37,9 @@ class Rest:
         self._freeze: freeze | None = None
         self.refresh()
         self._handles = []
+        hooked = {around for name in self._names for around in _around(name)}
         for name, module in self._walk():
-            if any(inner == name or inner.startswith(f"{name}." if name else "") for inner in self._names):
+            if name in hooked:
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._enter)))
                 self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
 
@@ -111,6 +112,14 @@ class Rest:
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is module:
             self.release()
+
+
+def _around(name: str) -> Iterator[str]:
+    """A module's name and those of the modules around it; that of the model is empty."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 class _Hook:

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ from .plan import (
     SAMPLINGS,
     SCHEDULES,
     PathPlan,
-    draw_block_keep,
-    draw_sample_keep,
+    draw_keep,
     plan_generator,
 )
 from .rest import Rest
 from .state import PHASES, BatchSize, State, forwards_of
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
 
 FREEZES = ("parameters", "branch", "none")
 
@@ -230,6 +232,22 @@ class ResidualDropPath:
         self._on_begin.clear()
         self._remover()
 
+    def estimate(self, example_inputs: Any, *, timed: bool = True) -> Estimate:
+        """What iterations on batches like `example_inputs` cost: FLOPs, saved bytes and time against plain training's,
+        in each mode, at the scheme's own rates and at others, and what that speaks for. Before training: `print` it.
+
+        Args:
+            example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0, of
+                the batch size and on the device of the training.
+            timed: measure seconds, which takes some tens of training steps. Without, FLOPs stand for them.
+
+        Measures a copy of the model; nothing changes. Raises `RuntimeError` inside an iteration and `ValueError` for a
+        model that can't be copied or run on `example_inputs`.
+        """
+        from .estimate import estimate  # most trainings don't ask
+
+        return estimate(self, example_inputs, timed)
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,7 +296,7 @@ class ResidualDropPath:
 
     def _decide(self, index: int, x: Tensor) -> Decision | None:
         """What `run_path` does in a training-mode call of path `index`; None where no iteration is open."""
-        recomputing = _in_backward()
+        recomputing = in_backward()
         iteration = self._current(recomputing)
         if iteration is None:
             return None
@@ -395,15 +413,12 @@ class ResidualDropPath:
         generator = plan_generator(self.seed, self._drawn, rank() if self.mode == "sample" else 0)
         self._drawn += 1
         drop_probs = [path.drop_prob for path in self.paths]
-        if self.mode == "block":
-            return PathPlan(draw_block_keep(drop_probs, self.sampling, generator), drop_probs, "block")
         whole = [path.index for path in self.paths if path.module.mode == "block"]
-        keep = torch.cat([draw_sample_keep(drop_probs, size, self.sampling, generator) for size in forwards], dim=1)
-        keep[whole] = draw_block_keep([drop_probs[path] for path in whole], self.sampling, generator)[:, None]
-        return PathPlan(keep, drop_probs, "sample")
+        keep = draw_keep(drop_probs, self.mode, self.sampling, generator, forwards, whole)
+        return PathPlan(keep, drop_probs, self.mode)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward: a forward in there is checkpointing's recomputation."""
     return torch._C._current_graph_task_id() != -1
 
@@ -411,7 +426,7 @@ def _in_backward() -> bool:
 def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
     if scheme is None or not scheme._rules.freezes_rest:
         return False
-    iteration = scheme._current(_in_backward())
+    iteration = scheme._current(in_backward())
     return iteration is not None and iteration.phase == "reuse"
 
 

@@ -100,6 +100,25 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
         branch(x, 1.0)
 
 
+@pytest.mark.parametrize("mask", [torch.empty(0, 4, 4).bool(), torch.empty(0, 4, 4)], ids=["bool", "float"])
+def test_an_empty_batch_takes_part_on_a_rank_among_others(mask, monkeypatch):
+    """Its per-sample arguments have no row for the call that other ranks wait for."""
+    monkeypatch.setattr("rdp_kernels.path_call.world_size", lambda: 2)
+
+    class Attention(nn.Linear):
+        def forward(self, x, mask):
+            qkv = super().forward(x)
+            scores = qkv @ qkv.mT
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            return scores.softmax(-1) @ qkv
+
+    branch = rdp.ResidualBranch(Attention(8, 8), drop_prob=0.5, per_sample=["mask"])
+    out = branch(torch.randn(0, 4, 8), mask=mask)
+    assert out.shape == (0, 4, 8)
+    out.sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in branch.parameters())
+
+
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_per_sample_arguments_follow_learning_and_frozen_rows(freeze):
     branch = rdp.ResidualBranch(Recorder(), per_sample=["bias"])

@@ -290,9 +290,10 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_give_the_same_bits():
-    """Every number of 16 bits, each way of rounding to one, and sums, as torch has them; on this machine and as if it
-    could do less. The variable is torch's."""
+    """Budget: 30 seconds. Every number of 16 bits, each way of rounding to one, and sums, as torch has them; on this
+    machine and as if it could do less. The variable is torch's."""
     digests = {}
     for capability in ("default", "avx2", "avx512"):
         environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost import ModelCost
 from examples.digits.analysis import accuracy_without, layer_similarity, removal_counts, weights_sha256
 from examples.digits.data import Digits
 from examples.digits.training import METHODS, Config, Training
+from rdp_kernels.estimate import ModelCost
 
 EVALUATIONS = 10  # in the course of a training; a checkpoint is written at each
 COUNTED_STEPS = 24  # of the first seed, taken once more under torch's FLOP counter

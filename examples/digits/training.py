@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import rdp_kernels as rdp
-from benchmarks.cost import ModelCost, kept_fractions
 from examples.digits.data import Digits
 from examples.digits.seeds import seed_of
 from examples.models import ResidualClassifier, ResidualMLP, ResNet, ViT
+from rdp_kernels.estimate import ModelCost, kept_fractions
 
 PLAIN, DROP_PATH, EXACT, FROZEN = "plain", "drop-path", "ResidualDroppath", "branch-frozen"
 DROP_THEN_FULL, RANDOM = "drop, then full", "random paths frozen"

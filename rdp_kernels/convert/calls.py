@@ -128,7 +128,7 @@ def record_calls(
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         with in_eval(model), torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
-            batch_size = _batch_size_of(example_inputs)
+            batch_size = batch_size_of(example_inputs)
             for sizes in (BATCH_SIZES, (batch_size, 2 * batch_size)):
                 try:
                     calls.clear()
@@ -178,21 +178,24 @@ def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _of_size(example_inputs: Any, size: int) -> tuple[tuple, dict[str, Any]]:
     """The arguments with their samples repeated or left out until there are `size`."""
-    if isinstance(example_inputs, dict):
-        args, kwargs = (), example_inputs
-    else:
-        args, kwargs = (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-    batch_size = _batch_size_of(example_inputs)
+    batch_size = batch_size_of(example_inputs)
 
     def resize(x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[0] != batch_size:
             return x
         return x[torch.arange(size, device=x.device) % batch_size]
 
-    return pytree.tree_map_only(Tensor, resize, (args, kwargs))
+    return pytree.tree_map_only(Tensor, resize, arguments_of(example_inputs))
 
 
-def _batch_size_of(example_inputs: Any) -> int:
+def arguments_of(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments, from a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def batch_size_of(example_inputs: Any) -> int:
     tensors = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors or tensors[0].shape[0] == 0:
         raise ValueError("example_inputs must hold a tensor with samples in dimension 0")

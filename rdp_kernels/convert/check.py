@@ -164,7 +164,7 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
 
 
 class _Fixed:
-    scheme = runner = None
+    scheme = runner = probe = None
 
     def __init__(self, pattern: tuple[int, ...], path: int):
         self._pattern, self._path = pattern, path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from .._table import table
 
 
 class ConversionError(ValueError):
@@ -68,21 +69,4 @@ class ConversionReport:
     def __str__(self) -> str:
         cells = [(r.block or "(the model)", r.block_class, r.name, f"{r.drop_prob:.3f}", r.what) for r in self.rows]
         header = ("block", "class", "path", "p", "what")
-        return "\n".join([*_table(header, cells), *self.notes, self.summary()])
-
-
-def _table(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
-    if not cells:
-        return []
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        return ["  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
-    table = Table(*header)
-    for row in cells:
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=160).print(table)
-    return [text.getvalue().rstrip("\n")]
+        return "\n".join([*table(header, cells), *self.notes, self.summary()])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks import pairs
-from benchmarks.cases import BOUND, CPU, MODELS, MODES, QUICK, step_case, verify
+from benchmarks import library_models, pairs
+from benchmarks.cases import BOUND, CPU, MODES, QUICK, draw_plans, step_case, verify
 from benchmarks.harness import CheckFailed
 from benchmarks.machine import Device
 from benchmarks.parts import Part, left_alone, parts_of
@@ -19,8 +19,22 @@ from rdp_kernels import iteration
 OURS = ("naive", "ours exact", "ours branch-frozen")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("model", MODELS)
+OWN = ("vit", "resnet")
+NEEDS_TIMM = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
+LIBRARY = [
+    pytest.param(model, marks=NEEDS_TIMM)
+    for model in ("vit-s", "convnext-t", "swin-t", "resnet-50")  # vit-b is vit-s here
+]
+QUICK_ONES = [("vit-s", "sample"), ("swin-t", "sample"), ("resnet-50", "block")]
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        *((model, mode) for model in OWN for mode in MODES),
+        *(pytest.param(model, mode, marks=NEEDS_TIMM) for model, mode in QUICK_ONES),
+    ],
+)
 def test_providers_are_right_and_ours_do_what_is_needed(model, mode):
     case = step_case("quick", model, mode, 0.5, turns=2)
     assert case.verify().passed
@@ -29,14 +43,28 @@ def test_providers_are_right_and_ours_do_what_is_needed(model, mode):
         needed = counted[provider.name] if provider.minimal else None
         assert needed is None or provider.needed_flop == pytest.approx(needed, rel=1e-9)
         assert provider.needed_flop <= counted[provider.name]
-        assert provider.needed_bytes > 0
+        assert (provider.needed_bytes is not None) == (model in OWN)
+    if "ours exact" in counted:
+        assert counted["ours branch-frozen"] < counted["ours exact"] < 0.9 * counted["naive"]
+        assert counted["naive"] == counted["drop-path"] == counted["plain"]
     missing = {provider.name for provider in case.providers if provider.unavailable}
-    assert missing == (set(OURS) if (model, mode) == ("resnet", "sample") else set())
+    assert missing == (set(OURS) if (model, mode) in (("resnet", "sample"), ("resnet-50", "sample")) else set())
+
+
+@pytest.mark.slow
+@NEEDS_TIMM
+@pytest.mark.parametrize(
+    ("model", "mode"), [("vit-s", "block"), ("convnext-t", "block"), ("convnext-t", "sample"), ("swin-t", "block")]
+)
+def test_providers_of_other_modes(model, mode):
+    """Budget: 10 seconds in all."""
+    test_providers_are_right_and_ours_do_what_is_needed(model, mode)
 
 
 @pytest.mark.parametrize("freeze", ["none", "branch"])
 @pytest.mark.parametrize("mode", MODES)
-def test_freezing_the_wrong_things_is_caught(mode, freeze, monkeypatch):
+@pytest.mark.parametrize("model", ["vit", LIBRARY[0]])
+def test_freezing_the_wrong_things_is_caught(model, mode, freeze, monkeypatch):
     right = pairs.Exact.__init__
 
     def wrong(self, *args):
@@ -45,21 +73,28 @@ def test_freezing_the_wrong_things_is_caught(mode, freeze, monkeypatch):
         monkeypatch.setattr(type(self), "freeze", "parameters")
 
     monkeypatch.setattr(pairs.Exact, "__init__", wrong)
-    check = verify(pairs.Exact, "vit", mode, 0.5)
+    check = verify(pairs.Exact, model, mode, 0.5)
     assert check.error > 1e-4
     assert math.isinf(check.error) == (freeze == "none"), "the rest learns too"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*OWN, LIBRARY[0], LIBRARY[-1]])
 def test_a_naive_pair_that_forgets_the_rest_is_caught(model, monkeypatch):
     assert verify(pairs.Naive, model, "block", 0.5).error <= BOUND
-    monkeypatch.setattr(pairs, "parts_of", lambda network: (parts_of(network)[0], Part([], [])))
+    right = pairs.Naive.__init__
+
+    def wrong(self, *args):
+        right(self, *args)
+        self.network.rest = Part([], [])
+
+    monkeypatch.setattr(pairs.Naive, "__init__", wrong)
     assert math.isinf(verify(pairs.Naive, model, "block", 0.5).error)
     with pytest.raises(CheckFailed, match="'naive' differs from the float64 reference by inf"):
         step_case("quick", model, "block", 0.5, turns=1).verify()
 
 
-def test_batch_norm_of_what_is_frozen_is_checked(monkeypatch):
+@pytest.mark.parametrize("model", ["resnet", LIBRARY[-1]])
+def test_batch_norm_of_what_is_frozen_is_checked(model, monkeypatch):
     forward = pairs.Exact.pair
 
     def thawed(self, plan):
@@ -67,7 +102,7 @@ def test_batch_norm_of_what_is_frozen_is_checked(monkeypatch):
         return forward(self, plan)
 
     monkeypatch.setattr(pairs.Exact, "pair", thawed)
-    assert verify(pairs.Exact, "resnet", "block", 0.5).error > 1e-4
+    assert verify(pairs.Exact, model, "block", 0.5).error > 1e-4
 
 
 def test_flops_that_are_not_needed_are_caught(monkeypatch):
@@ -84,10 +119,10 @@ def test_a_wrong_scale_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_timed_plan_drops_something(mode):
-    plans = QUICK["resnet"].plans(6, mode, 0.05)
+    plans = draw_plans(4, 8, 6, mode, 0.05)
     assert len(plans) == 6
     assert all(plan.dropped_paths for plan in plans)
-    assert plans == QUICK["resnet"].plans(6, mode, 0.05)
+    assert plans == draw_plans(4, 8, 6, mode, 0.05)
 
 
 def test_on_a_gpu_turns_take_images_that_left_the_cache(monkeypatch):
@@ -137,7 +172,7 @@ def test_traffic_of_two_paths_is_that_of_a_hand_computation():
 
 
 def test_traffic_counts_bytes_of_the_model():
-    model, batch = QUICK["vit"].model(CPU), QUICK["vit"].data(CPU)[0]
+    model, batch = QUICK["vit"].network(CPU).model, QUICK["vit"].data(CPU)[0]
     traffic = Traffic.of(model, batch)
     assert sum(traffic.branches) + traffic.rest == sum(p.nbytes for p in model.parameters())
     assert traffic.streams == [8 * 16 * 64 * 4] * 8

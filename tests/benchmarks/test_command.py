@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks import step
+from benchmarks import library_models, step
 from benchmarks.__main__ import main
 from benchmarks.harness import Case, Check, Provider
 from benchmarks.machine import Ceilings, Device
@@ -19,11 +19,11 @@ from benchmarks.pairs import TRAINERS
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns, batch) that were asked for."""
+    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns, batch, autocast) asked for."""
     asked = []
 
-    def step_case(size, model, mode, drop_prob, turns, device, batch):
-        asked.append((size, model, mode, drop_prob, turns, batch))
+    def step_case(size, model, mode, drop_prob, turns, device, batch, autocast):
+        asked.append((size, model, mode, drop_prob, turns, batch, autocast))
         needed = {"plain": 1e6, "naive": 0.7e6, "drop-path": 0.7e6, "ours exact": 0.7e6, "ours branch-frozen": 0.6e6}
         providers = [
             Provider.missing(trainer.name, "BatchNorm in a branch")
@@ -44,7 +44,7 @@ def test_without_a_command_it_helps(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "step" in printed
-    assert "readme" in printed
+    assert "pages" in printed
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_prints_and_writes_the_same_rows(instant, tmp_path, capsys):
     paths = {name: tmp_path / f"step.{name}" for name in ("csv", "json")}
     paths["csv"].write_text("older rows")
     assert main(["step", "--turns", "2", "--csv", str(paths["csv"]), "--json", str(paths["json"])]) == 0
-    assert len(instant) == 12
-    assert instant[0] == ("full", "vit", "block", 0.1, 2, None)
+    assert len(instant) == 14
+    assert instant[0] == ("full", "vit", "block", 0.1, 2, None, False)
     rows = json.loads(paths["json"].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths["csv"].read_text().splitlines()))
-    assert len(rows) == 12 * len(TRAINERS)
+    assert len(rows) == 14 * len(TRAINERS)
     assert sorted(tmp_path.iterdir()) == sorted(paths.values()), "no temporary file stays"
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
@@ -124,7 +124,7 @@ def test_a_full_disk_at_the_end_loses_neither_the_table_nor_the_older_file(insta
 def test_passes_its_options_on(instant):
     options = ["--model", "resnet", "--mode", "block", "--prob", "0.2", "0.4", "--batch", "7", "--turns", "3"]
     assert main(["step", "--quick", *options]) == 0
-    assert instant == [("quick", "resnet", "block", p, 3, 7) for p in (0.2, 0.4)]
+    assert instant == [("quick", "resnet", "block", p, 3, 7, False) for p in (0.2, 0.4)]
 
 
 @pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
@@ -132,12 +132,29 @@ def test_verdicts(time_ratio, verdict):
     row = {"model": "vit", "mode": "block", "p": 0.5, "needed_ratio": 0.7, "ratio_rounds": time_ratio}
     naive = row | {"provider": "naive", "ratio_rounds": 1.0, "min_ms": 90.0}
     exact = row | {"provider": "ours exact", "min_ms": 60.0}
-    above, of_naive = step.verdicts_of([naive, exact])
+    above, of_naive = step.cpu_verdicts([naive, exact])
     assert (
         above == f"vit block p=0.5: ours exact takes {time_ratio / 0.7:.3f} × its needed FLOPs, target 1.08: {verdict}"
     )
     assert of_naive.startswith(f"vit block p=0.5: ours exact takes {time_ratio:.3f} (min 0.667) of naive")
     assert of_naive.endswith(verdict)
+
+
+ROW = {"model": "vit-b", "mode": "block", "batch": 128, "dtype": "bf16 autocast", "work": "scheme"}
+
+
+def test_verdicts_of_a_gpu():
+    measured = [("ours exact", 0.1, 0.85), ("ours exact", 0.3, 0.79), ("ours exact", 0.5, 0.7)]
+    measured += [("ours branch-frozen", 0.3, 0.7), ("ours branch-frozen", 0.5, 0.1), ("naive", 0.3, 0.2)]
+    rows = [ROW | {"provider": name, "p": p, "ratio_rounds": ratio} for name, p, ratio in measured]
+    assert list(step.gpu_verdicts(rows)) == [
+        "vit-b block p=0.1: ours exact takes 0.850 of plain, target 0.84: MISSED",
+        "vit-b block p=0.3: ours exact takes 0.790 of plain, target 0.79: met",
+        "vit-b block p=0.5: ours exact takes 0.700 of plain, target 0.73: met",
+        "vit-b block p=0.3: ours branch-frozen takes 0.700 of plain, target 0.69: MISSED",
+    ]
+    others = {"model": "vit-s", "mode": "sample", "batch": 64, "dtype": "float32", "ratio_rounds": None}
+    assert not list(step.gpu_verdicts([rows[0] | {key: value} for key, value in others.items()]))
 
 
 def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, monkeypatch, capsys):
@@ -151,7 +168,7 @@ def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, mo
 
     monkeypatch.setattr(step, "step_case", step_case)
     out = tmp_path / "step.csv"
-    assert main(["step", "--turns", "1", "--csv", str(out)]) == 1
+    assert main(["step", "--turns", "1", "--model", "vit", "resnet", "--csv", str(out)]) == 1
     assert "not timed: model vit: 'plain' differs from the float64 reference by nan" in capsys.readouterr().err
     assert {row["model"] for row in csv.DictReader(out.read_text().splitlines())} == {"resnet"}
     out.unlink()
@@ -190,7 +207,7 @@ def test_step_quick(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "step", "--quick", "--csv", paths[0], "--json", paths[1]]
     subprocess.run(command, check=True, env=ONE_THREAD)
     rows = json.loads(paths[1].read_text())
-    assert len(rows) == len(list(csv.DictReader(paths[0].read_text().splitlines()))) == 20
+    assert len(rows) == len(list(csv.DictReader(paths[0].read_text().splitlines()))) == 40
     for model, mode in (("vit", "block"), ("vit", "sample"), ("resnet", "block")):
         of = {row["provider"]: row for row in rows if (row["model"], row["mode"]) == (model, mode)}
         counted = {name: row["counted_ratio"] for name, row in of.items()}
@@ -206,8 +223,9 @@ def test_under_pytest_benchmark(tmp_path):
     options = ["--benchmark-only", f"--benchmark-json={out}"]
     subprocess.run([sys.executable, "-m", "pytest", "benchmarks/test_step.py", *options], check=True, env=ONE_THREAD)
     benchmarks = json.loads(out.read_text())["benchmarks"]
-    assert len(benchmarks) == 17
-    assert len({benchmark["group"] for benchmark in benchmarks}) == 4
+    with_timm = library_models.missing() is None
+    assert len(benchmarks) == 17 + 20 * with_timm
+    assert len({benchmark["group"] for benchmark in benchmarks}) == 4 + 4 * with_timm
     assert all({"commit", "device", "needed_gflop", "model", "provider"} <= b["extra_info"].keys() for b in benchmarks)
 
 

@@ -1,6 +1,7 @@
 """The harness with providers that do nothing: what is checked before timing, in which order, and what a row says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_flops_that_change_are_averaged_over_the_turns():
     a = torch.randn(4, 4)
     changing = provider("changing", lambda turn: [a @ a for _ in range(turn)], needed_flop=128, minimal=True)
     assert case_of(changing).count_flop(3) == {"changing": 128}
+    with pytest.raises(CheckFailed, match="'changing' does 64 FLOPs, it needs 128"):
+        case_of(replace(changing, period=2)).count_flop(3)
+    ran = []
+    steady = provider("steady", lambda turn: (a @ a, ran.append(turn)), needed_flop=128, minimal=True, period=1)
+    assert case_of(steady).count_flop(3) == {"steady": 128}
+    assert ran == [0]
+
+
+def test_what_is_compiled_is_run_once_and_not_counted():
+    ran = []
+    compiled = provider("compiled", ran.append, compiled=True)
+    assert case_of(compiled).count_flop(3) == {}
+    assert ran == [0]
 
 
 def test_providers_take_turns_in_changing_order(session, clock):
@@ -225,7 +239,7 @@ def test_input_sets_exceed_twice_the_cache(bytes_of_one, sets):
 
 
 def test_ceilings_are_measured(monkeypatch):
-    monkeypatch.setattr(machine, "MATMUL_SIZES", (64, 128))
+    monkeypatch.setattr(machine, "MATMUL_SIZES", {"cpu": (64, 128)})
     ceilings = Device(torch.device("cpu"), "", cache_bytes=1 << 16).ceilings()
     assert 1e8 < ceilings.flops < 1e16
     assert 1e7 < ceilings.bytes < 1e14

@@ -1,4 +1,4 @@
-"""The FLOPs that `benchmarks.cost` calls needed are those that iterations of each built-in network are seen to do."""
+"""The FLOPs that `rdp_kernels.estimate` calls needed are those that iterations of each built-in network are seen to do."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import rdp_kernels as rdp
-from benchmarks.cost import ModelCost, kept_fractions
 from examples.models import ResidualMLP, ResNet, ViT
+from rdp_kernels.estimate import ModelCost, kept_fractions
 
 BATCH = 8
 MODELS = {

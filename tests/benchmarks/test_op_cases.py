@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import op_bytes, op_cases, op_providers
 from benchmarks.harness import CheckFailed
+from benchmarks.kernel_traffic import count_traffic
 from benchmarks.machine import Device
 from benchmarks.op_bytes import Moved, count_bytes
 from benchmarks.op_cases import CUDA, FULL, OPS, PASSES, QUICK, Setting
@@ -13,7 +14,7 @@ from benchmarks.op_kinds import CPU
 from benchmarks.op_providers import INTERPRETED
 from benchmarks.op_sets import Sets, relative_error
 from tests.conftest import DEVICE
-from tests.traffic.counter import count_traffic, needs_interpreter
+from tests.traffic import needs_interpreter
 
 SMALL_CACHE = Device(torch.device(DEVICE), "a device", cache_bytes=1 << 12)
 ROWS = Setting(op_cases.ROWS, (6, 5, 32), 3)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_traffic import SECTOR, Accesses, Counted, count_traffic
 from rdp_kernels._triton import kernels
 from rdp_kernels._triton.launch import LaunchConfig
 from rdp_kernels.ops.tail import Tail
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next, Operands
-from tests.traffic.counter import SECTOR, Accesses, Counted, count_traffic
 
 BATCH, TOKENS, CHANNELS = 6, 8, 64
 FLOAT, INDEX = 4, 8  # bytes

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from benchmarks.kernel_traffic import count_traffic
 from rdp_kernels._triton.launch import Launch, LaunchConfig
-from tests.traffic.counter import count_traffic, needs_interpreter
+from tests.traffic import needs_interpreter
 from tests.traffic.tails import ALL, check
 
 pytestmark = needs_interpreter

@@ -7,8 +7,9 @@ of each tensor to it.
 import pytest
 import torch
 
+from benchmarks.kernel_traffic import SECTOR
 from rdp_kernels.tail import Add, Next
-from tests.traffic.counter import SECTOR, needs_interpreter
+from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,
     BATCH,

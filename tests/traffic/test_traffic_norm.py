@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.kernel_traffic import SECTOR, count_traffic
 from rdp_kernels._triton import kernels, launch
 from rdp_kernels.ops.tail import Tail
 from rdp_kernels.tail import Add, Next, Operands
-from tests.traffic.counter import SECTOR, count_traffic, needs_interpreter
+from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,
     BATCH,

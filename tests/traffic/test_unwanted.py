@@ -5,7 +5,7 @@ import torch
 
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next
-from tests.traffic.counter import needs_interpreter
+from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,
     BATCH,

@@ -1,38 +1,26 @@
-"""`python -m benchmarks readme`: writes README.md's tables of measurements from the committed CSV files.
-
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says what NAME is made of and how.
-"""
+"""Markdown tables from the rows of `benchmarks/results/`: `TABLES` says which there are."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from .op_providers import EAGER, OURS_NATIVE
-from .output import replace
 from .pairs import BranchFrozen, Exact, Naive
 from .step import case_of
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-MARKER = re.compile(r"<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->\n?")
 
 CsvRow = dict[str, str]
 
 
-class ReadmeError(Exception):
+class TableError(Exception):
     """A table can't be made; the message says why."""
 
 
 def step_table(rows: list[CsvRow]) -> str:
     """The exact and the branch-frozen scheme, for each model, mode and p."""
     if any(row["size"] != "full" for row in rows):
-        raise ReadmeError("it holds the rows of a --quick run")
+        raise TableError("it holds the rows of a --quick run")
     lines = [
         "| model | mode | p | exact: time | needed FLOPs | branch-frozen: time | needed FLOPs | exact / naive: time |",
         "|---|---|---|---|---|---|---|---|",
@@ -133,50 +121,6 @@ def _times_as_fast(other: CsvRow, ours: CsvRow) -> str:
     return f"{rounds:.2f} ({low:.2f})"
 
 
-TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
-    "step": ("step-cpu.csv", step_table),
-    "ops": ("ops-cpu.csv", ops_table),
-    "overhead": ("overhead-cpu.csv", overhead_table),
-    "digits": ("digits-cpu.csv", digits_table),
-}
-"""Name in README.md → file in `benchmarks/results/`, and its rows → markdown."""
-
-
-def updated(text: str, results: Path) -> str:
-    """`text` with every table made anew. Raises `ReadmeError`."""
-    parts, copied, name = [], 0, None
-    for marker in MARKER.finditer(text):
-        line = text.count("\n", 0, marker.start()) + 1
-        if (name is None) == (marker["name"] is None):
-            wanted = f"the end of table {name!r}" if name else "the start of a table"
-            raise ReadmeError(f"line {line}: {marker[0].strip()} where {wanted} should come")
-        if marker["name"] is not None:
-            parts += [text[copied : marker.end()], _made(marker["name"], line, results)]
-        copied, name = (marker.end(), marker["name"]) if marker["name"] else (marker.start(), None)
-    if name is not None:
-        raise ReadmeError(f"table {name!r} has no <!-- end --> after it")
-    return "".join([*parts, text[copied:]])
-
-
-def _made(name: str, line: int, results: Path) -> str:
-    if name not in TABLES:
-        raise ReadmeError(f"line {line}: no table is called {name!r}; there are: {', '.join(TABLES)}")
-    file, make = TABLES[name]
-    try:
-        with (results / file).open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except FileNotFoundError:
-        raise ReadmeError(f"table {name!r} needs {results / file}, which isn't there: measure first") from None
-    try:
-        if not rows:
-            raise ReadmeError("it has no rows")
-        return f"\n{make(rows)}\n\n"
-    except ReadmeError as error:
-        raise ReadmeError(f"table {name!r} can't be made from {results / file}: {error}") from None
-    except KeyError as error:
-        raise ReadmeError(f"table {name!r} can't be made from {results / file}: it has no {error}") from None
-
-
 def _time_ratio(row: CsvRow, base: CsvRow | None = None) -> str:
     """The median of the rounds' ratios, and of minima in brackets; to plain, or to `base`."""
     if row["unavailable"]:
@@ -194,25 +138,10 @@ def _ratio(text: str) -> str:
     return f"{float(text):.2f}" if text else "–"
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("readme", help="README.md's tables from benchmarks/results", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md isn't current")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> int:
-    text = options.readme.read_text(encoding="utf-8")
-    try:
-        wanted = updated(text, options.results)
-    except ReadmeError as error:
-        print(f"{options.readme.name}: {error}", file=sys.stderr)
-        return 1
-    if wanted == text:
-        return 0
-    if options.check:
-        print(f"{options.readme.name}: its tables aren't those of {options.results}: run `python -m benchmarks readme`")
-        return 1
-    replace(options.readme, wanted)
-    return 0
+TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
+    "step": ("step-cpu.csv", step_table),
+    "ops": ("ops-cpu.csv", ops_table),
+    "overhead": ("overhead-cpu.csv", overhead_table),
+    "digits": ("digits-cpu.csv", digits_table),
+}
+"""Name on a page → file in `benchmarks/results/`, and its rows → markdown."""

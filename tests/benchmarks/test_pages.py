@@ -1,11 +1,11 @@
-"""README tables from CSV files: they are made, found stale, and refused with a message that says what is wrong."""
+"""Tables of README.md and docs/ from CSV files: they are made, found stale, and refused with a message that says what is wrong."""
 
 import csv
 import itertools
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import pages, tables
 from benchmarks.__main__ import main
 from benchmarks.pairs import TRAINERS
 
@@ -48,7 +48,7 @@ def place(tmp_path):
 
 
 def run(place, *options):
-    return main(["readme", "--readme", str(place / "README.md"), "--results", str(place), *options])
+    return main(["pages", "--pages", str(place / "README.md"), "--results", str(place), *options])
 
 
 def test_makes_the_table_between_its_markers(place):
@@ -59,10 +59,10 @@ def test_makes_the_table_between_its_markers(place):
     assert (place / "README.md").read_text() == text
 
 
-def test_this_repositorys_readme_is_current(capsys):
-    assert main(["readme", "--check"]) == 0, capsys.readouterr()
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert [marker["name"] for marker in readme.MARKER.finditer(text) if marker["name"]] == list(readme.TABLES)
+def test_this_repositorys_pages_are_current(capsys):
+    assert main(["pages", "--check"]) == 0, capsys.readouterr()
+    text = "".join(page.read_text(encoding="utf-8") for page in pages.PAGES)
+    assert {marker["name"] for marker in pages.MARKER.finditer(text) if marker["name"]} == set(tables.TABLES)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_digits(half_width, shown, tmp_path):
     for count in (1, 3):
         row |= {f"accuracy_without_{count}": "0.6", f"accuracy_without_{count}_95": half_width}
     write(tmp_path / "digits-cpu.csv", [row | {"time_ratio": "0.754", "needed_ratio": "0.7"}])
-    text = readme.updated("<!-- table: digits -->\n<!-- end -->", tmp_path)
+    text = pages.updated("<!-- table: digits -->\n<!-- end -->", tmp_path)
     assert "| accuracy, % | 3 of 12 branches removed |" in text
     assert f"| vit | block | plain | {shown} | 0.75 | 0.70 |" in text
     assert "over 5 seeds; 420 optimizer steps, p = 0.3" in text
@@ -82,15 +82,15 @@ def test_digits(half_width, shown, tmp_path):
 
 def test_check_finds_a_stale_table_and_changes_nothing(place, capsys):
     assert run(place, "--check") == 1
-    assert "run `python -m benchmarks readme`" in capsys.readouterr().out
+    assert "run `python -m benchmarks pages`" in capsys.readouterr().out
     assert (place / "README.md").read_text() == README
 
 
 def test_two_tables(place, monkeypatch):
-    monkeypatch.setitem(readme.TABLES, "count", ("step-cpu.csv", lambda rows: f"{len(rows)} rows"))
+    monkeypatch.setitem(tables.TABLES, "count", ("step-cpu.csv", lambda rows: f"{len(rows)} rows"))
     text = f"{README}<!-- table: count -->\n<!-- end -->\n"
     wanted = README.replace("older\n", f"{TABLE}\n") + "<!-- table: count -->\n\n10 rows\n\n<!-- end -->\n"
-    assert readme.updated(text, place) == wanted
+    assert pages.updated(text, place) == wanted
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_markers(text, message, place, capsys):
     if message is None:
         assert run(place) == 0
         return
-    with pytest.raises(readme.ReadmeError, match=message):
-        readme.updated(text, place)
+    with pytest.raises(tables.TableError, match=message):
+        pages.updated(text, place)
     assert run(place) == 1
     assert capsys.readouterr().err.startswith("README.md: ")
     assert (place / "README.md").read_text() == text
@@ -117,14 +117,14 @@ def test_markers(text, message, place, capsys):
 
 def test_results_that_are_missing_quick_or_foreign(place):
     write(place / "step-cpu.csv", list(rows("quick")))
-    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it holds the rows of a --quick run"):
-        readme.updated(README, place)
+    with pytest.raises(tables.TableError, match=r"step-cpu.csv: it holds the rows of a --quick run"):
+        pages.updated(README, place)
     write(place / "step-cpu.csv", [{"mode": "block"}])
-    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it has no 'size'"):
-        readme.updated(README, place)
+    with pytest.raises(tables.TableError, match=r"step-cpu.csv: it has no 'size'"):
+        pages.updated(README, place)
     (place / "step-cpu.csv").write_text("")
-    with pytest.raises(readme.ReadmeError, match=r"step-cpu.csv: it has no rows"):
-        readme.updated(README, place)
+    with pytest.raises(tables.TableError, match=r"step-cpu.csv: it has no rows"):
+        pages.updated(README, place)
     (place / "step-cpu.csv").unlink()
-    with pytest.raises(readme.ReadmeError, match=r"table 'step' needs .*step-cpu.csv, which isn't there"):
-        readme.updated(README, place)
+    with pytest.raises(tables.TableError, match=r"table 'step' needs .*step-cpu.csv, which isn't there"):
+        pages.updated(README, place)

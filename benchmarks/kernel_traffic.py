@@ -1,7 +1,10 @@
 """Memory traffic of interpreted Triton kernels, exactly: every element that a load or a store touches, mask applied.
 
 The interpreter executes a load or store of a tile as one call with an address and a mask bit an element. A launch's
-tensors are known by address, so each call is attributed to an argument of the kernel.
+tensors are known by address, so each call is attributed to an argument of the kernel. `tests/traffic` holds each kernel
+to its minimum with it, and `python -m benchmarks traffic` prints what it counts.
+
+Importing this module imports triton, which interprets only where TRITON_INTERPRET=1 was set before that.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -20,9 +22,6 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import interpreter_builder
 
 from rdp_kernels._triton.launch import Launch
-from tests.conftest import INTERPRETED
-
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter does; this has a GPU")
 
 SECTOR = 32  # bytes: the least that a GPU's memory moves
 

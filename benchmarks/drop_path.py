@@ -1,0 +1,210 @@
+"""Ordinary drop-path, a decision a sample, by who skips what is dropped. Everybody draws masks of its own at each step,
+as in users' training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rdp_kernels.integrations.compile import compile_branches
+
+from .cases import BOUND, CPU, VERIFIED, VERIFIED_PLANS, config_of, labels_of, turn_of, unavailable, verify
+from .harness import Case, Check, Provider, told
+from .library_models import Library, drop_paths
+from .machine import Device, one_thread
+from .pairs import Plain
+from .textbook import Textbook, largest_difference
+
+MODELS = ("vit-s", "vit-b")
+DROP_PROB = 0.4
+COMPILER = "inductor"
+UNIT = "two steps of drop-path"
+
+
+class OwnMasks(Plain):
+    """Two steps of timm's drop-path: every branch is computed, then multiplied by a mask."""
+
+    name = "drop-path"
+    minimal = False
+    compiled = False
+    skips = False
+    """Whether a branch of which no row is kept isn't run, and leaves its weights without a gradient."""
+
+    def __init__(
+        self,
+        network: Library,
+        images: Tensor,
+        labels: Tensor,
+        drop_prob: float,
+        autocast: bool = False,
+        recorded: bool = False,
+    ):
+        """`recorded`: `drawn` is going to be asked for."""
+        self.drop_prob, self._recorded = drop_prob, recorded
+        self.prepare(network, images)
+        super().__init__(network, images, labels, "sample", autocast)
+
+    def prepare(self, network: Library, images: Tensor) -> None:
+        modules = drop_paths(len(network.places), self.drop_prob)
+        self._recorders = [_Recorder(module, images) for module in modules]
+        network.set_drop_paths(self._recorders if self._recorded else modules)
+
+    def drawn(self) -> tuple[Tensor, float]:
+        """A forward and backward. Which rows each path kept, bool `[paths, B]`, and at which p."""
+        self.backward()
+        return torch.stack([recorder.kept for recorder in self._recorders]).cpu(), self.drop_prob
+
+
+class Compiled(OwnMasks):
+    """The same, the whole network compiled."""
+
+    name = "compiled drop-path"
+    compiled = True
+
+    def prepare(self, network: Library, images: Tensor) -> None:
+        super().prepare(network, images)
+        network.model.compile(dynamic=False, backend=COMPILER)
+
+
+class Subset(OwnMasks):
+    """DINOv2's way: each branch on a fixed number of random rows, added to them B / rows times. Blocks are compiled."""
+
+    name = "compiled subset"
+    compiled = True
+
+    def prepare(self, network: Library, images: Tensor) -> None:
+        kept = max(int(len(images) * (1 - self.drop_prob)), 1)
+        self._blocks = [_SubsetBlock(block, kept) for block in cast(nn.Sequential, network.model.blocks)]
+        network.model.blocks = nn.Sequential(*self._blocks)
+
+    def drawn(self) -> tuple[Tensor, float]:
+        self.backward()
+        rows = [rows.cpu() for block in self._blocks for rows in block.rows]
+        keep = torch.zeros(len(rows), len(self.images), dtype=torch.bool)
+        return keep.scatter(1, torch.stack(rows), True), 1 - len(rows[0]) / len(self.images)
+
+
+class Ours(OwnMasks):
+    """The converted network without a scheme: branches run on the rows that are kept."""
+
+    name = "ours drop-path"
+    skips = True
+
+    def prepare(self, network: Library, images: Tensor) -> None:
+        network.prepare(images[:2], self.drop_prob)
+
+    def drawn(self) -> tuple[Tensor, float]:
+        """Masks come from torch's global CPU generator, a path after the other."""
+        state = torch.get_rng_state()
+        keep = torch.stack([torch.rand(len(self.images)) >= self.drop_prob for _ in self.network.branches])
+        torch.set_rng_state(state)
+        self.backward()
+        return keep, self.drop_prob
+
+
+class OursCompiled(Ours):
+    """The same, each branch compiled."""
+
+    name = "ours compiled drop-path"
+    compiled = True
+
+    def prepare(self, network: Library, images: Tensor) -> None:
+        super().prepare(network, images)
+        compile_branches(network.model, backend=COMPILER)
+
+
+TRAINERS: tuple[type[OwnMasks], ...] = (OwnMasks, Compiled, Subset, Ours, OursCompiled)
+
+
+def drop_path_case(
+    size: str, model: str, turns: int, device: Device, batch: int | None = None, autocast: bool = False
+) -> Case:
+    """Two steps of drop-path at p = 0.4 on one of `MODELS`, and two plain steps to compare with. Arguments as in
+    `cases.step_case`. What is to be compiled is, before this returns."""
+    config = config_of(size, model, device, batch)
+    labels = labels_of(size, model, config, "sample", DROP_PROB, autocast, "drop-path")
+    reason = unavailable(model)
+    if reason is not None:
+        return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in (Plain, *TRAINERS)])
+    torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
+    batches = config.batches(device)
+
+    def provider(kind: type[OwnMasks]) -> Provider:
+        try:
+            trainer = kind(config.network(device.device), *batches[0], DROP_PROB, autocast)
+            trainer.train()
+        except Exception as error:
+            if not kind.compiled:
+                raise
+            return Provider.missing(kind.name, told(error))  # compilers may fail on what is there
+        run = turn_of(trainer, batches, [None])
+        return Provider(kind.name, run, lambda: verify_drawn(kind, model, device.device), compiled=kind.compiled)
+
+    run_plain = turn_of(config.trainer(Plain, "sample", device.device, autocast), batches, [None])
+    plain = Provider(Plain.name, run_plain, lambda: verify(Plain, model, "sample", DROP_PROB, device.device))
+    return Case(labels, UNIT, Plain.name, [plain, *map(provider, TRAINERS)])
+
+
+@one_thread()
+def verify_drawn(kind: type[OwnMasks], model: str, device: torch.device = CPU) -> Check:
+    """Gradients, and which of them there are, of a small float64 network, against the textbook's with the masks that
+    were drawn."""
+    config = VERIFIED[model]
+    trainer = kind(config.network(device), *config.data(device), DROP_PROB, recorded=True)
+    book = Textbook(config.network(device), trainer.images, trainer.labels)
+    errors = []
+    for _ in range(VERIFIED_PLANS):
+        keep, drop_prob = trainer.drawn()
+        book.drop(keep, [drop_prob] * len(keep), skip=kind.skips)
+        errors.append(largest_difference([_gradients(book.network.model)], [_gradients(trainer.model)]))
+    return Check(torch.tensor(errors, dtype=torch.float64).max().item(), BOUND)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those there are, by their number, which blocks around blocks don't change. Leaves none behind."""
+    gradients = {str(number): p.grad for number, p in enumerate(model.parameters()) if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+class _Recorder(nn.Module):
+    """A drop-path that keeps in a buffer which rows it kept, also where it is compiled."""
+
+    kept: Tensor
+
+    def __init__(self, drop_path: nn.Module, images: Tensor):
+        super().__init__()
+        self.drop_path = drop_path
+        self.register_buffer("kept", torch.zeros(len(images), dtype=torch.bool, device=images.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.drop_path(x)
+        self.kept.copy_((out != 0).flatten(1).any(dim=1))
+        return out
+
+
+class _SubsetBlock(nn.Module):
+    """A block of timm's ViT whose branches run on `kept` random rows."""
+
+    def __init__(self, block: nn.Module, kept: int):
+        super().__init__()
+        self.block, self._kept = block, kept
+        self._run = torch.compile(_subset_block, fullgraph=True, dynamic=False, backend=COMPILER)
+        self.rows: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows = [torch.randperm(len(x), device=x.device)[: self._kept] for _ in range(2)]
+        return self._run(self.block, x, *self.rows)
+
+
+def _subset_block(block: nn.Module, x: Tensor, rows: Tensor, next_rows: Tensor) -> Tensor:
+    x = _add_subset(x, rows, lambda x: block.ls1(block.attn(block.norm1(x))))
+    return _add_subset(x, next_rows, lambda x: block.ls2(block.mlp(block.norm2(x))))
+
+
+def _add_subset(x: Tensor, rows: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    update = branch(x.index_select(0, rows))
+    return x.index_add(0, rows, update.to(x.dtype), alpha=len(x) / len(rows))

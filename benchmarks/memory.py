@@ -1,0 +1,272 @@
+"""`python -m benchmarks memory`: what an iteration keeps for its backward, and the most that it allocates.
+
+"saved" is what autograd keeps from the forward for the backward: each storage once, without parameters, buffers and the
+batch, which are there anyway. "peak" is the most that is allocated at any moment of an iteration (forward, backward,
+AdamW) above what was there before it: gradients and all intermediate results are part of it. Both are counts, of the
+trainers that `step` times on the same plans, and the same in every run; on the CPU those of one thread. They are given
+as ratios to plain training's, for the mean and for the largest of the plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+import rdp_kernels as rdp
+
+from . import command
+from .cases import MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
+from .command import shown
+from .harness import Row, quotient
+from .machine import Device, facts
+from .pairs import TRAINERS, Exact, Plain
+
+FULL_PLANS, QUICK_PLANS = 6, 2
+STEP, DROP, REUSE = "step", "drop", "reuse"
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "memory", help="saved and peak bytes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", choices=MODELS, default=tuple(OWN_FULL), help=f"default: {' '.join(OWN_FULL)}"
+    )
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
+    plans, quick = f"plans of each case; default: {FULL_PLANS}", f"tiny networks, p = 0.5, {QUICK_PLANS} plans"
+    command.add_options(parser, plans, f"{quick}: does it run")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Counts, prints and writes. An interrupt ends it with what there is so far."""
+    if not command.has_device(options.device):
+        return 2
+    console, device = Console(width=command.WIDTH), Device.of(options.device)
+    size, plans = ("quick", QUICK_PLANS) if options.quick else ("full", FULL_PLANS)
+    choices = itertools.product(options.model, options.mode, PROBS[-1:] if options.quick else PROBS)
+    cases = [
+        MemoryCase(config_of(size, model, device), mode, p, {"size": size, "model": model})
+        for model, mode, p in choices
+    ]
+    plans = options.turns or plans
+    rows, code = command.measured(
+        console, cases, len(cases) * plans, lambda on_round: MemorySession(device, plans, on_round), quick=True
+    )
+    if rows:
+        console.print(table_of(rows), *notes_of(rows), sep="\n")
+    return code if command.written(options, rows) else 1
+
+
+# What is counted
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes of one iteration."""
+
+    saved: int
+    peak: int
+
+
+def uses_of(trainer: Plain, plan: rdp.PathPlan, device: torch.device) -> list[Use]:
+    """Those of the iterations of a pair, each with its optimizer step. Where the optimizer has yet to make its state,
+    that is part of the peak."""
+    pair, model = trainer.pair(plan), trainer.model
+    there = [*model.parameters(), *model.buffers(), trainer.images, trainer.labels]
+
+    def iteration() -> None:
+        next(pair)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    uses = []
+    for _ in range(2):
+        with saved_storages(there) as saved:
+            peak = peak_of(iteration, device)
+        uses.append(Use(sum(saved.values()), peak))
+    next(pair, None)  # closes the last
+    return uses
+
+
+@contextmanager
+def saved_storages(there: list[Tensor]) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that autograd saves within, by address, but for those of tensors that are `there`."""
+    known = {t.untyped_storage().data_ptr() for t in there}
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator has given out at any moment of `run()` beyond those at its start. Exact: on
+    a GPU the allocator keeps count; for the CPU torch.profiler records each allocation, and what `run()` frees of those
+    made before it is not known. An iteration frees nothing of that kind."""
+    gc.disable()  # a cycle that is collected at another moment would make another peak
+    try:
+        if device.type == "cpu":
+            return _peak_of_records(run)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    finally:
+        gc.enable()
+
+
+def _peak_of_records(run: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    records = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    changes = [record["args"]["Bytes"] for record in sorted(records, key=lambda record: record["ts"])]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+# Cases
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """One row group of the table; `labels` tell the network."""
+
+    config: Config
+    mode: str
+    drop_prob: float
+    labels: dict[str, Any]
+
+
+class MemorySession:
+    """Counts cases on one device and collects their `rows`.
+
+    Args:
+        plans: of each case; plain, drop-path and naive do the same on every one of them and take the first.
+        on_round: called after every plan.
+    """
+
+    def __init__(self, device: Device, plans: int, on_round: Callable[[], object] = lambda: None):
+        self.device, self.plans, self.on_round = device, plans, on_round
+        self.rows: list[Row] = []
+        self._facts = facts(device)
+
+    def measure(self, case: MemoryCase) -> None:
+        """Interrupted, it keeps the plans that are complete."""
+        device, refusal = self.device.device, scheme_refusal(case.config, case.mode)
+        trainers = {
+            kind: case.config.trainer(kind, case.mode, device)
+            for kind in TRAINERS
+            if refusal is None or not kind.follows_scheme
+        }
+        paths = len(trainers[Plain].network.branches)
+        plans = draw_plans(paths, case.config.batch, self.plans, case.mode, case.drop_prob)
+        for trainer in trainers.values():
+            trainer.train(plans[0])  # makes the optimizer's state
+        uses: list[dict[type[Plain], list[Use]]] = []
+        try:
+            for turn, plan in enumerate(plans):
+                chosen = {kind: t for kind, t in trainers.items() if turn == 0 or issubclass(kind, Exact)}
+                uses.append({kind: uses_of(trainer, plan, device) for kind, trainer in chosen.items()})
+                self.on_round()
+        finally:
+            if uses:
+                self.rows += self._rows(case, uses, refusal or "")
+
+    def _rows(self, case: MemoryCase, uses: list[dict[type[Plain], list[Use]]], refusal: str) -> Iterator[Row]:
+        plain = uses[0][Plain][0]
+        labels = case.labels | {"batch": case.config.batch, "mode": case.mode, "p": case.drop_prob}
+        for kind in TRAINERS:
+            pairs = [by_kind[kind] for by_kind in uses if kind in by_kind]
+            for number, iteration in enumerate((DROP, REUSE) if kind.follows_scheme else (STEP,)):
+                row = self._facts | {"unit": "iteration"} | labels | {"provider": kind.name, "iteration": iteration}
+                those = [pair[number] for pair in pairs]
+                row |= {"plans": len(those)}
+                row |= summary("saved", [use.saved for use in those], plain.saved)
+                row |= summary("peak", [use.peak for use in those], plain.peak)
+                yield row | {"unavailable": "" if those else refusal}
+
+
+def summary(name: str, sizes: list[int], plain: int) -> Row:
+    """Mean and largest, in bytes and as ratios to plain training's."""
+    mean, largest = (statistics.mean(sizes), max(sizes)) if sizes else (None, None)
+    return {
+        f"{name}_mean_bytes": mean,
+        f"{name}_max_bytes": largest,
+        f"{name}_ratio": quotient(mean, plain),
+        f"{name}_max_ratio": quotient(largest, plain),
+    }
+
+
+# What is shown
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "saved MB": ("saved_mean_mb", ",.1f"),
+    "saved": ("saved_ratio", ".3f"),
+    "largest": ("saved_max_ratio", ".3f"),
+    "peak MB": ("peak_mean_mb", ",.1f"),
+    "peak": ("peak_ratio", ".3f"),
+    "largest peak": ("peak_max_ratio", ".3f"),
+}
+
+
+def table_of(rows: list[Row]) -> Table:
+    table = Table(
+        title="Memory of an iteration (forward, backward, AdamW); means over the plans, and ratios to plain's step",
+        caption=command.machine_line(rows[0]),
+    )
+    table.add_column("provider", no_wrap=True)
+    table.add_column("iteration", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for case, group in itertools.groupby(rows, case_of):
+        table.add_section()
+        table.add_row(f"[bold]{case}[/bold]")
+        for row in group:
+            values = row | {f"{name}_mean_mb": _megabytes(row[f"{name}_mean_bytes"]) for name in ("saved", "peak")}
+            cells = (shown(values[key], spec) for key, spec in COLUMNS.values())
+            table.add_row(f"  {row['provider']}", row["iteration"], *cells)
+    return table
+
+
+def notes_of(rows: list[Row]) -> Iterator[str]:
+    """Why providers were not counted, each reason once."""
+    missing = [row for row in rows if row["unavailable"]]
+    for reason in dict.fromkeys(row["unavailable"] for row in missing):
+        cases = dict.fromkeys(f"{row['model']} {row['mode']}" for row in missing if row["unavailable"] == reason)
+        names = dict.fromkeys(row["provider"] for row in missing if row["unavailable"] == reason)
+        yield f"– {', '.join(cases)}: no {', '.join(names)}: {reason}"
+
+
+def case_of(row: Row) -> str:
+    return f"{row['model']} {row['mode']} p={row['p']}"
+
+
+def _megabytes(size: float | None) -> float | None:
+    return None if size is None else size / 1e6

@@ -1,0 +1,224 @@
+"""`python -m benchmarks traffic`: the bytes that each op moves, counted, against those that it needs.
+
+| provider | its bytes |
+|---|---|
+| eager | of the ops that autograd and the formula dispatch, counted |
+| compiled | of the fewest kernels that the formula can become: a model |
+| ours eager | counted as eager's |
+| ours triton | what our kernels load and store, each element counted in Triton's interpreter |
+
+"needed" is each needed byte of the big tensors once; γ, weights, masks and indices are none of them. Ours count
+likewise, eager's with their vectors. "sectors" are the 32-byte pieces of memory that a tile's loads and stores touch,
+the least that a GPU moves. Nothing is timed, and the numbers are the same in every run. Tensors are small, as all of it
+grows with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import command
+from .command import shown
+from .harness import CheckFailed, Row, quotient
+from .machine import Device, facts
+from .op_bytes import Moved
+from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, QUICK, RELU, RMS, ROWS
+from .op_goals import setting_of
+from .op_kinds import Setting
+from .op_providers import EAGER, OURS, OURS_EAGER, Runner, Sets, on_backend
+from .output import writable
+
+PASSES = ("forward", "backward")
+TOKENS, IMAGES, ODD = (8, 16, 384), (8, 64, 7, 7), (6, 7, 13)
+BF16 = torch.bfloat16
+FULL = (
+    Setting(DENSE, TOKENS, None, gamma=False),
+    *(Setting(DENSE, TOKENS, kept) for kept in (8, 6, 4)),
+    Setting(DENSE, TOKENS, 4, BF16),
+    Setting(DENSE, IMAGES, 4, channels_last=True),
+    Setting(DENSE, ODD, 3),  # rows that end within a sector
+    Setting(RELU, IMAGES, 4, gamma=False),
+    Setting(ROWS, TOKENS, 4),
+    Setting(GATHER, TOKENS, 4, gamma=False),
+    Setting(PATH, TOKENS, 4),
+    Setting(CHAIN, TOKENS, 4),
+    Setting(NORM, TOKENS, 6),
+    Setting(RMS, TOKENS, None, gamma=False),
+    Setting(NORM_ROWS, TOKENS, 4),
+)
+COUNTED, MODEL = "counted", "model"
+Count = tuple[int, int]
+"""Bytes, and those of the sectors."""
+KernelCount = Callable[[Setting], dict[str, Count] | str]
+"""By pass; or why there is none."""
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "traffic", help="bytes of each op", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--quick", action="store_true", help="tiny tensors, of which vectors are a large part")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
+    parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Counts, prints and writes. An interrupt ends it with what there is so far."""
+    console = Console(width=command.WIDTH)
+    chosen = [setting for setting in (QUICK if options.quick else FULL) if setting.op in options.op]
+    with interpreting() as count_kernels:
+        rows, code = command.measured(
+            console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), quick=True
+        )
+    if rows:
+        console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), *verdicts_of(rows), sep="\n")
+    return code if command.written(options, rows) else 1
+
+
+# What is counted
+
+
+class TrafficSession:
+    """Counts settings and collects their `rows`.
+
+    Args:
+        count_kernels: counts what our Triton kernels move.
+        on_round: called after every setting.
+    """
+
+    def __init__(self, count_kernels: KernelCount, on_round: Callable[[], object] = lambda: None):
+        self.count_kernels, self.on_round = count_kernels, on_round
+        self.rows: list[Row] = []
+        self._facts = facts(Device.of("cpu"))
+
+    def measure(self, setting: Setting) -> None:
+        """Raises `CheckFailed` where what is counted computes something else."""
+        op = OPS[setting.op](setting)
+        sets, needed = Sets(op, 1), op.needed.times(op.sample_bytes)
+        kernels = self.count_kernels(setting)
+        reason = kernels if isinstance(kernels, str) else ""
+        eager, ours = (
+            checked(Runner(compute, sets)).count_bytes() for compute in (op.eager, on_backend("eager", op.ours))
+        )
+        moved = {
+            EAGER: (COUNTED, eager),
+            op.compiled: (MODEL, op.compiled_moves.times(op.sample_bytes)),
+            OURS_EAGER: (COUNTED, ours),
+            OURS: (COUNTED, None if reason else Moved(*(kernels[direction][0] for direction in PASSES))),
+        }
+        for direction in PASSES:
+            for name, (how, moves) in moved.items():
+                size = None if moves is None else moves.by(direction)
+                sectors = kernels[direction][1] if name == OURS and not reason else None
+                self.rows.append(
+                    self._facts
+                    | {"unit": direction, **setting.labels, "pass": direction, "provider": name, "how": how}
+                    | {"needed_bytes": needed.by(direction), "moved_bytes": size, "sector_bytes": sectors}
+                    | {"bytes_ratio": quotient(size, needed.by(direction))}
+                    | {"sectors_ratio": quotient(sectors, needed.by(direction))}
+                    | {"unavailable": reason if name == OURS else ""}
+                )
+        self.on_round()
+
+
+def checked(runner: Runner) -> Runner:
+    """Itself, where its results and gradients are those of the definition."""
+    check = runner.sets.check("both", runner.run("both", 0))
+    if not check.passed:
+        raise CheckFailed(
+            f"{runner.sets.op.setting.labels}: differs by {check.error:.1e}, its bound is {check.bound:.1e}"
+        )
+    return runner
+
+
+def count_kernels(setting: Setting) -> dict[str, Count] | str:
+    """Where Triton interprets: what our kernels load and store of the big tensors. Raises `CheckFailed` where torch's
+    own ops move some of these too, which isn't counted."""
+    from .kernel_traffic import SECTOR, count_traffic  # imports triton
+
+    op = OPS[setting.op](setting)
+    runner = checked(Runner(on_backend("triton", op.ours), Sets(op, 1)))
+    runner.run("backward", 0)  # makes the graph
+    counts = {}
+    for direction in PASSES:
+        with count_traffic() as counted:
+            runner.run(direction, 0)
+        if counted.torch_ops:
+            raise CheckFailed(f"{setting.labels}, {direction}: besides the kernels torch runs {counted.torch_ops}")
+        big = counted.big
+        counts[direction] = (sum(each.bytes for each in big), SECTOR * sum(each.sectors for each in big))
+    return counts
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[KernelCount]:
+    """Yields `count_kernels`, as it is where Triton interprets, else in a process of its own: whether it does is
+    settled when it is imported, and here it may have been."""
+    if importlib.util.find_spec("triton") is None:
+        yield lambda setting: "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        yield count_kernels
+    else:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
+            process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            with process:
+                yield lambda setting: process.submit(count_kernels, setting).result()
+
+
+# What is shown
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "needed": ("needed_bytes", ",.0f"),
+    "bytes": ("moved_bytes", ",.0f"),
+    "/needed": ("bytes_ratio", ".3f"),
+    "sectors/needed": ("sectors_ratio", ".3f"),
+}
+
+
+def tables_of(rows: list[Row]) -> Iterator[Table]:
+    """One for each setting, with its passes below each other."""
+    for setting, group in itertools.groupby(rows, setting_of):
+        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("pass", no_wrap=True, min_width=8)
+        table.add_column("provider", no_wrap=True, min_width=22)
+        table.add_column("how", no_wrap=True, min_width=7)
+        for name in COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
+            for row in providers:
+                if not row["unavailable"]:
+                    cells = (shown(row[key], spec) for key, spec in COLUMNS.values())
+                    table.add_row(direction, row["provider"], row["how"], *cells)
+                    direction = ""
+        yield table
+
+
+def notes_of(rows: list[Row]) -> Iterator[str]:
+    """Why providers were not counted."""
+    for name, reason in dict.fromkeys((row["provider"], row["unavailable"]) for row in rows if row["unavailable"]):
+        yield f"– no {name}: {reason}"
+
+
+def verdicts_of(rows: list[Row]) -> Iterator[str]:
+    """Where our kernels move no more than is needed, and where they do."""
+    ours = [row for row in rows if row["provider"] == OURS and not row["unavailable"]]
+    if ours:
+        more = [row for row in ours if row["moved_bytes"] != row["needed_bytes"]]
+        yield f"{OURS}: exactly the needed bytes in {len(ours) - len(more)} of {len(ours)} passes"
+        for row in more:
+            yield f"  {row['moved_bytes']:,} of {row['needed_bytes']:,} needed: {setting_of(row)}, {row['pass']}"

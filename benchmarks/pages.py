@@ -1,0 +1,86 @@
+"""`python -m benchmarks pages`: writes the tables and plots of README.md and docs/performance.md from the committed CSV
+files.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+from .output import replace
+from .tables import TABLES, TableError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+MARKER = re.compile(r"<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->\n?")
+
+
+def updated(text: str, results: Path) -> str:
+    """`text` with every table made anew. Raises `TableError`."""
+    parts, copied, name = [], 0, None
+    for marker in MARKER.finditer(text):
+        line = text.count("\n", 0, marker.start()) + 1
+        if (name is None) == (marker["name"] is None):
+            wanted = f"the end of table {name!r}" if name else "the start of a table"
+            raise TableError(f"line {line}: {marker[0].strip()} where {wanted} should come")
+        if marker["name"] is not None:
+            parts += [text[copied : marker.end()], _made(marker["name"], line, results)]
+        copied, name = (marker.end(), marker["name"]) if marker["name"] else (marker.start(), None)
+    if name is not None:
+        raise TableError(f"table {name!r} has no <!-- end --> after it")
+    return "".join([*parts, text[copied:]])
+
+
+def _made(name: str, line: int, results: Path) -> str:
+    if name not in TABLES:
+        raise TableError(f"line {line}: no table is called {name!r}; there are: {', '.join(TABLES)}")
+    file, make = TABLES[name]
+    try:
+        with (results / file).open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        raise TableError(f"table {name!r} needs {results / file}, which isn't there: measure first") from None
+    try:
+        if not rows:
+            raise TableError("it has no rows")
+        return f"\n{make(rows)}\n\n"
+    except TableError as error:
+        raise TableError(f"table {name!r} can't be made from {results / file}: {error}") from None
+    except KeyError as error:
+        raise TableError(f"table {name!r} can't be made from {results / file}: it has no {error}") from None
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "pages", help="tables and plots of README.md and docs/ from benchmarks/results", description=__doc__
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page isn't current")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """All pages, or none where one of them can't be made."""
+    wanted = {}
+    for page in options.pages:
+        try:
+            text = page.read_text(encoding="utf-8")
+            wanted[page] = updated(text, options.results)
+        except TableError as error:
+            print(f"{page.name}: {error}", file=sys.stderr)
+            return 1
+        if wanted[page] == text:
+            del wanted[page]
+    for page, text in wanted.items():
+        if options.check:
+            print(f"{page.name}: its tables aren't those of {options.results}: run `python -m benchmarks pages`")
+        else:
+            replace(page, text)
+    return 1 if options.check and wanted else 0

@@ -1,0 +1,126 @@
+"""`python -m benchmarks all`: every command that measures, one after the other, and what they say in one table.
+
+`--quick` shows on tiny tensors and networks that all of it runs; its numbers say little about real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+from . import command, memory, op_traffic, ops, overhead, step
+from .findings import FINDINGS
+from .harness import Row
+
+MEASURING: dict[str, ModuleType] = {
+    "step": step,
+    "memory": memory,
+    "ops": ops,
+    "overhead": overhead,
+    "traffic": op_traffic,
+}
+"""By the command's name."""
+ANY_DEVICE = ("traffic",)
+"""What is the same on every device, and has no option for one."""
+INTERRUPTED = 130
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "all", help="all that measures", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny tensors and networks, few turns: does it run")
+    parser.add_argument("--device", type=command.device, default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        metavar="FOLDER",
+        help="write COMMAND-DEVICE.csv and .json here (traffic.csv: it is the same on all)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs them all, whatever one of them ends with; an interrupt ends it. The exit code is the highest of theirs."""
+    if not command.has_device(options.device):
+        return 2
+    console, code = Console(width=command.WIDTH), 0
+    found: dict[str, list[Row]] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, module in MEASURING.items():
+            console.rule(f"[bold]{name}")
+            on_device = [] if name in ANY_DEVICE else [options.device]
+            files = {kind: folder / f"{'-'.join([name, *on_device])}.{kind}" for kind in ("csv", "json")}
+            arguments = [
+                name,
+                *["--quick"] * options.quick,
+                *(text for kind in on_device for text in ("--device", kind)),
+            ]
+            arguments += [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
+            files["json"].unlink(missing_ok=True)  # one of an earlier run must not pass for this one's
+            start = time.monotonic()
+            ended = parsed([module], arguments)
+            code = max(code, ended.run(ended))
+            seconds[name] = time.monotonic() - start
+            if files["json"].exists():
+                found[name] = json.loads(files["json"].read_text(encoding="utf-8"))
+            if code == INTERRUPTED:
+                break
+    console.rule("[bold]all")
+    console.print(table_of(found, seconds, options.quick))
+    return code
+
+
+def parsed(modules: Iterable[ModuleType], arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of one of the commands in `modules`; `run` among them, unless none was named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures, and shows what was measured.")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for module in modules:
+        module.add_command(commands)
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    return parser.parse_args(arguments)
+
+
+def table_of(found: dict[str, list[Row]], seconds: dict[str, float], quick: bool) -> Table:
+    """What each command found, in a line or two."""
+    of_what = " on tiny tensors and networks: does it run" if quick else ""
+    row = next((rows[0] for rows in found.values() if rows), None)
+    table = Table(title=f"Findings{of_what}", caption=command.machine_line(row) if row else None)
+    for name in ("command", "question", "answer"):
+        table.add_column(name)
+    for name, took in seconds.items():
+        table.add_section()
+        answers = list(answers_of(name, found.get(name, [])))
+        label = f"{name}\n[dim]{took:.0f} s[/dim]"
+        for question, answer in answers or [("", "nothing was measured")]:
+            table.add_row(label, question, answer)
+            label = ""
+    return table
+
+
+def answers_of(name: str, rows: list[Row]) -> Iterable[tuple[str, str]]:
+    """(question, answer) pairs of one command's rows."""
+    questions: dict[str, Callable[[list[Row]], str | None]] = FINDINGS.get(name, {})
+    for question, answer in questions.items() if rows else ():
+        text = answer(rows)
+        if text is not None:
+            yield question, text
+
+
+def _folder(text: str) -> Path:
+    """An argparse type: a folder, or a name that one can have."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
+    return path

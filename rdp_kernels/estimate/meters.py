@@ -1,0 +1,90 @@
+"""What is measured of a piece of a network: FLOPs, seconds, and the storages that autograd saves."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Flops(contextlib.ExitStack):
+    """Counts matmuls and convolutions within, as `torch.utils.flop_counter` does. On the CPU, where that counts nothing
+    for scaled_dot_product_attention, it is computed by its matmuls."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device, self._counter = device, FlopCounterMode(display=False)
+
+    def __enter__(self) -> Flops:
+        super().__enter__()
+        if self._device.type == "cpu":
+            self.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.enter_context(self._counter)
+        return self
+
+    def read(self) -> int:
+        return self._counter.get_total_flops()
+
+    @staticmethod
+    def spent(start: int, end: int) -> float:
+        return float(end - start)
+
+
+class Clock:
+    """Seconds; a GPU is timed by events, on its own clock."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def read(self) -> Any:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            return event
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+    def spent(self, start: Any, end: Any) -> float:
+        if self._device.type == "cuda":
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+        return end - start
+
+
+class Saved:
+    """The storages that autograd saves, each once, with where it was when it saved them first."""
+
+    def __init__(self, own: Iterable[Tensor], where: Callable[[], int] = lambda: 0):
+        """`own`: parameters and buffers, which aren't counted."""
+        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._where = where
+        self._found: dict[int, tuple[torch.UntypedStorage, int]] = {}  # held, so that no address is used twice
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._found.setdefault(storage.data_ptr(), (storage, self._where()))
+        return tensor
+
+    def take(self, tensor: Tensor) -> bool:
+        """Whether `tensor`'s storage was saved; it no longer counts."""
+        return self._found.pop(tensor.untyped_storage().data_ptr(), None) is not None
+
+    def bytes(self, places: int = 1) -> list[float]:
+        """By place."""
+        totals = [0.0] * places
+        for storage, where in self._found.values():
+            totals[where] += storage.nbytes()
+        return totals

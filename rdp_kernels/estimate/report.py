@@ -1,0 +1,248 @@
+"""The costs of a scheme's iterations over many plans, as rows, and what they speak for."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool
+from .._table import table
+from ..paths import refuse_batch_norm
+from ..plan import draw_keep, plan_generator
+from .compose import ModelCost
+
+if TYPE_CHECKING:
+    from ..scheme import ResidualDropPath
+
+PLANS = 400
+PROBS = (0.1, 0.3, 0.5)
+PAYS = 0.97
+"""A step that takes no less of plain training's gains nothing that could be told from noise."""
+WIDTH = 100  # of the notes under the table
+NEAR = 0.03
+"""Ratios that differ by no more are called equal."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Means over drawn plans. What isn't there is None: all of it where refused, the reuse iteration where nothing is
+    dropped, times where not measured.
+
+    Args:
+        mode, freeze: as of the scheme.
+        drop_prob: the mean over the paths.
+        own_rates: whether the rates are the scheme's own; others are the same for all paths.
+        drop_flops, reuse_flops: that an iteration needs.
+        flop_ratio: of an optimizer step, drop or reuse, to a plain training step.
+        drop_saved_bytes, reuse_saved_bytes: what autograd keeps between forward and backward.
+        time_ratio: as `flop_ratio`, of forward and backward. The optimizer's own time isn't in it.
+        refused: why the scheme doesn't do this on this model.
+    """
+
+    mode: str
+    freeze: str
+    drop_prob: float
+    own_rates: bool
+    drop_flops: float | None = None
+    reuse_flops: float | None = None
+    flop_ratio: float | None = None
+    drop_saved_bytes: float | None = None
+    reuse_saved_bytes: float | None = None
+    time_ratio: float | None = None
+    refused: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Of time, where measured, else of FLOPs; only where not refused."""
+        ratio = self.flop_ratio if self.time_ratio is None else self.time_ratio
+        assert ratio is not None
+        return ratio
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `ResidualDropPath.estimate` found. `str` of it is a table and the recommendation.
+
+    Args:
+        rows: by rates, mode and freezing.
+        batch_size: of the example.
+        plain_flops, plain_saved_bytes, plain_seconds: of an ordinary training step; seconds None where not timed.
+        branch_share: of the plain step's time, or of its FLOPs where not timed, what its branches take.
+        recommendation: with its reason.
+        cost: for further plans.
+    """
+
+    rows: list[Row]
+    batch_size: int
+    plain_flops: float
+    plain_saved_bytes: float
+    plain_seconds: float | None
+    branch_share: float
+    recommendation: str
+    cost: ModelCost
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        header = ("p", "mode", "freeze", "FLOPs", "time", "drop saves", "reuse saves")
+        lines = table(header, [self._cells(row) for row in self.rows])
+        reasons = dict.fromkeys(row.refused for row in self.rows if row.refused is not None)
+        notes = [*(f"refused: {reason}" for reason in reasons), self.plain_step(), self.recommendation]
+        return "\n".join([*lines, *(textwrap.fill(note, WIDTH) for note in notes)])
+
+    def plain_step(self) -> str:
+        """In a line."""
+        seconds = "" if self.plain_seconds is None else f", {1e3 * self.plain_seconds:.3g} ms without its optimizer"
+        return (
+            f"A plain step at batch {self.batch_size}: {self.plain_flops / 1e9:.4g} GFLOP, "
+            f"{self.plain_saved_bytes / 1e6:.4g} MB saved for backward{seconds}; branches take {self.branch_share:.0%} "
+            f"of it. FLOPs and time are those of an optimizer step of the scheme, saved bytes those of an iteration, "
+            "as ratios to it"
+        )
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        rates = f"{row.drop_prob:.3g}" + (" (own)" if row.own_rates else "")
+        if row.refused is not None:
+            return (rates, row.mode, row.freeze, "refused", "", "", "")
+        saved = [
+            None if b is None else b / self.plain_saved_bytes for b in (row.drop_saved_bytes, row.reuse_saved_bytes)
+        ]
+        values = (row.flop_ratio, row.time_ratio, *saved)
+        return (rates, row.mode, row.freeze, *("–" if v is None else f"{v:.3f}" for v in values))
+
+
+def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) -> Estimate:
+    """See `ResidualDropPath.estimate`."""
+    check_bool("timed", timed)
+    if scheme.phase is not None:
+        raise RuntimeError(f"estimate() inside an open {scheme.phase} iteration: call it before training")
+    rules, model = scheme._rules, scheme._rest.model
+    cost = ModelCost.of(model, example_inputs, freeze_bn=rules.freeze_bn, timed=timed)
+    own = [path.drop_prob for path in scheme.paths]
+    rates = [(own, True), *(([p] * len(own), False) for p in PROBS if [p] * len(own) != own)]
+    rows = [
+        _row(scheme, cost, mode, freeze, drop_probs, is_own)
+        for drop_probs, is_own in rates
+        for mode in ("block", "sample")
+        for freeze in ("parameters", "branch", "none")
+    ]
+    shares = cost.plain_shares()
+    share = cost.branch_share()
+    return Estimate(
+        rows=rows,
+        batch_size=cost.batch_size,
+        plain_flops=cost.plain(),
+        plain_saved_bytes=cost.saved_bytes(shares).item(),
+        plain_seconds=cost.seconds(shares).item() if timed else None,
+        branch_share=share,
+        recommendation=recommend(rows, share, cost.batch_size),
+        cost=cost,
+    )
+
+
+def _row(scheme: ResidualDropPath, cost: ModelCost, mode: str, freeze: str, drop_probs: list[float], own: bool) -> Row:
+    mean = sum(drop_probs) / len(drop_probs)
+    if mode == "sample" and freeze != "none":
+        try:
+            refuse_batch_norm(scheme.paths)
+        except ValueError as error:
+            return Row(mode, freeze, mean, own, refused=str(error))
+    kept = _draw(scheme, cost, mode, drop_probs)
+    train_rest = scheme._rules.train_rest
+    drop, reuse = cost.drop_shares(kept), cost.reuse_shares(kept, freeze, train_rest)
+    can_learn = torch.ones(len(drop_probs), dtype=torch.bool)
+    if freeze != "none" and not train_rest:
+        can_learn = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
+    runs = ((kept < 1) & can_learn).any(dim=1)  # the plans that a reuse iteration follows
+
+    def ratio(total: Any) -> float:
+        both = total(drop).sum() + total(reuse)[runs].sum()
+        return (both / (len(kept) + int(runs.sum())) / total(cost.plain_shares())).item()
+
+    def of_reuse(total: Any) -> float | None:
+        return total(reuse)[runs].mean().item() if runs.any() else None
+
+    return Row(
+        mode,
+        freeze,
+        mean,
+        own,
+        drop_flops=cost.flops(drop).mean().item(),
+        reuse_flops=of_reuse(cost.flops),
+        flop_ratio=ratio(cost.flops),
+        drop_saved_bytes=cost.saved_bytes(drop).mean().item(),
+        reuse_saved_bytes=of_reuse(cost.saved_bytes),
+        time_ratio=None if cost.pieces.seconds is None else ratio(cost.seconds),
+    )
+
+
+def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list[float]) -> Tensor:
+    """Float64 [plans, paths], the shares of the rows that are kept: the same plans every time."""
+    generator = plan_generator(0, 0)
+    whole = [path.index for path in scheme.paths if path.module.mode == "block"]
+    options = (mode, scheme.sampling, generator, [cost.batch_size], whole)
+    keeps = [draw_keep(drop_probs, *options).view(len(drop_probs), -1) for _ in range(PLANS)]
+    return torch.stack(keeps).double().mean(dim=2)
+
+
+def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
+    """What the rows of the scheme's own rates speak for, and why."""
+    own = {(row.mode, row.freeze): row for row in rows if row.own_rates}
+    block, sample, branch = own["block", "parameters"], own["sample", "parameters"], own["block", "branch"]
+    what = "FLOPs" if block.time_ratio is None else "time"
+    if block.drop_prob == 0:
+        other = next(
+            r for r in rows if not r.own_rates and r.drop_prob == 0.3 and (r.mode, r.freeze) == ("block", "parameters")
+        )
+        return (
+            "Recommendation: give drop_prob. The paths' own rates are 0, so nothing is dropped and nothing gained; at "
+            f"0.3 a step would take {other.ratio:.2f} of plain training's {what} in block mode."
+        )
+    if block.ratio >= PAYS and (sample.refused is not None or sample.ratio >= PAYS):
+        return (
+            f"Recommendation: plain training, or the scheme for its results only. {_why_not(block, branch_share, what)}"
+        )
+    sentences = []
+    if sample.refused is None and sample.ratio < block.ratio - NEAR:
+        sentences.append(
+            f'Recommendation: mode="sample", freeze="parameters". A step takes {sample.ratio:.2f} of plain training\'s '
+            f"{what}, in block mode {block.ratio:.2f}; gradients are exact."
+        )
+    else:
+        sentences.append(
+            f'Recommendation: mode="block", freeze="parameters". A step takes {block.ratio:.2f} of plain training\'s '
+            f"{what}; gradients are exact."
+        )
+        if sample.refused is not None:
+            sentences.append("Sample mode is refused, see above.")
+        elif sample.ratio <= block.ratio + NEAR:
+            sentences.append(
+                f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
+            )
+        else:
+            sentences.append(
+                f"Sample mode takes {sample.ratio:.2f}: at batch {batch_size} branches on some of the rows cost more "
+                "than these rows' share."
+            )
+    if branch.ratio < block.ratio - NEAR:
+        sentences.append(f'freeze="branch" would take {branch.ratio:.2f}, but its gradients are approximate.')
+    return " ".join(sentences)
+
+
+def _why_not(block: Row, branch_share: float, what: str) -> str:
+    assert block.flop_ratio is not None
+    ratio = f"In block mode a step takes {block.ratio:.2f} of plain training's {what}"
+    if block.flop_ratio < PAYS:
+        return (
+            f"{ratio}, needing only {block.flop_ratio:.2f} of its FLOPs: what a branch costs beside them outweighs "
+            "that. A larger batch or wider branches would gain."
+        )
+    if branch_share < 0.5:
+        return f"{ratio}: the branches are only {branch_share:.0%} of a plain step."
+    return f"{ratio}: at p = {block.drop_prob:.3g} too little is dropped."

@@ -1,0 +1,141 @@
+"""One call of a path, repeated by itself in each state."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from .._device import to_device
+from ..path_call import PathCall
+from ..paths import Decision, PathOwner, batch_norms_of, modules_of, parameters_of
+from ..rows import RowSet, orders_of, row_set
+from .meters import Clock, Flops, Saved
+from .pieces import STATES
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Site:
+    """A call on `x`.
+
+    Args:
+        residual: what the shortcut gave; None where that is `x`.
+        freeze_bn: as of the scheme.
+        argument_grads: which of the further arguments require grad, by whether the rest is frozen.
+    """
+
+    call: PathCall
+    x: Tensor
+    residual: Tensor | None
+    freeze_bn: bool
+    argument_grads: Mapping[bool, Sequence[bool]]
+
+    @property
+    def owner(self) -> PathOwner:
+        return self.call.owner
+
+    def likeness(self, *counts: Hashable) -> Hashable:
+        """Equal for calls that take the same time: the same modules on tensors of the same shapes that count the
+        same."""
+        modules = tuple(type(module) for module in modules_of(self.owner))
+        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.owner))
+        return type(self.owner), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
+
+    def flops(self, state: str) -> float:
+        """Forward and backward."""
+        call, x, decision = self._prepare(state)
+        with Flops(self.x.device) as flops:
+            _backward(call.run_here(x, decision))
+        self._forget()
+        return float(flops.read())
+
+    def saved(self, state: str, own: Sequence[Tensor]) -> tuple[float, bool]:
+        """Bytes, those of the input, the output and the arguments left out; and whether the input is saved too."""
+        call, x, decision = self._prepare(state)
+        saved = Saved([*own, *_tensors(call)])
+        with saved.watching():
+            out = call.run_here(x, decision)
+        input_too = saved.take(x)
+        saved.take(out)
+        return saved.bytes()[0], input_too
+
+    def seconds(self) -> dict[str, tuple[float, float]]:
+        """By state: on the whole batch, and the part of it that fewer rows don't save."""
+        whole = {state: self._seconds(state) for state in STATES}
+        fixed = dict.fromkeys(STATES, 0.0)
+        size = self.call.batch_size
+        if self.owner.mode == "sample" and size > 1 and not batch_norms_of(self.owner):
+            keep = torch.arange(size) % 2 == 0
+            order, inverse = to_device(orders_of(keep), self.x.device)
+            some, mixed = row_set(keep, self.x.device), RowSet(order, int(keep.sum()), inverse)
+            share = some.num_rows / size
+            learning = self._seconds("learn", some)
+            fixed["learn"] = fixed["first"] = _fixed_part(whole["learn"], learning, share)
+            for state in ("frozen", "still"):
+                fixed[state] = _fixed_part(whole[state], self._seconds(state, mixed) - learning, 1 - share)
+        return {state: (whole[state], fixed[state]) for state in STATES}
+
+    def _prepare(self, state: str, rows: RowSet | None = None) -> tuple[PathCall, Tensor, Decision]:
+        """The call in `state`, on inputs of its own. With `rows`, on these: some learn, others may be in `state`."""
+        passes = rows is not None or state in ("learn", "frozen")
+        frozen = state in ("frozen", "still")
+        freeze = "branch" if state == "still" else "parameters"
+        decision = Decision(rows is None and not frozen, rows is None and frozen, rows, 1.0, freeze, self.freeze_bn)
+        arguments, structure = pytree.tree_flatten((self.call.args, self.call.kwargs))
+        flags = self.argument_grads[frozen]
+        entering = (_entering(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))
+        args, kwargs = pytree.tree_unflatten(list(entering), structure)
+        residual = None if self.residual is None else _entering(self.residual, passes)
+        call = PathCall(self.owner, self.call.batch_size, args, kwargs, residual)
+        return call, _entering(self.x, passes), decision
+
+    def _seconds(self, state: str, rows: RowSet | None = None) -> float:
+        """Forward and backward: the median of a few, after one that warms up."""
+        clock = Clock(self.x.device)
+        ones, times = torch.ones_like(self.x if self.residual is None else self.residual), []
+        for _ in range(1 + REPEATS):
+            call, x, decision = self._prepare(state, rows)
+            start = clock.read()
+            _backward(call.run_here(x, decision), ones)
+            times.append(clock.spent(start, clock.read()))
+            self._forget()
+        return statistics.median(times[1:])
+
+    def _forget(self) -> None:
+        for parameter in parameters_of(self.owner):
+            parameter.grad = None
+
+
+def argument_grads(call: PathCall) -> list[bool]:
+    """Of the further arguments, containers taken apart."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    return [isinstance(value, Tensor) and value.requires_grad for value in leaves]
+
+
+def _tensors(call: PathCall) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+
+
+def _entering(value: Any, requires_grad: bool) -> Any:
+    """As it comes in the model: not a leaf, which may not be written to."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value.requires_grad_().clone() if requires_grad else value.clone()
+
+
+def _backward(out: Tensor, grad: Tensor | None = None) -> None:
+    if out.requires_grad:
+        out.backward(torch.ones_like(out) if grad is None else grad)
+
+
+def _fixed_part(whole: float, part: float, share: float) -> float:
+    """Of `whole`, where `share` of the rows take `part`: time as a straight line over the rows."""
+    return max(0.0, (part - share * whole) / (1 - share))

@@ -1,0 +1,127 @@
+"""Drop-path that draws its own masks: what is timed gives the textbook's gradients, and what is wrong fails."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import drop_path, library_models, step
+from benchmarks.cases import BOUND, CPU, QUICK
+from benchmarks.drop_path import TRAINERS, Compiled, Ours, OursCompiled, OwnMasks, Subset, drop_path_case, verify_drawn
+from benchmarks.machine import Device
+
+pytestmark = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
+NAMES = ["plain", "drop-path", "compiled drop-path", "compiled subset", "ours drop-path", "ours compiled drop-path"]
+
+
+@pytest.fixture(autouse=True)
+def _without_inductor(monkeypatch):
+    monkeypatch.setattr(drop_path, "COMPILER", "eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_gradients_are_the_textbooks(kind):
+    assert verify_drawn(kind, "vit-s").error <= BOUND
+
+
+def test_a_subset_without_its_scale_is_caught(monkeypatch):
+    def unscaled(x, rows, branch):
+        return x.index_add(0, rows, branch(x.index_select(0, rows)))
+
+    monkeypatch.setattr(drop_path, "_add_subset", unscaled)
+    assert verify_drawn(Subset, "vit-s").error > 1e-4
+
+
+def test_a_subset_of_other_rows_is_caught(monkeypatch):
+    right = drop_path._subset_block
+    monkeypatch.setattr(drop_path, "_subset_block", lambda block, x, a, b: right(block, x, b, a))
+    assert verify_drawn(Subset, "vit-s").error > 1e-4
+
+
+@pytest.mark.parametrize("kind", [OwnMasks, Ours])
+def test_another_rate_is_caught(kind, monkeypatch):
+    right = kind.drawn
+    monkeypatch.setattr(kind, "drawn", lambda self: (right(self)[0], 0.3))
+    assert verify_drawn(kind, "vit-s").error > 1e-4
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_masks_are_new_at_each_step_and_of_their_rate(kind):
+    config = QUICK["vit-s"]
+    torch.manual_seed(0)
+    trainer = kind(config.network(CPU), *config.data(CPU), 0.4, recorded=True)
+    keeps = [trainer.drawn()[0] for _ in range(20)]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(keeps))
+    kept = torch.stack(keeps).double().mean()
+    assert abs(kept - (0.5 if kind is Subset else 0.6)) < 0.05  # 3 of 6 rows
+
+
+def test_what_is_compiled_is_the_work_of_others():
+    """Of a subset one graph serves all blocks; timm's network is one graph."""
+    for kind, graphs in ((Compiled, 1), (Subset, 1)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = QUICK["vit-s"]
+        trainer = kind(config.network(CPU), *config.data(CPU), 0.4)
+        trainer.train()
+        trainer.train()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_case(monkeypatch):
+    case = drop_path_case("quick", "vit-s", 1, Device.of("cpu"))
+    assert [provider.name for provider in case.providers] == NAMES
+    assert (case.labels["work"], case.labels["mode"], case.labels["p"]) == ("drop-path", "sample", 0.4)
+    assert set(case.count_flop(1)) == {"plain", "drop-path", "ours drop-path"}, "others are compiled"
+
+    def fails(self, network, images):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(OursCompiled, "prepare", fails)
+    case = drop_path_case("quick", "vit-s", 1, Device.of("cpu"))
+    assert {p.name: p.unavailable for p in case.providers if p.unavailable} == {
+        "ours compiled drop-path": "RuntimeError: no compiler"
+    }
+
+
+def test_without_timm_rows_say_so(monkeypatch):
+    monkeypatch.setattr(library_models, "installed", lambda name: False)
+    case = drop_path_case("quick", "vit-b", 1, Device.of("cpu"))
+    assert [(p.name, p.unavailable) for p in case.providers] == [(name, "timm is not installed") for name in NAMES]
+
+
+def test_where_it_is_measured():
+    models = ["resnet", "vit-s", "vit-b"]
+    assert step.drop_path_models(None, "cpu", models) == []
+    assert step.drop_path_models(None, "cuda", models) == ["vit-b"]
+    assert step.drop_path_models(True, "cpu", models) == ["vit-s", "vit-b"]
+    assert step.drop_path_models(False, "cuda", models) == []
+
+
+def test_verdicts():
+    row = {"model": "vit-b", "mode": "sample", "batch": 128, "dtype": "bf16 autocast", "work": "drop-path", "p": 0.4}
+    ratios = {"compiled drop-path": 0.8, "compiled subset": 0.7, "ours drop-path": 0.72, "drop-path": 0.1}
+    rows = [row | {"provider": name, "ratio_rounds": ratio} for name, ratio in ratios.items()]
+    assert list(step.gpu_verdicts(rows)) == [
+        "vit-b sample p=0.4 drop-path: ours drop-path takes 0.900 of compiled drop-path, target 1.0: met",
+        "vit-b sample p=0.4 drop-path: ours drop-path takes 1.029 of compiled subset, target 1.0: MISSED",
+    ]
+    assert not list(step.gpu_verdicts([row | {"ratio_rounds": None, "provider": name} for name in ratios]))
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    """Budget: 90 seconds, of which compiling takes most. The command verifies and times what inductor makes."""
+    out = tmp_path / "step.json"
+    options = ["--quick", "--turns", "1", "--model", "vit-s", "--mode", "block", "--compiled", "--json", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    subprocess.run([sys.executable, "-m", "benchmarks", "step", *options], check=True, env=environment, timeout=600)
+    rows = [row for row in json.loads(out.read_text()) if row["work"] == "drop-path"]
+    assert [row["provider"] for row in rows] == NAMES
+    assert all(row["p50_ms"] > 0 and row["unit"] == "two steps of drop-path" for row in rows)
