@@ -91,8 +91,11 @@ def styled(draw: Callable[[Rows], Figure]) -> Callable[[Rows], Figure]:
     return in_style
 
 
-def figure_of(rows: Rows, title: str, panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Panels beside each other with one y axis, under a title that tells the machine and the versions."""
+def figure_of(
+    rows: Rows, title: str, panels: int, size: tuple[float, float], stacked: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Panels beside each other with one y axis, or below each other with one x axis, under a title that tells the
+    machine and the versions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -100,7 +103,8 @@ def figure_of(rows: Rows, title: str, panels: int, size: tuple[float, float]) ->
     versions = [f"{name} {row[name]}" for name in ("torch", "triton") if row[name]]
     taken = [row["device"], f"{row['threads']} threads", *versions, row["commit"], row["date"]]
     figure.suptitle(f"{title}\n{', '.join(filter(None, taken))}")
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    grid = (panels, 1) if stacked else (1, panels)
+    return figure, list(figure.subplots(*grid, sharex=stacked, sharey=True, squeeze=False).flat)
 
 
 def log_axis(axis: Axes, which: str, steps: tuple[float, ...] = (1, 2, 5)) -> None:

@@ -83,6 +83,9 @@ def roofline(rows: Rows) -> Figure:
 
 def _step_roofline(rows: Rows) -> Figure:
     rows = complete(rows, "needed_gflop", "needed_gb", "p50_ms", "ceiling_gflops", "ceiling_gbs", "model", "provider")
+    rows = [row for row in rows if row.get("work", "scheme") == "scheme"]  # a drop-path alone is one step, not a pair
+    if not rows:
+        raise NothingToPlot("no row of a pair of steps")
     figure, (axis,) = figure_of(rows, "Roofline of pairs of steps, of needed FLOPs and bytes", 1, (8, 5))
     providers, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("provider", "model"))
     for row in rows:
@@ -137,20 +140,19 @@ def step_cost(rows: Rows) -> Figure:
     """Of `step`: what a pair of iterations needs, counts and takes as ratios to plain training; a mark has the ratio of
     the fastest turns."""
     keys = ("needed_ratio", "counted_ratio", "ratio_rounds")
-    rows = complete(rows, "model", "mode", "p", "provider", "ratio_min", *keys)
+    rows = complete(rows, "model", "mode", "p", "provider", "ratio_min", "ratio_rounds")
     shown = {name: [row for row in rows if row["provider"] == name] for name in (Exact.name, BranchFrozen.name)}
     cases = list(dict.fromkeys(_case(row) for those in shown.values() for row in those))
     if not cases:
         raise NothingToPlot(f"no row of {Exact.name} or {BranchFrozen.name}")
-    figure, axes = figure_of(rows, "Cost of a pair of steps, of plain training's", 2, (10, 4))
+    figure, axes = figure_of(rows, "Cost of a pair of steps, of plain training's", 2, _size(cases), stacked=True)
     for axis, (name, those) in zip(axes, shown.items(), strict=True):
         for row in those:
             for number, key in enumerate(keys):
                 x = cases.index(_case(row)) + 0.27 * (number - 1)
-                axis.bar(x, row[key], 0.25, color=COLOURS[number])
+                axis.bar(x, row.get(key) or 0, 0.25, color=COLOURS[number])  # not every network's needs are known
             axis.plot(x, row["ratio_min"], "_", color="black", markersize=6)
         _ratio_axis(axis, cases, name)
-    axes[0].set_ylabel("ratio to plain")
     entries = [(what, COLOURS[n], "s") for n, what in enumerate(("needed FLOPs", "counted FLOPs", "time"))]
     legend(figure, [*entries, ("time by the fastest turns", "black", "_")])
     return figure
@@ -166,15 +168,14 @@ def memory_bars(rows: Rows) -> Figure:
         raise NothingToPlot(f"no row of {Exact.name} or {BranchFrozen.name}")
     cases = list(dict.fromkeys(map(_case, rows)))
     kinds = list(dict.fromkeys(f"{row['provider']}, {row['iteration']}" for row in rows))
-    figure, axes = figure_of(rows, "Memory of an iteration, of a plain step's", 2, (10, 4))
+    figure, axes = figure_of(rows, "Memory of an iteration, of a plain step's", 2, _size(cases), stacked=True)
     for axis, what in zip(axes, ("saved", "peak"), strict=True):
         for row in rows:
             number = kinds.index(f"{row['provider']}, {row['iteration']}")
             x = cases.index(_case(row)) + 0.8 / len(kinds) * (number + 0.5) - 0.4
             axis.bar(x, row[f"{what}_ratio"], 0.72 / len(kinds), color=COLOURS[number])
             axis.plot(x, row[f"{what}_max_ratio"], "_", color="black", markersize=5)
-        _ratio_axis(axis, cases, {"saved": "saved for the backward", "peak": "largest allocation"}[what])
-    axes[0].set_ylabel("ratio to plain")
+        _ratio_axis(axis, cases, {"saved": "saved for the backward", "peak": "most that is allocated"}[what])
     legend(figure, [*((kind, COLOURS[n], "s") for n, kind in enumerate(kinds)), ("largest of the plans", "black", "_")])
     return figure
 
@@ -182,19 +183,21 @@ def memory_bars(rows: Rows) -> Figure:
 @styled
 def scaling_lines(rows: Rows) -> Figure:
     """Of `scaling`: the time of a pair of iterations over paths that do next to nothing, by how many they are."""
-    rows = [row for row in complete(rows, "paths", "mode", "provider", "p50_ms") if row.get("network", TINY) == TINY]
+    rows = [row for row in complete(rows, "paths", "mode", "provider", "min_ms") if row.get("network", TINY) == TINY]
     if not rows:
         raise NothingToPlot("no row of paths alone")
     modes, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "provider"))
+    counts = sorted({row["paths"] for row in rows})
     figure, axes = figure_of(rows, "A pair of iterations by the number of paths", len(modes), (10, 4))
     for axis, mode in zip(axes, modes, strict=True):
         for number, provider in enumerate(providers):
-            line = sorted((r["paths"], r["p50_ms"]) for r in rows if (r["mode"], r["provider"]) == (mode, provider))
+            line = sorted((r["paths"], r["min_ms"]) for r in rows if (r["mode"], r["provider"]) == (mode, provider))
             axis.plot(*zip(*line, strict=True), f"-{MARKERS[number]}", color=COLOURS[number], markersize=4)
         axis.set(title=f"{mode} mode", xlabel="paths")
         log_axis(axis, "x")
         log_axis(axis, "y")
-    axes[0].set_ylabel("ms")
+        axis.set_xticks(counts, counts)
+    axes[0].set_ylabel("ms, fastest turn")
     legend(figure, [(name, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(providers)])
     return figure
 
@@ -208,9 +211,13 @@ def _case(row: dict) -> str:
     return f"{row['model']}\n{row['mode']}\n{row['p']:g}"
 
 
+def _size(cases: list[str]) -> tuple[float, float]:
+    return max(7, 1 + 0.5 * len(cases)), 5.5
+
+
 def _ratio_axis(axis: Axes, cases: list[str], title: str) -> None:
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set(title=title, xlabel="model, mode, p")
+    axis.set(title=title, ylabel="ratio to plain")
     axis.set_xticks(range(len(cases)), cases, fontsize=7)
     axis.grid(axis="x", visible=False)
 

@@ -78,8 +78,8 @@ def memory_row(iteration, saved, peak, provider="ours exact"):
 
 MEMORY = [memory_row("step", 1.0, 1.0, "plain"), memory_row("drop", 0.5, 0.6), memory_row("reuse", 0.7, 0.8)]
 SCALING = [
-    MACHINE | {"network": network, "paths": paths, "mode": mode, "provider": provider, "p50_ms": factor * paths}
-    for network, mode in (("tiny", "block"), ("tiny", "sample"), ("vit", ""))
+    MACHINE | {"network": network, "paths": paths, "mode": mode, "provider": provider, "min_ms": factor * paths}
+    for network, mode in (("tiny", "block"), ("tiny", "sample"), ("vit", "block"))
     for paths in (100, 12)
     for provider, factor in (("plain", 1.0), ("ours exact", 2.0))
 ]
@@ -151,7 +151,8 @@ def test_roofline_of_ops(given):
 
 
 def test_roofline_of_steps(given):
-    (axis,) = plots.roofline(given(STEPS)).axes
+    alone = step_row("ours drop-path", (0.5, 0.5, 0.5, 0.5), work="drop-path")
+    (axis,) = plots.roofline(given([*STEPS, alone])).axes
     *reached, roof = points(axis)
     assert reached == [[[32, 160]], [[20, 100]], [[20, 100]], [[20, 100]]]
     assert roof == [[1, 50], [4, 200], [roof[-1][0], 200]]
@@ -162,10 +163,15 @@ def test_step_cost(given):
     exact, frozen = plots.step_cost(given(STEPS)).axes
     assert [height for *_, height in bars(exact)] == [0.66, 0.67, 0.7, 0.76, 0.77, 0.8]
     assert [height for *_, height in bars(frozen)] == [0.58, 0.59, 0.6]
-    assert [label.get_text() for label in exact.get_xticklabels()] == ["vit\nblock\n0.5", "resnet\nblock\n0.1"]
+    assert [label.get_text() for label in frozen.get_xticklabels()] == ["vit\nblock\n0.5", "resnet\nblock\n0.1"]
     assert [line[0][1] for line in points(exact)] == [0.69, 0.79]
     middles = [x + width / 2 for x, _, width, _ in bars(exact)]
     assert middles == pytest.approx([-0.27, 0, 0.27, 0.73, 1, 1.27], abs=1e-3)
+
+
+def test_a_network_whose_needs_are_unknown_has_its_time(given):
+    rows = [step_row("ours exact", (None, 0.77, 0.8, 0.79))]
+    assert [height for *_, height in bars(plots.step_cost(given(rows)).axes[0])] == [0, 0.77, 0.8]
 
 
 def test_memory_bars(given):
@@ -179,6 +185,7 @@ def test_scaling_lines(given):
     axes = plots.scaling_lines(given(SCALING)).axes
     assert [axis.get_title() for axis in axes] == ["block mode", "sample mode"]
     for axis in axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["12", "100"]
         assert points(axis) == [[[12, 12], [100, 100]], [[12, 24], [100, 200]]]
 
 
