@@ -1,7 +1,7 @@
 """`python -m benchmarks pages`: the tables and plots of README.md and docs/performance.md, from benchmarks/results/.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how. Plots
-are `docs/plots/FILE.svg`, of `FILE.csv`: equal rows give equal bytes with the same version of matplotlib.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how.
+The plots that pages show are `docs/plots/NAME.svg`: equal rows give equal bytes with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 PLOTS = ROOT / "docs" / "plots"
+PLOT = re.compile(r"\]\((?:docs/)?plots/([\w-]+)\.svg\)")
 DRAWN_BY = re.compile(rb"Matplotlib v[\w.]+")
 MARKER = re.compile(r"<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->\n?")
 
@@ -59,16 +60,22 @@ def _made(name: str, line: int, results: Path) -> str:
         raise TableError(f"table {name!r} can't be made from {results / file}: it has no {error}") from None
 
 
-def drawn(results: Path, folder: Path) -> dict[Path, bytes]:
-    """What the plots in `folder` should be. Those that another version of matplotlib drew are left as they are."""
-    from .plot_style import save
+def drawn(names: set[str], results: Path, folder: Path) -> dict[Path, bytes]:
+    """What the plots in `folder` should be. Those that another version of matplotlib drew are left as they are. Raises
+    `TableError`."""
+    from .plot_style import NothingToPlot, save
     from .plots import plots_of_results
 
-    wanted = {}
+    try:
+        figures, wanted = plots_of_results(results), {}
+    except NothingToPlot as error:
+        raise TableError(f"plots can't be drawn from {results}: {error}") from None
+    if missing := names - figures.keys():
+        raise TableError(f"no plot is called {sorted(missing)}; there are: {', '.join(figures)}")
     with tempfile.TemporaryDirectory() as temporary:
-        for name, figure in plots_of_results(results).items():
+        for name in sorted(names):
             path, new = folder / f"{name}.svg", Path(temporary, f"{name}.svg")
-            save(figure, new)
+            save(figures[name], new)
             content = new.read_bytes()
             if not path.exists() or DRAWN_BY.findall(path.read_bytes()) == DRAWN_BY.findall(content):
                 wanted[path] = content
@@ -91,11 +98,13 @@ def run(options: argparse.Namespace) -> int:
     wanted: dict[Path, bytes] = {}
     for page in options.pages:
         try:
-            wanted[page] = updated(page.read_text(encoding="utf-8"), options.results).encode()
+            text = updated(page.read_text(encoding="utf-8"), options.results)
+            wanted[page] = text.encode()
+            if shown := set(PLOT.findall(text)):
+                wanted |= drawn(shown, options.results, options.plots)
         except TableError as error:
             print(f"{page.name}: {error}", file=sys.stderr)
             return 1
-    wanted |= drawn(options.results, options.plots)
     stale = {path: content for path, content in wanted.items() if not path.exists() or path.read_bytes() != content}
     for path, content in stale.items():
         if options.check:

@@ -11,9 +11,7 @@ from .markdown import ROOT, missing, python_blocks, run
 
 DOCS = ("docs/integrations.md", "docs/models.md", "docs/performance.md")
 BLOCKS = [
-    pytest.param(name, block, id=f"{name}: {where}")
-    for name in DOCS
-    for where, block in python_blocks(name).items()
+    pytest.param(name, block, id=f"{name}: {where}") for name in DOCS for where, block in python_blocks(name).items()
 ]
 
 

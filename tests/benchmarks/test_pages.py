@@ -11,6 +11,7 @@ from benchmarks.pairs import TRAINERS
 
 README = "# Title\n\n<!-- table: step -->\nolder\n<!-- end -->\n\nThe end.\n"
 MACHINE = {"device": "a CPU", "threads": "2", "torch": "2.13", "commit": "abc", "date": "2026-11-21", "turns": "12"}
+MACHINE |= {"triton": "3.7", "python": "3.11"}
 TABLE = """
 | model | mode | p | exact: time | needed FLOPs | branch-frozen: time | needed FLOPs | exact / naive: time |
 |---|---|---|---|---|---|---|---|
@@ -48,7 +49,46 @@ def place(tmp_path):
 
 
 def run(place, *options):
-    return main(["pages", "--pages", str(place / "README.md"), "--results", str(place), *options])
+    files = ["--pages", str(place / "README.md"), "--results", str(place), "--plots", str(place / "plots")]
+    return main(["pages", *files, *options])
+
+
+class TestPlots:
+    """Those that a page shows are drawn from the CSV, and found stale."""
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        (tmp_path / "README.md").write_text("![the cost](docs/plots/step-cpu.svg)\n")
+        write(tmp_path / "step-cpu.csv", [row | {"counted_ratio": "0.66"} for row in rows()])
+        return tmp_path
+
+    def test_drawn_and_found_stale(self, place, capsys):
+        plot = place / "plots/step-cpu.svg"
+        assert run(place, "--check") == 1
+        assert "step-cpu.svg: not what" in capsys.readouterr().out
+        assert not plot.exists()
+        assert run(place) == run(place, "--check") == 0
+        assert [file.name for file in plot.parent.iterdir()] == ["step-cpu.svg"]
+        first = plot.read_bytes()
+        write(place / "step-cpu.csv", [row | {"counted_ratio": "0.7"} for row in rows()])
+        assert run(place, "--check") == 1
+        assert plot.read_bytes() == first
+        assert run(place) == run(place, "--check") == 0
+        assert plot.read_bytes() != first
+
+    def test_what_another_matplotlib_drew_is_left_as_it_is(self, place):
+        run(place)
+        plot = place / "plots/step-cpu.svg"
+        older = plot.read_bytes().replace(b"Matplotlib v", b"Matplotlib v0.")
+        assert older != plot.read_bytes()
+        plot.write_bytes(older)
+        assert run(place) == run(place, "--check") == 0
+        assert plot.read_bytes() == older
+
+    def test_one_that_there_is_not(self, place, capsys):
+        (place / "README.md").write_text("![the cost](docs/plots/setp-cpu.svg)\n")
+        assert run(place) == 1
+        assert "no plot is called ['setp-cpu']; there are: step-cpu" in capsys.readouterr().err
 
 
 def test_makes_the_table_between_its_markers(place):
