@@ -100,7 +100,7 @@ OWN_VERIFIED = {
 # Real depth and width. On two cores a plain step takes about a second at most.
 LIBRARY_CPU = {
     "vit-s": Config(partial(library, "vit-s"), batch=4, image=224),
-    "vit-b": Config(partial(library, "vit-b", img_size=96), batch=4, image=96),
+    "vit-b": Config(partial(library, "vit-b", img_size=64), batch=4, image=64),
     "convnext-t": Config(partial(library, "convnext-t"), batch=4, image=128),
     "swin-t": Config(partial(library, "swin-t", img_size=112), batch=4, image=112),
     "resnet-50": Config(partial(library, "resnet-50"), batch=4, image=128),

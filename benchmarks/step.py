@@ -2,6 +2,9 @@
 
 Times are of a pair of steps (forward, backward, AdamW) on the same plans. "needed" counts FLOPs that no implementation
 of the same work can leave out, as a ratio to plain training's; "time / needed" is how far above that a provider is.
+
+vit and resnet are our own networks, the others timm's, converted for ours. With --compiled, and on a GPU by itself, two
+steps of ordinary drop-path are compared too: timm's and DINOv2's, compiled, and ours without a scheme.
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """Drop-path that draws its own masks: what is timed gives the textbook's gradients, and what is wrong fails."""
 
+import csv
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from benchmarks import drop_path, library_models, step
+from benchmarks.__main__ import main
 from benchmarks.cases import BOUND, CPU, QUICK
 from benchmarks.drop_path import TRAINERS, Compiled, Ours, OursCompiled, OwnMasks, Subset, drop_path_case, verify_drawn
-from benchmarks.machine import Device
+from benchmarks.machine import Ceilings, Device
 
 pytestmark = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
 NAMES = ["plain", "drop-path", "compiled drop-path", "compiled subset", "ours drop-path", "ours compiled drop-path"]
@@ -116,12 +114,24 @@ def test_verdicts():
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path):
-    """Budget: 90 seconds, of which compiling takes most. The command verifies and times what inductor makes."""
-    out = tmp_path / "step.json"
-    options = ["--quick", "--turns", "1", "--model", "vit-s", "--mode", "block", "--compiled", "--json", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    subprocess.run([sys.executable, "-m", "benchmarks", "step", *options], check=True, env=environment, timeout=600)
-    rows = [row for row in json.loads(out.read_text()) if row["work"] == "drop-path"]
-    assert [row["provider"] for row in rows] == NAMES
-    assert all(row["p50_ms"] > 0 and row["unit"] == "two steps of drop-path" for row in rows)
+def test_the_command_writes_the_rows(tmp_path, monkeypatch):
+    """Budget: 10 seconds."""
+    monkeypatch.setattr(Device, "ceilings", lambda self: Ceilings(1e11, 1e10))
+    out = tmp_path / "step.csv"
+    options = ["--quick", "--turns", "1", "--model", "vit-s", "--mode", "block", "--compiled", "--csv", str(out)]
+    assert main(["step", *options]) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["work"] for row in rows] == ["scheme"] * 5 + ["drop-path"] * 6
+    assert [row["provider"] for row in rows[5:]] == NAMES
+    assert {(row["unit"], row["mode"], row["p"], row["dtype"]) for row in rows[5:]} == {
+        ("two steps of drop-path", "sample", "0.4", "float32")
+    }
+    assert all(float(row["p50_ms"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Compiled, Subset])
+def test_gradients_with_inductor(kind, monkeypatch):
+    """Budget: 40 seconds in all, for compiling."""
+    monkeypatch.setattr(drop_path, "COMPILER", "inductor")
+    assert verify_drawn(kind, "vit-s").error <= BOUND
