@@ -66,16 +66,16 @@ def drawn(names: set[str], results: Path, folder: Path) -> dict[Path, bytes]:
     from .plot_style import NothingToPlot, save
     from .plots import plots_of_results
 
-    try:
-        figures, wanted = plots_of_results(results), {}
-    except NothingToPlot as error:
-        raise TableError(f"plots can't be drawn from {results}: {error}") from None
+    figures, wanted = plots_of_results(results), {}
     if missing := names - figures.keys():
         raise TableError(f"no plot is called {sorted(missing)}; there are: {', '.join(figures)}")
     with tempfile.TemporaryDirectory() as temporary:
         for name in sorted(names):
             path, new = folder / f"{name}.svg", Path(temporary, f"{name}.svg")
-            save(figures[name], new)
+            try:
+                save(figures[name](), new)
+            except NothingToPlot as error:
+                raise TableError(f"plot {name!r} can't be drawn from {results}: {error}") from None
             content = new.read_bytes()
             if not path.exists() or DRAWN_BY.findall(path.read_bytes()) == DRAWN_BY.findall(content):
                 wanted[path] = content

@@ -6,6 +6,7 @@ save(step_cost(rows), Path("step.svg"))
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,13 +235,14 @@ FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
 """By command what is drawn of its rows, and what the name of that file ends with."""
 
 
-def plots_of_results(results: Path) -> dict[str, Figure]:
-    """A figure by name, for example `step-cpu-roofline`, for each CSV in `results` whose command has some."""
+def plots_of_results(results: Path) -> dict[str, Callable[[], Figure]]:
+    """What draws a figure, by its name, for example `step-cpu-roofline`, for each CSV in `results` whose command has
+    some."""
     figures = {}
     for path in sorted(results.glob("*.csv")):
         rows = read_rows(path)
         for ending, draw in FIGURES.get(path.stem.partition("-")[0], {}).items():
-            figures[path.stem + ending] = draw(rows)
+            figures[path.stem + ending] = partial(draw, rows)
     return figures
 
 

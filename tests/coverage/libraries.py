@@ -11,18 +11,20 @@ import torch
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
-# Declared once, before torchvision's Python code asks for them, and kept alive: they vanish with this object.
-_declared: torch.library.Library | None = None
+_declared: list[torch.library.Library] = []
+"""Ops vanish with the object that declared them."""
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled library doesn't match torch's build: its import needs two ops declared."""
-    global _declared
-    if _declared is None and importlib.util.find_spec("torchvision") is not None:
-        _declared = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                _declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """torchvision, also where its compiled library doesn't match torch's build: its import then needs two ops declared."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+    for name in ("nms", "qnms"):
+        _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("torchvision")
 
 
