@@ -216,7 +216,7 @@ def test_committed_results_can_be_drawn():
     assert {"ops-cpu", "ops-cpu-roofline", "step-cpu", "step-cpu-roofline"} <= set(figures)
     with (RESULTS / "step-cpu.csv").open() as file:
         exact = [r for r in csv.DictReader(file) if r["provider"] == "ours exact" and not r["unavailable"]]
-    drawn = [patch.get_height() for patch in figures["step-cpu"].axes[0].patches]
+    drawn = [patch.get_height() for patch in figures["step-cpu"]().axes[0].patches]
     assert drawn[2::3] == [float(row["ratio_rounds"]) for row in exact]
 
 
