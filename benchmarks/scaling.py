@@ -92,10 +92,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Tiny(nn.Module):
-    """`x · weight`: one op each way, and a weight that can learn."""
+    """`x · weight`: one op each way, and a weight that can learn; with as many modules as an MLP and its norm."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.others = nn.ModuleList(nn.Identity() for _ in range(3))
         self.weight = nn.Parameter(torch.full((WIDTH,), 1e-3))
 
     def forward(self, x: Tensor) -> Tensor:
