@@ -12,6 +12,7 @@ are those of the fastest turns: what the host does is the same in each, and what
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import math
 import sys
@@ -238,11 +239,13 @@ def count_calls(run: Callable[[], object]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
+    gc.disable()  # what it finalises would count too
     sys.setprofile(called)
     try:
         run()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 
