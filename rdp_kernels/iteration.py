@@ -58,8 +58,11 @@ class Iteration:
         if self.phase == "reuse" and self.rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
+        sample = self.plan.mode == "sample"
+        self._num_learning = [part.sum(dim=1).tolist() for part in learns.split(self.forwards, dim=1)] if sample else []
+        """By forward and path: how many rows learn."""
         self._presence: Tensor | None = None  # on any rank
-        several = self.plan.mode == "sample" and len(self.forwards) > 1
+        several = sample and len(self.forwards) > 1
         self._absent = self._absent_among(self.presence()) if several else {}
         flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
@@ -82,8 +85,7 @@ class Iteration:
                 f"batch_size {size}; if its rows are not the samples (windows, patches), give its branch mode='block'"
             )
         start = sum(self.forwards[:forward])
-        learns = self._learns[index, start : start + size]
-        count = int(learns.sum())
+        count = self._num_learning[forward][index]
         if count in (0, size):
             return self._among_ranks(self._whole(index, count > 0), index, forward)
         order, inverse = self._order(forward, start, size, x.device)[:, index]

@@ -7,11 +7,12 @@ whose iteration is open, else from the path's own drop probability.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import check_residual_add, check_stream
 from ._ranks import world_size
@@ -51,6 +52,11 @@ class PathCall:
     ):
         self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
         self._residual = residual
+
+    @functools.cached_property
+    def modules(self) -> list[nn.Module]:
+        """Those of the branch. Looking them up costs as much as freezing them."""
+        return modules_of(self.owner)
 
     def decide(self, x: Tensor) -> Decision:
         owner = self.owner
@@ -122,7 +128,7 @@ class PathCall:
     def needs_all_rows(self, rows: RowSet) -> bool:
         """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
         single row is left: torch 2.13's backward of that is wrong on CPUs for a gradient of strides (C, 1, W·C, C)."""
-        batch_norms = batch_norms_of(self.owner)
+        batch_norms = batch_norms_of(self.owner, self.modules)
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 
     def add(
@@ -222,10 +228,10 @@ class PathCall:
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
-        modules = modules_of(self.owner)
-        batch_norms = batch_norms_of(self.owner) if decision.freeze_bn else ()
+        owner, modules = self.owner, self.modules
+        batch_norms = batch_norms_of(owner, modules) if decision.freeze_bn else ()
         lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
-        with freeze(places_of(self.owner), batch_norms), lean:
+        with freeze(places_of(owner, modules), batch_norms), lean:
             yield
 
 

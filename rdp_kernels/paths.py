@@ -6,7 +6,7 @@ How a path is run under a decision stands in `path_call.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -206,9 +206,10 @@ def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:
     return [getattr(module, name) for module, name in owner.own_parameters()]
 
 
-def places_of(owner: PathOwner) -> list[Place]:
-    """Where a path's parameters are."""
-    return [(module, name) for module in modules_of(owner) for name in module._parameters] + owner.own_parameters()
+def places_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> list[Place]:
+    """Where a path's parameters are; `modules`: those of its branch, where somebody has looked them up."""
+    modules = modules_of(owner) if modules is None else modules
+    return [(module, name) for module in modules for name in module._parameters] + owner.own_parameters()
 
 
 def modules_of(owner: PathOwner) -> list[nn.Module]:
@@ -216,5 +217,7 @@ def modules_of(owner: PathOwner) -> list[nn.Module]:
     return [m for module in owner.branch_modules() for m in module.modules()]
 
 
-def batch_norms_of(owner: PathOwner) -> list[_BatchNorm]:
-    return [m for m in modules_of(owner) if isinstance(m, _BatchNorm)]
+def batch_norms_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> list[_BatchNorm]:
+    """As `places_of`."""
+    modules = modules_of(owner) if modules is None else modules
+    return [m for m in modules if isinstance(m, _BatchNorm)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._checks import check_stream
 from .norms import Norm
+from .ops import direct
 from .ops.tail import Tail, library_for
 from .path_call import PathCall
 from .paths import Decision
@@ -57,9 +58,21 @@ class _Chain:
 
     def finish(self) -> Tensor:
         """The stream with all that was to be added."""
-        if self._update is not None:
+        if self._update is not None and not self._add_plainly(*self._update):
             self._run_tail(Operands(), None)
         return self._stream
+
+    def _add_plainly(self, operands: Operands, add: Add) -> bool:
+        """Whether torch's own add did it all: a branch on all rows, added to a stream that isn't ours to change. It has
+        no backward, where a kernel's would copy the gradient."""
+        if self._tail is not None or add.rows is not None or operands.gamma is not None:
+            return False
+        out = direct.plain_add(self._stream, operands.branch, add.scale)
+        if out is None:
+            return False
+        self._update = None
+        self.expose(out)
+        return True
 
     def run(self, call: PathCall) -> None:
         """One path: takes its input from the last update's tail, and leaves an update of its own."""

@@ -118,6 +118,27 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+def test_where_nothing_is_fused_the_add_is_torchs_own(freeze, monkeypatch):
+    """Whole branches without γ or a norm that kernels serve: torch's add has no backward of its own, where a kernel's
+    would copy the gradient."""
+    branches = (rdp.ResidualBranch(nn.Sequential(nn.LayerNorm(DIM), Mlp())) for _ in range(DEPTH))
+    paths, x = rdp.ResidualSequence(*branches).to(DEVICE, torch.float64), stream(dtype=torch.float64)
+    scheme = rdp.ResidualDropPath(paths, 0.5, freeze=freeze)
+    plan = rdp.PathPlan(torch.tensor([True, False, True, False]), [0.5] * DEPTH, "block")
+    with rdp.use_backend("eager"):
+        expected = [gradients(lambda x: one_by_one(paths, x), x, paths) for _ in scheme.iterations(plan=plan)]
+    called = tail_module.Tail.__call__
+    tails = []
+    monkeypatch.setattr(
+        tail_module.Tail, "__call__", lambda tail, operands: tails.append(tail) or called(tail, operands)
+    )
+    with rdp.use_backend("auto"):
+        actual = [gradients(paths, x, paths) for _ in scheme.iterations(plan=plan)]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert tails == []
+
+
 def test_branches_may_keep_what_they_get_and_return():
     kept = []
 
