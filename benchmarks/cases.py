@@ -89,7 +89,7 @@ OWN_FULL = {
     "vit": Config(own(ViT, 32, 4, 3, 10, 192, 12, 4), batch=16),
     "resnet": Config(own(ResNet, 3, 10, (32, 64, 128), 4), batch=24),
 }
-OWN_QUICK = {
+OWN_TINY = {
     "vit": Config(own(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16),
     "resnet": Config(own(ResNet, 3, 10, (16, 32), 2), batch=8, image=16),
 }
@@ -112,10 +112,10 @@ LIBRARY_CUDA = {
     "swin-t": Config(partial(library, "swin-t"), batch=128, image=224),
     "resnet-50": Config(partial(library, "resnet-50"), batch=128, image=224, memory_format=torch.channels_last),
 }
-LIBRARY_QUICK = {model: Config(partial(small, model), batch=6) for model in LIBRARY_CPU}
-LIBRARY_VERIFIED = {model: replace(config, dtype=torch.float64) for model, config in LIBRARY_QUICK.items()}
+LIBRARY_TINY = {model: Config(partial(small, model), batch=6) for model in LIBRARY_CPU}
+LIBRARY_VERIFIED = {model: replace(config, dtype=torch.float64) for model, config in LIBRARY_TINY.items()}
 
-QUICK = OWN_QUICK | LIBRARY_QUICK
+TINY = OWN_TINY | LIBRARY_TINY
 FULL = {"cpu": OWN_FULL | LIBRARY_CPU, "cuda": OWN_FULL | LIBRARY_CUDA}
 VERIFIED = OWN_VERIFIED | LIBRARY_VERIFIED
 MODELS = tuple(VERIFIED)
@@ -126,7 +126,9 @@ DTYPES = {"float32": False, "bf16": True}
 
 def config_of(size: str, model: str, device: Device, batch: int | None = None) -> Config:
     """`batch`: in the place of the size's own."""
-    config = QUICK[model] if size == "quick" else FULL[device.device.type][model]
+    config = TINY[model] if size == "tiny" else FULL[device.device.type][model]
+    if size == "quick":
+        config = replace(config, batch=config.batch // 2)
     return config if batch is None else replace(config, batch=batch)
 
 
@@ -157,7 +159,7 @@ def step_case(
     """One row group of the table: turn i of every provider is a pair of steps on the same plan.
 
     Args:
-        size: `"full"` or `"quick"`; verification has a size of its own.
+        size: `"full"`, `"quick"`, which has half of its images, or `"tiny"`; verification has a size of its own.
         device: the CPU by default. On a GPU turns take different images, so that none is in the cache.
         batch: images, in the place of the size's own.
         autocast: in bf16 where autocast says so.

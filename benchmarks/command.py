@@ -22,10 +22,10 @@ WIDTH = 100
 NO_GPU = "this machine, or this torch, has no cuda device"
 
 
-def add_options(parser: argparse.ArgumentParser, turns: str, quick: str) -> None:
-    """`turns` and `quick`: the help of these options."""
+def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: str) -> None:
+    """`turns`, `quick`, `tiny`: the help of these options."""
     parser.add_argument("--turns", type=count, help=turns)
-    parser.add_argument("--quick", action="store_true", help=quick)
+    add_sizes(parser, quick, tiny)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
     parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
@@ -37,12 +37,19 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str) -> None
     parser.set_defaults(command=name)
 
 
+def add_sizes(parser: argparse.ArgumentParser, quick: str, tiny: str) -> None:
+    """`options.size` is `"full"`, `"quick"` or `"tiny"`; the arguments are the help of the latter two."""
+    sizes = parser.add_mutually_exclusive_group()
+    for size, text in (("quick", quick), ("tiny", f"{tiny}: does it run")):
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="full", help=text)
+
+
 def measured(
     console: Console,
     cases: Iterable[Case],
     rounds: int,
     make_session: Callable[[Callable[[], None]], Session],
-    quick: bool = False,
+    one_threaded: bool = False,
 ) -> tuple[list[Row], int]:
     """The rows of all cases, and an exit code. A case that fails its check is told of and left out; an interrupt, or
     an exception, ends it with what there is so far.
@@ -51,11 +58,11 @@ def measured(
         cases: made one after the other.
         rounds: of all cases together.
         make_session: from what advances the bar.
-        quick: on one thread.
+        one_threaded: what is so small that a second thread would only wait.
     """
     code, session = 0, None
     try:
-        with _progress(rounds) as on_round, one_thread() if quick else contextlib.nullcontext():
+        with _progress(rounds) as on_round, one_thread() if one_threaded else contextlib.nullcontext():
             session = make_session(on_round)
             for case in cases:
                 try:

@@ -64,14 +64,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image", type=command.count, metavar="SIDE", help="in pixels; default: the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--check", action="store_true", help="measure real iterations too, and compare")
-    command.add_options(parser, f"--check: pairs of each kind; default: {TURNS}", "no times, and so nothing to --check")
+    command.add_options(
+        parser, f"--check: pairs of each kind; default: {TURNS}", "no times, and so nothing to --check", "the same"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
-    if options.check and options.quick:
+    if options.check and options.size != "full":
         print("--check compares times, and --quick takes none", file=sys.stderr)
         return 2
     device = Device.of(options.device)
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"estimate: {error}", file=sys.stderr)
         return 2
     scheme = rdp.ResidualDropPath(subject.model, options.drop_prob, freeze="none")
-    estimate = scheme.estimate(subject.images, timed=not options.quick)
+    estimate = scheme.estimate(subject.images, timed=options.size == "full")
     scheme.remove()
     print(estimate)
     if options.check:

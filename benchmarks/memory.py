@@ -38,7 +38,7 @@ from .harness import Row, quotient
 from .machine import Device, facts
 from .pairs import TRAINERS, Exact, Plain
 
-FULL_PLANS, QUICK_PLANS = 6, 2
+FULL_PLANS, FEW_PLANS = 6, 2
 STEP, DROP, REUSE = "step", "drop", "reuse"
 
 
@@ -50,8 +50,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--model", nargs="+", choices=MODELS, default=tuple(OWN_FULL), help=f"default: {' '.join(OWN_FULL)}"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    plans, quick = f"plans of each case; default: {FULL_PLANS}", f"tiny networks, p = 0.5, {QUICK_PLANS} plans"
-    command.add_options(parser, plans, f"{quick}: does it run")
+    plans = f"plans of each case; default: {FULL_PLANS}"
+    quick = f"half of the images, p = 0.3, {FEW_PLANS} plans"
+    command.add_options(parser, plans, quick, f"tiny networks, p = 0.5, {FEW_PLANS} plans")
     parser.set_defaults(run=run)
 
 
@@ -60,15 +61,15 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console, device = Console(width=command.WIDTH), Device.of(options.device)
-    size, plans = ("quick", QUICK_PLANS) if options.quick else ("full", FULL_PLANS)
-    choices = itertools.product(options.model, options.mode, PROBS[-1:] if options.quick else PROBS)
+    size, plans = options.size, FULL_PLANS if options.size == "full" else FEW_PLANS
+    choices = itertools.product(options.model, options.mode, {"tiny": PROBS[-1:], "quick": PROBS[1:2]}.get(size, PROBS))
     cases = [
         MemoryCase(config_of(size, model, device), mode, p, {"size": size, "model": model})
         for model, mode, p in choices
     ]
     plans = options.turns or plans
     rows, code = command.measured(
-        console, cases, len(cases) * plans, lambda on_round: MemorySession(device, plans, on_round), quick=True
+        console, cases, len(cases) * plans, lambda on_round: MemorySession(device, plans, on_round), one_threaded=True
     )
     if rows:
         console.print(table_of(rows), *notes_of(rows), sep="\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 
@@ -90,7 +90,7 @@ FULL = (
     Setting(NORM_ROWS, SHORT, 32),
 )
 TINY = (6, 5, 32)
-QUICK = (
+TINY = (
     Setting(DENSE, TINY, None, gamma=False),
     Setting(DENSE, TINY, 4, BF16),
     Setting(DENSE, (4, 8, 3, 5), 2, channels_last=True),
@@ -105,9 +105,28 @@ QUICK = (
 )
 
 
-def settings(device: str, quick: bool, ops: Iterable[str] = OPS) -> list[Setting]:
+QUICK = {
+    "cpu": (
+        Setting(DENSE, TOKENS, 26),
+        Setting(DENSE, TOKENS, 26, BF16),
+        Setting(ROWS, TOKENS, 16),
+        Setting(PATH, TOKENS, 16),
+        Setting(NORM, SHORT, 51),
+    ),
+    "cuda": (
+        Setting(DENSE, VIT_S, 51),
+        Setting(ROWS, VIT_S, 32),
+        Setting(PATH, VIT_S, 32),
+        Setting(CHAIN, VIT_S, 32),
+        Setting(NORM, VIT_S, 51),
+    ),
+}
+
+
+def settings(device: str, size: str = "full", ops: Container[str] = tuple(OPS)) -> list[Setting]:
     """Those that are measured on `"cpu"` or `"cuda"`."""
-    chosen, ops = QUICK if quick else CUDA if device == "cuda" else FULL, list(ops)
+    every = CUDA if device == "cuda" else FULL
+    chosen = {"tiny": TINY, "quick": QUICK[device], "full": every}[size]
     return [setting for setting in chosen if setting.op in ops]
 
 

@@ -35,7 +35,7 @@ from .command import shown
 from .harness import CheckFailed, Row, quotient
 from .machine import Device, facts
 from .op_bytes import Moved
-from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, QUICK, RELU, RMS, ROWS
+from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, RELU, RMS, ROWS, TINY
 from .op_goals import setting_of
 from .op_kinds import Setting
 from .op_providers import EAGER, OURS, OURS_EAGER, Runner, Sets, on_backend
@@ -71,7 +71,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "traffic", help="bytes of each op", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
-    parser.add_argument("--quick", action="store_true", help="tiny tensors, of which vectors are a large part")
+    command.add_sizes(parser, "half of the settings", "tiny tensors, of which vectors are a large part")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
     parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
     parser.set_defaults(run=run)
@@ -80,7 +80,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     """Counts, prints and writes. An interrupt ends it with what there is so far."""
     console = Console(width=command.WIDTH)
-    chosen = [setting for setting in (QUICK if options.quick else FULL) if setting.op in options.op]
+    settings = {"tiny": TINY, "quick": FULL[::2], "full": FULL}[options.size]
+    chosen = [setting for setting in settings if setting.op in options.op]
     with interpreting() as count_kernels:
         rows, code = command.measured(
             console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), quick=True

@@ -29,7 +29,7 @@ from .op_goals import Goal, case_of, cpu_goals, goals, setting_of
 from .op_providers import EAGER
 from .replay import device_time
 
-FULL_TURNS, QUICK_TURNS = 12, 3
+FULL_TURNS, FEW_TURNS = 12, 3
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -39,7 +39,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     parser.add_argument("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
     turns = f"of each provider; default: {FULL_TURNS}"
-    command.add_options(parser, turns, f"tiny tensors, {QUICK_TURNS} turns: does it run")
+    command.add_options(parser, turns, f"a few settings, {FEW_TURNS} turns", f"tiny tensors, {FEW_TURNS} turns")
     parser.set_defaults(run=run)
 
 
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
-    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
-    device, chosen = Device.of(options.device), settings(options.device, options.quick, options.op)
+    turns = options.turns or (FULL_TURNS if options.size == "full" else FEW_TURNS)
+    device, chosen = Device.of(options.device), settings(options.device, options.size, options.op)
     with device.work_stream():
         rows, code = command.measured(
             console,
@@ -58,12 +58,12 @@ def run(options: argparse.Namespace) -> int:
             lambda on_round: Session(
                 device, turns, on_round, flops=False, more=lambda provider: device_time(device, provider, turns)
             ),
-            options.quick,
+            options.size == "tiny",
         )
     rows = compared(rows)
     if rows:
         console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
-        if not options.quick:
+        if options.size == "full":
             reached = goals(rows) if options.device == "cuda" else cpu_goals(rows)
             console.print(*verdicts_of(reached), sep="\n")
     return code if command.written(options, rows) else 1

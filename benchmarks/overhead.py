@@ -39,8 +39,8 @@ from .op_sets import Sets, check_of_draws
 
 NO_GRAD, FORWARD, BOTH = PASSES = ("no grad", "forward", "both")
 SHAPES = ((2, 2), (8, 16, 32))
-FULL_TURNS, QUICK_TURNS = 30, 3
-FULL_CALLS, QUICK_CALLS = 500, 20
+TURNS = {"full": 30, "quick": 8, "tiny": 3}
+CALLS_A_TURN = {"full": 500, "quick": 200, "tiny": 20}
 FLOOR = "torch.add"
 DROP_PROB = 0.5
 MOST_MICROSECONDS, MOST_OF_EAGER = 4.0, 1.0
@@ -78,8 +78,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "overhead", help="host time per call", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    turns = f"blocks of {FULL_CALLS} calls of each provider; default: {FULL_TURNS}"
-    command.add_options(parser, turns, f"{QUICK_TURNS} blocks of {QUICK_CALLS} calls: does it run")
+    blocks = {size: f"{TURNS[size]} blocks of {calls} calls" for size, calls in CALLS_A_TURN.items()}
+    command.add_options(parser, f"of each provider; default: {blocks['full']}", blocks["quick"], blocks["tiny"])
     parser.set_defaults(run=run)
 
 
@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
-    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
-    calls = QUICK_CALLS if options.quick else FULL_CALLS
+    turns = options.turns or TURNS[options.size]
+    calls = CALLS_A_TURN[options.size]
     device = HostDevice.of(options.device)
     rows, code = command.measured(
         console,
@@ -98,12 +98,12 @@ def run(options: argparse.Namespace) -> int:
         lambda on_round: Session(
             device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)
         ),
-        quick=True,  # one thread: a second one has nothing to do
+        one_threaded=True,  # one thread: a second one has nothing to do
     )
     rows = [per_call(row) for row in rows]
     if rows:
         console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
-        if not options.quick:
+        if options.size == "full":
             console.print(*verdicts_of(rows), sep="\n")
     return code if command.written(options, rows) else 1
 

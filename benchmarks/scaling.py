@@ -39,9 +39,9 @@ from .overhead import HostDevice
 from .pairs import Exact, Plain
 from .textbook import largest_difference, state_after
 
-PATHS, QUICK_PATHS = (12, 24, 48, 100, 300, 1000), (8, 16)
+PATHS = {"full": (12, 24, 48, 100, 300, 1000), "quick": (24, 100), "tiny": (8, 16)}
 DROP_PROB, BATCH, WIDTH = 0.3, 10, 2  # in sample mode every path is mixed: 7 of 10 rows are kept
-FULL_TURNS, QUICK_TURNS, STEP_TURNS = 12, 2, 2
+FULL_TURNS, FEW_TURNS, STEP_TURNS = 12, 3, 2
 BOUND = 1e-10
 PLAIN, BY_HAND, PLAN, OURS = Plain.name, "by hand", "plan", Exact.name
 MOST_OF_A_STEP, MOST_GROWTH = 0.01, 1.5
@@ -54,9 +54,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    parser.add_argument("--paths", nargs="+", type=command.count, help=f"default: {' '.join(map(str, PATHS))}")
+    parser.add_argument("--paths", nargs="+", type=command.count, help=f"default: {' '.join(map(str, PATHS['full']))}")
     turns = f"pairs of each provider; default: {FULL_TURNS}, and {STEP_TURNS} of real networks"
-    command.add_options(parser, turns, f"few paths, a tiny network, {QUICK_TURNS} turns: does it run")
+    command.add_options(
+        parser, turns, f"few paths, one network, {FEW_TURNS} turns", f"few paths, a tiny network, {FEW_TURNS} turns"
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,26 +67,26 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console, kind = Console(width=command.WIDTH), options.device
-    counts = sorted(options.paths or (QUICK_PATHS if options.quick else PATHS))
-    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
+    counts = sorted(options.paths or PATHS[options.size])
+    turns = options.turns or (FULL_TURNS if options.size == "full" else FEW_TURNS)
     cases = (path_case(mode, count, turns, kind) for mode in options.mode for count in counts)
     host = HostDevice.of(kind)
     rows, code = command.measured(
         console, cases, len(options.mode) * len(counts) * turns,
-        lambda on_round: Session(host, turns, on_round, flops=False, more=calls_of), quick=True,
+        lambda on_round: Session(host, turns, on_round, flops=False, more=calls_of), one_threaded=True,
     )  # fmt: skip
     if code != 130:
-        networks = [n for n in (QUICK_NETWORKS if options.quick else NETWORKS) if n.paths in counts]
+        networks = [n for n in NETWORKS[options.size] if n.paths in counts]
         steps, device = min(turns, STEP_TURNS), StepDevice.of(kind)
         others, step_code = command.measured(
             console, (step_case(network, device.device) for network in networks), len(networks) * steps,
-            lambda on_round: Session(device, steps, on_round, flops=False), options.quick,
+            lambda on_round: Session(device, steps, on_round, flops=False), options.size == "tiny",
         )  # fmt: skip
         rows, code = rows + others, step_code or code
     rows = shares_of(rows)
     if rows:
         console.print(path_table(rows), step_table(rows), command.machine_line(rows[0]), sep="\n")
-        if not options.quick:
+        if options.size == "full":
             console.print(*verdicts_of(rows), sep="\n")
     return code if command.written(options, rows) else 1
 
@@ -292,13 +294,16 @@ SMALL = Network(
     384,
     Config(partial(library, "vit-s") if HAS_TIMM else own(ViT, 224, 16, 3, 1000, 384, 12, 6), batch=32, image=224),
 )
-NETWORKS = (
-    *(own_vit(depth=depth) for depth in (6, 12, 24)),
-    *(own_vit(width=width) for width in (96, 384)),
-    *(own_vit(batch=batch) for batch in (4, 64)),
-    SMALL,
-)
-QUICK_NETWORKS = (Network("vit", 4, 64, Config(own(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16)),)
+NETWORKS = {
+    "full": (
+        *(own_vit(depth=depth) for depth in (6, 12, 24)),
+        *(own_vit(width=width) for width in (96, 384)),
+        *(own_vit(batch=batch) for batch in (4, 64)),
+        SMALL,
+    ),
+    "quick": (own_vit(),),
+    "tiny": (Network("vit", 4, 64, Config(own(ViT, 16, 4, 3, 10, 64, 4, 4), batch=8, image=16)),),
+}
 
 
 def step_case(network: Network, device: torch.device) -> Case:

@@ -26,7 +26,7 @@ from .harness import Row, Session, quotient
 from .machine import Device
 from .pairs import BranchFrozen, Exact, Naive
 
-FULL_TURNS, QUICK_TURNS = 12, 3
+FULL_TURNS, FEW_TURNS = 12, 3
 ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
 OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
 OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
@@ -48,7 +48,8 @@ DEFAULTS: dict[str, dict[str, Probs]] = {
         "swin-t": {"block": (0.3,)},
         "resnet-50": {"block": (0.3,)},
     },
-    "quick": {
+    "quick": {"vit": {"block": (0.3,), "sample": (0.3,)}, "resnet": {"block": (0.3,)}},
+    "tiny": {
         "vit": {"block": (0.5,), "sample": (0.5,)},
         "resnet": {"block": (0.5,), "sample": (0.5,)},
         "vit-s": {"sample": (0.5,)},
@@ -76,8 +77,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="drop-path at p = 0.4 too, compiled by others, on "
         f"{' and '.join(drop_path.MODELS)}; default: on cuda, on vit-b",
     )
-    turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"tiny networks, p = 0.5, {QUICK_TURNS} turns"
-    command.add_options(parser, turns, f"{quick}: does it run")
+    turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"half of the images, p = 0.3, {FEW_TURNS} turns"
+    command.add_options(parser, turns, quick, f"tiny networks, p = 0.5, {FEW_TURNS} turns")
     parser.set_defaults(run=run)
 
 
@@ -86,10 +87,11 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
-    turns = options.turns or (QUICK_TURNS if options.quick else FULL_TURNS)
-    choices = choices_of("quick" if options.quick else options.device, options.model, options.mode, options.prob)
+    turns = options.turns or (FULL_TURNS if options.size == "full" else FEW_TURNS)
+    key = options.device if options.size == "full" else options.size
+    choices = choices_of(key, options.model, options.mode, options.prob)
     autocast = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "float32")]
-    size, device = "quick" if options.quick else "full", Device.of(options.device)
+    size, device = options.size, Device.of(options.device)
     if autocast:
         device = replace(device, dtype=torch.bfloat16)
     further = drop_path_models(options.compiled, options.device, dict.fromkeys(model for model, _, _ in choices))
@@ -101,11 +103,11 @@ def run(options: argparse.Namespace) -> int:
         console,
         cases,
         (len(choices) + len(further)) * turns,
-        lambda on_round: Session(device, turns, on_round, quick=options.quick),
-        options.quick,
+        lambda on_round: Session(device, turns, on_round, quick=options.size != "full"),
+        options.size == "tiny",
     )
     if rows:
-        verdicts = [] if options.quick else VERDICTS[options.device](rows)
+        verdicts = VERDICTS[options.device](rows) if options.size == "full" else []
         console.print(table_of(rows), *notes_of(rows), *verdicts, sep="\n")
     return code if command.written(options, rows) else 1
 
@@ -118,7 +120,7 @@ def choices_of(
 ) -> list[tuple[str, str, float]]:
     """Model, mode and p of each case: what is asked for, and else `DEFAULTS[key]`, or everything where that has nothing
     to say of a model or mode."""
-    defaults, every = DEFAULTS[key], PROBS[-1:] if key == "quick" else PROBS
+    defaults, every = DEFAULTS[key], {"tiny": PROBS[-1:], "quick": PROBS[1:2]}.get(key, PROBS)
     choices = []
     for model in models or defaults:
         of_model = defaults.get(model, dict.fromkeys(MODES, every))

@@ -1,6 +1,6 @@
 """`python -m benchmarks all`: every command that measures, one after the other, and what they say in one table.
 
-`--quick` shows on tiny tensors and networks that all of it runs; its numbers say little about real ones.
+`--quick` takes a few settings and turns. `--tiny` shows that all of it runs; its numbers say little about real tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "all", help="all that measures", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="tiny tensors and networks, few turns: does it run")
+    command.add_sizes(parser, "a few settings and turns: two minutes on two cores", "tiny tensors and networks")
     parser.add_argument("--device", type=command.device, default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument(
         "--out",
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if not command.has_device(options.device):
         return 2
     console, code = Console(width=command.WIDTH), 0
+    size = [] if options.size == "full" else [f"--{options.size}"]
     found: dict[str, list[Row]] = {}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,11 +64,7 @@ def run(options: argparse.Namespace) -> int:
             console.rule(f"[bold]{name}")
             on_device = [] if name in ANY_DEVICE else [options.device]
             files = {kind: folder / f"{'-'.join([name, *on_device])}.{kind}" for kind in ("csv", "json")}
-            arguments = [
-                name,
-                *["--quick"] * options.quick,
-                *(text for kind in on_device for text in ("--device", kind)),
-            ]
+            arguments = [name, *size, *(text for kind in on_device for text in ("--device", kind))]
             arguments += [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
             files["json"].unlink(missing_ok=True)  # one of an earlier run must not pass for this one's
             start = time.monotonic()
@@ -79,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             if code == INTERRUPTED:
                 break
     console.rule("[bold]all")
-    console.print(table_of(found, seconds, options.quick))
+    console.print(table_of(found, seconds, options.size))
     return code
 
 
@@ -93,9 +90,9 @@ def parsed(modules: Iterable[ModuleType], arguments: Sequence[str] | None) -> ar
     return parser.parse_args(arguments)
 
 
-def table_of(found: dict[str, list[Row]], seconds: dict[str, float], quick: bool) -> Table:
+def table_of(found: dict[str, list[Row]], seconds: dict[str, float], size: str) -> Table:
     """What each command found, in a line or two."""
-    of_what = " on tiny tensors and networks: does it run" if quick else ""
+    of_what = {"tiny": " on tiny tensors and networks: does it run", "quick": " of a quick run"}.get(size, "")
     row = next((rows[0] for rows in found.values() if rows), None)
     table = Table(title=f"Findings{of_what}", caption=command.machine_line(row) if row else None)
     for name in ("command", "question", "answer"):

@@ -18,11 +18,11 @@ from .op_cases import OPS, PASSES, Setting, op_cases, settings
 from .op_others import OTHERS
 from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
 
-SIZE = os.environ.get("RDP_BENCH", "quick")
-TURNS = {"quick": 3, "full": 12}[SIZE]
+SIZE = os.environ.get("RDP_BENCH", "tiny")
+TURNS = {"tiny": 3, "full": 12}[SIZE]
 CHOICES = [
     (setting, direction, name)
-    for setting, direction in itertools.product(settings("cpu", SIZE == "quick"), PASSES)
+    for setting, direction in itertools.product(settings("cpu", SIZE), PASSES)
     for name in (
         EAGER,
         OPS[setting.op].compiled,
@@ -36,7 +36,7 @@ CHOICES = [
 
 @pytest.fixture(autouse=True)
 def _threads():
-    with one_thread() if SIZE == "quick" else contextlib.nullcontext():
+    with one_thread() if SIZE == "tiny" else contextlib.nullcontext():
         yield
 
 

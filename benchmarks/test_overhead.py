@@ -15,10 +15,9 @@ import pytest
 from .harness import Case
 from .machine import Device, facts, one_thread
 from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
-from .overhead import CALLS, FLOOR, FULL_CALLS, PASSES, QUICK_CALLS, SHAPES, launches, ops, overhead_cases
+from .overhead import CALLS, CALLS_A_TURN, FLOOR, PASSES, SHAPES, TURNS, launches, ops, overhead_cases
 
-FULL = os.environ.get("RDP_BENCH", "quick") == "full"
-TURNS, COUNT = (30, FULL_CALLS) if FULL else (3, QUICK_CALLS)
+SIZE = os.environ.get("RDP_BENCH", "tiny")
 CPU = Device.of("cpu")
 CHOICES = [
     (kind, shape, direction, name)
@@ -36,7 +35,7 @@ def _threads():
 @functools.lru_cache(maxsize=1)  # choices on the same tensors follow each other
 def verified(kind: type, shape: tuple[int, ...]) -> dict[str, Case]:
     op = next(op for op in ops(CPU.device) if type(op) is kind and op.setting.shape == shape)
-    cases = {case.labels["pass"]: case for case in overhead_cases(op, COUNT)}
+    cases = {case.labels["pass"]: case for case in overhead_cases(op, CALLS_A_TURN[SIZE])}
     for case in cases.values():
         case.verify()
     return cases
@@ -54,6 +53,8 @@ def test_call(benchmark, kind, shape, direction, name):
         pytest.skip(provider.unavailable)
     benchmark.group = str(case)
     provider.run(0)
-    benchmark.extra_info |= facts(CPU) | case.labels | {"provider": name} | launches(provider, CPU.device, COUNT)
+    benchmark.extra_info |= (
+        facts(CPU) | case.labels | {"provider": name} | launches(provider, CPU.device, CALLS_A_TURN[SIZE])
+    )
     turns = itertools.count()
-    benchmark.pedantic(provider.run, setup=lambda: ((next(turns),), {}), rounds=TURNS)
+    benchmark.pedantic(provider.run, setup=lambda: ((next(turns),), {}), rounds=TURNS[SIZE])

@@ -16,10 +16,10 @@ import pytest
 from .cases import MODES
 from .harness import Case
 from .machine import Device, facts, one_thread
-from .scaling import BY_HAND, OURS, PATHS, PLAIN, PLAN, QUICK_PATHS, calls_of, path_case
+from .scaling import BY_HAND, OURS, PATHS, PLAIN, PLAN, calls_of, path_case
 
-FULL = os.environ.get("RDP_BENCH", "quick") == "full"
-TURNS, COUNTS = (12, PATHS) if FULL else (3, QUICK_PATHS)
+SIZE = os.environ.get("RDP_BENCH", "tiny")
+TURNS, COUNTS = {"tiny": 3, "full": 12}[SIZE], PATHS[SIZE]
 
 
 @pytest.fixture(autouse=True)

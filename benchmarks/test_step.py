@@ -19,14 +19,14 @@ from .machine import Device, facts, one_thread
 from .pairs import TRAINERS
 from .step import choices_of
 
-SIZE = os.environ.get("RDP_BENCH", "quick")
-TURNS = {"quick": 3, "full": 12}[SIZE]
-CASES = choices_of({"quick": "quick", "full": "cpu"}[SIZE])
+SIZE = os.environ.get("RDP_BENCH", "tiny")
+TURNS = {"tiny": 3, "full": 12}[SIZE]
+CASES = choices_of({"tiny": "tiny", "full": "cpu"}[SIZE])
 
 
 @pytest.fixture(autouse=True)
 def _threads():
-    with one_thread() if SIZE == "quick" else contextlib.nullcontext():
+    with one_thread() if SIZE == "tiny" else contextlib.nullcontext():
         yield
 
 

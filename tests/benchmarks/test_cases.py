@@ -7,7 +7,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import library_models, pairs
-from benchmarks.cases import BOUND, CPU, MODES, QUICK, draw_plans, step_case, verify
+from benchmarks.cases import BOUND, CPU, MODES, TINY, draw_plans, step_case, verify
 from benchmarks.harness import CheckFailed
 from benchmarks.machine import Device
 from benchmarks.parts import Part, left_alone, parts_of
@@ -36,7 +36,7 @@ QUICK_ONES = [("vit-s", "sample"), ("swin-t", "sample"), ("resnet-50", "block")]
     ],
 )
 def test_providers_are_right_and_ours_do_what_is_needed(model, mode):
-    case = step_case("quick", model, mode, 0.5, turns=2)
+    case = step_case("tiny", model, mode, 0.5, turns=2)
     assert case.verify().passed
     counted = case.count_flop(2)
     for provider in case.available:
@@ -90,7 +90,7 @@ def test_a_naive_pair_that_forgets_the_rest_is_caught(model, monkeypatch):
     monkeypatch.setattr(pairs.Naive, "__init__", wrong)
     assert math.isinf(verify(pairs.Naive, model, "block", 0.5).error)
     with pytest.raises(CheckFailed, match="'naive' differs from the float64 reference by inf"):
-        step_case("quick", model, "block", 0.5, turns=1).verify()
+        step_case("tiny", model, "block", 0.5, turns=1).verify()
 
 
 @pytest.mark.parametrize("model", ["resnet", LIBRARY[-1]])
@@ -108,7 +108,7 @@ def test_batch_norm_of_what_is_frozen_is_checked(model, monkeypatch):
 def test_flops_that_are_not_needed_are_caught(monkeypatch):
     monkeypatch.setattr(pairs.Exact, "needs", classmethod(lambda cls, per, kept: per.drop(kept) + per.plain()))
     with pytest.raises(CheckFailed, match="'ours exact' does .* FLOPs, it needs"):
-        step_case("quick", "vit", "block", 0.5, turns=1).count_flop(1)
+        step_case("tiny", "vit", "block", 0.5, turns=1).count_flop(1)
 
 
 def test_a_wrong_scale_is_caught(monkeypatch):
@@ -126,7 +126,7 @@ def test_every_timed_plan_drops_something(mode):
 
 
 def test_on_a_gpu_turns_take_images_that_left_the_cache(monkeypatch):
-    config, made = QUICK["vit"], type(QUICK["vit"]).data
+    config, made = TINY["vit"], type(TINY["vit"]).data
     monkeypatch.setattr(type(config), "data", lambda self, device, number=0: made(self, CPU, number))
     one = config.data(CPU)[0].nbytes
     batches = config.batches(Device(torch.device("cuda"), "a GPU", cache_bytes=3 * one))
@@ -172,7 +172,7 @@ def test_traffic_of_two_paths_is_that_of_a_hand_computation():
 
 
 def test_traffic_counts_bytes_of_the_model():
-    model, batch = QUICK["vit"].network(CPU).model, QUICK["vit"].data(CPU)[0]
+    model, batch = TINY["vit"].network(CPU).model, TINY["vit"].data(CPU)[0]
     traffic = Traffic.of(model, batch)
     assert sum(traffic.branches) + traffic.rest == sum(p.nbytes for p in model.parameters())
     assert traffic.streams == [8 * 16 * 64 * 4] * 8

@@ -123,8 +123,8 @@ def test_a_full_disk_at_the_end_loses_neither_the_table_nor_the_older_file(insta
 
 def test_passes_its_options_on(instant):
     options = ["--model", "resnet", "--mode", "block", "--prob", "0.2", "0.4", "--batch", "7", "--turns", "3"]
-    assert main(["step", "--quick", *options]) == 0
-    assert instant == [("quick", "resnet", "block", p, 3, 7, False) for p in (0.2, 0.4)]
+    assert main(["step", "--tiny", *options]) == 0
+    assert instant == [("tiny", "resnet", "block", p, 3, 7, False) for p in (0.2, 0.4)]
 
 
 @pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
@@ -201,10 +201,10 @@ ONE_THREAD["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.mark.slow
-def test_step_quick(tmp_path):
+def test_step_tiny(tmp_path):
     """Budget: 1 minute. The command verifies, counts and times; what it needs in FLOPs is in the order it must be."""
     paths = [tmp_path / "step.csv", tmp_path / "step.json"]
-    command = [sys.executable, "-m", "benchmarks", "step", "--quick", "--csv", paths[0], "--json", paths[1]]
+    command = [sys.executable, "-m", "benchmarks", "step", "--tiny", "--csv", paths[0], "--json", paths[1]]
     subprocess.run(command, check=True, env=ONE_THREAD)
     rows = json.loads(paths[1].read_text())
     assert len(rows) == len(list(csv.DictReader(paths[0].read_text().splitlines()))) == 40
@@ -218,7 +218,7 @@ def test_step_quick(tmp_path):
 
 @pytest.mark.slow
 def test_under_pytest_benchmark(tmp_path):
-    """Budget: 1 minute. Every provider of every quick case is a benchmark, or skipped for the scheme's reason."""
+    """Budget: 1 minute. Every provider of every tiny case is a benchmark, or skipped for the scheme's reason."""
     out = tmp_path / "benchmarks.json"
     options = ["--benchmark-only", f"--benchmark-json={out}"]
     subprocess.run([sys.executable, "-m", "pytest", "benchmarks/test_step.py", *options], check=True, env=ONE_THREAD)
@@ -231,7 +231,7 @@ def test_under_pytest_benchmark(tmp_path):
 
 @pytest.mark.slow
 def test_ops_under_pytest_benchmark(tmp_path):
-    """Budget: 2 minutes, of which compiling takes most. Every provider of every quick case is a benchmark, or skipped."""
+    """Budget: 2 minutes, of which compiling takes most. Every provider of every tiny case is a benchmark, or skipped."""
     out = tmp_path / "benchmarks.json"
     options = ["--benchmark-only", f"--benchmark-json={out}"]
     environment = ONE_THREAD | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}

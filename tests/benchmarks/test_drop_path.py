@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import drop_path, library_models, step
 from benchmarks.__main__ import main
-from benchmarks.cases import BOUND, CPU, QUICK
+from benchmarks.cases import BOUND, CPU, TINY
 from benchmarks.drop_path import TRAINERS, Compiled, Ours, OursCompiled, OwnMasks, Subset, drop_path_case, verify_drawn
 from benchmarks.machine import Ceilings, Device
 
@@ -50,7 +50,7 @@ def test_another_rate_is_caught(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_masks_are_new_at_each_step_and_of_their_rate(kind):
-    config = QUICK["vit-s"]
+    config = TINY["vit-s"]
     torch.manual_seed(0)
     trainer = kind(config.network(CPU), *config.data(CPU), 0.4, recorded=True)
     keeps = [trainer.drawn()[0] for _ in range(20)]
@@ -64,7 +64,7 @@ def test_what_is_compiled_is_the_work_of_others():
     for kind, graphs in ((Compiled, 1), (Subset, 1)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        config = QUICK["vit-s"]
+        config = TINY["vit-s"]
         trainer = kind(config.network(CPU), *config.data(CPU), 0.4)
         trainer.train()
         trainer.train()
@@ -73,7 +73,7 @@ def test_what_is_compiled_is_the_work_of_others():
 
 
 def test_the_case(monkeypatch):
-    case = drop_path_case("quick", "vit-s", 1, Device.of("cpu"))
+    case = drop_path_case("tiny", "vit-s", 1, Device.of("cpu"))
     assert [provider.name for provider in case.providers] == NAMES
     assert (case.labels["work"], case.labels["mode"], case.labels["p"]) == ("drop-path", "sample", 0.4)
     assert set(case.count_flop(1)) == {"plain", "drop-path", "ours drop-path"}, "others are compiled"
@@ -82,7 +82,7 @@ def test_the_case(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(OursCompiled, "prepare", fails)
-    case = drop_path_case("quick", "vit-s", 1, Device.of("cpu"))
+    case = drop_path_case("tiny", "vit-s", 1, Device.of("cpu"))
     assert {p.name: p.unavailable for p in case.providers if p.unavailable} == {
         "ours compiled drop-path": "RuntimeError: no compiler"
     }
@@ -90,7 +90,7 @@ def test_the_case(monkeypatch):
 
 def test_without_timm_rows_say_so(monkeypatch):
     monkeypatch.setattr(library_models, "installed", lambda name: False)
-    case = drop_path_case("quick", "vit-b", 1, Device.of("cpu"))
+    case = drop_path_case("tiny", "vit-b", 1, Device.of("cpu"))
     assert [(p.name, p.unavailable) for p in case.providers] == [(name, "timm is not installed") for name in NAMES]
 
 
@@ -118,7 +118,7 @@ def test_the_command_writes_the_rows(tmp_path, monkeypatch):
     """Budget: 10 seconds."""
     monkeypatch.setattr(Device, "ceilings", lambda self: Ceilings(1e11, 1e10))
     out = tmp_path / "step.csv"
-    options = ["--quick", "--turns", "1", "--model", "vit-s", "--mode", "block", "--compiled", "--csv", str(out)]
+    options = ["--tiny", "--turns", "1", "--model", "vit-s", "--mode", "block", "--compiled", "--csv", str(out)]
     assert main(["step", *options]) == 0
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["work"] for row in rows] == ["scheme"] * 5 + ["drop-path"] * 6

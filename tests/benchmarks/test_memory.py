@@ -9,7 +9,7 @@ from torch import nn
 
 import rdp_kernels as rdp
 from benchmarks import memory
-from benchmarks.cases import CPU, QUICK, Config, own
+from benchmarks.cases import CPU, TINY, Config, own
 from benchmarks.machine import Device
 from benchmarks.memory import MemoryCase, MemorySession, peak_of, saved_storages, uses_of
 from benchmarks.pairs import TRAINERS, BranchFrozen, Exact, Naive, Plain
@@ -17,7 +17,7 @@ from examples.models import ViT
 from tests.benchmarks.commands import run_command
 
 FLOAT, DOUBLE = 4, 8
-TINY = Config(own(ViT, 16, 4, 3, 10, 16, 2, 2), batch=4, image=16)
+SMALL = Config(own(ViT, 16, 4, 3, 10, 16, 2, 2), batch=4, image=16)
 RUNS_ALL, RUNS_SOME = [True] * 4, [True, False, True, False]
 
 
@@ -33,7 +33,7 @@ def plan_of(kept):
     return rdp.PathPlan(torch.tensor(kept), [0.5] * len(kept), "block")
 
 
-def uses(kind, kept=RUNS_SOME, config=TINY):
+def uses(kind, kept=RUNS_SOME, config=SMALL):
     trainer, plan = config.trainer(kind, "block", CPU), plan_of(kept)
     trainer.train(plan)
     return uses_of(trainer, plan, CPU)
@@ -82,7 +82,7 @@ def test_a_storage_counts_once_and_whole():
 def test_what_is_saved_is_what_the_forward_leaves_behind():
     """By the allocator: all that is left after the forward is saved, but for the logits and the loss, and the number
     by which each of the two attentions scales."""
-    model, (images, labels) = TINY.network(CPU).model, TINY.data(CPU)
+    model, (images, labels) = SMALL.network(CPU).model, SMALL.data(CPU)
     left = []
 
     def forward():
@@ -115,7 +115,7 @@ def test_the_prefix_before_the_first_that_learns_keeps_nothing():
 
 
 def test_hooks_change_no_peak():
-    trainer, plan = TINY.trainer(Exact, "block", CPU), plan_of(RUNS_SOME)
+    trainer, plan = SMALL.trainer(Exact, "block", CPU), plan_of(RUNS_SOME)
     trainer.train(plan)
     pair, peaks = trainer.pair(plan), []
 
@@ -131,7 +131,7 @@ def test_hooks_change_no_peak():
 
 @pytest.mark.parametrize(("model", "mode"), [("vit", "sample"), ("resnet", "block")])
 def test_the_same_twice(model, mode):
-    case = MemoryCase(QUICK[model], mode, 0.5, {"model": model})
+    case = MemoryCase(TINY[model], mode, 0.5, {"model": model})
     sessions = [MemorySession(Device.of("cpu"), 2) for _ in range(2)]
     for session in sessions:
         session.measure(case)
@@ -151,7 +151,7 @@ def test_the_same_twice(model, mode):
 
 def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     paths = [tmp_path / "memory.csv", tmp_path / "memory.json"]
-    options = ["--quick", "--turns", 1, "--model", "resnet", "--csv", paths[0], "--json", paths[1]]
+    options = ["--tiny", "--turns", 1, "--model", "resnet", "--csv", paths[0], "--json", paths[1]]
     assert run_command(memory, *options) == 0
     rows = json.loads(paths[1].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
@@ -177,7 +177,7 @@ def test_an_interrupt_keeps_the_plans_that_are_complete(monkeypatch, tmp_path):
 
     monkeypatch.setattr(memory, "uses_of", stopped)
     out = tmp_path / "memory.json"
-    options = ["--quick", "--turns", 9, "--model", "vit", "--mode", "block", "--json", out]
+    options = ["--tiny", "--turns", 9, "--model", "vit", "--mode", "block", "--json", out]
     assert run_command(memory, *options) == 130
     assert {row["provider"]: row["plans"] for row in json.loads(out.read_text())} == {
         "plain": 1, "naive": 1, "drop-path": 1, "ours exact": 2, "ours branch-frozen": 2

@@ -8,7 +8,7 @@ from benchmarks.harness import CheckFailed
 from benchmarks.kernel_traffic import count_traffic
 from benchmarks.machine import Device
 from benchmarks.op_bytes import Moved, count_bytes
-from benchmarks.op_cases import CUDA, FULL, OPS, PASSES, QUICK, Setting
+from benchmarks.op_cases import CUDA, FULL, OPS, PASSES, TINY, Setting
 from benchmarks.op_dense import ResidualAdd
 from benchmarks.op_kinds import CPU
 from benchmarks.op_providers import INTERPRETED
@@ -34,7 +34,7 @@ def id_of(setting):
     return "-".join(map(str, setting.labels.values()))
 
 
-@pytest.mark.parametrize("setting", QUICK, ids=id_of)
+@pytest.mark.parametrize("setting", TINY, ids=id_of)
 def test_all_providers_are_right_time_and_again(setting):
     """In each pass, on each set of inputs as on the first, and without a change to any input."""
     for case in cases_of(setting):
@@ -50,14 +50,14 @@ def test_all_providers_are_right_time_and_again(setting):
         assert all(provider.needed_bytes == case.providers[0].needed_bytes for provider in case.available)
 
 
-def test_every_op_is_among_the_quick_cases_and_the_listed_shapes_are_there():
-    assert {setting.op for setting in QUICK} == set(OPS) == {setting.op for setting in CUDA}
+def test_every_op_is_among_the_tiny_cases_and_the_listed_shapes_are_there():
+    assert {setting.op for setting in TINY} == set(OPS) == {setting.op for setting in CUDA}
     assert {setting.op for setting in FULL} == set(OPS) - {op_cases.RELU}
     assert Setting(op_cases.ROWS, (48, 257, 1536), 28, torch.float16) in CUDA
     assert Setting(op_cases.ROWS, (48, 1, 394752), 28, torch.float16) in CUDA
-    assert op_cases.settings("cuda", False, [op_cases.RELU]) == [s for s in CUDA if s.op == op_cases.RELU]
-    assert op_cases.settings("cpu", False) == list(FULL)
-    assert op_cases.settings("cuda", True) == op_cases.settings("cpu", True) == list(QUICK)
+    assert op_cases.settings("cuda", ops=[op_cases.RELU]) == [s for s in CUDA if s.op == op_cases.RELU]
+    assert op_cases.settings("cpu") == list(FULL)
+    assert op_cases.settings("cuda", "tiny") == op_cases.settings("cpu", "tiny") == list(TINY)
 
 
 # Bytes
@@ -79,7 +79,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("setting", [s for s in QUICK if s.op != op_cases.CHAIN], ids=id_of)
+@pytest.mark.parametrize("setting", [s for s in TINY if s.op != op_cases.CHAIN], ids=id_of)
 def test_needed_bytes_are_those_of_a_hand_computation(setting):
     size = SAMPLE if len(setting.shape) == 4 else ROW * setting.dtype.itemsize // 4
     op = OPS[setting.op](setting)
@@ -104,7 +104,7 @@ def test_needed_bytes_of_a_chain():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("setting", QUICK, ids=id_of)
+@pytest.mark.parametrize("setting", TINY, ids=id_of)
 def test_the_kernels_move_what_is_needed(setting):
     """Counted by the interpreter; what they do besides is known."""
     op = OPS[setting.op](setting)

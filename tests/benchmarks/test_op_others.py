@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import op_cases, op_others, op_providers
 from benchmarks.machine import Device
-from benchmarks.op_cases import CUDA, OPS, PASSES, QUICK, Setting
+from benchmarks.op_cases import CUDA, OPS, PASSES, TINY, Setting
 from benchmarks.op_kinds import CPU
 from benchmarks.op_others import OTHERS, others_of
 from benchmarks.op_sets import DRAWS, Sets
@@ -119,7 +119,7 @@ FLASH_ATTN = {"flash_attn.ops.triton.layer_norm.layer_norm_fn": layer_norm_fn}
 LIGER = {"liger_kernel.transformers.functional.liger_fused_add_rms_norm": liger_fused_add_rms_norm}
 STAND_INS = {"xformers": XFORMERS, "flash-attn": FLASH_ATTN, "liger": LIGER}
 CASES = [
-    *(("xformers", s) for s in (ROWS, *(q for q in QUICK if q.op in (op_cases.GATHER, op_cases.PATH, op_cases.CHAIN)))),
+    *(("xformers", s) for s in (ROWS, *(q for q in TINY if q.op in (op_cases.GATHER, op_cases.PATH, op_cases.CHAIN)))),
     *(("flash-attn", s) for s in (NORM, Setting(op_cases.NORM, SHAPE, 6, gamma=False), RMS, MASKED_RMS)),
     ("liger", RMS),
     *((name, s) for name in ("timm", "torchvision") for s in (DENSE, WITHOUT_GAMMA)),
@@ -248,7 +248,7 @@ def test_what_serves_a_setting():
     assert serving(Setting(op_cases.DENSE, SHAPE, None)) == []
     assert serving(RMS) == ["flash-attn", "liger"]
     assert serving(MASKED_RMS) == ["flash-attn"]
-    for settings in (CUDA, QUICK):
+    for settings in (CUDA, TINY):
         names = {name for setting in settings for name in serving(setting)}
         assert names == {"timm", "torchvision", *STAND_INS} == {o.library for os in OTHERS.values() for o in os}
 

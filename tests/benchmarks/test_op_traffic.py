@@ -95,7 +95,7 @@ def test_every_op_is_counted():
 def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     paths = [tmp_path / "traffic.csv", tmp_path / "traffic.json"]
     ops = ["--op", "residual_add", "gather_rows"]
-    assert run_command(op_traffic, "--quick", *ops, "--csv", paths[0], "--json", paths[1]) == 0
+    assert run_command(op_traffic, "--tiny", *ops, "--csv", paths[0], "--json", paths[1]) == 0
     rows = json.loads(paths[1].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
@@ -110,7 +110,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
 
 def test_without_triton_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(op_traffic.importlib.util, "find_spec", lambda name: None)
-    assert run_command(op_traffic, "--quick", "--op", "gather_rows") == 0
+    assert run_command(op_traffic, "--tiny", "--op", "gather_rows") == 0
     printed = capsys.readouterr().out
     assert "– no ours triton: triton is not installed" in printed
     assert "ours eager" in printed

@@ -29,7 +29,7 @@ def _quickly(monkeypatch):
 
 def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     paths = [tmp_path / "ops.csv", tmp_path / "ops.json"]
-    assert main(["ops", "--quick", "--csv", str(paths[0]), "--json", str(paths[1])]) == 0
+    assert main(["ops", "--tiny", "--csv", str(paths[0]), "--json", str(paths[1])]) == 0
     rows = json.loads(paths[1].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
@@ -58,7 +58,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
 def test_measures_what_was_asked_for(tmp_path):
     out = tmp_path / "ops.json"
     options = ["--op", "gather_rows", "path", "--pass", "backward", "--turns", "2", "--json", str(out)]
-    assert main(["ops", "--quick", *options]) == 0
+    assert main(["ops", "--tiny", *options]) == 0
     rows = json.loads(out.read_text())
     assert {(row["op"], row["pass"]) for row in rows} == {("gather_rows", "backward"), ("path", "backward")}
     assert {row["turns"] for row in rows if not row["unavailable"]} == {2}
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(OPS["gather_rows"], "ours", lambda self, x: (2 * right(self, x)[0],))
     out = tmp_path / "ops.json"
     options = ["--op", "gather_rows", "path", "--pass", "forward", "--json", str(out)]
-    assert main(["ops", "--quick", *options]) == 1
+    assert main(["ops", "--tiny", *options]) == 1
     assert "not timed: op gather_rows" in capsys.readouterr().err
     assert {row["op"] for row in json.loads(out.read_text())} == {"path"}
 
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsy
 def test_an_exception_loses_nothing_that_was_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(OPS["path"], "inputs", lambda self, number: 1 / 0)
     out = tmp_path / "ops.json"
-    assert main(["ops", "--quick", "--op", "gather_rows", "path", "--pass", "forward", "--json", str(out)]) == 1
+    assert main(["ops", "--tiny", "--op", "gather_rows", "path", "--pass", "forward", "--json", str(out)]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert {row["op"] for row in json.loads(out.read_text())} == {"gather_rows"}
 
@@ -249,7 +249,7 @@ def test_device_time_is_that_of_a_turn(monkeypatch):
     assert graph.keep == [4], "of the last two sweeps over the inputs"
 
 
-@pytest.mark.parametrize("setting", op_cases.QUICK, ids=lambda setting: f"{setting.op} {setting.shape}")
+@pytest.mark.parametrize("setting", op_cases.TINY, ids=lambda setting: f"{setting.op} {setting.shape}")
 def test_every_provider_can_be_replayed_and_checked(setting, monkeypatch):
     """Results are overwritten and written anew; those that are inputs, gradients among them, stay."""
     graph = FakeGraph(monkeypatch)
@@ -318,9 +318,9 @@ def test_on_the_cpu_there_is_no_device_time():
 
 
 @pytest.mark.gpu
-def test_every_quick_case_of_ours_has_a_device_time(tmp_path):
+def test_every_tiny_case_of_ours_has_a_device_time(tmp_path):
     out = tmp_path / "ops.json"
-    assert main(["ops", "--quick", "--device", "cuda", "--json", str(out)]) == 0
+    assert main(["ops", "--tiny", "--device", "cuda", "--json", str(out)]) == 0
     ours = [row for row in json.loads(out.read_text()) if row["provider"] == "ours triton"]
-    assert len(ours) == 3 * len(op_cases.QUICK)
+    assert len(ours) == 3 * len(op_cases.TINY)
     assert [row["no_device_ms"] for row in ours if row["needed_gb"]] == [""] * (len(ours) - 1)

@@ -45,7 +45,7 @@ def two_threads():
 
 def test_prints_and_writes_the_same_rows(two_threads, tmp_path, capsys):
     paths = [tmp_path / "overhead.csv", tmp_path / "overhead.json"]
-    assert main(["overhead", "--quick", "--turns", "2", "--csv", str(paths[0]), "--json", str(paths[1])]) == 0
+    assert main(["overhead", "--tiny", "--turns", "2", "--csv", str(paths[0]), "--json", str(paths[1])]) == 0
     rows = json.loads(paths[1].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
@@ -84,7 +84,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.gpu
 def test_on_a_gpu_triton_is_timed(tmp_path):
     out = tmp_path / "overhead.json"
-    assert main(["overhead", "--quick", "--device", "cuda", "--json", str(out)]) == 0
+    assert main(["overhead", "--tiny", "--device", "cuda", "--json", str(out)]) == 0
     assert all(not row["unavailable"] for row in json.loads(out.read_text()) if row["provider"] == "ours triton")
 
 
@@ -153,7 +153,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsy
     right = rdp.gather_rows
     monkeypatch.setattr(rdp, "gather_rows", lambda *args: 2 * right(*args))
     out = tmp_path / "overhead.json"
-    assert main(["overhead", "--quick", "--turns", "1", "--json", str(out)]) == 1
+    assert main(["overhead", "--tiny", "--turns", "1", "--json", str(out)]) == 1
     assert capsys.readouterr().err.count("not timed: op gather_rows") == 2 * len(PASSES)
     assert {row["op"] for row in json.loads(out.read_text())} == {kind.name for kind in CALLS} - {"gather_rows"}
 

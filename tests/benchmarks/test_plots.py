@@ -224,7 +224,7 @@ def test_a_command_draws_its_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(op_providers, "COMPILER", "eager")
     monkeypatch.setattr(Device, "copy_rate", lambda self: 10e9)
     options = ["--op", "gather_rows", "--pass", "forward", "--json", str(tmp_path / "rows.json")]
-    assert main(["ops", "--quick", *options, "--plot", str(tmp_path / "ops.svg")]) == 0
+    assert main(["ops", "--tiny", *options, "--plot", str(tmp_path / "ops.svg")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     for ending, draw in plots.FIGURES["ops"].items():
         assert draw(rows).get_suptitle().split("\n")[0] in (tmp_path / f"ops{ending}.svg").read_text()

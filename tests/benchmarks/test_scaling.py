@@ -173,7 +173,7 @@ def test_verdicts(step, growth, verdicts):
 
 def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     paths = [tmp_path / "scaling.csv", tmp_path / "scaling.json"]
-    assert run_command(scaling, "--quick", "--turns", 1, "--csv", paths[0], "--json", paths[1]) == 0
+    assert run_command(scaling, "--tiny", "--turns", 1, "--csv", paths[0], "--json", paths[1]) == 0
     rows = json.loads(paths[1].read_text())
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert as_text == list(csv.DictReader(paths[0].read_text().splitlines()))
@@ -199,7 +199,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 @pytest.mark.slow
 def test_under_pytest_benchmark(tmp_path):
-    """Budget: 30 seconds. Every way of every quick case of scaling and overhead is a benchmark, in a group a case."""
+    """Budget: 30 seconds. Every way of every tiny case of scaling and overhead is a benchmark, in a group a case."""
     out = tmp_path / "benchmarks.json"
     files = ["benchmarks/test_scaling.py", "benchmarks/test_overhead.py"]
     options = ["--benchmark-only", f"--benchmark-json={out}"]

@@ -17,7 +17,7 @@ def stand_in(name, rows, code=0):
     """A command that writes `rows` and ends with `code`."""
 
     def run(options):
-        asked.append((name, options.device, options.quick))
+        asked.append((name, options.device, options.size))
         if rows:
             options.json.write_text(json.dumps(rows))
             with options.csv.open("w", newline="") as file:
@@ -28,7 +28,7 @@ def stand_in(name, rows, code=0):
 
     def add_command(commands):
         parser = commands.add_parser(name)
-        suite.command.add_options(parser, "turns", "quick")
+        suite.command.add_options(parser, "turns", "quick", "tiny")
         parser.set_defaults(run=run)
 
     asked: list[tuple] = []
@@ -66,8 +66,8 @@ def test_runs_every_command_and_keeps_their_files(monkeypatch, tmp_path, capsys)
     commands = {"step": stand_in("step", STEP_ROWS), "ops": stand_in("ops", [], code=1), "new": stand_in("new", [])}
     monkeypatch.setattr(suite, "MEASURING", commands)
     (tmp_path / "ops-cpu.json").write_text("of an earlier run")
-    assert main(["all", "--quick", "--out", str(tmp_path)]) == 1, "the highest code"
-    assert [command.asked for command in commands.values()] == [[(name, "cpu", True)] for name in commands]
+    assert main(["all", "--tiny", "--out", str(tmp_path)]) == 1, "the highest code"
+    assert [command.asked for command in commands.values()] == [[(name, "cpu", "tiny")] for name in commands]
     assert {file.name for file in tmp_path.iterdir()} == {"step-cpu.csv", "step-cpu.json"}
     printed = told(capsys)
     assert "block: 0.50 to 0.75, needed FLOPs 0.40 to 0.60" in printed
@@ -95,7 +95,7 @@ def test_refuses_what_it_cannot_write_to_or_run_on(tmp_path, capsys):
 def test_every_command_that_measures_takes_the_suites_options():
     for name, module in suite.MEASURING.items():
         device = [] if name in suite.ANY_DEVICE else ["--device", "cpu"]
-        options = suite.parsed([module], [name, *device, "--quick", "--csv", "a.csv", "--json", "a.json"])
+        options = suite.parsed([module], [name, *device, "--tiny", "--csv", "a.csv", "--json", "a.json"])
         assert isinstance(options, argparse.Namespace)
         assert set(findings.FINDINGS[name]), name
 
