@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     except Unavailable as error:
         print(f"estimate: {error}", file=sys.stderr)
         return 2
-    scheme = rdp.ResidualDropPath(subject.model, options.drop_prob, freeze="none")
+    scheme = rdp.ResidualDropPath(subject.model, options.drop_prob)
     estimate = scheme.estimate(subject.images, timed=not options.quick)
     scheme.remove()
     print(estimate)

@@ -42,6 +42,19 @@ def timm_model(name, **options):
     return model
 
 
+def transformers_vit():
+    if not installed("transformers"):
+        pytest.skip("transformers is not installed")
+    if installed("torchvision"):
+        import_torchvision()  # transformers imports it where it is
+    import transformers
+
+    options = dict(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = transformers.ViTModel(transformers.ViTConfig(**options, intermediate_size=32))
+    assert rdp.convert(model, DROP_PROB, example_inputs=torch.randn(2, 3, 32, 32), check=False).converted
+    return model
+
+
 class Towers(nn.Module):
     """What a chain of equal paths lacks: an activation between two paths that both want its output, two branches on one
     tensor, a shared path, an argument, several outputs."""
@@ -74,6 +87,7 @@ NETS = {
     "ViT": (lambda: ViT(dim=16, depth=3, heads=2, layer_scale=0.5), (1, 8, 8)),
     "ResNet": (lambda: ResNet(widths=(4, 8)), (1, 8, 8)),
     "towers": (Towers, (4, 3)),
+    "transformers ViT": (transformers_vit, (3, 32, 32)),
     "timm ViT": (
         lambda: timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=3, num_heads=2),
         (3, 32, 32),
@@ -138,15 +152,21 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", NETS)
+QUICK = ("ViT", "ResNet", "towers", "timm ConvNeXt")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
+)
 def test_costs_are_those_of_real_iterations(name):
+    """Budget: 10 seconds."""
     make, shape = NETS[name]
     model, x = make(), torch.randn(SAMPLES, *shape)
     cost = ModelCost.of(model, x)
+    batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     for options in OPTIONS:
         compare(model, x, "block", options, cost)
-        batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-        if name != "towers" and (not batch_norm or options.get("freeze") == "none"):
+        if "train_rest" not in options and (not batch_norm or options == {"freeze": "none"}):
             compare(model, x, "sample", options, cost)
 
 
