@@ -243,8 +243,8 @@ class ResidualDropPath:
                 the batch size and on the device of the training.
             timed: measure seconds, which takes some tens of training steps. Without, FLOPs stand for them.
 
-        Measures a copy of the model, its branches uncompiled; nothing changes. Raises `RuntimeError` inside an iteration and `ValueError` for a
-        model that can't be copied or run on `example_inputs`.
+        Measures a copy of the model, its branches uncompiled; nothing changes. Raises `RuntimeError` inside an
+        iteration and `ValueError` for a model that can't be copied or run on `example_inputs`.
         """
         from .estimate import estimate  # most trainings don't ask
 

@@ -230,6 +230,7 @@ def test_nothing_changes():
     model, x = ResNet(widths=(4, 8)), torch.randn(SAMPLES, 1, 8, 8)
     model(x).sum().backward()
     model.stem.eval()
+    model.head = nn.Sequential(nn.Dropout(0.5), model.head)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     runner = model.paths[0].slot.runner = lambda owner, x, args, kwargs, normed: owner.run_branch(x, args, kwargs)
 
