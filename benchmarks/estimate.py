@@ -196,7 +196,7 @@ def _plan(scheme: rdp.ResidualDropPath, batch: int) -> rdp.PathPlan:
 
 def _estimated(scheme: rdp.ResidualDropPath, estimate: Estimate, plan: rdp.PathPlan) -> float:
     cost, kept = estimate.cost, torch.tensor([kept_fractions(plan)], dtype=torch.float64)
-    pair = cost.seconds(cost.drop_shares(kept)) + cost.seconds(cost.reuse_shares(kept, scheme.freeze))
+    pair = cost.seconds(cost.drop_shares(cost.computed(kept))) + cost.seconds(cost.reuse_shares(kept, scheme.freeze))
     return (pair / (2 * cost.seconds(cost.plain_shares()))).item()
 
 

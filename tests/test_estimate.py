@@ -135,7 +135,9 @@ def compare(model, x, mode, options, cost):
     phases = []
     for phase in scheme.iterations(plan=rdp.PathPlan(keep[:, 0] if mode == "block" else keep, [0.5] * len(keep), mode)):
         kept = torch.tensor([kept_fractions(scheme.plan)], dtype=torch.float64)
-        shares = cost.drop_shares(kept) if phase == "drop" else cost.reuse_shares(kept, freeze, train_rest)
+        shares = (
+            cost.drop_shares(cost.computed(kept)) if phase == "drop" else cost.reuse_shares(kept, freeze, train_rest)
+        )
         flops, saved = counted(model, x)
         assert cost.flops(shares).item() == pytest.approx(flops, rel=1e-9), phase
         assert cost.saved_bytes(shares).item() == pytest.approx(saved, rel=1e-9 if mode == "block" else 1e-2), phase

@@ -156,7 +156,7 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> R
         except ValueError as error:
             return replace(row, refused=str(error))
     train_rest = scheme._rules.train_rest
-    drop, reuse = cost.drop_shares(kept), cost.reuse_shares(kept, freeze, train_rest)
+    drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, freeze, train_rest)
     can_learn = torch.ones(len(scheme.paths), dtype=torch.bool)
     if freeze != "none" and not train_rest:
         can_learn = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
