@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     except Unavailable as error:
         print(f"estimate: {error}", file=sys.stderr)
         return 2
-    scheme = rdp.ResidualDropPath(subject.model, options.drop_prob, freeze="none")
+    scheme = rdp.ResidualDropPath(subject.model, options.drop_prob)
     estimate = scheme.estimate(subject.images, timed=options.size == "full")
     scheme.remove()
     print(estimate)
@@ -200,7 +200,7 @@ def _plan(scheme: rdp.ResidualDropPath, batch: int) -> rdp.PathPlan:
 
 def _estimated(scheme: rdp.ResidualDropPath, estimate: Estimate, plan: rdp.PathPlan) -> float:
     cost, kept = estimate.cost, torch.tensor([kept_fractions(plan)], dtype=torch.float64)
-    pair = cost.seconds(cost.drop_shares(kept)) + cost.seconds(cost.reuse_shares(kept, scheme.freeze))
+    pair = cost.seconds(cost.drop_shares(cost.computed(kept))) + cost.seconds(cost.reuse_shares(kept, scheme.freeze))
     return (pair / (2 * cost.seconds(cost.plain_shares()))).item()
 
 

@@ -234,15 +234,17 @@ class ResidualDropPath:
 
     def estimate(self, example_inputs: Any, *, timed: bool = True) -> Estimate:
         """What iterations on batches like `example_inputs` cost: FLOPs, saved bytes and time against plain training's,
-        in each mode, at the scheme's own rates and at others, and what that speaks for. Before training: `print` it.
+        in each mode, at the scheme's own rates and at others, and what that speaks for:
+
+            print(scheme.estimate(images))
 
         Args:
             example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0, of
                 the batch size and on the device of the training.
             timed: measure seconds, which takes some tens of training steps. Without, FLOPs stand for them.
 
-        Measures a copy of the model; nothing changes. Raises `RuntimeError` inside an iteration and `ValueError` for a
-        model that can't be copied or run on `example_inputs`.
+        Measures a copy of the model, its branches uncompiled; nothing changes. Raises `RuntimeError` inside an
+        iteration and `ValueError` for a model that can't be copied or run on `example_inputs`.
         """
         from .estimate import estimate  # most trainings don't ask
 

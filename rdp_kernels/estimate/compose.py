@@ -99,10 +99,14 @@ class ModelCost:
         ones = torch.ones(1, self.pieces.num_paths, dtype=torch.float64)
         return Shares(ones, torch.zeros_like(ones))
 
-    def drop_shares(self, kept: Tensor) -> Shares:
+    def computed(self, kept: Tensor) -> Tensor:
+        """Of the rows that drop iterations keep, the shares on which branches run: with BatchNorm on all or none."""
         whole = torch.zeros(self.pieces.num_paths, dtype=torch.bool)
         whole[self.pieces.path] = self.pieces.whole
-        return Shares(torch.where(whole & (kept > 0), 1.0, kept), torch.zeros_like(kept))
+        return torch.where(whole & (kept > 0), 1.0, kept)
+
+    def drop_shares(self, computed: Tensor) -> Shares:
+        return Shares(computed, torch.zeros_like(computed))
 
     def reuse_shares(self, kept: Tensor, freeze: str = "parameters", train_rest: bool = False) -> Shares:
         if freeze == "none":

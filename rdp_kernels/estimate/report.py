@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from .compose import ModelCost
 if TYPE_CHECKING:
     from ..scheme import ResidualDropPath
 
-PLANS = 400
+PLANS = 256
+MODES, FREEZES = ("block", "sample"), ("parameters", "branch", "none")  # the exact and cheapest first
 PROBS = (0.1, 0.3, 0.5)
 PAYS = 0.97
 """A step that takes no less of plain training's gains nothing that could be told from noise."""
@@ -126,12 +127,12 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
     cost = ModelCost.of(model, example_inputs, freeze_bn=rules.freeze_bn, timed=timed)
     own = [path.drop_prob for path in scheme.paths]
     rates = [(own, True), *(([p] * len(own), False) for p in PROBS if [p] * len(own) != own)]
-    rows = [
-        _row(scheme, cost, mode, freeze, drop_probs, is_own)
-        for drop_probs, is_own in rates
-        for mode in ("block", "sample")
-        for freeze in ("parameters", "branch", "none")
-    ]
+    rows = []
+    for drop_probs, is_own in rates:
+        for mode in MODES:
+            kept = _draw(scheme, cost, mode, drop_probs)
+            mean = sum(drop_probs) / len(drop_probs)
+            rows += [_row(scheme, cost, Row(mode, freeze, mean, is_own), kept) for freeze in FREEZES]
     shares = cost.plain_shares()
     share = cost.branch_share()
     return Estimate(
@@ -146,17 +147,17 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
     )
 
 
-def _row(scheme: ResidualDropPath, cost: ModelCost, mode: str, freeze: str, drop_probs: list[float], own: bool) -> Row:
-    mean = sum(drop_probs) / len(drop_probs)
+def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> Row:
+    """`row` with its costs; `kept` as `_draw` gives it."""
+    mode, freeze = row.mode, row.freeze
     if mode == "sample" and freeze != "none":
         try:
             refuse_batch_norm(scheme.paths)
         except ValueError as error:
-            return Row(mode, freeze, mean, own, refused=str(error))
-    kept = _draw(scheme, cost, mode, drop_probs)
+            return replace(row, refused=str(error))
     train_rest = scheme._rules.train_rest
-    drop, reuse = cost.drop_shares(kept), cost.reuse_shares(kept, freeze, train_rest)
-    can_learn = torch.ones(len(drop_probs), dtype=torch.bool)
+    drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, freeze, train_rest)
+    can_learn = torch.ones(len(scheme.paths), dtype=torch.bool)
     if freeze != "none" and not train_rest:
         can_learn = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
     runs = ((kept < 1) & can_learn).any(dim=1)  # the plans that a reuse iteration follows
@@ -168,11 +169,8 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, mode: str, freeze: str, drop
     def of_reuse(total: Any) -> float | None:
         return total(reuse)[runs].mean().item() if runs.any() else None
 
-    return Row(
-        mode,
-        freeze,
-        mean,
-        own,
+    return replace(
+        row,
         drop_flops=cost.flops(drop).mean().item(),
         reuse_flops=of_reuse(cost.flops),
         flop_ratio=ratio(cost.flops),
