@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = [setting for setting in settings if setting.op in options.op]
     with interpreting() as count_kernels:
         rows, code = command.measured(
-            console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), quick=True
+            console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), one_threaded=True
         )
     if rows:
         console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), *verdicts_of(rows), sep="\n")
