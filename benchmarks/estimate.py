@@ -26,6 +26,7 @@ from . import command
 from .cases import MODES, OWN_FULL, SEED
 from .command import shown
 from .harness import told
+from .library_models import NAMES
 from .machine import Device, facts
 from .step import probability
 
@@ -56,7 +57,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(OWN_FULL)}, or a name that timm.create_model takes")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{', '.join([*OWN_FULL, *NAMES])}, or a name that timm.create_model takes"
+    )
     parser.add_argument(
         "--drop-prob", type=probability, default=DROP_PROB, metavar="P", help=f"of every path; default: {DROP_PROB}"
     )
@@ -116,6 +119,7 @@ def subject_of(options: argparse.Namespace, device: torch.device) -> Subject:
 
 
 def _from_timm(name: str, image: int | None) -> nn.Module:
+    name = NAMES.get(name, name)
     try:
         from tests.coverage.libraries import import_torchvision  # which doesn't import everywhere without help
 

@@ -180,7 +180,6 @@ class Session:
         on_round: called after every round.
         flops: whether FLOPs are counted, and measured against their ceiling.
         more: further columns of a provider's row, measured after the rounds.
-        quick: the ceilings are measured once, and not before every case again.
     """
 
     def __init__(
@@ -190,10 +189,8 @@ class Session:
         on_round: Callable[[], object] = lambda: None,
         flops: bool = True,
         more: Callable[[Provider], Row] = lambda provider: {},
-        quick: bool = False,
     ):
         self.device, self.turns, self.on_round, self.flops, self.more = device, turns, on_round, flops, more
-        self.quick = quick
         self._facts, self._ceilings = facts(device), self._measure_ceilings()
         self._ceilings_at = time.monotonic()
         self._rows: list[Row] = []
@@ -209,8 +206,7 @@ class Session:
             self._rows += [self._row(case, provider, [], {}) for provider in case.providers]
             return
         case.verify()
-        if not self.quick:
-            self._raise_ceilings()
+        self._raise_ceilings()
         counted = case.count_flop(self.turns, self.device.device) if self.flops else case.warm_up()
         rounds: list[dict[str, float]] = []
         more: dict[str, Row] = {}

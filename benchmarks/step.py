@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         console,
         cases,
         (len(choices) + len(further)) * turns,
-        lambda on_round: Session(device, turns, on_round, quick=options.size != "full"),
+        lambda on_round: Session(device, turns, on_round),
         options.size == "tiny",
     )
     if rows:

@@ -365,7 +365,7 @@ def rows_of(block, sample, branch, p=0.2, flops=0.7):
     ("rows", "share", "says", "never"),
     [
         (rows_of(0.72, 0.74, 0.62), 0.9, ['mode="block"', "costs about the same: 0.74", "would take 0.62"], []),
-        (rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "Sample mode takes 0.90: at batch 8"], ['freeze="branch"']),
+        (rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "Sample mode takes 0.90: at batch 8 branches on some"], ['freeze="branch"']),
         (rows_of(0.8, 0.7, 0.62), 0.9, ['mode="sample"', "0.70 of plain training's time, in block mode 0.80"], []),
         (rows_of(0.72, None, 0.71), 0.9, ['mode="block"', "Sample mode is refused"], ["about the same"]),
         (rows_of(1.1, 1.3, 1.0), 0.9, ["plain training", "needing only 0.70 of its FLOPs"], ['mode="block"']),

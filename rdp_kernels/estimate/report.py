@@ -224,13 +224,18 @@ def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
                 f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
             )
         else:
-            sentences.append(
-                f"Sample mode takes {sample.ratio:.2f}: at batch {batch_size} branches on some of the rows cost more "
-                "than these rows' share."
-            )
+            sentences.append(f"Sample mode takes {sample.ratio:.2f}: {_why_dearer(sample, block, batch_size)}.")
     if branch.ratio < block.ratio - NEAR:
         sentences.append(f'freeze="branch" would take {branch.ratio:.2f}, but its gradients are approximate.')
     return " ".join(sentences)
+
+
+def _why_dearer(sample: Row, block: Row, batch_size: int) -> str:
+    assert sample.flop_ratio is not None
+    assert block.flop_ratio is not None
+    if sample.ratio - sample.flop_ratio > block.ratio - block.flop_ratio + NEAR:
+        return f"at batch {batch_size} branches on some of the rows cost more than these rows' share"
+    return "there hardly any plan has a prefix of frozen paths, which needs no backward"
 
 
 def _why_not(block: Row, branch_share: float, what: str) -> str:

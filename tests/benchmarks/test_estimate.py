@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from benchmarks import estimate
-from benchmarks.cases import QUICK
+from benchmarks.cases import OWN_TINY
 from benchmarks.machine import one_thread
 from tests.coverage.libraries import installed
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(estimate, "FULL", QUICK)
+    monkeypatch.setattr(estimate, "OWN_FULL", OWN_TINY)
     with one_thread():
         yield
 

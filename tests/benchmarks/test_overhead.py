@@ -70,7 +70,7 @@ def test_prints_and_writes_the_same_rows(two_threads, tmp_path, capsys):
 
 def test_ends_with_the_verdicts(monkeypatch, capsys):
     monkeypatch.setattr(overhead, "CALLS", {ResidualAdd: CALLS[ResidualAdd]})
-    monkeypatch.setattr(overhead, "FULL_CALLS", 1)
+    monkeypatch.setitem(overhead.CALLS_A_TURN, "full", 1)
     assert main(["overhead", "--turns", "1"]) == 0
     assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["residual_add 2x2"] * 2
 
