@@ -352,20 +352,22 @@ def test_inside_an_iteration_is_refused():
 # The recommendation, from rows
 
 
-def rows_of(block, sample, branch, p=0.2, flops=0.7):
-    def row(mode, freeze, time):
+def rows_of(block, sample, branch, p=0.2, flops=0.7, sample_flops=None):
+    def row(mode, freeze, time, flops=flops):
         if time is None:
             return Row(mode, freeze, p, own_rates=True, refused="BatchNorm")
         return Row(mode, freeze, p, own_rates=True, flop_ratio=flops, time_ratio=time)
 
-    return [row("block", "parameters", block), row("sample", "parameters", sample), row("block", "branch", branch)]
+    of_sample = row("sample", "parameters", sample, sample_flops or flops)
+    return [row("block", "parameters", block), of_sample, row("block", "branch", branch)]
 
 
 @pytest.mark.parametrize(
     ("rows", "share", "says", "never"),
     [
         (rows_of(0.72, 0.74, 0.62), 0.9, ['mode="block"', "costs about the same: 0.74", "would take 0.62"], []),
-        (rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "Sample mode takes 0.90: at batch 8 branches on some"], ['freeze="branch"']),
+        (rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "takes 0.90: at batch 8 branches"], ['freeze="branch"']),
+        (rows_of(0.72, 0.9, 0.71, sample_flops=0.88), 0.9, ["takes 0.90: there hardly any plan"], []),
         (rows_of(0.8, 0.7, 0.62), 0.9, ['mode="sample"', "0.70 of plain training's time, in block mode 0.80"], []),
         (rows_of(0.72, None, 0.71), 0.9, ['mode="block"', "Sample mode is refused"], ["about the same"]),
         (rows_of(1.1, 1.3, 1.0), 0.9, ["plain training", "needing only 0.70 of its FLOPs"], ['mode="block"']),
