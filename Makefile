@@ -27,11 +27,10 @@ lint: .venv/ready
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --quick $(ARGS)
 
-# What README.md and docs/ show: about half an hour on two cores with nothing else running.
+# What README.md and docs/ show: about fifty minutes on two cores with nothing else running.
 results: .venv/built
-	$(BIN)/python -m benchmarks step --csv benchmarks/results/step-cpu.csv
-	$(BIN)/python -m benchmarks ops --csv benchmarks/results/ops-cpu.csv
-	$(BIN)/python -m benchmarks overhead --csv benchmarks/results/overhead-cpu.csv
+	$(BIN)/python -m benchmarks all --out report/benchmarks
+	cp report/benchmarks/*.csv benchmarks/results
 	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --out report/results/vit-block
 	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --mode sample --out report/results/vit-sample
 	$(BIN)/python examples/train_digits.py --resume --seeds 5 --epochs 20 --model resnet --out report/results/resnet-block

@@ -9,6 +9,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
+from . import drop_path
 from .harness import Row, quotient
 from .memory import DROP, REUSE
 from .op_goals import setting_of
@@ -135,6 +136,8 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "… with frozen branches bypassed": pair_against(BranchFrozen.name),
         "the exact scheme, done naively = 1": pair_against(Exact.name, Naive.name),
         "the exact scheme, masked drop-path = 1": pair_against(Exact.name, DropPath.name),
+        "our drop-path alone, timm's compiled = 1": pair_against(drop_path.Ours.name, drop_path.Compiled.name),
+        "… the compiled subset = 1": pair_against(drop_path.Ours.name, drop_path.Subset.name),
     },
     "memory": {
         "a drop iteration, plain training = 1": kept_bytes(Exact.name, DROP),

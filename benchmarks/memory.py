@@ -37,6 +37,7 @@ from .command import shown
 from .harness import Row, quotient
 from .machine import Device, facts
 from .pairs import TRAINERS, Exact, Plain
+from .step import case_of, notes_of
 
 FULL_PLANS, FEW_PLANS = 6, 2
 STEP, DROP, REUSE = "step", "drop", "reuse"
@@ -254,19 +255,6 @@ def table_of(rows: list[Row]) -> Table:
             cells = (shown(values[key], spec) for key, spec in COLUMNS.values())
             table.add_row(f"  {row['provider']}", row["iteration"], *cells)
     return table
-
-
-def notes_of(rows: list[Row]) -> Iterator[str]:
-    """Why providers were not counted, each reason once."""
-    missing = [row for row in rows if row["unavailable"]]
-    for reason in dict.fromkeys(row["unavailable"] for row in missing):
-        cases = dict.fromkeys(f"{row['model']} {row['mode']}" for row in missing if row["unavailable"] == reason)
-        names = dict.fromkeys(row["provider"] for row in missing if row["unavailable"] == reason)
-        yield f"– {', '.join(cases)}: no {', '.join(names)}: {reason}"
-
-
-def case_of(row: Row) -> str:
-    return f"{row['model']} {row['mode']} p={row['p']}"
 
 
 def _megabytes(size: float | None) -> float | None:

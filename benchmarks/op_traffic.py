@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -26,12 +25,9 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from . import command
-from .command import shown
 from .harness import CheckFailed, Row, quotient
 from .machine import Device, facts
 from .op_bytes import Moved
@@ -40,6 +36,7 @@ from .op_goals import setting_of
 from .op_kinds import Setting
 from .op_providers import EAGER, OURS, OURS_EAGER, Runner, Sets, on_backend
 from .output import writable
+from .pass_tables import Columns, pass_tables
 
 PASSES = ("forward", "backward")
 TOKENS, IMAGES, ODD = (8, 16, 384), (8, 64, 7, 7), (6, 7, 13)
@@ -87,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
             console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), one_threaded=True
         )
     if rows:
-        console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), *verdicts_of(rows), sep="\n")
+        tables = pass_tables(rows, COLUMNS, ("provider", "how"))
+        console.print(*tables, command.machine_line(rows[0]), *notes_of(rows), *verdicts_of(rows), sep="\n")
     return code if command.written(options, rows) else 1
 
 
@@ -183,30 +181,12 @@ def interpreting() -> Iterator[KernelCount]:
 
 # What is shown
 
-COLUMNS: dict[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "needed": ("needed_bytes", ",.0f"),
     "bytes": ("moved_bytes", ",.0f"),
     "/needed": ("bytes_ratio", ".3f"),
     "sectors/needed": ("sectors_ratio", ".3f"),
 }
-
-
-def tables_of(rows: list[Row]) -> Iterator[Table]:
-    """One for each setting, with its passes below each other."""
-    for setting, group in itertools.groupby(rows, setting_of):
-        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("pass", no_wrap=True, min_width=8)
-        table.add_column("provider", no_wrap=True, min_width=22)
-        table.add_column("how", no_wrap=True, min_width=7)
-        for name in COLUMNS:
-            table.add_column(name, justify="right", no_wrap=True)
-        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
-            for row in providers:
-                if not row["unavailable"]:
-                    cells = (shown(row[key], spec) for key, spec in COLUMNS.values())
-                    table.add_row(direction, row["provider"], row["how"], *cells)
-                    direction = ""
-        yield table
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:

@@ -16,17 +16,16 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from . import command
-from .command import shown
 from .harness import Row, Session, quotient, scaled
 from .machine import Device
 from .op_cases import OPS, PASSES, op_cases, settings
-from .op_goals import Goal, case_of, cpu_goals, goals, setting_of
+from .op_goals import Goal, case_of, cpu_goals, goals
 from .op_providers import EAGER
+from .pass_tables import Columns, pass_tables
 from .replay import device_time
 
 FULL_TURNS, FEW_TURNS = 12, 3
@@ -120,7 +119,7 @@ def _time_ratio(row: Row, other: Row | None) -> float | None:
     return quotient(row["ratio_rounds"], other["ratio_rounds"]) if ratio is None else ratio
 
 
-COLUMNS: dict[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "p50 ms": ("p50_ms", ".3f"),
     "device ms": ("device_ms", ".4f"),
     "GB/s": ("gbs", ".1f"),
@@ -132,21 +131,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def tables_of(rows: list[Row]) -> Iterator[Table]:
-    """One for each setting, with its passes below each other."""
+    """Without times of the device where there are none."""
     columns = {name: how for name, how in COLUMNS.items() if name != "device ms" or any(row[how[0]] for row in rows)}
-    for setting, group in itertools.groupby(rows, setting_of):
-        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("pass", no_wrap=True, min_width=8)
-        table.add_column("provider", no_wrap=True, min_width=18)
-        for name in columns:
-            table.add_column(name, justify="right", no_wrap=True)
-        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
-            for row in providers:
-                if not row["unavailable"]:
-                    cells = (shown(row[key], spec) for key, spec in columns.values())
-                    table.add_row(direction, row["provider"], *cells)
-                    direction = ""
-        yield table
+    return pass_tables(rows, columns)
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:

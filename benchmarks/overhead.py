@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,16 +25,15 @@ from torch import Tensor
 import rdp_kernels as rdp
 
 from . import command
-from .command import shown
 from .harness import Case, Check, Provider, Row, Session, scaled
 from .launches import OPS, count_launches, counted_as
 from .machine import Device
 from .op_dense import ResidualAdd, ResidualAddRelu
-from .op_goals import setting_of
 from .op_kinds import Op, Setting, Tensors
 from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE, why_no_native, why_no_triton
 from .op_rows import GatherRows, ResidualAddRows
 from .op_sets import Sets, check_of_draws
+from .pass_tables import Columns, pass_tables
 
 NO_GRAD, FORWARD, BOTH = PASSES = ("no grad", "forward", "both")
 SHAPES = ((2, 2), (8, 16, 32))
@@ -241,7 +239,7 @@ def per_call(row: Row) -> Row:
     return kept | times | launched
 
 
-COLUMNS: dict[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "min µs": ("min_us", ".2f"),
     "p50 µs": ("p50_us", ".2f"),
     "/eager": ("ratio_rounds", ".2f"),
@@ -250,21 +248,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def tables_of(rows: list[Row]) -> Iterator[Table]:
-    """One for each op and shape, with its passes below each other."""
     counted = "ops" if any(row["launches_are"] == OPS for row in rows) else "launches"
-    for setting, group in itertools.groupby(rows, setting_of):
-        table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("pass", no_wrap=True, min_width=8)
-        table.add_column("provider", no_wrap=True, min_width=18)
-        for name in (*COLUMNS, counted):
-            table.add_column(name, justify="right", no_wrap=True)
-        for direction, providers in itertools.groupby(group, lambda row: row["pass"]):
-            for row in providers:
-                if not row["unavailable"]:
-                    cells = [shown(row[key], how) for key, how in (*COLUMNS.values(), ("launches", "g"))]
-                    table.add_row(direction, row["provider"], *cells)
-                    direction = ""
-        yield table
+    return pass_tables(rows, COLUMNS | {counted: ("launches", "g")})
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:

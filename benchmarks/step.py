@@ -212,7 +212,7 @@ def above_needed(row: Row) -> float | None:
 
 
 def case_of(row: Row) -> str:
-    """`row` may be of a file from before there was a column for the work."""
+    """Those of `memory` are all of the scheme, and don't say so."""
     case = f"{row['model']} {row['mode']} p={row['p']}"
     return f"{case} drop-path" if row.get("work") == "drop-path" else case
 

@@ -25,7 +25,7 @@ def step_table(rows: list[CsvRow]) -> str:
         "| model | mode | p | exact: time | needed FLOPs | branch-frozen: time | needed FLOPs | exact / naive: time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for _, group in itertools.groupby(rows, case_of):
+    for _, group in itertools.groupby((row for row in rows if row["work"] == "scheme"), case_of):
         by_name = {row["provider"]: row for row in group}
         exact, frozen, naive = (by_name[kind.name] for kind in (Exact, BranchFrozen, Naive))
         cells = [exact["model"], exact["mode"], exact["p"]]

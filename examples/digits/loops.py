@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,22 +22,24 @@ def needs(*libraries: str) -> Iterator[None]:
     find it, where its compiled library doesn't match torch's build."""
     try:
         if importlib.util.find_spec("torchvision") is not None:
-            _import_torchvision()
+            import_torchvision()
         yield
     except ImportError as error:
         script = Path(sys.argv[0]).name
         raise SystemExit(f"{script}: error: {error}; needed: pip install {' '.join(libraries)}") from error
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its compiled library doesn't match torch's build: two ops are then declared for it."""
     try:
-        importlib.import_module("torchvision")
+        return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+    for name in ("nms", "qnms"):
+        _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision")
 
 
 def data(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

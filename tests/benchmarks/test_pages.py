@@ -25,7 +25,14 @@ Time as the median of the rounds' ratios to plain training (ratio of the minima)
 
 def rows(size="full"):
     for (model, mode), trainer in itertools.product((("vit", "block"), ("resnet", "sample")), TRAINERS):
-        row = MACHINE | {"size": size, "model": model, "mode": mode, "p": "0.5", "provider": trainer.name}
+        row = MACHINE | {
+            "size": size,
+            "model": model,
+            "mode": mode,
+            "p": "0.5",
+            "provider": trainer.name,
+            "work": "scheme",
+        }
         missing = trainer.follows_scheme and model == "resnet"
         numbers = {"ratio_rounds": "0.75", "ratio_min": "0.7", "needed_ratio": "0.66"}
         if trainer.name == "naive":

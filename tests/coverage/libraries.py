@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from types import ModuleType
 from typing import Any
 
-import torch
+from examples.digits.loops import import_torchvision
 
 LIBRARIES = ("timm", "torchvision", "transformers")
-
-_declared: list[torch.library.Library] = []
-"""Ops vanish with the object that declared them."""
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled library doesn't match torch's build: its import then needs two ops declared."""
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-    for name in ("nms", "qnms"):
-        _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision")
 
 
 def installed(library: str) -> bool:
