@@ -159,25 +159,33 @@ def step_cost(rows: Rows) -> Figure:
     return figure
 
 
+KEPT_IN = {
+    (Exact.name, "drop"): "drop",
+    (Exact.name, "reuse"): "reuse, exact",
+    (BranchFrozen.name, "reuse"): "reuse, branch-frozen",
+}
+"""Provider and iteration → its name in the figure. The drop iteration is the same however the other one freezes."""
+
+
 @styled
 def memory_bars(rows: Rows) -> Figure:
     """Of `memory`: what our iterations keep for their backward and the most they allocate, as ratios to a plain step;
     means over the plans, with a mark for the largest."""
     rows = complete(rows, "model", "mode", "p", "provider", "iteration", "saved_ratio", "peak_ratio")
-    rows = [row for row in rows if row["provider"] in (Exact.name, BranchFrozen.name)]
+    rows = [row for row in rows if (row["provider"], row["iteration"]) in KEPT_IN]
     if not rows:
         raise NothingToPlot(f"no row of {Exact.name} or {BranchFrozen.name}")
-    cases = list(dict.fromkeys(map(_case, rows)))
-    kinds = list(dict.fromkeys(f"{row['provider']}, {row['iteration']}" for row in rows))
+    cases, kinds = list(dict.fromkeys(map(_case, rows))), list(KEPT_IN)
     figure, axes = figure_of(rows, "Memory of an iteration, of a plain step's", 2, _size(cases), stacked=True)
     for axis, what in zip(axes, ("saved", "peak"), strict=True):
         for row in rows:
-            number = kinds.index(f"{row['provider']}, {row['iteration']}")
+            number = kinds.index((row["provider"], row["iteration"]))
             x = cases.index(_case(row)) + 0.8 / len(kinds) * (number + 0.5) - 0.4
             axis.bar(x, row[f"{what}_ratio"], 0.72 / len(kinds), color=COLOURS[number])
             axis.plot(x, row[f"{what}_max_ratio"], "_", color="black", markersize=5)
         _ratio_axis(axis, cases, {"saved": "saved for the backward", "peak": "most that is allocated"}[what])
-    legend(figure, [*((kind, COLOURS[n], "s") for n, kind in enumerate(kinds)), ("largest of the plans", "black", "_")])
+    entries = [(KEPT_IN[kind], COLOURS[n], "s") for n, kind in enumerate(kinds)]
+    legend(figure, [*entries, ("largest of the plans", "black", "_")])
     return figure
 
 

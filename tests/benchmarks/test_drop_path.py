@@ -1,4 +1,7 @@
-"""Drop-path that draws its own masks: what is timed gives the textbook's gradients, and what is wrong fails."""
+"""Drop-path that draws its own masks: what is timed gives the textbook's gradients, and what is wrong fails.
+
+Budget: 15 seconds in all, and 60 for the one with inductor.
+"""
 
 import csv
 import itertools
@@ -12,7 +15,7 @@ from benchmarks.cases import BOUND, CPU, TINY
 from benchmarks.drop_path import TRAINERS, Compiled, Ours, OursCompiled, OwnMasks, Subset, drop_path_case, verify_drawn
 from benchmarks.machine import Ceilings, Device
 
-pytestmark = pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(library_models.missing() is not None, reason="needs timm")]
 NAMES = ["plain", "drop-path", "compiled drop-path", "compiled subset", "ours drop-path", "ours compiled drop-path"]
 
 
