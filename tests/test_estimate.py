@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rdp_kernels as rdp
 from examples.models import Attention, ResNet, ViT, mlp
 from rdp_kernels.estimate import ModelCost, Row, kept_fractions
+from rdp_kernels.estimate.meters import Flops
 from rdp_kernels.estimate.report import recommend
 
 from .coverage.libraries import import_torchvision, installed
@@ -393,3 +395,14 @@ def test_copies_of_the_model_have_no_probe():
     model = ViT(dim=8, depth=1)
     model.paths[0].slot.probe = lambda call, x: x
     assert copy.deepcopy(model).paths[0].slot.probe is None
+
+
+def test_attention_counts_as_the_two_matmuls_that_it_is():
+    """Torch's counter sees nothing of it on CPUs."""
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    with Flops(q.device) as flops:
+        out = F.scaled_dot_product_attention(q, q, q)
+        forward = flops.read()
+        out.sum().backward()
+    assert forward == 2 * 2 * 2 * 3 * 5 * 5 * 8  # multiply and add; scores and values; batch, heads, tokens, width
+    assert flops.read() == 3 * forward

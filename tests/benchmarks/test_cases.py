@@ -1,13 +1,14 @@
 """The step cases: what they verify, and that what is wrong fails."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import library_models, pairs
-from benchmarks.cases import BOUND, CPU, MODES, TINY, draw_plans, step_case, verify
+from benchmarks.cases import BOUND, CPU, MODES, TINY, config_of, draw_plans, step_case, verify
 from benchmarks.harness import CheckFailed
 from benchmarks.machine import Device
 from benchmarks.parts import Part, left_alone, parts_of
@@ -183,3 +184,10 @@ def test_a_difference_is_infinite_or_nan_where_it_must_be():
     assert largest_difference([zero], [{"a": torch.tensor([0.5, -2.0])}]) == 2
     assert largest_difference([zero], [{}]) == math.inf
     assert math.isnan(largest_difference([zero, nan], [zero, zero]))
+
+
+def test_a_quick_run_has_half_of_the_images_of_a_full_one():
+    sizes = (("full", None), ("quick", None), ("quick", 3))
+    full, quick, given = (config_of(size, "vit", Device.of("cpu"), batch) for size, batch in sizes)
+    assert quick == replace(full, batch=full.batch // 2)
+    assert given == replace(full, batch=3)

@@ -75,6 +75,15 @@ def test_runs_every_command_and_keeps_their_files(monkeypatch, tmp_path, capsys)
     assert "a CPU, 2 threads, torch 2.13, abc" in printed
 
 
+def test_the_device_is_every_commands(monkeypatch, tmp_path):
+    commands = {"step": stand_in("step", STEP_ROWS), "ops": stand_in("ops", [])}
+    monkeypatch.setattr(suite, "MEASURING", commands)
+    monkeypatch.setattr(suite.command, "has_device", lambda kind: True)
+    assert main(["all", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert [command.asked for command in commands.values()] == [[(name, "cuda", "full")] for name in commands]
+    assert {file.name for file in tmp_path.iterdir()} == {"step-cuda.csv", "step-cuda.json"}
+
+
 def test_an_interrupt_ends_it(monkeypatch, capsys):
     commands = {"step": stand_in("step", STEP_ROWS, code=130), "ops": stand_in("ops", [])}
     monkeypatch.setattr(suite, "MEASURING", commands)
