@@ -12,11 +12,9 @@ are those of the fastest turns: what the host does is the same in each, and what
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,26 +22,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-import rdp_kernels as rdp
 from examples.models import ViT
 
 from . import command, library_models
-from .cases import MODES, SEED, Config, own
+from .cases import MODES, Config, own
 from .command import shown
 from .harness import Case, Check, Provider, Row, Session, quotient
 from .library_models import library
 from .machine import Device
 from .overhead import HostDevice
-from .pairs import Exact, Plain
-from .textbook import largest_difference, state_after
+from .pairs import Plain
+from .tiny_paths import BOUND, BY_HAND, OURS, PLAIN, PLAN, calls_of, path_case
 
 PATHS = {"full": (12, 24, 48, 100, 300, 1000), "quick": (24, 100), "tiny": (8, 16)}
-DROP_PROB, BATCH, WIDTH = 0.3, 10, 2  # in sample mode every path is mixed: 7 of 10 rows are kept
 FULL_TURNS, FEW_TURNS, STEP_TURNS = 12, 3, 2
-BOUND = 1e-10
-PLAIN, BY_HAND, PLAN, OURS = Plain.name, "by hand", "plan", Exact.name
 MOST_OF_A_STEP, MOST_GROWTH = 0.01, 1.5
 """The goals: of a step of ViT-S at batch 32; of the time per path at 1,000 paths to that at 100."""
 
@@ -89,166 +82,6 @@ def run(options: argparse.Namespace) -> int:
         if options.size == "full":
             console.print(*verdicts_of(rows), sep="\n")
     return code if command.written(options, rows) else 1
-
-
-# A network of paths that do next to nothing
-
-
-class Tiny(nn.Module):
-    """`x · weight`: one op each way, and a weight that can learn; with as many modules as an MLP and its norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.others = nn.ModuleList(nn.Identity() for _ in range(3))
-        self.weight = nn.Parameter(torch.full((WIDTH,), 1e-3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-    def constant(self, x: Tensor) -> Tensor:
-        return x * self.weight.detach()
-
-
-def tiny_paths(count: int) -> rdp.ResidualSequence:
-    return rdp.ResidualSequence(*(rdp.ResidualBranch(Tiny()) for _ in range(count)))
-
-
-@dataclass(frozen=True)
-class ByHand:
-    """The iterations of one plan as one would write them for it alone: what each path does is known beforehand."""
-
-    x: Tensor
-    branches: list[Tiny]
-    keep: list[Tensor | bool]
-    """For each path whether it is kept or, where some rows are, the rows that are and those that aren't."""
-
-    @classmethod
-    def of(cls, paths: rdp.ResidualSequence, x: Tensor, plan: rdp.PathPlan) -> ByHand:
-        kept = [_rows(keep, x.device) if keep.dim() else bool(keep) for keep in plan.keep]
-        return cls(x, [path.fn for path in paths], kept)
-
-    def pair(self) -> Iterator[None]:
-        x, scale = self.x, 1 / (1 - DROP_PROB)
-        for branch, keep in zip(self.branches, self.keep, strict=True):
-            if keep is True:
-                x = torch.add(x, branch(x), alpha=scale)
-            elif keep is not False:
-                x = x.index_add(0, keep[0], branch(x.index_select(0, keep[0])), alpha=scale)
-        x.sum().backward()
-        yield
-        x = self.x
-        for branch, keep in zip(self.branches, self.keep, strict=True):
-            if isinstance(keep, bool):
-                x = x + (branch.constant(x) if keep else branch(x))
-            else:
-                frozen, learning = (x.index_select(0, rows) for rows in keep)
-                x = x.index_add(0, keep[0], branch.constant(frozen)).index_add(0, keep[1], branch(learning))
-        x.sum().backward()
-        yield
-
-
-def _rows(keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    return keep.nonzero().flatten().to(device), (~keep).nonzero().flatten().to(device)
-
-
-class Ways:
-    """The ways to run a pair on `count` paths, each on a network of its own."""
-
-    def __init__(self, mode: str, count: int, turns: int, device: torch.device, dtype: torch.dtype = torch.float32):
-        generator = torch.Generator().manual_seed(SEED)
-        self.x = torch.randn(BATCH, WIDTH, generator=generator, dtype=dtype).to(device)
-        self.plain_paths, self.paths = (tiny_paths(count).to(device, dtype) for _ in range(2))
-        self.scheme, twin = (
-            rdp.ResidualDropPath(paths, DROP_PROB, mode=mode, sampling="fixed", seed=SEED)
-            for paths in (self.paths, tiny_paths(count))
-        )
-        self.plans = []
-        for _ in range(turns):
-            with twin.drop_iteration(BATCH) as plan:
-                self.plans.append(plan)
-        self._by_hand = [ByHand.of(self.plain_paths, self.x, plan) for plan in self.plans]
-
-    def plain(self) -> Iterator[None]:
-        for _ in range(2):
-            x = self.x
-            for path in self.plain_paths:
-                x = x + path.fn(x)
-            x.sum().backward()
-            yield
-
-    def by_hand(self, turn: int) -> Iterator[None]:
-        return self._by_hand[turn % len(self.plans)].pair()
-
-    def ours(self, plan: rdp.PathPlan | None = None) -> Iterator[None]:
-        """Of a plan that is drawn, unless it is given."""
-        for _ in self.scheme.iterations(BATCH, plan=plan):
-            self.paths(self.x).sum().backward()
-            yield
-
-    def verify(self, name: str) -> Check:
-        """The gradients after each backward: by hand as ours, and plain as an inference."""
-        plan = self.plans[0]
-        if name == PLAIN:
-            wanted, got = state_after(self.paths.eval(), self._inferred()), state_after(self.plain_paths, self.plain())
-            self.paths.train()
-        elif name == PLAN:
-            return Check(0.0 if list(self.scheme.iterations(BATCH)) == ["drop", "reuse"] else math.inf, BOUND)
-        else:
-            wanted = state_after(self.plain_paths, self.by_hand(0))
-            got = state_after(self.paths, self.ours(plan))
-        return Check(largest_difference(wanted, got), BOUND)
-
-    def _inferred(self) -> Iterator[None]:
-        for _ in range(2):
-            self.paths(self.x).sum().backward()
-            yield
-
-
-def path_case(mode: str, count: int, turns: int, kind: str) -> Case:
-    """A turn is a pair of iterations on `count` paths."""
-    device = torch.device(kind)
-    ways = Ways(mode, count, turns, device)
-    runs: dict[str, Callable[[int], Iterable[object]]] = {
-        PLAIN: lambda turn: ways.plain(),
-        BY_HAND: ways.by_hand,
-        PLAN: lambda turn: ways.scheme.iterations(BATCH),
-        OURS: lambda turn: ways.ours(),
-    }
-
-    def provider(name: str) -> Provider:
-        def run(turn: int) -> None:
-            for _ in runs[name](turn):
-                for path in ways.paths if name in (OURS, PLAN) else ways.plain_paths:
-                    path.fn.weight.grad = None
-
-        return Provider(name, run, verify=lambda: Ways(mode, count, 1, device, torch.float64).verify(name))
-
-    labels = {"network": "tiny", "depth": None, "width": WIDTH, "batch": BATCH, "paths": count, "mode": mode}
-    return Case(labels, "pair of iterations", PLAIN, [provider(name) for name in runs])
-
-
-def calls_of(provider: Provider) -> Row:
-    """How many functions a turn calls."""
-    return {"calls": count_calls(lambda: provider.run(0))}
-
-
-def count_calls(run: Callable[[], object]) -> int:
-    """Function calls of `run()`, Python's and those from Python to C."""
-    count = 0
-
-    def called(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    gc.disable()  # what it finalises would count too
-    sys.setprofile(called)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-        gc.enable()
-    return count
 
 
 # Real networks

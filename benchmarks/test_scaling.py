@@ -16,7 +16,8 @@ import pytest
 from .cases import MODES
 from .harness import Case
 from .machine import Device, facts, one_thread
-from .scaling import BY_HAND, OURS, PATHS, PLAIN, PLAN, calls_of, path_case
+from .scaling import PATHS
+from .tiny_paths import BY_HAND, OURS, PLAIN, PLAN, calls_of, path_case
 
 SIZE = os.environ.get("RDP_BENCH", "tiny")
 TURNS, COUNTS = {"tiny": 3, "full": 12}[SIZE], PATHS[SIZE]

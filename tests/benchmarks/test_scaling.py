@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from benchmarks import scaling
+from benchmarks import scaling, tiny_paths
 from benchmarks.cases import CPU, MODES
-from benchmarks.scaling import BY_HAND, OURS, PLAIN, PLAN, SMALL, ByHand, Tiny, Ways, count_calls, path_case
+from benchmarks.scaling import SMALL
+from benchmarks.tiny_paths import BY_HAND, OURS, PLAIN, PLAN, ByHand, Tiny, Ways, count_calls, path_case
 from tests.benchmarks.commands import run_command
 from tests.benchmarks.test_command import ONE_THREAD
 
@@ -29,7 +30,7 @@ class Blocks(nn.Module):
 
     def __init__(self, count):
         super().__init__()
-        shortcut = lambda: nn.Linear(scaling.WIDTH, scaling.WIDTH)  # noqa: E731
+        shortcut = lambda: nn.Linear(tiny_paths.WIDTH, tiny_paths.WIDTH)  # noqa: E731
         blocks = (nn.Sequential(rdp.ResidualBranch(Tiny(), shortcut=shortcut()), shortcut()) for _ in range(count))
         self.blocks = nn.Sequential(*blocks)
 
@@ -39,7 +40,7 @@ class Blocks(nn.Module):
 
 def calls_of(build, mode, count):
     """Of making a scheme, of a pair of iterations, of drawing and carrying out a plan without a path, of its state."""
-    model, x = build(count), torch.randn(4, scaling.WIDTH)
+    model, x = build(count), torch.randn(4, tiny_paths.WIDTH)
     keep = torch.tensor([True, False] * (count // 2)) if mode == "block" else torch.tensor([[True, False] * 2] * count)
     plan = rdp.PathPlan(keep, [0.5] * count, mode)
     schemes = []
@@ -69,14 +70,14 @@ def assert_linear(build, mode, counts):
     assert ((each - each[0]) * counts[0]).abs().max() <= 2, f"calls a path: {each.tolist()}"
 
 
-@pytest.mark.parametrize("build", [scaling.tiny_paths, Blocks])
+@pytest.mark.parametrize("build", [tiny_paths.tiny_paths, Blocks])
 @pytest.mark.parametrize("mode", MODES)
 def test_function_calls_grow_linearly_with_the_paths(mode, build):
     assert_linear(build, mode, (20, 40, 80))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [scaling.tiny_paths, Blocks])
+@pytest.mark.parametrize("build", [tiny_paths.tiny_paths, Blocks])
 @pytest.mark.parametrize("mode", MODES)
 def test_function_calls_grow_linearly_up_to_a_thousand_paths(mode, build):
     """Budget: 30 seconds."""
@@ -112,8 +113,8 @@ def test_a_wrong_way_is_caught(mode, name, monkeypatch):
 
 def test_by_hand_follows_the_plan():
     """Of paths that are kept, dropped, kept only the second learns in the reuse iteration."""
-    paths, x = scaling.tiny_paths(3), torch.randn(4, scaling.WIDTH)
-    plan = rdp.PathPlan(torch.tensor([True, False, True]), [scaling.DROP_PROB] * 3, "block")
+    paths, x = tiny_paths.tiny_paths(3), torch.randn(4, tiny_paths.WIDTH)
+    plan = rdp.PathPlan(torch.tensor([True, False, True]), [tiny_paths.DROP_PROB] * 3, "block")
     learned = []
     for _ in ByHand.of(paths, x, plan).pair():
         learned.append([path.fn.weight.grad is not None for path in paths])
@@ -126,7 +127,7 @@ def test_a_turn_leaves_no_gradient_and_runs_what_it_says():
     counted = {}
     for provider in case.providers:
         provider.run(0)
-        counted[provider.name] = [scaling.calls_of(provider)["calls"] for _ in range(2)]
+        counted[provider.name] = [tiny_paths.calls_of(provider)["calls"] for _ in range(2)]
     assert all(first == second for first, second in counted.values()), "the same in every run"
     assert counted[PLAN] < counted[OURS]
 
