@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision
 from rdp_kernels.estimate import Estimate, kept_fractions
 
 from . import command
@@ -121,8 +122,6 @@ def subject_of(options: argparse.Namespace, device: torch.device) -> Subject:
 def _from_timm(name: str, image: int | None) -> nn.Module:
     name = NAMES.get(name, name)
     try:
-        from tests.coverage.libraries import import_torchvision  # which doesn't import everywhere without help
-
         import_torchvision()
         import timm
     except ImportError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
-from tests.coverage.libraries import import_torchvision, installed
+from examples.libraries import import_torchvision, installed
 
 from .networks import End, Network
 from .parts import Part, rest_of

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.coverage.libraries import installed, resolve
+from examples.libraries import installed, resolve
 
 from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRMSNorm
 from .op_kinds import EPS, Op, Setting, Tensors

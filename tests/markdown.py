@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .coverage.libraries import import_torchvision, installed
+from examples.libraries import import_torchvision, installed
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,10 +14,10 @@ from torch import nn
 import rdp_kernels as rdp
 import rdp_kernels.iteration
 import rdp_kernels.path_call
+from examples.libraries import installed
 from rdp_kernels.rows import orders_of
 
 from .coverage.found import CHECKS
-from .coverage.libraries import installed
 from .coverage.markdown import render
 from .coverage.measure import measure
 from .coverage.models import cases

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
 from examples.models import Attention, ResNet, ViT, mlp
 from rdp_kernels.estimate import ModelCost, Row, kept_fractions
 from rdp_kernels.estimate.meters import Flops
 from rdp_kernels.estimate.report import recommend
 
-from .coverage.libraries import import_torchvision, installed
 from .test_cost import saved_bytes
 
 DROP_PROB = 0.4

@@ -8,12 +8,11 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_declared: list[torch.library.Library] = []  # the ops live as long as this
+from examples.libraries import import_torchvision
 
 
 @contextlib.contextmanager
@@ -27,19 +26,6 @@ def needs(*libraries: str) -> Iterator[None]:
     except ImportError as error:
         script = Path(sys.argv[0]).name
         raise SystemExit(f"{script}: error: {error}; needed: pip install {' '.join(libraries)}") from error
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled library doesn't match torch's build: two ops are then declared for it."""
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-    for name in ("nms", "qnms"):
-        _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision")
 
 
 def data(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

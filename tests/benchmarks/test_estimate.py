@@ -10,7 +10,7 @@ import pytest
 from benchmarks import estimate
 from benchmarks.cases import OWN_TINY
 from benchmarks.machine import one_thread
-from tests.coverage.libraries import installed
+from examples.libraries import installed
 
 
 @pytest.fixture(autouse=True)

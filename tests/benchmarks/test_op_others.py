@@ -15,7 +15,7 @@ from benchmarks.op_cases import CUDA, OPS, PASSES, TINY, Setting
 from benchmarks.op_kinds import CPU
 from benchmarks.op_others import OTHERS, others_of
 from benchmarks.op_sets import DRAWS, Sets
-from tests.coverage.libraries import resolve
+from examples.libraries import resolve
 
 A_CPU = Device(CPU, "a CPU", cache_bytes=1 << 12)
 SHAPE = (6, 5, 32)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rdp_kernels as rdp
+from examples.libraries import installed
 from rdp_kernels.drop_paths import is_drop_path
 
-from ..coverage.libraries import installed
 from ..coverage.models import Call, Case, cases
 
 MODELS = {

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .libraries import LIBRARIES, installed
+from examples.libraries import LIBRARIES, installed
+
 from .markdown import render
 from .models import cases
 from .rows import OUTCOMES, Row, groups, measure_group, read, summary, write

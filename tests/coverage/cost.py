@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-
-from .libraries import import_torchvision
+from examples.libraries import import_torchvision
 
 TURNS, CALLS, DEPTH = 15, 30, 12
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .libraries import LIBRARIES, resolve
+from examples.libraries import LIBRARIES, resolve
 
 BATCH = 2
 DROP_PROB = 0.2

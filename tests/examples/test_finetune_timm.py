@@ -15,7 +15,7 @@ import torch
 from examples import finetune_timm
 from examples.digits.data import Digits
 from examples.digits.storage import Folder
-from tests.coverage.libraries import import_torchvision, installed
+from examples.libraries import import_torchvision, installed
 
 if installed("torchvision"):
     import_torchvision()

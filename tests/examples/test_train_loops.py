@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from tests.coverage.libraries import installed
+from examples.libraries import installed
 from tests.integrations.loops import isolate
 
 isolated = pytest.fixture(autouse=True)(isolate)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
-
-from ..coverage.libraries import import_torchvision, installed
+from examples.libraries import import_torchvision, installed
 
 if installed("torchvision"):
     import_torchvision()  # as transformers, timm and Lightning do, but on any build of torch

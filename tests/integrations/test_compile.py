@@ -12,11 +12,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
 from rdp_kernels.integrations.compile import compile_branches
 
 from .. import nets
 from ..convert import nets as blocks
-from ..coverage.libraries import import_torchvision, installed
 from ..test_stacks import Net, assert_same, gradients
 
 

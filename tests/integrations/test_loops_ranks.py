@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..coverage.libraries import installed
+from examples.libraries import installed
 
 ROOT = Path(__file__).parents[2]
 
