@@ -176,6 +176,15 @@ def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, mo
     assert not out.exists()
 
 
+@pytest.fixture
+def _interruptible():
+    """Shells have what they start in the background ignore the signal, and Python leaves that so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_signal_prints_and_writes_what_there_is(instant, tmp_path, monkeypatch, capsys):
     taken = []
 
