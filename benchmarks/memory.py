@@ -33,11 +33,11 @@ import rdp_kernels as rdp
 
 from . import command
 from .cases import MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
-from .command import shown
 from .harness import Row, quotient
 from .machine import Device, facts
 from .pairs import TRAINERS, Exact, Plain
-from .step import case_of, notes_of
+from .pass_tables import Columns
+from .step import case_table, notes_of
 
 FULL_PLANS, FEW_PLANS = 6, 2
 STEP, DROP, REUSE = "step", "drop", "reuse"
@@ -228,7 +228,7 @@ def summary(name: str, sizes: list[int], plain: int) -> Row:
 
 # What is shown
 
-COLUMNS: dict[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "saved MB": ("saved_mean_mb", ",.1f"),
     "saved": ("saved_ratio", ".3f"),
     "largest": ("saved_max_ratio", ".3f"),
@@ -239,22 +239,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table(
-        title="Memory of an iteration (forward, backward, AdamW); means over the plans, and ratios to plain's step",
-        caption=command.machine_line(rows[0]),
-    )
-    table.add_column("provider", no_wrap=True)
-    table.add_column("iteration", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    for case, group in itertools.groupby(rows, case_of):
-        table.add_section()
-        table.add_row(f"[bold]{case}[/bold]")
-        for row in group:
-            values = row | {f"{name}_mean_mb": _megabytes(row[f"{name}_mean_bytes"]) for name in ("saved", "peak")}
-            cells = (shown(values[key], spec) for key, spec in COLUMNS.values())
-            table.add_row(f"  {row['provider']}", row["iteration"], *cells)
-    return table
+    title = "Memory of an iteration (forward, backward, AdamW); means over the plans, and ratios to plain's step"
+    megabytes = [
+        {f"{name}_mean_mb": _megabytes(row[f"{name}_mean_bytes"]) for name in ("saved", "peak")} for row in rows
+    ]
+    rows = [row | more for row, more in zip(rows, megabytes, strict=True)]
+    return case_table(rows, COLUMNS, title, command.machine_line(rows[0]), ("provider", "iteration"))
 
 
 def _megabytes(size: float | None) -> float | None:

@@ -25,6 +25,7 @@ from .drop_path import drop_path_case
 from .harness import Row, Session, quotient
 from .machine import Device
 from .pairs import BranchFrozen, Exact, Naive
+from .pass_tables import Columns
 
 FULL_TURNS, FEW_TURNS = 12, 3
 ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
@@ -135,7 +136,7 @@ def drop_path_models(compiled: bool | None, device: str, models: Iterable[str]) 
     return [model for model in models if model in wanted]
 
 
-COLUMNS: dict[str, tuple[str, str]] = {
+COLUMNS: Columns = {
     "p50 ms": ("p50_ms", ".1f"),
     "min ms": ("min_ms", ".1f"),
     "time": ("ratio_rounds", ".3f"),
@@ -146,20 +147,27 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table(
-        title="A pair of steps (forward, backward, AdamW); time and needed FLOPs as ratios to plain",
-        caption=_machine_line(rows[0]),
+    title = "A pair of steps (forward, backward, AdamW); time and needed FLOPs as ratios to plain"
+    return case_table(
+        [row | {"above_needed": above_needed(row)} for row in rows], COLUMNS, title, _machine_line(rows[0])
     )
-    table.add_column("provider", no_wrap=True)
-    for name in COLUMNS:
+
+
+def case_table(
+    rows: list[Row], columns: Columns, title: str, caption: str, labels: Sequence[str] = ("provider",)
+) -> Table:
+    """The providers of each case below each other; `labels` are keys of the columns of text."""
+    table = Table(title=title, caption=caption)
+    for name in labels:
+        table.add_column(name, no_wrap=True)
+    for name in columns:
         table.add_column(name, justify="right")
     for case, group in itertools.groupby(rows, case_of):
         table.add_section()
         table.add_row(f"[bold]{case}[/bold]")
         for row in group:
-            values = row | {"above_needed": above_needed(row)}
-            cells = (shown(values[key], spec) for key, spec in COLUMNS.values())
-            table.add_row(f"  {row['provider']}", *cells)
+            first, *others = (row[key] for key in labels)
+            table.add_row(f"  {first}", *others, *(shown(row[key], spec) for key, spec in columns.values()))
     return table
 
 

@@ -198,7 +198,8 @@ def arguments_of(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
 def batch_size_of(example_inputs: Any) -> int:
     tensors = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors or tensors[0].shape[0] == 0:
-        raise ValueError("example_inputs must hold a tensor with samples in dimension 0")
+        came = f"one of shape {list(tensors[0].shape)}" if tensors else f"{type(example_inputs).__name__} without one"
+        raise ValueError(f"example_inputs must hold a tensor with samples in dimension 0, got {came}")
     return tensors[0].shape[0]
 
 

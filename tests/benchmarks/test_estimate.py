@@ -10,6 +10,7 @@ import pytest
 from benchmarks import estimate
 from benchmarks.cases import OWN_TINY
 from benchmarks.machine import one_thread
+from benchmarks.pages import RESULTS
 from examples.libraries import installed
 
 
@@ -38,6 +39,8 @@ def test_prints_and_writes_the_estimate(tmp_path, capsys):
     with files[0].open() as file:
         table = list(csv.DictReader(file))
     rows = json.loads(files[1].read_text())
+    described = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{column}`" in described for column in rows[0])
     assert len(rows) == len(table) == 4 * 6
     assert {(row["model"], row["batch"], row["dtype"]) for row in rows} == {("vit", 3, "float64")}
     assert all(row["flop_ratio"] < 1 and row["time_ratio"] is None and row["threads"] == 1 for row in rows)
