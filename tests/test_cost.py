@@ -21,15 +21,6 @@ TOKENS, HIDDEN, PATHS = (SIDE // PATCH) ** 2, 4 * DIM, 2 * DEPTH
 FLOAT, INDEX = 4, 8  # bytes
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny matmuls: threads only wait for each other where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # What is needed, in plain arithmetic
 
 

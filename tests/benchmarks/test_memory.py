@@ -164,6 +164,9 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert max(map(len, printed.splitlines())) <= 100
     assert "resnet block p=0.5" in printed
     assert "resnet sample: no naive, ours exact, ours branch-frozen: path 'paths.0'" in printed
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in printed.splitlines() if line.startswith("│")]
+    first = rows[0]
+    assert [first["provider"], first["iteration"], f"{first['saved_mean_bytes'] / 1e6:,.1f}"] in cells
 
 
 def test_an_interrupt_keeps_the_plans_that_are_complete(monkeypatch, tmp_path):
