@@ -155,6 +155,18 @@ def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str =
     Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
     path that has a scheme.
     """
+    owners = find_owners(model)
+    for name, owner in owners.items():
+        if owner.slot.scheme is not None:
+            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
+    rates: list[float | None] = [None] * len(owners)
+    if drop_prob is not None:
+        rates = [*drop_path_rates(drop_prob, len(owners), schedule)]
+    return [Path(index, name, owners[name], rate) for index, (name, rate) in enumerate(zip(owners, rates, strict=True))]
+
+
+def find_owners(model: nn.Module) -> dict[str, PathOwner]:
+    """What stands for the paths of `model`, by name, in registration order. Raises as `find_paths`, but for schemes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     owners: dict[str, PathOwner] = {}
@@ -162,8 +174,6 @@ def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str =
     for name, module in model.named_modules():
         for label, owner in paths_of(module):
             path = ".".join(part for part in (name, label) if part)
-            if owner.slot.scheme is not None:
-                raise RuntimeError(f"path {path!r} has a scheme already: call its remove() first, or let go of it")
             if id(module) in inside:
                 raise ValueError(
                     f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
@@ -175,10 +185,7 @@ def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str =
             inside |= {id(m): path for inner in around if inner is not None for m in inner.modules()}
     if not owners:
         raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
-    rates: list[float | None] = [None] * len(owners)
-    if drop_prob is not None:
-        rates = [*drop_path_rates(drop_prob, len(owners), schedule)]
-    return [Path(index, name, owners[name], rate) for index, (name, rate) in enumerate(zip(owners, rates, strict=True))]
+    return owners
 
 
 def refuse_batch_norm(paths: Iterable[Path]) -> None:

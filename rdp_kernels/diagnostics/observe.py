@@ -1,0 +1,118 @@
+"""Looking on at a model's paths, or standing in for them, with the model left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..path_call import PathCall
+from ..paths import find_owners
+
+StandIn = Callable[[int, PathCall, Tensor], Tensor]
+"""Path (its row in `scheme.paths`), call and input; returns the path's output."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One call of a path. Valid while it lasts: what follows in a model may write to these tensors.
+
+    Args:
+        path: its index in registration order, as in `scheme.paths`.
+        name: of the path in the model.
+        x: its input, `[B, ...]`.
+        residual: what the branch is added to: `x`, or `shortcut(x)`.
+        branch: what is added, `γ · fn(norm(x))`.
+        out: its output, `act(residual + branch)`.
+    """
+
+    path: int
+    name: str
+    x: Tensor
+    residual: Tensor
+    branch: Tensor
+    out: Tensor
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode within; afterwards every module's mode and torch's random states are what they were.
+
+    Raises `RuntimeError` inside an iteration of a scheme's: what a forward does there is the plan's business.
+    """
+    for name, owner in find_owners(model).items():
+        scheme = owner.slot.scheme
+        if scheme is not None and scheme.phase is not None:
+            raise RuntimeError(f"path {name!r} is in an open {scheme.phase} iteration: look at the model outside of it")
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, stand_in: StandIn) -> Iterator[list[str]]:
+    """`stand_in` gives what the paths of `model` would within; yields the paths' names."""
+    owners = find_owners(model)
+    before = [owner.slot.probe for owner in owners.values()]
+    for index, owner in enumerate(owners.values()):
+        owner.slot.probe = functools.partial(stand_in, index)
+    try:
+        yield list(owners)
+    finally:
+        for owner, probe in zip(owners.values(), before, strict=True):
+            owner.slot.probe = probe
+
+
+@contextlib.contextmanager
+def observing(model: nn.Module, on_call: Callable[[Pieces], None]) -> Iterator[list[str]]:
+    """`on_call` sees every call of a path within, in the order of the forward; yields the paths' names."""
+    names: list[str] = []
+
+    def look(path: int, call: PathCall, x: Tensor) -> Tensor:
+        residual, branch = call.residual(x), added(call, x)
+        out = finish(call, residual + branch)
+        on_call(Pieces(path, names[path], x, residual, branch, out))
+        return out
+
+    with standing_in(model, look) as found:
+        names += found
+        yield found
+
+
+def added(call: PathCall, x: Tensor) -> Tensor:
+    """What the path adds to its stream: `γ · fn(norm(x))`."""
+    owner, branch = call.owner, call.branch(x)
+    if owner.gamma is None:
+        return branch
+    dim = owner.channel_dim % branch.dim()
+    return branch * owner.gamma.view([-1 if d == dim else 1 for d in range(branch.dim())])
+
+
+def finish(call: PathCall, out: Tensor) -> Tensor:
+    """The path's activation after the add."""
+    return out.relu() if call.owner.activation == "relu" else out
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """`model` on a batch: one argument, a tuple or list of arguments, or a mapping of arguments by name."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def as_batches(batches: Any) -> Iterable[Any]:
+    """A tensor or a mapping is one batch."""
+    return [batches] if isinstance(batches, Tensor | Mapping) else batches
