@@ -3,6 +3,6 @@
 import hashlib
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed of several numbers. Hashed, as torch's CPU generator uses the lower 32 bits of its seed only."""
+def seed_of(*numbers: int | str) -> int:
+    """One seed of several numbers or names. Hashed, as torch's CPU generator uses the lower 32 bits of its seed only."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "little")

@@ -1,0 +1,55 @@
+"""What trained networks are like: accuracy, also with paths removed, and how similar their layers are."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.digits.seeds import seed_of
+from examples.spirals.networks import SpiralNetworks
+
+REMOVALS = 12  # random choices of removed paths that an accuracy is averaged over
+
+
+@torch.no_grad()
+def streams(model: SpiralNetworks, points: Tensor, removed: tuple[int, ...] = ()) -> list[Tensor]:
+    """The residual stream before the first path and after each, `[networks, points, width]`, as at inference, without
+    the branches of the paths `removed`; nothing is rescaled."""
+    network = torch.arange(model.networks)
+    states = [model.stem(points, network)]
+    for index, path in enumerate(model.paths):
+        state = states[-1]
+        states.append(state if index in removed else state + path.fn(state, network))
+    return states
+
+
+@torch.no_grad()
+def logits(model: SpiralNetworks, points: Tensor, removed: tuple[int, ...] = ()) -> Tensor:
+    return model.head(streams(model, points, removed)[-1], torch.arange(model.networks))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each network."""
+    return (logits.argmax(dim=-1) == labels).double().mean(dim=-1)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each network, in nats."""
+    return F.cross_entropy(logits.mT.double(), labels, reduction="none").mean(dim=-1)
+
+
+def accuracy_without(model: SpiralNetworks, points: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Of each network with `count` of its paths removed: the mean over the same random choices for all networks."""
+    picked = removals(len(model.paths), count)
+    return torch.stack([accuracy(logits(model, points, removed), labels) for removed in picked]).mean(dim=0)
+
+
+def removals(paths: int, count: int) -> list[tuple[int, ...]]:
+    """All choices of `count` paths where there are no more than `REMOVALS` of them, else that many random ones."""
+    if count in (1, paths - 1) and paths <= REMOVALS:
+        return list(itertools.combinations(range(paths), count))
+    generator = torch.Generator().manual_seed(seed_of(paths, count))
+    return [tuple(torch.randperm(paths, generator=generator)[:count].sort().values.tolist()) for _ in range(REMOVALS)]
