@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from examples.digits.results import Estimate, Summary
+from examples.digits.results import Summary
 from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
+from examples.intervals import Estimate
 
 matplotlib.use("Agg")
 

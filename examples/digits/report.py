@@ -16,9 +16,10 @@ from benchmarks.machine import Device, facts
 from examples.digits.analysis import REMOVALS
 from examples.digits.data import BATCH_SIZE
 from examples.digits.plots import draw_all
-from examples.digits.results import Estimate, findings, milliseconds, summarize
+from examples.digits.results import findings, milliseconds, summarize
 from examples.digits.storage import Folder
 from examples.digits.training import METHODS, PLAIN, WEIGHT_DECAY, Config
+from examples.intervals import Estimate
 
 CAPTIONS = {
     "accuracy.png": "Accuracy over the training.",

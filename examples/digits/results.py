@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and the half width of its 95 % interval (Student's t); None with a single seed."""
-
-    mean: float
-    half_width: float | None
-
-    @classmethod
-    def of(cls, values: list[float]) -> Estimate:
-        if len(values) < 2:
-            return cls(values[0], None)
-        t = float(stats.t.ppf(0.975, len(values) - 1))
-        return cls(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
-    def percent(self) -> str:
-        spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
+from examples.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -120,7 +95,7 @@ def _time(times: dict[str, float], method: str) -> str:
 
 def _compare(values: dict[str, list[float]], method: str, other: str) -> str:
     """The difference over seeds in pairs: both trained from the same weights on the same batches."""
-    difference = Estimate.of([a - b for a, b in zip(values[method], values[other], strict=True)])
+    difference = Estimate.of_difference(values[method], values[other])
     direction = "above" if difference.mean >= 0 else "below"
     points = f"{100 * abs(difference.mean):.1f}"
     if difference.half_width is None:
