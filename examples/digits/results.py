@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import stats
 
-from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
 
 
 @dataclass(frozen=True)
