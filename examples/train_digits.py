@@ -34,7 +34,8 @@ from examples.digits.data import BATCH_SIZE, Digits
 from examples.digits.experiment import Experiment, Stopped, StopSignals
 from examples.digits.report import Report
 from examples.digits.storage import Folder, StorageError
-from examples.digits.training import METHODS, NETWORKS, PLAIN, Config, Training
+from examples.digits.training import NETWORKS, Config, Training
+from examples.methods import METHODS, PLAIN
 
 
 class ProgressDisplay:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,18 @@ def begin_run(
     argv: Sequence[str] | None,
     default_out: Callable[[argparse.Namespace], str],
     limits: Mapping[str, tuple[float, float]],
+    finished: Callable[[dict[str, Any]], bool] = lambda state: (
+        state["epochs"][-1]["epoch"] >= state["options"]["epochs"]
+    ),
+    about_command: Collection[str] = LAST,
 ) -> tuple[argparse.Namespace, dict[str, Any] | None, Folder]:
     """The options, the checkpoint to go on from, if any, and the folder. Raises `Problem`.
 
     Args:
         default_out: the run's folder where --out isn't given.
         limits: lowest and highest value of options.
+        finished: whether the run of a checkpoint is.
+        about_command: options that are about the command, not about its run.
     """
     args = parser.parse_args(argv)
     folder = Folder(args.out or Path("report") / default_out(args))
@@ -51,7 +57,7 @@ def begin_run(
     if folder.has_checkpoint() and not args.overwrite:
         state = folder.load_checkpoint(torch.device("cpu"))
         saved = state.get("options")
-        if not isinstance(saved, dict) or saved.keys() != vars(args).keys() - set(LAST):
+        if not isinstance(saved, dict) or saved.keys() != vars(args).keys() - set(about_command):
             raise Problem(f"argument --out: {folder.path} holds the run of another example")
         if args.resume:
             parser.set_defaults(**saved)  # options that aren't given are the run's
@@ -60,11 +66,11 @@ def begin_run(
                 if getattr(args, name) != value:
                     option = f"argument {name.replace('_', '-')}: the run in {folder.path} has {value!r}"
                     raise Problem(f"{option}, got {getattr(args, name)!r}: leave it out, or name another --out")
-        elif state["epochs"][-1]["epoch"] < saved["epochs"]:
+        elif not finished(state):
             raise Problem(f"{folder.path} holds an unfinished run: give --resume, --overwrite or another --out")
         else:
             state = None
-    options = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in LAST})
+    options = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in about_command})
     for name, (low, high) in limits.items():
         if (value := getattr(options, name)) is not None and not low <= value <= high:
             raise Problem(f"argument --{name.replace('_', '-')}: must be in [{low:g}, {high:g}], got {value}")

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from examples.digits.analysis import accuracy_without, layer_similarity, removal_counts, weights_sha256
 from examples.digits.data import Digits
-from examples.digits.training import METHODS, Config, Training
+from examples.digits.training import Config, Training
+from examples.methods import METHODS
 from rdp_kernels.estimate import ModelCost
 
 EVALUATIONS = 10  # in the course of a training; a checkpoint is written at each

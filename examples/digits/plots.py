@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.digits.results import Summary
-from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 from examples.intervals import Estimate
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 
 matplotlib.use("Agg")
 

@@ -18,8 +18,9 @@ from examples.digits.data import BATCH_SIZE
 from examples.digits.plots import draw_all
 from examples.digits.results import findings, milliseconds, summarize
 from examples.digits.storage import Folder
-from examples.digits.training import METHODS, PLAIN, WEIGHT_DECAY, Config
+from examples.digits.training import WEIGHT_DECAY, Config
 from examples.intervals import Estimate
+from examples.methods import METHODS, PLAIN
 
 CAPTIONS = {
     "accuracy.png": "Accuracy over the training.",

@@ -6,8 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
 from examples.intervals import Estimate
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
 
 
 @dataclass(frozen=True)

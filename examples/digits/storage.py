@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = b"rdp-digits-1"  # the first bytes of a checkpoint; changes with what is in it
+FORMAT = b"rdp-digits-2"  # the first bytes of a checkpoint; changes with what is in it
 
 
 class StorageError(Exception):
@@ -63,15 +63,15 @@ class Folder:
     def has_checkpoint(self) -> bool:
         return (self.path / CHECKPOINT).exists()
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, state: dict[str, Any], name: str = CHECKPOINT) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
-        self.write(CHECKPOINT, FORMAT + hashlib.sha256(content).digest() + content)
+        self.write(name, FORMAT + hashlib.sha256(content).digest() + content)
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+    def load_checkpoint(self, device: torch.device, name: str = CHECKPOINT) -> dict[str, Any]:
         """Raises `StorageError` for a damaged one: torch.load itself doesn't notice a flipped bit in a tensor."""
-        file = self.path / CHECKPOINT
+        file = self.path / name
         damaged = f"{file} is damaged or of another version ({{}}); it was left as it is. Start again with --overwrite"
         try:
             content = file.read_bytes()

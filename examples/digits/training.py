@@ -1,8 +1,7 @@
-"""The methods that are compared, and a training of one of them that can stop and go on between any two steps."""
+"""The networks, and a training of one of them by one of the methods, that can stop and go on between any two steps."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from dataclasses import asdict, dataclass, field
@@ -11,23 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import rdp_kernels as rdp
 from examples.digits.data import Digits
-from examples.digits.seeds import seed_of
+from examples.methods import Iterations
 from examples.models import ResidualClassifier, ResidualMLP, ResNet, ViT
-from rdp_kernels.estimate import ModelCost, kept_fractions
-
-PLAIN, DROP_PATH, EXACT, FROZEN = "plain", "drop-path", "ResidualDroppath", "branch-frozen"
-DROP_THEN_FULL, RANDOM = "drop, then full", "random paths frozen"
-METHODS = {
-    PLAIN: "every path runs and learns",
-    DROP_PATH: "every step drops random paths; ordinary stochastic depth",
-    EXACT: "drop iteration, then a reuse iteration in which only what was dropped learns; exact",
-    FROZEN: 'the same with freeze="branch": gradients bypass frozen branches; approximate',
-    DROP_THEN_FULL: 'control, freeze="none": in the second iteration everything learns',
-    RANDOM: "control: in the second iteration other random paths learn than those that were dropped",
-}
-FREEZE = {EXACT: "parameters", FROZEN: "branch", DROP_THEN_FULL: "none", RANDOM: "parameters"}
+from rdp_kernels.estimate import ModelCost
 
 WEIGHT_DECAY = 0.05
 
@@ -97,21 +83,14 @@ class Training:
         seed: int,
         steps: int,
     ):
-        self.digits, self.config, self.seed, self.cost = digits, config, seed, cost
-        self.model, self.scheme = copy.deepcopy(weights), None
-        self.plans_reuse_by_hand = method == RANDOM
-        if method == DROP_PATH:
-            for branch in self.model.paths:
-                branch.drop_prob, branch.mode = config.drop_prob, config.mode
-        if method in FREEZE:
-            self.scheme = rdp.ResidualDropPath(
-                self.model, config.drop_prob, mode=config.mode, freeze=FREEZE[method], seed=seed
-            )
+        self.digits, self.config, self.seed = digits, config, seed
+        self.model = copy.deepcopy(weights)
+        self.iterations = Iterations(method, self.model, cost, drop_prob=config.drop_prob, mode=config.mode, seed=seed)
+        self.scheme = self.iterations.scheme
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.network.learning_rate, weight_decay=WEIGHT_DECAY
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        self.batches = 0  # taken so far
         self.record = Record()
 
     def step(self) -> None:
@@ -119,11 +98,9 @@ class Training:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         synchronize()
         start = time.perf_counter()
-        phase = PLAIN if self.scheme is None else "reuse" if self.scheme.reuse_pending else "drop"
-        if phase != "reuse":
-            self.batches += 1
-        images, labels = self.digits.batch(self.seed, self.batches - 1)
-        with self._iteration(phase, len(images)) as plan:
+        phase = self.iterations.phase
+        images, labels = self.digits.batch(self.seed, self.iterations.draws - (phase == "reuse"))
+        with self.iterations.open(len(images)) as plan:
             loss = F.cross_entropy(self.model(images), labels)
             loss.backward()
             self.optimizer.step()
@@ -132,32 +109,9 @@ class Training:
         synchronize()
         self.record.seconds.append(time.perf_counter() - start)
         self.record.losses.append(loss.item())
-        self.record.needed.append(self._needed_flops(phase, plan))
+        self.record.needed.append(self.iterations.needed_flops(phase, plan))
         self.record.phases[phase] = self.record.phases.get(phase, 0) + 1
-        if self.plans_reuse_by_hand and phase == "drop":
-            self._plan_reuse_by_hand(len(images))
-
-    def _iteration(self, phase: str, batch_size: int) -> contextlib.AbstractContextManager[rdp.PathPlan | None]:
-        if self.scheme is None:
-            return contextlib.nullcontext()
-        return self.scheme.reuse_iteration() if phase == "reuse" else self.scheme.drop_iteration(batch_size)
-
-    def _plan_reuse_by_hand(self, batch_size: int) -> None:
-        """Puts a plan drawn apart in the place of the one just carried out: its complement is what reuse trains."""
-        assert self.scheme is not None
-        drop_probs = [path.drop_prob for path in self.scheme.paths]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.batches))
-        shape = (len(drop_probs), batch_size) if self.config.mode == "sample" else (len(drop_probs),)
-        keep = torch.rand(shape, generator=generator) >= self.config.drop_prob
-        with self.scheme.drop_iteration(batch_size, plan=rdp.PathPlan(keep, drop_probs, self.config.mode)):
-            pass
-
-    def _needed_flops(self, phase: str, plan: rdp.PathPlan | None) -> float:
-        """Of the step just taken; for ordinary drop-path, whose draws aren't seen, the expectation."""
-        if self.scheme is None or plan is None:
-            return self.cost.drop([1 - path.drop_prob for path in self.model.paths])
-        kept = kept_fractions(plan)
-        return self.cost.drop(kept) if phase == "drop" else self.cost.reuse(kept, self.scheme.freeze)
+        self.iterations.close(phase, len(images))
 
     @torch.no_grad()
     def evaluate(self, last_steps: int) -> None:
@@ -175,8 +129,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scheme": None if self.scheme is None else self.scheme.state_dict(),
-            "batches": self.batches,
+            "iterations": self.iterations.state_dict(),
             "record": asdict(self.record),
         }
 
@@ -184,6 +137,5 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.scheme is not None:
-            self.scheme.load_state_dict(state["scheme"])
-        self.batches, self.record = state["batches"], Record(**state["record"])
+        self.iterations.load_state_dict(state["iterations"])
+        self.record = Record(**state["record"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rdp_kernels as rdp
 from examples.digits.seeds import seed_of
-from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 from examples.spirals.adam import StackedAdam
 from examples.spirals.data import Points
 from examples.spirals.networks import SpiralNetworks

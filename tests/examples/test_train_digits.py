@@ -15,7 +15,8 @@ from examples.digits import analysis, experiment, training
 from examples.digits.data import Digits
 from examples.digits.experiment import Experiment, Stopped, StopSignals
 from examples.digits.storage import Folder
-from examples.digits.training import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM, Config, Training
+from examples.digits.training import Config, Training
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, PLAIN, RANDOM
 from examples.models import ResidualMLP, ResNet, ViT, forward_with_ends
 
 TINY = {

@@ -1,0 +1,82 @@
+"""A byte-level GPT built from residual paths, and text sampled from it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rdp_kernels as rdp
+from examples.digits.seeds import seed_of
+from examples.language.data import FILE_START
+from examples.models import ResidualClassifier, mlp
+
+BYTES = 256
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention `[B, N, C]`; each place sees itself and those before it."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class ByteGPT(ResidualClassifier):
+    """Bytes, int64 `[B, N]` with N ≤ context, to logits of the byte after each, `[B, N, 256]`.
+
+    Pre-norm; each block is two paths, attention and MLP. The embedding is the head's weight too, and the rest's: no
+    path's. Initial weights are GPT-2's.
+    """
+
+    def __init__(self, depth: int, width: int, heads: int, context: int):
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.paths = rdp.ResidualSequence(
+            *(
+                rdp.ResidualBranch(fn, norm=nn.LayerNorm(width))
+                for _ in range(depth)
+                for fn in (CausalAttention(width, heads), mlp(width))
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, BYTES, bias=False)
+        self.head.weight = self.embedding.weight
+        for name, parameter in self.named_parameters():
+            last = name.endswith(("fn.proj.weight", "fn.2.weight"))  # what a branch adds is smaller, the more there are
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def embed(self, text: Tensor) -> Tensor:
+        return self.embedding(text) + self.position[: text.shape[1]]
+
+    def classify(self, stream: Tensor) -> Tensor:
+        return self.head(self.norm(stream))
+
+
+@torch.no_grad()
+def sample(model: ByteGPT, count: int, temperature: float, seed: int) -> bytes:
+    """`count` bytes after the start of a file; temperature 0 takes the likeliest each time."""
+    device, context = model.position.device, len(model.position)
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    text = torch.tensor([list(FILE_START)])
+    model.eval()
+    for _ in range(count):
+        logits = model(text[:, -context:].to(device))[0, -1].float().cpu()
+        if temperature == 0:
+            following = logits.argmax().view(1)
+        else:
+            following = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+        text = torch.cat([text, following.view(1, 1)], dim=1)
+    return bytes(text[0, len(FILE_START) :].tolist())
