@@ -10,6 +10,7 @@ from torch import Tensor
 
 from examples.digits.seeds import seed_of
 from examples.spirals.networks import SpiralNetworks
+from rdp_kernels.diagnostics import linear_cka
 
 REMOVALS = 12  # random choices of removed paths that an accuracy is averaged over
 
@@ -45,6 +46,13 @@ def accuracy_without(model: SpiralNetworks, points: Tensor, labels: Tensor, coun
     """Of each network with `count` of its paths removed: the mean over the same random choices for all networks."""
     picked = removals(len(model.paths), count)
     return torch.stack([accuracy(logits(model, points, removed), labels) for removed in picked]).mean(dim=0)
+
+
+def similarity(model: SpiralNetworks, points: Tensor) -> Tensor:
+    """Linear CKA between the states of each network's stream, `[networks, paths + 1, paths + 1]`."""
+    states = torch.stack(streams(model, points), dim=1)
+    rows = [linear_cka(states[:, [row]].expand_as(states), states) for row in range(states.shape[1])]
+    return torch.stack(rows, dim=1)
 
 
 def removals(paths: int, count: int) -> list[tuple[int, ...]]:

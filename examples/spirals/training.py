@@ -46,14 +46,14 @@ class Setting:
     width: int = 32
     layers: int = 1
     points: int = 400
-    noise: float = 0.03
+    noise: float = 0.05
     drop_prob: float = 0.2
     mode: str = "block"
     schedule: str = "constant"
     scale_by_keep: bool = True
     train_rest: bool = False
-    learning_rate: float = 1e-3
-    steps: int = 600
+    learning_rate: float = 5e-3
+    steps: int = 1000
     equal: str = "steps"
 
 
@@ -92,15 +92,32 @@ class Training:
             with scheme.reuse_iteration():
                 self._learn(scheme)
         else:
-            keep = self._draw()
+            keep = self.draw()
             with scheme.drop_iteration(plan=self._plan(keep)):
                 self._learn(scheme)
             if self.method == DROP_PATH:
                 scheme.reset()
             elif self.method in (RANDOM, KEPT):
-                other = self._shuffled(keep) if self.method == RANDOM else ~keep
-                with scheme.drop_iteration(plan=self._plan(other)):
+                with scheme.drop_iteration(plan=self._plan(self.second_plan(keep))):
                     pass  # it takes the place of the plan just carried out: its complement is what reuse trains
+
+    def draw(self) -> Tensor:
+        """Bool `[paths, networks, 1 or points]`: what a drop iteration keeps, each network's from its own generator."""
+        assert self._scheme is not None
+        probs = torch.tensor([path.drop_prob for path in self._scheme.paths])[:, None]
+        shape = (len(probs), self.setting.points if self.model.per_point else 1)
+        return torch.stack([torch.rand(shape, generator=g) >= probs for g in self._generators], dim=1)
+
+    def second_plan(self, keep: Tensor) -> Tensor:
+        """After a drop iteration of `keep`, what is frozen in the second one."""
+        if self.method == KEPT:
+            return ~keep
+        if self.method != RANDOM:
+            return keep
+        # The decisions about each network, or each of its points, are dealt out to its paths anew.
+        depth, _, columns = keep.shape
+        orders = [torch.rand(depth, columns, generator=g).argsort(dim=0) for g in self._others]
+        return keep.gather(0, torch.stack(orders, dim=1))
 
     def _learn(self, scheme: rdp.ResidualDropPath | None) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -138,16 +155,3 @@ class Training:
         """`keep [paths, networks, 1 or points]` as the scheme takes it."""
         assert self._scheme is not None
         return rdp.PathPlan(keep.flatten(1), [path.drop_prob for path in self._scheme.paths], "sample")
-
-    def _draw(self) -> Tensor:
-        """Bool `[paths, networks, 1 or points]`, each network's from its own generator."""
-        assert self._scheme is not None
-        probs = torch.tensor([path.drop_prob for path in self._scheme.paths])[:, None]
-        shape = (len(probs), self.setting.points if self.model.per_point else 1)
-        return torch.stack([torch.rand(shape, generator=g) >= probs for g in self._generators], dim=1)
-
-    def _shuffled(self, keep: Tensor) -> Tensor:
-        """The decisions about each network, or each of its points, dealt out to its paths anew."""
-        depth, _, columns = keep.shape
-        orders = [torch.rand(depth, columns, generator=g).argsort(dim=0) for g in self._others]
-        return keep.gather(0, torch.stack(orders, dim=1))

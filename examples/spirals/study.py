@@ -1,0 +1,163 @@
+"""Which settings are compared, and running them: a process for each method on a setting, for all seeds at once."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
+from examples.spirals.data import TEST_POINTS, Points
+from examples.spirals.measure import accuracy, accuracy_without, logits, loss, similarity
+from examples.spirals.training import FREEZE, KEPT, Setting, Training
+from rdp_kernels.diagnostics import heatmap_rebound
+from rdp_kernels.estimate import ModelCost
+
+COST_DRAWS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a setting; `study` is what the setting is there for."""
+
+    study: str
+    method: str
+    setting: Setting
+
+    @property
+    def label(self) -> str:
+        return f"{self.study}: {self.method}"
+
+
+BASE = Setting()
+MAIN = (PLAIN, DROP_PATH, EXACT, DROP_THEN_FULL, RANDOM)
+PAIR = (DROP_PATH, EXACT, RANDOM)
+
+
+def study(base: Setting = BASE) -> list[Case]:
+    """Every setting differs from `base` in what its name says. The networks of another size, data or length of training
+    have all methods; where just the scheme differs, plain training is the base's."""
+
+    def cases(name: str, methods: Sequence[str], **changed: Any) -> list[Case]:
+        return [Case(name, method, replace(base, **changed)) for method in methods]
+
+    small = min(base.depth, 6)
+    return [
+        *cases("base", (*MAIN, FROZEN, KEPT)),
+        *cases("equal FLOPs", (DROP_PATH, EXACT, DROP_THEN_FULL, RANDOM, FROZEN), equal="flops"),
+        *cases("p = 0.1", PAIR, drop_prob=0.1),
+        *cases("p = 0.5", (*PAIR, KEPT), drop_prob=0.5),
+        *cases("mode: each point", PAIR, mode="sample"),
+        *cases("schedule: linear", PAIR, schedule="linear"),
+        *cases("kept branches not scaled", (DROP_PATH, EXACT, RANDOM), scale_by_keep=False),
+        *cases("stem and head learn in both", (EXACT, RANDOM), train_rest=True),
+        *cases(f"depth {small}, width {small}", MAIN, depth=small, width=small),
+        *cases("depth 12", MAIN, depth=12),
+        *cases("two-layer branches", MAIN, layers=2),
+        *cases("a quarter of the points", MAIN, points=base.points // 4),
+        *cases("three times the noise", MAIN, noise=3 * base.noise),
+        *cases("three times the steps", MAIN, steps=3 * base.steps),
+    ]
+
+
+def needed_ratio(method: str, setting: Setting) -> float:
+    """FLOPs that an optimizer step of `method` needs, as a ratio to plain training's: the mean over drawn pairs."""
+    if method == PLAIN:
+        return 1.0
+    cost = _cost(replace(setting, mode="block"))  # in either mode a path costs by the share of what keeps it
+    training = Training(method, setting, list(range(COST_DRAWS)), steps=1)
+    keep, plain = training.draw(), cost.plain()
+    other = training.second_plan(keep)
+    kept, learns_not = (k.double().mean(dim=2).T for k in (keep, other))
+    drop = cost.flops(cost.drop_shares(kept)).mean().item()
+    if method == DROP_PATH:
+        return drop / plain
+    reuse = cost.flops(cost.reuse_shares(learns_not, FREEZE[method], setting.train_rest))
+    happens = (~keep).flatten(2).any(dim=2).any(dim=0).double()  # nothing dropped: no reuse iteration
+    return (drop + (reuse * happens).mean().item()) / (1 + happens.mean().item()) / plain
+
+
+@functools.cache
+def _cost(setting: Setting) -> ModelCost:
+    """Of one network."""
+    training = Training(PLAIN, setting, [0], steps=1)
+    return ModelCost.of(training.model, training.points.x)
+
+
+def steps_of(case: Case, ratio: float) -> int:
+    return round(case.setting.steps / ratio) if case.setting.equal == "flops" else case.setting.steps
+
+
+def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> list[dict[str, Any]]:
+    """A row for each seed; `stepped` is told the share that is done."""
+    setting, ratio = case.setting, needed_ratio(case.method, case.setting)
+    training = Training(case.method, setting, seeds, steps_of(case, ratio))
+    for step in range(training.steps):
+        training.step()
+        stepped((step + 1) / training.steps)
+    test = Points.draw(seeds, TEST_POINTS, setting.noise, "test points")
+    answers, quarter = logits(training.model, test.x), max(1, setting.depth // 4)
+    cka = similarity(training.model, test.x)
+    measured = {
+        "train_loss": torch.stack(training.losses[-2:]).mean(dim=0),  # of a pair of iterations
+        "test_loss": loss(answers, test.labels),
+        "accuracy": accuracy(answers, test.labels),
+        "accuracy_without_1": accuracy_without(training.model, test.x, test.labels, 1),
+        "accuracy_without_quarter": accuracy_without(training.model, test.x, test.labels, quarter),
+        "rebound": heatmap_rebound(cka),
+        "similarity_ends": cka[:, 0, -1],
+    }
+    shared = {"study": case.study, **asdict(setting), "method": case.method, "steps_taken": training.steps}
+    shared |= {"needed_ratio": ratio, "quarter": quarter}
+    return [
+        {**shared, "seed": seed, **{name: values[row].item() for name, values in measured.items()}}
+        for row, seed in enumerate(seeds)
+    ]
+
+
+def run_all(
+    cases: Sequence[Case], seeds: list[int], workers: int, watch: Callable[[list[float]], None]
+) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
+    """Each case with its rows, as they are done; `watch` is told the share of each that is done, now and then."""
+    context = multiprocessing.get_context("spawn")
+    shares = context.Array("d", len(cases))
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(shares,)) as pool:
+        pending = {pool.submit(_run_in_worker, number, case, seeds): case for number, case in enumerate(cases)}
+        try:
+            while pending:
+                done = [future for future in pending if future.done()]
+                watch(list(shares))
+                for future in done:
+                    yield pending.pop(future), future.result()
+                if not done:
+                    _wait(pending)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _wait(pending: Any) -> None:
+    try:
+        next(as_completed(pending, timeout=0.5))
+    except TimeoutError:
+        pass
+
+
+_shares: Any = None
+
+
+def _begin_worker(shares: Any) -> None:
+    global _shares
+    _shares = shares
+    torch.set_num_threads(1)
+
+
+def _run_in_worker(number: int, case: Case, seeds: list[int]) -> list[dict[str, Any]]:
+    def stepped(share: float) -> None:
+        _shares[number] = share
+
+    return run_case(case, seeds, stepped)
