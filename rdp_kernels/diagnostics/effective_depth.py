@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .._checks import check_count
 from ..path_call import PathCall
 from ..plan import plan_generator
-from ._axes import axes_of
+from ._plots import axes_or_new
 from ._progress import track
 from ._subsets import subsets
 from .gradients import checked_loss, requiring_grad
 from .observe import added, finish, standing_in, undisturbed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL_SUBSETS = 10  # up to so many paths the gradient is taken through each of the 2ⁿ subsets
 SAMPLES = 16
@@ -47,9 +50,9 @@ class EffectiveDepth:
     shares: list[float]
     sets: list[int]
 
-    def plot(self, ax: Any = None) -> Any:
-        """Bars: the shares by length. Returns the axes, a matplotlib `Axes`."""
-        ax = axes_of(ax)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bars: the shares by length. Returns the axes."""
+        ax = axes_or_new(ax)
         ax.bar(self.lengths, self.shares, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axvline(self.depth, color="black", linestyle="--", label=f"effective depth {self.depth:.2f} of {self.paths}")
         ax.set_xlabel("branches that the gradient comes through")

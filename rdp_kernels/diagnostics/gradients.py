@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..path_call import PathCall
 from ..paths import PathOwner, find_owners, parameters_of
-from ._axes import axes_of, label_paths
+from ._plots import axes_or_new, label_layers
 from .observe import standing_in, undisturbed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,13 @@ class GradientNorms:
     parameters: list[float]
     stream: list[float]
 
-    def plot(self, ax: Any = None) -> Any:
-        """Both by path, on a logarithmic scale. Returns the axes, a matplotlib `Axes`."""
-        ax = axes_of(ax)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Both by path, on a logarithmic scale. Returns the axes."""
+        ax = axes_or_new(ax)
         for values, label, style in ((self.parameters, "path's parameters", "o-"), (self.stream, "stream", "s--")):
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
-        label_paths(ax.xaxis, self.names)
+        label_layers(ax, self.names)
+        ax.set_xlabel("path")
         ax.set_yscale("log")
         ax.legend()
         return ax
@@ -165,16 +169,15 @@ class GradientNormRecorder:
             row[paths] = squares.sqrt()[paths]
         return norms
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """log₁₀ of the norms, steps from left to right, path 0 at the bottom; grey where there was no gradient. Returns
-        the axes, a matplotlib `Axes`."""
-        ax = axes_of(ax)
+        the axes."""
+        ax = axes_or_new(ax)
         logs = self.norms.T.log10()
         logs[logs.isinf()] = torch.nan
         ax.set_facecolor("lightgrey")
         image = ax.imshow(logs.numpy(), aspect="auto", origin="lower", cmap="cividis", interpolation="nearest")
-        label_paths(ax.yaxis, self.names)
-        ax.xaxis.set_major_formatter(lambda x, _: str(self.steps[int(x)]) if x in range(len(self.steps)) else "")
-        ax.set_xlabel("step")
+        label_layers(ax, [str(step) for step in self.steps], self.names)
+        ax.set(xlabel="step", ylabel="path")
         ax.figure.colorbar(image, ax=ax, label="log₁₀ of the gradient's norm")
         return ax

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,10 +23,13 @@ from .._table import table
 from ..path_call import PathCall
 from ..paths import find_owners
 from ..plan import plan_generator
-from ._axes import axes_of, label_paths
+from ._plots import axes_or_new, label_layers
 from ._progress import track
 from ._subsets import subsets
 from .observe import added, finish, standing_in, undisturbed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Which = int | str
 """A path: its index in registration order, as in `scheme.paths`, or its name."""
@@ -140,19 +143,20 @@ class LesionStudy:
             )
         return "\n".join(lines)
 
-    def plot(self, ax: Any = None) -> Any:
-        """Bars: the value without each path. Returns the axes, a matplotlib `Axes`."""
-        ax = axes_of(ax)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bars: the value without each path. Returns the axes."""
+        ax = axes_or_new(ax)
         ax.bar(range(len(self.each)), self.each, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axhline(self.baseline, color="black", linestyle="--", label=f"all paths: {self.baseline:.4g}")
-        label_paths(ax.xaxis, self.names)
+        label_layers(ax, self.names)
+        ax.set_xlabel("path")
         ax.set_ylabel("value without the path")
         ax.legend()
         return ax
 
-    def plot_counts(self, ax: Any = None) -> Any:
+    def plot_counts(self, ax: Axes | None = None) -> Axes:
         """Mean ± standard deviation over the number of paths removed, and of pairs swapped. Returns the axes."""
-        ax = axes_of(ax)
+        ax = axes_or_new(ax)
         kinds = ((self.removed, "paths removed", "o-"), (self.swapped, "pairs swapped", "s--"))
         for kind, label, style in kinds:
             found = [trials for trials in kind if trials.values]
