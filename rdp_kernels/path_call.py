@@ -51,7 +51,7 @@ class PathCall:
         self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
     ):
         self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
-        self._residual = residual
+        self.given_residual = residual
 
     @functools.cached_property
     def modules(self) -> list[nn.Module]:
@@ -98,8 +98,8 @@ class PathCall:
         return residual.relu() if self.owner.activation == "relu" else residual
 
     def residual(self, x: Tensor) -> Tensor:
-        if self._residual is not None:
-            return self._residual
+        if self.given_residual is not None:
+            return self.given_residual
         return x if self.owner.shortcut is None else self.owner.shortcut(x)
 
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:

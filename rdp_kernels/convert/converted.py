@@ -114,6 +114,11 @@ def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | 
     return out.clone() if out is (x if residual is None else residual) and path.spec.zeros is None else out
 
 
+def is_observed(block: nn.Module) -> bool:
+    """Whether somebody stands in for a path of the block: then its calls are made in eval mode too."""
+    return any(path.slot.probe is not None for _, path in block.__dict__[CONVERTED])
+
+
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward that the block had, where what was traced doesn't hold. Raises `RuntimeError` inside an iteration, as
     that forward would draw masks of its own."""

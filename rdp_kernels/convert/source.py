@@ -95,7 +95,7 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not (self.training or converted.is_observed(self)):
             return base.forward(self, *args, **kwargs)
         inputs = signature.inputs_of(args, kwargs)
         if inputs is None and not passed_on.isdisjoint(kwargs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +61,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def standing_in(model: nn.Module, stand_in: StandIn) -> Iterator[list[str]]:
-    """`stand_in` gives what the paths of `model` would within; yields the paths' names."""
+def standing_in(model: nn.Module, stand_in: StandIn, only: Collection[int] | None = None) -> Iterator[list[str]]:
+    """`stand_in` gives what the paths of `model`, or these of them, would within; yields all paths' names."""
     owners = find_owners(model)
-    before = [owner.slot.probe for owner in owners.values()]
-    for index, owner in enumerate(owners.values()):
+    chosen = [(index, owner) for index, owner in enumerate(owners.values()) if only is None or index in only]
+    before = [owner.slot.probe for _, owner in chosen]
+    for index, owner in chosen:
         owner.slot.probe = functools.partial(stand_in, index)
     try:
         yield list(owners)
     finally:
-        for owner, probe in zip(owners.values(), before, strict=True):
+        for (_, owner), probe in zip(chosen, before, strict=True):
             owner.slot.probe = probe
 
 

@@ -1,0 +1,155 @@
+"""How a model's features are distributed in each layer, and in how many directions they vary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice, check_count
+from ._layers import OF, layers_of, none_given, same_labels
+from ._plots import axes_or_new, label_layers
+from ._progress import track
+from .observe import as_batches, undisturbed
+from .similarity import centred_gram, u_centred
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureDistributions:
+    """What `feature_distributions` found, on the CPU; float64 `[L]` where nothing else is said.
+
+    Args:
+        labels: of the L layers, as in `LayerSimilarity`.
+        mean, std: of all finite values, whatever their sample, position and channel; NaN where there are none.
+        quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite ones of the values picked.
+        zeros: share of all values that are exactly 0.
+        non_finite: int64 `[L]`, how many values are NaN or Inf.
+        effective_rank: participation ratio (Σλ)² / Σλ² of the covariance of a sample's features: the number of
+            directions, were the variance in each the same. Estimated from U-statistics of each batch (HSIC_1 for Σλ²),
+            so that it converges with the number of batches and may lie above their size; batches of fewer
+            than 4 samples don't count. 0 for constant features, Inf where a single sample differs from all others, NaN
+            without such batches or with non-finite features.
+        of: as in `layer_similarity`.
+        num_samples: how many rows of its first layer were seen.
+    """
+
+    labels: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+    quantiles: Tensor
+    zeros: Tensor
+    non_finite: Tensor
+    effective_rank: Tensor
+    of: str
+    num_samples: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bands between quantiles over depth, around the median, on `ax` or on new axes. Returns the axes."""
+        ax, layers, quantiles = axes_or_new(ax), range(len(self.labels)), self.quantiles.T.tolist()
+        for band, alpha in ((0, 0.15), (1, 0.3), (2, 0.5)):
+            label = f"{QUANTILES[band]:.0%} to {QUANTILES[-1 - band]:.0%}"
+            bounds = quantiles[band], quantiles[-1 - band]
+            ax.fill_between(layers, *bounds, color="#0072B2", alpha=alpha, linewidth=0, label=label)
+        ax.plot(layers, quantiles[3], color="black", marker=".", label="median")
+        label_layers(ax, self.labels)
+        ax.set(xlabel="layer", ylabel=f"features of the {self.of}")
+        ax.legend()
+        return ax
+
+
+def feature_distributions(
+    model: nn.Module,
+    batches: Any,
+    *,
+    of: str = "stream",
+    values_per_batch: int = 2**14,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> FeatureDistributions:
+    """Moments, quantiles and effective rank of each layer's features, in eval mode; one forward for each batch.
+
+    Args:
+        model, batches, of, progress: as in `layer_similarity`; what is left as it was, too.
+        values_per_batch: quantiles are those of at most so many values of a layer and batch, in proportion to the
+            batches' sizes: of all values where the largest batch has no more, else of some picked at random. They are
+            kept to the end, so that memory grows with the number of batches. All else counts every value.
+        seed: of picking them, which leaves torch's own generators alone.
+    """
+    check_choice("of", of, OF)
+    limit = check_count("values_per_batch", values_per_batch, minimum=1)
+    generator = torch.Generator().manual_seed(check_count("seed", seed))
+    labels: tuple[str, ...] | None = None
+    seen: list[list[_Seen]] = []
+    with undisturbed(model), torch.no_grad():
+        for batch in track(as_batches(batches), "feature distributions", progress):
+            found = layers_of(model, batch, of, lambda features: _look(features, limit, generator))
+            labels = same_labels(labels, found)
+            seen.append(list(found.values()))
+    if labels is None:
+        raise none_given()
+    columns = zip(*(_joined(list(layer), limit) for layer in zip(*seen, strict=True)), strict=True)
+    mean, std, quantiles, zeros, non_finite, rank = (torch.stack(column) for column in columns)
+    num_samples = sum(layers[0].rows for layers in seen)
+    return FeatureDistributions(labels, mean, std, quantiles, zeros, non_finite.long(), rank, of, num_samples)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One layer in one batch: its rows, what `_numbers` says, and values picked in random order."""
+
+    rows: int
+    numbers: Tensor
+    picked: Tensor
+
+
+def _look(features: Tensor, limit: int, generator: torch.Generator) -> _Seen:
+    count = features.numel()
+    if count > limit:
+        some = torch.randint(count, (limit,), generator=generator)
+    else:
+        some = torch.randperm(count, generator=generator)
+    picked = features.flatten()[some.to(features.device)].cpu()
+    return _Seen(len(features), _numbers(features).cpu(), picked)
+
+
+def _numbers(features: Tensor) -> Tensor:
+    """float64 `[8]`: values, finite ones, zeros, mean, sum of squared distances from it; and samples that count for the
+    effective rank, times the trace of the covariance and times its squared Frobenius norm."""
+    finite, n = features[features.isfinite()].double(), len(features)
+    mean = finite.mean() if len(finite) else finite.new_zeros(())
+    numbers = [features.numel(), len(finite), (features == 0).sum(), mean, (finite - mean).square().sum(), 0, 0, 0]
+    if n >= 4:
+        gram = centred_gram(features.flatten(1))
+        numbers[-3:] = n, gram.trace() * n / (n - 1), u_centred(gram).square().sum() / (n - 3)
+    return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=features.device) for number in numbers])
+
+
+def _joined(batches: list[_Seen], limit: int) -> tuple[Tensor, ...]:
+    """Mean, standard deviation, quantiles, share of zeros, non-finite values and effective rank of a layer."""
+    values, finite, zeros, means, squares, *rank = torch.stack([batch.numbers for batch in batches]).T
+    mean = (finite * means).sum() / finite.sum()
+    std = ((squares + finite * (means - mean).square()).sum() / finite.sum()).sqrt()
+    share = min(1.0, limit / values.max().item())
+    kept = [b.picked[: math.ceil(share * n)] for b, n in zip(batches, values.tolist(), strict=True)]
+    rows, trace, norm = (terms.sum() for terms in rank)
+    effective_rank = torch.where((trace == 0) & (rows > 0), 0.0, trace.square() / (rows * norm))
+    quantiles = _quantiles(torch.cat(kept).double())
+    return mean, std, quantiles, zeros.sum() / values.sum(), (values - finite).sum(), effective_rank
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """At `QUANTILES`; `torch.quantile` takes no more than 2²⁴ values."""
+    values = values[values.isfinite()].sort().values
+    if not len(values):
+        return torch.full((len(QUANTILES),), math.nan, dtype=torch.float64)
+    places = torch.tensor(QUANTILES, dtype=torch.float64) * (len(values) - 1)
+    below = places.long()
+    return values[below].lerp(values[(below + 1).clamp(max=len(values) - 1)], places - below)

@@ -1,0 +1,124 @@
+"""Which layers of a model, or of two models, hold similar features: a heatmap over depth."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice
+from ._layers import OF, layers_of, none_given, same_labels
+from ._plots import axes_or_new, label_layers
+from ._progress import track
+from .observe import as_batches, undisturbed
+from .similarity import MinibatchCKA, MinibatchCosine, heatmap_rebound, unbiased_gram
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSimilarity:
+    """What `layer_similarity` found.
+
+    Args:
+        matrix: float64 `[L, L']` on the CPU; NaN for pairs that can't be compared.
+        labels: of its L rows: "input" for the stream before the first path, and the paths' names; "name#2" is the
+            second call of a path in a forward.
+        other_labels: of its L' columns.
+        metric, of: as in `layer_similarity`.
+        num_samples: how many rows of its first layer were seen.
+    """
+
+    matrix: Tensor
+    labels: tuple[str, ...]
+    other_labels: tuple[str, ...]
+    metric: str
+    of: str
+    num_samples: int
+
+    @property
+    def rebound(self) -> float:
+        """`heatmap_rebound` of the matrix: by how much similarity to a layer rises again behind it, mean over layers.
+
+        Pairs that can't be compared are left out. Raises `ValueError` where L' isn't L.
+        """
+        return heatmap_rebound(self.matrix).item()
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """A heatmap on `ax`, or on new axes; blank where pairs can't be compared. Returns the axes."""
+        ax = axes_or_new(ax)
+        known = self.matrix[self.matrix.isfinite()]
+        lowest = min(0.9, math.floor(10 * known.min().item()) / 10) if len(known) else 0.0
+        image = ax.imshow(self.matrix.numpy(), vmin=lowest, vmax=1, cmap="cividis", origin="lower")
+        ax.figure.colorbar(image, ax=ax, label=f"{METRICS[self.metric]}, of the {self.of}")
+        label_layers(ax, self.other_labels, self.labels)
+        ax.set(xlabel="layer", ylabel="layer")
+        return ax
+
+
+def layer_similarity(
+    model: nn.Module,
+    batches: Any,
+    *,
+    of: str = "stream",
+    metric: str = "cka",
+    other: nn.Module | None = None,
+    progress: bool | None = None,
+) -> LayerSimilarity:
+    """How similar the layers of a model are, in eval mode; one forward for each batch.
+
+    Args:
+        model: one with paths: built from `ResidualBranch`, or converted.
+        batches: an iterable of batches, each a tensor, a tuple or list of arguments, or a mapping of arguments by name;
+            a tensor or a mapping alone is one batch. On the model's device.
+        of: `"stream"`, its state before the first path and after each path, or `"branch"`, what each path adds.
+        metric: `"cka"`, the unbiased minibatch estimate of linear CKA (`MinibatchCKA`), to which every batch brings at
+            least 4 samples, or `"cosine"`, the mean over samples of the cosine of their features.
+        other: a second model on the same batches and device, whose layers are the columns.
+        progress: draw a bar; None does where stderr is a terminal.
+
+    A layer's features are what is behind dimension 0. Pairs that can't be compared are NaN: under `"cosine"` those that
+    differ in the number of features (stages of a CNN), and those whose rows aren't the same things (windows or patches
+    of samples, k·B rows, against samples). NaN or Inf among features give NaN too.
+
+    The model, its gradients and torch's random state are left as they were. Only features of the current batch are
+    kept, and of these, for `"cka"`, no more than `[B, B]` a layer. Raises `ValueError` or `TypeError` naming the
+    argument, and `RuntimeError` inside an iteration of a scheme's.
+    """
+    check_choice("of", of, OF)
+    check_choice("metric", metric, tuple(METRICS))
+    cka = metric == "cka"
+    similarities: MinibatchCKA | MinibatchCosine = MinibatchCKA() if cka else MinibatchCosine()
+    look = _gram if cka else _copy
+    labels: tuple[str, ...] | None = None
+    other_labels: tuple[str, ...] | None = None
+    num_samples = 0
+    with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other), torch.no_grad():
+        for batch in track(as_batches(batches), "layer similarity", progress):
+            found = layers_of(model, batch, of, look)
+            labels, layers = same_labels(labels, found), list(found.values())
+            num_samples += len(layers[0])
+            if other is None:
+                similarities.add(layers)
+            else:
+                others = layers_of(other, batch, of, look)
+                other_labels = same_labels(other_labels, others)
+                similarities.add(layers, list(others.values()))
+    if labels is None:
+        raise none_given()
+    return LayerSimilarity(similarities.value(), labels, other_labels or labels, metric, of, num_samples)
+
+
+def _gram(features: Tensor) -> Tensor:
+    return unbiased_gram(features.flatten(1))
+
+
+def _copy(features: Tensor) -> Tensor:
+    return features.flatten(1).clone()

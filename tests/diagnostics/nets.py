@@ -1,0 +1,79 @@
+"""Models that diagnostics look at, small, in float64, with weights that tell paths apart, and what must stay as it was."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
+from examples.models import ResNet, ViT
+from rdp_kernels.paths import find_owners
+
+
+def own_vit():
+    model = ViT(dim=12, depth=3, heads=2, layer_scale=1.0)
+    for path in model.paths:
+        nn.init.uniform_(path.gamma, 0.5, 1.5)
+    return model.double(), torch.randn(6, 1, 8, 8, dtype=torch.float64)
+
+
+def batch_norm_resnet():
+    model = ResNet(widths=(4, 6), blocks=3).double()
+    images = torch.randn(6, 1, 8, 8, dtype=torch.float64)
+    model(images)  # running statistics
+    return model, images
+
+
+def converted_timm():
+    if not installed("timm"):
+        pytest.skip("timm is not installed")
+    import_torchvision()
+    import timm
+
+    model = timm.create_model("test_vit", img_size=32, num_classes=10, drop_path_rate=0.3).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    rdp.convert(model, example_inputs=images, check=False)
+    return model, images
+
+
+def scheme_between_iterations():
+    model, images = own_vit()
+    model.scheme = rdp.ResidualDropPath(model, 0.5, seed=1)  # kept alive by the model
+    for _ in model.scheme.iterations():
+        model(images).square().sum().backward()
+    return model, images
+
+
+MODELS = [own_vit, batch_norm_resnet, converted_timm, scheme_between_iterations]
+EACH_MODEL = pytest.mark.parametrize("build", MODELS, ids=[build.__name__ for build in MODELS])
+
+
+@contextlib.contextmanager
+def left_as_it_was(model):
+    """Checks that a block leaves modes, weights, statistics, gradients, flags, random states and probes alone; begins
+    with modes and gradients that are not all the same."""
+    parts = list(model.modules())
+    parts[-1].eval()
+    parameters = list(model.parameters())
+    for number, parameter in enumerate(parameters):
+        parameter.grad = None if number % 2 else torch.full_like(parameter, number)
+    owners = find_owners(model).values()
+    probe = next(iter(owners)).slot.probe = lambda call, x: call.run(x, call.decide(x))
+
+    def state():
+        return [
+            [module.training for module in parts],
+            [value.clone() for value in model.state_dict().values()],
+            [None if p.grad is None else p.grad.clone() for p in parameters],
+            [p.requires_grad for p in parameters],
+            torch.get_rng_state(),
+        ]
+
+    before, grads = state(), [p.grad for p in parameters]
+    yield
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+    assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
+    assert [owner.slot.probe for owner in owners] == [probe] + [None] * (len(owners) - 1)
+    next(iter(owners)).slot.probe = None
