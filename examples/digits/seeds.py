@@ -4,5 +4,5 @@ import hashlib
 
 
 def seed_of(*numbers: int | str) -> int:
-    """One seed of several numbers or names. Hashed, as torch's CPU generator uses only the lower 32 bits of its seed."""
+    """One seed of several numbers or names. Hashed: of its seed torch's CPU generator uses the lower 32 bits only."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "little")

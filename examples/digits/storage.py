@@ -20,10 +20,11 @@ class StorageError(Exception):
 
 
 class Folder:
-    """The folder of one run. Raises `StorageError` where it can't be used; what is in it stays as it is."""
+    """The folder of one run, known by its file `mark`. Raises `StorageError` where it can't be used; what is in it
+    stays as it is."""
 
-    def __init__(self, path: Path):
-        self.path = path.resolve()
+    def __init__(self, path: Path, mark: str = CHECKPOINT):
+        self.path, self._mark = path.resolve(), mark
 
     def prepare(self) -> None:
         """Makes the folder and tries whether files can be written there."""
@@ -32,7 +33,7 @@ class Folder:
             strangers = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
         except OSError as error:
             raise StorageError(f"can't write to {self.path}: {error.strerror or error}") from error
-        if strangers and not self.has_checkpoint():
+        if strangers and not (self.path / self._mark).exists():
             raise StorageError(
                 f"{self.path} holds {sorted(strangers)[0]!r} and no report of an earlier run: "
                 "name a new or an empty folder"

@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.digits.seeds import seed_of
 
 TURNS = 1.5
-TEST_POINTS = 2000
+TEST_POINTS = 1000
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from examples.digits.seeds import seed_of
 from examples.spirals.networks import SpiralNetworks
-from rdp_kernels.diagnostics import linear_cka
+from rdp_kernels.diagnostics import pairwise_cka
 
 REMOVALS = 12  # random choices of removed paths that an accuracy is averaged over
 
@@ -51,8 +51,7 @@ def accuracy_without(model: SpiralNetworks, points: Tensor, labels: Tensor, coun
 def similarity(model: SpiralNetworks, points: Tensor) -> Tensor:
     """Linear CKA between the states of each network's stream, `[networks, paths + 1, paths + 1]`."""
     states = torch.stack(streams(model, points), dim=1)
-    rows = [linear_cka(states[:, [row]].expand_as(states), states) for row in range(states.shape[1])]
-    return torch.stack(rows, dim=1)
+    return torch.stack([pairwise_cka(list(network)) for network in states])
 
 
 def removals(paths: int, count: int) -> list[tuple[int, ...]]:

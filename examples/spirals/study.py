@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,13 @@ import torch
 from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 from examples.spirals.data import TEST_POINTS, Points
 from examples.spirals.measure import accuracy, accuracy_without, logits, loss, similarity
+from examples.spirals.portrait import History, Portrait
 from examples.spirals.training import FREEZE, KEPT, Setting, Training
 from rdp_kernels.diagnostics import heatmap_rebound
 from rdp_kernels.estimate import ModelCost
 
-COST_DRAWS = 64
+COST_SEEDS, COST_DRAWS = 32, 16  # that costs are averaged over
+SIMILARITY_POINTS = 250
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,21 @@ def study(base: Setting = BASE) -> list[Case]:
     ]
 
 
+def demonstration(base: Setting = BASE) -> list[Case]:
+    """What the four figures show: `base`, and networks of the paper's other size."""
+    small = replace(base, depth=min(base.depth, 6), width=min(base.width, 6))
+    return [Case(f"depth {s.depth}, width {s.width}", method, s) for s in (base, small) for method in MAIN]
+
+
 def needed_ratio(method: str, setting: Setting) -> float:
     """FLOPs that an optimizer step of `method` needs, as a ratio to plain training's: the mean over drawn pairs."""
     if method == PLAIN:
         return 1.0
     cost = _cost(replace(setting, mode="block"))  # in either mode a path costs by the share of what keeps it
-    training = Training(method, setting, list(range(COST_DRAWS)), steps=1)
-    keep, plain = training.draw(), cost.plain()
-    other = training.second_plan(keep)
-    kept, learns_not = (k.double().mean(dim=2).T for k in (keep, other))
+    training = Training(method, setting, list(range(COST_SEEDS)), steps=1)
+    drawn = [training.draw() for _ in range(COST_DRAWS)]
+    keep, other = torch.cat(drawn, dim=1), torch.cat([training.second_plan(keep) for keep in drawn], dim=1)
+    kept, learns_not, plain = keep.double().mean(dim=2).T, other.double().mean(dim=2).T, cost.plain()
     drop = cost.flops(cost.drop_shares(kept)).mean().item()
     if method == DROP_PATH:
         return drop / plain
@@ -93,16 +102,22 @@ def steps_of(case: Case, ratio: float) -> int:
     return round(case.setting.steps / ratio) if case.setting.equal == "flops" else case.setting.steps
 
 
-def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> list[dict[str, Any]]:
-    """A row for each seed; `stepped` is told the share that is done."""
+Done = tuple[list[dict[str, Any]], Portrait]
+
+
+def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> Done:
+    """A row for each seed, and what the figures show; `stepped` is told the share that is done."""
     setting, ratio = case.setting, needed_ratio(case.method, case.setting)
     training = Training(case.method, setting, seeds, steps_of(case, ratio))
+    history = History(training)
     for step in range(training.steps):
+        history.look(step)
         training.step()
         stepped((step + 1) / training.steps)
+    history.look(training.steps)
     test = Points.draw(seeds, TEST_POINTS, setting.noise, "test points")
     answers, quarter = logits(training.model, test.x), max(1, setting.depth // 4)
-    cka = similarity(training.model, test.x)
+    cka = similarity(training.model, test.x[:, :SIMILARITY_POINTS])
     measured = {
         "train_loss": torch.stack(training.losses[-2:]).mean(dim=0),  # of a pair of iterations
         "test_loss": loss(answers, test.labels),
@@ -114,16 +129,17 @@ def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> 
     }
     shared = {"study": case.study, **asdict(setting), "method": case.method, "steps_taken": training.steps}
     shared |= {"needed_ratio": ratio, "quarter": quarter}
-    return [
+    rows = [
         {**shared, "seed": seed, **{name: values[row].item() for name, values in measured.items()}}
         for row, seed in enumerate(seeds)
     ]
+    return rows, Portrait.of(training, test, cka, history)
 
 
 def run_all(
     cases: Sequence[Case], seeds: list[int], workers: int, watch: Callable[[list[float]], None]
-) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
-    """Each case with its rows, as they are done; `watch` is told the share of each that is done, now and then."""
+) -> Iterator[tuple[Case, Done]]:
+    """Each case with its results, as they are done; `watch` is told the share of each that is done, now and then."""
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(cases))
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(shares,)) as pool:
@@ -141,10 +157,8 @@ def run_all(
 
 
 def _wait(pending: Any) -> None:
-    try:
+    with contextlib.suppress(TimeoutError):
         next(as_completed(pending, timeout=0.5))
-    except TimeoutError:
-        pass
 
 
 _shares: Any = None
@@ -156,7 +170,7 @@ def _begin_worker(shares: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _run_in_worker(number: int, case: Case, seeds: list[int]) -> list[dict[str, Any]]:
+def _run_in_worker(number: int, case: Case, seeds: list[int]) -> Done:
     def stepped(share: float) -> None:
         _shares[number] = share
 
