@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import itertools
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,14 +157,15 @@ def textbook_branch(path, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize(("method", "train_rest"), [(EXACT, False), (EXACT, True), (DROP_THEN_FULL, False)])
-def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, text):
+def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, text, monkeypatch):
     """Clipped by their norm, over what learns."""
-    wanted = config(depth=3, drop_prob=0.4, mode=mode, batch_size=5, schedule="linear", train_rest=train_rest)
+    monkeypatch.setattr(Training, "_evaluates", lambda _: False)
+    wanted = config(depth=3, drop_prob=0.8, mode=mode, batch_size=5, schedule="linear", train_rest=train_rest)
     weights = wanted.build_model(0).double()
     for parameter in weights.parameters():
-        parameter.data.normal_(std=0.3)
+        parameter.data.normal_(std=0.6)
     run = begun(method, text, wanted, weights=weights)
-    rates = torch.tensor([0.4 * path / 5 for path in range(6)], dtype=torch.float64)
+    rates = torch.tensor([0.8 * path / 5 for path in range(6)], dtype=torch.float64)
     seen = {}
 
     def look(*_) -> None:
@@ -190,11 +193,13 @@ def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, te
             part = took_part[int(name.split(".")[1])] if name.startswith("paths.") else everything or train_rest
             wanted_grads[name] = parameter.grad if part else None
         norm = math.sqrt(sum(g.square().sum().item() for g in wanted_grads.values() if g is not None))
-        assert norm > 1
+        assert norm > 1 or phase == "reuse", "the drop iteration's is to be clipped"
         for name, gradient in seen["grads"].items():
             assert (gradient is None) == (wanted_grads[name] is None), name
             if gradient is not None:
-                torch.testing.assert_close(gradient, wanted_grads[name] / (norm + 1e-6), rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(
+                    gradient, wanted_grads[name] * min(1, 1 / (norm + 1e-6)), rtol=1e-10, atol=1e-10
+                )
 
 
 def test_the_learning_rate_and_weight_decay(text):
@@ -222,6 +227,26 @@ def test_needed_flops_are_those_counted(method, text, monkeypatch):
     assert run.phases == ({PLAIN: 6} if method == PLAIN else {"drop": 3, "reuse": 3})
 
 
+@pytest.mark.slow
+def test_compiled_branches_learn_the_same(text, monkeypatch):
+    """Budget: 10 seconds."""
+    from rdp_kernels.integrations import compile
+
+    monkeypatch.setattr(compile, "compile_branches", functools.partial(compile.compile_branches, backend="aot_eager"))
+    wanted = config(drop_prob=0.5, steps=4)
+    weights = wanted.build_model(0).double()
+    runs = [begun(EXACT, text, replace(wanted, compile=compiled), weights=weights) for compiled in (False, True)]
+    assert [owner.slot.runner is not None for run in runs for owner in run.model.paths] == [False] * 4 + [True] * 4
+    for _ in range(4):
+        for run in runs:
+            run.step()
+    for run in runs:
+        assert [point["validation_loss"] for point in run.curve] == pytest.approx(
+            [point["validation_loss"] for point in runs[0].curve], rel=1e-10
+        )
+    assert runs[0].phases == {"drop": 2, "reuse": 2}
+
+
 def test_drop_paths_flops_are_the_expectation(text):
     run = begun(DROP_PATH, text, config(drop_prob=0.5, schedule="linear", mode="sample", no_scale=True))
     assert [(b.drop_prob, b.mode, b.scale_by_keep) for b in run.model.paths] == [
@@ -246,8 +271,8 @@ def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
     monkeypatch.setattr(
         Text, "batch", lambda self, seed, number, *a: (taken.append((seed, number)), draw(self, seed, number, *a))[1]
     )
-    begins, firsts = set(), {}
-    for method in METHODS:
+    begins = set()
+    for method in METHODS if batch == "same" else (PLAIN, EXACT):
         run = Experiment(wanted, text, None, {}, StopSignals()).begin(1, method)
         begins.add(training.weights_sha256(run.model))
         taken.clear()
@@ -255,7 +280,6 @@ def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
         for _ in range(8):
             phases.append(run.iterations.phase)
             run.step()
-        firsts[method] = run.losses[0] if run.losses else None
         numbers = list(range(8))
         if batch == "same" and method in FREEZE:
             numbers = list(itertools.accumulate(phase == "drop" for phase in phases))
@@ -266,8 +290,9 @@ def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
     assert training.weights_sha256(wanted.build_model(2)) not in begins
 
 
-@pytest.mark.parametrize("mode", ["block", "sample"])
+@pytest.mark.parametrize("mode", ["block", pytest.param("sample", marks=pytest.mark.slow)])
 def test_equal_flops_are_spent(mode, text, monkeypatch):
+    """Budget: 5 seconds in sample mode. To less than the cost of a step."""
     monkeypatch.setattr(Training, "evaluated", lambda *_: 0.0)
     steps = {}
     for method in METHODS:
@@ -340,15 +365,18 @@ def results(wanted: Config, text: Text, folder: Folder, state=None, stop_at: int
     return [{**result, "curve": [{**point, "seconds": 0} for point in result["curve"]]} for result in run.finished]
 
 
-@pytest.mark.parametrize(("mode", "methods"), [("block", (EXACT, DROP_PATH)), ("sample", (RANDOM, DROP_PATH))])
+@pytest.mark.parametrize(
+    ("mode", "methods"),
+    [("block", (EXACT, DROP_PATH)), pytest.param("sample", (RANDOM, DROP_PATH), marks=pytest.mark.slow)],
+)
 def test_resumes_to_the_bit(mode, methods, text, tmp_path):
-    """Stopped anywhere, and gone on from what was saved: between the iterations of a pair, at an evaluation, in the
-    second training."""
+    """Budget: 5 seconds in sample mode. Stopped anywhere, and gone on from what was saved: between the iterations of a
+    pair, in the second training."""
     wanted, folder = config(mode=mode, method=methods, drop_prob=0.4, steps=10, batch="next"), Folder(tmp_path)
     whole = results(wanted, text, folder)
     best = folder.load_checkpoint(CPU, experiment.BEST)
     pending = []
-    for stop_at in (2, 3, 5, 6, 17):
+    for stop_at in (3, 4, 17):
         with pytest.raises(Stopped):
             results(wanted, text, folder, stop_at=stop_at)
         state = folder.load_checkpoint(CPU)
@@ -414,7 +442,7 @@ def test_refuses_invalid_options(options, said, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
-    """Budget: 25 seconds. All methods, the files, and text written by a finished run without training."""
+    """Budget: 10 seconds. All methods, the files, and text written by a finished run without training."""
     options = ["--quick", "--method", "all", "--seeds", "2", "--equal", "flops", "--dtype", "bfloat16"]
     assert bytes_lm.main([*options, "--out", str(tmp_path)]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {
@@ -443,7 +471,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
-    """Budget: 40 seconds. The tables hold digests of all final weights."""
+    """Budget: 25 seconds. The tables hold digests of all final weights."""
     options = ("--quick", "--method", EXACT, RANDOM, "--steps", "400", "--save-every", "0.1")
 
     def start(out: str, *more: str) -> subprocess.Popen:
@@ -460,7 +488,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     _, errors = whole.communicate(timeout=120)
     assert whole.returncode == 0, errors
     rng = random.Random(0)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         process = start("killed", *options, "--resume")
         before = written(tmp_path / "killed")
         while process.poll() is None and written(tmp_path / "killed") == before:
