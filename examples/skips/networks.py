@@ -94,9 +94,12 @@ class Network(nn.Module):
     def forward(self, images: Tensor, without: Collection[int] = ()) -> Tensor:
         return self.classify(self.states(images, without)[-1])
 
+    def first_state(self, images: Tensor) -> Tensor:
+        return self.embed(images.expand(self.seeds, -1, -1))
+
     def states(self, images: Tensor, without: Collection[int] = ()) -> list[Tensor]:
         """What the embedding gives and what is behind each layer, `[S, B, ...]`; a layer in `without` is removed."""
-        states = [self.embed(images.expand(self.seeds, -1, -1))]
+        states = [self.first_state(images)]
         for index in range(len(self.layers)):
             states.append(self.step(states[-1], index, removed=index in without))
         return states

@@ -103,18 +103,23 @@ def _share(measured: Measured, metric: str) -> list[float]:
 
 
 def _effective_depth(studied: list[Measured]) -> Figure:
-    figure, grid = _figure("Layers that matter: (Σe)² / Σe² of the losses e that removing each of them adds", 2)
+    title = "Layers that matter, (Σe)² / Σe² of the losses e that removing each adds; and branches on a gradient's way"
+    figure, grid = _figure(title, 3)
     studied = [measured for measured in studied if has_learned(measured)]
     _over_depth(grid[0], studied, lambda m: m.metrics["effective_depth"])
     depths = sorted({measured.depth for measured in studied})
     grid[0].plot(depths, depths, color="grey", linewidth=0.8, label="all layers")
     grid[0].set_yscale("log", base=2)
     grid[0].yaxis.set_major_formatter("{x:g}")
-    grid[0].set_ylabel("layers that matter")
-    grid[0].set_title(f"number{LEARNERS}")
+    grid[0].set_title(f"layers that matter{LEARNERS}")
     _over_depth(grid[1], studied, lambda m: [value / m.depth for value in m.metrics["effective_depth"]])
     grid[1].set_title(f"as a share of all layers{LEARNERS}")
     grid[1].set_ylim(0, 1.02)
+    adding = [measured for measured in studied if KINDS[measured.kind].adds]
+    _over_depth(grid[2], adding, lambda m: m.metrics["path_length"])
+    grid[2].set_title(f"mean length of paths{LEARNERS}")
+    grid[2].set_ylabel("branches that the gradient comes through")
+    grid[2].set_ylim(bottom=0)
     _legend(figure, grid[0])
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,11 @@ def to_csv(studied: list[Measured], config: Config, machine: Mapping[str, str | 
                 "parameters": measured.parameters,
                 "learning_rate": measured.learning_rate,
             }
-            row |= {name: f"{values[seed]:.6g}" for name, values in measured.metrics.items()}
+            # without a value where a kind has none
+            row |= {
+                name: "" if math.isnan(values[seed]) else f"{values[seed]:.6g}"
+                for name, values in measured.metrics.items()
+            }
             rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
@@ -110,9 +115,13 @@ def _lesion(kind: str, studied: list[Measured]) -> str:
         for part in ("one", "quarter")
     )
     depth = Estimate.of(metrics["effective_depth"]).text(".1f")
+    lengths = metrics["path_length"]
+    paths = (
+        "" if math.isnan(lengths[0]) else f", its gradient comes through {Estimate.of(lengths).text('.1f')} branches"
+    )
     return (
         f"{kind}, depth {measured.depth}, trained: without one layer accuracy changes by {one}, without a quarter of "
-        f"them by {quarter}; {depth} of its layers matter."
+        f"them by {quarter}; {depth} of its layers matter{paths}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,10 @@ from examples.skips.networks import KINDS, PLAIN, Network, concatenation_sizes, 
 
 WIDTH = 32  # of the plain and the adding stacks; the concatenating ones have about as many parameters
 EARLY = (0, 20, 100)  # optimizer steps after which gradients are looked at; and after the last
-GRADIENT_IMAGES = 256
+GRADIENT_IMAGES = 128
 REMOVALS = 12  # random choices of a quarter of the layers
+PATH_SETS = 4  # random sets of branches for each length of paths
+PATH_LENGTHS = 32  # about so many lengths, evenly spaced from 0 to depth
 SKIP_RATE = 1e-2
 PLAIN_RATES = {4: 1e-2, 8: 1e-2, 16: 3e-3, 32: 1e-3, 64: 3e-4}
 
@@ -86,6 +89,8 @@ def measure(kind: str, depth: int, config: Config, digits: Digits, on_step: Call
         if step in EARLY or step == config.steps:
             look(step)
     measured.metrics |= lesions(network, digits.test_images.flatten(1), digits.test_labels)
+    lengths = path_length(network, images, labels) if KINDS[kind].adds else torch.full([config.seeds], math.nan)
+    measured.metrics["path_length"] = lengths.tolist()
     return measured
 
 
@@ -129,13 +134,14 @@ def lesions(network: Network, images: Tensor, labels: Tensor) -> dict[str, list[
     """Accuracy whole, without one layer (mean over which), without a quarter (over the same random choices for every
     network of a depth), and the number of layers that matter, of a trained network."""
     depth = len(network.layers)
-    states = network.states(images)
-    whole, removed = network.classify(states[-1]), []
+    state, removed = network.first_state(images), []
     for index in range(depth):
-        x = network.step(states[index], index, removed=True)  # what is before it stays as it is
+        x = network.step(state, index, removed=True)
         for later in range(index + 1, depth):
             x = network.step(x, later)
         removed.append(network.classify(x))
+        state = network.step(state, index)
+    whole = network.classify(state)
     without = [network(images, choice) for choice in quarters(depth)]
     increases = torch.stack([losses(logits, labels) for logits in removed]) - losses(whole, labels)
     metrics = {
@@ -153,6 +159,34 @@ def quarters(depth: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed_of(depth))
     count = max(1, round(depth / 4))
     return [torch.randperm(depth, generator=generator)[:count].tolist() for _ in range(REMOVALS)]
+
+
+def path_length(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+    """`[S]`, of stacks that add: through how many branches the gradient at the first layer's input came, on the mean.
+
+    Veit et al., arXiv 1605.06431, section 4.3: its norm through the branches of k layers, and by the skip connection of
+    the others, times the number of such sets. Mean over random sets; the forward is the ordinary one.
+    """
+    depth = len(network.layers)
+    lengths = list(range(0, depth + 1, max(1, depth // PATH_LENGTHS)))
+    logs = []
+    for length in lengths:
+        generator = torch.Generator().manual_seed(seed_of(depth, length))
+        sets = [set(torch.randperm(depth, generator=generator)[:length].tolist()) for _ in range(PATH_SETS)]
+        norms = torch.stack([_norm_through(network, images, labels, chosen) for chosen in sets]).mean(dim=0)
+        logs.append(norms.clamp_min(1e-300).log() + math.log(math.comb(depth, length)))
+    shares = torch.stack(logs).softmax(dim=0)
+    return shares.T @ torch.tensor(lengths, dtype=shares.dtype, device=shares.device)
+
+
+def _norm_through(network: Network, images: Tensor, labels: Tensor, through: set[int]) -> Tensor:
+    """`[S]`: norm of the gradient at the first layer's input that comes through the branches of these layers."""
+    x = first = network.first_state(images).detach().requires_grad_()
+    for index, layer in enumerate(network.layers):
+        branch = layer.fn(x)
+        x = x.detach() + branch if index in through else x + branch.detach()
+    (grad,) = torch.autograd.grad(losses(network.classify(x), labels).sum(), first)
+    return grad.double().flatten(1).norm(dim=1)
 
 
 def participation(effects: Tensor) -> Tensor:
