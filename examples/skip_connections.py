@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each training (default: {default.steps})")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
-    parser.add_argument("--no-norm", action="store_true", help="layers without LayerNorm")
+    parser.add_argument(
+        "--no-norm", action="store_true", help="layers without LayerNorm; learning rates are those chosen with it"
+    )
     parser.add_argument("--learning-rate", type=float, help="of all (default: one chosen for each kind and depth)")
     parser.add_argument("--validate", action="store_true", help="test on a part of the training set, to choose rates")
     parser.add_argument("--out", type=Path, default=Path("report/skips"), help="folder (default: %(default)s)")
@@ -139,7 +141,7 @@ def after_table(studied: list[Measured], test_set: str) -> Table:
     table = _table(
         "After training",
         f"Accuracy on the {test_set} set; removed: without one layer, or without a quarter of them, picked at random. "
-        "Layers that matter: (Σe)²/Σe² of the losses e that removing each of them adds.",
+        "Effective depth, the layers that matter: (Σe)²/Σe² of the losses e that removing each of them adds.",
         ("kind", "depth", *(heading for heading, _, _ in AFTER.values())),
     )
     for measured, last in _by_kind(studied):
@@ -151,7 +153,7 @@ def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=title, caption=caption, caption_justify="left")
     for heading in headings:
         table.add_column(
-            heading, justify="left" if heading == "kind" else "right", min_width=13 if heading == "kind" else None
+            heading, justify="left" if heading == "kind" else "right", min_width=15 if heading == "kind" else None
         )
     return table
 

@@ -20,7 +20,7 @@ from examples.digits.seeds import seed_of
 
 PIXELS, CLASSES = 64, 10
 PLAIN, ADDITION, CONCATENATION = "plain", "addition", "concatenation"
-SCALED, ZERO = "addition, 1/√depth", "addition, from 0"
+SCALED, ZERO = "addition/√depth", "addition from 0"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.intervals import Estimate
 from examples.skips.networks import ADDITION, CONCATENATION, KINDS, PLAIN, SCALED, ZERO
@@ -77,34 +77,40 @@ def _gradients(studied: list[Measured], of: str, label: str) -> Figure:
 
 
 def _accuracy(studied: list[Measured]) -> Figure:
-    figure, (axes,) = _figure("Accuracy of the trained networks", 1)
-    _over_depth(axes, studied, lambda m: [100 * value for value in m.metrics["accuracy"]])
-    axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 101)
+    figure, (axes,) = _figure("Errors of the trained networks", 1)
+    _over_depth(axes, studied, lambda m: [100 * (1 - value) for value in m.metrics["accuracy"]])
+    axes.set_ylabel("test images mistaken (%, log scale)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, axes)
     return figure
 
 
 def _lesions(studied: list[Measured]) -> Figure:
-    figure, grid = _figure("Accuracy without random layers, as a share of the whole network's", 2)
+    figure, grid = _figure("What removing random layers of trained networks costs, as a share of their accuracy", 2)
     studied = [measured for measured in studied if has_learned(measured)]
     for axes, part, title in zip(grid, ("one", "quarter"), ("one layer removed", "a quarter removed"), strict=True):
-        _over_depth(axes, studied, lambda m, part=part: _share(m, f"accuracy_without_{part}"))  # type: ignore[misc]
+        _over_depth(axes, studied, lambda m, part=part: _lost(m, f"accuracy_without_{part}"))  # type: ignore[misc]
         axes.set_title(f"{title}{LEARNERS}")
-        axes.set_ylim(0, 1.05)
-    grid[0].set_ylabel("share of accuracy left")
+        axes.set_yscale("symlog", linthresh=1e-3)  # linear about 0: some networks lose nothing
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_ylim(-1e-3, 1.5)
+    grid[0].set_ylabel("share of accuracy lost (log scale from 0.001)")
     _legend(figure, grid[0])
     return figure
 
 
-def _share(measured: Measured, metric: str) -> list[float]:
+def _lost(measured: Measured, metric: str) -> list[float]:
     pairs = zip(measured.metrics[metric], measured.metrics["accuracy"], strict=True)
-    return [part / whole for part, whole in pairs]
+    return [1 - part / whole for part, whole in pairs]
 
 
 def _effective_depth(studied: list[Measured]) -> Figure:
-    title = "Layers that matter, (Σe)² / Σe² of the losses e that removing each adds; and branches on a gradient's way"
-    figure, grid = _figure(title, 3)
+    figure, grid = _figure(
+        "Effective depth: (Σe)² / Σe² of the losses e that removing each layer adds; path lengths", 2
+    )
     studied = [measured for measured in studied if has_learned(measured)]
     _over_depth(grid[0], studied, lambda m: m.metrics["effective_depth"])
     depths = sorted({measured.depth for measured in studied})
@@ -112,14 +118,11 @@ def _effective_depth(studied: list[Measured]) -> Figure:
     grid[0].set_yscale("log", base=2)
     grid[0].yaxis.set_major_formatter("{x:g}")
     grid[0].set_title(f"layers that matter{LEARNERS}")
-    _over_depth(grid[1], studied, lambda m: [value / m.depth for value in m.metrics["effective_depth"]])
-    grid[1].set_title(f"as a share of all layers{LEARNERS}")
-    grid[1].set_ylim(0, 1.02)
     adding = [measured for measured in studied if KINDS[measured.kind].adds]
-    _over_depth(grid[2], adding, lambda m: m.metrics["path_length"])
-    grid[2].set_title(f"mean length of paths{LEARNERS}")
-    grid[2].set_ylabel("branches that the gradient comes through")
-    grid[2].set_ylim(bottom=0)
+    _over_depth(grid[1], adding, lambda m: m.metrics["path_length"])
+    grid[1].set_title(f"mean length of paths{LEARNERS}")
+    grid[1].set_ylabel("branches that the gradient comes through")
+    grid[1].set_ylim(bottom=0)
     _legend(figure, grid[0])
     return figure
 

@@ -97,7 +97,7 @@ def measure(kind: str, depth: int, config: Config, digits: Digits, on_step: Call
 def train(network: Network, digits: Digits, seeds: Sequence[int], steps: int, learning_rate: float) -> Iterable[int]:
     """Yields the number of steps taken after each. Adam treats every number apart and the loss is the sum of the
     seeds' own, so each network is trained as it would be alone."""
-    optimizer = torch.optim.Adam(network.parameters(), learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         images, labels = (torch.stack(parts) for parts in zip(*(digits.batch(s, step) for s in seeds), strict=True))
