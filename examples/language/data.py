@@ -51,7 +51,8 @@ class Text:
 
     def spread(self, part: Tensor, count: int, context: int) -> tuple[Tensor, Tensor]:
         """`count` windows at equal distances over `part`, the same for everybody."""
-        return windows(part, torch.linspace(0, len(part) - context - 1, count).long(), context)
+        starts = torch.arange(count) * (len(part) - context - 1) // max(count - 1, 1)
+        return windows(part, starts, context)
 
     def __str__(self) -> str:
         return f"{len(self.train):,} bytes to train, {len(self.validation):,} to validate, SHA-256 {self.sha256[:12]}"

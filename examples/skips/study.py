@@ -1,0 +1,201 @@
+"""What is measured of a kind at a depth: gradients at the start and in training, then what removing layers does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.digits.data import Digits
+from examples.digits.seeds import seed_of
+from examples.skips.networks import KINDS, PLAIN, Network, concatenation_sizes, parameters
+
+WIDTH = 32  # of the plain and the adding stacks; the concatenating ones have about as many parameters
+EARLY = (0, 20, 100)  # optimizer steps after which gradients are looked at; and after the last
+GRADIENT_IMAGES = 128
+REMOVALS = 12  # random choices of a quarter of the layers
+PATH_SETS = 4  # random sets of branches for each length of paths
+PATH_LENGTHS = 32  # about so many lengths, evenly spaced from 0 to depth
+SKIP_RATE = 1e-2
+PLAIN_RATES = {4: 1e-2, 8: 1e-2, 16: 3e-3, 32: 1e-3, 64: 3e-4}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every network of a study has in common."""
+
+    seeds: int = 10
+    steps: int = 400
+    normalise: bool = True
+    validate: bool = False
+    learning_rate: float | None = None
+    """None for the one chosen for a kind and depth."""
+
+    def rate(self, kind: str, depth: int) -> float:
+        """Adam's first learning rate, chosen on the validation set of 0.0003, 0.001, 0.003 and 0.01: the deeper, the
+        slower a plain stack has to be trained, so it has a rate for each depth."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return PLAIN_RATES[min(PLAIN_RATES, key=lambda known: abs(known - depth))] if kind == PLAIN else SKIP_RATE
+
+
+@dataclass
+class Gradients:
+    """Norms by seed, `[depth, S]`, in log10: of the loss by each layer's weights, and by its input."""
+
+    weights: Tensor
+    states: Tensor
+
+
+@dataclass
+class Measured:
+    """One kind at one depth. `metrics` are columns of `results.csv`, with a number for each seed."""
+
+    kind: str
+    depth: int
+    width: int
+    growth: int
+    learning_rate: float
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    gradients: dict[int, Gradients] = field(default_factory=dict)
+    """By the number of optimizer steps taken."""
+
+    @property
+    def parameters(self) -> int:
+        return parameters(self.depth, self.width, self.growth)
+
+
+def measure(kind: str, depth: int, config: Config, digits: Digits, on_step: Callable[[], None]) -> Measured:
+    width, growth = concatenation_sizes(depth, WIDTH) if KINDS[kind].concatenates else (WIDTH, 0)
+    measured = Measured(kind, depth, width, growth, config.rate(kind, depth))
+    network = Network(kind, depth, width, growth, range(config.seeds), config.normalise)
+    network.to(digits.train_images.device)
+    images, labels = digits.train_images[:GRADIENT_IMAGES].flatten(1), digits.train_labels[:GRADIENT_IMAGES]
+
+    def look(step: int) -> None:
+        measured.gradients[step] = gradients = gradient_norms(network, images, labels)
+        for name, norms in (("weight", gradients.weights), ("state", gradients.states)):
+            measured.metrics[f"{name}_gradient_ratio_{step}"] = (norms[0] - norms[-1]).tolist()
+        with torch.no_grad():
+            measured.metrics[f"alikeness_{step}"] = alikeness(network.states(images)[-1]).tolist()
+
+    look(0)
+    for step in train(network, digits, range(config.seeds), config.steps, measured.learning_rate):
+        on_step()
+        if step in EARLY or step == config.steps:
+            look(step)
+    measured.metrics |= lesions(network, digits.test_images.flatten(1), digits.test_labels)
+    lengths = path_length(network, images, labels) if KINDS[kind].adds else torch.full([config.seeds], math.nan)
+    measured.metrics["path_length"] = lengths.tolist()
+    return measured
+
+
+def train(network: Network, digits: Digits, seeds: Sequence[int], steps: int, learning_rate: float) -> Iterable[int]:
+    """Yields the number of steps taken after each. Adam treats every number apart and the loss is the sum of the
+    seeds' own, so each network is trained as it would be alone."""
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        images, labels = (torch.stack(parts) for parts in zip(*(digits.batch(s, step) for s in seeds), strict=True))
+        losses(network(images.flatten(2)), labels).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield step + 1
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy `[S]` of logits `[S, B, 10]` and labels `[B]` or `[S, B]`."""
+    return F.cross_entropy(logits.mT, labels.expand(logits.shape[:-1]), reduction="none").mean(dim=1)
+
+
+def gradient_norms(network: Network, images: Tensor, labels: Tensor) -> Gradients:
+    """In float64, where the squares of gradients that have all but vanished don't."""
+    weights, states = network.weights(), network.states(images)
+    loss = losses(network.classify(states[-1]), labels).sum()
+    grads = torch.autograd.grad(loss, [*weights, *states[:-1]])
+    norms = torch.stack([grad.double().flatten(1).norm(dim=1).clamp_min(1e-300).log10() for grad in grads])
+    return Gradients(*norms.split(len(weights)))
+
+
+def alikeness(state: Tensor) -> Tensor:
+    """`[S]`: mean cosine between the normalised states of different images; at 1 a network can't tell them apart."""
+    directions = F.normalize(F.layer_norm(state, state.shape[-1:]).double(), dim=-1)
+    images = state.shape[1]
+    return (directions.sum(dim=1).square().sum(dim=-1) / images - 1) / (images - 1)
+
+
+@torch.no_grad()
+def lesions(network: Network, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Accuracy whole, without one layer (mean over which), without a quarter (over the same random choices for every
+    network of a depth), and the number of layers that matter, of a trained network."""
+    depth = len(network.layers)
+    state, removed = network.first_state(images), []
+    for index in range(depth):
+        x = network.step(state, index, removed=True)
+        for later in range(index + 1, depth):
+            x = network.step(x, later)
+        removed.append(network.classify(x))
+        state = network.step(state, index)
+    whole = network.classify(state)
+    without = [network(images, choice) for choice in quarters(depth)]
+    increases = torch.stack([losses(logits, labels) for logits in removed]) - losses(whole, labels)
+    metrics = {
+        "loss": losses(whole, labels),
+        "accuracy": _accuracy(whole, labels),
+        "accuracy_without_one": torch.stack([_accuracy(logits, labels) for logits in removed]).mean(dim=0),
+        "accuracy_without_quarter": torch.stack([_accuracy(logits, labels) for logits in without]).mean(dim=0),
+        "effective_depth": participation(increases),
+    }
+    return {name: values.tolist() for name, values in metrics.items()}
+
+
+def quarters(depth: int) -> list[list[int]]:
+    """Random choices of a quarter of the layers, one at least."""
+    generator = torch.Generator().manual_seed(seed_of(depth))
+    count = max(1, round(depth / 4))
+    return [torch.randperm(depth, generator=generator)[:count].tolist() for _ in range(REMOVALS)]
+
+
+def path_length(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+    """`[S]`, of stacks that add: through how many branches the gradient at the first layer's input came, on the mean.
+
+    Veit et al., arXiv 1605.06431, section 4.3: its norm through the branches of k layers, and by the skip connection of
+    the others, times the number of such sets. Mean over random sets; the forward is the ordinary one.
+    """
+    depth = len(network.layers)
+    lengths = list(range(0, depth + 1, max(1, depth // PATH_LENGTHS)))
+    logs = []
+    for length in lengths:
+        generator = torch.Generator().manual_seed(seed_of(depth, length))
+        sets = [set(torch.randperm(depth, generator=generator)[:length].tolist()) for _ in range(PATH_SETS)]
+        norms = torch.stack([_norm_through(network, images, labels, chosen) for chosen in sets]).mean(dim=0)
+        logs.append(norms.clamp_min(1e-300).log() + math.log(math.comb(depth, length)))
+    shares = torch.stack(logs).softmax(dim=0)
+    return shares.T @ torch.tensor(lengths, dtype=shares.dtype, device=shares.device)
+
+
+def _norm_through(network: Network, images: Tensor, labels: Tensor, through: set[int]) -> Tensor:
+    """`[S]`: norm of the gradient at the first layer's input that comes through the branches of these layers."""
+    x = first = network.first_state(images).detach().requires_grad_()
+    for index, layer in enumerate(network.layers):
+        branch = layer.fn(x)
+        x = x.detach() + branch if index in through else x + branch.detach()
+    (grad,) = torch.autograd.grad(losses(network.classify(x), labels).sum(), first)
+    return grad.double().flatten(1).norm(dim=1)
+
+
+def participation(effects: Tensor) -> Tensor:
+    """`(Σe)² / Σe²` over dim 0 of `effects [depth, S]`, those below 0 counted as 0: the number of layers that share an
+    effect, from 1 to depth; 0 where there is none."""
+    effects = effects.double().clamp_min(0)
+    squares = effects.square().sum(dim=0)
+    return torch.where(squares > 0, effects.sum(dim=0).square() / squares.clamp_min(1e-300), 0.0)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=-1) == labels).double().mean(dim=-1)
