@@ -6,8 +6,10 @@ import itertools
 import re
 from collections.abc import Callable
 
+from .evidence import TABLES as EVIDENCE
 from .memory import DROP, REUSE
 from .op_providers import EAGER, OURS, OURS_NATIVE
+from .over_seeds import grouped, over_seeds
 from .pairs import BranchFrozen, Exact, Naive
 from .step import case_of
 
@@ -40,30 +42,31 @@ def machine_line(row: CsvRow) -> str:
     """Where and when the rows were measured, in one line."""
     return (
         "Time as the median of the rounds' ratios to plain training (ratio of the minima); "
-        f"{row['turns']} rounds on {_measured_on(row)}."
+        f"{row['turns']} rounds on {measured_on(row)}."
     )
 
 
-def _measured_on(row: CsvRow) -> str:
+def measured_on(row: CsvRow) -> str:
     return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
 
 
 def digits_table(rows: list[CsvRow]) -> str:
-    """Every method of every run of `examples/train_digits.py` that the file holds."""
+    """Every method of every run of `examples/train_digits.py` that the file holds, over its seeds."""
     without = max(int(name.split("_")[2]) for name in rows[0] if re.fullmatch(r"accuracy_without_\d+", name))
     removed = f"{without} of {rows[0]['paths']} branches removed"
     lines = [
         f"| model | mode | method | accuracy, % | {removed} | time | needed FLOPs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = [row["model"], row["mode"], row["method"]]
-        cells += [_percent(row[name], row[f"{name}_95"]) for name in ("accuracy", f"accuracy_without_{without}")]
-        lines.append(f"| {' | '.join([*cells, _ratio(row['time_ratio']), _ratio(row['needed_ratio'])])} |")
+    for labels, seeds in grouped(rows, "model", "mode", "method").items():
+        values = [over_seeds(seeds, name) for name in ("accuracy", f"accuracy_without_{without}")]
+        ratios = [over_seeds(seeds, name).mean for name in ("time_ratio", "needed_ratio")]
+        cells = [*labels, *(value.percent() for value in values), *(f"{ratio:.2f}" for ratio in ratios)]
+        lines.append(f"| {' | '.join(cells)} |")
     row = rows[0]
     note = (
         f"Mean ± 95 % interval over {row['seeds']} seeds; {row['steps']} optimizer steps, p = {row['drop_prob']}; "
-        f"time and FLOPs per step as ratios to plain; {_measured_on(row)}."
+        f"time and FLOPs per step as ratios to plain; {measured_on(row)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -89,7 +92,7 @@ def ops_table(rows: list[CsvRow]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "Times as fast as the other, by the median of the turns' ratios (by the fastest turns); "
-        f"{rows[0]['turns']} turns on {_measured_on(rows[0])}; a copy: {float(rows[0]['ceiling_gbs']):.0f} GB/s."
+        f"{rows[0]['turns']} turns on {measured_on(rows[0])}; a copy: {float(rows[0]['ceiling_gbs']):.0f} GB/s."
     )
     return "\n".join([*lines, "", note])
 
@@ -110,7 +113,7 @@ def overhead_table(rows: list[CsvRow]) -> str:
         lines.append(f"| {' | '.join([*cells, _ratio(by_call['both', OURS_NATIVE]['ratio_rounds'])])} |")
     shape = smallest.replace("x", " × ")
     turns = f"{rows[0]['turns']} turns of {rows[0]['calls']} calls"
-    note = f"Microseconds, medians of {turns}, [{shape}]; {_measured_on(rows[0])}."
+    note = f"Microseconds, medians of {turns}, [{shape}]; {measured_on(rows[0])}."
     return "\n".join([*lines, "", note])
 
 
@@ -128,7 +131,7 @@ def memory_table(rows: list[CsvRow]) -> str:
         for row in (exact, by_name[Exact.name, REUSE], by_name[BranchFrozen.name, REUSE]):
             cells += [_ratio(row["saved_ratio"]), _ratio(row["peak_ratio"])]
         lines.append(f"| {' | '.join(cells)} |")
-    note = f"Ratios to a plain step's, means over {rows[0]['plans']} plans; counted on {_measured_on(rows[0])}."
+    note = f"Ratios to a plain step's, means over {rows[0]['plans']} plans; counted on {measured_on(rows[0])}."
     return "\n".join([*lines, "", note])
 
 
@@ -142,7 +145,7 @@ def scaling_table(rows: list[CsvRow]) -> str:
         times = (float(plain["min_ms"]), float(ours["min_ms"]), float(ours["overhead_us_per_path"]))
         cells = (mode, f"{int(paths):,}", *(f"{t:.1f}" for t in (*times, 1e3 * float(plan["min_ms"]) / int(paths))))
         lines.append(f"| {' | '.join(cells)} |")
-    note = f"A pair of iterations, forward and backward; fastest of {tiny[0]['turns']} turns; {_measured_on(tiny[0])}."
+    note = f"A pair of iterations, forward and backward; fastest of {tiny[0]['turns']} turns; {measured_on(tiny[0])}."
     return "\n".join([*lines, "", note])
 
 
@@ -154,9 +157,7 @@ def shares_table(rows: list[CsvRow]) -> str:
         numbers = (f"{float(row['min_ms']):,.0f}", f"{float(row['overhead_ms']):.2f}", f"{float(row['share']):.2%}")
         labels = (row[name] for name in ("network", "depth", "width", "batch", "mode"))
         lines.append(f"| {' | '.join([*labels, *numbers])} |")
-    note = (
-        f"Pairs of plain steps (forward, backward, AdamW), the faster of {real[0]['turns']}; {_measured_on(real[0])}."
-    )
+    note = f"Pairs of plain steps (forward, backward, AdamW), the faster of {real[0]['turns']}; {measured_on(real[0])}."
     return "\n".join([*lines, "", note])
 
 
@@ -201,10 +202,6 @@ def _time_ratio(row: CsvRow, base: CsvRow | None = None) -> str:
     return f"{rounds:.2f} ({low:.2f})"
 
 
-def _percent(mean: str, half_width: str) -> str:
-    return f"{100 * float(mean):.1f}" + (f" ± {100 * float(half_width):.1f}" if half_width else "")
-
-
 def _ratio(text: str) -> str:
     return f"{float(text):.2f}" if text else "–"
 
@@ -218,5 +215,6 @@ TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "shares": ("scaling-cpu.csv", shares_table),
     "traffic": ("traffic.csv", traffic_table),
     "digits": ("digits-cpu.csv", digits_table),
+    **EVIDENCE,
 }
 """Name on a page → file in `benchmarks/results/`, and its rows → markdown."""

@@ -16,7 +16,7 @@ from benchmarks.machine import Device, facts
 from examples.digits.analysis import REMOVALS
 from examples.digits.data import BATCH_SIZE
 from examples.digits.plots import draw_all
-from examples.digits.results import findings, milliseconds, summarize
+from examples.digits.results import findings, milliseconds, seed_milliseconds, summarize
 from examples.digits.storage import Folder
 from examples.digits.training import WEIGHT_DECAY, Config
 from examples.intervals import Estimate
@@ -37,6 +37,7 @@ class Report:
     def __init__(self, config: Config, finished: list[dict[str, Any]], steps: int, device: torch.device):
         self.config, self.machine = config, facts(Device.of(device.type))
         self.summaries, self.times = summarize(finished), milliseconds(finished)
+        self.seed_times = seed_milliseconds(finished)
         self.test_set = "validation set" if config.validate else "test set"
         self.paths = len(self.summaries[PLAIN].similarity) - 1
         self.findings = findings(self.summaries, self.times, self.paths)
@@ -78,20 +79,22 @@ class Report:
         return rows
 
     def _csv(self) -> str:
-        """One row a method, numbers in full: what `benchmarks/results/` keeps."""
+        """A row for each method and seed, numbers in full: what `benchmarks/results/` keeps."""
         rows = []
         for method, summary in self.summaries.items():
-            row: dict[str, Any] = {**self.machine, **asdict(self.config)}
-            row |= {"steps": self.settings["optimizer steps"], "paths": self.paths, "method": method}
-            row |= _estimate("accuracy", summary.accuracies)
-            for count, values in summary.removed.items():
-                row |= _estimate(f"accuracy_without_{count}", values)
-            row |= {"ms_per_step": self.times[method], "time_ratio": self.times[method] / self.times[PLAIN]}
-            row |= {"needed_flops": summary.needed_flops, "counted_flops": summary.counted_flops}
-            row |= {"needed_ratio": summary.needed_flops / self.summaries[PLAIN].needed_flops}
-            rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            for seed in range(self.config.seeds):
+                time, plain_time = (self.seed_times[name][seed] for name in (method, PLAIN))
+                flops, plain_flops = (self.summaries[name].seed_needed_flops[seed] for name in (method, PLAIN))
+                row: dict[str, Any] = {**self.machine, **asdict(self.config)}
+                row |= {"steps": self.settings["optimizer steps"], "paths": self.paths, "method": method, "seed": seed}
+                row |= {"accuracy": summary.accuracies[seed]}
+                row |= {f"accuracy_without_{count}": values[seed] for count, values in summary.removed.items()}
+                row |= {"train_loss": summary.curves[seed][-1]["loss"]}
+                row |= {"ms_per_step": time, "time_ratio": time / plain_time}
+                row |= {"needed_flops": flops, "needed_ratio": flops / plain_flops}
+                rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
@@ -125,11 +128,6 @@ class Report:
             methods=_table([{"method": method, "what it does": what} for method, what in METHODS.items()]),
             settings=_table([{"setting": k, "value": str(v)} for k, v in (self.settings | self.machine).items()]),
         )
-
-
-def _estimate(name: str, values: list[float]) -> dict[str, float | str]:
-    estimate = Estimate.of(values)
-    return {name: estimate.mean, f"{name}_95": "" if estimate.half_width is None else estimate.half_width}
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -22,12 +22,16 @@ class Summary:
     similarity: list[list[float]]
     """Mean over the seeds."""
     weights_sha256: list[str]
-    needed_flops: float
+    seed_needed_flops: list[float]
     """Per step, mean over all steps."""
     needed_flops_counted_steps: float
     """Per step, mean over the steps that were counted too."""
     counted_flops: float
     counted_steps: int
+
+    @property
+    def needed_flops(self) -> float:
+        return statistics.fmean(self.seed_needed_flops)
 
     @property
     def accuracy(self) -> Estimate:
@@ -49,7 +53,7 @@ def _summarize(runs: list[dict[str, Any]]) -> Summary:
         curves=[run["curve"] for run in runs],
         similarity=mean,
         weights_sha256=[run["weights_sha256"] for run in runs],
-        needed_flops=statistics.fmean(value for run in runs for value in run["needed"]),
+        seed_needed_flops=[statistics.fmean(run["needed"]) for run in runs],
         needed_flops_counted_steps=statistics.fmean(runs[0]["needed"][: runs[0]["counted_steps"]]),
         counted_flops=runs[0]["counted"],
         counted_steps=runs[0]["counted_steps"],
@@ -59,6 +63,11 @@ def _summarize(runs: list[dict[str, Any]]) -> Summary:
 def milliseconds(finished: list[dict[str, Any]]) -> dict[str, float]:
     """Median time of a step, measured over two steps in a row: the iterations of a pair take different times."""
     return {method: 1e3 * _pair_median([run[method]["seconds"] for run in finished]) for method in METHODS}
+
+
+def seed_milliseconds(finished: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The same for each seed."""
+    return {method: [1e3 * _pair_median([run[method]["seconds"]]) for run in finished] for method in METHODS}
 
 
 def _pair_median(runs: list[list[float]]) -> float:

@@ -1,0 +1,224 @@
+"""The tables of docs/evidence.md: what the scheme does to accuracy and to networks, from rows that have one a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from examples.intervals import Estimate
+from examples.methods import DROP_PATH, EXACT, PLAIN, RANDOM
+from examples.spirals.training import KEPT
+
+from .over_seeds import Row, difference, grouped, over_seeds
+
+POINTS = 100  # accuracies are shown in percent, differences in points
+
+
+def spiral_table(rows: list[Row]) -> str:
+    """Every method on the base setting, at equal steps and at equal FLOPs."""
+    shown = [row for row in rows if row["study"] in ("base", "equal FLOPs")]
+    plain = grouped(shown, "study", "method")["base", PLAIN]
+    removed = f"{plain[0]['quarter']} of {plain[0]['depth']} removed"
+    lines = _head(
+        *("equal", "method", "steps", "FLOPs of a step", "accuracy, %", "− plain", "1 removed", removed),
+        *("test loss", "rebound", "CKA of first and last layer"),
+    )
+    for (study, method), group in grouped(shown, "study", "method").items():
+        cells = ["FLOPs" if study == "equal FLOPs" else "steps", method, group[0]["steps_taken"]]
+        cells += [f"{float(group[0]['needed_ratio']):.2f}", over_seeds(group, "accuracy").percent()]
+        cells += ["" if method == PLAIN else _points(difference(group, plain, "accuracy"))]
+        cells += [over_seeds(group, f"accuracy_without_{count}").percent() for count in ("1", "quarter")]
+        cells += [over_seeds(group, name).text(".3f") for name in ("test_loss", "rebound", "similarity_ends")]
+        lines.append(_line(cells))
+    return _joined(
+        lines, f"Mean ± 95 % interval over {len(plain)} seeds; − plain: points, seed by seed; {_measured(rows)}."
+    )
+
+
+def spiral_settings_table(rows: list[Row]) -> str:
+    """What each setting does to the scheme: to accuracy, and without a quarter of the paths."""
+    by_case = grouped(rows, "study", "method")
+    lines = _head(
+        *("setting", "plain, %", "drop-path", "ResidualDroppath", "− plain", "− drop-path"),
+        *("a quarter removed: plain, %", "drop-path", "ResidualDroppath"),
+    )
+    for study in dict.fromkeys(row["study"] for row in rows):
+        scheme = by_case[study, EXACT]
+        plain = by_case.get((study, PLAIN)) or by_case["base", PLAIN]
+        drop = by_case.get((study, DROP_PATH)) or by_case["base", DROP_PATH]
+        cells = [study, *(over_seeds(group, "accuracy").percent() for group in (plain, drop, scheme))]
+        cells += [_points(difference(scheme, group, "accuracy")) for group in (plain, drop)]
+        cells += [over_seeds(group, "accuracy_without_quarter").percent() for group in (plain, drop, scheme)]
+        lines.append(_line(cells))
+    note = (
+        f"{_means(rows)}; differences in points, seed by seed. A setting without plain training or drop-path of its "
+        f"own is compared to the base's; {_measured(rows)}."
+    )
+    return _joined(lines, note)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column in which two methods are compared, and how it is shown."""
+
+    column: str
+    factor: float = 1.0
+    spec: str = ".3f"
+
+
+def separation_table(rows: list[Row]) -> str:
+    """Does it matter that it is what was dropped that learns? The scheme against controls that differ in just that."""
+    by_case = grouped(rows, "study", "method")
+    cases = [
+        (study, control)
+        for control in (RANDOM, KEPT)
+        for study in dict.fromkeys(row["study"] for row in rows)
+        if (study, control) in by_case
+    ]
+    comparisons, found = len(cases) * len(SEPARATION), 0
+    lines = _head("setting", "ResidualDroppath − …", *SEPARATION)
+    for study, control in cases:
+        cells = [study, control]
+        for measure in SEPARATION.values():
+            pair = by_case[study, EXACT], by_case[study, control]
+            separates = _excludes_zero(*pair, measure.column, 0.05 / comparisons)
+            found += separates
+            text = _signed(difference(*pair, measure.column), measure.spec, measure.factor, bold=separates)
+            cells.append(text)
+        lines.append(_line(cells))
+    note = (
+        f"{_means(rows)}, of differences seed by seed. Bold: the interval excludes 0 at level 0.05 / {comparisons}, as "
+        f"there are {comparisons} comparisons (Bonferroni): {found}. {_measured(rows)}."
+    )
+    return _joined(lines, note)
+
+
+SEPARATION = {
+    "accuracy, points": Measure("accuracy", POINTS, ".2f"),
+    "a quarter removed, points": Measure("accuracy_without_quarter", POINTS, ".2f"),
+    "test loss": Measure("test_loss"),
+    "training loss": Measure("train_loss"),
+    "rebound": Measure("rebound"),
+    "CKA of first and last layer": Measure("similarity_ends"),
+}
+
+
+def digits_pairs_table(rows: list[Row]) -> str:
+    """Differences between methods on the digits, seed by seed."""
+    most = _removed(rows, "accuracy_without_")[-1]
+    removed = f"{most.split('_')[-1]} branches removed, points"
+    lines = _head("model", "mode", "ResidualDroppath − …", "accuracy, points", removed)
+    for (model, mode), group in grouped(rows, "model", "mode").items():
+        by_method = {method: seeds for (method,), seeds in grouped(group, "method").items()}
+        for other in by_method:
+            if other != EXACT:
+                values = [difference(by_method[EXACT], by_method[other], name) for name in ("accuracy", most)]
+                lines.append(_line([model, mode, other, *map(_points, values)]))
+    return _joined(lines, f"{_means(rows)}; bold where it excludes 0; {_measured(rows)}.")
+
+
+def language_table(rows: list[Row]) -> str:
+    """Bits per byte of every method, for each text and kind of equality."""
+    losses = ["training_loss_at_inference", *_removed(rows, "validation_loss_without_")]
+    lines = _head(
+        *("training text, kB", "equal", "method", "steps", "FLOPs", "validation loss", "− plain"),
+        *("training text's loss", *(f"{name.split('_')[-1]} removed" for name in losses[1:])),
+    )
+    cases = grouped(rows, "bytes", "equal", "method")
+    for (size, equal, method), group in cases.items():
+        plain = cases.get((size, equal, PLAIN)) or cases[size, "steps", PLAIN]
+        cost = _sum(group, "flops") / _sum(plain, "flops")
+        steps = round(_sum(group, "optimizer_steps") / len(group))
+        cells = [f"{int(size) / 1e3:,.0f}", equal, method, str(steps), f"{cost:.2f}"]
+        cells.append(over_seeds(group, "validation_loss").text(".3f"))
+        cells.append("" if method == PLAIN else _signed(difference(group, plain, "validation_loss"), ".3f"))
+        cells += [over_seeds(group, name).text(".3f") for name in losses]
+        lines.append(_line(cells))
+    row = rows[0]
+    note = (
+        f"Bits per byte. {_means(rows)}; − plain: seed by seed, bold where the interval excludes 0. {row['depth']} "
+        f"blocks of two paths, width {row['width']}, context {row['context']}; p = {row['drop_prob']}, {row['mode']}. "
+        f"FLOPs: of the whole training, plain = 1; {_measured(rows)}."
+    )
+    return _joined(lines, note)
+
+
+def skips_table(rows: list[Row]) -> str:
+    """The ways to stack layers, over depth."""
+    lines = _head(
+        *("kind", "depth", "lg gradient of first / last layer", "after 100 steps", "accuracy, %"),
+        *("one layer removed, %", "a quarter removed, %", "effective depth"),
+    )
+    names = ("weight_gradient_ratio_0", "weight_gradient_ratio_100")
+    for (kind, depth), group in grouped(rows, "kind", "depth").items():
+        cells = [kind, depth, *(over_seeds(group, name).text(".2f") for name in names)]
+        for name in ("accuracy", "accuracy_without_one", "accuracy_without_quarter"):
+            cells.append(over_seeds(group, name).percent())
+        known = all(row["effective_depth"] for row in group)
+        cells.append(over_seeds(group, "effective_depth").text(".1f") if known else "–")
+        lines.append(_line(cells))
+    return _joined(lines, f"{_means(rows)}; {rows[0]['steps']} steps; {_measured(rows)}.")
+
+
+def _excludes_zero(rows: Sequence[Row], others: Sequence[Row], column: str, level: float) -> bool:
+    """At another level than 95 %."""
+    estimate, count = difference(rows, others, column), len(rows)
+    if estimate.half_width is None:
+        return False
+    if estimate.half_width == 0:
+        return estimate.mean != 0
+    wider = stats.t.ppf(1 - level / 2, count - 1) / stats.t.ppf(0.975, count - 1)
+    return abs(estimate.mean) > wider * estimate.half_width
+
+
+def _points(estimate: Estimate) -> str:
+    return _signed(estimate, ".1f", POINTS)
+
+
+def _signed(estimate: Estimate, spec: str, factor: float = 1.0, bold: bool | None = None) -> str:
+    """With its sign; bold where its interval excludes 0, or as is said."""
+    text = ("+" if estimate.mean >= 0 else "") + estimate.text(spec, factor)
+    return f"**{text}**" if (estimate.excludes_zero if bold is None else bold) else text
+
+
+def _means(rows: Sequence[Row]) -> str:
+    return f"Mean ± 95 % interval over {len({row['seed'] for row in rows})} seeds"
+
+
+def _removed(rows: Sequence[Row], prefix: str) -> list[str]:
+    """Columns of so many removed branches, fewest first."""
+    return sorted((name for name in rows[0] if name.startswith(prefix)), key=lambda name: int(name.split("_")[-1]))
+
+
+def _sum(rows: Sequence[Row], column: str) -> float:
+    return sum(float(row[column]) for row in rows)
+
+
+def _measured(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(names), "|" + "---|" * len(names)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _joined(lines: list[str], note: str) -> str:
+    return "\n".join([*lines, "", note])
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "spiral": ("spiral-cpu.csv", spiral_table),
+    "spiral-settings": ("spiral-cpu.csv", spiral_settings_table),
+    "separation": ("spiral-cpu.csv", separation_table),
+    "digits-pairs": ("digits-cpu.csv", digits_pairs_table),
+    "language": ("language-cpu.csv", language_table),
+    "skips": ("skips-cpu.csv", skips_table),
+}
+"""As `tables.TABLES`."""

@@ -1,0 +1,29 @@
+"""Rows of studies that have one for each seed: grouped by what they are about, and compared seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from examples.intervals import Estimate
+
+Row = dict[str, str]
+
+
+def grouped(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
+    """By these columns, in the order of the file; within a group by seed."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return {labels: sorted(group, key=lambda row: int(row["seed"])) for labels, group in groups.items()}
+
+
+def over_seeds(rows: Sequence[Row], column: str) -> Estimate:
+    return Estimate.of([float(row[column]) for row in rows])
+
+
+def difference(rows: Sequence[Row], others: Sequence[Row], column: str) -> Estimate:
+    """Of `rows` − `others`, seed by seed. Raises `ValueError` where they have other seeds."""
+    seeds, their = ([row["seed"] for row in side] for side in (rows, others))
+    if seeds != their:
+        raise ValueError(f"{column}: seeds {seeds} can't be compared to {their}")
+    return Estimate.of_difference(*([float(row[column]) for row in side] for side in (rows, others)))
