@@ -151,7 +151,7 @@ def test_one_minibatch_is_the_unbiased_cka_of_it():
 
 def test_minibatches_converge_to_the_whole_where_the_biased_estimate_does_not():
     """Unrelated features of many dimensions: in 6 samples they look alike."""
-    x = [features(3000, 40), features(3000, 40)]
+    x = [features(1000, 20), features(1000, 20)]
     whole = pairwise_cka(x)[0, 1].item()
     small, biased = MinibatchCKA(), []
     for batch in zip(*(f.split(6) for f in x), strict=True):
@@ -159,7 +159,7 @@ def test_minibatches_converge_to_the_whole_where_the_biased_estimate_does_not():
         biased.append(linear_cka(*batch).item())
     assert whole < 0.03
     assert abs(small.value()[0, 1].item() - whole) < 0.03
-    assert sum(biased) / len(biased) > 0.8
+    assert sum(biased) / len(biased) > 0.7
 
 
 def test_layers_with_other_rows_are_not_compared():
