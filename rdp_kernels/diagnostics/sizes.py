@@ -53,7 +53,7 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
     """
     labels: tuple[str, ...] | None = None
     sums, counts, num_samples = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model):
         for batch in track(as_batches(batches), "branch sizes", progress):
             found: dict[str, Tensor] = {}
             run(model, batch, lambda call, found=found: put(found, call.name, _sizes(call)))  # type: ignore[misc]

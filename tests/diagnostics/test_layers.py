@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.diagnostics import LayerSimilarity, MinibatchCKA, cosine_similarity, layer_similarity
+from rdp_kernels.diagnostics import (
+    LayerSimilarity,
+    MinibatchCKA,
+    branch_sizes,
+    cosine_similarity,
+    feature_distributions,
+    layer_similarity,
+)
 from rdp_kernels.diagnostics.similarity import heatmap_rebound
 
 from ..nets import conv_net
@@ -159,6 +166,7 @@ def test_rows_that_are_not_samples_are_compared_among_themselves(metric):
     found = layer_similarity(Windows(), torch.randn(5, 6), metric=metric)
     kind = torch.tensor([0, 0, 1, 1])
     assert torch.equal(found.matrix.isfinite(), kind[:, None] == kind)
+    torch.testing.assert_close(found.matrix.diagonal(), torch.ones(4, dtype=torch.float64), **EXACT)
     assert found.num_samples == 5
 
 
@@ -168,6 +176,15 @@ def test_batches_come_in_many_forms():
     expected = layer_similarity(model, x).matrix
     for batches in ([x], [(x,)], {"images": x}, [{"images": x}], iter([[x]])):
         assert torch.equal(layer_similarity(model, batches).matrix, expected)
+
+
+@pytest.mark.parametrize("look", [layer_similarity, branch_sizes, feature_distributions])
+def test_a_bar_is_drawn_for_those_who_want_one(look, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws on what isn't a terminal
+    name = look.__name__.replace("_", " ")
+    for progress in (None, False, True):
+        look(vit(), [images(5)] * 2, progress=progress)
+        assert (name in capsys.readouterr().err) == (progress is True)
 
 
 @pytest.mark.parametrize(

@@ -163,11 +163,13 @@ def test_minibatches_converge_to_the_whole_where_the_biased_estimate_does_not():
 
 
 def test_layers_with_other_rows_are_not_compared():
-    x = [features(8, 3), features(16, 3), features(8, 3), features(16, 2)]
+    """Not even where one of them is constant."""
+    x = [features(8, 3), features(16, 3), torch.ones(8, 3), features(16, 2)]
     cka = MinibatchCKA()
     cka.update(x)
     comparable = torch.tensor([[True, False, True, False], [False, True, False, True]] * 2)
     assert torch.equal(~cka.value().isnan(), comparable)
+    assert torch.equal(~pairwise_cka(x).isnan(), comparable)
     assert cka.value()[1, 3].item() == pytest.approx(linear_cka(x[1], x[3], unbiased=True).item(), abs=1e-10)
 
 
