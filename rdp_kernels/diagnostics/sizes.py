@@ -42,7 +42,8 @@ class BranchSizes:
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
-        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples", yscale="log")
+        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples")
+        ax.set_ylim(bottom=0)
         return ax
 
 
