@@ -199,6 +199,17 @@ def test_length_of_paths(kind, monkeypatch):
             assert got == pytest.approx(norm_through(linears, chosen), rel=1e-10)
 
 
+def test_sets_of_branches():
+    assert study.path_sets(7, 0) == [set()]
+    assert sorted(min(chosen) for chosen in study.path_sets(7, 1)) == list(range(7))
+    for length in (2, 3, 6, 7):
+        sets = study.path_sets(7, length)
+        assert len(sets) >= study.PATH_SETS
+        assert all(len(chosen) == length and chosen <= set(range(7)) for chosen in sets)
+        turn = sets[: 7 // length]
+        assert len(set().union(*turn)) == length * len(turn), "disjoint"
+
+
 def test_length_of_paths_in_closed_form():
     """Every branch halves its input, so C(n, k) / 2ᵏ comes through k of n: n/3 on the mean. Of 70 every second
     is measured, which is as good."""
