@@ -327,7 +327,7 @@ def test_quick(extra, tmp_path, capsys):
     assert [row["kind"] for row in rows] == [kind for _ in range(2) for kind in KINDS for _ in range(seeds)]
     assert {row["depth"] for row in rows} == ({"2", "3"} if extra else {"4", "16"})
     measures = list(rows[0])[list(rows[0]).index("learning_rate") :]
-    assert len(measures) == (14 if extra else 17)
+    assert len(measures) == (13 if extra else 16)
     for row in rows:
         assert {name for name in measures if not row[name]} == (set() if KINDS[row["kind"]].adds else {"path_length"})
         assert all(math.isfinite(float(row[name])) for name in measures if row[name])
