@@ -152,9 +152,7 @@ def after_table(studied: list[Measured], test_set: str) -> Table:
 def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=title, caption=caption, caption_justify="left")
     for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading == "kind" else "right", min_width=15 if heading == "kind" else None
-        )
+        table.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=heading == "kind")
     return table
 
 

@@ -23,7 +23,7 @@ AFTER = {
     "accuracy": ("accuracy, %", ".1f", 100),
     "accuracy_without_one": ("1 removed", ".1f", 100),
     "accuracy_without_quarter": ("¼ removed", ".1f", 100),
-    "effective_depth": ("effective depth", ".1f", 1),
+    "effective_depth": ("effective\ndepth", ".1f", 1),
 }
 """And of trained ones."""
 

@@ -18,7 +18,7 @@ WIDTH = 32  # of the plain and the adding stacks; the concatenating ones have ab
 EARLY = (0, 20, 100)  # optimizer steps after which gradients are looked at; and after the last
 GRADIENT_IMAGES = 128
 REMOVALS = 12  # random choices of a quarter of the layers
-PATH_SETS = 4  # random sets of branches for each length of paths
+PATH_SETS = 4  # at least so many random sets of branches for each length of paths
 PATH_LENGTHS = 32  # about so many lengths, evenly spaced from 0 to depth
 SKIP_RATE = 1e-2
 PLAIN_RATES = {4: 1e-2, 8: 1e-2, 16: 3e-3, 32: 1e-3, 64: 3e-4}
@@ -171,12 +171,20 @@ def path_length(network: Network, images: Tensor, labels: Tensor) -> Tensor:
     lengths = list(range(0, depth + 1, max(1, depth // PATH_LENGTHS)))
     logs = []
     for length in lengths:
-        generator = torch.Generator().manual_seed(seed_of(depth, length))
-        sets = [set(torch.randperm(depth, generator=generator)[:length].tolist()) for _ in range(PATH_SETS)]
+        sets = path_sets(depth, length)
         norms = torch.stack([_norm_through(network, images, labels, chosen) for chosen in sets]).mean(dim=0)
         logs.append(norms.clamp_min(1e-300).log() + math.log(math.comb(depth, length)))
     shares = torch.stack(logs).softmax(dim=0)
     return shares.T @ torch.tensor(lengths, dtype=shares.dtype, device=shares.device)
+
+
+def path_sets(depth: int, length: int) -> list[set[int]]:
+    """Random sets of `length` layers, disjoint until every layer had its turn: few of them may matter much."""
+    generator, sets = torch.Generator().manual_seed(seed_of(depth, length)), [set[int]()]
+    while length and len(sets) <= PATH_SETS:
+        order = torch.randperm(depth, generator=generator).tolist()
+        sets += [set(order[i : i + length]) for i in range(0, depth - length + 1, length)]
+    return sets[1:] or sets
 
 
 def _norm_through(network: Network, images: Tensor, labels: Tensor, through: set[int]) -> Tensor:

@@ -199,6 +199,17 @@ def test_length_of_paths(kind, monkeypatch):
             assert got == pytest.approx(norm_through(linears, chosen), rel=1e-10)
 
 
+def test_sets_of_branches():
+    assert study.path_sets(7, 0) == [set()]
+    assert sorted(min(chosen) for chosen in study.path_sets(7, 1)) == list(range(7))
+    for length in (2, 3, 6, 7):
+        sets = study.path_sets(7, length)
+        assert len(sets) >= study.PATH_SETS
+        assert all(len(chosen) == length and chosen <= set(range(7)) for chosen in sets)
+        turn = sets[: 7 // length]
+        assert len(set().union(*turn)) == length * len(turn), "disjoint"
+
+
 def test_length_of_paths_in_closed_form():
     """Every branch halves its input, so C(n, k) / 2ᵏ comes through k of n: n/3 on the mean. Of 70 every second
     is measured, which is as good."""
@@ -316,7 +327,7 @@ def test_quick(extra, tmp_path, capsys):
     assert [row["kind"] for row in rows] == [kind for _ in range(2) for kind in KINDS for _ in range(seeds)]
     assert {row["depth"] for row in rows} == ({"2", "3"} if extra else {"4", "16"})
     measures = list(rows[0])[list(rows[0]).index("learning_rate") :]
-    assert len(measures) == (14 if extra else 17)
+    assert len(measures) == (13 if extra else 16)
     for row in rows:
         assert {name for name in measures if not row[name]} == (set() if KINDS[row["kind"]].adds else {"path_length"})
         assert all(math.isfinite(float(row[name])) for name in measures if row[name])
