@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .evidence_plots import language_curves, spiral_accuracy
 from .op_goals import setting_of
 from .op_providers import OURS, OURS_NATIVE
 from .pairs import BranchFrozen, Exact
@@ -239,8 +240,10 @@ FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "step": {"": step_cost, "-roofline": roofline},
     "memory": {"": memory_bars},
     "scaling": {"": scaling_lines},
+    "spiral": {"": spiral_accuracy},
+    "language": {"": language_curves},
 }
-"""By command what is drawn of its rows, and what the name of that file ends with."""
+"""By command or study what is drawn of its rows, and what the name of that file ends with."""
 
 
 def plots_of_results(results: Path) -> dict[str, Callable[[], Figure]]:

@@ -32,10 +32,14 @@ class Report:
         from examples.language.plots import draw_losses
 
         folder.write("results.csv", _csv(self._rows()))
-        points = [(result, point) for result in self.finished for point in result["curve"]]
-        keys = ("method", "seed")
-        folder.write("curves.csv", _csv([{k: result[k] for k in keys} | point for result, point in points]))
+        folder.write("curves.csv", _csv(self._curves()))
         folder.write("loss.png", draw_losses(self.by_method))
+
+    def _curves(self) -> list[dict[str, Any]]:
+        """One an evaluation."""
+        run = self.machine | {"bytes": len(self.text.train)} | {k: self.options[k] for k in ("equal", "train_rest")}
+        points = [(result, point) for result in self.finished for point in result["curve"]]
+        return [{**run, "method": result["method"], "seed": result["seed"], **point} for result, point in points]
 
     def _rows(self) -> list[dict[str, Any]]:
         """One a training. Losses in bits per byte; `flops` are those needed, in all."""
