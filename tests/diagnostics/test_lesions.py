@@ -236,7 +236,8 @@ def test_plots_show_the_study():
     model, images = own_vit()
     study = lesion_study(model, lambda m: loss(m, images), counts=(2, 3), repeats=3, swaps=(1, 99))
     bars = study.plot()
-    assert [bar.get_height() for bar in bars.patches] == study.each
+    assert [bar.get_y() + bar.get_height() for bar in bars.patches] == pytest.approx(study.each)
+    assert {bar.get_y() for bar in bars.patches} == {study.baseline}
     assert [label.get_text() for label in bars.get_xticklabels()] == study.names
     counts = study.plot_counts()
     lines = [list(container.lines[0].get_ydata()) for container in counts.containers]
