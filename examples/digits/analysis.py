@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from examples.digits.data import Digits
 from examples.models import ResidualClassifier
-from rdp_kernels.diagnostics import without
+from rdp_kernels.diagnostics import pairwise_cka, without
 
 REMOVALS = 12  # random choices of removed branches that an accuracy is averaged over
 
@@ -51,14 +51,7 @@ def layer_similarity(model: ResidualClassifier, images: Tensor) -> list[list[flo
     for path in model.paths:
         states.append(path(states[-1]))
     model.train()
-    grams = []
-    for state in states:
-        features = state.flatten(1).double()
-        features = features - features.mean(dim=0)
-        gram = (features @ features.T).flatten()
-        grams.append(gram / gram.norm().clamp_min(1e-300))  # 0 to all others where the state is constant
-    joined = torch.stack(grams)
-    return (joined @ joined.T).tolist()
+    return pairwise_cka([state.flatten(1) for state in states]).tolist()
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 20) -> float:

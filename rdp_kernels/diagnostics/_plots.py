@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_LABELS = 30
+MOST_LABELS = 20
 """More can't be read on one axis."""
 
 

@@ -88,7 +88,7 @@ def feature_distributions(
     generator = torch.Generator().manual_seed(check_count("seed", seed))
     labels: tuple[str, ...] | None = None
     seen: list[list[_Seen]] = []
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model):
         for batch in track(as_batches(batches), "feature distributions", progress):
             found = layers_of(model, batch, of, lambda features: _look(features, limit, generator))
             labels = same_labels(labels, found)

@@ -43,7 +43,8 @@ class GradientNorms:
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")
-        ax.set_yscale("log")
+        if any(value > 0 for value in self.parameters + self.stream):
+            ax.set_yscale("log")
         ax.legend()
         return ax
 

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
@@ -100,7 +99,7 @@ def layer_similarity(
     labels: tuple[str, ...] | None = None
     other_labels: tuple[str, ...] | None = None
     num_samples = 0
-    with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other), torch.no_grad():
+    with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other):
         for batch in track(as_batches(batches), "layer similarity", progress):
             found = layers_of(model, batch, of, look)
             labels, layers = same_labels(labels, found), list(found.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,12 +93,12 @@ class Trials:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+        return torch.tensor(self.values, dtype=torch.float64).mean().item()
 
     @property
     def std(self) -> float:
         """Standard deviation over the choices (of these, not estimated for others)."""
-        return statistics.pstdev(self.values) if self.values else math.nan
+        return torch.tensor(self.values, dtype=torch.float64).std(correction=0).item() if self.values else math.nan
 
 
 @dataclass(frozen=True)

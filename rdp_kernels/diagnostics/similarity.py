@@ -43,7 +43,10 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pairwise_cka(x: Sequence[Tensor], y: Sequence[Tensor] | None = None, *, unbiased: bool = False) -> Tensor:
-    """`linear_cka` of each of L tensors `[N, D]` with each of the L' in y, or with each other: float64 `[L, L']`."""
+    """`linear_cka` of each of L tensors `[N, D]` with each of the L' in y, or with each other.
+
+    Returns float64 `[L, L']` on the CPU; NaN where the two of a pair differ in N.
+    """
     gram = unbiased_gram if unbiased else centred_gram
     a = [gram(features) for features in x]
     b = a if y is None else [gram(features) for features in y]
@@ -90,8 +93,7 @@ class MinibatchCKA:
     `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. The three means over minibatches in
     a CKA, of HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y), are unbiased: for the distribution that samples are drawn
     from, and for HSIC_1 of a whole data set where minibatches are random parts of it. Their ratio `value()` is not, but
-    it converges to the data set's CKA with the number of minibatches, whatever their size, which means of the biased
-    CKA don't.
+    with the number of minibatches it converges to unbiased CKA, whatever their size; means of biased CKA don't.
     """
 
     def __init__(self) -> None:
@@ -127,15 +129,15 @@ class MinibatchCosine:
     """`cosine_similarity` between layers, from minibatches: a mean over samples, so that their sizes don't matter."""
 
     def __init__(self) -> None:
-        self._sum, self._samples = torch.zeros((), dtype=torch.float64), 0
+        self._sum, self._rows = torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, x: list[Tensor], y: list[Tensor] | None = None) -> None:
         """Features `[N, ...]` of each layer, and of those they are compared to. Where shapes differ it is NaN."""
         self._sum = self._sum + pairs(x, x if y is None else y, _cosines)
-        self._samples += len(x[0])
+        self._rows = self._rows + torch.tensor([len(features) for features in x])
 
     def value(self) -> Tensor:
-        return self._sum / self._samples
+        return self._sum / self._rows[:, None]
 
 
 def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:

@@ -42,7 +42,8 @@ class BranchSizes:
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
-        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples", yscale="log")
+        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples")
+        ax.set_ylim(bottom=0)
         return ax
 
 
@@ -53,7 +54,7 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
     """
     labels: tuple[str, ...] | None = None
     sums, counts, num_samples = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model):
         for batch in track(as_batches(batches), "branch sizes", progress):
             found: dict[str, Tensor] = {}
             run(model, batch, lambda call, found=found: put(found, call.name, _sizes(call)))  # type: ignore[misc]

@@ -23,6 +23,7 @@ from rdp_kernels.diagnostics import (
     without,
 )
 from rdp_kernels.diagnostics.__main__ import main
+from rdp_kernels.plan import plan_generator
 
 from . import nets
 
@@ -71,7 +72,7 @@ def test_the_report_holds_what_the_functions_give(tmp_path, capsys, checkpoint):
     depth = effective_depth(model, loss)
     assert [row["name"] for row in report["paths"]] == ["paths.0", "paths.1"]
     for path, row in enumerate(report["paths"]):
-        wanted = (sizes.ratio[path], gradients.parameters[path], gradients.stream[path], study.effects[path])
+        wanted = (sizes.ratio[path].item(), gradients.parameters[path], gradients.stream[path], study.effects[path])
         assert [row[key] for key in ("size", "gradient", "stream")] == pytest.approx(wanted[:3], rel=1e-3)
         assert row["effect"] == pytest.approx(wanted[3], abs=1e-5)
         assert f"{row['gradient']:.3g}" in text
@@ -101,8 +102,6 @@ def test_without_labels_it_is_the_outputs_that_change(tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert "random numbers" in text
     assert "accuracy" not in text
-    from rdp_kernels.plan import plan_generator
-
     images = torch.randn(8, 1, 8, 8, generator=plan_generator(5, 0))
     with torch.no_grad():
         y = model(images)
@@ -224,7 +223,7 @@ def test_bad_checkpoints(capsys, checkpoint, tmp_path):
     assert "must hold a state_dict, got a dict with ['weights']" in refused(capsys, *argv)
     torch.save({"state_dict": {"module." + key: value for key, value in weights.items()}}, file)
     error = refused(capsys, *argv)
-    assert "17 missing (position, " in error or re.search(r"\d+ missing \(position, ", error)
+    assert re.search(r"\d+ missing \(position, ", error)
     assert re.search(r"\d+ unexpected \(module.position, ", error)
     torch.save(weights | {"head.bias": torch.zeros(3)}, file)
     assert "1 of another shape (head.bias" in refused(capsys, *argv)
@@ -257,8 +256,9 @@ def test_what_is_no_number_is_null(tmp_path, capsys, checkpoint):
     assert report["facts"]["loss"] is None
 
 
+@pytest.mark.slow
 def test_it_is_a_command():
-    """In a process of its own, without rich and matplotlib imported before it."""
+    """In a process of its own. Budget: 8 seconds."""
     run = subprocess.run(
         [sys.executable, "-m", "rdp_kernels.diagnostics", f"{HERE}:tiny_vit", "--image-size", "8", *QUICK],
         cwd=Path(__file__).parents[2],

@@ -151,7 +151,7 @@ def test_one_minibatch_is_the_unbiased_cka_of_it():
 
 def test_minibatches_converge_to_the_whole_where_the_biased_estimate_does_not():
     """Unrelated features of many dimensions: in 6 samples they look alike."""
-    x = [features(3000, 40), features(3000, 40)]
+    x = [features(1000, 20), features(1000, 20)]
     whole = pairwise_cka(x)[0, 1].item()
     small, biased = MinibatchCKA(), []
     for batch in zip(*(f.split(6) for f in x), strict=True):
@@ -159,15 +159,17 @@ def test_minibatches_converge_to_the_whole_where_the_biased_estimate_does_not():
         biased.append(linear_cka(*batch).item())
     assert whole < 0.03
     assert abs(small.value()[0, 1].item() - whole) < 0.03
-    assert sum(biased) / len(biased) > 0.8
+    assert sum(biased) / len(biased) > 0.7
 
 
 def test_layers_with_other_rows_are_not_compared():
-    x = [features(8, 3), features(16, 3), features(8, 3), features(16, 2)]
+    """Not even where one of them is constant."""
+    x = [features(8, 3), features(16, 3), torch.ones(8, 3), features(16, 2)]
     cka = MinibatchCKA()
     cka.update(x)
     comparable = torch.tensor([[True, False, True, False], [False, True, False, True]] * 2)
     assert torch.equal(~cka.value().isnan(), comparable)
+    assert torch.equal(~pairwise_cka(x).isnan(), comparable)
     assert cka.value()[1, 3].item() == pytest.approx(linear_cka(x[1], x[3], unbiased=True).item(), abs=1e-10)
 
 
