@@ -22,7 +22,7 @@ from rdp_kernels.diagnostics import (
     lesion_study,
     without,
 )
-from rdp_kernels.diagnostics.__main__ import main
+from rdp_kernels.diagnostics.__main__ import build_parser, look, main
 from rdp_kernels.plan import plan_generator
 
 from . import nets
@@ -36,6 +36,11 @@ def reported(capsys, *argv):
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out
+
+
+def found(*argv):
+    """The report, not written."""
+    return look(build_parser().parse_args([str(part) for part in argv]))
 
 
 def refused(capsys, *argv):
@@ -95,27 +100,27 @@ def test_the_report_holds_what_the_functions_give(tmp_path, capsys, checkpoint):
     assert f"accuracy: {accuracy:.4g}" in page
 
 
-def test_without_labels_it_is_the_outputs_that_change(tmp_path, capsys):
-    text = reported(capsys, f"{HERE}:tiny_vit", "--image-size", "8", "--seed", "5", *QUICK, "--out", tmp_path)
+def test_without_labels_it_is_the_outputs_that_change():
+    argv = [f"{HERE}:tiny_vit", "--image-size", "8", *QUICK]
+    report = found(*argv, "--seed", "5")
     torch.manual_seed(5)
     model = nets.tiny_vit().eval()
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert "random numbers" in text
-    assert "accuracy" not in text
+    assert "random numbers" in report.text()
+    assert "accuracy" not in report.text()
     images = torch.randn(8, 1, 8, 8, generator=plan_generator(5, 0))
     with torch.no_grad():
         y = model(images)
-        for path, row in enumerate(report["paths"]):
+        for path, effect in enumerate(report.lesions.effects):
             with without(model, path):
-                assert row["effect"] == pytest.approx(((model(images) - y).norm() / y.norm()).item(), rel=1e-4)
-    assert report["lesions"]["baseline"] == 0
-    again = reported(capsys, f"{HERE}:tiny_vit", "--image-size", "8", "--seed", "5", *QUICK)
-    assert again == text.replace(f"Report: {tmp_path / 'report.md'}\n", "")
-    other = reported(capsys, f"{HERE}:tiny_vit", "--image-size", "8", "--seed", "6", *QUICK)
-    assert other != again
+                assert effect == pytest.approx(((model(images) - y).norm() / y.norm()).item(), rel=1e-4)
+    assert report.lesions.baseline == 0
+    assert found(*argv, "--seed", "5").data() == report.data()
+    assert found(*argv, "--seed", "6").data() != report.data()
 
 
+@pytest.mark.slow
 def test_a_model_without_paths_is_converted(capsys):
+    """Budget: 5 seconds."""
     text = reported(capsys, f"{HERE}:Unconverted", *QUICK, "--lesions", "0", "--samples", "0")
     assert "1 paths in 1 blocks converted" in text
     assert "block" in text
@@ -148,19 +153,18 @@ def images(tmp_path):
 
 
 def test_a_folder_of_images(capsys, images, tmp_path):
-    text = reported(capsys, f"{HERE}:wide_vit", "--data", images, "--image-size", "8", *QUICK, "--out", tmp_path / "o")
+    report = found(f"{HERE}:wide_vit", "--data", images, "--image-size", "8", *QUICK)
     torch.manual_seed(0)
     model = nets.wide_vit().eval()
-    found = [
+    scaled = [
         torch.tensor([level, number, 0.0]).view(3, 1, 1).expand(3, 8, 8) / 127.5 - 1
         for level in (250, 5)
         for number in range(3)
     ]
     with torch.no_grad():
-        loss = F.cross_entropy(model(torch.stack(found)), torch.tensor([0, 0, 0, 1, 1, 1])).item()
-    report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert report["facts"]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert "accuracy" in text
+        loss = F.cross_entropy(model(torch.stack(scaled)), torch.tensor([0, 0, 0, 1, 1, 1])).item()
+    assert report.facts()["loss"] == pytest.approx(loss, rel=1e-4)
+    assert report.accuracy in [n / 6 for n in range(7)]
     for name in ("bright", "dark"):
         (images / name / "0.png").write_bytes(b"no image")
     assert "--data" in refused(capsys, f"{HERE}:wide_vit", "--data", images, "--image-size", "8")
