@@ -124,11 +124,15 @@ def test_a_frozen_stem_changes_nothing():
     model.requires_grad_(False)
     part = effective_depth(model, lambda m: m(images).square().mean(), lengths=[0, 2])
     assert part.norms == pytest.approx(whole.norms, rel=1e-10)
-    model, images = converted_blocks()
+    model, images = converted_blocks(nn.Identity())
     plain = effective_depth(model, lambda m: m(images).sum())
     learning = effective_depth(model, lambda m: m(images.clone().requires_grad_()).sum())
     assert plain.norms == pytest.approx(learning.norms, rel=1e-10)
     assert plain.norms[0] == pytest.approx(math.sqrt(12), rel=1e-10)
+    model, images = converted_blocks(nn.Linear(4, 4))
+    assert effective_depth(model, lambda m: m(images.clone().requires_grad_()).sum()).depth > 0
+    with pytest.raises(ValueError, match="first path's shortcut is computed outside of it"):
+        effective_depth(model, lambda m: m(images).sum())
 
 
 def test_paths_that_are_not_called_do_not_count():
