@@ -69,7 +69,7 @@ class Report:
         facts["rebound of the similarity"] = self.similarity.rebound
         for trials in self.lesions.removed:
             facts[f"{self.metric} without {trials.count} random paths"] = trials.mean
-        for trials in self.lesions.swapped:
+        for trials in self.lesions.swapped if self.lesions.swappable else ():
             facts[f"{self.metric} with {trials.count} random pair of paths swapped"] = trials.mean
         return facts
 
@@ -163,6 +163,9 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
         except ValueError as error:  # an output layer of zeros, for example
             notes.append(f"No effective depth: {error}.")
     counts, swaps = (None, (1,)) if lesions else ((), ())
+    study = lesion_study(model, evaluate, counts=counts, repeats=max(lesions, 1), swaps=swaps, seed=seed)
+    if lesions and not study.swappable:
+        notes.append("No two paths map the same shape: none were swapped.")
     return Report(
         notes,
         "outputs' change" if labels is None else "loss",
@@ -171,7 +174,7 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
         layer_similarity(model, data.images),
         feature_distributions(model, data.images, seed=seed),
         gradient_norms(model, loss),
-        lesion_study(model, evaluate, counts=counts, repeats=max(lesions, 1), swaps=swaps, seed=seed),
+        study,
         depth,
     )
 
@@ -204,7 +207,7 @@ def _or_none(function: Callable[[list[float]], float], values: list[float]) -> f
 
 
 def _shown(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+    return "unknown" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 def _plain(value: Any) -> Any:

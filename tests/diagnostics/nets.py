@@ -90,6 +90,10 @@ def wide_vit():
     return ViT(channels=3, classes=2, dim=8, depth=1, heads=2)
 
 
+def one_path():
+    return ResNet(widths=(4,), blocks=1)
+
+
 class Unconverted(nn.Module):
     """A residual network without paths; `image_size` is what it says it takes."""
 

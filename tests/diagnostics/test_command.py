@@ -134,6 +134,13 @@ def test_labels_of_other_classes_are_not_used(capsys):
     assert "accuracy" not in text
 
 
+def test_where_nothing_can_be_swapped_it_says_so():
+    report = found(f"{HERE}:one_path", "--data", "digits", *QUICK)
+    assert "No two paths map the same shape" in report.text()
+    assert "nan" not in report.text()
+    assert "swapped" not in "".join(report.facts())
+
+
 def test_a_loss_without_a_gradient_has_no_effective_depth(capsys):
     text = reported(capsys, f"{HERE}:zero_head", "--data", "digits", *QUICK)
     assert "No effective depth: loss must have a finite gradient" in text
