@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from examples.digits.data import Digits
 from examples.models import ResidualClassifier
-from rdp_kernels.diagnostics import pairwise_cka
+from rdp_kernels.diagnostics import pairwise_cka, without
 
 REMOVALS = 12  # random choices of removed branches that an accuracy is averaged over
 
@@ -38,14 +38,8 @@ def accuracy_without(model: ResidualClassifier, digits: Digits, count: int) -> f
 
 def logits_without(model: ResidualClassifier, images: Tensor, removed: tuple[int, ...]) -> Tensor:
     """`model(images)` without the branches of the paths `removed`: their shortcut and activation stay."""
-    x = model.embed(images)
-    for index, path in enumerate(model.paths):
-        if index not in removed:
-            x = path(x)
-        elif path.shortcut is not None or path.activation is not None:
-            x = x if path.shortcut is None else path.shortcut(x)
-            x = x.relu() if path.activation == "relu" else x
-    return model.classify(x)
+    with without(model, removed):
+        return model(images)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@
 | `lesions.py` | removes paths, swaps their branches |
 | `gradients.py` | norms of gradients by path, of one loss or over a training |
 | `effective_depth.py` | which lengths of paths through the network the gradient comes from |
+| `__main__.py` | the command: all of it about one model, as a report |
 """
 
 from .effective_depth import EffectiveDepth, effective_depth, participation

@@ -137,7 +137,7 @@ class _Backward:
 
         def pass_by(path: int, call: PathCall, x: Tensor) -> Tensor:
             if not first:
-                x, call, whole = requiring_grad(x, call)
+                x, whole = requiring_grad(x, call)
                 if not whole:
                     raise ValueError(
                         "the first path's shortcut is computed outside of it, and nothing before it learns: let a "

@@ -43,7 +43,8 @@ class GradientNorms:
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")
-        ax.set_yscale("log")
+        if any(value > 0 for value in self.parameters + self.stream):
+            ax.set_yscale("log")
         ax.legend()
         return ax
 
@@ -62,7 +63,7 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
     inputs: dict[int, list[GradientEdge]] = {}
 
     def look(path: int, call: PathCall, x: Tensor) -> Tensor:
-        x, call, whole = requiring_grad(x, call)
+        x, whole = requiring_grad(x, call)
         if whole:  # the edge stays that of this value, also if something behind writes to the tensor
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x, call.decide(x))
@@ -92,16 +93,12 @@ def checked_loss(value: object) -> Tensor:
     return value
 
 
-def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, PathCall, bool]:
-    """A path's input and call, with an input that requires grad also where nothing before it learns; and whether the
-    gradient there is all that comes through the path. It is not where the shortcut was computed before, elsewhere."""
+def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
+    """A path's input as one that requires grad, also where nothing before it learns; and whether the gradient there is
+    all that comes through the path. It is not where the shortcut was computed before, from what it was instead."""
     if x.requires_grad:
-        return x, call, True
-    given = call.given_residual
-    outside = given is not None and given is not x
-    x = x.detach().requires_grad_()
-    residual = given if outside else None if given is None else x
-    return x, PathCall(call.owner, call.batch_size, call.args, call.kwargs, residual), not outside
+        return x, True
+    return x.detach().requires_grad_(), call.given_residual is None
 
 
 def _parameters(owner: PathOwner) -> list[nn.Parameter]:

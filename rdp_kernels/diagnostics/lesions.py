@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,12 +93,12 @@ class Trials:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+        return torch.tensor(self.values, dtype=torch.float64).mean().item()
 
     @property
     def std(self) -> float:
         """Standard deviation over the choices (of these, not estimated for others)."""
-        return statistics.pstdev(self.values) if self.values else math.nan
+        return torch.tensor(self.values, dtype=torch.float64).std(correction=0).item() if self.values else math.nan
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,11 @@ class LesionStudy:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Bars: the value without each path. Returns the axes."""
+        """Bars from the baseline to the value without each path. Returns the axes."""
         ax = axes_or_new(ax)
-        ax.bar(range(len(self.each)), self.each, color="#56B4E9", edgecolor="black", linewidth=0.5)
-        ax.axhline(self.baseline, color="black", linestyle="--", label=f"all paths: {self.baseline:.4g}")
+        places, baseline = range(len(self.each)), self.baseline
+        ax.bar(places, self.effects, bottom=baseline, color="#56B4E9", edgecolor="black", linewidth=0.5)
+        ax.axhline(baseline, color="black", linestyle="--", label=f"all paths: {baseline:.4g}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")
         ax.set_ylabel("value without the path")
@@ -164,8 +164,7 @@ class LesionStudy:
                 counts = [0, *(trials.count for trials in found)]
                 means = [self.baseline, *(trials.mean for trials in found)]
                 ax.errorbar(counts, means, [0, *(t.std for t in found)], fmt=style, capsize=3, label=label)
-        ax.set_xlabel("number of them")
-        ax.set_ylabel("value")
+        ax.set(xlabel="paths removed, or pairs swapped", ylabel="value, mean ± standard deviation over choices")
         if ax.has_data():
             ax.legend()
         return ax

@@ -77,3 +77,58 @@ def left_as_it_was(model):
     assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
     assert [owner.slot.probe for owner in owners] == [probe] + [None] * (len(owners) - 1)
     next(iter(owners)).slot.probe = None
+
+
+# Factories for the command
+
+
+def tiny_vit():
+    return ViT(dim=8, depth=1, heads=2)
+
+
+def wide_vit():
+    return ViT(channels=3, classes=2, dim=8, depth=1, heads=2)
+
+
+def one_path():
+    return ResNet(widths=(4,), blocks=1)
+
+
+class Unconverted(nn.Module):
+    """A residual network without paths; `image_size` is what it says it takes."""
+
+    image_size = 6
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 4, 1), Block(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"logits": self.head(self.block(self.stem(x)).mean(dim=(2, 3)))}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+
+def no_paths():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def zero_head():
+    model = tiny_vit()
+    nn.init.zeros_(model.head.weight)
+    return model
+
+
+def no_module():
+    return 3
+
+
+def broken():
+    raise OSError("no weights\nhere")

@@ -48,11 +48,11 @@ def test_linear_paths_have_lengths_as_the_poisson_binomial():
 
 
 def test_a_thousand_paths():
-    """C(1500, 750) is no float; where all paths are the same, one set of a length says all."""
-    lengths = [0, 500, 501, 1500]
+    """C(1100, 550) is no float; where all paths are the same, one set of a length says all."""
+    lengths = [0, 366, 367, 1100]
     x = torch.ones(1, 1, dtype=torch.float64)
-    found = effective_depth(linear([0.5] * 1500), lambda m: m(x).sum(), samples=1, lengths=lengths)
-    logs = [math.log(math.comb(1500, k)) + k * math.log(0.5) for k in lengths]
+    found = effective_depth(linear([0.5] * 1100), lambda m: m(x).sum(), samples=1, lengths=lengths)
+    logs = [math.log(math.comb(1100, k)) + k * math.log(0.5) for k in lengths]
     weights = [math.exp(log - max(logs)) for log in logs]
     assert found.shares == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-10)
     assert found.sets == [1, 1, 1, 1]
@@ -124,11 +124,15 @@ def test_a_frozen_stem_changes_nothing():
     model.requires_grad_(False)
     part = effective_depth(model, lambda m: m(images).square().mean(), lengths=[0, 2])
     assert part.norms == pytest.approx(whole.norms, rel=1e-10)
-    model, images = converted_blocks()
+    model, images = converted_blocks(nn.Identity())
     plain = effective_depth(model, lambda m: m(images).sum())
     learning = effective_depth(model, lambda m: m(images.clone().requires_grad_()).sum())
     assert plain.norms == pytest.approx(learning.norms, rel=1e-10)
     assert plain.norms[0] == pytest.approx(math.sqrt(12), rel=1e-10)
+    model, images = converted_blocks(nn.Linear(4, 4))
+    assert effective_depth(model, lambda m: m(images.clone().requires_grad_()).sum()).depth > 0
+    with pytest.raises(ValueError, match="first path's shortcut is computed outside of it"):
+        effective_depth(model, lambda m: m(images).sum())
 
 
 def test_paths_that_are_not_called_do_not_count():

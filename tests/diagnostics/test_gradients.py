@@ -79,24 +79,34 @@ def test_a_frozen_stem_and_frozen_paths():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_converted_path_whose_residual_is_its_input(frozen):
-    model, images = converted_blocks()
+@pytest.mark.parametrize("shortcut", [nn.Identity, lambda: nn.Linear(4, 4)])
+def test_converted_paths_where_nothing_before_them_learns(frozen, shortcut):
+    """The stream's gradient is then unknown to a path whose shortcut the block computes by itself."""
+    model, images = converted_blocks(shortcut())
     x = images.clone().requires_grad_()
     model(x).square().mean().backward()
     found = gradient_norms(model, lambda m: m(images if frozen else x).square().mean())
-    assert found.stream[0] == pytest.approx(x.grad.norm().item(), rel=1e-10)
+    if frozen and shortcut is not nn.Identity:
+        assert math.isnan(found.stream[0])
+    else:
+        assert found.stream[0] == pytest.approx(x.grad.norm().item(), rel=1e-10)
+    assert found.stream[1] > 0
 
 
-def converted_blocks():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.drop_path = nn.Linear(4, 4), rdp.DropPath(0.1)
+class Block(nn.Module):
+    def __init__(self, shortcut):
+        super().__init__()
+        self.shortcut, self.fc, self.drop_path = shortcut, nn.Linear(4, 4), rdp.DropPath(0.1)
 
-        def forward(self, x):
-            return x + self.drop_path(self.fc(x).tanh())
+    def forward(self, x):
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(x)
+        return shortcut + self.drop_path(self.fc(x).tanh())
 
-    model, images = nn.Sequential(Block(), Block()).double().eval(), torch.randn(3, 4, dtype=torch.float64)
+
+def converted_blocks(shortcut):
+    """Two, the first with a shortcut of its own; in eval mode."""
+    model = nn.Sequential(Block(shortcut), Block(nn.Identity())).double().eval()
+    images = torch.randn(3, 4, dtype=torch.float64)
     assert len(rdp.convert(model, example_inputs=images).converted) == 2
     return model, images
 

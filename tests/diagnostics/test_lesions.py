@@ -11,6 +11,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.models import forward_with_ends
 from rdp_kernels.diagnostics import lesion_study, swapped, without
+from rdp_kernels.diagnostics._subsets import subsets
 
 from .nets import EACH_MODEL, batch_norm_resnet, converted_timm, left_as_it_was, own_vit
 
@@ -121,6 +122,13 @@ def test_all_choices_where_there_are_no_more_than_repeats():
     study = lesion_study(model, lambda m: loss(m, images), each=False, counts=(2,), repeats=15, swaps=(1,))
     assert study.removed[0].choices == list(itertools.combinations(range(6), 2))
     assert study.swapped[0].choices == [(pair,) for pair in itertools.combinations(range(6), 2)]
+
+
+def test_random_choices_are_different_sets():
+    for seed in range(20):
+        drawn = subsets(5, 2, 9, torch.Generator().manual_seed(seed))
+        assert len({frozenset(choice) for choice in drawn}) == len(drawn) == 9
+        assert all(len(set(choice)) == 2 and set(choice) < set(range(5)) for choice in drawn)
 
 
 def test_only_paths_that_map_the_same_shape_are_swapped():
@@ -236,7 +244,8 @@ def test_plots_show_the_study():
     model, images = own_vit()
     study = lesion_study(model, lambda m: loss(m, images), counts=(2, 3), repeats=3, swaps=(1, 99))
     bars = study.plot()
-    assert [bar.get_height() for bar in bars.patches] == study.each
+    assert [bar.get_y() + bar.get_height() for bar in bars.patches] == pytest.approx(study.each)
+    assert {bar.get_y() for bar in bars.patches} == {study.baseline}
     assert [label.get_text() for label in bars.get_xticklabels()] == study.names
     counts = study.plot_counts()
     lines = [list(container.lines[0].get_ydata()) for container in counts.containers]
