@@ -58,8 +58,15 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
 
     Where weights are tied, each path's norm counts them whole; a path that is called several times has one norm over
     all its calls. Raises `TypeError` where `loss` doesn't return a scalar that depends on the model by autograd, and
-    `RuntimeError` inside an iteration of a scheme's.
+    `RuntimeError` for `training` inside an iteration of a scheme's, where a forward is the plan's.
     """
+    owners = find_owners(model)
+    for name, owner in owners.items():
+        scheme = owner.slot.scheme
+        if training and scheme is not None and scheme.phase is not None:
+            raise RuntimeError(
+                f"path {name!r} is in an open {scheme.phase} iteration: training=True counts as a forward"
+            )
     inputs: dict[int, list[GradientEdge]] = {}
 
     def look(path: int, call: PathCall, x: Tensor) -> Tensor:
@@ -68,7 +75,6 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x, call.decide(x))
 
-    owners = find_owners(model)
     parameters = [
         [p for p in {id(p): p for p in parameters_of(o)}.values() if p.requires_grad] for o in owners.values()
     ]

@@ -89,7 +89,7 @@ def layer_similarity(
 
     The model, its gradients and torch's random state are left as they were. Only features of the current batch are
     kept, and of these, for `"cka"`, no more than `[B, B]` a layer. Raises `ValueError` or `TypeError` naming the
-    argument, and `RuntimeError` inside an iteration of a scheme's.
+    argument.
     """
     check_choice("of", of, OF)
     check_choice("metric", metric, tuple(METRICS))

@@ -197,7 +197,7 @@ def lesion_study(
         seed: of the choices, which torch's global generators take no part in.
         progress: a bar on stderr; None: where that is a terminal.
 
-    Raises `ValueError` or `TypeError` naming the argument, and `RuntimeError` inside an iteration of a scheme's.
+    Raises `ValueError` or `TypeError` naming the argument.
     """
     names = list(find_owners(model))
     check_bool("each", each)

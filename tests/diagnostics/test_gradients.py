@@ -200,3 +200,14 @@ def test_plots_show_the_norms():
     assert shown.mask[2, 1]
     assert shown[0, 0] == pytest.approx(math.log10(recorder.norms[0, 0]))
     assert {text.get_text() for text in ax.get_xticklabels()} >= {"5", "9"}
+
+
+def test_in_an_iteration_it_is_what_it_is_outside():
+    model, images = own_vit()
+    scheme = rdp.ResidualDropPath(model, 0.5, seed=1)
+    outside = gradient_norms(model, lambda m: m(images).square().sum())
+    for phase in scheme.iterations():
+        model(images).square().sum().backward()
+        assert gradient_norms(model, lambda m: m(images).square().sum()) == outside
+        with pytest.raises(RuntimeError, match=f"open {phase} iteration: training must be False"):
+            gradient_norms(model, lambda m: m(images).square().sum(), training=True)
