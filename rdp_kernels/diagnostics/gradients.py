@@ -64,9 +64,7 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
     for name, owner in owners.items():
         scheme = owner.slot.scheme
         if training and scheme is not None and scheme.phase is not None:
-            raise RuntimeError(
-                f"path {name!r} is in an open {scheme.phase} iteration: training=True counts as a forward"
-            )
+            raise RuntimeError(f"path {name!r} is in an open {scheme.phase} iteration: training must be False there")
     inputs: dict[int, list[GradientEdge]] = {}
 
     def look(path: int, call: PathCall, x: Tensor) -> Tensor:
