@@ -17,8 +17,9 @@ POINTS = 100  # accuracies are shown in percent, differences in points
 
 
 def spiral_table(rows: list[Row]) -> str:
-    """Every method on the base setting, at equal steps and at equal FLOPs."""
-    shown = [row for row in rows if row["study"] in ("base", "equal FLOPs")]
+    """Every method on the base setting, at equal steps, FLOPs and updates."""
+    equals = {"base": "steps", "equal FLOPs": "FLOPs", "equal updates": "updates"}
+    shown = [row for row in rows if row["study"] in equals]
     plain = grouped(shown, "study", "method")["base", PLAIN]
     removed = f"{plain[0]['quarter']} of {plain[0]['depth']} removed"
     lines = _head(
@@ -26,7 +27,7 @@ def spiral_table(rows: list[Row]) -> str:
         *("test loss", "rebound", "CKA of first and last layer"),
     )
     for (study, method), group in grouped(shown, "study", "method").items():
-        cells = ["FLOPs" if study == "equal FLOPs" else "steps", method, group[0]["steps_taken"]]
+        cells = [equals[study], method, group[0]["steps_taken"]]
         cells += [f"{float(group[0]['needed_ratio']):.2f}", over_seeds(group, "accuracy").percent()]
         cells += ["" if method == PLAIN else _points(difference(group, plain, "accuracy"))]
         cells += [over_seeds(group, f"accuracy_without_{count}").percent() for count in ("1", "quarter")]

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("schedule", "of P(drop) over depth", choices=("constant", "linear"))
     add("learning-rate", "of Adam, to 0 along a cosine", type=float)
     add("steps", "optimizer steps of plain training", type=int)
-    add("equal", "what all methods get as much of", choices=("steps", "flops"))
+    add("equal", "what all methods get as much of", choices=("steps", "flops", "updates"))
     parser.add_argument("--seeds", type=int, default=12, help="how many networks of each kind (default: 12)")
     parser.add_argument("--first-seed", type=int, default=0, help="seeds count from here (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the CPUs)")

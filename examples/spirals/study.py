@@ -53,8 +53,10 @@ def study(base: Setting = BASE) -> list[Case]:
     return [
         *cases("base", (*MAIN, FROZEN, KEPT)),
         *cases("equal FLOPs", (DROP_PATH, EXACT, DROP_THEN_FULL, RANDOM, FROZEN), equal="flops"),
+        *cases("equal updates", (DROP_PATH, EXACT, RANDOM), equal="updates"),
         *cases("p = 0.1", PAIR, drop_prob=0.1),
         *cases("p = 0.5", (*PAIR, KEPT), drop_prob=0.5),
+        *cases("p = 0.5, three times the steps", (*PAIR, KEPT), drop_prob=0.5, steps=3 * base.steps),
         *cases("mode: each point", PAIR, mode="sample"),
         *cases("schedule: linear", PAIR, schedule="linear"),
         *cases("kept branches not scaled", (DROP_PATH, EXACT, RANDOM), scale_by_keep=False),
@@ -98,8 +100,18 @@ def _cost(setting: Setting) -> ModelCost:
     return ModelCost.of(training.model, training.points.x)
 
 
+def updates(method: str, drop_prob: float) -> float:
+    """How often a path learns in an optimizer step, in the mean, if every drop iteration is followed by a second."""
+    if method in (DROP_PATH, KEPT):
+        return 1 - drop_prob
+    return {PLAIN: 1.0, DROP_THEN_FULL: 1 - drop_prob / 2}.get(method, 0.5)
+
+
 def steps_of(case: Case, ratio: float) -> int:
-    return round(case.setting.steps / ratio) if case.setting.equal == "flops" else case.setting.steps
+    """`ratio`: of the FLOPs of a step to plain's."""
+    setting = case.setting
+    of_plain = {"steps": 1.0, "flops": ratio, "updates": updates(case.method, setting.drop_prob)}[setting.equal]
+    return round(setting.steps / of_plain)
 
 
 Done = tuple[list[dict[str, Any]], Portrait]

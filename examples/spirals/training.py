@@ -38,8 +38,9 @@ class Setting:
         points, noise: of the training set; the test set has the same noise.
         mode: "block": a network drops a path for all its points; "sample": for each point.
         schedule, scale_by_keep, train_rest: as of `rdp.ResidualDropPath`.
-        steps: optimizer steps of plain training, and of the others unless `equal` is "flops": then they take as many
-            steps as its FLOPs pay for.
+        steps: optimizer steps of plain training.
+        equal: what all methods have as much of: "steps"; "flops", so that they take as many steps as plain's pay for;
+            "updates", so that every path learns as often, in the mean.
     """
 
     depth: int = 32

@@ -12,7 +12,7 @@ from examples import spiral
 from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 from examples.spirals.data import Points
 from examples.spirals.measure import accuracy_without, logits, removals, similarity
-from examples.spirals.study import BASE, needed_ratio, study
+from examples.spirals.study import BASE, needed_ratio, study, updates
 from examples.spirals.training import FREEZE, KEPT, METHODS, Setting, Training
 from rdp_kernels.diagnostics import linear_cka
 
@@ -199,12 +199,27 @@ def test_removals_are_distinct_and_the_same_for_all():
     assert all(len(set(removed)) == 8 for removed in removals(32, 8))
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != PLAIN])
+def test_updates_are_those_of_the_plans(method):
+    setting = replace(BASE, depth=40, width=2, drop_prob=0.3, points=4)
+    training = Training(method, setting, list(range(6)), 8)
+    learned = torch.zeros(40, 6)
+    for _ in range(8):
+        before = [path.fn.linears[0].bias.detach().clone() for path in training.model.paths]
+        states = {p: count.clone() for p, (_, _, count) in training.optimizer._states.items()}
+        training.step()
+        for index, path in enumerate(training.model.paths):
+            bias = path.fn.linears[0].bias
+            learned[index] += training.optimizer._states[bias][2] - states[bias]
+            assert (learned[index] > 0).logical_or((bias == before[index]).all(dim=1)).all()
+    assert learned.mean().item() / 8 == pytest.approx(updates(method, 0.3), abs=0.06)
+
+
 def test_study_names_are_settings():
     by_name = {}
     for case in study():
         by_name.setdefault(case.study, set()).add(case.setting)
     assert all(len(settings) == 1 for settings in by_name.values())
-    assert len(by_name) == 14
 
 
 def test_command_end_to_end(tmp_path, capsys):
