@@ -1,4 +1,4 @@
-"""`python -m benchmarks pages`: the tables and plots of README.md and docs/performance.md, from benchmarks/results/.
+"""`python -m benchmarks pages`: the tables and plots of README.md and docs/, from benchmarks/results/.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how.
 The plots that pages show are `docs/plots/NAME.svg`: equal rows give equal bytes with the same version of matplotlib.
@@ -18,7 +18,7 @@ from .tables import TABLES, TableError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
 PLOTS = ROOT / "docs" / "plots"
 PLOT = re.compile(r"\]\((?:docs/)?plots/([\w-]+)\.svg\)")
 DRAWN_BY = re.compile(rb"Matplotlib v[\w.]+")

@@ -9,7 +9,7 @@ import rdp_kernels as rdp
 
 from .markdown import ROOT, missing, python_blocks, run
 
-DOCS = ("docs/integrations.md", "docs/models.md", "docs/performance.md")
+DOCS = ("docs/diagnostics.md", "docs/evidence.md", "docs/integrations.md", "docs/models.md", "docs/performance.md")
 BLOCKS = [
     pytest.param(name, block, id=f"{name}: {where}") for name in DOCS for where, block in python_blocks(name).items()
 ]
