@@ -9,6 +9,7 @@ from scipy import stats
 
 from examples.intervals import Estimate
 from examples.methods import DROP_PATH, EXACT, PLAIN, RANDOM
+from examples.skips.results import LEARNED
 from examples.spirals.training import KEPT
 
 from .over_seeds import Row, difference, grouped, over_seeds
@@ -150,18 +151,24 @@ def language_table(rows: list[Row]) -> str:
 def skips_table(rows: list[Row]) -> str:
     """The ways to stack layers, over depth."""
     lines = _head(
-        *("kind", "depth", "lg gradient of first / last layer", "after 100 steps", "accuracy, %"),
-        *("one layer removed, %", "a quarter removed, %", "effective depth"),
+        *("kind", "depth", "lg of first / last layer's gradient", "after 100 steps", "accuracy, %"),
+        *("one layer removed, %", "a quarter removed, %", "layers that matter", "gradient's path length"),
     )
-    names = ("weight_gradient_ratio_0", "weight_gradient_ratio_100")
     for (kind, depth), group in grouped(rows, "kind", "depth").items():
-        cells = [kind, depth, *(over_seeds(group, name).text(".2f") for name in names)]
+        learned = over_seeds(group, "accuracy").mean >= LEARNED
+        cells = [kind, depth]
+        cells += [over_seeds(group, f"weight_gradient_ratio_{step}").text(".2f") for step in (0, 100)]
         for name in ("accuracy", "accuracy_without_one", "accuracy_without_quarter"):
             cells.append(over_seeds(group, name).percent())
-        known = all(row["effective_depth"] for row in group)
-        cells.append(over_seeds(group, "effective_depth").text(".1f") if known else "–")
+        for name in ("effective_depth", "path_length"):
+            known = learned and all(row[name] for row in group)
+            cells.append(over_seeds(group, name).text(".1f") if known else "–")
         lines.append(_line(cells))
-    return _joined(lines, f"{_means(rows)}; {rows[0]['steps']} steps; {_measured(rows)}.")
+    note = (
+        f"{_means(rows)}; {rows[0]['steps']} steps. –: there is none, or it would say nothing, as accuracy is below "
+        f"{LEARNED:.0%}; {_measured(rows)}."
+    )
+    return _joined(lines, note)
 
 
 def _excludes_zero(rows: Sequence[Row], others: Sequence[Row], column: str, level: float) -> bool:

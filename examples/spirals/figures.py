@@ -105,7 +105,8 @@ def _principal(states: Tensor) -> Tensor:
     """`[points, width]` → `[points, 2]`, each of variance 1."""
     centred = (states - states.mean(dim=0)).double()
     _, _, basis = torch.linalg.svd(centred, full_matrices=False)
-    projected = centred @ basis[:2].T
+    largest = basis[:2].gather(1, basis[:2].abs().argmax(dim=1, keepdim=True))
+    projected = centred @ (basis[:2] * largest.sign()).T  # or panels would be mirrored by chance
     return projected / projected.std(dim=0).clamp_min(1e-12)
 
 
