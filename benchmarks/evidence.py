@@ -39,26 +39,40 @@ def spiral_table(rows: list[Row]) -> str:
     )
 
 
+NETWORK = ("depth", "width", "layers", "points", "noise", "learning_rate", "steps")
+DROPPING = (*NETWORK, "drop_prob", "mode", "schedule", "scale_by_keep", "equal")
+"""What plain training, and drop-path, depend on."""
+
+
 def spiral_settings_table(rows: list[Row]) -> str:
     """What each setting does to the scheme: to accuracy, and without a quarter of the paths."""
     by_case = grouped(rows, "study", "method")
+    plain_of, drop_of = grouped(rows, "method", *NETWORK), grouped(rows, "method", *DROPPING)
     lines = _head(
         *("setting", "plain, %", "drop-path", "ResidualDroppath", "− plain", "− drop-path"),
         *("a quarter removed: plain, %", "drop-path", "ResidualDroppath"),
     )
     for study in dict.fromkeys(row["study"] for row in rows):
         scheme = by_case[study, EXACT]
-        plain = by_case.get((study, PLAIN)) or by_case["base", PLAIN]
-        drop = by_case.get((study, DROP_PATH)) or by_case["base", DROP_PATH]
-        cells = [study, *(over_seeds(group, "accuracy").percent() for group in (plain, drop, scheme))]
-        cells += [_points(difference(scheme, group, "accuracy")) for group in (plain, drop)]
-        cells += [over_seeds(group, "accuracy_without_quarter").percent() for group in (plain, drop, scheme)]
-        lines.append(_line(cells))
+        plain = _each_seed_once(plain_of.get((PLAIN, *(scheme[0][name] for name in NETWORK)), []))
+        drop = _each_seed_once(drop_of.get((DROP_PATH, *(scheme[0][name] for name in DROPPING)), []))
+        groups = (plain, drop, scheme)
+        cells = [study, *_accuracies(groups, "accuracy")]
+        cells += [_points(difference(scheme, group, "accuracy")) if group else "–" for group in (plain, drop)]
+        lines.append(_line([*cells, *_accuracies(groups, "accuracy_without_quarter")]))
     note = (
-        f"{_means(rows)}; differences in points, seed by seed. A setting without plain training or drop-path of its "
-        f"own is compared to the base's; {_measured(rows)}."
+        f"{_means(rows)}; differences in points, seed by seed, bold where the interval excludes 0. Where the setting "
+        f"makes no difference to plain training or drop-path, theirs is the base's; –: not trained; {_measured(rows)}."
     )
     return _joined(lines, note)
+
+
+def _accuracies(groups: Sequence[Sequence[Row]], column: str) -> list[str]:
+    return [over_seeds(group, column).percent() if group else "–" for group in groups]
+
+
+def _each_seed_once(rows: Sequence[Row]) -> list[Row]:
+    return list({row["seed"]: row for row in rows}.values())
 
 
 @dataclass(frozen=True)

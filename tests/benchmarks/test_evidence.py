@@ -22,6 +22,9 @@ def spiral_rows(study, method, accuracies, **changed):
     """Four seeds; what isn't given is the same for all."""
     shared = MACHINE | {"study": study, "method": method, "steps_taken": "10", "needed_ratio": "0.75", "depth": "32"}
     shared |= {"quarter": "8", "accuracy_without_1": "0.9", "accuracy_without_quarter": "0.5", "test_loss": "0.2"}
+    shared |= {"width": "32", "layers": "1", "points": "400", "noise": "0.05", "learning_rate": "0.005"}
+    shared |= {"steps": "1000", "drop_prob": "0.2", "mode": "block", "schedule": "constant", "equal": "steps"}
+    shared |= {"scale_by_keep": "True", "train_rest": "False"}
     shared |= {"train_loss": "0.1", "rebound": "0.3", "similarity_ends": "0.4"} | changed
     return [shared | {"seed": str(seed), "accuracy": str(value)} for seed, value in enumerate(accuracies)]
 
@@ -62,16 +65,21 @@ def test_spiral_table():
     assert "10.0" not in table, "of another setting"
 
 
-def test_settings_are_compared_to_their_own_plain_training_or_the_bases():
+def test_settings_are_compared_to_what_they_make_no_difference_to():
     rows = [
         row
-        for name, level in (("base", 0.9), ("depth 12", 0.8))
+        for name, level, changed in (("base", 0.9, {}), ("depth 12", 0.8, {"depth": "12"}))
         for method, more in ((PLAIN, 0), (DROP_PATH, 0.02), (EXACT, 0.01))
-        for row in spiral_rows(name, method, [level + more] * 4)
-    ] + spiral_rows("scale", EXACT, [0.95] * 4)
+        for row in spiral_rows(name, method, [level + more] * 4, **changed)
+    ]
+    rows += spiral_rows("rest", EXACT, [0.95] * 4, train_rest="True")
+    rows += spiral_rows("p = 0.5", EXACT, [0.85] * 4, drop_prob="0.5")
+    rows += spiral_rows("longer", EXACT, [0.85] * 4, steps="3000")
     table = evidence.spiral_settings_table(rows)
     assert cells(table, "depth 12")[3:5] == ["**+1.0 ± 0.0**", "**-1.0 ± 0.0**"]
-    assert cells(table, "scale")[3:5] == ["**+5.0 ± 0.0**", "**+3.0 ± 0.0**"]
+    assert cells(table, "rest")[3:5] == ["**+5.0 ± 0.0**", "**+3.0 ± 0.0**"]
+    assert cells(table, "p = 0.5")[:5] == ["90.0 ± 0.0", "–", "85.0 ± 0.0", "**-5.0 ± 0.0**", "–"]
+    assert cells(table, "longer")[3:5] == ["–", "–"]
 
 
 def test_separation_is_at_a_level_for_all_comparisons_together():
