@@ -44,8 +44,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.proj(self.mixed(q, k, v).transpose(1, 2).flatten(2))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, heads, N, C / heads]`."""
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 
 class ViT(ResidualClassifier):

@@ -11,23 +11,16 @@ from torch import Tensor, nn
 import rdp_kernels as rdp
 from examples.digits.seeds import seed_of
 from examples.language.data import FILE_START
-from examples.models import ResidualClassifier, mlp
+from examples.models import Attention, ResidualClassifier, mlp
 
 BYTES = 256
 
 
-class CausalAttention(nn.Module):
-    """Multi-head self-attention `[B, N, C]`; each place sees itself and those before it."""
+class CausalAttention(Attention):
+    """Each place sees itself and those before it."""
 
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class ByteGPT(ResidualClassifier):
