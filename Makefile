@@ -46,7 +46,7 @@ evidence: .venv/built
 	$(LANGUAGE) --method all --out report/evidence/language/1-steps
 	$(LANGUAGE) --method drop-path ResidualDroppath --equal flops --out report/evidence/language/2-flops
 	$(LANGUAGE) --method ResidualDroppath --train-rest --out report/evidence/language/3-rest
-	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 60000 \
+	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 20000 \
 		--out report/evidence/language/4-small
 	for study in spiral skips; do cp report/evidence/$$study/results.csv benchmarks/results/$$study-cpu.csv; done
 	awk 'FNR > 1 || NR == 1' report/evidence/digits/*/results.csv > benchmarks/results/digits-cpu.csv

@@ -53,7 +53,7 @@ def results(tmp_path):
     language = [tmp_path / "language" / name for name in ("steps", "flops", "small", "rest")]
     settings = [["--method", "all"], ["--method", DROP_PATH, EXACT, "--equal", "flops"]]
     small += ["--depth", "8"]  # as many paths as there, so that as many are removed
-    settings += [[*settings[0], "--train-bytes", "60000"], ["--method", EXACT, "--train-rest"]]
+    settings += [[*settings[0], "--train-bytes", "20000"], ["--method", EXACT, "--train-rest"]]
     for folder, setting in zip(language, settings, strict=True):
         assert bytes_lm.main([*small, "--steps", "4", *setting, "--out", str(folder)]) == 0
     for name, folder in out.items():
