@@ -16,8 +16,7 @@ test: .venv/built lint
 test-all: .venv/built
 	$(PYTEST) -m slow --durations=12
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
-	RDP_EXAMPLES=10 $(PYTEST) tests/kernels -k against_float64
-	RDP_EXAMPLES=4 $(PYTEST) tests/test_exactness.py -k equals_the_textbook
+	RDP_EXAMPLES=4 $(PYTEST) tests/kernels tests/test_exactness.py -k "against_float64 or equals_the_textbook"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

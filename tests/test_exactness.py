@@ -44,7 +44,9 @@ def check_iteration(net, x, iteration, weights):
             assert torch.equal(buffer, buffers[name]), f"{name} moved"
 
 
-CASE = given(seed=st.integers(0, 2**31), batch=st.integers(1, 13), p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+CASE = given(  # Hypothesis begins with the first of each: one that drops a part
+    seed=st.integers(0, 2**31), batch=st.sampled_from([5, *range(1, 14)]), p=st.sampled_from([0.5, 0.1, 0.9, 0.0, 1.0])
+)
 
 
 def examples(number):
@@ -52,7 +54,7 @@ def examples(number):
     return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
 
 
-@examples(6)
+@examples(5)
 @CASE
 @pytest.mark.parametrize("train_rest", [False, True], ids=["", "train_rest"])
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
@@ -64,7 +66,7 @@ def test_equals_the_textbook(kind, mode, freeze, sampling, train_rest, seed, bat
         check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p)
 
 
-@examples(3)
+@examples(2)
 @CASE
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
 @pytest.mark.parametrize("mode", ["block", "sample"])

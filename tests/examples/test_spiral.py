@@ -12,7 +12,7 @@ from examples import spiral
 from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
 from examples.spirals.data import Points
 from examples.spirals.measure import accuracy_without, logits, removals, similarity
-from examples.spirals.study import BASE, needed_ratio, study, updates
+from examples.spirals.study import BASE, needed_ratio, run_case, study, updates
 from examples.spirals.training import FREEZE, KEPT, METHODS, Setting, Training
 from rdp_kernels.diagnostics import linear_cka
 
@@ -222,28 +222,50 @@ def test_study_names_are_settings():
     assert all(len(settings) == 1 for settings in by_name.values())
 
 
-def test_command_end_to_end(tmp_path, capsys):
-    """A study is resumed where it was cut off, and nothing is run twice."""
-    options = ["--quick", "--steps", "4", "--seeds", "2", "--workers", "1", "--study", "--out", str(tmp_path / "out")]
-    names = ["--only", "schedule: linear"]
-    assert spiral.main([*options, *names]) == 0
-    first = (tmp_path / "out" / "results.csv").read_text()
-    rows = list(csv.DictReader(first.splitlines()))
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        (method, seed) for method in (DROP_PATH, EXACT, RANDOM) for seed in "01"
-    ]
+def rows_of(folder):
+    rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name != "date"} for row in rows]
+
+
+QUICK = ["--quick", "--seeds", "2", "--workers", "1", "--study", "--only", "schedule: linear"]
+
+
+def test_a_study_is_resumed_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
+    """And nothing is run twice."""
+    ran = []
+
+    def run_here(cases, seeds, workers, watch):
+        ran.extend(case.method for case in cases)
+        return ((case, run_case(case, seeds, lambda _: None)) for case in cases)
+
+    monkeypatch.setattr(spiral, "run_all", run_here)
+    options, file = [*QUICK, "--out", str(tmp_path)], tmp_path / "results.csv"
+    assert spiral.main(options) == 0
+    rows, first = rows_of(tmp_path), file.read_text()
+    each = [(method, seed) for method in (DROP_PATH, EXACT, RANDOM) for seed in "01"]
+    assert [(row["method"], row["seed"]) for row in rows] == each
     with pytest.raises(SystemExit):
-        spiral.main([*options, *names])
+        spiral.main(options)
     assert "holds results" in capsys.readouterr().err
-    assert (tmp_path / "out" / "results.csv").read_text() == first
-    kept = "".join(line for line in first.splitlines(keepends=True) if RANDOM not in line)
-    (tmp_path / "out" / "results.csv").write_text(kept)
-    assert spiral.main([*options, *names, "--resume"]) == 0
-    again = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
-    drop = ("date",)
-    assert [{k: v for k, v in row.items() if k not in drop} for row in again] == [
-        {k: v for k, v in row.items() if k not in drop} for row in rows
-    ]
+    assert file.read_text() == first
+    file.write_text("".join(line for line in first.splitlines(keepends=True) if RANDOM not in line))
+    ran.clear()
+    assert spiral.main([*options, "--resume"]) == 0
+    assert ran == [RANDOM]
+    assert rows_of(tmp_path) == rows
+
+
+@pytest.mark.slow
+def test_workers_give_what_this_process_does(tmp_path):
+    """Budget: 10 seconds."""
+    assert spiral.main([*QUICK, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert len(rows) == 6
+    for case in (case for case in study(replace(BASE, **spiral.QUICK)) if case.study == QUICK[-1]):
+        here, _ = run_case(case, [0, 1], lambda _: None)
+        there = [row for row in rows if row["method"] == case.method]
+        for mine, found in zip(here, there, strict=True):
+            assert {name: found[name] for name in mine} == spiral._as_text(mine)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def compare(one, net, what):
         assert q.requires_grad, (what, name)
 
 
-def one_process_equals(rank, one, net, inputs, pairs=10, **options):
+def one_process_equals(rank, one, net, inputs, pairs=5, **options):
     """Runs pairs of iterations on both; returns the numbers of reuse iterations, and of paths only other ranks run."""
     options = {"drop_prob": 0.5, "seed": 3, **options}
     lonely = rdp.ResidualDropPath(one, **options)
@@ -145,8 +145,8 @@ def test_gradients_are_those_of_one_process(results):
     """With two samples a rank, one often keeps none, or drops none, where the other does."""
     for found in results["check_cases"]:
         for (_, _, options), (reuses, absent) in zip(CASES, found, strict=True):
-            assert reuses > 7
-            assert (absent > 5) == (options["mode"] == "sample")
+            assert reuses > 3
+            assert (absent > 0) == (options["mode"] == "sample")
 
 
 class Converted(nn.Module):
@@ -173,13 +173,13 @@ def check_converted(rank):
             for block in net.blocks:
                 fully_shard(block, mesh=mesh)
         fsdp.shard_paths(net, mesh=mesh) if units == "branches" else fully_shard(net, mesh=mesh)
-        found.append(one_process_equals(rank, one, net, inputs, pairs=8, mode=mode))
+        found.append(one_process_equals(rank, one, net, inputs, mode=mode))
     return found
 
 
 def test_converted_models(results):
     for found in results["check_converted"]:
-        assert all(reuses > 4 for reuses, _ in found)
+        assert all(reuses > 3 for reuses, _ in found)
 
 
 def count_messages(rank):
@@ -295,7 +295,7 @@ def every_rank_has_gradients(rank):
             else:
                 wrapped = shard(net, kind)
             lonely = 0
-            for number in range(10):
+            for number in range(5):
                 x = random_inputs(2, 3)(10 * number + rank)
                 for model in (local, wrapped):
                     torch.manual_seed(10 * number + rank)
@@ -310,7 +310,7 @@ def every_rank_has_gradients(rank):
 
 
 def test_without_a_scheme_every_rank_has_gradients(results):
-    assert all(lonely > 20 for found in results["every_rank_has_gradients"] for lonely in found)
+    assert all(lonely > 10 for found in results["every_rank_has_gradients"] for lonely in found)
 
 
 CHECKS = [

@@ -119,7 +119,7 @@ class Case:
 
 
 def examples(number: int) -> settings:
-    """In `make test`; `make test-all` runs ten times as many."""
+    """In `make test`; `make test-all` runs four times as many."""
     return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
 
 
