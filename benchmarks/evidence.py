@@ -75,6 +75,42 @@ def _each_seed_once(rows: Sequence[Row]) -> list[Row]:
     return list({row["seed"]: row for row in rows}.values())
 
 
+def first_study_table(rows: list[Row]) -> str:
+    """What a first study of ours had found (before this repository), and what is found here."""
+    by_case = grouped(rows, "study", "method")
+
+    def values(study: str, *methods: str, column: str = "accuracy") -> str:
+        return " / ".join(over_seeds(by_case[study, method], column).percent() for method in methods)
+
+    small = next(study for study, _ in by_case if study.startswith("depth 6, "))
+    unscaled = difference(by_case["kept branches not scaled", EXACT], by_case["base", EXACT], "accuracy")
+    random = difference(by_case["base", EXACT], by_case["base", RANDOM], "accuracy")
+    lines = _head("finding, in %", "then", "here", "here, three times the steps")
+    longer, removed = "three times the steps", "accuracy_without_quarter"
+    pair, three = (EXACT, PLAIN), (EXACT, PLAIN, DROP_PATH)
+    lines += map(
+        _line,
+        [
+            ("accuracy: scheme / plain", "97.7 ± 0.3 / 97.6 ± 0.2", values("base", *pair), values(longer, *pair)),
+            (
+                "8 of 32 paths removed: scheme / plain / drop-path",
+                "94.9 / 60.3 / 96.4",
+                values("base", *three, column=removed),
+                values(longer, *three, column=removed),
+            ),
+            ("scheme without scaling − with", "-0.7 ± 0.3", _points(unscaled), "–"),
+            ("depth 6, width 6: scheme / plain", "84.9 / 92.6", values(small, *pair), "–"),
+            (
+                "scheme − random paths frozen",
+                "as good",
+                _points(random),
+                _points(difference(by_case[longer, EXACT], by_case[longer, RANDOM], "accuracy")),
+            ),
+        ],
+    )
+    return _joined(lines, f"{_means(rows)}; {_measured(rows)}.")
+
+
 @dataclass(frozen=True)
 class Measure:
     """A column in which two methods are compared, and how it is shown."""
@@ -240,6 +276,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "spiral": ("spiral-cpu.csv", spiral_table),
     "spiral-settings": ("spiral-cpu.csv", spiral_settings_table),
     "separation": ("spiral-cpu.csv", separation_table),
+    "first-study": ("spiral-cpu.csv", first_study_table),
     "digits-pairs": ("digits-cpu.csv", digits_pairs_table),
     "language": ("language-cpu.csv", language_table),
     "skips": ("skips-cpu.csv", skips_table),
