@@ -75,6 +75,9 @@ LOWEST = {"depth": 1, "width": 1, "points": 4, "steps": 1, "seeds": 1, "first_se
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
     for name, low in LOWEST.items():
         if getattr(args, name) < low:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least {low}, got {getattr(args, name)}")
@@ -83,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only and not args.study:
         parser.error("argument --only: needs --study")
     setting = replace(BASE, **{f.name: getattr(args, f.name) for f in fields(Setting) if hasattr(args, f.name)})
-    if args.quick:
-        setting = replace(setting, **QUICK)
     cases = study(setting) if args.study else demonstration(setting)
     if args.only:
         names = dict.fromkeys(case.study for case in cases)

@@ -202,8 +202,9 @@ def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, te
                 )
 
 
+@pytest.mark.slow
 def test_the_learning_rate_and_weight_decay(text):
-    """Warm-up over a twentieth of the steps, then a cosine that ends at 0; matrices decay, vectors don't."""
+    """Budget: 3 seconds. Warm-up over a twentieth of the steps, then a cosine that ends at 0; matrices decay, vectors don't."""
     run = begun(PLAIN, text, config(steps=100, learning_rate=0.5))
     rates = []
     run.optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in run.optimizer.param_groups]))
@@ -290,9 +291,10 @@ def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
     assert training.weights_sha256(wanted.build_model(2)) not in begins
 
 
-@pytest.mark.parametrize("mode", ["block", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["block", "sample"])
 def test_equal_flops_are_spent(mode, text, monkeypatch):
-    """Budget: 5 seconds in sample mode. One step more would be too many."""
+    """Budget: 5 seconds each. One step more would be too many."""
     monkeypatch.setattr(Training, "evaluated", lambda *_: 0.0)
     steps = {}
     for method, seed in [(RANDOM, 1), (RANDOM, 2), *((method, 0) for method in METHODS)]:
@@ -405,7 +407,9 @@ def rows_of(folder: Path, name: str = "results.csv") -> list[dict]:
         ]
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_overwritten_unasked(tmp_path, capsys, monkeypatch):
+    """Budget: 5 seconds."""
     options = ["--quick", "--out", str(tmp_path), "--method", PLAIN, "--steps", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "_train", lambda *_: (_ for _ in ()).throw(Stopped(15)))
