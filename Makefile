@@ -37,6 +37,8 @@ DIGITS := $(BIN)/python examples/train_digits.py --resume --seeds 10 --epochs 20
 LANGUAGE := $(BIN)/python examples/bytes_lm.py --resume --seeds 3 --depth 8 --width 64 --heads 4 --context 64 --steps 800
 evidence: .venv/built
 	$(BIN)/python examples/spiral.py --study --resume --out report/evidence/spiral
+	$(BIN)/python examples/spiral.py --study --only "equal updates" --first-seed 12 --seeds 24 --resume \
+		--out report/evidence/spiral-fresh-seeds
 	$(BIN)/python examples/skip_connections.py --out report/evidence/skips
 	$(DIGITS) --model mlp --out report/evidence/digits/mlp-block
 	$(DIGITS) --model resnet --out report/evidence/digits/resnet-block
@@ -47,7 +49,7 @@ evidence: .venv/built
 	$(LANGUAGE) --method ResidualDroppath --train-rest --out report/evidence/language/3-rest
 	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 20000 \
 		--out report/evidence/language/4-small
-	for study in spiral skips; do cp report/evidence/$$study/results.csv benchmarks/results/$$study-cpu.csv; done
+	for study in spiral spiral-fresh-seeds skips; do cp report/evidence/$$study/results.csv benchmarks/results/$$study-cpu.csv; done
 	awk 'FNR > 1 || NR == 1' report/evidence/digits/*/results.csv > benchmarks/results/digits-cpu.csv
 	awk 'FNR > 1 || NR == 1' report/evidence/language/*/results.csv > benchmarks/results/language-cpu.csv
 	awk 'FNR > 1 || NR == 1' report/evidence/language/*/curves.csv > benchmarks/results/language-curves-cpu.csv

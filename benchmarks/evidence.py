@@ -147,6 +147,20 @@ def separation_table(rows: list[Row]) -> str:
     return _joined(lines, note)
 
 
+def fresh_seeds_table(rows: list[Row]) -> str:
+    """The same for one setting, with seeds that had no part in choosing it."""
+    by_method = grouped(rows, "method")
+    lines = _head("ResidualDroppath − …", *SEPARATION)
+    for (method,) in by_method:
+        if method != EXACT:
+            pair = by_method[EXACT,], by_method[method,]
+            cells = [_signed(difference(*pair, m.column), m.spec, m.factor) for m in SEPARATION.values()]
+            lines.append(_line([method, *cells]))
+    seeds = sorted(int(row["seed"]) for row in rows)
+    note = f"Seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval, bold where it excludes 0; {_measured(rows)}."
+    return _joined(lines, note)
+
+
 SEPARATION = {
     "accuracy, points": Measure("accuracy", POINTS, ".2f"),
     "a quarter removed, points": Measure("accuracy_without_quarter", POINTS, ".2f"),
@@ -276,6 +290,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "spiral": ("spiral-cpu.csv", spiral_table),
     "spiral-settings": ("spiral-cpu.csv", spiral_settings_table),
     "separation": ("spiral-cpu.csv", separation_table),
+    "fresh-seeds": ("spiral-fresh-seeds-cpu.csv", fresh_seeds_table),
     "first-study": ("spiral-cpu.csv", first_study_table),
     "digits-pairs": ("digits-cpu.csv", digits_pairs_table),
     "language": ("language-cpu.csv", language_table),

@@ -101,6 +101,16 @@ def test_separation_is_at_a_level_for_all_comparisons_together():
     assert "(Bonferroni): 1." in table
 
 
+def test_fresh_seeds_table():
+    rows = [
+        *spiral_rows("equal updates", EXACT, (0.92, 0.92, 0.93, 0.93)),
+        *spiral_rows("equal updates", RANDOM, (0.91, 0.91, 0.92, 0.92)),
+    ]
+    table = evidence.fresh_seeds_table(rows)
+    assert cells(table, RANDOM)[:2] == ["**+1.00 ± 0.00**", "+0.00 ± 0.00"]
+    assert "Seeds 0 to 3" in table
+
+
 def test_every_committed_row_is_in_a_table_of_all_settings():
     with (RESULTS / "spiral-cpu.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -112,7 +122,7 @@ def test_every_committed_row_is_in_a_table_of_all_settings():
 
 def test_results_describe_every_column():
     described = (RESULTS / "README.md").read_text(encoding="utf-8")
-    for name in ("spiral", "digits", "language", "language-curves", "skips"):
+    for name in ("spiral", "spiral-fresh-seeds", "digits", "language", "language-curves", "skips"):
         with (RESULTS / f"{name}-cpu.csv").open(encoding="utf-8", newline="") as file:
             for column in csv.DictReader(file).fieldnames:
                 numbered = re.sub(r"_\d+$", "_N", column)

@@ -13,7 +13,7 @@ from examples import bytes_lm, skip_connections, spiral, train_digits
 from examples.methods import DROP_PATH, EXACT
 
 PAGE = pages.ROOT / "docs" / "evidence.md"
-FILES = {"spiral", "digits", "language", "language-curves", "skips"}
+FILES = {"spiral", "spiral-fresh-seeds", "digits", "language", "language-curves", "skips"}
 
 
 def read(*paths: Path) -> list[dict]:
@@ -56,6 +56,9 @@ def results(tmp_path):
     settings += [[*settings[0], "--train-bytes", "20000"], ["--method", EXACT, "--train-rest"]]
     for folder, setting in zip(language, settings, strict=True):
         assert bytes_lm.main([*small, "--steps", "4", *setting, "--out", str(folder)]) == 0
+    out["spiral-fresh-seeds"] = tmp_path / "spiral-fresh-seeds"
+    fresh = ["--study", "--only", "equal updates", "--first-seed", "2", "--steps", "2", "--points", "20"]
+    assert spiral.main([*small[:3], *fresh, "--out", str(out["spiral-fresh-seeds"])]) == 0
     for name, folder in out.items():
         write(tmp_path / f"{name}-cpu.csv", read(folder / "results.csv"))
     write(tmp_path / "digits-cpu.csv", read(*(folder / "results.csv" for folder in digits)))
@@ -78,7 +81,7 @@ def test_every_study_in_small_gives_the_pages_tables(results):
         assert make(read(results / file)) in page
         assert found[0] == wanted[0], name
         labels, known = ({tuple(row) for row in rows} for rows in (found[1], wanted[1]))
-        if file == "spiral-cpu.csv":  # the sizes of networks are in the names of settings
+        if file.startswith("spiral"):  # the sizes of networks are in the names of settings
             labels, known = (
                 {tuple(re.sub(r"\d+", "N", cell) for cell in row) for row in side} for side in (labels, known)
             )
