@@ -46,9 +46,8 @@ evidence: .venv/built
 	$(DIGITS) --mode sample --out report/evidence/digits/vit-sample
 	$(LANGUAGE) --method all --out report/evidence/language/1-steps
 	$(LANGUAGE) --method drop-path ResidualDroppath --equal flops --out report/evidence/language/2-flops
-	$(LANGUAGE) --method ResidualDroppath --train-rest --out report/evidence/language/3-rest
 	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 20000 \
-		--out report/evidence/language/4-small
+		--out report/evidence/language/3-small
 	for study in spiral spiral-fresh-seeds skips; do cp report/evidence/$$study/results.csv benchmarks/results/$$study-cpu.csv; done
 	awk 'FNR > 1 || NR == 1' report/evidence/digits/*/results.csv > benchmarks/results/digits-cpu.csv
 	awk 'FNR > 1 || NR == 1' report/evidence/language/*/results.csv > benchmarks/results/language-cpu.csv

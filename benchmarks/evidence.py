@@ -192,13 +192,12 @@ def language_table(rows: list[Row]) -> str:
         *("training text, kB", "equal", "method", "steps", "FLOPs", "validation loss", "− plain"),
         *("training text's loss", *(f"{name.split('_')[-1]} removed" for name in losses[1:])),
     )
-    cases = grouped(rows, "bytes", "equal", "train_rest", "method")
-    for (size, equal, train_rest, method), group in cases.items():
-        plain = cases[size, "steps", "False", PLAIN]
+    cases = grouped(rows, "bytes", "equal", "method")
+    for (size, equal, method), group in cases.items():
+        plain = cases[size, "steps", PLAIN]
         cost = _sum(group, "flops") / _sum(plain, "flops")
         steps = round(_sum(group, "optimizer_steps") / len(group))
-        label = method if train_rest == "False" else f"{method}, the rest learns in both"
-        cells = [f"{int(size) / 1e3:,.0f}", equal, label, str(steps), f"{cost:.2f}"]
+        cells = [f"{int(size) / 1e3:,.0f}", equal, method, str(steps), f"{cost:.2f}"]
         cells.append(over_seeds(group, "validation_loss").text(".3f"))
         cells.append("" if method == PLAIN else _signed(difference(group, plain, "validation_loss"), ".3f"))
         cells += [over_seeds(group, name).text(".3f") for name in losses]

@@ -41,7 +41,7 @@ def spiral_accuracy(rows: Rows) -> Figure:
 def language_curves(rows: Rows) -> Figure:
     """Validation loss in the course of training, by step and by FLOP: means over seeds, the last with its interval."""
     rows = complete(rows, "method", "seed", "step", "flops", "validation_loss", "bytes", "equal")
-    rows = [row for row in rows if row["equal"] == "steps" and not row["train_rest"]]
+    rows = [row for row in rows if row["equal"] == "steps"]
     if not rows:
         raise NothingToPlot("no row is of a run at equal steps")
     texts = sorted({row["bytes"] for row in rows}, reverse=True)

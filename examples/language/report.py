@@ -37,7 +37,7 @@ class Report:
 
     def _curves(self) -> list[dict[str, Any]]:
         """One an evaluation."""
-        run = self.machine | {"bytes": len(self.text.train)} | {k: self.options[k] for k in ("equal", "train_rest")}
+        run = self.machine | {"bytes": len(self.text.train), "equal": self.options["equal"]}
         points = [(result, point) for result in self.finished for point in result["curve"]]
         return [{**run, "method": result["method"], "seed": result["seed"], **point} for result, point in points]
 

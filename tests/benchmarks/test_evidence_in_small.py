@@ -50,10 +50,10 @@ def results(tmp_path):
     for folder in digits:
         options = ["--model", folder.name, "--seeds", "2", "--epochs", "0.05", "--out", str(folder)]
         assert train_digits.main(options) == 0
-    language = [tmp_path / "language" / name for name in ("steps", "flops", "small", "rest")]
+    language = [tmp_path / "language" / name for name in ("steps", "flops", "small")]
     settings = [["--method", "all"], ["--method", DROP_PATH, EXACT, "--equal", "flops"]]
     small += ["--depth", "8"]  # as many paths as there, so that as many are removed
-    settings += [[*settings[0], "--train-bytes", "20000"], ["--method", EXACT, "--train-rest"]]
+    settings += [[*settings[0], "--train-bytes", "20000"]]
     for folder, setting in zip(language, settings, strict=True):
         assert bytes_lm.main([*small, "--steps", "4", *setting, "--out", str(folder)]) == 0
     out["spiral-fresh-seeds"] = tmp_path / "spiral-fresh-seeds"
