@@ -41,9 +41,7 @@ evidence: .venv/built
 		--out report/evidence/spiral-fresh-seeds
 	$(BIN)/python examples/skip_connections.py --out report/evidence/skips
 	$(DIGITS) --model mlp --out report/evidence/digits/mlp-block
-	$(DIGITS) --model resnet --out report/evidence/digits/resnet-block
 	$(DIGITS) --out report/evidence/digits/vit-block
-	$(DIGITS) --mode sample --out report/evidence/digits/vit-sample
 	$(LANGUAGE) --method all --out report/evidence/language/1-steps
 	$(LANGUAGE) --method drop-path ResidualDroppath --equal flops --out report/evidence/language/2-flops
 	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 20000 \

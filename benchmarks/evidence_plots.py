@@ -52,7 +52,10 @@ def language_curves(rows: Rows) -> Figure:
         for over, label in (("step", "optimizer step"), ("flops", "needed FLOPs")):
             axis = next(panels)
             for number, method in enumerate(methods):
-                curve = _curve([row for row in rows if row["method"] == method and row["bytes"] == size], over)
+                shown = [row for row in rows if row["method"] == method and row["bytes"] == size]
+                if not shown:
+                    continue
+                curve = _curve(shown, over)
                 x, y = ([point[place] for point in curve] for place in (0, 1))
                 axis.plot(
                     x, [estimate.mean for estimate in y], color=COLOURS[number], marker=MARKERS[number], markersize=3

@@ -1,4 +1,4 @@
-"""The code in docs/ runs, each block by itself, and it names what exists."""
+"""The code in docs/ runs, each block by itself or a page from top to bottom, and it names what exists."""
 
 import re
 
@@ -10,8 +10,12 @@ import rdp_kernels as rdp
 from .markdown import ROOT, missing, python_blocks, run
 
 DOCS = ("docs/diagnostics.md", "docs/evidence.md", "docs/integrations.md", "docs/models.md", "docs/performance.md")
+FROM_TOP_TO_BOTTOM = "docs/diagnostics.md"
 BLOCKS = [
-    pytest.param(name, block, id=f"{name}: {where}") for name in DOCS for where, block in python_blocks(name).items()
+    pytest.param(name, block, id=f"{name}: {where}")
+    for name in DOCS
+    for where, block in python_blocks(name).items()
+    if name != FROM_TOP_TO_BOTTOM
 ]
 
 
@@ -21,6 +25,14 @@ def test_code_blocks_run(name, block):
     if absent := missing(block):
         pytest.skip(f"not installed: {', '.join(absent)}")
     run(name, block, {"torch": torch, "rdp": rdp})
+
+
+def test_code_blocks_run_from_top_to_bottom():
+    namespace: dict = {}
+    for block in python_blocks(FROM_TOP_TO_BOTTOM).values():
+        run(FROM_TOP_TO_BOTTOM, block, namespace)
+    assert namespace["study"].baseline > 0
+    assert namespace["recorder"].norms.isnan().any(), "what is frozen has no gradient"
 
 
 @pytest.mark.parametrize("name", DOCS)
