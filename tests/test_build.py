@@ -133,8 +133,14 @@ def wrong_source(tree):
     return {}
 
 
-@pytest.mark.parametrize("broken", [no_compiler, pytest.param(wrong_source, marks=compiles)])
+ONE_QUICK = pytest.mark.parametrize(
+    "broken", [no_compiler, pytest.param(wrong_source, marks=[compiles, pytest.mark.slow])]
+)
+
+
+@ONE_QUICK
 def test_where_compiling_fails_auto_makes_a_pure_package(tree, broken):
+    """Budget: 5 seconds with a wrong source."""
     lines = told(succeeds(*WHEEL, cwd=tree, CUDA_HOME="/nonexistent", **broken(tree)))
     assert "the compiler failed" in lines[-1]
     assert "without compiled kernels (RDP_BUILD=cpu shows why)" in lines[-1]
@@ -143,8 +149,9 @@ def test_where_compiling_fails_auto_makes_a_pure_package(tree, broken):
     assert wheels(tree) == [PURE]
 
 
-@pytest.mark.parametrize("broken", [no_compiler, pytest.param(wrong_source, marks=compiles)])
+@ONE_QUICK
 def test_where_compiling_fails_a_choice_fails(tree, broken):
+    """As above."""
     output = fails(*WHEEL, cwd=tree, RDP_BUILD="cpu", **broken(tree))
     assert output.splitlines()[-1].startswith("RDP_BUILD=cpu: the compiler failed (")
     assert broken is no_compiler or "wrong on purpose" in output
@@ -158,8 +165,9 @@ def test_an_old_library_does_not_stay_where_compiling_fails(tree):
 
 
 @compiles
+@pytest.mark.slow
 def test_variables_that_builds_of_torch_extensions_know(tree, tmp_path):
-    """A ninja that only notes its arguments, and a toolkit that is a stub."""
+    """A ninja that only notes its arguments, and a toolkit that is a stub. Budget: 5 seconds."""
     noted = tmp_path / "noted"
     script(tmp_path / "bin" / "ninja", f'[ "$1" = --version ] || {{ echo "$@" > {noted}; exit 1; }}')
     nvcc = script(tmp_path / "toolkit" / "bin" / "nvcc", "echo a stub")

@@ -1,4 +1,7 @@
-"""FSDP2 on two ranks: gradients are those of one process on the joined batch, and what isn't needed isn't sent."""
+"""FSDP2 on two ranks: gradients are those of one process on the joined batch, and what isn't needed isn't sent.
+
+Budget: 40 seconds in all.
+"""
 
 import copy
 import warnings
@@ -16,6 +19,8 @@ from rdp_kernels.integrations import fsdp
 
 from ..convert import nets as convertible
 from .processes import run_ranks
+
+pytestmark = pytest.mark.slow
 
 DIM = 8
 
