@@ -46,7 +46,8 @@ evidence: .venv/built
 	$(LANGUAGE) --method drop-path ResidualDroppath --equal flops --out report/evidence/language/2-flops
 	$(LANGUAGE) --method plain drop-path ResidualDroppath "random paths frozen" --train-bytes 20000 \
 		--out report/evidence/language/3-small
-	$(LANGUAGE) --method ResidualDroppath --equal flops --train-bytes 20000 --out report/evidence/language/4-small-flops
+	$(LANGUAGE) --method ResidualDroppath "random paths frozen" --equal flops --train-bytes 20000 \
+		--out report/evidence/language/4-small-flops
 	for study in spiral spiral-fresh-seeds skips; do cp report/evidence/$$study/results.csv benchmarks/results/$$study-cpu.csv; done
 	awk 'FNR > 1 || NR == 1' report/evidence/digits/*/results.csv > benchmarks/results/digits-cpu.csv
 	awk 'FNR > 1 || NR == 1' report/evidence/language/*/results.csv > benchmarks/results/language-cpu.csv

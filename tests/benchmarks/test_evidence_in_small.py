@@ -31,6 +31,11 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def columns(rows: list[dict]) -> set[str]:
+    """Those of numbered steps once: a short training ends at another."""
+    return {re.sub(r"gradient_ratio_\d+$|alikeness_\d+$", "N", name) for name in rows[0]}
+
+
 def shape(markdown: str) -> tuple[list[str], list[list[str]]]:
     """Headings with numbers left out, and each row's first cell that is no number."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
@@ -45,7 +50,7 @@ def results(tmp_path):
     threads = torch.get_num_threads()
     small, out = ["--quick", "--seeds", "2"], {name: tmp_path / name for name in ("spiral", "skips")}
     assert spiral.main([*small, "--study", "--steps", "2", "--points", "20", "--out", str(out["spiral"])]) == 0
-    assert skip_connections.main([*small, "--steps", "8", "--out", str(out["skips"])]) == 0
+    assert skip_connections.main([*small, "--steps", "100", "--out", str(out["skips"])]) == 0
     digits = [tmp_path / "digits" / model for model in ("mlp", "vit")]
     for folder in digits:
         options = ["--model", folder.name, "--seeds", "2", "--epochs", "0.05", "--out", str(folder)]
@@ -73,7 +78,7 @@ def test_every_study_in_small_gives_the_pages_tables(results):
     """Budget: 150 seconds."""
     committed = {name: read(pages.RESULTS / f"{name}-cpu.csv") for name in FILES}
     for name, rows in committed.items():
-        assert read(results / f"{name}-cpu.csv")[0].keys() == rows[0].keys(), name
+        assert columns(read(results / f"{name}-cpu.csv")) == columns(rows), name
     page = pages.updated(PAGE.read_text(encoding="utf-8"), results)
     for name in (*evidence.TABLES, "digits"):
         file, make = tables.TABLES[name]
