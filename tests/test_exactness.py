@@ -54,7 +54,7 @@ def examples(number):
     return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
 
 
-@examples(5)
+@examples(4)
 @CASE
 @pytest.mark.parametrize("train_rest", [False, True], ids=["", "train_rest"])
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])

@@ -177,10 +177,11 @@ def test_nearest_neighbours_learn(tmp_path):
 # Nothing lost
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 @EACH_SCHEME
 def test_resumes_to_the_bit(options, tmp_path, monkeypatch, capsys):
-    """Stopped after each of the first steps, so also between the two iterations of a pair."""
+    """Budget: 5 seconds each. Stopped after each of the first steps, so also between the two iterations of a pair."""
     argv = [*TINY, *options, "--save-every", "1", "--out"]
     assert dino.main([*argv, str(tmp_path / "whole")]) == 0
     whole = (tmp_path / "whole" / "results.json").read_bytes()

@@ -134,8 +134,10 @@ def run_interrupted(argv: list[str], monkeypatch) -> None:
     assert finetune_timm.main([*argv, "--resume"]) == 0
 
 
+@pytest.mark.slow
 @EACH_SCHEME
 def test_resumes_to_the_bit(scheme, options, tmp_path, monkeypatch):
+    """Budget: 5 seconds each."""
     argv = [*TINY, *options, "--scheme", scheme, "--out"]
     assert finetune_timm.main([*argv, str(tmp_path / "whole")]) == 0
     run_interrupted([*argv, str(tmp_path / "stopped")], monkeypatch)

@@ -37,8 +37,10 @@ def slow(tmp_path_factory):
     return failures_of_ranks(tmp_path_factory.mktemp("slow"), "slow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ddp_worker.QUICK)
 def test_on_two_ranks(name, quick):
+    """Budget: 40 seconds together."""
     assert [failures[name] for failures in quick] == [[], []]
 
 
