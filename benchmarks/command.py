@@ -50,15 +50,17 @@ def measured(
     rounds: int,
     make_session: Callable[[Callable[[], None]], Session],
     one_threaded: bool = False,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> tuple[list[Row], int]:
-    """The rows of all cases, and an exit code. A case that fails its check is told of and left out; an interrupt, or
-    an exception, ends it with what there is so far.
+    """The rows of all cases, and an exit code. A case that fails its check, or raises, is told of and left out; an
+    interrupt, or a case that can't be made, ends it with what there is so far.
 
     Args:
         cases: made one after the other.
         rounds: of all cases together.
         make_session: from what advances the bar.
         one_threaded: what is so small that a second thread would only wait.
+        keep: is given all rows that there are after each case: what was found is on disk if the next one hangs.
     """
     code, session = 0, None
     try:
@@ -70,6 +72,10 @@ def measured(
                 except CheckFailed as error:
                     print(f"not timed: {error}", file=sys.stderr)
                     code = 1
+                except Exception:
+                    traceback.print_exc()
+                    code = 1
+                keep(session.rows)
     except KeyboardInterrupt:
         console.print("Interrupted.")
         code = 130
@@ -79,16 +85,24 @@ def measured(
     return [] if session is None else session.rows, code
 
 
-def written(options: argparse.Namespace, rows: list[Row]) -> bool:
-    """Writes the files that were asked for. False, and why, where one can't be."""
-    complete = True
+def write_rows(options: argparse.Namespace, rows: list[Row]) -> list[str]:
+    """Writes the files of rows that were asked for. Why those couldn't be written that couldn't."""
+    failed = []
     for path, write in ((options.csv, write_csv), (options.json, write_json)):
         try:
             if path is not None and rows:
                 write(path, rows)
         except OSError as error:
-            print(f"can't write {path}: {error.strerror}; what was there is kept", file=sys.stderr)
-            complete = False
+            failed.append(f"can't write {path}: {error.strerror}; what was there is kept")
+    return failed
+
+
+def written(options: argparse.Namespace, rows: list[Row]) -> bool:
+    """Writes the files that were asked for. False, and why, where one can't be."""
+    failed = write_rows(options, rows)
+    for line in failed:
+        print(line, file=sys.stderr)
+    complete = not failed
     path = getattr(options, "plot", None)
     try:
         if path is not None and rows:

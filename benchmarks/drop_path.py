@@ -70,14 +70,13 @@ class Compiled(OwnMasks):
 
 
 class Subset(OwnMasks):
-    """DINOv2's way: each branch on a fixed number of random rows, added to them B / rows times. Blocks are compiled."""
+    """DINOv2's way: each branch on a fixed number of random rows, added to them B / rows times."""
 
-    name = "compiled subset"
-    compiled = True
+    name = "subset"
 
     def prepare(self, network: Library, images: Tensor) -> None:
-        kept = max(int(len(images) * (1 - self.drop_prob)), 1)
-        self._blocks = [_SubsetBlock(block, kept) for block in cast(nn.Sequential, network.model.blocks)]
+        kept, blocks = max(int(len(images) * (1 - self.drop_prob)), 1), cast(nn.Sequential, network.model.blocks)
+        self._blocks = [_SubsetBlock(block, kept, self.compiled) for block in blocks]
         network.model.blocks = nn.Sequential(*self._blocks)
 
     def drawn(self) -> tuple[Tensor, float]:
@@ -85,6 +84,13 @@ class Subset(OwnMasks):
         rows = [rows.cpu() for block in self._blocks for rows in block.rows]
         keep = torch.zeros(len(rows), len(self.images), dtype=torch.bool)
         return keep.scatter(1, torch.stack(rows), True), 1 - len(rows[0]) / len(self.images)
+
+
+class CompiledSubset(Subset):
+    """The same, each block compiled."""
+
+    name = "compiled subset"
+    compiled = True
 
 
 class Ours(OwnMasks):
@@ -116,19 +122,26 @@ class OursCompiled(Ours):
         compile_branches(network.model, backend=COMPILER)
 
 
-TRAINERS: tuple[type[OwnMasks], ...] = (OwnMasks, Compiled, Subset, Ours, OursCompiled)
+TRAINERS: tuple[type[OwnMasks], ...] = (OwnMasks, Compiled, Subset, CompiledSubset, Ours, OursCompiled)
 
 
 def drop_path_case(
-    size: str, model: str, turns: int, device: Device, batch: int | None = None, autocast: bool = False
+    size: str,
+    model: str,
+    turns: int,
+    device: Device,
+    batch: int | None = None,
+    autocast: bool = False,
+    compiled: bool = True,
 ) -> Case:
     """Two steps of drop-path at p = 0.4 on one of `MODELS`, and two plain steps to compare with. Arguments as in
-    `cases.step_case`. What is to be compiled is, before this returns."""
+    `cases.step_case`; `compiled`: with those that are compiled, which they are before this returns."""
+    kinds = [kind for kind in TRAINERS if compiled or not kind.compiled]
     config = config_of(size, model, device, batch)
     labels = labels_of(size, model, config, "sample", DROP_PROB, autocast, "drop-path")
     reason = unavailable(model)
     if reason is not None:
-        return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in (Plain, *TRAINERS)])
+        return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in (Plain, *kinds)])
     torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
     batches = config.batches(device)
 
@@ -145,7 +158,7 @@ def drop_path_case(
 
     run_plain = turn_of(config.trainer(Plain, "sample", device.device, autocast), batches, [None])
     plain = Provider(Plain.name, run_plain, lambda: verify(Plain, model, "sample", DROP_PROB, device.device))
-    return Case(labels, UNIT, Plain.name, [plain, *map(provider, TRAINERS)])
+    return Case(labels, UNIT, Plain.name, [plain, *map(provider, kinds)])
 
 
 @one_thread()
@@ -189,10 +202,12 @@ class _Recorder(nn.Module):
 class _SubsetBlock(nn.Module):
     """A block of timm's ViT whose branches run on `kept` random rows."""
 
-    def __init__(self, block: nn.Module, kept: int):
+    def __init__(self, block: nn.Module, kept: int, compiled: bool):
         super().__init__()
         self.block, self._kept = block, kept
-        self._run = torch.compile(_subset_block, fullgraph=True, dynamic=False, backend=COMPILER)
+        self._run = _subset_block
+        if compiled:
+            self._run = torch.compile(_subset_block, fullgraph=True, dynamic=False, backend=COMPILER)
         self.rows: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:

@@ -136,8 +136,10 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "… with frozen branches bypassed": pair_against(BranchFrozen.name),
         "the exact scheme, done naively = 1": pair_against(Exact.name, Naive.name),
         "the exact scheme, masked drop-path = 1": pair_against(Exact.name, DropPath.name),
-        "our drop-path alone, timm's compiled = 1": pair_against(drop_path.Ours.name, drop_path.Compiled.name),
-        "… the compiled subset = 1": pair_against(drop_path.Ours.name, drop_path.Subset.name),
+        "our drop-path alone, timm's = 1": pair_against(drop_path.Ours.name, drop_path.OwnMasks.name),
+        "… DINOv2's subset = 1": pair_against(drop_path.Ours.name, drop_path.Subset.name),
+        "… timm's compiled = 1": pair_against(drop_path.Ours.name, drop_path.Compiled.name),
+        "… the compiled subset = 1": pair_against(drop_path.Ours.name, drop_path.CompiledSubset.name),
     },
     "memory": {
         "a drop iteration, plain training = 1": kept_bytes(Exact.name, DROP),

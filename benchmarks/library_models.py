@@ -43,6 +43,9 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
 """Class of a block → the drop-path at the end of each branch → what the branch consists of."""
 
 
+_checked: set[str] = set()
+
+
 def missing() -> str | None:
     """Why no network can be built here; None where one can."""
     return None if installed("timm") else "timm is not installed"
@@ -58,7 +61,7 @@ def create(model: str, **options: Any) -> nn.Module:
 
 
 def library(model: str, **options: Any) -> Library:
-    return Library(create(model, **options))
+    return Library(model, create(model, **options))
 
 
 def small(model: str) -> Library:
@@ -71,8 +74,8 @@ class Library(Network):
     `places` are the branches in forward order: the block, and the name of its drop-path.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, name: str, model: nn.Module):
+        self.name, self.model = name, model
         self.names, self.places, self.branches = [], [], []
         for name, block in model.named_modules():
             for drop_path, members in BRANCHES.get(type(block).__name__, {}).items():
@@ -98,9 +101,11 @@ class Library(Network):
                 module.end = None
 
     def prepare(self, images: Tensor, drop_prob: float = 0.0) -> None:
-        """`drop_prob`: of a training without a scheme."""
+        """`drop_prob`: of a training without a scheme. The conversion checks itself once for each model in a process:
+        every trainer converts, and what it trains is verified against the textbook anyway."""
         self.set_drop_paths(drop_paths(len(self.places), drop_prob))
-        rdp.convert(self.model, strict=True, example_inputs=images)
+        rdp.convert(self.model, strict=True, example_inputs=images, check=self.name not in _checked)
+        _checked.add(self.name)
 
 
 def drop_paths(count: int, drop_prob: float) -> list[nn.Module]:

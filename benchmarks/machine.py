@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -139,16 +140,16 @@ def facts(device: Device) -> dict[str, str | int]:
 
 def _commit() -> str:
     """With `-dirty` where the code isn't the commit's; what was measured before may have changed results and README.
-    Empty without git or outside of a clone."""
+    Without git, or outside of a clone, what RDP_COMMIT says: a copy of the tree doesn't know."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     code = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git(*code) else "")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError):
+        if commit := git("rev-parse", "--short", "HEAD"):
+            return commit + ("-dirty" if git(*code) else "")
+    return os.environ.get("RDP_COMMIT", "")
 
 
 def _version(package: str) -> str:

@@ -70,7 +70,12 @@ def run(options: argparse.Namespace) -> int:
     ]
     plans = options.turns or plans
     rows, code = command.measured(
-        console, cases, len(cases) * plans, lambda on_round: MemorySession(device, plans, on_round), one_threaded=True
+        console,
+        cases,
+        len(cases) * plans,
+        lambda on_round: MemorySession(device, plans, on_round),
+        one_threaded=True,
+        keep=lambda rows: command.write_rows(options, rows),
     )
     if rows:
         console.print(table_of(rows), *notes_of(rows), sep="\n")

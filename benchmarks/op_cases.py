@@ -131,17 +131,22 @@ def settings(device: str, size: str = "full", ops: Container[str] = tuple(OPS)) 
 
 
 def op_cases(
-    setting: Setting, device: Device, passes: Iterable[str] = PASSES, interpreted: bool = False
+    setting: Setting,
+    device: Device,
+    passes: Iterable[str] = PASSES,
+    interpreted: bool = False,
+    compiled: bool = True,
 ) -> Iterator[Case]:
     """One for each pass, on the same tensors.
 
     Args:
         interpreted: ours with interpreted kernels, to be verified and not to be timed.
+        compiled: with the formula compiled by torch.
     """
     op = OPS[setting.op](setting, device.device)
     needed = op.needed.times(op.sample_bytes)
     sets = Sets(op, min(device.input_sets(int(needed.forward) // 2), MAX_SETS))  # half of it is about what is read
-    ways = ways_of(op, sets, interpreted)
+    ways = ways_of(op, sets, interpreted, compiled)
     for direction in passes:
         providers = [way.provider(direction, needed) for way in ways]
         yield Case(setting.labels | {"pass": direction}, direction, EAGER, providers)

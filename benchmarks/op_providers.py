@@ -96,29 +96,33 @@ class Way:
         return self.runner.provider(self.name, direction, needed, self.moved)
 
 
-def ways_of(op: Op, sets: Sets, interpreted: bool = False) -> list[Way]:
+def ways_of(op: Op, sets: Sets, interpreted: bool = False, compiled: bool = True) -> list[Way]:
     """The baseline first.
 
     Args:
         interpreted: ours with interpreted kernels, to be verified and not to be timed.
+        compiled: with the formula compiled by torch.
     """
     eager, ours_eager = Runner(op.eager, sets), Runner(on_backend("eager", op.ours), sets, ours=True)
-    torch._functorch.config.donated_buffer = False  # a compiled backward could else be run only once
-    torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
-    compiled, reason = _available(
-        lambda: torch.compile(op.eager, dynamic=False, fullgraph=True, backend=COMPILER), sets
-    )
-    ways = [
-        Way(EAGER, eager, eager.count_bytes()),
-        Way(op.compiled, compiled, op.compiled_moves.times(op.sample_bytes), reason),
-        Way(OURS_EAGER, ours_eager, _counted(ours_eager)),
-    ]
+    ways = [Way(EAGER, eager, eager.count_bytes())]
+    if compiled:
+        ways.append(_compiled(op, sets))
+    ways.append(Way(OURS_EAGER, ours_eager, _counted(ours_eager)))
     reason = why_no_triton(op.device, interpreted)
     ours = Runner(on_backend("triton", op.ours), sets, ours=True)
     ways.append(Way(OURS, None if reason else ours, unavailable=reason))
     native, reason = _available(lambda: on_backend("native", op.ours), sets, ours=True)
     ways.append(Way(OURS_NATIVE, native, unavailable=reason))
     return ways + [_way_of(other, op, sets) for other in others_of(op)]
+
+
+def _compiled(op: Op, sets: Sets) -> Way:
+    torch._functorch.config.donated_buffer = False  # a compiled backward could else be run only once
+    torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
+    runner, reason = _available(
+        lambda: torch.compile(op.eager, dynamic=False, fullgraph=True, backend=COMPILER), sets
+    )
+    return Way(op.compiled, runner, op.compiled_moves.times(op.sample_bytes), reason)
 
 
 def _way_of(other: Other, op: Op, sets: Sets) -> Way:

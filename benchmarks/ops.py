@@ -37,6 +37,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
     parser.add_argument("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
+    compiled = "without the formula compiled by torch, which takes longer to compile than all else to run"
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help=compiled)
     turns = f"of each provider; default: {FULL_TURNS}"
     command.add_options(parser, turns, f"a few settings, {FEW_TURNS} turns", f"tiny tensors, {FEW_TURNS} turns")
     parser.set_defaults(run=run)
@@ -52,12 +54,17 @@ def run(options: argparse.Namespace) -> int:
     with device.work_stream():
         rows, code = command.measured(
             console,
-            (case for setting in chosen for case in op_cases(setting, device, options.passes)),
+            (
+                case
+                for setting in chosen
+                for case in op_cases(setting, device, options.passes, compiled=options.compiled)
+            ),
             len(chosen) * len(options.passes) * turns,
             lambda on_round: Session(
                 device, turns, on_round, flops=False, more=lambda provider: device_time(device, provider, turns)
             ),
             options.size == "tiny",
+            lambda rows: command.write_rows(options, compared(rows)),
         )
     rows = compared(rows)
     if rows:

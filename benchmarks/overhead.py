@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)
         ),
         one_threaded=True,  # one thread: a second one has nothing to do
+        keep=lambda rows: command.write_rows(options, [per_call(row) for row in rows]),
     )
     rows = [per_call(row) for row in rows]
     if rows:

@@ -3,8 +3,8 @@
 Times are of a pair of steps (forward, backward, AdamW) on the same plans. "needed" counts FLOPs that no implementation
 of the same work can leave out, as a ratio to plain training's; "time / needed" is how far above that a provider is.
 
-vit and resnet are our own networks, the others timm's, converted for ours. With --compiled, and on a GPU by itself, two
-steps of ordinary drop-path are compared too: timm's and DINOv2's, compiled, and ours without a scheme.
+vit and resnet are our own networks, the others timm's, converted for ours. With --drop-path, and on a GPU by itself, two
+steps of ordinary drop-path at p = 0.4 are compared too: timm's, DINOv2's and ours without a scheme.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's ti
 OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
 """On GPUs, of plain's time: ViT-B, block mode, batch 128, in bf16."""
 
+DROP_PATHS = NONE, EAGER, COMPILED = ("none", "eager", "compiled")
 OURS_DROP_PATH = (drop_path.Ours.name, drop_path.OursCompiled.name)
-OTHERS_DROP_PATH = (drop_path.Compiled.name, drop_path.Subset.name)
+OTHERS_DROP_PATH = (drop_path.Compiled.name, drop_path.CompiledSubset.name)
 
 Probs = dict[str, tuple[float, ...]]
 EVERY: Probs = dict.fromkeys(MODES, PROBS)
@@ -73,10 +74,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
     parser.add_argument(
-        "--compiled",
-        action=argparse.BooleanOptionalAction,
-        help="drop-path at p = 0.4 too, compiled by others, on "
-        f"{' and '.join(drop_path.MODELS)}; default: on cuda, on vit-b",
+        "--drop-path",
+        choices=DROP_PATHS,
+        help=f"drop-path too, on {' and '.join(drop_path.MODELS)}, eager or also compiled; "
+        "default: compiled on cuda, on vit-b",
     )
     turns, quick = f"pairs of each provider; default: {FULL_TURNS}", f"half of the images, p = 0.3, {FEW_TURNS} turns"
     command.add_options(parser, turns, quick, f"tiny networks, p = 0.5, {FEW_TURNS} turns")
@@ -95,10 +96,11 @@ def run(options: argparse.Namespace) -> int:
     size, device = options.size, Device.of(options.device)
     if autocast:
         device = replace(device, dtype=torch.bfloat16)
-    further = drop_path_models(options.compiled, options.device, dict.fromkeys(model for model, _, _ in choices))
+    further = drop_path_models(options.drop_path, options.device, dict.fromkeys(model for model, _, _ in choices))
+    compiled = options.drop_path != EAGER
     cases = itertools.chain(
         (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices),
-        (drop_path_case(size, model, turns, device, options.batch, autocast) for model in further),
+        (drop_path_case(size, model, turns, device, options.batch, autocast, compiled) for model in further),
     )
     rows, code = command.measured(
         console,
@@ -106,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         (len(choices) + len(further)) * turns,
         lambda on_round: Session(device, turns, on_round),
         options.size == "tiny",
+        lambda rows: command.write_rows(options, rows),
     )
     if rows:
         verdicts = VERDICTS[options.device](rows) if options.size == "full" else []
@@ -130,9 +133,10 @@ def choices_of(
     return choices
 
 
-def drop_path_models(compiled: bool | None, device: str, models: Iterable[str]) -> list[str]:
+def drop_path_models(asked: str | None, device: str, models: Iterable[str]) -> list[str]:
     """Those of `models` with a case of drop-path. Compiling takes minutes on a CPU, where it has to be asked for."""
-    wanted = drop_path.MODELS if compiled else ("vit-b",) if compiled is None and device == "cuda" else ()
+    default = ("vit-b",) if device == "cuda" else ()
+    wanted = {None: default, NONE: ()}.get(asked, drop_path.MODELS)
     return [model for model in models if model in wanted]
 
 

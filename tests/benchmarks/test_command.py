@@ -176,6 +176,28 @@ def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, mo
     assert not out.exists()
 
 
+def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monkeypatch, capsys):
+    """One that raises costs the others nothing either."""
+    right, seen, out = step.step_case, [], tmp_path / "step.csv"
+
+    def hangs(turn):
+        seen.append([row["mode"] for row in csv.DictReader(out.read_text().splitlines())] if out.exists() else [])
+        raise RuntimeError("out of memory")
+
+    def step_case(size, model, mode, *options):
+        if mode == "sample":
+            plain = Provider("plain", hangs, lambda: Check(0.0, 1.0))
+            return Case({"model": model, "mode": mode}, "pair", "plain", [plain])
+        return right(size, model, mode, *options)
+
+    monkeypatch.setattr(step, "step_case", step_case)
+    options = ["--model", "vit", "resnet", "--mode", "sample", "block", "--prob", "0.3", "--turns", "1"]
+    assert main(["step", *options, "--csv", str(out)]) == 1
+    assert seen == [[], ["block"] * len(TRAINERS)]
+    assert capsys.readouterr().err.count("RuntimeError: out of memory") == 2
+    assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["vit"] * 5 + ["resnet"] * 5
+
+
 @pytest.fixture
 def _interruptible():
     """Shells have what they start in the background ignore the signal, and Python leaves that so."""

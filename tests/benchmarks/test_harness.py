@@ -123,6 +123,14 @@ def test_more_flops_than_needed_fail_before_timing(session):
     assert running.rows == []
 
 
+def test_on_a_gpu_other_flops_are_told_of_and_the_case_is_measured(monkeypatch, capsys):
+    """A GPU's attention kernels count otherwise than the matmuls that needs are made of."""
+    a = torch.randn(4, 4)
+    wasteful = provider("wasteful", lambda turn: a @ a @ a, needed_flop=128, minimal=True)
+    assert case_of(wasteful).count_flop(1, torch.device("cuda")) == {"wasteful": 256}
+    assert "warning: model m, p 0.5: 'wasteful' does 256 FLOPs, it needs 128" in capsys.readouterr().err
+
+
 def test_flops_that_change_are_averaged_over_the_turns():
     a = torch.randn(4, 4)
     changing = provider("changing", lambda turn: [a @ a for _ in range(turn)], needed_flop=128, minimal=True)
@@ -247,4 +255,7 @@ def test_ceilings_are_measured(monkeypatch):
 
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert machine.facts(Device(torch.device("cpu"), "a CPU", cache_bytes=1))["commit"] == ""
+    device = Device(torch.device("cpu"), "a CPU", cache_bytes=1)
+    assert machine.facts(device)["commit"] == ""
+    monkeypatch.setenv("RDP_COMMIT", "abc1234")
+    assert machine.facts(device)["commit"] == "abc1234", "a copy of the tree is told"

@@ -60,7 +60,19 @@ def test_plain_is_the_network_that_timm_makes():
 def test_vit_small_has_its_real_size():
     model = library_models.create("vit-s")
     assert sum(p.numel() for p in model.parameters()) == 22050664
-    assert len(library_models.Library(model).branches) == 24
+    assert len(library_models.Library("vit-s", model).branches) == 24
+
+
+@needs_timm
+def test_a_model_is_checked_once(monkeypatch):
+    """The self-check of a conversion takes longer than the conversion, and every trainer converts."""
+    asked, convert = [], rdp.convert
+    monkeypatch.setattr(library_models, "_checked", set())
+    monkeypatch.setattr(rdp, "convert", lambda *args, check, **options: asked.append(check) or convert(*args, **options))
+    for model in ("vit-s", "vit-s", "convnext-t", "vit-s"):
+        config = TINY[model]
+        config.network(CPU).prepare(config.data(CPU)[0][:2])
+    assert asked == [True, False, True, False]
 
 
 @needs_timm

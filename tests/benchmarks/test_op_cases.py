@@ -34,6 +34,14 @@ def id_of(setting):
     return "-".join(map(str, setting.labels.values()))
 
 
+def test_without_compiled_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    (case,) = op_cases.op_cases(ROWS, SMALL_CACHE, ["forward"], compiled=False)
+    names = [provider.name for provider in case.providers]
+    assert {"eager", "ours eager", "ours triton", "ours native"} <= set(names)
+    assert not any("compile" in name for name in names)
+
+
 @pytest.mark.parametrize("setting", TINY, ids=id_of)
 def test_all_providers_are_right_time_and_again(setting):
     """In each pass, on each set of inputs as on the first, and without a change to any input."""
