@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from . import estimate, pages, sanitize, suite, tune
+from .gpu import command as gpu
 
-COMMANDS = (suite, *suite.MEASURING.values(), estimate, tune, sanitize, pages)
+COMMANDS = (suite, *suite.MEASURING.values(), estimate, gpu, tune, sanitize, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

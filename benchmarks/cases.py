@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,8 +47,7 @@ class Config:
 
     def network(self, device: torch.device) -> Network:
         """The same weights every time."""
-        torch.manual_seed(SEED)
-        network = self.build()
+        network = copy.deepcopy(_built(self.build))
         network.model.to(device, self.dtype, memory_format=self.memory_format)
         return network
 
@@ -66,6 +67,13 @@ class Config:
 
     def trainer(self, kind: type[Plain], mode: str, device: torch.device, autocast: bool = False) -> Plain:
         return kind(self.network(device), *self.data(device), mode, autocast)
+
+
+@functools.lru_cache(maxsize=2)  # of the one that is measured, and the one that is verified
+def _built(build: Callable[[], Network]) -> Network:
+    """Every trainer wants one, and drawing the weights of a ViT-B takes seconds."""
+    torch.manual_seed(SEED)
+    return build()
 
 
 def draw_plans(paths: int, batch: int, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:

@@ -46,7 +46,7 @@ def ops_against(is_other: Callable[[str], bool]) -> Answer:
     def answer(rows: list[Row]) -> str | None:
         lines = []
         for direction in dict.fromkeys(row["pass"] for row in rows):
-            faster = [of for _, of in _times_as_fast((row for row in rows if row["pass"] == direction), is_other)]
+            faster = [of for _, of in times_as_fast((row for row in rows if row["pass"] == direction), is_other)]
             if faster:
                 lines.append(f"{direction}: {statistics.median(faster):.2f} × as fast ({_range(faster)})")
         return "\n".join(lines) or None
@@ -56,7 +56,7 @@ def ops_against(is_other: Callable[[str], bool]) -> Answer:
 
 def ops_lost(rows: list[Row], most: int = 4) -> str | None:
     """The settings in which ours is slower than another way by more than a twentieth, the worst first."""
-    slower = [(of, where) for where, of in _times_as_fast(rows, lambda name: not name.startswith("ours")) if of < 0.95]
+    slower = [(of, where) for where, of in times_as_fast(rows, lambda name: not name.startswith("ours")) if of < 0.95]
     if not slower:
         return "nowhere in these settings" if rows else None
     more = f"\nand {len(slower) - most} more" if len(slower) > most else ""
@@ -171,7 +171,7 @@ def _cases(rows: Iterable[Row]) -> Iterator[dict[str, Row]]:
         yield {row["provider"]: row for row in group if row["ratio_rounds"] is not None}
 
 
-def _times_as_fast(rows: Iterable[Row], is_other: Callable[[str], bool]) -> Iterator[tuple[str, float]]:
+def times_as_fast(rows: Iterable[Row], is_other: Callable[[str], bool]) -> Iterator[tuple[str, float]]:
     """Where, and how many times as fast as each of the other ways our fastest backend's is."""
     rows = list(rows)
     name = _fastest(rows)

@@ -43,7 +43,8 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
 """Class of a block → the drop-path at the end of each branch → what the branch consists of."""
 
 
-_checked: set[str] = set()
+checked: set[str] = set()
+"""The models whose conversion has checked itself in this process."""
 
 
 def missing() -> str | None:
@@ -104,8 +105,8 @@ class Library(Network):
         """`drop_prob`: of a training without a scheme. The conversion checks itself once for each model in a process:
         every trainer converts, and what it trains is verified against the textbook anyway."""
         self.set_drop_paths(drop_paths(len(self.places), drop_prob))
-        rdp.convert(self.model, strict=True, example_inputs=images, check=self.name not in _checked)
-        _checked.add(self.name)
+        rdp.convert(self.model, strict=True, example_inputs=images, check=self.name not in checked)
+        checked.add(self.name)
 
 
 def drop_paths(count: int, drop_prob: float) -> list[nn.Module]:

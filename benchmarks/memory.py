@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import rdp_kernels as rdp
 
 from . import command
-from .cases import MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
+from .cases import BF16, DTYPES, MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
 from .harness import Row, quotient
 from .machine import Device, facts
 from .pairs import TRAINERS, Exact, Plain
@@ -51,6 +51,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--model", nargs="+", choices=MODELS, default=tuple(OWN_FULL), help=f"default: {' '.join(OWN_FULL)}"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is by autocast; default: float32")
     plans = f"plans of each case; default: {FULL_PLANS}"
     quick = f"half of the images, p = 0.3, {FEW_PLANS} plans"
     command.add_options(parser, plans, quick, f"tiny networks, p = 0.5, {FEW_PLANS} plans")
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     size, plans = options.size, FULL_PLANS if options.size == "full" else FEW_PLANS
     choices = itertools.product(options.model, options.mode, {"tiny": PROBS[-1:], "quick": PROBS[1:2]}.get(size, PROBS))
     cases = [
-        MemoryCase(config_of(size, model, device), mode, p, {"size": size, "model": model})
+        MemoryCase(config_of(size, model, device), mode, p, {"size": size, "model": model}, DTYPES[options.dtype])
         for model, mode, p in choices
     ]
     plans = options.turns or plans
@@ -163,12 +164,13 @@ def _peak_of_records(run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One row group of the table; `labels` tell the network."""
+    """One row group of the table; `labels` tell the network. `autocast`: in bf16 where autocast says so."""
 
     config: Config
     mode: str
     drop_prob: float
     labels: dict[str, Any]
+    autocast: bool = False
 
 
 class MemorySession:
@@ -188,7 +190,7 @@ class MemorySession:
         """Interrupted, it keeps the plans that are complete."""
         device, refusal = self.device.device, scheme_refusal(case.config, case.mode)
         trainers = {
-            kind: case.config.trainer(kind, case.mode, device)
+            kind: case.config.trainer(kind, case.mode, device, case.autocast)
             for kind in TRAINERS
             if refusal is None or not kind.follows_scheme
         }
@@ -209,6 +211,7 @@ class MemorySession:
     def _rows(self, case: MemoryCase, uses: list[dict[type[Plain], list[Use]]], refusal: str) -> Iterator[Row]:
         plain = uses[0][Plain][0]
         labels = case.labels | {"batch": case.config.batch, "mode": case.mode, "p": case.drop_prob}
+        labels |= {"dtype": BF16 if case.autocast else "float32"}
         for kind in TRAINERS:
             pairs = [by_kind[kind] for by_kind in uses if kind in by_kind]
             for number, iteration in enumerate((DROP, REUSE) if kind.follows_scheme else (STEP,)):

@@ -29,11 +29,24 @@ def writable(text: str) -> Path:
 
 def write_csv(path: Path, rows: Rows) -> None:
     """A line a row; None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rounded(rows))
-    replace(path, text.getvalue().encode())
+    replace(path, _csv(rows, header=True))
+
+
+def append_csv(path: Path, row: dict[str, object]) -> None:
+    """One more row of a file that `write_csv` wrote; where it doesn't fit, the file stays as it was."""
+    size = path.stat().st_size
+    try:
+        with path.open("ab") as file:
+            file.write(_csv([row], header=False))
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that `write_csv` wrote, as text."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def write_json(path: Path, rows: Rows) -> None:
@@ -52,6 +65,15 @@ def replace(path: Path, content: bytes) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")  # beside it: os.replace works within one file system
+
+
+def _csv(rows: Rows, header: bool) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(_rounded(rows))
+    return text.getvalue().encode()
 
 
 def _rounded(rows: Rows) -> Rows:

@@ -7,13 +7,12 @@ The plots that pages show are `docs/plots/NAME.svg`: equal rows give equal bytes
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 import tempfile
 from pathlib import Path
 
-from .output import replace
+from .output import read_csv, replace
 from .tables import TABLES, TableError
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +45,7 @@ def _made(name: str, line: int, results: Path) -> str:
         raise TableError(f"line {line}: no table is called {name!r}; there are: {', '.join(TABLES)}")
     file, make = TABLES[name]
     try:
-        with (results / file).open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(results / file)
     except FileNotFoundError:
         raise TableError(f"table {name!r} needs {results / file}, which isn't there: measure first") from None
     try:

@@ -42,7 +42,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", type=command.device, default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument(
         "--out",
-        type=_folder,
+        type=command.folder,
         metavar="FOLDER",
         help="write COMMAND-DEVICE.csv and .json here (traffic.csv: it is the same on all)",
     )
@@ -114,11 +114,3 @@ def answers_of(name: str, rows: list[Row]) -> Iterable[tuple[str, str]]:
         text = answer(rows)
         if text is not None:
             yield question, text
-
-
-def _folder(text: str) -> Path:
-    """An argparse type: a folder, or a name that one can have."""
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
-    return path

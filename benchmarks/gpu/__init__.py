@@ -1,0 +1,13 @@
+"""`python -m benchmarks gpu`: everything worth knowing of a GPU that is at hand for minutes.
+
+| file | holds |
+|---|---|
+| `command.py` | the options, and the loop over the steps |
+| `steps.py` | the table of steps: what each runs, its share of the time, the number that matters |
+| `answers.py` | those numbers, from the rows that a step wrote |
+| `process.py` | a step as a process that can't cost the others anything |
+| `report.py` | the table at the end, and its file |
+| `recorder.py` | a plugin of pytest: a row for each test, on disk when the test ends |
+| `library.py` | builds the compiled library where it is missing |
+| `stand_in.py`, `compilations.py` | without a GPU: how many kernels each step has Triton compile |
+"""

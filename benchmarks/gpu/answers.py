@@ -1,0 +1,102 @@
+"""The one number of each step that matters, in a few words, from the rows that it wrote."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from .. import drop_path
+from ..findings import is_compiled, times_as_fast
+from ..harness import Row, quotient
+from ..op_goals import case_of
+from ..op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
+from ..pairs import Exact
+
+Answer = Callable[[list[Row]], str]
+NOTHING = "nothing was found"
+
+
+def tests_right(rows: list[Row]) -> str:
+    """How many passed; the largest share of the error budget that one used."""
+    if not rows:
+        return NOTHING
+    ran = [row for row in rows if row["outcome"] != "skipped"]
+    passed = [row for row in ran if row["outcome"] == "passed"]
+    text = f"{len(passed)} of {len(ran)} right"
+    if len(ran) < len(rows):
+        text += f", {len(rows) - len(ran)} skipped"
+    used = [float(row["budget_used"]) for row in passed if row["budget_used"]]
+    return f"{text}, {max(used):.0%} of the error budget at most" if used else text
+
+
+def tests_wrong(rows: list[Row]) -> list[str]:
+    """A line for each failure."""
+    return [f"{row['test']}: {row['message']}" for row in rows if row["outcome"] == "failed"]
+
+
+def host_time(rows: list[Row]) -> str:
+    """Forward and backward, of ours by each backend as a ratio to eager's, over all ops."""
+    both = [row for row in rows if row["pass"] == "both"]
+    return _of_each(both, (OURS, OURS_NATIVE, OURS_EAGER), "ratio_rounds") or NOTHING
+
+
+def op_speed(rows: list[Row]) -> str:
+    """Time as a ratio to eager's, where that is worst, and the share of a copy's bandwidth."""
+    name = next((n for n in (OURS, OURS_NATIVE, OURS_EAGER) if _measured(rows, n)), None)
+    if name is None:
+        return NOTHING
+    mine = _measured(rows, name)
+    shares = [row["copy_share"] for row in mine if row["copy_share"] is not None]
+    ratios = [(row["to_eager"], case_of(row)) for row in mine if row["to_eager"] is not None]
+    text = f"{name}: {_spread([ratio for ratio, _ in ratios])} of eager's time"
+    if shares:
+        text += f", {statistics.median(shares):.0%} of a copy"
+    worst, where = max(ratios)
+    return f"{text}; worst {where}" if worst > 1 else text
+
+
+def against_compiled(rows: list[Row]) -> str:
+    """How many times as fast as torch.compile's the fastest of ours is."""
+    faster = [of for _, of in times_as_fast(rows, is_compiled)]
+    return f"{_spread(faster)} times as fast as compiled" if faster else NOTHING
+
+
+def step_time(rows: list[Row]) -> str:
+    """Of a step of the exact scheme as a ratio to plain training's; of drop-path alone to timm's."""
+    found = []
+    for row in rows:
+        if row["provider"] == Exact.name and row["ratio_rounds"] is not None:
+            found.append(f"{row['model']} {row['mode']} {row['ratio_rounds']:.2f}")
+    text = f"of plain: {', '.join(found)}" if found else ""
+    for row in rows:
+        if row["provider"] == drop_path.Ours.name and row["ratio_rounds"] is not None:
+            of_model = {r["provider"]: r for r in rows if (r["work"], r["model"]) == (row["work"], row["model"])}
+            masked = of_model[drop_path.OwnMasks.name]["ratio_rounds"]
+            text += f"; drop-path {row['model']} {quotient(row['ratio_rounds'], masked):.2f} of timm's"
+    return text.removeprefix("; ") or NOTHING
+
+
+def peak_memory(rows: list[Row]) -> str:
+    """The mean peak of the exact scheme's iterations as a ratio to a plain step's."""
+    peaks = [
+        f"{row['model']} {row['mode']} {row['iteration']} {row['peak_ratio']:.2f}"
+        for row in rows
+        if row["provider"] == Exact.name and row["peak_ratio"] is not None
+    ]
+    return f"of plain: {', '.join(peaks)}" if peaks else NOTHING
+
+
+def _measured(rows: list[Row], provider: str) -> list[Row]:
+    return [row for row in rows if row["provider"] == provider and not row["unavailable"]]
+
+
+def _of_each(rows: list[Row], providers: Iterable[str], key: str) -> str:
+    found = {name: [row[key] for row in _measured(rows, name) if row[key] is not None] for name in providers}
+    return "; ".join(f"{name} {_spread(values)} of {EAGER}" for name, values in found.items() if values)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, and the range."""
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

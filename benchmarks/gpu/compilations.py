@@ -1,0 +1,167 @@
+"""`python -m benchmarks gpu --count`: how many kernels Triton would compile for each step, counted without a GPU.
+
+A kernel takes Triton most of a second, and on a GPU that is at hand for minutes that is what a step's time goes into. It
+is compiled anew for other dtypes, for other sizes of tiles, for what is absent, and for strides and widths that 16
+divides or doesn't; not for more rows. So everything is asked for at its real width, with few rows, few layers and small images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..machine import ROOT
+
+BEFORE_DRAWN = 250
+"""How many may be asked for before the drawn tests."""
+ROWS, LAYERS, IMAGE = 16, 2, 64
+
+
+def count(steps: Sequence[str]) -> int:
+    """Prints how many each step asks for, and how many of them no step before it did."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compilations"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        return 1
+    asked, seen = json.loads(result.stdout), set()
+    print(f"{'step':10}{'kernels':>9}{'new':>6}")
+    for step in steps:
+        if step in asked:
+            print(f"{step:10}{len(asked[step]):9}{len(set(asked[step]) - seen):6}")
+            seen |= set(asked[step])
+    print(f"{len(seen)} distinct kernels before the drawn tests; at most {BEFORE_DRAWN} are meant to be")
+    return 0 if len(seen) <= BEFORE_DRAWN else 1
+
+
+def main() -> None:
+    """Prints the kernels of each step, as JSON."""
+    from .stand_in import set_up
+
+    asked = set_up()
+    import rdp_kernels as rdp
+
+    found: dict[str, list[str]] = {}
+    with rdp.use_backend("triton"):
+        for step, works in WORKS.items():
+            asked.clear()
+            for work in works():
+                work()
+            found[step] = sorted(asked)
+    found["memory"] = found["step"]  # it runs the same iterations
+    json.dump(found, sys.stdout)
+
+
+Works = Iterator[Callable[[], object]]
+
+
+def table() -> Works:
+    from tests.kernels.fixed import FIXED
+
+    for row in FIXED:
+        yield row.launch
+
+
+def beyond() -> Works:
+    """The ops of `tests/test_gpu.py`, and its training step."""
+    import rdp_kernels as rdp
+    from examples.models import ViT
+
+    bf16, rows = torch.bfloat16, torch.arange(3).flip(0)
+
+    def long_rows(num_rows: int, width: int) -> None:
+        x = torch.empty(num_rows, width, dtype=bf16)  # memory that nobody touches takes none
+        out = rdp.residual_add(x, x, rows=rows if num_rows == 3 else torch.arange(num_rows))
+        rdp.gather_rows(out, rows[:2])
+
+    def norm() -> None:
+        x = torch.empty(3, 1025, 1024, dtype=bf16)
+        rdp.residual_add_norm(x, x, torch.empty(1024, dtype=bf16), norm="rms")
+
+    def training(mode: str, freeze: str) -> None:
+        model = ViT(8, 2, 3, 7, 32, 4, 2)
+        scheme = rdp.ResidualDropPath(model, 0.5, mode=mode, freeze=freeze, sampling="fixed", seed=0)
+        for _ in scheme.iterations(16):
+            model(torch.randn(16, 3, 8, 8)).sum().backward()
+
+    yield partial(long_rows, 3, 2**30 + 48)
+    yield partial(long_rows, 2**10 + 1, 2**15 + 16)
+    yield norm
+    yield lambda: rdp.residual_add(torch.empty(64, 4096), torch.empty(64, 4096))
+    yield lambda: rdp.residual_add(torch.empty(64, 4096), torch.empty(64, 4096), row_scale=2.0)
+    for mode in ("block", "sample"):
+        for freeze in ("parameters", "branch"):
+            yield partial(training, mode, freeze)
+
+
+def host() -> Works:
+    from .. import overhead
+    from ..op_sets import Sets
+
+    for op in overhead.ops(torch.device("cpu")):
+        inputs = Sets(op, 1).inputs[0]
+        _, ours = overhead.CALLS[type(op)](op, *inputs)
+        yield partial(_both_ways, lambda ours=ours: (ours(),), inputs)
+
+
+def ops(size: str = "full") -> Works:
+    from ..op_cases import OPS, settings
+
+    for setting in settings("cuda", size):
+        batch, *sample = setting.shape
+        few = min(batch, ROWS)
+        kept = None if setting.kept is None else max(setting.kept * few // batch, 1)
+        op = OPS[setting.op](replace(setting, shape=(few, *sample), kept=kept))
+        inputs = op.inputs(0)
+        yield partial(_both_ways, partial(op.ours, *inputs), inputs)
+
+
+def step() -> Works:
+    from .. import drop_path
+    from ..cases import LIBRARY_CUDA, draw_plans
+    from ..library_models import checked, library, missing
+    from ..pairs import BranchFrozen, Exact
+    from .steps import TIMM
+
+    if missing() is not None:
+        return
+    checked.update(TIMM[1:])  # of what isn't computed no check is right
+    cpu = torch.device("cpu")
+    for model in TIMM[1:]:
+        config = replace(LIBRARY_CUDA[model], build=partial(library, model, depth=LAYERS, img_size=IMAGE), batch=ROWS // 4, image=IMAGE)
+        for kind in (Exact, BranchFrozen):
+            for mode in ("block", "sample"):
+                trainer = config.trainer(kind, mode, cpu, autocast=True)
+                (plan,) = draw_plans(2 * LAYERS, config.batch, 1, mode, 0.3)
+                yield partial(trainer.train, plan)
+        ours = drop_path.Ours(config.network(cpu), *config.data(cpu), drop_path.DROP_PROB, autocast=True)
+        yield ours.train
+
+
+WORKS: dict[str, Callable[[], Works]] = {
+    #"table": table,
+    "beyond": beyond,
+    "host": host,
+    "ops": ops,
+    "step": step,
+    "compiled": partial(ops, "quick"),
+}
+"""By step; the others ask for none."""
+
+
+def _both_ways(compute: Callable[[], tuple[torch.Tensor, ...]], inputs: tuple[torch.Tensor, ...]) -> None:
+    outs = compute()
+    torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
+    with torch.no_grad():
+        compute()
+
+
+if __name__ == "__main__":
+    main()

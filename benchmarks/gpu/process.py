@@ -1,0 +1,86 @@
+"""One step as a process of its own: it has a limit, and whatever becomes of it leaves the others alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE = 5.0
+"""Seconds between the interrupt, after which a command writes what it has, and the kill."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, negative for a signal; whether its limit did that; seconds it took."""
+
+    code: int
+    stopped: bool
+    seconds: float
+
+
+def run(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, limit: float, on_line: Callable[[str], object]
+) -> Ended:
+    """Runs `command` for `limit` seconds at most; `on_line` gets what it prints. An interrupt of this process stops it,
+    and is raised again when it is gone."""
+    start = time.monotonic()
+    # A session of its own: Ctrl-C reaches this process alone, and all that the step has started can be stopped at once.
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_read, args=(process, on_line), daemon=True)
+    reader.start()
+    stopped = False
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        stopped = True
+    finally:
+        _stop(process)
+        reader.join(GRACE)
+    return Ended(process.returncode, stopped, time.monotonic() - start)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """First an interrupt, as Ctrl-C would send; then a kill of the process and of all that it has started."""
+    with _signals_blocked():
+        if process.poll() is None:
+            _send(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        _send(process, signal.SIGKILL)
+        process.wait()
+
+
+def _send(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A second Ctrl-C doesn't leave a process behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _read(process: subprocess.Popen, on_line: Callable[[str], object]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        on_line(line.decode(errors="replace").rstrip())

@@ -1,0 +1,82 @@
+"""A plugin of pytest, `-p benchmarks.gpu.recorder --record FILE --record-step STEP`: a row of FILE for each test, written
+when the test ends. Rows of other steps, and the columns of machine and versions, are those of `benchmarks/results/`.
+
+A test's `record_property` of "budget_used" and "worst" become columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..harness import Row
+from ..machine import Device, facts
+from ..output import append_csv, read_csv, write_csv
+
+MESSAGE = 300  # characters of a failure's
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="write a row for each test here")
+    parser.addoption("--record-step", default="", metavar="STEP", help="the rows' first column")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("record") is not None and not hasattr(config, "workerinput"):  # not in xdist's workers
+        config.pluginmanager.register(Recorder(config.getoption("record"), config.getoption("record_step")))
+
+
+class Recorder:
+    """Keeps the rows of other steps that are in the file already."""
+
+    def __init__(self, path: Path, step: str):
+        self._path = path
+        self._common = facts(Device.of("cuda" if torch.cuda.is_available() else "cpu")) | {"step": step}
+        others = read_csv(path) if path.exists() else []
+        self._others: list[Row] = [row for row in others if row["step"] != step]
+        self._begun = False
+        self._failed: OSError | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            row = self._common | row_of(report)
+            try:
+                if self._begun:
+                    append_csv(self._path, row)
+                else:
+                    write_csv(self._path, [*self._others, row])
+                    self._begun = True
+            except OSError as error:
+                self._failed = error
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._failed is not None:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.INTERNAL_ERROR
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._failed is not None:
+            terminalreporter.write_line(f"can't write {self._path}: {self._failed.strerror}")
+
+
+def row_of(report: pytest.TestReport) -> Row:
+    told = dict(report.user_properties)
+    return {
+        "test": report.nodeid,
+        "outcome": report.outcome,
+        "seconds": report.duration,
+        "budget_used": told.get("budget_used"),
+        "worst": told.get("worst", ""),
+        "message": "" if report.passed else message_of(report),
+    }
+
+
+def message_of(report: pytest.TestReport) -> str:
+    """What went wrong, or why it was skipped, in one line."""
+    if isinstance(report.longrepr, tuple):  # of what was skipped: file, line, reason
+        text = report.longrepr[2]
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = str(report.longrepr) if crash is None else crash.message
+    return " ".join(text.split())[:MESSAGE]

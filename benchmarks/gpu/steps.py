@@ -1,0 +1,211 @@
+"""The steps of a visit to a GPU, the most valuable first.
+
+A step is a command that anyone can run by itself; what it finds is on disk the moment it is found, so that its limit may
+stop it at any time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..harness import Row
+from . import answers
+
+MOST_PROCESSES = 14
+FIXED, BEYOND, DRAWN = "tests/kernels/test_fixed.py", "tests/test_gpu.py", "tests/kernels"
+TIMM = ("--model", "vit-s", "vit-b")
+TUNED = ("residual_add_fwd", "residual_add_bwd", "residual_add_norm_fwd", "residual_add_norm_bwd", "gather_rows")
+"""The kernels that take time: the others sum or invert what is small."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Where steps run, and where they write.
+
+    Args:
+        device: `"cuda"`, or `"cpu"` for a rehearsal in small.
+        machine: the end of the files' names.
+        out: the folder for what is kept.
+        work: one for what is needed until the visit ends.
+    """
+
+    device: str
+    machine: str
+    out: Path
+    work: Path
+
+    @property
+    def in_small(self) -> bool:
+        return self.device == "cpu"
+
+    def file(self, name: str, kind: str = "csv") -> Path:
+        return self.out / f"{name}-{self.machine}.{kind}"
+
+    def rows_file(self, name: str) -> Path:
+        """The rows of `file(name)` with their types."""
+        return self.work / f"{name}.json"
+
+    @property
+    def processes(self) -> int:
+        return max(min((os.cpu_count() or 2) - 1, MOST_PROCESSES), 2)
+
+
+Arguments = Callable[[Visit], list[str]]
+"""Of Python, after the interpreter's name."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Args:
+        share: of the time, as a weight beside those of the steps still to come: seconds of a visit of nine minutes.
+        arguments: the command.
+        answer: the number that matters.
+        rows: the name of the file with its rows; None: it writes none.
+        in_small: of the environment, in a rehearsal.
+        fills: it takes what time there is, so that being stopped isn't a failure.
+        by_default: whether it runs unasked.
+    """
+
+    name: str
+    what: str
+    share: float
+    arguments: Arguments
+    answer: Callable[[list[Row]], str] | None = None
+    rows: str | None = None
+    in_small: tuple[tuple[str, str], ...] = ()
+    fills: bool = False
+    by_default: bool = True
+
+    @property
+    def is_tests(self) -> bool:
+        return self.rows == TESTS
+
+
+TESTS = "tests"
+"""The file that the steps which are tests share."""
+
+
+def module(name: str, *options: str) -> Arguments:
+    return lambda visit: ["-m", name, *options]
+
+
+def benchmark(name: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], file: str | None = None) -> Arguments:
+    """A command of `python -m benchmarks` that writes rows."""
+
+    def arguments(visit: Visit) -> list[str]:
+        options = ["--tiny", *in_small] if visit.in_small else [*on_gpu]
+        files = ["--csv", str(visit.file(file or name)), "--json", str(visit.rows_file(file or name))]
+        return ["-m", "benchmarks", name, *options, "--device", visit.device, *files]
+
+    return arguments
+
+
+def tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], parallel: bool = True) -> Arguments:
+    """Tests, a row each."""
+
+    def arguments(visit: Visit) -> list[str]:
+        spread = parallel and importlib.util.find_spec("xdist") is not None
+        workers = ["-n", str(visit.processes), "--dist", "worksteal"] if spread else []
+        record = ["-p", "benchmarks.gpu.recorder", "--record", str(visit.file(TESTS)), "--record-step", step]
+        return ["-m", "pytest", "--tb=line", *workers, *record, *(in_small if visit.in_small else on_gpu)]
+
+    return arguments
+
+
+STEPS = (
+    Step("library", "the compiled library, built where it is missing", 60, module("benchmarks.gpu.library")),
+    Step("machine", "what it is, and which versions it has", 20, module("rdp_kernels.info")),
+    Step(
+        "table",
+        "the fixed table of correctness: every op, layout and dtype",
+        100,
+        tests("table", (FIXED,), (FIXED,)),
+        answers.tests_right,
+        TESTS,
+    ),
+    Step(
+        "beyond",
+        "tensors beyond 2³¹ elements, streams, no synchronisation",
+        40,
+        tests("beyond", (BEYOND,), (BEYOND,), parallel=False),  # one alone takes a third of an H200's memory
+        answers.tests_right,
+        TESTS,
+    ),
+    Step(
+        "host",
+        "host time of a call",
+        30,
+        benchmark("overhead", ("--quick",), ()),
+        answers.host_time,
+        "overhead",
+    ),
+    Step(
+        "ops",
+        "ops against a copy, eager and other libraries",
+        80,
+        benchmark("ops", ("--no-compiled", "--turns", "6"), ("--no-compiled",)),
+        answers.op_speed,
+        "ops",
+    ),
+    Step(
+        "step",
+        "a pair of training steps on timm's ViTs, bf16",
+        140,
+        benchmark(
+            "step",
+            (*TIMM, "--mode", "block", "sample", "--prob", "0.3", "--drop-path", "eager", "--turns", "6"),
+            ("--model", "vit-s", "--mode", "block", "--turns", "1", "--drop-path", "eager"),
+        ),
+        answers.step_time,
+        "step",
+    ),
+    Step(
+        "memory",
+        "what iterations keep, and their peak",
+        30,
+        benchmark(
+            "memory", ("--quick", *TIMM, "--dtype", "bf16"), ("--model", "vit-s", "--mode", "block", "--turns", "1")
+        ),
+        answers.peak_memory,
+        "memory",
+    ),
+    Step(
+        "compiled",
+        "ops against torch.compile's",
+        40,
+        benchmark("ops", ("--quick",), ("--op", "residual_add", "--pass", "forward", "--turns", "1"), "ops-compiled"),
+        answers.against_compiled,
+        "ops-compiled",
+    ),
+    Step(
+        "drawn",
+        "the drawn tests of the kernels, for what time is left",
+        60,
+        tests("drawn", (DRAWN, f"--ignore={FIXED}"), (DRAWN, f"--ignore={FIXED}", "-k", "against_float64")),
+        answers.tests_right,
+        TESTS,
+        in_small=(("RDP_EXAMPLES", "0.02"),),
+        fills=True,
+    ),
+    Step(
+        "tune",
+        "launch numbers for this GPU",
+        300,
+        lambda visit: ["-m", "benchmarks", "tune", "--op", *TUNED, "--processes", str(visit.processes)],
+        by_default=False,
+    ),
+    Step(
+        "sanitize",
+        "the fixed table under compute-sanitizer",
+        300,
+        module("benchmarks", "sanitize", "--tool", "memcheck", "racecheck"),
+        by_default=False,
+    ),
+)
+"""By value. The drawn tests end a visit; `tune` and `sanitize` are for a second one."""
