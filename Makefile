@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench results evidence clean
+.PHONY: demo test test-all lint bench results evidence gpu-library clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_digits.py $(ARGS)
@@ -66,6 +66,10 @@ evidence: .venv/built
 .venv/built: .venv/ready setup.py $(shell find csrc -type f)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	test ! -e rdp_kernels/_C.abi3.so || touch $@
+
+# For a machine with GPUs on which nothing can be built: it travels with a copy of the tree. No GPU is needed here.
+gpu-library: .venv/ready
+	RDP_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(or $(TORCH_CUDA_ARCH_LIST),9.0)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:
 	rm -rf .venv build dist *.egg-info rdp_kernels/_C.abi3.so

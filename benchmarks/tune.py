@@ -2,14 +2,16 @@
 
 Tries a grid of block sizes, warps and tiles for each kernel and width, checks that results stay what they are, and
 prints the table for this architecture: paste it into `CONFIGS` of `rdp_kernels/_triton/launch.py`. Takes minutes; most
-of them compile kernels.
+of them compile kernels, which --processes does for several at a time before any is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -17,9 +19,10 @@ import rdp_kernels as rdp
 from rdp_kernels._triton.launch import CONFIGS, Launch
 
 from . import command
+from .harness import told
 from .machine import Device, facts
-from .tuning import Time, Tuned, WrongResult, table_source, tune
-from .tuning_works import works_of
+from .tuning import Time, Tuned, WrongResult, compile_candidates, table_source, tune
+from .tuning_works import SHAPES, works_of
 
 REPEATS = 25
 FLUSH = 256 << 20  # bytes: writing them takes a GPU longer than the host takes to launch what is timed
@@ -30,6 +33,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "tune", help="launch numbers for this GPU", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--op", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: all")
+    parser.add_argument("--processes", type=command.count, default=1, help="that compile; default: 1")
     parser.add_argument("--device", choices=("cuda",), default="cuda", help="there is no other")
     parser.set_defaults(run=run)
 
@@ -41,11 +45,30 @@ def run(options: argparse.Namespace) -> int:
         print(f"tune needs a GPU, and Triton for it: {reason}", file=sys.stderr)
         return 2
     device = Device.of(options.device)
+    if options.processes > 1:
+        compile_ahead(options.op, options.processes)
     tuned, code = search(options.op, device.device, flushed_time(device))
     what = facts(device)
     comment = ", ".join(str(what[name]) for name in ("device", "date", "commit"))
     print(table_source(tuned, device.device, f"{comment}, torch {what['torch']}, triton {what['triton']}"))
     return code
+
+
+def compile_ahead(ops: list[str], processes: int) -> None:
+    """Fills Triton's cache with the candidates, in processes of their own. Without them the search takes longer."""
+    jobs = [(op, shape) for op in ops for shape in SHAPES[op]]
+    context = multiprocessing.get_context("spawn")  # CUDA can't be used in a fork
+    with ProcessPoolExecutor(min(processes, len(jobs)), context) as pool:
+        for job, done in [(job, pool.submit(_compile, *job)) for job in jobs]:
+            try:
+                done.result()
+            except Exception as error:
+                _tell(f"not compiled ahead: {job[0]} {list(job[1])}: {told(error)}")
+
+
+def _compile(op: str, shape: tuple[int, ...]) -> None:
+    device = torch.device("cuda")
+    compile_candidates(op, works_of(op, device, (shape,)), device)
 
 
 def search(ops: list[str], device: torch.device, time: Time) -> tuple[list[Tuned], int]:

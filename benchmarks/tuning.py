@@ -72,13 +72,31 @@ def tune(
     Raises `WrongResult` where a candidate's results differ from those of the present numbers. One that can't be
     launched, for want of registers or shared memory, is passed over.
     """
+    return [_best(op, largest, present, group, device, time, tell) for largest, present, group in _groups(op, works, device)]
+
+
+def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> None:
+    """Has Triton compile what `tune` is going to launch, and launches none of it. What can't be compiled is passed over:
+    `tune` will tell."""
+
+    def compiled(launch: Launch, _: torch.device) -> None:
+        with contextlib.suppress(Exception):
+            if launch.grid[0]:
+                launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+
+    for largest, present, group in _groups(op, works, device):
+        for config, work in itertools.product((present, *candidates(op, present)), group):
+            with using(op, largest, config, device), mock.patch.object(Launch, "run", compiled):
+                work.run()
+
+
+def _groups(op: str, works: Iterable[Work], device: torch.device) -> list[tuple[int, LaunchConfig, list[Work]]]:
+    """For each width class of the present table that a work falls in: its largest width, its numbers, the works."""
     table = _table(op, device)
     groups: dict[int, list[Work]] = {}
     for work in works:
         groups.setdefault(_class_of(work.width, table), []).append(work)
-    return [
-        _best(op, largest, dict(table)[largest], groups[largest], device, time, tell) for largest in sorted(groups)
-    ]  # fmt: skip
+    return [(largest, dict(table)[largest], groups[largest]) for largest in sorted(groups)]
 
 
 def _best(

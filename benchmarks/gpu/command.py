@@ -132,12 +132,12 @@ class Visits:
         """Sets the number that matters. Of tests, a line for each that failed."""
         step = outcome.step
         if step.rows is None or step.answer is None:
-            outcome.number = said[-1] if said else ""
+            outcome.number = " ".join(said[-1].split()) if said else ""
             return []
         try:
             rows = self._rows_of(step)
             outcome.number = step.answer(rows)
-            return answers.tests_wrong(rows) if step.is_tests else []
+            return answers.tests_wrong(rows, must_run=not self._visit.in_small) if step.is_tests else []
         except Exception as error:  # a file that is cut off, or rows that lack something
             outcome.number = f"{answers.NOTHING}: {type(error).__name__}: {error}"
             return []

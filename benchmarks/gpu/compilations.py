@@ -146,7 +146,7 @@ def step() -> Works:
 
 
 WORKS: dict[str, Callable[[], Works]] = {
-    #"table": table,
+    "table": table,
     "beyond": beyond,
     "host": host,
     "ops": ops,

@@ -82,5 +82,6 @@ def _signals_blocked() -> Iterator[None]:
 
 def _read(process: subprocess.Popen, on_line: Callable[[str], object]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        on_line(line.decode(errors="replace").rstrip())
+    with process.stdout as lines:
+        for line in lines:
+            on_line(line.decode(errors="replace").rstrip())

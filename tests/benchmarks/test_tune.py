@@ -1,8 +1,11 @@
 """The search for launch numbers, with interpreted kernels and made-up times; and the commands that want a GPU."""
 
+import os
 import re
 import subprocess
+import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,6 +190,55 @@ def test_on_a_gpu_times_are_of_the_device(capsys):
     time = tune.flushed_time(Device.of("cuda"))
     (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((64, 64, 256),)), ON, time)
     assert 0 < tuned.ratio <= 1
+
+
+AHEAD_AND_SEARCHED = """
+import torch
+from benchmarks.gpu.stand_in import set_up
+asked = set_up()
+from benchmarks import tuning
+from benchmarks.tuning_works import works_of
+tuning.relative_error = lambda *_: 0.0  # nothing is computed
+cpu = torch.device("cpu")
+for op, shape in (("residual_add_bwd", (4, 80, 384)), ("residual_add_norm_fwd", (4, 80, 384)), ("gather_rows", (4, 80, 384))):
+    works = works_of(op, cpu, (shape,))
+    asked.clear()
+    tuning.compile_candidates(op, works, cpu)
+    ahead = set(asked)
+    asked.clear()
+    tuning.tune(op, works, cpu, lambda launches: 1.0)
+    print(op, len(ahead), ahead == asked)
+"""
+
+
+def test_a_shape_that_cannot_be_compiled_ahead_is_told_of_and_the_others_are(monkeypatch, capsys):
+    compiled = []
+
+    def compile_one(op, shape):
+        if shape == SHAPES[op][0]:
+            raise RuntimeError("out of memory")
+        compiled.append((op, shape))
+
+    monkeypatch.setattr(tune, "_compile", compile_one)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
+    tune.compile_ahead(["residual_add_fwd", "gather_rows"], 3)
+    assert sorted(compiled) == sorted((op, s) for op in ("residual_add_fwd", "gather_rows") for s in SHAPES[op][1:])
+    assert "not compiled ahead: gather_rows [128, 197, 768]: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_what_the_search_launches():
+    """Budget: 20 seconds."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    output = subprocess.run([sys.executable, "-c", AHEAD_AND_SEARCHED], env=environment, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    found = [line.split() for line in output.stdout.splitlines()]
+    assert [(op, same) for op, _, same in found] == [
+        ("residual_add_bwd", "True"),
+        ("residual_add_norm_fwd", "True"),
+        ("gather_rows", "True"),
+    ]
+    assert all(int(count) > 3 for _, count, _ in found)
 
 
 # Sanitize

@@ -1,0 +1,372 @@
+"""`python -m benchmarks gpu`: whatever becomes of a step costs the others nothing, time is kept, and nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks_main
+from benchmarks.__main__ import main
+from benchmarks.gpu import answers, command, process, report
+from benchmarks.gpu.compilations import BEFORE_DRAWN
+from benchmarks.gpu.report import Outcome
+from benchmarks.gpu.steps import STEPS, TESTS, Step, Visit
+from benchmarks.machine import ROOT
+from benchmarks.output import read_csv
+from benchmarks.suite import parsed
+
+GOOD = "print('found 3.5')"
+HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+
+
+def step(name, code, share=10.0, **options):
+    return Step(name, f"what {name} does", share, lambda visit: ["-c", code], **options)
+
+
+@pytest.fixture
+def visit(monkeypatch, tmp_path, capsys):
+    """Runs these steps. The exit code, what was printed, and the verdicts in the file."""
+
+    def visit(*steps, seconds=60.0, out=tmp_path / "out"):
+        monkeypatch.setattr(command, "STEPS", steps)
+        monkeypatch.setattr(command, "FOR_THE_TABLE", 0.0)
+        monkeypatch.setattr(process, "GRACE", 0.3)
+        code = main(["gpu", "--tiny", "--minutes", str(seconds / 60), "--out", str(out)])
+        file = out / "gpu-cpu.csv"
+        verdicts = {row["step"]: row["verdict"] for row in read_csv(file)} if file.exists() else {}
+        return code, capsys.readouterr().out, verdicts
+
+    return visit
+
+
+def is_there(pid):
+    """A process that is dead and waits for its parent doesn't count."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_step_that_raises_crashes_hangs_or_fails_costs_the_others_nothing(visit, tmp_path):
+    child = tmp_path / "child"
+    steps = [
+        step("first", GOOD),
+        step("raises", "print('on the way'); raise ValueError('wrong on purpose')"),
+        step("aborts", "import os; os.abort()"),
+        step("exits", "print('nothing to see'); raise SystemExit(3)"),
+        step("hangs", f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {HANGS!r}]); "
+             f"open({str(child)!r}, 'w').write(str(p.pid)); {HANGS}", share=0.5),
+        step("cannot", GOOD, rows="missing", answer=lambda rows: 1 / 0),
+        step("last", GOOD),
+    ]  # fmt: skip
+    start = time.monotonic()
+    code, printed, verdicts = visit(*steps)
+    assert code == 1
+    assert time.monotonic() - start < 60
+    assert verdicts == {
+        "first": "ok",
+        "raises": "failed",
+        "aborts": "crashed",
+        "exits": "failed",
+        "hangs": "stopped",
+        "cannot": "ok",
+        "last": "ok",
+    }
+    assert printed.count("found 3.5") == 2
+    assert "raises: ValueError: wrong on purpose" in printed
+    assert "aborts: it died of SIGABRT" in printed
+    assert "exits: it exited with 3" in printed
+    assert "hangs: it was stopped after" in printed
+    assert "nothing was found: ZeroDivisionError" in printed
+    assert "on the way" in (tmp_path / "out" / "gpu-cpu.log").read_text()
+    assert not is_there(child.read_text()), "what the step had started is gone too"
+
+
+def test_a_step_for_what_time_is_left_may_use_all_of_it(visit):
+    code, printed, verdicts = visit(step("drawn", "print('7 right', flush=True); " + HANGS, fills=True), seconds=2)
+    assert (code, verdicts) == (0, {"drawn": "ok"})
+    assert "7 right, when the time was over" in printed
+
+
+def test_a_python_that_cannot_be_started_is_a_failed_step(visit, monkeypatch):
+    monkeypatch.setattr(command.sys, "executable", "/nonexistent/python")
+    code, printed, verdicts = visit(step("one", GOOD), step("two", GOOD))
+    assert (code, verdicts) == (1, {"one": "failed", "two": "failed"})
+    assert "one: FileNotFoundError" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_there_is(visit, number, tmp_path):
+    """Ctrl-C, or what `timeout` sends."""
+    begun = tmp_path / "begun"
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        steps = (step("first", GOOD), step("second", f"open({str(begun)!r}, 'w'); {HANGS}"), step("third", GOOD))
+        code, printed, verdicts = visit(*steps)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
+    assert verdicts == {"first": "ok", "second": "interrupted", "third": "not run"}
+    assert "found 3.5" in printed
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=40k none "$OUT" || exit 77
+"$PYTHON" -c "
+from benchmarks.gpu import command
+from benchmarks.gpu.steps import Step
+from benchmarks.__main__ import main
+def step(name, code): return Step(name, name, 10.0, lambda visit: ['-c', code])
+command.STEPS = (step('first', 'print(1)'), step('fills', 'print((\\"x\\" * 99 + \\"\\\\\\\\n\\") * 2000)'), step('last', 'print(2)'))
+raise SystemExit(main(['gpu', '--tiny', '--minutes', '1', '--out', '$OUT']))
+"
+code=$?
+echo "== file"
+cat "$OUT/gpu-cpu.csv"
+exit $code
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, for a disk of 40 KB")
+def test_a_full_disk_costs_nothing_but_what_does_not_fit(tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK]
+    result = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip(f"no disk of 40 KB can be made here: {result.stderr.strip()}")
+    printed, _, file = result.stdout.partition("== file")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "can't write gpu-cpu.log: No space left on device" in printed
+    for name in ("first", "fills", "last"):
+        assert f"{name}: ok" in printed
+        assert f",{name},ok," in file or f"\n{name},ok" in file or name in file
+    assert len(file.strip().splitlines()) >= 2, "the table of the steps that there was room for"
+
+
+def test_limits_keep_to_the_time_and_hand_on_what_is_left(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(command.time, "monotonic", lambda: now)
+    steps = [step("a", "", share=10), step("b", "", share=30), step("c", "", share=60)]
+    found = []
+    for limit, share_used in zip(command.limits(steps, 200.0), (1.0, 0.5, 1.0), strict=True):
+        found.append(limit)
+        now += share_used * limit
+    assert found == pytest.approx([10, 30, 75])
+    assert now == pytest.approx(200)
+    assert list(command.limits(steps, now - 1)) == [0, 0, 0]
+
+
+def test_the_table_has_at_most_60_lines():
+    outcomes = [
+        Outcome(each, report.FAILED, "a number " * 40, 1.0, 2.0, 3, told=[f"line {i} " * 40 for i in range(30)])
+        for each in STEPS
+    ]
+    lines = report.lines_of(outcomes, "a GPU")
+    assert len(lines) == report.MOST_LINES
+    assert max(map(len, lines)) <= report.WIDTH
+    assert lines[-1].endswith("more lines, in the log")
+    assert all(any(line.startswith(each.name) for line in lines) for each in STEPS)
+
+
+def test_steps_of_an_earlier_visit_stay_in_the_file(visit):
+    visit(step("table", GOOD), step("ops", "raise SystemExit(1)"))
+    _, _, verdicts = visit(step("ops", GOOD))
+    assert verdicts == {"table": "ok", "ops": "ok"}
+
+
+# The steps themselves
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_step_is_a_command_that_there_is(device, tmp_path):
+    """Options that only a GPU will see too."""
+    visit = Visit(device, "h200", tmp_path, tmp_path)
+    for each in STEPS:
+        flag, module, *options = each.arguments(visit)
+        assert flag == "-m"
+        if module == "benchmarks":
+            parsed(benchmarks_main.COMMANDS, options)
+        elif module == "pytest":
+            tests = [option for option in options if option.startswith("tests/")]
+            assert tests
+            assert all((ROOT / test).exists() for test in tests)
+        else:
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+
+
+def test_at_most_eight_files(tmp_path):
+    visit = Visit("cuda", "h200", tmp_path, tmp_path / "work")
+    files = {visit.file("gpu"), visit.file("gpu", "log"), *(visit.file(each.rows) for each in STEPS if each.rows)}
+    assert len(files) <= 8
+    assert visit.file("ops").name == "ops-h200.csv"
+
+
+def test_names_of_machines():
+    assert command.short_name("NVIDIA H200", False) == "h200"
+    assert command.short_name("NVIDIA A100-SXM4-80GB", False) == "a100-sxm4-80gb"
+    assert command.short_name("AMD EPYC 7R13 Processor", True) == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
+    assert main(["gpu", "--out", str(tmp_path)]) == 2
+    assert "--tiny goes through every step on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "1e9", "soon"])
+def test_refuses_other_minutes(minutes, capsys):
+    with pytest.raises(SystemExit):
+        main(["gpu", "--minutes", minutes])
+    assert "must be a number of minutes" in capsys.readouterr().err
+
+
+# The recorder
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Runs a file of tests with the recorder. The exit code, what was printed, and the rows."""
+    file = tmp_path / "tests-cpu.csv"
+
+    def record(source, *options, step="table", path=file):
+        tests = tmp_path / "test_recorded.py"
+        tests.write_text(textwrap.dedent(source))
+        plugin = ["-p", "benchmarks.gpu.recorder", "--record", str(path), "--record-step", step]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugin, *options, str(tests)],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        return result.returncode, result.stdout, read_csv(path) if path.is_file() else []
+
+    return record
+
+
+RECORDED = """
+    import os, pytest
+    def test_right(record_property):
+        record_property("budget_used", 0.25)
+        record_property("worst", "dgamma")
+    def test_wrong():
+        assert 1 == 2, "off by one"
+    def test_skipped():
+        pytest.skip("no such device")
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+def test_a_row_for_each_test(record, workers):
+    code, _, rows = record(RECORDED, *workers)
+    assert code == 1
+    of = {row["test"].partition("::")[2]: row for row in rows}
+    assert {name: row["outcome"] for name, row in of.items()} == {
+        "test_right": "passed",
+        "test_wrong": "failed",
+        "test_skipped": "skipped",
+    }
+    assert (of["test_right"]["budget_used"], of["test_right"]["worst"]) == ("0.25", "dgamma")
+    assert "off by one" in of["test_wrong"]["message"]
+    assert "no such device" in of["test_skipped"]["message"]
+    assert all(row["torch"] == torch.__version__ and row["step"] == "table" for row in rows)
+    assert answers.tests_right(rows) == "1 of 2 right, 1 skipped, 25% of the error budget at most"
+    assert "off by one" in answers.tests_wrong(rows)[0]
+    _, _, rows = record("def test_more(): pass", step="drawn")
+    assert [row["step"] for row in rows] == ["table"] * 3 + ["drawn"], "another step's rows stay"
+
+
+def test_rows_are_on_disk_when_the_process_dies(record):
+    code, _, rows = record("import os\ndef test_right(): pass\ndef test_dies(): os.abort()")
+    assert code < 0
+    assert [row["outcome"] for row in rows] == ["passed"]
+    _, _, rows = record("import os\ndef test_right(): pass\ndef test_dies(): os.abort()", "-n", "1")
+    assert {row["outcome"] for row in rows} == {"passed", "failed"}
+    assert "crashed" in next(row["message"] for row in rows if row["outcome"] == "failed")
+
+
+def test_a_file_that_cannot_be_written_fails_the_run(record, tmp_path):
+    code, printed, _ = record("def test_right(): pass", path=tmp_path / "missing" / "tests.csv")
+    assert code != 0
+    assert "can't write" in printed
+
+
+def test_a_gpu_on_which_no_test_ran_is_no_success(tmp_path):
+    """All of them skipped, say."""
+    file = tmp_path / "tests-h200.csv"
+    visits = command.Visits(Visit("cuda", "h200", tmp_path, tmp_path), {})
+    file.write_text("step,test,outcome,budget_used,message\ntable,t,skipped,,no GPU\n")
+    outcome = Outcome(next(each for each in STEPS if each.rows == TESTS), report.NOT_RUN)
+    assert visits._find(outcome, []) == ["no test ran"]
+
+
+# All of it
+
+
+@pytest.fixture
+def bare_copy(tmp_path):
+    """The tree as it travels: no git, nothing built."""
+    copy = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "*.so", "__pycache__", "*.egg-info", "docs")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+@pytest.mark.slow
+def test_every_step_in_small_from_a_bare_copy(bare_copy, tmp_path):
+    """Budget: 3 minutes on two idle cores, with the library built anew."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"RDP_COMMIT": "abc1234", "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    out = tmp_path / "out"
+    options = ["--tiny", "--minutes", "9", "--out", str(out)]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", *options],
+        cwd=bare_copy, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = read_csv(out / "gpu-cpu.csv")
+    assert {row["step"]: row["verdict"] for row in rows} == {s.name: "ok" for s in STEPS if s.by_default}
+    assert {row["commit"] for row in rows} == {"abc1234"}
+    files = {path.name for path in out.iterdir()}
+    assert len(files) <= 8
+    for name in ("ops", "overhead", "step", "memory"):
+        committed = read_csv(ROOT / "benchmarks" / "results" / f"{name}-cpu.csv")[0].keys()
+        found = read_csv(out / f"{name}-cpu.csv")[0].keys()
+        assert set(committed) <= set(found), "rows are as benchmarks/results keeps them"
+    right = {row["step"] for row in read_csv(out / "tests-cpu.csv") if row["outcome"] == "passed"}
+    assert right == {"table", "beyond", "drawn"}
+
+
+@pytest.mark.slow
+def test_how_many_kernels_a_visit_compiles(capfd):
+    """Budget: 2 minutes. A kernel takes Triton most of a second."""
+    assert main(["gpu", "--count"]) == 0
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    asked = {line[0]: int(line[1]) for line in lines if len(line) == 3 and line[1].isdigit()}
+    assert list(asked) == ["table", "beyond", "host", "ops", "step", "memory", "compiled"]
+    assert asked["table"] > 60
+    total = int(lines[-1][0])
+    assert max(asked.values()) <= total <= BEFORE_DRAWN
+
+
+def test_rows_files_have_types(tmp_path):
+    """An answer reads numbers, not their texts."""
+    visits = command.Visits(Visit("cpu", "cpu", tmp_path, tmp_path), {})
+    (tmp_path / "step.json").write_text(json.dumps([{"provider": "ours exact", "model": "vit-s", "mode": "block", "ratio_rounds": 0.7}]))
+    outcome = Outcome(next(each for each in STEPS if each.name == "step"), report.NOT_RUN)
+    assert visits._find(outcome, []) == []
+    assert outcome.number == "of plain: vit-s block 0.70"
