@@ -40,6 +40,7 @@ class Case:
         used: the results that a gradient comes from; None for all.
         spread: of the stream's and the branch's values; small ones let eps matter.
         offset: of the stream's values, in units of the spread.
+        in_place: the sum overwrites the stream, and the stream's gradient that of the sum.
         tiles: how kernels cut their work; see `tiles.py`.
     """
 
@@ -68,6 +69,7 @@ class Case:
     used: tuple[str, ...] | None = None
     spread: float = 1.0
     offset: float = 1.0
+    in_place: bool = False
     tiles: str = "tuned"
     seed: int = 0
 
@@ -119,8 +121,8 @@ class Case:
 
 
 def examples(number: int) -> settings:
-    """In `make test`; `make test-all` runs four times as many."""
-    return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
+    """In `make test`; RDP_EXAMPLES is a multiple, 4 in `make test-all`, or a fraction."""
+    return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
 
 
 # Stream, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.
