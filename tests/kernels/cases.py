@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -123,6 +125,13 @@ class Case:
 def examples(number: int) -> settings:
     """In `make test`; RDP_EXAMPLES is a multiple, 4 in `make test-all`, or a fraction."""
     return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
+
+
+def in_parts(number: int) -> Callable[[Callable], Callable]:
+    """`examples` spread over four tests, for processes to share: on a GPU one compiles hundreds of kernels. Hypothesis
+    is seeded by the test's id, so that each part draws other ones."""
+    parts = range(4)
+    return lambda test: pytest.mark.parametrize("part", parts)(examples(number // len(parts))(test))
 
 
 # Stream, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.
