@@ -94,7 +94,7 @@ def smaller(shape: tuple[int, ...], largest: tuple[int, ...]) -> tuple[int, ...]
     """Sizes of at most `largest` (of the batch, of inner dimensions, of the last one) and, but for the batch's, the same
     modulo 16: what is odd, or whole packs, stays so. Of images all inner dimensions are small."""
     batch, inner, last = largest
-    limits = [*[inner] * (len(shape) - 2), inner if len(shape) == 4 else last]
+    limits = [*[inner] * (len(shape) - 2), inner if len(shape) > 3 else last]
     sizes = [n if n <= most else most - 16 + (n % 16 or 16) for n, most in zip(shape[1:], limits, strict=True)]
     return min(shape[0], batch), *sizes
 
@@ -117,6 +117,7 @@ ROWS: dict[str, Callable[[int], tuple[tuple[int, ...] | None, int | None]]] = {
 
 GAMMA = dict(gamma=True)
 PER_POSITION = dict(gamma=True, channel_dim=1)
+PER_FRAME = dict(gamma=True, channel_dim=2)
 SCALED = dict(gamma=True, row_scale=1 / 0.7)
 DROPPED = dict(gamma=True, row_scale="tensor")
 GATHER = dict(adds=False, follows=True, used=("next",))
@@ -133,7 +134,7 @@ TABLE = [
     Row("add-one-sample", ops.residual_add, (1, 197, 384), FP32, "B = 1", options=GAMMA),
     Row("add-of-a-loss", ops.residual_add, SMALL_VIT, FP32, "one branch row for all, one number for all gradients", layouts=EXPANDED, options=GAMMA),
     Row("add-strided", ops.residual_add, SMALL_VIT, FP32, "copied before a kernel sees it", layouts=STRIDED, options=GAMMA),
-    Row("add-padded", ops.residual_add, SMALL_VIT, FP32, "samples 3 elements further apart than they are long", layouts=PADDED, rows="some", options=GAMMA),
+    Row("add-padded", ops.residual_add, SMALL_VIT, FP32, "samples 3 elements further apart than they are long", layouts=PADDED, options=GAMMA),
     Row("add-some", ops.residual_add, BASE_VIT, BF16, "half of the batch, out of order", rows="some", options=SCALED),
     Row("add-one-row", ops.residual_add, BASE_VIT, BF16, "one row kept", rows="one", options=SCALED),
     Row("add-no-row", ops.residual_add, BASE_VIT, BF16, "no row kept: dγ is 0", rows="none", options=SCALED),
@@ -149,6 +150,7 @@ TABLE = [
     Row("add-relu", ops.residual_add, (8, 256, 56, 56), BF16, "ResNet: the sum is saved, dropped rows change too", options={"row_scale": "tensor", "activation": "relu"}),
     Row("add-nchw", ops.residual_add, STAGE_1, BF16, "a factor a position, 3,136 columns", options=PER_POSITION | {"row_scale": "tensor"}, refused=NO_GAMMA_PER_POSITION),
     Row("add-nchw-some", ops.residual_add, STAGE_4, FP32, "a factor a position, 49 columns, some rows", rows="some", options=PER_POSITION, refused=NO_GAMMA_PER_POSITION),
+    Row("add-video", ops.residual_add, (8, 2, 768, 7, 7), FP32, "frames before channels: position p has channel p mod 768", rows="some", options=PER_FRAME, refused=NO_GAMMA_PER_POSITION),
     Row("add-channels-last", ops.residual_add, STAGE_1, BF16, "images with a factor a column", layouts=CHANNELS_LAST, rows="some", options=PER_POSITION),
     Row("add-channels-last-relu", ops.residual_add, STAGE_4, FP32, "relu and γ on images", layouts=CHANNELS_LAST, options=PER_POSITION | {"activation": "relu"}),
     Row("add-odd", ops.residual_add, ODD, AUTOCAST, "nothing is divisible by anything", rows="some", options=DROPPED),
@@ -173,7 +175,7 @@ TABLE = [
     # residual_add_norm
     Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER),
     Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | {"offset": -30.0}),
-    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER),
+    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER, refused=NO_GAMMA_PER_POSITION),
     Row("layer-some", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "some rows, others go on", rows="some", next_rows="some", options=LAYER | DROPPED),
     Row("layer-one-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "one row kept, one goes on", rows="one", next_rows="one", options=LAYER | DROPPED),
     Row("layer-no-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "none kept, none goes on", rows="none", next_rows="none", options=LAYER | DROPPED),
@@ -197,7 +199,7 @@ TABLE = [
     Row("path-channels-last", ops.joint, STAGE_4, AUTOCAST, "ConvNeXt in channels last", layouts=CHANNELS_LAST, rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION),
     Row("path-odd", ops.joint, ODD, BF16, "rows that end within a tile", rows="mixed", next_rows="mixed", options=RMS),
     Row("head", ops.joint, BASE_VIT, WIDE_VECTORS, "a first path: rows and norm, nothing is added", next_rows="mixed", options=LAYER | {"adds": False, "gamma": False}),
-    Row("tail", ops.joint, BASE_VIT, WIDE_VECTORS, "a last path: nothing follows", rows="mixed", options=SCALED),
+    Row("tail", ops.joint, BASE_VIT, WIDE_VECTORS, "a last path: nothing follows; learning and frozen rows share the factors", rows="mixed", options=DROPPED),
 
     # The same in place, as between two branches of a ResidualSequence
     Row("in-place-path", ops.in_place, BASE_VIT, WIDE_VECTORS, "untouched samples keep what they hold", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
