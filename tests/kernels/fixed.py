@@ -73,7 +73,7 @@ class Row:
         shape, options = self.shape, self.options
         if small:
             wide = options.get("norm") is not None and shape[-1] > 4096
-            shape, options = smaller(shape, largest), options | {"tiles": "wide" if wide else "small"}
+            shape, options = smaller(shape, largest), options | {"tiles": "wide" if wide else "medium"}
         rows, num_learning = ROWS[self.rows](shape[0])
         next_rows, num_next_learning = ROWS[self.next_rows](shape[0])
         return Case(
@@ -150,7 +150,7 @@ TABLE = [
     Row("add-relu", ops.residual_add, (8, 256, 56, 56), BF16, "ResNet: the sum is saved, dropped rows change too", options={"row_scale": "tensor", "activation": "relu"}),
     Row("add-nchw", ops.residual_add, STAGE_1, BF16, "a factor a position, 3,136 columns", options=PER_POSITION | {"row_scale": "tensor"}, refused=NO_GAMMA_PER_POSITION),
     Row("add-nchw-some", ops.residual_add, STAGE_4, FP32, "a factor a position, 49 columns, some rows", rows="some", options=PER_POSITION, refused=NO_GAMMA_PER_POSITION),
-    Row("add-video", ops.residual_add, (8, 2, 768, 7, 7), FP32, "frames before channels: position p has channel p mod 768", rows="some", options=PER_FRAME, refused=NO_GAMMA_PER_POSITION),
+    Row("add-video", ops.residual_add, (3, 2, 768, 7, 7), FP32, "frames before channels: position p has channel p mod 768", rows="some", options=PER_FRAME, refused=NO_GAMMA_PER_POSITION),
     Row("add-channels-last", ops.residual_add, STAGE_1, BF16, "images with a factor a column", layouts=CHANNELS_LAST, rows="some", options=PER_POSITION),
     Row("add-channels-last-relu", ops.residual_add, STAGE_4, FP32, "relu and γ on images", layouts=CHANNELS_LAST, options=PER_POSITION | {"activation": "relu"}),
     Row("add-odd", ops.residual_add, ODD, AUTOCAST, "nothing is divisible by anything", rows="some", options=DROPPED),
