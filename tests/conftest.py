@@ -31,6 +31,23 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.hookimpl(trylast=True)  # after xdist has sent the report
+def pytest_runtest_logreport(report):
+    """An illegal access breaks a process's CUDA for good: the tests after it would be blamed. Under xdist the process
+    ends, and another one takes over; alone, the session ends."""
+    if not report.failed or DEVICE != "cuda":
+        return
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if not in_worker and hasattr(report, "node"):
+        return  # a worker's report, in the process that collects them
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if in_worker:
+            os._exit(1)
+        pytest.exit(f"CUDA is broken since {report.nodeid}: {error}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -51,7 +51,7 @@ CASE = given(  # Hypothesis begins with the first of each: one that drops a part
 
 def examples(number):
     """In `make test`; `make test-all` runs four times as many."""
-    return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
+    return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
 
 
 @examples(4)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import sanitize, tune, tuning
 from benchmarks.__main__ import main
-from benchmarks.machine import Device
+from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import Tuned, Work, WrongResult, candidates, table_source
 from benchmarks.tuning_works import SHAPES, works_of
 from rdp_kernels._triton.launch import CONFIGS, LaunchConfig, architecture
@@ -259,7 +259,7 @@ def runs(monkeypatch):
     return found
 
 
-def test_sanitize_runs_every_tool_over_the_kernel_tests(runs, capsys):
+def test_sanitize_runs_every_tool_over_the_fixed_table(runs, capsys):
     assert main(["sanitize"]) == 1
     assert capsys.readouterr().out.endswith("failed: initcheck\n")
     tools = [command[command.index("--tool") + 1] for command, _ in runs]
@@ -267,7 +267,8 @@ def test_sanitize_runs_every_tool_over_the_kernel_tests(runs, capsys):
     for command, environment in runs:
         assert command[0] == "/bin/compute-sanitizer"
         assert command[command.index("--error-exitcode") + 1] != "0"
-        assert command[-1] == "tests/kernels"
+        assert command[-1] == "tests/kernels/test_fixed.py"
+        assert (ROOT / command[-1]).exists()
         assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     memcheck, _, initcheck = (command for command, _ in runs)
     assert "kernel_substring=_residual_add_fwd_kernel" in memcheck

@@ -61,18 +61,22 @@ def sanitizers() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-def compile_library(tree: Path) -> None:
-    """That of a copy. It has no CPU kernels: what computes is CUDA's. UBSan sees misaligned packs, ASan stray ones."""
+def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> None:
+    """That of a copy. It has no CPU kernels: what computes is CUDA's. UBSan sees misaligned packs, ASan stray ones.
+
+    `again`: nothing has changed since but the kernels.
+    """
     stable_abi = re.search(r'STABLE_ABI = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert stable_abi is not None
-    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitizers() else []
+    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize and sanitizers() else []
     flags = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
     flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # packs: nvcc has no such rule
     flags += ["-DRDP_CUDA", f"-DTORCH_TARGET_VERSION={stable_abi[1]}"]
     flags += [f"-I{path}" for path in (HOST / "include", "csrc", *cpp_extension.include_paths())]
     exchanges = [f"-D{torchs}={ours}" for torchs, ours in EXCHANGED.items()]
-    _compiler(*flags, "-c", HOST / "host.cpp", "-o", "host.o", cwd=tree)
-    _compiler(*flags, *exchanges, "-c", "csrc/bindings.cpp", "-o", "bindings.o", cwd=tree)
+    if not again:
+        _compiler(*flags, "-c", HOST / "host.cpp", "-o", "host.o", cwd=tree)
+        _compiler(*flags, *exchanges, "-c", "csrc/bindings.cpp", "-o", "bindings.o", cwd=tree)
     _compiler(*flags, *exchanges, "-c", "-x", "c++", "csrc/cuda/tail.cu", "-o", "tail.o", cwd=tree)
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     output = ["-o", "rdp_kernels/_C.abi3.so"]

@@ -43,8 +43,9 @@ def test_numerics_suite(tree, limits):
     launches.unlink(missing_ok=True)
     ours = ("RDP_", "PYTEST_", "PYTHONPATH", "LD_PRELOAD", "TRITON_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    paths = {"PYTHONPATH": str(tree), "RDP_LAUNCHES": str(launches)}
-    options = ("--capture=sys", "-k", "against_float64 and not triton")  # what a sanitizer says last is to be seen
+    paths = {"PYTHONPATH": str(tree), "RDP_LAUNCHES": str(launches), "RDP_CUDA_ON_HOST": "1"}
+    # What a sanitizer says last is to be seen.
+    options = ("--capture=sys", "-k", "(against_float64 or fixed_row) and not triton")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/kernels", "tests/cuda_on_host/rounds.py"],
         cwd=tree,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -40,6 +42,7 @@ class Case:
         used: the results that a gradient comes from; None for all.
         spread: of the stream's and the branch's values; small ones let eps matter.
         offset: of the stream's values, in units of the spread.
+        in_place: the sum overwrites the stream, and the stream's gradient that of the sum.
         tiles: how kernels cut their work; see `tiles.py`.
     """
 
@@ -68,6 +71,7 @@ class Case:
     used: tuple[str, ...] | None = None
     spread: float = 1.0
     offset: float = 1.0
+    in_place: bool = False
     tiles: str = "tuned"
     seed: int = 0
 
@@ -119,8 +123,15 @@ class Case:
 
 
 def examples(number: int) -> settings:
-    """In `make test`; `make test-all` runs four times as many."""
-    return settings(max_examples=number * int(os.environ.get("RDP_EXAMPLES", "1")))
+    """In `make test`; RDP_EXAMPLES is a multiple, 4 in `make test-all`, or a fraction."""
+    return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
+
+
+def in_parts(number: int) -> Callable[[Callable], Callable]:
+    """`examples` spread over four tests, for processes to share: on a GPU one compiles hundreds of kernels. Hypothesis
+    is seeded by the test's id, so that each part draws other ones."""
+    parts = range(4)
+    return lambda test: pytest.mark.parametrize("part", parts)(examples(number // len(parts))(test))
 
 
 # Stream, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.

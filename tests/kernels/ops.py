@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels.ops.tail import run_tail
+from rdp_kernels import reference
+from rdp_kernels.ops.tail import Tail, library_for, run_tail
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next, Operands, Results
 from tests.conftest import DEVICE
@@ -61,6 +64,27 @@ def drop_path_add(t: Operands, case: Case) -> Results:
 
 def joint(t: Operands, case: Case) -> Results:
     """The node of a path's tail and the next one's head, as a chain of paths runs it."""
+    return run_tail("path", t, *_parts(case))
+
+
+def in_place(t: Operands, case: Case) -> Results:
+    """The same as an inner node of `ResidualSequence`: nobody else has the stream, which the sum overwrites, nor the
+    sum's gradient, which the stream's overwrites."""
+    add, following = _parts(case)
+    stream = t.residual.clone()
+    operands, fused = t._replace(residual=stream), following
+    kernels = library_for("path", operands, add, following)
+    if kernels is None:  # a library without norms: torch's comes after it
+        operands, fused = operands._replace(weight=None, bias=None), replace(following, norm=None)
+        kernels = library_for("path", operands, add, fused)
+    tail = Tail(kernels, add, fused)
+    tail.in_place = tail.owns_gradient = True
+    results = tail(operands)
+    assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
+    return results if fused is following else reference.normalised(results, t, following)
+
+
+def _parts(case: Case) -> tuple[Add | None, Next | None]:
     add = following = None
     if case.adds:
         rows = None if case.rows is None else _row_set(case.rows, len(case.learning), case)
@@ -71,7 +95,7 @@ def joint(t: Operands, case: Case) -> Results:
     if case.follows:
         rows = None if case.next_rows is None else _row_set(case.next_rows, len(case.next_parts[0]), case)
         following = Next(rows, case.norm, case.eps if case.norm else 0.0, case.constant)
-    return run_tail("path", t, add, following)
+    return add, following
 
 
 def _row_set(rows: tuple[int, ...], num_learning: int, case: Case) -> RowSet:

@@ -3,18 +3,18 @@ from hypothesis import given
 
 from . import ops
 from .budget import check
-from .cases import Case, drop_paths, examples
+from .cases import Case, drop_paths, in_parts
 
 
-@examples(200)
+@in_parts(200)
 @given(case=drop_paths(residual=False))
-def test_drop_path_against_float64(numerics_backend, check_new, case):
+def test_drop_path_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.drop_path)
 
 
-@examples(200)
+@in_parts(200)
 @given(case=drop_paths(residual=True))
-def test_drop_path_add_against_float64(numerics_backend, check_new, case):
+def test_drop_path_add_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.drop_path_add)
 
 

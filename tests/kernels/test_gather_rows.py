@@ -4,13 +4,13 @@ from hypothesis import given
 
 from . import ops
 from .budget import check
-from .cases import Case, examples, gathers
+from .cases import Case, gathers, in_parts
 from .values import operands_of
 
 
-@examples(200)
+@in_parts(200)
 @given(case=gathers())
-def test_against_float64(numerics_backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.gather_rows)
 
 

@@ -8,15 +8,15 @@ from hypothesis import given
 
 from . import ops
 from .budget import check
-from .cases import Case, examples, joints
+from .cases import Case, in_parts, joints
 from .values import operands_of
 
 MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, follows=True, next_rows=(1, 4, 3, 2), num_next_learning=3, norm="layer", weight=True, bias=True)  # fmt: skip
 
 
-@examples(200)
+@in_parts(200)
 @given(case=joints())
-def test_against_float64(numerics_backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.joint)
 
 

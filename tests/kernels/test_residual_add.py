@@ -7,12 +7,12 @@ from tests.conftest import DEVICE
 
 from . import ops
 from .budget import check, same
-from .cases import Case, examples, residual_adds
+from .cases import Case, in_parts, residual_adds
 
 
-@examples(200)
+@in_parts(200)
 @given(case=residual_adds())
-def test_against_float64(numerics_backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.residual_add)
 
 

@@ -9,12 +9,12 @@ from tests.conftest import DEVICE
 
 from . import ops
 from .budget import check
-from .cases import Case, examples, residual_add_norms
+from .cases import Case, in_parts, residual_add_norms
 
 
-@examples(200)
+@in_parts(200)
 @given(case=residual_add_norms())
-def test_against_float64(numerics_backend, check_new, case):
+def test_against_float64(numerics_backend, check_new, part, case):
     check_new(case, ops.residual_add_norm)
 
 

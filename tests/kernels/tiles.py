@@ -14,8 +14,9 @@ from unittest import mock
 @contextlib.contextmanager
 def cut(how: str) -> Iterator[None]:
     """Args:
-    how: "tuned", by the table; "small", several tiles a program, rows and columns cut; "wide", so, and the norm's
-        backward goes through each row in pieces, as for thousands of channels.
+    how: "tuned", by the table; "small", several tiles a program, rows and columns cut; "medium", fewer and larger ones
+        for larger tensors; "wide", small, and the norm's backward goes through each row in pieces, as for thousands of
+        channels.
     """
     if how == "tuned":
         yield
@@ -23,8 +24,9 @@ def cut(how: str) -> Iterator[None]:
     from rdp_kernels._triton import launch, tail
 
     widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
-    cut_columns = launch.LaunchConfig(tile=128, max_columns=64, num_warps=1, tiles=2)
-    whole_rows = launch.LaunchConfig(tile=64, max_columns=widest, num_warps=1, tiles=2)
+    times = 4 if how == "medium" else 1
+    cut_columns = launch.LaunchConfig(tile=128 * times, max_columns=64, num_warps=1, tiles=2)
+    whole_rows = launch.LaunchConfig(tile=64 * times, max_columns=widest, num_warps=1, tiles=2)
     in_pieces = launch.LaunchConfig(tile=1, max_columns=16, num_warps=1, tiles=2)
     special = {
         "residual_add_norm_fwd": whole_rows,

@@ -36,7 +36,8 @@ def operands_of(case: Case) -> Operands:
     if case.activation == "relu":
         values = _away_from_zero(values, case, generator)
     values = values._replace(
-        branch=_dropped_rows_are_nan(values.branch, case), frozen=_dropped_rows_are_nan(values.frozen, case)
+        branch=_dropped_rows_are_nan(values.branch, case, slice(None, num_rows)),
+        frozen=_dropped_rows_are_nan(values.frozen, case, slice(num_rows, None)),
     )
 
     wanted = case.operands if case.wanted is None else case.wanted
@@ -114,13 +115,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return view.copy_(x)
 
 
-def _dropped_rows_are_nan(branch: Tensor | None, case: Case) -> Tensor | None:
+def _dropped_rows_are_nan(branch: Tensor | None, case: Case, part: slice) -> Tensor | None:
+    """`part`: of all the rows, those of `branch`."""
     scale = row_scale_of(case)
     if branch is None or scale is None:
         return branch
     if not isinstance(scale, Tensor):
         return torch.full_like(branch, torch.inf) if scale == 0 else branch
-    dropped = (scale.cpu() == 0).view(-1, *[1] * (branch.dim() - 1))
+    dropped = (scale.cpu()[part] == 0).view(-1, *[1] * (branch.dim() - 1))
     return branch if not dropped.any() else branch.masked_fill(dropped, torch.nan if case.seed % 2 else torch.inf)
 
 

@@ -1,0 +1,180 @@
+"""The fixed table catches faults: sources are broken one way at a time, in a copy, and some row sees it in the numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda_on_host import build
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = r"FAILED \S+\[(?:triton|native)-(\S+)\] - AssertionError: (.*(?:off by|more than one rounding|other bits).*)"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="no compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the table in small, on a CPU, is what is broken"),
+]
+
+# File, what stands there, and what breaks it. None of them makes kernels leave a tensor's memory.
+TRITON = {
+    "mask: idle columns count in the variance": (
+        "rdp_kernels/_triton/residual_add_norm.py",
+        "x = tl.where(in_width, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)",
+        "x = x - (tl.sum(x, axis=1) / width)[:, None]",
+    ),
+    "stride: the stream's rows follow each other": (
+        "rdp_kernels/_triton/residual_add.py",
+        "x = tl.load(residual_ptr + place(b, p, n, residual_row_stride, width)",
+        "x = tl.load(residual_ptr + place(b, p, n, sample_size, width)",
+    ),
+    "scale: not in the gradient": (
+        "rdp_kernels/_triton/residual_add.py",
+        "d = tl.where(reads[:, None], factor[:, None] * d, 0.0)",
+        "d = tl.where(reads[:, None], d, 0.0)",
+    ),
+    "γ: that of the next position": (
+        "rdp_kernels/_triton/parts.py",
+        "gamma_ptr + p % channels",
+        "gamma_ptr + (p + 1) % channels",
+    ),
+    "rows: inverted to themselves": (
+        "rdp_kernels/_triton/rows.py",
+        "tl.store(inverse_ptr + b, k.to(tl.int64), mask=k < num_rows)",
+        "tl.store(inverse_ptr + b, b, mask=k < num_rows)",
+    ),
+}
+CPU = {
+    "mask: dropped rows are read": (
+        "csrc/cpu/forward.cpp",
+        "if (scale == 0) {",
+        "if (!place.there()) {",
+    ),
+    "stride: all rows follow each other": (
+        "csrc/cpu/grid.h",
+        "samples->row_stride == geometry.sample_size()",
+        "samples->row_stride > 0",
+    ),
+    "scale: not in the gradient": (
+        "csrc/cpu/backward.cpp",
+        "pieces.scaled(to, d, factor, scale, piece.n);",
+        "pieces.scaled(to, d, factor, Acc(1), piece.n);",
+    ),
+    "γ: that of the row's begin": (
+        "csrc/cpu/stored.h",
+        "return factors_ + piece.column;",
+        "return factors_;",
+    ),
+    "rows: one frozen row for all": (
+        "csrc/cpu/forward.cpp",
+        "y.read(pieces, branch, place.row, piece)",
+        "y.read(pieces, branch, place.learns ? place.row : 0, piece)",
+    ),
+}
+CUDA = {
+    "mask: dropped rows are read": (
+        "csrc/cuda/residual_add.cuh",
+        "const bool adds = scale != 0;",
+        "const bool adds = place.there();",
+    ),
+    "stride: the stream's rows follow each other": (
+        "csrc/cuda/residual_add.cuh",
+        "load<S, N>(sum, at<const S>(call.residual, sample, offset));",
+        "load<S, N>(sum, static_cast<const S*>(call.residual.data) + sample * size + offset);",
+    ),
+    "scale: not where there is a γ": (
+        "csrc/cuda/residual_add.cuh",
+        "sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);",
+        "sum[i] = added(sum[i], call.gamma ? gamma[i] : scale, update[i]);",
+    ),
+    "γ: that of the next pack": (
+        "csrc/cuda/residual_add.cuh",
+        "load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));",
+        "load_gamma(gamma, call.gamma, column_of(offset + N, call.geometry.width));",
+    ),
+    "rows: one frozen row for all": (
+        "csrc/cuda/residual_add.cuh",
+        "load<U, N>(update, at<const U>(branch, place.row, offset));",
+        "load<U, N>(update, at<const U>(branch, place.learns ? place.row : 0, offset));",
+    ),
+}
+
+
+def test_in_triton_kernels(tmp_path):
+    """Budget: a minute."""
+    copy_tree(tmp_path)
+    check_caught(tmp_path, TRITON, "triton")
+
+
+def test_in_cpu_kernels(tmp_path):
+    """Budget: a minute. Ninja compiles what a fault changes."""
+    copy_tree(tmp_path)
+
+    def compile_library():
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        run(command, tmp_path, {"RDP_BUILD": "cpu"}, expected=0)
+
+    check_caught(tmp_path, CPU, "native", compile_library)
+
+
+def test_in_cuda_kernels(tmp_path):
+    """Budget: a minute. They run on the host, as in `tests/cuda_on_host`."""
+    build.copy_tree(tmp_path)
+    build.compile_library(tmp_path, sanitize=False)
+    check_caught(
+        tmp_path,
+        CUDA,
+        "native",
+        lambda: build.compile_library(tmp_path, sanitize=False, again=True),
+        {"RDP_CUDA_ON_HOST": "1"},
+    )
+
+
+def copy_tree(to):
+    for folder in ("csrc", "rdp_kernels", "tests"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / file, to)
+
+
+def check_caught(tree, faults, library, compile_library=lambda: None, environment=None):
+    """Prints which row caught which fault."""
+    missed = []
+    for fault, (file, right, wrong) in faults.items():
+        path = tree / file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(right) == 1, f"{file} has changed: {right}"
+        path.write_text(text.replace(right, wrong), encoding="utf-8")
+        compile_library()
+        command = [sys.executable, "-m", "pytest", "-x", "--tb=no", "tests/kernels/test_fixed.py", "-k", library]
+        said = run(command, tree, environment or {})
+        path.write_text(text, encoding="utf-8")
+        caught = re.search(NUMBERS, said)
+        print(f"{library}, {fault}: {': '.join(caught.groups()) if caught else 'missed'}")
+        if not caught:
+            missed.append(f"{fault}\n{said[-2000:]}")
+    assert not missed, "\n".join(missed)
+
+
+def run(command, tree, environment, expected=None):
+    ours = ("RDP_", "PYTEST_", "PYTHONPATH", "LD_PRELOAD", "TRITON_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    # lines as long as they get; and no bytecode, which a source of the same second and length would share
+    fixed = {"PYTHONPATH": str(tree), "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command,
+        cwd=tree,
+        env=inherited | fixed | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert expected is None or result.returncode == expected, result.stdout
+    return result.stdout
