@@ -1,7 +1,7 @@
 """The kernels as registered ops, `rdp::tail` and its backward: what `torch.compile` and export put into a graph.
 
 Schemas know no dataclasses: `_spell` and `_read` turn a call into a flat list of arguments and back. A tensor that
-there isn't is an empty one among the results. Dtypes go by name: torch 2.11 hands a `ScalarType[]` over as plain numbers
+there isn't is an empty one among the results. Dtypes go by name: torch 2.11 hands a `ScalarType[]` over as numbers,
 where an op runs on fake tensors.
 """
 
