@@ -30,7 +30,7 @@ def count_launches(run: Callable[[], object], device: torch.device) -> int:
         return ops.count
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
         torch.cuda.synchronize(device)
     on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]

@@ -150,7 +150,7 @@ def _peak_of_records(run: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             run()
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "tail.h"
 #ifdef RDP_CUDA
@@ -168,8 +169,7 @@ class SampleLayout {
     AtenTensorHandle made = nullptr;
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     const int32_t device_type = is_cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_, &made));
     return Tensor(made);
   }
 

@@ -46,10 +46,17 @@ class Problem(Exception):
     """Something that the user can mend; the message says how, in a line."""
 
 
+def place() -> tuple[torch.device, str]:
+    """The device of this process, and the backend between processes. NCCL refuses two of them on one GPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        return torch.device("cpu"), "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+    return device, "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus else "gloo"
+
+
 def train(options: argparse.Namespace, folder: Folder, state: dict[str, Any] | None) -> None:
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device, _ = place()
     digits = Digits.load(device)
     torch.manual_seed(options.seed)
     model = ViT(dim=64, depth=6, heads=4, position_std=0.5).to(device)
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, folder, state = begin(argv)
         if WORLD > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+            dist.init_process_group(place()[1], timeout=TIMEOUT)
         train(options, folder, state)
         if WORLD > 1:
             dist.destroy_process_group()

@@ -56,15 +56,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def kernels_for(
-    op: str, *tensors: Tensor | None, norm_width: int | None = None, required: bool = True
+    op: str,
+    *tensors: Tensor | None,
+    norm_width: int | None = None,
+    tile_rows: Callable[[], int] = int,
+    required: bool = True,
 ) -> ModuleType | None:
     """The kernels that serve `op` on `tensors`, the first of which is the stream; None for the eager reference.
 
-    `norm_width`: how many elements the norm is over; None too where the library has no norms. Raises `RuntimeError`
-    where the backend was asked for by name and can't serve the call, if that is `required`; else None.
+    `norm_width`: how many elements the norm is over; None too where the library has no norms. `tile_rows`: counts the
+    rows of all tiles (`layout.Tiling`). Raises `RuntimeError` where the backend was asked for by name and can't serve
+    the call, if that is `required`; else None.
     """
     name = _serving(
-        op, required, norm_width is not None, lambda library, forced: library.why_not(tensors, norm_width, forced)
+        op,
+        required,
+        norm_width is not None,
+        lambda library, forced: library.why_not(tensors, norm_width, forced, tile_rows),
     )
     return None if name is None else _LIBRARIES[name].kernels()
 

@@ -31,11 +31,10 @@ class Context:
         """`[num_rows, ...]` like the stream."""
         return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
 
-    @property
-    def norm_tiling(self) -> Tiling:
-        return self.layout.tiling(self.shape, -1)
-
-    def gamma_tiling(self, add: Add | None, has_gamma: bool) -> Tiling:
+    def tiling(self, add: Add | None, following: Next | None, has_gamma: bool) -> Tiling:
+        """Of the stream: a norm's tiles span the channels, others run along γ where there is one."""
+        if following is not None and following.norm is not None:
+            return self.layout.tiling(self.shape, -1)
         return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
 
 

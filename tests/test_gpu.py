@@ -19,10 +19,14 @@ def _kernels(request):
         yield
 
 
-def numbered(rows, width, dtype):
-    """Every element depends on its place; small whole numbers, which bf16 holds exactly."""
-    x = torch.arange(width, device="cuda", dtype=torch.int32).remainder_(97).to(dtype).repeat(rows, 1)
-    return x.add_(torch.arange(rows, device="cuda")[:, None])
+def numbered(rows, width, device="cuda"):
+    """bf16 `[len(rows), width]`, every element of which depends on its row's number and its column: whole numbers below
+    64, so that sums of few are exact. Numbers are cut down before they become bf16, which would round late ones to
+    multiples of 64; to 61 of them, as rows that lie a power of 2 apart have to differ.
+    """
+    number = torch.arange(rows.start, rows.stop, device=device).remainder_(61).bfloat16()
+    x = torch.arange(width, device=device, dtype=torch.int32).remainder_(97).bfloat16().repeat(len(rows), 1)
+    return x.add_(number[:, None]).remainder_(64)
 
 
 @pytest.mark.parametrize(("num_rows", "width"), [(3, 2**30 + 48), (2**16 + 1, 2**15 + 16)])
@@ -30,10 +34,10 @@ def test_tensors_beyond_32_bits(num_rows, width):
     """Few long rows, and many: offsets within a row and between rows pass 2^31."""
     if torch.cuda.mem_get_info()[0] < 14 * num_rows * width:
         pytest.skip("needs room for seven bf16 tensors of the size")
-    residual, branch = numbered(num_rows, width, torch.bfloat16), numbered(num_rows, width, torch.bfloat16)
-    residual.remainder_(64)
+    residual = numbered(range(num_rows), width)
+    branch = 2 * residual  # the sum with the opposite row of the residual itself would be nearly the same for all rows
     rows = torch.arange(num_rows, device="cuda").flip(0)
-    out = rdp.residual_add(residual, branch.remainder_(64), rows=rows)
+    out = rdp.residual_add(residual, branch, rows=rows)
     gathered = rdp.gather_rows(out, rows[:2])
     for row in {0, 1, num_rows // 2, num_rows - 1}:
         assert torch.equal(out[row], residual[row] + branch[num_rows - 1 - row])
@@ -45,7 +49,7 @@ def test_norm_beyond_32_bits():
     batch, tokens, dim = 3, 2**20 + 1, 1024
     if torch.cuda.mem_get_info()[0] < 12 * batch * tokens * dim:
         pytest.skip("needs room for six bf16 tensors of the size")
-    residual = numbered(batch * tokens, dim, torch.bfloat16).remainder_(64).view(batch, tokens, dim)
+    residual = numbered(range(batch * tokens), dim).view(batch, tokens, dim)
     weight = torch.rand(dim, device="cuda", dtype=torch.bfloat16)
     out, normed = rdp.residual_add_norm(residual, residual, weight, norm="rms")
     last = (slice(-1, None), slice(-5, None))

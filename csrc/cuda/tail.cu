@@ -7,6 +7,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "gather_rows.cuh"
 #include "residual_add.cuh"
@@ -20,7 +21,7 @@ namespace {
 cudaStream_t current_stream(int32_t device) {
   STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -36,8 +37,8 @@ class Scratch {
   Scratch(int64_t count, int32_t device) {
     const int64_t size = count * sizeof(T), stride = 1;
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                           aoti_torch_device_type_cuda(), device, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cuda(), device, &made));
     memory_ = torch::stable::Tensor(made);
   }
   T* data() const { return static_cast<T*>(memory_.data_ptr()); }

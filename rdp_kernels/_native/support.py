@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ SMALL_ON_CUDA = 0
 more than running it; no GPU has measured it yet, so they serve on request only."""
 
 
-def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, forced: bool = False) -> str | None:
+def why_not(
+    tensors: Sequence[Tensor | None],
+    norm_width: int | None = None,
+    forced: bool = False,
+    tile_rows: Callable[[], int] = int,
+) -> str | None:
     """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
 
-    `norm_width`: of libraries that have norms.
+    `norm_width`: of libraries that have norms. `tile_rows`: of those that don't number rows in 64 bits, as this does.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     asked = forced or given[0].numel() < SMALL_ON_CUDA

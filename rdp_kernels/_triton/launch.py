@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .support import interpreted
+from .support import interpreted, why_not_rows
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,9 @@ class Tiles:
     def of(
         cls, op: str, device: torch.device, num_rows: int, width: int, whole_rows: bool = False, sums: bool = False
     ) -> Tiles:
+        reason = why_not_rows(num_rows)
+        if reason is not None:  # a compiled graph doesn't ask `why_not`
+            raise RuntimeError(f"{op}: {reason}: split the batch, or take another backend (rdp.use_backend)")
         config = config_for(op, device, width)
         block_m, block_n = block_shape(config, num_rows, width, whole_rows)
         blocks = cdiv(num_rows, block_m)

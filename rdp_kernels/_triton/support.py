@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from .._checks import why_not_plain
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_NORM_WIDTH = 16384
 MIN_CAPABILITY = (8, 0)
-MAX_TILE_ROWS = 2**31 - 2**20  # positions of a batch are numbered in 32 bits, addresses in 64
+MAX_TILE_ROWS = 2**31 - 2**23
+"""Kernels number them in 32 bits, and the last program goes past the end by up to its tiles (addresses have 64)."""
 
 
 def interpreted() -> bool:
@@ -28,23 +31,48 @@ def unavailable() -> str | None:
     """Why no call can be served, or None. Doesn't import triton."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if not interpreted() and not torch.cuda.is_available():
+    if interpreted():
+        return _why_not_interpreted()
+    if not torch.cuda.is_available():
         return "there is no GPU (with TRITON_INTERPRET=1 in the environment it takes CPU tensors, slowly, for tests)"
     return None
 
 
-def why_not(tensors: Sequence[Tensor | None], norm_width: int | None = None, forced: bool = False) -> str | None:
+def _why_not_interpreted() -> str | None:
+    """Triton before 3.7 counts on arrays of one element being numbers, which numpy 2.4 put an end to."""
+    triton, numpy = _version_of("triton"), _version_of("numpy")
+    if triton and numpy and triton[:2] < (3, 7) and numpy[:2] >= (2, 4):
+        found = ".".join(map(str, triton))
+        return f"the interpreter of triton {found} fails with numpy 2.4 or later: pip install 'numpy<2.4'"
+    return None
+
+
+def _version_of(package: str) -> tuple[int, ...] | None:
+    """The numbers of a release; None where no package of that name is installed."""
+    try:
+        found = re.match(r"\d+(\.\d+)*", importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, found[0].split("."))) if found else None
+
+
+def why_not(
+    tensors: Sequence[Tensor | None],
+    norm_width: int | None = None,
+    forced: bool = False,
+    tile_rows: Callable[[], int] = int,
+) -> str | None:
     """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
 
-    The interpreter serves on request only (`forced`): it is for tests.
+    The interpreter serves on request only (`forced`): it is for tests. `tile_rows`: asked of large tensors only.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, forced)
     if reason is not None:
         return reason
-    if given[0].numel() // max(given[0].shape[-1], 1) > MAX_TILE_ROWS:
-        return f"the stream has more than {MAX_TILE_ROWS} rows of its last dimension"
-    return why_not_plain(given)
+    if given[0].numel() > MAX_TILE_ROWS:
+        reason = why_not_rows(tile_rows())
+    return why_not_plain(given) if reason is None else reason
 
 
 def why_not_kind(
@@ -68,6 +96,13 @@ def why_not_kind(
     if norm_width is not None and norm_width > MAX_NORM_WIDTH:
         return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
     return None
+
+
+def why_not_rows(num_rows: int) -> str | None:
+    """Why not so many tile rows (`layout.Tiling`: positions of samples)."""
+    if num_rows <= MAX_TILE_ROWS:
+        return None
+    return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
 
 
 @functools.cache

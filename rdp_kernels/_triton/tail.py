@@ -64,13 +64,12 @@ def tail_fwd(
         **_branch_rows(context, add, branch, frozen),
         **_next_rows(context, following, results.frozen_next),
     )
+    tiling = context.tiling(add, following, gamma is not None)
     if following is None or following.norm is None:
-        tiling = context.gamma_tiling(add, gamma is not None)
         tiles = _tiles("residual_add_fwd", context, tiling)
         kernel, more = _residual_add_fwd_kernel, _gamma_arguments(tiling)
         more |= {"RELU": add is not None and add.activation == "relu"}
     else:
-        tiling = context.norm_tiling
         tiles = _tiles("residual_add_norm_fwd", context, tiling, whole_rows=True)
         kernel = _residual_add_norm_fwd_kernel
         more = dict(
@@ -163,8 +162,8 @@ def tail_bwd(
         **_branch_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
         **_next_rows(context, following, dfrozen_next),
     )
+    tiling = context.tiling(add, following, branch is not None or gamma is not None)
     if following is None or following.norm is None:
-        tiling = context.gamma_tiling(add, branch is not None or gamma is not None)
         tiles = _tiles("residual_add_bwd", context, tiling, sums=branch is not None)
         num_partials = tiles.row_blocks
         if tiling.gamma_per == "position":
@@ -173,7 +172,6 @@ def tail_bwd(
         kernel, more = _residual_add_bwd_kernel, _gamma_arguments(tiling)
         more |= dict(out_ptr=results.out, out_row_stride=_row_stride(results.out), RELU=relu)
     else:
-        tiling = context.norm_tiling
         wide = tiling.width > WIDEST_SUM_IN_REGISTERS
         op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
         tiles = _tiles(op, context, tiling, whole_rows=True, sums=True)

@@ -1,7 +1,8 @@
 """The kernels as registered ops, `rdp::tail` and its backward: what `torch.compile` and export put into a graph.
 
 Schemas know no dataclasses: `_spell` and `_read` turn a call into a flat list of arguments and back. A tensor that
-there isn't is an empty one among the results.
+there isn't is an empty one among the results. Dtypes go by name: torch 2.11 hands a `ScalarType[]` over as numbers,
+where an op runs on fake tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +28,16 @@ _FORWARD = f"tail(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Ten
 _BACKWARD = (
     "tail_backward(str library, Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
     f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? x_hat, Tensor? rstd, {_SPEC}, SymInt[] shape, int[] order, "
-    "ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "str[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NUM_OPERANDS, _NUM_SPEC = 6, 15
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def tail(library: str, operands: Operands, add: Add | None, following: Next | None) -> Results:
@@ -106,7 +114,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.geometry = (
         list(context.shape),
         list(context.layout.order),
-        [stream.dtype if t is None else t.dtype for t in operands],
+        [_NAMES[(stream if t is None else t).dtype] for t in operands],
     )
     spec = arguments[_NUM_OPERANDS:-1]
     ctx.spec = [None if isinstance(value, Tensor) else value for value in spec]
@@ -146,7 +154,8 @@ def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     gradients, operands = Results(*arguments[:3]), Operands(None, arguments[3], None, *arguments[4:7])
     results = Results(out=arguments[7], x_hat=arguments[8], rstd=arguments[9])
     add, following = _read(arguments[10:-4])
-    shape, order, dtypes, wanted = arguments[-4:]
+    shape, order, names, wanted = arguments[-4:]
+    dtypes = [_DTYPES[name] for name in names]
     like = next(t for t in (*gradients, *operands) if t is not None)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     context = Context(torch.Size(shape), like.device, Layout(tuple(order)), compute, Operands(*dtypes))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
+from ..results import context_of
 from ..tail import Add, Next, Operands, Results
 from . import registered
 
@@ -56,8 +57,19 @@ def library_for(
     asked for by name can't serve it."""
     stream = operands.branch if operands.residual is None else operands.residual
     row_scale = None if add is None else add.row_scale
+
+    def tile_rows() -> int:
+        context = context_of(operands, None if following is None else following.norm, None)
+        return context.shape[0] * context.tiling(add, following, operands.gamma is not None).positions
+
     return _backend.kernels_for(
-        op, stream, *operands, row_scale, norm_width=_norm_width(stream, following), required=required
+        op,
+        stream,
+        *operands,
+        row_scale,
+        norm_width=_norm_width(stream, following),
+        tile_rows=tile_rows,
+        required=required,
     )
 
 

@@ -77,7 +77,7 @@ def test_on_a_gpu_kernels_are_counted(monkeypatch):
     ran = []
 
     class Profiler:
-        def __init__(self, activities):
+        def __init__(self, activities, acc_events):
             ran.append(tuple(activities))
 
         def __enter__(self):

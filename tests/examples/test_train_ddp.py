@@ -98,6 +98,24 @@ def test_wrong_input_gets_one_line(tmp_path, capsys, monkeypatch):
     assert "the run of another example" in refused(["--resume", "--out", str(tmp_path)], capsys)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "rank", "processes", "expected"),
+    [
+        (0, 1, 2, ("cpu", "gloo")),
+        (1, 1, 2, ("cuda:0", "gloo")),
+        (2, 1, 2, ("cuda:1", "nccl")),
+        (8, 0, 1, ("cuda:0", "nccl")),
+    ],
+)
+def test_processes_may_share_a_gpu(gpus, rank, processes, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    device, backend = train_ddp.place()
+    assert (str(device), backend) == expected
+
+
 # Two processes, killed
 
 RUN = ("--steps", "100", "--save-every", "5")  # saves in the middle of pairs too

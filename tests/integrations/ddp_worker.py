@@ -430,7 +430,9 @@ def disagreement_later() -> None:
 def collective_bytes(step: Callable[[], object]) -> int:
     """Sent by `step`: the sizes of all tensors that this rank hands to gloo, whoever calls it."""
     sizes = {"float": 4, "int": 4, "unsigned char": 1}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
+    ) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")  # profile.events() takes a second

@@ -207,7 +207,17 @@ def test_handles_copies_and_lifetimes(captures):
     assert reference() is None
 
 
+@pytest.fixture
+def captured_weights_may_be_accumulated_elsewhere():
+    """A captured graph keeps the `AccumulateGrad` nodes of its weights, on the stream of the capture: torch warns."""
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda enabled: None)
+    warn(False)
+    yield
+    warn(True)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("captured_weights_may_be_accumulated_elsewhere")
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 @pytest.mark.parametrize("name", ["net", "conv", "batch_norm", "converted"])
 def test_on_a_gpu(name, freeze, monkeypatch):

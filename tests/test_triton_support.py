@@ -1,0 +1,111 @@
+"""What the Triton kernels refuse: versions of which the interpreter fails, and more rows than they can number."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+import rdp_kernels as rdp
+from rdp_kernels._triton import support
+from rdp_kernels._triton.launch import CONFIGS, Tiles
+from rdp_kernels.ops import registered
+from rdp_kernels.ops.tail import library_for
+from rdp_kernels.tail import Add, Next, Operands
+
+from .conftest import DEVICE, INTERPRETED
+
+
+@pytest.fixture
+def unavailable(monkeypatch):
+    """`support.unavailable()` where Triton interprets, as a function of what is installed."""
+
+    def ask(**versions):
+        def version(package):
+            if package not in versions:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return versions[package]
+
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        support.unavailable.cache_clear()
+        return support.unavailable()
+
+    yield ask
+    monkeypatch.undo()
+    support.unavailable.cache_clear()
+
+
+def test_versions_whose_interpreter_fails_are_named(unavailable):
+    """Seen with 3.6.0 and numpy 2.4.6; 3.7.0 and 3.8.0 interpret with that one."""
+    reason = unavailable(triton="3.6.0", numpy="2.4.6")
+    assert reason == "the interpreter of triton 3.6.0 fails with numpy 2.4 or later: pip install 'numpy<2.4'"
+    assert unavailable(triton="3.5.1+git1a2b3c", numpy="3.0.0rc1").startswith("the interpreter of triton 3.5.1 fails")
+    assert unavailable(triton="3.6.0", numpy="2.3.5") is None
+    assert unavailable(triton="3.7.0", numpy="2.4.6") is None
+    assert unavailable(triton="3.10.0", numpy="2.4.6") is None
+    assert unavailable(numpy="2.4.6") is None, "a triton under another name is given the benefit of the doubt"
+
+
+def expanded(*shape, device=DEVICE, channels_last=False):
+    """A tensor of `shape` whose samples all lie in one place: it takes no memory."""
+    sample = torch.zeros(1, *shape[1:], device=device, dtype=torch.bfloat16)
+    if channels_last:
+        sample = sample.to(memory_format=torch.channels_last)
+    return sample.expand(shape)
+
+
+def case(x, channel_dim=None, norm=None):
+    """A stream, and how γ and a norm lie on it."""
+    gamma = None if channel_dim is None else x.new_ones(x.shape[channel_dim])
+    add = Add(channel_dim=-1 if channel_dim is None else channel_dim)
+    return Operands(x, x, gamma=gamma), add, None if norm is None else Next(norm=norm)
+
+
+TOO_MANY = {
+    "channels_last, fewer channels than columns": case(expanded(2**19, 2, 64, 64, channels_last=True), 1),
+    "a row a channel": case(expanded(2**30, 2, 2), 1),
+    "tokens": case(expanded(2**30, 2, 2), -1),
+    "norm": case(expanded(2**30, 2, 2), norm="layer"),
+    "samples of one number": case(expanded(2**31, 1)),
+}
+FEW_ENOUGH = {
+    "channels_last without γ": case(expanded(2**19, 2, 64, 64, channels_last=True)),
+    "long rows of channels": case(expanded(2**19, 2, 64, 64), 1),
+    "tokens without γ": case(expanded(2**30, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", [*TOO_MANY, *FEW_ENOUGH])
+def test_rows_are_counted_as_they_are_cut(name):
+    """The compiled library numbers rows in 64 bits."""
+    operands, add, following = (TOO_MANY | FEW_ENOUGH)[name]
+    with rdp.use_backend("triton"):
+        assert (library_for("op", operands, add, following, required=False) is None) == (name in TOO_MANY)
+        if name in TOO_MANY:
+            with pytest.raises(
+                RuntimeError, match="number up to 2139095040 rows of tiles, and this call has 2147483648"
+            ):
+                library_for("op", operands, add, following)
+    if DEVICE == "cpu" and following is None and rdp.available_backends()["native"] is None:
+        with rdp.use_backend("native"):
+            assert library_for("op", operands, add, None) is not None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="meta tensors are on no GPU")
+def test_a_compiled_graph_refuses_when_it_runs():
+    """It doesn't ask `why_not`, which would have to know sizes: the launcher does."""
+    x = expanded(2**30, 2, 2, device="meta")
+    operands, add, _ = case(x, -1)
+    with pytest.raises(RuntimeError, match="residual_add_fwd: .* split the batch, or take another backend"):
+        registered._forward("triton", *operands, *registered._spell(add, None), False)
+
+
+@pytest.mark.parametrize("op", CONFIGS)
+@pytest.mark.parametrize("width", [1, 2, 64, 384, 1024, 4096, 16384])
+def test_the_last_program_stays_below_31_bits(op, width):
+    for sums in (False, True):
+        for whole_rows in (False, True):
+            tiles = Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS, width, whole_rows, sums)
+            assert tiles.row_blocks * tiles.tiles * tiles.block_m < 2**31
+    with pytest.raises(RuntimeError, match=f"{op}: "):
+        Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS + 1, width)
