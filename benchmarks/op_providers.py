@@ -119,9 +119,7 @@ def ways_of(op: Op, sets: Sets, interpreted: bool = False, compiled: bool = True
 def _compiled(op: Op, sets: Sets) -> Way:
     torch._functorch.config.donated_buffer = False  # a compiled backward could else be run only once
     torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
-    runner, reason = _available(
-        lambda: torch.compile(op.eager, dynamic=False, fullgraph=True, backend=COMPILER), sets
-    )
+    runner, reason = _available(lambda: torch.compile(op.eager, dynamic=False, fullgraph=True, backend=COMPILER), sets)
     return Way(op.compiled, runner, op.compiled_moves.times(op.sample_bytes), reason)
 
 

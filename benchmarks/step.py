@@ -3,8 +3,8 @@
 Times are of a pair of steps (forward, backward, AdamW) on the same plans. "needed" counts FLOPs that no implementation
 of the same work can leave out, as a ratio to plain training's; "time / needed" is how far above that a provider is.
 
-vit and resnet are our own networks, the others timm's, converted for ours. With --drop-path, and on a GPU by itself, two
-steps of ordinary drop-path at p = 0.4 are compared too: timm's, DINOv2's and ours without a scheme.
+vit and resnet are our own networks, the others timm's, converted for ours. With --drop-path, and on a GPU by itself,
+two steps of ordinary drop-path at p = 0.4 are compared too: timm's, DINOv2's and ours without a scheme.
 """
 
 from __future__ import annotations

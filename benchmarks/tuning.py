@@ -72,12 +72,12 @@ def tune(
     Raises `WrongResult` where a candidate's results differ from those of the present numbers. One that can't be
     launched, for want of registers or shared memory, is passed over.
     """
-    return [_best(op, largest, present, group, device, time, tell) for largest, present, group in _groups(op, works, device)]
+    return [_best(op, *group, device, time, tell) for group in _groups(op, works, device)]
 
 
 def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> None:
-    """Has Triton compile what `tune` is going to launch, and launches none of it. What can't be compiled is passed over:
-    `tune` will tell."""
+    """Has Triton compile what `tune` is going to launch, and launches none of it. What can't be compiled is passed
+    over: `tune` will tell."""
 
     def compiled(launch: Launch, _: torch.device) -> None:
         with contextlib.suppress(Exception):

@@ -16,7 +16,7 @@ Answer = Callable[[list[Row]], str]
 NOTHING = "nothing was found"
 
 
-def tests_right(rows: list[Row]) -> str:
+def right_of_tests(rows: list[Row]) -> str:
     """How many passed; the largest share of the error budget that one used."""
     if not rows:
         return NOTHING
@@ -29,7 +29,7 @@ def tests_right(rows: list[Row]) -> str:
     return f"{text}, {max(used):.0%} of the error budget at most" if used else text
 
 
-def tests_wrong(rows: list[Row], must_run: bool = True) -> list[str]:
+def wrong_of_tests(rows: list[Row], must_run: bool = True) -> list[str]:
     """A line for each failure; `must_run`: that every test was skipped is one."""
     if must_run and all(row["outcome"] == "skipped" for row in rows):
         return ["no test ran"]

@@ -1,9 +1,9 @@
 """`python -m benchmarks gpu`: everything worth knowing of a GPU that is at hand for minutes, the most valuable first.
 
-Runs from a bare copy of the tree. Each step is a process with a limit of its own; the limits keep to --minutes, and what
-a step leaves of its time goes to those after it. What a step finds is on disk the moment it is found. At most eight
-files are written: a table of the steps, a log, and rows as benchmarks/results/ keeps them. The exit code is 0 if all
-was well, 1 if not, 130 after an interrupt.
+Runs from a bare copy of the tree. Each step is a process with a limit of its own; the limits keep to --minutes, and
+what a step leaves of its time goes to those after it. What a step finds is on disk the moment it is found. At most
+eight files are written: a table of the steps, a log, and rows as benchmarks/results/ keeps them. The exit code is 0 if
+all was well, 1 if not, 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Visits:
         try:
             rows = self._rows_of(step)
             outcome.number = step.answer(rows)
-            return answers.tests_wrong(rows, must_run=not self._visit.in_small) if step.is_tests else []
+            return answers.wrong_of_tests(rows, must_run=not self._visit.in_small) if step.is_tests else []
         except Exception as error:  # a file that is cut off, or rows that lack something
             outcome.number = f"{answers.NOTHING}: {type(error).__name__}: {error}"
             return []
@@ -206,7 +206,7 @@ def compiled_kernels() -> int:
 
 
 def short_name(device: str, in_small: bool) -> str:
-    """"h200" of "NVIDIA H200", for the names of files."""
+    """ "h200" of "NVIDIA H200", for the names of files."""
     words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-").split("-")
     return "cpu" if in_small else "-".join(word for word in words if word not in ("nvidia", "amd")) or "gpu"
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks gpu --count`: how many kernels Triton would compile for each step, counted without a GPU.
 
-A kernel takes Triton most of a second, and on a GPU that is at hand for minutes that is what a step's time goes into. It
-is compiled anew for other dtypes, for other sizes of tiles, for what is absent, and for strides and widths that 16
-divides or doesn't; not for more rows. So everything is asked for at its real width, with few rows, few layers and small images.
+A kernel takes Triton most of a second, and on a GPU that is at hand for minutes that is what a step's time goes into.
+It is compiled anew for other dtypes, for other sizes of tiles, for what is absent, and for strides and widths that 16
+divides or doesn't; not for more rows. So everything is asked for at its real width, with few rows, layers and patches.
 """
 
 from __future__ import annotations
@@ -63,10 +63,18 @@ Works = Iterator[Callable[[], object]]
 
 
 def table() -> Works:
-    from tests.kernels.fixed import FIXED
+    from tests.kernels import fixed
+    from tests.kernels.budget import gradients
+    from tests.kernels.values import douts_of, operands_of
 
-    for row in FIXED:
-        yield row.launch
+    def run(row: fixed.Row) -> None:
+        case = row.case(small=False)
+        operands = operands_of(case)
+        results = row.op(operands, case)
+        gradients(results, operands, douts_of(case, results))
+
+    for row in fixed.TABLE:
+        yield partial(run, replace(row, shape=(min(row.shape[0], ROWS), *row.shape[1:])))
 
 
 def beyond() -> Works:
@@ -135,7 +143,12 @@ def step() -> Works:
     checked.update(TIMM[1:])  # of what isn't computed no check is right
     cpu = torch.device("cpu")
     for model in TIMM[1:]:
-        config = replace(LIBRARY_CUDA[model], build=partial(library, model, depth=LAYERS, img_size=IMAGE), batch=ROWS // 4, image=IMAGE)
+        config = replace(
+            LIBRARY_CUDA[model],
+            build=partial(library, model, depth=LAYERS, img_size=IMAGE),
+            batch=ROWS // 4,
+            image=IMAGE,
+        )
         for kind in (Exact, BranchFrozen):
             for mode in ("block", "sample"):
                 trainer = config.trainer(kind, mode, cpu, autocast=True)

@@ -1,5 +1,5 @@
-"""A plugin of pytest, `-p benchmarks.gpu.recorder --record FILE --record-step STEP`: a row of FILE for each test, written
-when the test ends. Rows of other steps, and the columns of machine and versions, are those of `benchmarks/results/`.
+"""A plugin of pytest, `-p benchmarks.gpu.recorder --record FILE --record-step STEP`: a row of FILE for each test,
+written when the test ends. Columns of machine and versions are those of `benchmarks/results/`.
 
 A test's `record_property` of "budget_used" and "worst" become columns.
 """

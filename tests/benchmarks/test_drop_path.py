@@ -138,7 +138,19 @@ def test_the_command_writes_the_rows(tmp_path, monkeypatch):
     """Budget: 10 seconds."""
     monkeypatch.setattr(Device, "ceilings", lambda self: Ceilings(1e11, 1e10))
     out = tmp_path / "step.csv"
-    options = ["--tiny", "--turns", "1", "--model", "vit-s", "--mode", "block", "--drop-path", "compiled", "--csv", str(out)]
+    options = [
+        "--tiny",
+        "--turns",
+        "1",
+        "--model",
+        "vit-s",
+        "--mode",
+        "block",
+        "--drop-path",
+        "compiled",
+        "--csv",
+        str(out),
+    ]
     assert main(["step", *options]) == 0
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["work"] for row in rows] == ["scheme"] * 5 + ["drop-path"] * len(NAMES)

@@ -284,8 +284,8 @@ def test_a_row_for_each_test(record, workers):
     assert "off by one" in of["test_wrong"]["message"]
     assert "no such device" in of["test_skipped"]["message"]
     assert all(row["torch"] == torch.__version__ and row["step"] == "table" for row in rows)
-    assert answers.tests_right(rows) == "1 of 2 right, 1 skipped, 25% of the error budget at most"
-    assert "off by one" in answers.tests_wrong(rows)[0]
+    assert answers.right_of_tests(rows) == "1 of 2 right, 1 skipped, 25% of the error budget at most"
+    assert "off by one" in answers.wrong_of_tests(rows)[0]
     _, _, rows = record("def test_more(): pass", step="drawn")
     assert [row["step"] for row in rows] == ["table"] * 3 + ["drawn"], "another step's rows stay"
 
@@ -366,7 +366,9 @@ def test_how_many_kernels_a_visit_compiles(capfd):
 def test_rows_files_have_types(tmp_path):
     """An answer reads numbers, not their texts."""
     visits = command.Visits(Visit("cpu", "cpu", tmp_path, tmp_path), {})
-    (tmp_path / "step.json").write_text(json.dumps([{"provider": "ours exact", "model": "vit-s", "mode": "block", "ratio_rounds": 0.7}]))
+    (tmp_path / "step.json").write_text(
+        json.dumps([{"provider": "ours exact", "model": "vit-s", "mode": "block", "ratio_rounds": 0.7}])
+    )
     outcome = Outcome(next(each for each in STEPS if each.name == "step"), report.NOT_RUN)
     assert visits._find(outcome, []) == []
     assert outcome.number == "of plain: vit-s block 0.70"

@@ -68,7 +68,9 @@ def test_a_model_is_checked_once(monkeypatch):
     """The self-check of a conversion takes longer than the conversion, and every trainer converts."""
     asked, convert = [], rdp.convert
     monkeypatch.setattr(library_models, "checked", set())
-    monkeypatch.setattr(rdp, "convert", lambda *args, check, **options: asked.append(check) or convert(*args, **options))
+    monkeypatch.setattr(
+        rdp, "convert", lambda *args, check, **options: asked.append(check) or convert(*args, **options)
+    )
     for model in ("vit-s", "vit-s", "convnext-t", "vit-s"):
         config = TINY[model]
         config.network(CPU).prepare(config.data(CPU)[0][:2])
