@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -117,8 +118,9 @@ class Visits:
             log.add(line)
 
         before = compiled_kernels()
-        arguments = [sys.executable, *step.arguments(visit)]
-        ended = process.run(arguments, self._environment(step), ROOT, outcome.limit, on_line)
+        arguments = step.arguments(visit)
+        log.add(shlex.join(["python3", *arguments]))
+        ended = process.run([sys.executable, *arguments], self._environment(step), ROOT, outcome.limit, on_line)
         outcome.seconds = ended.seconds
         outcome.kernels = None if visit.in_small else compiled_kernels() - before
         wrong = self._find(outcome, list(said))
