@@ -12,6 +12,7 @@ import torch._functorch.config
 from torch import Tensor
 
 import rdp_kernels as rdp
+from rdp_kernels._native.library import has_cuda
 
 from .harness import Capture, Check, Provider, told
 from .op_bytes import Moved, count_bytes
@@ -163,8 +164,11 @@ def why_no_triton(device: torch.device, interpreted: bool = False) -> str | None
     return rdp.available_backends()["triton"]
 
 
-def why_no_native() -> str | None:
-    return rdp.available_backends()["native"]
+def why_no_native(device: torch.device) -> str | None:
+    reason = rdp.available_backends()["native"]
+    if reason is None and device.type == "cuda" and not has_cuda():
+        return "the compiled library was built without CUDA"
+    return reason
 
 
 def on_backend(name: str, compute: Compute) -> Compute:

@@ -184,7 +184,7 @@ def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
         for name, backend, reason in (
             (OURS_EAGER, "eager", None),
             (OURS, "triton", why_no_triton(op.device)),
-            (OURS_NATIVE, "native", why_no_native()),
+            (OURS_NATIVE, "native", why_no_native(op.device)),
         ):
             if reason is None:
                 providers.append(provider(name, ours, sets, direction, calls, backend))

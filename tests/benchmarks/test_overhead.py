@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from benchmarks import overhead
+from benchmarks import op_providers, overhead
 from benchmarks.__main__ import main
 from benchmarks.harness import CheckFailed, Session
 from benchmarks.overhead import CALLS, PASSES, DropPathAdd, HostDevice, ResidualAdd, overhead_cases
@@ -38,6 +38,14 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+def test_on_a_gpu_a_library_without_cuda_is_left_out(monkeypatch):
+    """The others of the case are measured all the same."""
+    monkeypatch.setattr(op_providers, "has_cuda", lambda: False)
+    monkeypatch.setattr(rdp, "available_backends", lambda: {"native": None})
+    assert op_providers.why_no_native(torch.device("cuda")) == "the compiled library was built without CUDA"
+    assert op_providers.why_no_native(CPU) is None
 
 
 # The command
