@@ -114,7 +114,8 @@ def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], par
         spread = parallel and importlib.util.find_spec("xdist") is not None
         workers = ["-n", str(visit.processes), "--dist", "worksteal"] if spread else []
         record = ["-p", "benchmarks.gpu.recorder", "--record", str(visit.file(TESTS)), "--record-step", step]
-        return ["-m", "pytest", "--tb=line", *workers, *record, *(in_small if visit.in_small else on_gpu)]
+        # What a GPU is the first to warn of must not hide whether numbers are right.
+        return ["-m", "pytest", "--tb=line", "-W", "default", *workers, *record, *(in_small if visit.in_small else on_gpu)]
 
     return arguments
 
@@ -141,7 +142,7 @@ STEPS = (
     Step(
         "host",
         "host time of a call",
-        30,
+        40,
         benchmark("overhead", ("--quick",), ()),
         answers.host_time,
         "overhead",
@@ -169,7 +170,7 @@ STEPS = (
     Step(
         "memory",
         "what iterations keep, and their peak",
-        30,
+        35,
         benchmark(
             "memory", ("--quick", *TIMM, "--dtype", "bf16"), ("--model", "vit-s", "--mode", "block", "--turns", "1")
         ),
