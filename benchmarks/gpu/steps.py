@@ -115,7 +115,16 @@ def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], par
         workers = ["-n", str(visit.processes), "--dist", "worksteal"] if spread else []
         record = ["-p", "benchmarks.gpu.recorder", "--record", str(visit.file(TESTS)), "--record-step", step]
         # What a GPU is the first to warn of must not hide whether numbers are right.
-        return ["-m", "pytest", "--tb=line", "-W", "default", *workers, *record, *(in_small if visit.in_small else on_gpu)]
+        return [
+            "-m",
+            "pytest",
+            "--tb=line",
+            "-W",
+            "default",
+            *workers,
+            *record,
+            *(in_small if visit.in_small else on_gpu),
+        ]
 
     return arguments
 
