@@ -50,9 +50,8 @@ def check(case: Case, op: Op, twice: bool = False) -> Used:
     results, douts, grads = _run(case, op, operands)
     if twice:
         again, _, grads_again = _run(case, op, operands, douts)
-        for name, first, second in zip(
-            (*Results._fields, *Operands._fields), (*results, *grads), (*again, *grads_again), strict=True
-        ):
+        names = (*Results._fields, *(f"d{name}" for name in Operands._fields))
+        for name, first, second in zip(names, (*results, *grads), (*again, *grads_again), strict=True):
             assert same_bits(first, second), f"{name}: other bits in a second run"
     assert all(before is None or same(before, t) for before, t in zip(given, operands, strict=True)), "written to"
     assert all(t is None or t.dtype == case.stream_dtype for t in results)

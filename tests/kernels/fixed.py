@@ -82,7 +82,8 @@ class Row:
             self.layouts,
             rows=rows,
             num_learning=num_learning,
-            next_rows=tuple(reversed(next_rows)) if next_rows else next_rows,
+            # Others than `rows`, in another order: some samples have a branch, some go on, some do both.
+            next_rows=next_rows and tuple((row + 1) % shape[0] for row in reversed(next_rows)),
             num_next_learning=num_next_learning,
             seed=zlib.crc32(self.name.encode()),
             in_place=self.op is ops.in_place,

@@ -108,13 +108,13 @@ CUDA = {
 
 
 def test_in_triton_kernels(tmp_path):
-    """Budget: a minute."""
+    """Budget: two minutes."""
     copy_tree(tmp_path)
     check_caught(tmp_path, TRITON, "triton")
 
 
 def test_in_cpu_kernels(tmp_path):
-    """Budget: a minute. Ninja compiles what a fault changes."""
+    """Budget: two minutes. Ninja compiles what a fault changes."""
     copy_tree(tmp_path)
 
     def compile_library():
@@ -125,7 +125,7 @@ def test_in_cpu_kernels(tmp_path):
 
 
 def test_in_cuda_kernels(tmp_path):
-    """Budget: a minute. They run on the host, as in `tests/cuda_on_host`."""
+    """Budget: two minutes. They run on the host, as in `tests/cuda_on_host`."""
     build.copy_tree(tmp_path)
     build.compile_library(tmp_path, sanitize=False)
     check_caught(
