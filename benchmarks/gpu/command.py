@@ -30,12 +30,12 @@ from ..machine import ROOT, Device, facts
 from ..output import read_csv
 from . import answers, process, report
 from .compilations import count
+from .files import Files, StepLog
 from .report import INTERRUPTED, NOT_RUN, Outcome
-from .steps import STEPS, Step, Visit
+from .steps import STEPS, Step, Workspace
 
 MINUTES = 9.0
 FOR_THE_TABLE = 5.0  # seconds
-LOG_OF_A_STEP = 1 << 20  # characters
 LAST_LINES = 4
 EXIT_INTERRUPTED = 130
 
@@ -68,23 +68,22 @@ def run(options: argparse.Namespace) -> int:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work, _terminated_like_interrupted():
-        visit = Visit("cpu" if options.tiny else "cuda", short_name(device.name, options.tiny), out, Path(work))
-        return Visits(visit, facts(device)).go(steps, 60 * options.minutes)
+        workspace = Workspace(device.device.type, short_name(device.name, options.tiny), out, Path(work))
+        return Visit(workspace, facts(device)).go(steps, 60 * options.minutes)
 
 
-class Visits:
-    """Runs the steps of one visit after the other, whatever becomes of each."""
+class Visit:
+    """Runs one step after the other, whatever becomes of each."""
 
-    def __init__(self, visit: Visit, machine: Row):
-        self._visit, self._machine = visit, machine
-        self._unwritten: dict[str, str] = {}
+    def __init__(self, workspace: Workspace, machine: Row):
+        self._workspace, self._machine, self._files = workspace, machine, Files()
 
     def go(self, steps: Sequence[Step], seconds: float) -> int:
         """Prints a line when a step has ended, and the table at last. The exit code."""
         end = time.monotonic() + seconds - FOR_THE_TABLE
         outcomes = [Outcome(step, NOT_RUN) for step in steps]
         interrupted = False
-        self._file(self._visit.file("gpu", "log"), lambda path: path.write_bytes(b""))
+        self._files.write(self._workspace.file("gpu", "log"), lambda path: path.write_bytes(b""))
         try:
             for outcome, limit in zip(outcomes, limits(steps, end), strict=True):
                 outcome.limit = limit
@@ -101,16 +100,16 @@ class Visits:
                 self._find(running, [])
                 running.verdict = INTERRUPTED
             self._summarise(outcomes)
-        notes = [f"can't write {path}: {reason}" for path, reason in self._unwritten.items()]
+        notes = [f"can't write {path}: {reason}" for path, reason in self._files.unwritten.items()]
         print(*report.lines_of(outcomes, self._title(seconds), notes), sep="\n", flush=True)
         if interrupted:
             return EXIT_INTERRUPTED
         return 0 if all(each.well for each in outcomes) and not notes else 1
 
     def _run(self, outcome: Outcome) -> None:
-        step, visit = outcome.step, self._visit
+        step, workspace = outcome.step, self._workspace
         said: deque[str] = deque(maxlen=LAST_LINES)
-        log = _Log(self, visit.file("gpu", "log"), step)
+        log = StepLog(self._files, workspace.file("gpu", "log"))
 
         def on_line(line: str) -> None:
             if line.strip():
@@ -118,11 +117,11 @@ class Visits:
             log.add(line)
 
         before = compiled_kernels()
-        arguments = step.arguments(visit)
-        log.add(shlex.join(["python3", *arguments]))
+        arguments = step.arguments(workspace)
+        log.add(f"== {step.name}: {shlex.join(['python3', *arguments])}")
         ended = process.run([sys.executable, *arguments], self._environment(step), ROOT, outcome.limit, on_line)
         outcome.seconds = ended.seconds
-        outcome.kernels = None if visit.in_small else compiled_kernels() - before
+        outcome.kernels = None if workspace.in_small else compiled_kernels() - before
         wrong = self._find(outcome, list(said))
         outcome.verdict = report.verdict_of(step, ended, wrong)
         if not outcome.well:
@@ -139,7 +138,7 @@ class Visits:
         try:
             rows = self._rows_of(step)
             outcome.number = step.answer(rows)
-            return answers.wrong_of_tests(rows, must_run=not self._visit.in_small) if step.is_tests else []
+            return answers.wrong_of_tests(rows, must_run=not self._workspace.in_small) if step.is_tests else []
         except Exception as error:  # a file that is cut off, or rows that lack something
             outcome.number = f"{answers.NOTHING}: {type(error).__name__}: {error}"
             return []
@@ -147,13 +146,13 @@ class Visits:
     def _rows_of(self, step: Step) -> list[Row]:
         assert step.rows is not None
         if step.is_tests:
-            path = self._visit.file(step.rows)
+            path = self._workspace.file(step.rows)
             return [row for row in read_csv(path) if row["step"] == step.name] if path.exists() else []
-        path = self._visit.rows_file(step.rows)
+        path = self._workspace.rows_file(step.rows)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def _environment(self, step: Step) -> dict[str, str]:
-        small = self._visit.in_small
+        small = self._workspace.in_small
         more = dict(step.in_small) if small else {"TRITON_INTERPRET": "0"}
         # Where a GPU machine's Triton is new to interpreting, or numpy to Triton, kernels must never be interpreted.
         return os.environ | more | {"PYTHONUNBUFFERED": "1", "RDP_COMMIT": str(self._machine["commit"])}
@@ -164,34 +163,7 @@ class Visits:
         return f"{of['device']}, {versions}, commit {of['commit'] or '?'}; {seconds / 60:g} minutes"
 
     def _summarise(self, outcomes: list[Outcome]) -> None:
-        self._file(self._visit.file("gpu"), lambda path: report.write(path, outcomes, self._machine))
-
-    def _file(self, path: Path, write) -> None:
-        """Writes to a file of the visit; a full disk costs nothing but this."""
-        try:
-            write(path)
-        except OSError as error:
-            self._unwritten[path.name] = error.strerror or str(error)
-
-
-class _Log:
-    """What a step prints, in the visit's log, as far as there is room for it."""
-
-    def __init__(self, visits: Visits, path: Path, step: Step):
-        self._visits, self._path, self._left = visits, path, LOG_OF_A_STEP
-        self.add(f"== {step.name}: {step.what}")
-
-    def add(self, line: str) -> None:
-        if self._left <= 0:
-            return
-        self._left -= len(line) + 1
-        text = f"{line}\n" if self._left > 0 else f"{line}\n... the rest of this step is left out\n"
-        self._visits._file(self._path, lambda path: _append(path, text))
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        self._files.write(self._workspace.file("gpu"), lambda path: report.write(path, outcomes, self._machine))
 
 
 def limits(steps: Sequence[Step], end: float) -> Iterator[float]:

@@ -24,7 +24,7 @@ TUNED = ("residual_add_fwd", "residual_add_bwd", "residual_add_norm_fwd", "resid
 
 
 @dataclass(frozen=True)
-class Visit:
+class Workspace:
     """Where steps run, and where they write.
 
     Args:
@@ -55,7 +55,7 @@ class Visit:
         return max(min((os.cpu_count() or 2) - 1, MOST_PROCESSES), 2)
 
 
-Arguments = Callable[[Visit], list[str]]
+Arguments = Callable[[Workspace], list[str]]
 """Of Python, after the interpreter's name."""
 
 
@@ -93,16 +93,16 @@ TESTS = "tests"
 
 
 def module(name: str, *options: str) -> Arguments:
-    return lambda visit: ["-m", name, *options]
+    return lambda workspace: ["-m", name, *options]
 
 
 def benchmark(name: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], file: str | None = None) -> Arguments:
     """A command of `python -m benchmarks` that writes rows."""
 
-    def arguments(visit: Visit) -> list[str]:
-        options = ["--tiny", *in_small] if visit.in_small else [*on_gpu]
-        files = ["--csv", str(visit.file(file or name)), "--json", str(visit.rows_file(file or name))]
-        return ["-m", "benchmarks", name, *options, "--device", visit.device, *files]
+    def arguments(workspace: Workspace) -> list[str]:
+        options = ["--tiny", *in_small] if workspace.in_small else [*on_gpu]
+        files = ["--csv", str(workspace.file(file or name)), "--json", str(workspace.rows_file(file or name))]
+        return ["-m", "benchmarks", name, *options, "--device", workspace.device, *files]
 
     return arguments
 
@@ -110,10 +110,10 @@ def benchmark(name: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], fil
 def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], parallel: bool = True) -> Arguments:
     """Tests, a row each."""
 
-    def arguments(visit: Visit) -> list[str]:
+    def arguments(workspace: Workspace) -> list[str]:
         spread = parallel and importlib.util.find_spec("xdist") is not None
-        workers = ["-n", str(visit.processes), "--dist", "worksteal"] if spread else []
-        record = ["-p", "benchmarks.gpu.recorder", "--record", str(visit.file(TESTS)), "--record-step", step]
+        workers = ["-n", str(workspace.processes), "--dist", "worksteal"] if spread else []
+        record = ["-p", "benchmarks.gpu.recorder", "--record", str(workspace.file(TESTS)), "--record-step", step]
         # What a GPU is the first to warn of must not hide whether numbers are right.
         return [
             "-m",
@@ -123,7 +123,7 @@ def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], par
             "default",
             *workers,
             *record,
-            *(in_small if visit.in_small else on_gpu),
+            *(in_small if workspace.in_small else on_gpu),
         ]
 
     return arguments
@@ -208,7 +208,7 @@ STEPS = (
         "tune",
         "launch numbers for this GPU",
         300,
-        lambda visit: ["-m", "benchmarks", "tune", "--op", *TUNED, "--processes", str(visit.processes)],
+        lambda workspace: ["-m", "benchmarks", "tune", "--op", *TUNED, "--processes", str(workspace.processes)],
         by_default=False,
     ),
     Step(

@@ -22,7 +22,7 @@ from benchmarks.gpu import answers, command, process, report
 from benchmarks.gpu.compilations import BEFORE_DRAWN
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.report import Outcome
-from benchmarks.gpu.steps import STEPS, TESTS, Step, Visit
+from benchmarks.gpu.steps import STEPS, TESTS, Step, Workspace
 from benchmarks.machine import ROOT
 from benchmarks.output import append_csv, read_csv, write_csv
 from benchmarks.suite import parsed
@@ -32,7 +32,7 @@ HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time
 
 
 def step(name, code, share=10.0, **options):
-    return Step(name, f"what {name} does", share, lambda visit: ["-c", code], **options)
+    return Step(name, f"what {name} does", share, lambda workspace: ["-c", code], **options)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ mount -t tmpfs -o size=40k none "$OUT" || exit 77
 from benchmarks.gpu import command
 from benchmarks.gpu.steps import Step
 from benchmarks.__main__ import main
-def step(name, code): return Step(name, name, 10.0, lambda visit: ['-c', code])
+def step(name, code): return Step(name, name, 10.0, lambda workspace: ['-c', code])
 command.STEPS = (step('first', 'print(1)'), step('fills', 'print((\\"x\\" * 99 + \\"\\\\\\\\n\\") * 2000)'), step('last', 'print(2)'))
 raise SystemExit(main(['gpu', '--tiny', '--minutes', '1', '--out', '$OUT']))
 "
@@ -199,9 +199,9 @@ def test_steps_of_an_earlier_visit_stay_in_the_file(visit):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_step_is_a_command_that_there_is(device, tmp_path):
     """Options that only a GPU will see too."""
-    visit = Visit(device, "h200", tmp_path, tmp_path)
+    workspace = Workspace(device, "h200", tmp_path, tmp_path)
     for each in STEPS:
-        flag, module, *options = each.arguments(visit)
+        flag, module, *options = each.arguments(workspace)
         assert flag == "-m"
         if module == "benchmarks":
             parsed(benchmarks_main.COMMANDS, options)
@@ -214,10 +214,10 @@ def test_every_step_is_a_command_that_there_is(device, tmp_path):
 
 
 def test_at_most_eight_files(tmp_path):
-    visit = Visit("cuda", "h200", tmp_path, tmp_path / "work")
-    files = {visit.file("gpu"), visit.file("gpu", "log"), *(visit.file(each.rows) for each in STEPS if each.rows)}
+    workspace = Workspace("cuda", "h200", tmp_path, tmp_path / "work")
+    files = {workspace.file("gpu"), workspace.file("gpu", "log")} | {workspace.file(s.rows) for s in STEPS if s.rows}
     assert len(files) <= 8
-    assert visit.file("ops").name == "ops-h200.csv"
+    assert workspace.file("ops").name == "ops-h200.csv"
 
 
 def test_names_of_machines():
@@ -338,10 +338,10 @@ def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, monkeypatch
 def test_a_gpu_on_which_no_test_ran_is_no_success(tmp_path):
     """All of them skipped, say."""
     file = tmp_path / "tests-h200.csv"
-    visits = command.Visits(Visit("cuda", "h200", tmp_path, tmp_path), {})
+    visit = command.Visit(Workspace("cuda", "h200", tmp_path, tmp_path), {})
     file.write_text("step,test,outcome,budget_used,message\ntable,t,skipped,,no GPU\n")
     outcome = Outcome(next(each for each in STEPS if each.rows == TESTS), report.NOT_RUN)
-    assert visits._find(outcome, []) == ["no test ran"]
+    assert visit._find(outcome, []) == ["no test ran"]
 
 
 # All of it
@@ -395,10 +395,10 @@ def test_how_many_kernels_a_visit_compiles(capfd):
 
 def test_rows_files_have_types(tmp_path):
     """An answer reads numbers, not their texts."""
-    visits = command.Visits(Visit("cpu", "cpu", tmp_path, tmp_path), {})
+    visit = command.Visit(Workspace("cpu", "cpu", tmp_path, tmp_path), {})
     (tmp_path / "step.json").write_text(
         json.dumps([{"provider": "ours exact", "model": "vit-s", "mode": "block", "ratio_rounds": 0.7}])
     )
     outcome = Outcome(next(each for each in STEPS if each.name == "step"), report.NOT_RUN)
-    assert visits._find(outcome, []) == []
+    assert visit._find(outcome, []) == []
     assert outcome.number == "of plain: vit-s block 0.70"
