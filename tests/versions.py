@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = Path("rdp_kernels", "_C.abi3.so")
 SMOKE = Path("tests", "smoke.py")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-INSTALL = ("install", "--quiet", "--no-compile", "--no-cache-dir", "--only-binary", ":all:")
+INSTALL = ("install", "-qq", "--no-compile", "--no-cache-dir", "--only-binary", ":all:")
 TOOLS = ("hypothesis", "pytest", "pytest-xdist", "rich", "scipy")
 TESTS = (
     "tests/test_registered.py",
