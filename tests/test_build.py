@@ -8,8 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -18,14 +16,12 @@ import torch
 
 import rdp_kernels as rdp
 
-ROOT = Path(__file__).parent.parent
+from .versions import PIP, ROOT, new_environment
+
 SMOKE = ROOT / "tests" / "smoke.py"
 LIBRARY = "rdp_kernels/_C.abi3.so"
 PURE = "rdp_kernels-0.1.0-py3-none-any.whl"
 COMPILED = f"rdp_kernels-0.1.0-cp310-abi3-{sysconfig.get_platform().replace('-', '_')}.whl"
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-OLDEST = "2.10.0"
-"""The oldest torch that setup.py accepts."""
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
 
@@ -218,14 +214,6 @@ def environment(tmp_path):
     return new_environment(tmp_path / "environment", sysconfig.get_path("purelib"))
 
 
-def new_environment(folder, *paths):
-    venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text("".join(f"{path}\n" for path in paths))
-    return python
-
-
 def loaded_from(python, **options):
     """Where the package is imported from, if its library agrees with the eager reference."""
     where, line = succeeds(python, "-W", "ignore", SMOKE, **options).splitlines()
@@ -290,19 +278,3 @@ def test_where_cuda_fails_auto_builds_for_cpus(tree, tmp_path):
     assert "building for CUDA failed" in line
     assert "without CUDA kernels" in line
     assert loaded_from(sys.executable, cwd=tree, PYTHONPATH=tree) == tree / "rdp_kernels"
-
-
-@pytest.mark.slow
-@compiles
-def test_the_library_serves_the_oldest_torch():
-    """Budget: 4 minutes, most of them for installing it. Skipped where that takes longer: nearly 7 GB."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "rdp_kernels", Path(folder, "rdp_kernels"))
-        python = new_environment(Path(folder, "environment"), folder)
-        install = ("install", "--quiet", "--no-compile", "--no-cache-dir", "--only-binary", ":all:", f"torch=={OLDEST}")
-        try:
-            subprocess.run([*PIP, "--python", python, *install], check=True, timeout=210)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"torch {OLDEST} can't be installed here in time: {error}")
-        assert loaded_from(python, cwd=folder) == Path(folder, "rdp_kernels")
-        assert OLDEST in succeeds(python, "-W", "ignore", "-c", "import torch; print(torch.__version__)", cwd=folder)
