@@ -1,7 +1,7 @@
 """The package on another torch: a new environment in a temporary folder, the library built there, and the quick tests
 of what a version can break.
 
-    python -m tests.versions 2.11.0 --triton 3.6.0    # 5 GB, about 5 minutes on 2 cores
+    python -m tests.versions 2.11.0 --triton 3.6.0    # 5 GB; 3 to 9 minutes on 2 cores
     python -m tests.versions 2.10.0 --smoke           # the compiled library alone, against the eager reference
 
 Exits with 0 if all was well. With `--minutes`, for runs that nobody waits for, also where that was not enough or the
