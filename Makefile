@@ -6,11 +6,12 @@ BIN := .venv/bin
 demo: .venv/built
 	$(BIN)/python examples/train_digits.py $(ARGS)
 
-# The kernels are interpreted in the first run and compiled in the second. Tests use one thread each.
+# The kernels are interpreted in the first run and compiled in the second. Tests use one thread each. Of the drawn tests
+# `make test` runs half, `make test-all` eight times as many.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: .venv/built lint
-	$(PYTEST) -m "not slow"
+	RDP_EXAMPLES=0.5 $(PYTEST) -m "not slow"
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compiled
 
 test-all: .venv/built

@@ -129,7 +129,9 @@ def test_hooks_change_no_peak():
     assert peaks == [use.peak for use in uses_of(trainer, plan, CPU)]
 
 
-@pytest.mark.parametrize(("model", "mode"), [("vit", "sample"), ("resnet", "block")])
+@pytest.mark.parametrize(
+    ("model", "mode"), [pytest.param("vit", "sample", marks=pytest.mark.slow), ("resnet", "block")]
+)
 def test_the_same_twice(model, mode):
     case = MemoryCase(TINY[model], mode, 0.5, {"model": model})
     sessions = [MemorySession(Device.of("cpu"), 2) for _ in range(2)]

@@ -55,7 +55,7 @@ class Case:
         inverted: a list of rows comes with its inverse.
         place: a tensor like the given one, elsewhere in memory; for the residual and for the branch.
         narrow: the arguments that kernels are expected to read and write element by element, not in 16 bytes.
-        quick: runs for every target where time is short, not only for sm_90.
+        quick: runs where time is short.
     """
 
     why: str

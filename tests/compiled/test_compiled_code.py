@@ -99,11 +99,9 @@ CASES = ADD_CASES + NORM_CASES + NARROW_CASES
 
 
 def parameters(architectures: Iterable[str]) -> list:
-    """All cases for sm_90, the quick ones for the others; the rest, within two minutes, is slow."""
+    """The quick cases; the rest, within three minutes, is slow."""
     return [
-        pytest.param(
-            case, name, id=f"{name}-{case.why}", marks=[] if name == "sm_90" or case.quick else pytest.mark.slow
-        )
+        pytest.param(case, name, id=f"{name}-{case.why}", marks=[] if case.quick else pytest.mark.slow)
         for name in architectures
         for case in CASES
     ]

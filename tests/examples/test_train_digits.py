@@ -54,8 +54,8 @@ def results_of(folder) -> dict:
     ("model", "mode"),
     [
         ("vit", "block"),
-        ("resnet", "block"),
         ("mlp", "sample"),
+        pytest.param("resnet", "block", marks=pytest.mark.slow),
         pytest.param("vit", "sample", marks=pytest.mark.slow),
         pytest.param("mlp", "block", marks=pytest.mark.slow),
     ],

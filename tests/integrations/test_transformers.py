@@ -173,6 +173,7 @@ def test_what_does_not_learn_stands_still(tmp_path):
     assert set(watch.phases) == {"drop", "reuse"}
 
 
+@pytest.mark.slow
 def test_goes_on_from_every_checkpoint_to_the_bit(tmp_path):
     """With momentum, dropout and the schedule."""
     options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
