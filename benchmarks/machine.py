@@ -139,17 +139,19 @@ def facts(device: Device) -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """With `-dirty` where the code isn't the commit's; what was measured before may have changed results and README.
-    Without git, or outside of a clone, what RDP_COMMIT says: a copy of the tree doesn't know."""
+    """What RDP_COMMIT says, for a copy of the tree, which doesn't know. Else git's, with `-dirty` where the code isn't
+    the commit's; what was measured before may have changed results and README. Empty without git or a clone."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     code = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    if told := os.environ.get("RDP_COMMIT"):
+        return told
     with contextlib.suppress(OSError):
         if commit := git("rev-parse", "--short", "HEAD"):
             return commit + ("-dirty" if git(*code) else "")
-    return os.environ.get("RDP_COMMIT", "")
+    return ""
 
 
 def _version(package: str) -> str:

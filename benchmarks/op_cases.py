@@ -46,7 +46,6 @@ CUDA = (
     Setting(DENSE, VIT_B, 64, BF16),
     Setting(DENSE, VIT_B, 64, BF16, gamma=False),
     Setting(DENSE, VIT_S, 51),
-    Setting(DENSE, LONG, 26, BF16),
     Setting(DENSE, RESNET, 51, BF16),
     Setting(DENSE, RESNET, 51, BF16, channels_last=True),  # ConvNeXt
     Setting(RELU, RESNET, 51, BF16, gamma=False),  # ResNet
@@ -63,14 +62,12 @@ CUDA = (
     Setting(PATH, XFORMERS, 28, FP16),
     Setting(CHAIN, VIT_B, 102, BF16),
     Setting(CHAIN, VIT_B, 64, BF16),
-    Setting(CHAIN, VIT_S, 32),
     Setting(NORM, VIT_B, 102, BF16),
     Setting(NORM, VIT_S, 51),
     Setting(NORM, LONG, 26, BF16),
     Setting(RMS, LLAMA, None, BF16, gamma=False),  # a language model's block, which Liger is for
     Setting(RMS, LLAMA, 6, BF16),
     Setting(NORM_ROWS, VIT_B, 64, BF16),
-    Setting(NORM_ROWS, LONG, 16, BF16),
 )
 TOKENS, WIDE, SHORT = (32, 197, 384), (8, 257, 1536), (64, 50, 768)
 FULL = (
@@ -117,7 +114,7 @@ QUICK = {
         Setting(DENSE, VIT_S, 51),
         Setting(ROWS, VIT_S, 32),
         Setting(PATH, VIT_S, 32),
-        Setting(CHAIN, VIT_S, 32),
+        Setting(CHAIN, VIT_B, 64, BF16),
         Setting(NORM, VIT_S, 51),
     ),
 }

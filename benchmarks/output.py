@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 Rows = list[dict[str, object]]
@@ -28,16 +29,19 @@ def writable(text: str) -> Path:
 
 
 def write_csv(path: Path, rows: Rows) -> None:
-    """A line a row; None is an empty cell."""
-    replace(path, _csv(rows, header=True))
+    """A line a row; None, and a column that a row doesn't have, is an empty cell."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    header = dict(zip(columns, columns, strict=True))
+    replace(path, _csv([header, *rows], columns))
 
 
-def append_csv(path: Path, row: dict[str, object]) -> None:
-    """One more row of a file that `write_csv` wrote; where it doesn't fit, the file stays as it was."""
+def append_csv(path: Path, row: dict[str, object], columns: Iterable[str]) -> None:
+    """One more row of a file that `write_csv` wrote with these columns. Where it doesn't fit the file stays as it
+    was."""
     size = path.stat().st_size
     try:
         with path.open("ab") as file:
-            file.write(_csv([row], header=False))
+            file.write(_csv([row], list(columns)))
     except OSError:
         os.truncate(path, size)
         raise
@@ -67,12 +71,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")  # beside it: os.replace works within one file system
 
 
-def _csv(rows: Rows, header: bool) -> bytes:
+def _csv(rows: Rows, columns: list[str]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(_rounded(rows))
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(_rounded(rows))
     return text.getvalue().encode()
 
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 def _kernels(request):
     if request.param == "native" and not has_cuda():
         pytest.skip("the compiled library was built without CUDA")
+    torch.cuda.empty_cache()  # what the allocator keeps isn't free to those who ask the driver
     with rdp.use_backend(request.param):
         yield
 
@@ -72,8 +73,7 @@ def test_side_streams():
     assert torch.equal(out, torch.full_like(out, 6.0))
 
 
-@pytest.mark.parametrize("freeze", ["parameters", "branch"])
-@pytest.mark.parametrize("mode", ["block", "sample"])
+@pytest.mark.parametrize(("mode", "freeze"), [("block", "branch"), ("sample", "parameters")])
 def test_a_training_step_never_synchronises(mode, freeze):
     model = ViT(8, 2, 3, 7, 32, 4, 2).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

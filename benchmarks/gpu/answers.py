@@ -20,11 +20,12 @@ def right_of_tests(rows: list[Row]) -> str:
     """How many passed; the largest share of the error budget that one used."""
     if not rows:
         return NOTHING
-    ran = [row for row in rows if row["outcome"] != "skipped"]
-    passed = [row for row in ran if row["outcome"] == "passed"]
-    text = f"{len(passed)} of {len(ran)} right"
-    if len(ran) < len(rows):
-        text += f", {len(rows) - len(ran)} skipped"
+    failed = {row["test"] for row in rows if row["outcome"] == "failed"}  # twice, where it ended its process too
+    passed = [row for row in rows if row["outcome"] == "passed" and row["test"] not in failed]
+    ran = len(passed) + len(failed)
+    text = f"{len(passed)} of {ran} right"
+    if skipped := sum(row["outcome"] == "skipped" for row in rows):
+        text += f", {skipped} skipped"
     used = [float(row["budget_used"]) for row in passed if row["budget_used"]]
     return f"{text}, {max(used):.0%} of the error budget at most" if used else text
 
@@ -33,7 +34,8 @@ def wrong_of_tests(rows: list[Row], must_run: bool = True) -> list[str]:
     """A line for each failure; `must_run`: that every test was skipped is one."""
     if must_run and all(row["outcome"] == "skipped" for row in rows):
         return ["no test ran"]
-    return [f"{row['test']}: {row['message']}" for row in rows if row["outcome"] == "failed"]
+    messages = {row["test"]: row["message"] for row in reversed(rows) if row["outcome"] == "failed"}
+    return [f"{test}: {message}" for test, message in reversed(messages.items())]
 
 
 def host_time(rows: list[Row]) -> str:

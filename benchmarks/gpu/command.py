@@ -1,9 +1,9 @@
 """`python -m benchmarks gpu`: everything worth knowing of a GPU that is at hand for minutes, the most valuable first.
 
 Runs from a bare copy of the tree. Each step is a process with a limit of its own; the limits keep to --minutes, and
-what a step leaves of its time goes to those after it. What a step finds is on disk the moment it is found. At most
-eight files are written: a table of the steps, a log, and rows as benchmarks/results/ keeps them. The exit code is 0 if
-all was well, 1 if not, 130 after an interrupt.
+what a step leaves of its time goes to those after it. Results are written as soon as they exist: at most eight files,
+a table of the steps, a log, and rows as benchmarks/results/ keeps them. The exit code is 0 if every step succeeded, 1
+if not, 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from .. import command
-from ..harness import Row
+from ..harness import Row, told
 from ..machine import ROOT, Device, facts
 from ..output import read_csv
 from . import answers, process, report
 from .compilations import count
-from .files import Files, StepLog
-from .report import INTERRUPTED, NOT_RUN, Outcome
+from .files import Files, StepLog, append, forget
+from .report import INTERRUPTED, Outcome
 from .steps import STEPS, Step, Workspace
 
 MINUTES = 9.0
-FOR_THE_TABLE = 5.0  # seconds
+AT_THE_END = 12.0  # seconds: until a last step that hangs is gone, and for the table
+LEAST = 1.0  # seconds, in which nothing starts
 LAST_LINES = 4
+NOT_INHERITED = ("RDP_BACKEND", "RDP_EXAMPLES", "PYTEST_ADDOPTS")
+"""Settings of whoever started this that would change what is measured."""
 EXIT_INTERRUPTED = 130
 
 
@@ -50,7 +52,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", type=command.folder, metavar="FOLDER", default=Path("report/gpu"), help="default: report/gpu"
     )
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal in small, on the CPU: does it run")
+    parser.add_argument("--tiny", action="store_true", help="tiny inputs, on the CPU: to check that every step works")
     parser.add_argument(
         "--count", action="store_true", help="only count the kernels that each step has Triton compile; needs no GPU"
     )
@@ -64,10 +66,13 @@ def run(options: argparse.Namespace) -> int:
     if not options.tiny and not torch.cuda.is_available():
         print(f"{command.NO_GPU}; --tiny goes through every step on the CPU", file=sys.stderr)
         return 2
-    device = Device.of("cpu" if options.tiny else "cuda")
-    out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work, _terminated_like_interrupted():
+    device, out = Device.of("cpu" if options.tiny else "cuda"), options.out.absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as work, process.ended_by_signals():
         workspace = Workspace(device.device.type, short_name(device.name, options.tiny), out, Path(work))
         return Visit(workspace, facts(device)).go(steps, 60 * options.minutes)
 
@@ -80,90 +85,109 @@ class Visit:
 
     def go(self, steps: Sequence[Step], seconds: float) -> int:
         """Prints a line when a step has ended, and the table at last. The exit code."""
-        end = time.monotonic() + seconds - FOR_THE_TABLE
-        outcomes = [Outcome(step, NOT_RUN) for step in steps]
+        end = time.monotonic() + seconds - min(AT_THE_END, seconds / 5)
+        outcomes = [Outcome(step) for step in steps]
+        title = self._title(seconds)
+        self._say(title)
         interrupted = False
-        self._files.write(self._workspace.file("gpu", "log"), lambda path: path.write_bytes(b""))
         try:
             for outcome, limit in zip(outcomes, limits(steps, end), strict=True):
+                if limit < LEAST:
+                    continue
                 outcome.limit = limit
                 try:
                     self._run(outcome)
                 except Exception as error:  # no process could be started, or worse
-                    outcome.verdict, outcome.told = report.FAILED, [f"{type(error).__name__}: {error}"]
-                print(f"{outcome.step.name}: {outcome.verdict} after {outcome.seconds:.0f} s", flush=True)
+                    outcome.verdict, outcome.problems = report.FAILED, [told(error)]
                 self._summarise(outcomes)
+                self._say(f"{outcome.step.name}: {outcome.verdict} after {outcome.seconds:.0f} s")
         except KeyboardInterrupt:
             interrupted = True
-            running = next((each for each in outcomes if each.verdict == NOT_RUN), None)
-            if running is not None:
-                self._find(running, [])
-                running.verdict = INTERRUPTED
+        with process.undisturbed():
             self._summarise(outcomes)
-        notes = [f"can't write {path}: {reason}" for path, reason in self._files.unwritten.items()]
-        print(*report.lines_of(outcomes, self._title(seconds), notes), sep="\n", flush=True)
+            notes = [f"can't write {path}: {reason}" for path, reason in self._files.unwritten.items()]
+            self._say(*report.lines_of(outcomes, title, notes))
         if interrupted:
             return EXIT_INTERRUPTED
-        return 0 if all(each.well for each in outcomes) and not notes else 1
+        return 0 if all(each.succeeded for each in outcomes) and not notes else 1
 
     def _run(self, outcome: Outcome) -> None:
         step, workspace = outcome.step, self._workspace
-        said: deque[str] = deque(maxlen=LAST_LINES)
+        last_lines: deque[str] = deque(maxlen=LAST_LINES)
         log = StepLog(self._files, workspace.file("gpu", "log"))
+        arguments = step.arguments(workspace)
+        log.add(f"== {step.name}: {shlex.join(['python3', *arguments])}")
+        if step.rows is not None and step.is_tests:
+            self._files.write(workspace.file(step.rows), lambda path: forget(path, step.name))
 
         def on_line(line: str) -> None:
             if line.strip():
-                said.append(line.strip())
+                last_lines.append(" ".join(line.split()))
             log.add(line)
 
-        before = compiled_kernels()
-        arguments = step.arguments(workspace)
-        log.add(f"== {step.name}: {shlex.join(['python3', *arguments])}")
-        ended = process.run([sys.executable, *arguments], self._environment(step), ROOT, outcome.limit, on_line)
+        before, start = compiled_kernels(), time.monotonic()
+        try:
+            ended = process.run([sys.executable, *arguments], self._environment(step), ROOT, outcome.limit, on_line)
+        except KeyboardInterrupt:
+            outcome.verdict, outcome.seconds = INTERRUPTED, time.monotonic() - start
+            self._find(outcome, list(last_lines))
+            raise
         outcome.seconds = ended.seconds
         outcome.kernels = None if workspace.in_small else compiled_kernels() - before
-        wrong = self._find(outcome, list(said))
-        outcome.verdict = report.verdict_of(step, ended, wrong)
-        if not outcome.well:
-            outcome.told = [report.how(outcome, ended), *(wrong or said)]
+        found, failures = self._find(outcome, list(last_lines))
+        outcome.verdict = report.verdict_of(step, ended, found, failures)
+        if not outcome.succeeded:
+            outcome.problems = [report.how_it_ended(ended, outcome.limit), *failures]
+            outcome.problems += [] if failures and found else last_lines
         elif ended.stopped:
-            outcome.number += ", when the time was over"
+            outcome.headline += ", when the time was over"
 
-    def _find(self, outcome: Outcome, said: list[str]) -> list[str]:
-        """Sets the number that matters. Of tests, a line for each that failed."""
+    def _find(self, outcome: Outcome, last_lines: list[str]) -> tuple[bool, list[str]]:
+        """Sets the headline. Whether there are rows and, of tests, a line for each that failed."""
         step = outcome.step
         if step.rows is None or step.answer is None:
-            outcome.number = " ".join(said[-1].split()) if said else ""
-            return []
+            outcome.headline = last_lines[-1] if last_lines else ""
+            return True, []
         try:
             rows = self._rows_of(step)
-            outcome.number = step.answer(rows)
-            return answers.wrong_of_tests(rows, must_run=not self._workspace.in_small) if step.is_tests else []
+            outcome.headline = step.answer(rows)
+            must_run = not self._workspace.in_small
+            return bool(rows), answers.wrong_of_tests(rows, must_run) if step.is_tests else []
         except Exception as error:  # a file that is cut off, or rows that lack something
-            outcome.number = f"{answers.NOTHING}: {type(error).__name__}: {error}"
-            return []
+            outcome.headline = f"{answers.NOTHING}: {told(error)}"
+            return False, []
 
     def _rows_of(self, step: Step) -> list[Row]:
         assert step.rows is not None
         if step.is_tests:
             path = self._workspace.file(step.rows)
-            return [row for row in read_csv(path) if row["step"] == step.name] if path.exists() else []
+            return [row for row in read_csv(path) if row.get("step") == step.name] if path.exists() else []
         path = self._workspace.rows_file(step.rows)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def _environment(self, step: Step) -> dict[str, str]:
-        small = self._workspace.in_small
-        more = dict(step.in_small) if small else {"TRITON_INTERPRET": "0"}
-        # Where a GPU machine's Triton is new to interpreting, or numpy to Triton, kernels must never be interpreted.
-        return os.environ | more | {"PYTHONUNBUFFERED": "1", "RDP_COMMIT": str(self._machine["commit"])}
+        """Kernels run on the GPU, or on the CPU alone: never interpreted where there is one, never on it in small."""
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        device = {"TRITON_INTERPRET": "0"}
+        if self._workspace.in_small:
+            device = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(step.in_small)
+        return inherited | device | {"PYTHONUNBUFFERED": "1", "RDP_COMMIT": str(self._machine["commit"])}
 
     def _title(self, seconds: float) -> str:
         of = self._machine
         versions = f"torch {of['torch']}, triton {of['triton'] or 'none'}, Python {of['python']}"
-        return f"{of['device']}, {versions}, commit {of['commit'] or '?'}; {seconds / 60:g} minutes"
+        return f"{of['device']}, {versions}, commit {of['commit'] or '?'}, {of['date']}; {seconds / 60:.3g} minutes"
 
     def _summarise(self, outcomes: list[Outcome]) -> None:
         self._files.write(self._workspace.file("gpu"), lambda path: report.write(path, outcomes, self._machine))
+
+    def _say(self, *lines: str) -> None:
+        """On the terminal, if that is still there, and in the log."""
+        text = "".join(f"{line}\n" for line in lines)
+        with suppress(OSError, ValueError):
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        self._files.write(self._workspace.file("gpu", "log"), lambda path: append(path, text))
 
 
 def limits(steps: Sequence[Step], end: float) -> Iterator[float]:
@@ -175,7 +199,8 @@ def limits(steps: Sequence[Step], end: float) -> Iterator[float]:
 
 def compiled_kernels() -> int:
     """How many kernels there are in Triton's cache."""
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     return sum(1 for _ in cache.glob("*/*.cubin"))
 
 
@@ -183,20 +208,6 @@ def short_name(device: str, in_small: bool) -> str:
     """ "h200" of "NVIDIA H200", for the names of files."""
     words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-").split("-")
     return "cpu" if in_small else "-".join(word for word in words if word not in ("nvidia", "amd")) or "gpu"
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """`timeout` and the like end a visit as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _line(step: Step) -> str:

@@ -25,7 +25,7 @@ ROWS, LAYERS, IMAGE = 16, 2, 64
 
 
 def count(steps: Sequence[str]) -> int:
-    """Prints how many each step asks for, and how many of them no step before it did."""
+    """Prints how many kernels each step asks for, and how many of them are new: not asked for by an earlier step."""
     command = [sys.executable, "-m", "benchmarks.gpu.compilations"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -37,6 +37,8 @@ def count(steps: Sequence[str]) -> int:
         if step in asked:
             print(f"{step:10}{len(asked[step]):9}{len(set(asked[step]) - seen):6}")
             seen |= set(asked[step])
+        else:
+            print(f"{step:10}{'-':>9}{'-':>6}  not counted")
     print(f"{len(seen)} distinct kernels before the drawn tests; at most {BEFORE_DRAWN} are meant to be")
     return 0 if len(seen) <= BEFORE_DRAWN else 1
 
@@ -104,9 +106,8 @@ def beyond() -> Works:
     yield norm
     yield lambda: rdp.residual_add(torch.empty(64, 4096), torch.empty(64, 4096))
     yield lambda: rdp.residual_add(torch.empty(64, 4096), torch.empty(64, 4096), row_scale=2.0)
-    for mode in ("block", "sample"):
-        for freeze in ("parameters", "branch"):
-            yield partial(training, mode, freeze)
+    yield partial(training, "block", "branch")
+    yield partial(training, "sample", "parameters")
 
 
 def host() -> Works:
@@ -133,7 +134,7 @@ def ops(size: str = "full") -> Works:
 
 def step() -> Works:
     from .. import drop_path
-    from ..cases import LIBRARY_CUDA, draw_plans
+    from ..cases import LIBRARY_CUDA, draw_plans, verify
     from ..library_models import checked, library, missing
     from ..pairs import BranchFrozen, Exact
     from .steps import TIMM
@@ -154,8 +155,10 @@ def step() -> Works:
                 trainer = config.trainer(kind, mode, cpu, autocast=True)
                 (plan,) = draw_plans(2 * LAYERS, config.batch, 1, mode, 0.3)
                 yield partial(trainer.train, plan)
+                yield partial(verify, kind, model, mode, 0.3)
         ours = drop_path.Ours(config.network(cpu), *config.data(cpu), drop_path.DROP_PROB, autocast=True)
         yield ours.train
+        yield partial(drop_path.verify_drawn, drop_path.Ours, model)
 
 
 WORKS: dict[str, Callable[[], Works]] = {

@@ -14,6 +14,8 @@ from pathlib import Path
 
 GRACE = 5.0
 """Seconds between the interrupt, after which a command writes what it has, and the kill."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a visit: Ctrl-C, `timeout`, and a terminal that is gone."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +51,51 @@ def run(
     except subprocess.TimeoutExpired:
         stopped = True
     finally:
-        _stop(process)
-        reader.join(GRACE)
+        with undisturbed():
+            _stop(process)
+            reader.join(GRACE)
     return Ended(process.returncode, stopped, time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Every one of `SIGNALS` raises `KeyboardInterrupt`, also where a shell had this process ignore it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt):
+        yield
+
+
+def undisturbed() -> contextlib.AbstractContextManager:
+    """Ignores `SIGNALS`: a second Ctrl-C leaves no process behind, and loses no table."""
+    return _handled(signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable | signal.Handlers) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _stop(process: subprocess.Popen) -> None:
     """First an interrupt, as Ctrl-C would send; then a kill of the process and of all that it has started."""
-    with _signals_blocked():
-        if process.poll() is None:
-            _send(process, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        _send(process, signal.SIGKILL)
-        process.wait()
+    if process.poll() is None:
+        _send(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    _send(process, signal.SIGKILL)
+    process.wait()
 
 
 def _send(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A second Ctrl-C doesn't leave a process behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _read(process: subprocess.Popen, on_line: Callable[[str], object]) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from ..harness import Row
 from ..machine import Device, facts
-from ..output import append_csv, read_csv, write_csv
+from ..output import append_csv, write_csv
+from .files import rows_of_other_steps
 
 MESSAGE = 300  # characters of a failure's
 
@@ -34,20 +35,20 @@ class Recorder:
     def __init__(self, path: Path, step: str):
         self._path = path
         self._common = facts(Device.of("cuda" if torch.cuda.is_available() else "cpu")) | {"step": step}
-        others = read_csv(path) if path.exists() else []
-        self._others: list[Row] = [row for row in others if row["step"] != step]
-        self._begun = False
+        self._others = rows_of_other_steps(path, step)
+        self._columns: list[str] = []  # of the file, once this run has written to it
         self._failed: OSError | None = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             row = self._common | row_of(report)
             try:
-                if self._begun:
-                    append_csv(self._path, row)
+                if self._columns:
+                    append_csv(self._path, row, self._columns)
                 else:
-                    write_csv(self._path, [*self._others, row])
-                    self._begun = True
+                    rows = [*self._others, row]
+                    write_csv(self._path, rows)
+                    self._columns = list(dict.fromkeys(column for row in rows for column in row))
             except OSError as error:
                 self._failed = error
 

@@ -16,7 +16,8 @@ from .steps import Step
 OK, FAILED, STOPPED, CRASHED, INTERRUPTED, NOT_RUN = "ok", "failed", "stopped", "crashed", "interrupted", "not run"
 WIDTH = 120
 MOST_LINES = 60
-MOST_TOLD = 6  # lines of what went wrong in a step
+INDENT = 43
+MOST_PROBLEMS = 6  # lines of what went wrong in a step
 
 
 @dataclass
@@ -25,83 +26,84 @@ class Outcome:
 
     Args:
         verdict: one of the words above.
-        number: the one that matters.
+        headline: the number that matters.
         limit: seconds that it had.
         kernels: how many Triton compiled for it.
-        told: lines of what went wrong.
+        problems: lines of what went wrong.
     """
 
     step: Step
-    verdict: str
-    number: str = ""
+    verdict: str = NOT_RUN
+    headline: str = ""
     seconds: float = 0.0
     limit: float = 0.0
     kernels: int | None = None
-    told: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return self.verdict == OK
 
 
-def verdict_of(step: Step, ended: Ended, wrong: list[str]) -> str:
-    """`wrong`: of a step that is tests, those that failed."""
-    if wrong:
+def verdict_of(step: Step, ended: Ended, found: bool, failures: list[str]) -> str:
+    """`found`: whether there are rows. `failures`: of a step that is tests, those that failed."""
+    if failures:
         return FAILED
     if ended.stopped:
-        return OK if step.fills else STOPPED
+        return OK if step.fills and found else STOPPED
     if ended.code < 0:
         return CRASHED
     return FAILED if ended.code else OK
 
 
-def how(outcome: Outcome, ended: Ended) -> str:
-    """How the process ended, in words, where that isn't well."""
+def how_it_ended(ended: Ended, limit: float) -> str:
+    """Of a process that didn't end well, in words."""
     if ended.stopped:
-        return f"it was stopped after {outcome.limit:.0f} s"
+        return f"it was stopped after {limit:.0f} s"
     if ended.code < 0:
         return f"it died of {signal.Signals(-ended.code).name}"
     return f"it exited with {ended.code}"
 
 
 def lines_of(outcomes: list[Outcome], title: str, notes: Iterable[str] = ()) -> list[str]:
-    """A line a step, then what went wrong, in `MOST_LINES` lines."""
+    """A line or a few for each step, then what went wrong, in `MOST_LINES` lines."""
     table = [title, f"{'step':10}{'verdict':13}{'seconds':>9}{'kernels':>9}  number that matters"]
     for each in outcomes:
         took = f"{each.seconds:.0f}/{each.limit:.0f}" if each.limit else ""
         kernels = "" if each.kernels is None else str(each.kernels)
-        number = textwrap.wrap(each.number, WIDTH - 43) or [""]
-        table.append(f"{each.step.name:10}{each.verdict:13}{took:>9}{kernels:>9}  {number[0]}".rstrip())
-        table += [" " * 43 + line for line in number[1:]]
-    wrong = [line for each in outcomes for line in _told(each)]
-    lines = [*table, *notes, *wrong]
+        headline = textwrap.wrap(each.headline, WIDTH - INDENT, max_lines=3, placeholder=" ...") or [""]
+        table.append(f"{each.step.name:10}{each.verdict:13}{took:>9}{kernels:>9}  {headline[0]}".rstrip())
+        table += [" " * INDENT + line for line in headline[1:]]
+    lines = [*table, *notes, *(line for each in outcomes for line in _problems(each))]
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} more lines, in the log"]
     return lines
 
 
-def _told(outcome: Outcome) -> Iterator[str]:
-    for line in outcome.told[:MOST_TOLD]:
+def _problems(outcome: Outcome) -> Iterator[str]:
+    for line in outcome.problems[:MOST_PROBLEMS]:
         yield textwrap.shorten(f"{outcome.step.name}: {line}", WIDTH, placeholder=" ...")
-    if len(outcome.told) > MOST_TOLD:
-        yield f"{outcome.step.name}: ... and {len(outcome.told) - MOST_TOLD} more"
+    if len(outcome.problems) > MOST_PROBLEMS:
+        yield f"{outcome.step.name}: ... and {len(outcome.problems) - MOST_PROBLEMS} more"
 
 
 def write(path: Path, outcomes: list[Outcome], facts: Row) -> None:
-    """A row a step; those of steps that this visit doesn't have stay. Raises `OSError`."""
+    """A row for each step; those of steps that this visit doesn't have stay. Raises `OSError`."""
     rows: list[Row] = [
         facts
         | {
             "step": each.step.name,
             "verdict": each.verdict,
-            "number": each.number,
+            "headline": each.headline,
             "seconds": each.seconds,
             "limit": each.limit,
             "kernels": each.kernels,
-            "told": "; ".join(each.told[:MOST_TOLD]),
+            "problems": "; ".join(each.problems[:MOST_PROBLEMS]),
         }
         for each in outcomes
     ]
     there = {each.step.name for each in outcomes}
-    earlier = [row for row in read_csv(path) if row["step"] not in there] if path.exists() else []
+    earlier: list[Row] = []
+    if path.exists():
+        earlier = [row for row in read_csv(path) if row.get("step") and row["step"] not in there]
     write_csv(path, [*earlier, *rows])

@@ -143,7 +143,7 @@ STEPS = (
     Step(
         "beyond",
         "tensors beyond 2³¹ elements, streams, no synchronisation",
-        40,
+        70,
         run_tests("beyond", (BEYOND,), (BEYOND_ON_CPU,), parallel=False),  # one alone takes a third of an H200's memory
         answers.right_of_tests,
         TESTS,
