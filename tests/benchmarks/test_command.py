@@ -127,6 +127,21 @@ def test_passes_its_options_on(instant):
     assert instant == [("tiny", "resnet", "block", p, 3, 7, False) for p in (0.2, 0.4)]
 
 
+@pytest.mark.parametrize(("asked", "compiled"), [("eager", [False]), ("compiled", [True]), ("none", [])])
+def test_drop_path_is_compiled_where_that_is_asked_for(instant, monkeypatch, asked, compiled):
+    """Compiling takes a CPU minutes."""
+    got = []
+
+    def drop_path_case(size, model, turns, device, batch, autocast, compiled):
+        got.append(compiled)
+        return step.step_case(size, model, "sample", 0.4, turns, device, batch, autocast)
+
+    monkeypatch.setattr(step, "drop_path_case", drop_path_case)
+    options = ["--model", "vit-s", "--mode", "block", "--prob", "0.3", "--turns", "1"]
+    assert main(["step", *options, "--drop-path", asked]) == 0
+    assert got == compiled
+
+
 @pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
 def test_verdicts(time_ratio, verdict):
     row = {"model": "vit", "mode": "block", "p": 0.5, "needed_ratio": 0.7, "ratio_rounds": time_ratio}
