@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     plans = options.turns or plans
     rows, code = command.measured(
         console,
-        cases,
+        [lambda: cases],
         len(cases) * plans,
         lambda on_round: MemorySession(device, plans, on_round),
         one_threaded=True,

@@ -213,6 +213,22 @@ def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monke
     assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["vit"] * 5 + ["resnet"] * 5
 
 
+def test_a_case_that_cannot_be_made_costs_the_others_nothing(instant, tmp_path, monkeypatch, capsys):
+    """On a GPU the first network may be the one that doesn't fit."""
+    right, out = step.step_case, tmp_path / "step.csv"
+
+    def step_case(size, model, *options):
+        if model == "vit":
+            raise RuntimeError("out of memory")
+        return right(size, model, *options)
+
+    monkeypatch.setattr(step, "step_case", step_case)
+    options = ["--model", "vit", "resnet", "--mode", "block", "--prob", "0.3", "--turns", "1"]
+    assert main(["step", *options, "--csv", str(out)]) == 1
+    assert capsys.readouterr().err.count("RuntimeError: out of memory") == 1
+    assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["resnet"] * len(TRAINERS)
+
+
 @pytest.fixture
 def _interruptible():
     """Shells have what they start in the background ignore the signal, and Python leaves that so."""
