@@ -268,6 +268,9 @@ def test_sanitize_runs_every_tool_over_the_fixed_table(runs, capsys):
         assert command[0] == "/bin/compute-sanitizer"
         assert command[command.index("--error-exitcode") + 1] != "0"
         assert command[-1] == "tests/kernels/test_fixed.py"
+        assert command[-4:-2] == ["-W", "default"], "the first warning that a GPU gives doesn't end it"
+        assert "--maxfail=5" in command
+        assert "-x" not in command
         assert (ROOT / command[-1]).exists()
         assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     memcheck, _, initcheck = (command for command, _ in runs)
