@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -45,44 +46,58 @@ def add_sizes(parser: argparse.ArgumentParser, quick: str, tiny: str) -> None:
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="full", help=text)
 
 
+Makes = Callable[[], Iterable[Case]]
+
+
+def one(make: Callable[..., Case], *arguments: Any) -> Makes:
+    """What makes a single case, as `measured` wants it."""
+    return lambda: [make(*arguments)]
+
+
 def measured(
     console: Console,
-    cases: Iterable[Case],
+    makers: Iterable[Makes],
     rounds: int,
     make_session: Callable[[Callable[[], None]], Session],
     one_threaded: bool = False,
     keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> tuple[list[Row], int]:
-    """The rows of all cases, and an exit code. A case that fails its check, or raises, is told of and left out; an
-    interrupt, or a case that can't be made, ends it with what there is so far.
+    """The rows of all cases, and an exit code. A case that fails its check, raises or can't be made is told of and
+    left out; an interrupt ends it with what there is so far.
 
     Args:
-        cases: made one after the other.
+        makers: of the cases, one after the other. Where one raises, the next goes on.
         rounds: of all cases together.
         make_session: from what advances the bar.
         one_threaded: what is so small that a second thread would only wait.
         keep: is given all rows that there are after each case: what was found is on disk if the next one hangs.
     """
     code, session = 0, None
+
+    @contextlib.contextmanager
+    def told_of() -> Iterator[None]:
+        nonlocal code
+        try:
+            yield
+        except CheckFailed as error:
+            print(f"not timed: {error}", file=sys.stderr)
+            code = 1
+        except Exception:
+            traceback.print_exc()
+            code = 1
+
     try:
-        with _progress(rounds) as on_round, one_thread() if one_threaded else contextlib.nullcontext():
+        with told_of(), _progress(rounds) as on_round, one_thread() if one_threaded else contextlib.nullcontext():
             session = make_session(on_round)
-            for case in cases:
-                try:
-                    session.measure(case)
-                except CheckFailed as error:
-                    print(f"not timed: {error}", file=sys.stderr)
-                    code = 1
-                except Exception:
-                    traceback.print_exc()
-                    code = 1
-                keep(session.rows)
+            for make in makers:
+                with told_of():
+                    for case in make():
+                        with told_of():
+                            session.measure(case)
+                        keep(session.rows)
     except KeyboardInterrupt:
         console.print("Interrupted.")
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
     return [] if session is None else session.rows, code
 
 

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import rdp_kernels as rdp
 
 from . import command
-from .cases import BF16, DTYPES, MODELS, MODES, OWN_FULL, PROBS, Config, config_of, draw_plans, scheme_refusal
+from .cases import BF16, DTYPES, MODELS, MODES, OWN_FULL, PROBS, VERIFIED, Config, config_of, draw_plans, scheme_refusal
 from .harness import Row, quotient
 from .machine import Device, facts
 from .pairs import TRAINERS, Exact, Plain
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     plans = options.turns or plans
     rows, code = command.measured(
         console,
-        cases,
+        [lambda: cases],
         len(cases) * plans,
         lambda on_round: MemorySession(device, plans, on_round),
         one_threaded=True,
@@ -164,7 +164,7 @@ def _peak_of_records(run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One row group of the table; `labels` tell the network. `autocast`: in bf16 where autocast says so."""
+    """One row group of the table; `labels["model"]` names the network. `autocast`: in bf16 where autocast says so."""
 
     config: Config
     mode: str
@@ -188,7 +188,7 @@ class MemorySession:
 
     def measure(self, case: MemoryCase) -> None:
         """Interrupted, it keeps the plans that are complete."""
-        device, refusal = self.device.device, scheme_refusal(case.config, case.mode)
+        device, refusal = self.device.device, scheme_refusal(VERIFIED[case.labels["model"]], case.mode)
         trainers = {
             kind: case.config.trainer(kind, case.mode, device, case.autocast)
             for kind in TRAINERS

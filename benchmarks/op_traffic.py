@@ -81,7 +81,11 @@ def run(options: argparse.Namespace) -> int:
     chosen = [setting for setting in settings if setting.op in options.op]
     with interpreting() as count_kernels:
         rows, code = command.measured(
-            console, chosen, len(chosen), lambda on_round: TrafficSession(count_kernels, on_round), one_threaded=True
+            console,
+            [lambda: chosen],
+            len(chosen),
+            lambda on_round: TrafficSession(count_kernels, on_round),
+            one_threaded=True,
         )
     if rows:
         tables = pass_tables(rows, COLUMNS, ("provider", "how"))

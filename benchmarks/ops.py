@@ -15,6 +15,7 @@ import argparse
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -54,11 +55,7 @@ def run(options: argparse.Namespace) -> int:
     with device.work_stream():
         rows, code = command.measured(
             console,
-            (
-                case
-                for setting in chosen
-                for case in op_cases(setting, device, options.passes, compiled=options.compiled)
-            ),
+            [partial(op_cases, setting, device, options.passes, compiled=options.compiled) for setting in chosen],
             len(chosen) * len(options.passes) * turns,
             lambda on_round: Session(
                 device, turns, on_round, flops=False, more=lambda provider: device_time(device, provider, turns)

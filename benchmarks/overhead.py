@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     device = HostDevice.of(options.device)
     rows, code = command.measured(
         console,
-        (case for op in ops(device.device) for case in overhead_cases(op, calls)),
+        (functools.partial(overhead_cases, op, calls) for op in ops(device.device)),
         len(SHAPES) * len(CALLS) * len(PASSES) * turns,
         lambda on_round: Session(
             device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)

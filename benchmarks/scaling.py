@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     console, kind = Console(width=command.WIDTH), options.device
     counts = sorted(options.paths or PATHS[options.size])
     turns = options.turns or (FULL_TURNS if options.size == "full" else FEW_TURNS)
-    cases = (path_case(mode, count, turns, kind) for mode in options.mode for count in counts)
+    cases = [command.one(path_case, mode, count, turns, kind) for mode in options.mode for count in counts]
     host = HostDevice.of(kind)
     rows, code = command.measured(
         console, cases, len(options.mode) * len(counts) * turns,
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         networks = [n for n in NETWORKS[options.size] if n.paths in counts]
         steps, device = min(turns, STEP_TURNS), StepDevice.of(kind)
         others, step_code = command.measured(
-            console, (step_case(network, device.device) for network in networks), len(networks) * steps,
+            console, [command.one(step_case, network, device.device) for network in networks], len(networks) * steps,
             lambda on_round: Session(device, steps, on_round, flops=False), options.size == "tiny",
         )  # fmt: skip
         rows, code = rows + others, step_code or code

@@ -98,13 +98,13 @@ def run(options: argparse.Namespace) -> int:
         device = replace(device, dtype=torch.bfloat16)
     further = drop_path_models(options.drop_path, options.device, dict.fromkeys(model for model, _, _ in choices))
     compiled = options.drop_path != EAGER
-    cases = itertools.chain(
-        (step_case(size, *choice, turns, device, options.batch, autocast) for choice in choices),
-        (drop_path_case(size, model, turns, device, options.batch, autocast, compiled) for model in further),
-    )
+    makers = [command.one(step_case, size, *choice, turns, device, options.batch, autocast) for choice in choices]
+    makers += [
+        command.one(drop_path_case, size, model, turns, device, options.batch, autocast, compiled) for model in further
+    ]
     rows, code = command.measured(
         console,
-        cases,
+        makers,
         (len(choices) + len(further)) * turns,
         lambda on_round: Session(device, turns, on_round),
         options.size == "tiny",

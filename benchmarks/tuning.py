@@ -77,7 +77,7 @@ def tune(
 
 def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> None:
     """Has Triton compile what `tune` is going to launch, and launches none of it. What can't be compiled is passed
-    over: `tune` will tell."""
+    over: `tune` will tell. The variants of `TILES` need no kernels of their own: none is specialized for `tiles`."""
 
     def compiled(launch: Launch, _: torch.device) -> None:
         with contextlib.suppress(Exception):

@@ -59,7 +59,7 @@ def kernels_for(
     op: str,
     *tensors: Tensor | None,
     norm_width: int | None = None,
-    tile_rows: Callable[[], int] = int,
+    tile_rows: Callable[[], int] = lambda: 0,
     required: bool = True,
 ) -> ModuleType | None:
     """The kernels that serve `op` on `tensors`, the first of which is the stream; None for the eager reference.

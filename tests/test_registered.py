@@ -8,6 +8,7 @@ import torch
 from torch.library import opcheck
 
 import rdp_kernels as rdp
+from rdp_kernels._triton.support import DTYPES
 from rdp_kernels.ops import registered
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next, Operands
@@ -72,6 +73,13 @@ def test_no_schema_has_a_list_of_dtypes():
     for name in names:
         schema = torch._C._dispatch_find_schema_or_throw(*name.partition(".")[::2])
         assert "ScalarType[]" not in str(schema)
+
+
+def test_dtypes_and_their_names_agree():
+    """A graph knows its dtypes by these names alone, so a wrong one changes what it computes in and raises nothing."""
+    assert all(str(dtype) == f"torch.{name}" for name, dtype in registered._DTYPES.items())
+    assert all(str(dtype) == f"torch.{name}" for dtype, name in registered._NAMES.items())
+    assert set(registered._DTYPES.values()) == set(registered._NAMES) == set(DTYPES)
 
 
 def block(x, update, weight, bias, gamma, rows, next_rows):

@@ -59,6 +59,40 @@ def test_what_it_says(error, code, waiting, line, monkeypatch, capsys):
     assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.parametrize(
+    ("nvcc", "torchs", "build"),
+    [
+        (None, "13.0", "cpu"),
+        ("Cuda compilation tools, release 13.1, V13.1.80", "13.0", "cuda"),
+        ("Cuda compilation tools, release 12.8, V12.8.93", "13.0", "cpu"),
+        ("Cuda compilation tools, release 13.1, V13.1.80", "", "cuda"),
+        ("no version", "13.0", "cpu"),
+        ("no version", "", "cpu"),
+    ],
+)
+def test_cuda_kernels_are_built_where_they_can_be(nvcc, torchs, build, monkeypatch):
+    """`torchs`: the CUDA of that torch, which is asked of its own Python."""
+
+    def run(command, **_):
+        answers = {"nvcc": nvcc, "the new one": f"{torchs}\n"}
+        return subprocess.CompletedProcess(command, 0, stdout=answers[command[0]])
+
+    monkeypatch.setattr(versions.shutil, "which", lambda name: nvcc and f"/bin/{name}")
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    assert versions.what_to_build("the new one") == build
+
+
+def test_what_is_installed():
+    """Of Triton's interpreter, which the tests need, versions before 3.7 fail with numpy 2.4."""
+    assert versions.requirements("2.10.0", None, smoke=True) == ["torch==2.10.0", "ninja", "setuptools"]
+    for triton, numpy in (("3.6.0", "numpy<2.4"), ("3.7.0", "numpy"), ("3.10.0", "numpy"), (None, "numpy")):
+        wanted = versions.requirements("2.11.0", triton, smoke=False)
+        assert [name for name in wanted if name.startswith(("torch=", "triton", "numpy"))] == [
+            "torch==2.11.0", *([f"triton=={triton}"] if triton else []), numpy,
+        ]  # fmt: skip
+        assert {"ninja", "setuptools", *versions.TOOLS} <= set(wanted)
+
+
 def test_the_oldest_torch_is_that_of_setup():
     """The Makefile tests it by name."""
     (oldest,) = [line for line in (versions.ROOT / "setup.py").read_text().splitlines() if "torch>=" in line]

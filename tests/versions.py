@@ -4,8 +4,8 @@ of what a version can break.
     python -m tests.versions 2.11.0 --triton 3.6.0    # 5 GB; 3 to 9 minutes on 2 cores
     python -m tests.versions 2.10.0 --smoke           # the compiled library alone, against the eager reference
 
-Exits with 0 if all was well. With `--minutes`, for runs that nobody waits for, also where that was not enough or the
-versions can't be installed: a last line says what was left out. Nothing stays behind.
+Exits with 0 if everything passed. With `--minutes` it also exits with 0 if time ran out or the versions can't be
+installed; the last line says what was left out. Nothing stays behind.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def why_not(
     tensors: Sequence[Tensor | None],
     norm_width: int | None = None,
     forced: bool = False,
-    tile_rows: Callable[[], int] = int,
+    tile_rows: Callable[[], int] = lambda: 0,
 ) -> str | None:
     """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
 

@@ -4,13 +4,11 @@
 |---|---|
 | `residual_add.py` | `act(residual + scale · γ · branch)`, over all rows or some, with the rows of the next branch |
 | `residual_add_norm.py` | the same with LayerNorm or RMSNorm over the next branch's rows |
+| `residual_add_norm_wide.py` | its backward for rows that don't fit in registers |
 | `rows.py` | rows gathered; a list of rows inverted |
 | `tail.py` | the launchers: which kernel serves a call |
-| `residual_add_norm_wide.py` | its backward for rows that don't fit in registers |
 | `parts.py` | what the kernels have in common |
 | `reduce.py` | the second stage of sums over rows |
-| `tiling.py` | how `[B, ...]` tensors are cut into tiles, whatever their layout; plain torch |
-| `results.py` | what a call allocates; plain torch |
 | `launch.py` | a launch as data, and every block size and number of warps |
 | `support.py` | why a call can't be served; plain torch |
 

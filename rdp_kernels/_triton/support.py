@@ -18,7 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_NORM_WIDTH = 16384
 MIN_CAPABILITY = (8, 0)
 MAX_TILE_ROWS = 2**31 - 2**23
-"""Kernels number them in 32 bits, and the last program goes past the end by up to its tiles (addresses have 64)."""
+"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
+2³¹."""
 
 
 def interpreted() -> bool:
@@ -39,7 +40,7 @@ def unavailable() -> str | None:
 
 
 def _why_not_interpreted() -> str | None:
-    """Triton before 3.7 counts on arrays of one element being numbers, which numpy 2.4 put an end to."""
+    """Triton before 3.7 converts one-element arrays to numbers implicitly; numpy 2.4 removed that."""
     triton, numpy = _version_of("triton"), _version_of("numpy")
     if triton and numpy and triton[:2] < (3, 7) and numpy[:2] >= (2, 4):
         found = ".".join(map(str, triton))
@@ -60,7 +61,7 @@ def why_not(
     tensors: Sequence[Tensor | None],
     norm_width: int | None = None,
     forced: bool = False,
-    tile_rows: Callable[[], int] = int,
+    tile_rows: Callable[[], int] = lambda: 0,
 ) -> str | None:
     """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
 

@@ -127,6 +127,21 @@ def test_passes_its_options_on(instant):
     assert instant == [("tiny", "resnet", "block", p, 3, 7, False) for p in (0.2, 0.4)]
 
 
+@pytest.mark.parametrize(("asked", "compiled"), [("eager", [False]), ("compiled", [True]), ("none", [])])
+def test_drop_path_is_compiled_where_that_is_asked_for(instant, monkeypatch, asked, compiled):
+    """Compiling takes a CPU minutes."""
+    got = []
+
+    def drop_path_case(size, model, turns, device, batch, autocast, compiled):
+        got.append(compiled)
+        return step.step_case(size, model, "sample", 0.4, turns, device, batch, autocast)
+
+    monkeypatch.setattr(step, "drop_path_case", drop_path_case)
+    options = ["--model", "vit-s", "--mode", "block", "--prob", "0.3", "--turns", "1"]
+    assert main(["step", *options, "--drop-path", asked]) == 0
+    assert got == compiled
+
+
 @pytest.mark.parametrize(("time_ratio", "verdict"), [(0.75, "met"), (0.76, "MISSED")])
 def test_verdicts(time_ratio, verdict):
     row = {"model": "vit", "mode": "block", "p": 0.5, "needed_ratio": 0.7, "ratio_rounds": time_ratio}
@@ -196,6 +211,22 @@ def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monke
     assert seen == [[], ["block"] * len(TRAINERS)]
     assert capsys.readouterr().err.count("RuntimeError: out of memory") == 2
     assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["vit"] * 5 + ["resnet"] * 5
+
+
+def test_a_case_that_cannot_be_made_costs_the_others_nothing(instant, tmp_path, monkeypatch, capsys):
+    """On a GPU the first network may be the one that doesn't fit."""
+    right, out = step.step_case, tmp_path / "step.csv"
+
+    def step_case(size, model, *options):
+        if model == "vit":
+            raise RuntimeError("out of memory")
+        return right(size, model, *options)
+
+    monkeypatch.setattr(step, "step_case", step_case)
+    options = ["--model", "vit", "resnet", "--mode", "block", "--prob", "0.3", "--turns", "1"]
+    assert main(["step", *options, "--csv", str(out)]) == 1
+    assert capsys.readouterr().err.count("RuntimeError: out of memory") == 1
+    assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["resnet"] * len(TRAINERS)
 
 
 @pytest.fixture

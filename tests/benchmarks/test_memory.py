@@ -9,7 +9,7 @@ from torch import nn
 
 import rdp_kernels as rdp
 from benchmarks import memory
-from benchmarks.cases import CPU, TINY, Config, own
+from benchmarks.cases import CPU, TINY, VERIFIED, Config, own
 from benchmarks.machine import Device
 from benchmarks.memory import MemoryCase, MemorySession, peak_of, saved_storages, uses_of
 from benchmarks.pairs import TRAINERS, BranchFrozen, Exact, Naive, Plain
@@ -169,6 +169,27 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in printed.splitlines() if line.startswith("│")]
     first = rows[0]
     assert [first["provider"], first["iteration"], f"{first['saved_mean_bytes'] / 1e6:,.1f}"] in cells
+
+
+def test_in_bf16_it_keeps_less_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "TRAINERS", (Plain,))
+    rows = {}
+    for dtype in ("float32", "bf16"):
+        out = tmp_path / f"{dtype}.json"
+        options = ["--tiny", "--turns", 1, "--model", "vit", "--mode", "block", "--dtype", dtype, "--json", out]
+        assert run_command(memory, *options) == 0
+        rows[dtype] = json.loads(out.read_text())
+    (wide,), (narrow,) = rows["float32"], rows["bf16"]
+    assert (wide["dtype"], narrow["dtype"]) == ("float32", "bf16 autocast")
+    assert narrow["saved_mean_bytes"] < wide["saved_mean_bytes"]
+
+
+def test_whether_the_scheme_is_refused_is_asked_of_a_small_network(monkeypatch):
+    """Building and converting a whole ViT-B to find out takes one core 17 seconds."""
+    asked = []
+    monkeypatch.setattr(memory, "scheme_refusal", lambda config, mode: asked.append((config, mode)))
+    MemorySession(Device.of("cpu"), 1).measure(MemoryCase(SMALL, "block", 0.5, {"model": "vit"}))
+    assert asked == [(VERIFIED["vit"], "block")]
 
 
 def test_an_interrupt_keeps_the_plans_that_are_complete(monkeypatch, tmp_path):

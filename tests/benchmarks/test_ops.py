@@ -64,6 +64,15 @@ def test_measures_what_was_asked_for(tmp_path):
     assert {row["turns"] for row in rows if not row["unavailable"]} == {2}
 
 
+def test_without_compiled_nothing_is_compiled(monkeypatch, tmp_path):
+    """Compiling takes longer than all else, and is left out where there is no time for it."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    out = tmp_path / "ops.json"
+    options = ["--op", "gather_rows", "--pass", "forward", "--turns", "1", "--no-compiled", "--json", str(out)]
+    assert main(["ops", "--tiny", *options]) == 0
+    assert not [row["provider"] for row in json.loads(out.read_text()) if "compile" in row["provider"]]
+
+
 @pytest.mark.parametrize(("option", "value"), [("--op", "gather"), ("--pass", "sideways"), ("--turns", "0")])
 def test_refuses_invalid_options(option, value, capsys):
     with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import Tuned, Work, WrongResult, candidates, table_source
 from benchmarks.tuning_works import SHAPES, works_of
-from rdp_kernels._triton.launch import CONFIGS, LaunchConfig, architecture
+from rdp_kernels._triton.launch import CONFIGS, Launch, LaunchConfig, architecture
 from tests.conftest import DEVICE
 
 ON = torch.device(DEVICE)
@@ -226,6 +226,33 @@ def test_a_shape_that_cannot_be_compiled_ahead_is_told_of_and_the_others_are(mon
     assert "not compiled ahead: gather_rows [128, 197, 768]: RuntimeError: out of memory" in capsys.readouterr().err
 
 
+def test_every_candidate_is_compiled_and_none_is_launched():
+    """On stand-ins: those that can't be compiled, and empty grids, which nothing would launch, are passed over."""
+    compiled, launched = [], []
+
+    class Kernel:
+        def warmup(self, grid, **numbers):
+            if numbers["num_warps"] == 16:
+                raise RuntimeError("out of resource: registers")
+            compiled.append((*grid, numbers["tile"], numbers["num_warps"]))
+
+        def __getitem__(self, grid):
+            launched.append(grid)
+
+    def run():
+        (_, config), *_ = CONFIGS["gather_rows"][architecture(ON)]
+        for grid in (0, 7):
+            Launch(Kernel(), (grid,), {"tile": config.tile}, config, architecture(ON)).run(ON)
+        return ()
+
+    tuning.compile_candidates("gather_rows", [Work("gather_rows", 160, run)], ON)
+    (_, present), *_ = CONFIGS["gather_rows"]["default"]
+    wanted = [(7, c.tile, c.num_warps) for c in (present, *candidates("gather_rows", present)) if c.num_warps != 16]
+    assert compiled == wanted
+    assert len(set(wanted)) > 3
+    assert not launched
+
+
 @pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_the_search_launches():
     """Budget: 20 seconds."""
@@ -268,6 +295,9 @@ def test_sanitize_runs_every_tool_over_the_fixed_table(runs, capsys):
         assert command[0] == "/bin/compute-sanitizer"
         assert command[command.index("--error-exitcode") + 1] != "0"
         assert command[-1] == "tests/kernels/test_fixed.py"
+        assert command[-4:-2] == ["-W", "default"], "the first warning that a GPU gives doesn't end it"
+        assert "--maxfail=5" in command
+        assert "-x" not in command
         assert (ROOT / command[-1]).exists()
         assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     memcheck, _, initcheck = (command for command, _ in runs)
