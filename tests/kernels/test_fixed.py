@@ -1,12 +1,16 @@
 """The fixed table, on each kernel library: forward and all gradients against float64, twice for equal bits."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 import rdp_kernels as rdp
 from rdp_kernels._native.library import has_cuda
+from rdp_kernels.tail import Results
 from tests.conftest import DEVICE
 
-from . import fixed
+from . import fixed, ops
 from .budget import check
 
 # Compiled kernels go through more in the time, and cut only wider rows and larger tensors into pieces.
@@ -28,3 +32,21 @@ def test_fixed_row(library, row, record_property):
     assert used.tensor is not None, "nothing was compared"
     record_property("budget_used", used.share)
     record_property("worst", used.tensor)
+
+
+@pytest.mark.parametrize("tensor", ["out", "dresidual"])
+def test_other_bits_in_a_second_run_are_told_of(tensor):
+    """One unit in the last place, which both budgets would forgive: a race need not change more."""
+    calls = []
+
+    def op(operands, case):
+        (out, *_), factor = ops.residual_add(operands, case), 1 + torch.finfo(torch.float32).eps * len(calls)
+        calls.append(case)
+        if tensor == "out":
+            return Results(out * factor)
+        out.register_hook(lambda gradient: gradient * factor)
+        return Results(out)
+
+    with pytest.raises(AssertionError, match=f"^{tensor}: other bits in a second run"):
+        test_fixed_row("triton", replace(fixed.TABLE[0], op=op), lambda *_: None)
+    assert len(calls) == 2
