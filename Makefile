@@ -19,6 +19,7 @@ test-all: .venv/built
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
 	RDP_EXAMPLES=4 $(PYTEST) tests/kernels tests/test_exactness.py -k "against_float64 or equals_the_textbook"
 	RDP_EXAMPLES=0.25 $(BIN)/python -m tests.versions 2.11.0 --triton 3.6.0 --minutes 8
+	$(BIN)/python -m tests.versions 2.10.0 --smoke --minutes 5
 
 lint: .venv/ready
 	$(BIN)/ruff check .

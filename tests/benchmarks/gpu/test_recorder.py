@@ -1,10 +1,13 @@
 """The plugin of pytest that writes a row for each test."""
 
+import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +79,36 @@ def test_rows_are_on_disk_when_the_process_dies(record):
     assert "crashed" in next(row["message"] for row in rows if row["outcome"] == "failed")
     _, _, rows = record("def test_more(): pass", step="drawn")
     assert [row["step"] for row in rows] == ["table"] * 2 + ["drawn"], "another step's rows stay"
+
+
+CUT_OFF = """
+    import time
+    def test_right(): pass
+    def test_hangs():
+        open(BEGUN, "w").close()
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_blames_no_test(tmp_path):
+    """The interrupt of a step whose time is over reaches the workers too. Budget: 20 seconds."""
+    file, begun, tests = tmp_path / "tests.csv", tmp_path / "begun", tmp_path / "test_cut_off.py"
+    tests.write_text(textwrap.dedent(CUT_OFF).replace("BEGUN", repr(str(begun))))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    plugin = ["-p", "benchmarks.gpu.recorder", "--record", file, "--record-step", "drawn"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *plugin, tests]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not (begun.exists() and file.exists()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [(row["test"].partition("::")[2], row["outcome"]) for row in read_csv(file)] == [("test_right", "passed")]
 
 
 def test_rows_of_other_steps_stay(tmp_path):

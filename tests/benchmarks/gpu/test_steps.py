@@ -182,6 +182,8 @@ def test_how_many_kernels_a_visit_compiles(capfd):
     assert asked["table"] > 60
     total = int(lines[-1][0])
     assert max(asked.values()) <= total <= BEFORE_DRAWN
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"{total} before the drawn tests" in page
 
 
 def test_rows_files_have_types(tmp_path):
