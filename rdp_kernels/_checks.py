@@ -34,7 +34,7 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_count(name: str, value: object, minimum: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
@@ -164,4 +164,7 @@ def why_not_plain(tensors: Collection[Tensor]) -> str | None:
 
 
 def describe(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {list(value.shape)}"
+    text = repr(value)
+    return f"{text} ({type(value).__name__})" if len(text) <= 40 else type(value).__name__

@@ -15,6 +15,7 @@ class Alternation:
 
     def __init__(self, scheme: ResidualDropPath, optimizer: torch.optim.Optimizer):
         self._scheme = scheme
+        self._empty_steps = 0
         self._hook = optimizer.register_step_post_hook(self._after_step)
         self.open_next()
 
@@ -29,10 +30,15 @@ class Alternation:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if getattr(optimizer, "found_inf", None):  # a GradScaler has a fused optimizer skip by itself, inside its step
             return
-        # Not every step follows a forward: torch.distributed.checkpoint makes an optimizer's state by an empty one.
         if self._scheme._begun():
+            self._empty_steps = 0
             self._scheme._close(completed=True)
             self.open_next()
+            return
+        # Not every step follows a forward: torch.distributed.checkpoint makes an optimizer's state by an empty one.
+        self._empty_steps += 1
+        if self._empty_steps == 2:
+            self._scheme._warn_not_begun("two optimizer steps in a row")
 
 
 def stepped_by(optimizer: Any) -> Any:

@@ -29,23 +29,33 @@ Place = tuple[nn.Module, str]
 class requires_grad:
     """Context: the parameters in `places` require grad, or don't. Those that did so before are left alone.
 
-    On leaving the flags are put back whatever happened, of what was in these places then and of what is there now.
+    On leaving the flags are put back whatever happened, of what was in these places then and of what is there now. A
+    weight that is computed, as `torch.func.functional_call` puts them there, has no flag to change: where it must not
+    require grad, it is detached for as long.
     """
 
     def __init__(self, places: Iterable[Place], flag: bool):
         self._places, self._flag = places, flag
         self._changed: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._detached: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __enter__(self) -> requires_grad:
         flag = self._flag
         for module, name in self._places:
             parameter = module._parameters.get(name)
-            if parameter is not None and parameter.requires_grad != flag:  # a second mention of a tied one has it
+            if parameter is None or parameter.requires_grad == flag:  # a second mention of a tied one has it
+                continue
+            if parameter.is_leaf and not torch._C._are_functorch_transforms_active():
                 parameter.requires_grad_(flag)
                 self._changed.append((module, name, parameter))
+            elif not flag:
+                module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+                self._detached.append((module, name, parameter))
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for module, name, parameter in self._detached:
+            module._parameters[name] = parameter
         for module, name, parameter in self._changed:
             parameter.requires_grad_(not self._flag)
             current = module._parameters.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,7 +49,7 @@ class Iteration:
     """The iteration's autograd nodes have sequence numbers in [first_node, last_node)."""
 
     def __post_init__(self) -> None:
-        self.begun = False
+        self._ran = [False] * self.plan.num_paths
         self._without_grad: set[int] = set()
         self._with_grad: set[int] = set()
         self._calls = [0] * self.plan.num_paths
@@ -70,7 +70,7 @@ class Iteration:
 
     def decide(self, index: int, x: Tensor, recomputing: bool) -> Decision:
         """The decision for a call of path `index` on `x`. Raises `ValueError` for a batch that doesn't fit the plan."""
-        self.begun = True
+        self._ran[index] = True
         if self.phase == "reuse":
             self._note_grad_mode(index)
         if self.plan.mode == "block":
@@ -96,7 +96,7 @@ class Iteration:
     def factors(self) -> Tensor:
         """Float64 `[2, paths]` or `[2, paths, batch]`: what the plan multiplies branches by in a whole forward, where
         they learn and where they are frozen. Counts as a forward."""
-        self.begun = True
+        self._ran = [True] * len(self.paths)
         learns = self._learns
         if self.forwards:
             forward = self._count_forward(0, recomputing=False)
@@ -107,9 +107,22 @@ class Iteration:
         frozen = ~learns if self.phase == "reuse" else torch.zeros_like(learns)
         return torch.stack([torch.where(learns, scale, 0.0), frozen.double()])
 
+    @property
+    def begun(self) -> bool:
+        """Whether a path ran in it, in training mode."""
+        return any(self._ran)
+
     def learns(self, index: int) -> bool:
         """Whether path `index` learns, of any row of this process."""
         return self._uniform[index].learning
+
+    @property
+    def mode(self) -> str:
+        return self.plan.mode
+
+    def paths_that_learn(self) -> Iterator[Path]:
+        """Those of which any row of this process learns, and those in eval mode."""
+        return (path for path in self.paths if self.learns(path.index) or not path.module.training)
 
     def learning_paths(self) -> list[Path]:
         """Those that learn, paths in eval mode among them, which no plan is for; where ranks draw apart, in sample
@@ -164,6 +177,16 @@ class Iteration:
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
         self._orders.clear()  # made again should a checkpoint ask
+
+    def not_run(self) -> list[Path]:
+        """The paths that the plan lets learn, of any row of this process, and that the model didn't run in training
+        mode. Those in eval mode in which nothing could learn aren't among them: that is how users freeze a part."""
+        return [
+            path
+            for path, decision, ran in zip(self.paths, self._uniform, self._ran, strict=True)
+            if decision.learning and not ran
+            if path.module.training or any(p.requires_grad for p in path.parameters())
+        ]
 
     def check_complete(self) -> None:
         """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them, and where

@@ -6,7 +6,7 @@ How a path is run under a decision stands in `path_call.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -149,15 +149,18 @@ class Path:
         return f"Path({self.index}, {self.name!r}, drop_prob={self.drop_prob:g})"
 
 
-def find_paths(model: nn.Module, drop_prob: float | None = None, schedule: str = "constant") -> list[Path]:
-    """The paths of `model` in registration order; `drop_prob` None keeps each its own.
+def find_paths(
+    model: nn.Module, drop_prob: float | None = None, schedule: str = "constant", known: Container[int] = ()
+) -> list[Path]:
+    """The paths of `model` in registration order; `drop_prob` None keeps each its own. `known`: ids of owners whose
+    scheme is the one that asks.
 
     Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
     path that has a scheme.
     """
     owners = find_owners(model)
     for name, owner in owners.items():
-        if owner.slot.scheme is not None:
+        if owner.slot.scheme is not None and id(owner) not in known:
             raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
     rates: list[float | None] = [None] * len(owners)
     if drop_prob is not None:
@@ -197,9 +200,21 @@ def refuse_batch_norm(paths: Iterable[Path]) -> None:
 
 def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
     """What stands for the paths that `module` itself owns, each with its name within the module."""
-    if isinstance(getattr(module, "slot", None), PathSlot):
+    if isinstance(module.__dict__.get("slot"), PathSlot):
         return [("", module)]  # type: ignore[list-item]
-    return list(getattr(module, CONVERTED, ()))
+    return list(module.__dict__.get(CONVERTED, ()))
+
+
+def walk(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()`, in a fraction of its time."""
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def parameters_of(owner: PathOwner) -> Iterator[nn.Parameter]:
@@ -221,7 +236,7 @@ def places_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> l
 
 def modules_of(owner: PathOwner) -> list[nn.Module]:
     """All modules of a path's branch."""
-    return [m for module in owner.branch_modules() for m in module.modules()]
+    return [m for module in owner.branch_modules() for m in walk(module)]
 
 
 def batch_norms_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> list[_BatchNorm]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from .frozen import Place, freeze
-from .paths import Path, modules_of
+from .paths import Path, paths_of, walk
 
 
 class Rest:
@@ -27,35 +28,63 @@ class Rest:
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: bool):
-        self.model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
-        self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
-        self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
-        self._owned = {(id(module), name) for path in paths for module, name in path.module.own_parameters()}
+        self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
         """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
+        self.shared: list[list[Place]] = []
+        """For each path its parameters that the rest shares."""
         self._outermost: nn.Module | None = None
         self._freeze: freeze | None = None
+        self._hooked: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
         self.refresh()
-        self._handles = []
-        hooked = {around for name in self._names for around in _around(name)}
-        for name, module in self._walk():
-            if name in hooked:
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._enter)))
-                self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
 
     def refresh(self) -> None:
-        """Looks up what the rest consists of now; users add heads and swap layers."""
+        """Looks up what the rest consists of now; users add heads, swap layers and put others in a branch's place."""
         self._places: list[Place] = []
         self._batch_norms: list[nn.Module] = []
         self._names: set[str] = set()
-        for name, module in self._walk():
+        self._holders: dict[int, str] = {}
+        branches = [path.module.branch_modules() for path in self.paths]
+        self._branches = {id(module) for modules in branches for module in modules}
+        in_branches = [[inner for module in modules for inner in walk(module)] for modules in branches]
+        inside = {id(module) for modules in in_branches for module in modules}
+        own_places = [path.module.own_parameters() for path in self.paths]
+        owned = {(id(module), name) for places in own_places for module, name in places}
+        walked = list(self._walk())
+        for name, module in walked:
             named = module._parameters.items()
-            own = [(module, key) for key, p in named if p is not None and (id(module), key) not in self._owned]
-            batch_norm = isinstance(module, _BatchNorm) and id(module) not in self._in_branches
+            own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
+            batch_norm = isinstance(module, _BatchNorm) and id(module) not in inside
             self._places += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
                 self._names.add(name)
+            for _, owner in paths_of(module):
+                self._holders[id(owner)] = name
+        self._hook(walked)
+        in_rest = {id(p) for p in self.parameters()}
+        self.shared = [
+            [(m, name) for m in modules for name, p in m._parameters.items() if id(p) in in_rest]
+            + [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
+            for modules, places in zip(in_branches, own_places, strict=True)
+        ]
+
+    def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
+        """Puts hooks on the modules around what the rest owns, and takes them off others."""
+        around = {name for own in self._names for name in _around(own)}
+        wanted = {id(module): module for name, module in walked if name in around}
+        for key in self._hooked.keys() - wanted.keys():
+            for handle in self._hooked.pop(key)[1]:
+                handle.remove()
+        for key, module in wanted.items():
+            if key not in self._hooked:
+                self._hooked[key] = (
+                    module,
+                    [
+                        module.register_forward_pre_hook(_Hook(self._enter)),
+                        module.register_forward_hook(_Hook(self._leave), always_call=True),
+                    ],
+                )
 
     def parameters(self) -> list[nn.Parameter]:
         return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]
@@ -67,9 +96,7 @@ class Rest:
         """
         if self._outermost is not None:
             return
-        parts = path.name.split(".")
-        for end in range(len(parts)):
-            around = ".".join(parts[:end])
+        for around in reversed([*_around(self._holders.get(id(path.module), ""))]):
             own = self.model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
             if any(p.requires_grad for p in own):
                 raise RuntimeError(
@@ -86,8 +113,10 @@ class Rest:
 
     def remove(self) -> None:
         self.release()
-        for handle in self._handles:
-            handle.remove()
+        for _, handles in self._hooked.values():
+            for handle in handles:
+                handle.remove()
+        self._hooked.clear()
 
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside of branches with their names, each once, parents first."""
@@ -100,8 +129,9 @@ class Rest:
             seen.add(id(module))
             yield name, module
             prefix = f"{name}." if name else ""
-            children = [(prefix + n, child) for n, child in module.named_children() if id(child) not in self._branches]
-            stack += reversed(children)
+            for child_name, child in reversed(module._modules.items()):
+                if child is not None and id(child) not in self._branches:
+                    stack.append((prefix + child_name, child))
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is None and module.training and self._is_frozen():

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_bool, check_choice, check_count, check_probability
-from ._ranks import rank
+from ._ranks import rank, world_size
 from .alternate import Alternation, stepped_by
 from .drop_paths import warn_left_over
 from .iteration import Iteration, Rules, check_plan, trainable
-from .paths import Decision, Path, find_paths, places_of, refuse_batch_norm
+from .paths import Decision, Path, PathOwner, find_paths, paths_of, refuse_batch_norm, walk
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .estimate import Estimate
 
 FREEZES = ("parameters", "branch", "none")
+LOOKS_AT_GRADIENTS = 8
+"""How many iterations look for gradients of zero when they open: that is a habit of a loop, seen at once or never."""
 
 
 class ResidualDropPath:
@@ -53,8 +56,13 @@ class ResidualDropPath:
         seed: pass your run's seed. Masks depend on it and on the number of plans drawn alone, in sample mode on the
             rank of `torch.distributed` too.
 
-    Nothing is added to the model's `state_dict`; copies and pickles of the model carry no scheme. Raises `ValueError`
-    or `TypeError` naming the argument, and `RuntimeError` for a model that has a scheme already.
+    Nothing is added to the model's `state_dict`; copies and pickles of the model carry no scheme, and a module that has
+    its scheme as an attribute has a `NoScheme` there once it is copied. The scheme itself can't be copied: save its
+    `state_dict()`. What belongs to which path, and to the rest, is looked up when an iteration opens.
+
+    Raises `ValueError` or `TypeError` naming the argument, and `RuntimeError` for a model that has a scheme already.
+    Warns once of what makes it do nothing: rates that are all 0, paths that the model doesn't run, gradients of zero
+    where there should be none.
     """
 
     def __init__(
@@ -62,10 +70,10 @@ class ResidualDropPath:
         model: nn.Module,
         drop_prob: float | None = None,
         *,
-        schedule: str = "constant",
-        mode: str = "block",
-        freeze: str = "parameters",
-        sampling: str = "bernoulli",
+        schedule: Literal["constant", "linear"] = "constant",
+        mode: Literal["block", "sample"] = "block",
+        freeze: Literal["parameters", "branch", "none"] = "parameters",
+        sampling: Literal["bernoulli", "fixed"] = "bernoulli",
         scale_by_keep: bool = True,
         train_rest: bool = False,
         freeze_bn: bool = True,
@@ -87,29 +95,30 @@ class ResidualDropPath:
             check_bool("train_rest", train_rest),
             check_bool("freeze_bn", freeze_bn),
         )
+        self._rates = drop_prob, schedule
         self.paths = find_paths(model, drop_prob, schedule)
         warn_left_over(model)
-        if mode == "sample" and freeze != "none":
-            refuse_batch_norm(self.paths)
+        self._check_paths(self.paths)
+        self._warned: set[str] = set()
         self._drawn = 0
         self._completed = dict.fromkeys(PHASES, 0)
         self._pending: Iteration | None = None  # a finished drop iteration whose complement is to learn
         self._open: Iteration | None = None
         self._closed: deque[Iteration] = deque(maxlen=16)  # for recomputation by checkpointing
         self._alternation: Alternation | None = None
+        self._looks_left = LOOKS_AT_GRADIENTS
         self._on_begin: list[Callable[[Iteration], None]] = []
         """Integrations: called with an iteration before it is open; an error keeps it shut and a pair pending."""
 
         itself = weakref.ref(self)
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
-        in_rest = {id(p) for p in self._rest.parameters()}
-        self._shared = [
-            [(m, name) for m, name in places_of(path.module) if id(m._parameters.get(name)) in in_rest]
-            for path in self.paths
-        ]
         for path in self.paths:
             path.module.slot.bind(self, path.index)
-        self._remover = weakref.finalize(self, _remove, self.paths, self._rest)
+        self._remover = weakref.finalize(self, _remove, self._rest)
+        if not any(path.drop_prob for path in self.paths):
+            self._warn(
+                "every path's drop_prob is 0: until one is raised, nothing is dropped and this is plain training"
+            )
 
     def __repr__(self) -> str:
         drop_probs = {path.drop_prob for path in self.paths}
@@ -144,7 +153,7 @@ class ResidualDropPath:
         if self._open is None:
             return []
         found = [p for path in self._open.learning_paths() for p in path.parameters()]
-        if self._open.phase == "drop" or not self._rules.freezes_rest:
+        if self._rest_learns(self._open):
             self._rest.refresh()
             found += self._rest.parameters()
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
@@ -165,9 +174,17 @@ class ResidualDropPath:
                 Block mode fits any number and size of forwards and doesn't need it.
             plan: a `PathPlan` to carry out instead of drawing one.
 
-        An exception inside closes the iteration and discards its plan. Raises `RuntimeError` inside another iteration.
+        An exception inside closes the iteration and discards its plan. Raises `RuntimeError` inside another iteration,
+        and where the plan drops all that can learn: its reuse iteration is then pending, as after a drop iteration.
         """
-        with self._opened(self._drop(batch_size, plan)) as iteration:
+        iteration = self._drop(batch_size, plan)
+        if not self._starts(iteration):
+            raise RuntimeError(
+                "drop_iteration(): its plan drops every path that can learn, and nothing else can learn, so that there "
+                "is nothing to run. The reuse iteration is pending: go on with reuse_iteration(), or loop over "
+                "iterations(), which does so by itself"
+            )
+        with self._opened(iteration):
             yield iteration.plan
 
     @contextlib.contextmanager
@@ -177,33 +194,55 @@ class ResidualDropPath:
         Raises `RuntimeError` where no drop iteration went before, or where it dropped nothing that can learn (see
         `reuse_pending`; `iterations` takes care of it).
         """
-        with self._opened(self._reuse()) as iteration:
+        iteration = self._reuse()
+        if not self._starts(iteration):
+            self._refuse_reuse()
+        with self._opened(iteration):
             yield iteration.plan
 
     def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[str]:
         """Yields `"drop"`, then `"reuse"` if anything was dropped that can learn: the loop's body is written once.
 
         Arguments as in `drop_iteration`. Where a reuse iteration is pending, after `load_state_dict` for example, it is
-        the only one. Leaving the loop early (break or an exception) abandons the pair.
+        the only one; likewise where the plan drops all that can learn, as the drop iteration would then learn nothing.
+        (Drawing another plan instead would change the rates.) Leaving the loop early (break or an exception) abandons
+        the pair.
+
+        The state can't be saved in the loop's body, where an iteration is open. To save between the two iterations of a
+        pair, write them out:
+
+            with scheme.drop_iteration(len(images)):
+                ...
+            torch.save(scheme.state_dict(), ...)
+            if scheme.reuse_pending:
+                with scheme.reuse_iteration():
+                    ...
+
+        Raises `RuntimeError` where no parameter of the model requires grad.
         """
         if self._pending is None:
-            with self.drop_iteration(batch_size, plan=plan):
-                yield "drop"
+            iteration = self._drop(batch_size, plan)
+            if self._starts(iteration):
+                with self._opened(iteration):
+                    yield "drop"
         elif plan is not None:
             raise ValueError("plan can't be set while the reuse iteration of an earlier plan is pending: call reset()")
         elif self.mode == "sample" and batch_size is not None and forwards_of(batch_size) != self._pending.forwards:
             wanted = list(self._pending.forwards)
             raise ValueError(f"batch_size must be {wanted}, that of the pending reuse iteration, got {batch_size}")
         if self._pending is not None:
-            with self.reuse_iteration():
-                yield "reuse"
+            iteration = self._reuse()
+            if self._starts(iteration):
+                with self._opened(iteration):
+                    yield "reuse"
 
     def alternate(self, optimizer: torch.optim.Optimizer) -> Alternation:
         """For loops that others own: every `optimizer.step()` ends an iteration and opens the next, on the next batch.
 
         The first iteration opens at once. Steps that a GradScaler skips don't count. Returns a handle whose `remove()`
         ends it, leaving no iteration open. Block mode only, as the next batch's size is not known. `optimizer` may be
-        the wrapper that accelerate or Lightning makes of it.
+        the wrapper that accelerate or Lightning makes of it. Raises `ValueError` where it has no parameter of the
+        model.
         """
         if self.mode != "block":
             raise ValueError(
@@ -212,6 +251,12 @@ class ResidualDropPath:
         optimizer = stepped_by(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        owned = {id(p) for p in self._rest.model.parameters()}
+        if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer must have parameters of the scheme's model, but has none of them: make it from "
+                "model.parameters(), after whatever replaces these"
+            )
         self._check_none_open()
         self._alternation = Alternation(self, optimizer)
         return self._alternation
@@ -291,8 +336,16 @@ class ResidualDropPath:
         if self._alternation is not None:
             self._open_next()
 
+    def __copy__(self) -> NoReturn:
+        raise TypeError(_COPIED)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoScheme:
+        if not memo:  # nothing around it is being copied
+            raise TypeError(_COPIED)
+        return NoScheme()
+
     def __reduce__(self) -> tuple:
-        return type(None), ()  # a copy or pickle of a module that holds its scheme has None there
+        return NoScheme, ()
 
     # Internals
 
@@ -320,6 +373,7 @@ class ResidualDropPath:
 
     def _drop(self, batch_size: BatchSize, plan: PathPlan | None) -> Iteration:
         self._check_none_open()
+        self._look_up_paths()
         forwards = () if batch_size is None else forwards_of(batch_size)
         if self.mode == "block":
             forwards = ()
@@ -340,15 +394,46 @@ class ResidualDropPath:
     def _reuse(self) -> Iteration:
         self._check_none_open()
         if self._pending is None:
-            raise RuntimeError(
-                "reuse_iteration() needs a drop iteration before it that dropped something that can learn: check "
-                "reuse_pending, or loop over iterations()"
-            )
+            self._refuse_reuse()
+        self._look_up_paths()
+        self._rest.refresh()
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
+    def _refuse_reuse(self) -> NoReturn:
+        raise RuntimeError(
+            "reuse_iteration() needs a drop iteration before it that dropped something that can learn: check "
+            "reuse_pending, or loop over iterations()"
+        )
+
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
-        thaw = [tuple(filter(trainable, shared)) for shared in self._shared] if phase == "reuse" else ()
+        thaw = [tuple(filter(trainable, shared)) for shared in self._rest.shared] if phase == "reuse" else ()
         return Iteration(phase, plan, self.paths, self._rules, forwards, thaw)
+
+    def _look_up_paths(self) -> None:
+        """Finds the model's paths anew where they are others than before. Raises `RuntimeError` between two iterations
+        of a pair, whose plan is about the paths as they were."""
+        model = self._rest.model
+        owners = [owner for module in walk(model) for _, owner in paths_of(module)]
+        if len(owners) == len(self.paths) and all(o is p.module for o, p in zip(owners, self.paths, strict=True)):
+            return
+        if self._pending is not None:
+            raise RuntimeError(
+                "the model's paths have changed since the drop iteration, and its plan is about those that were there: "
+                "call reset()"
+            )
+        before = {id(path.module): path.module for path in self.paths}
+        paths = find_paths(model, *self._rates, known=before)
+        self._check_paths(paths)
+        for owner in before.values():
+            owner.slot.clear()
+        self.paths = self._rest.paths = paths
+        for path in paths:
+            path.module.slot.bind(self, path.index)
+        self._rest.refresh()
+
+    def _check_paths(self, paths: Sequence[Path]) -> None:
+        if self.mode == "sample" and self.freeze != "none":
+            refuse_batch_norm(paths)
 
     @contextlib.contextmanager
     def _opened(self, iteration: Iteration) -> Iterator[Iteration]:
@@ -363,15 +448,31 @@ class ResidualDropPath:
             self._close(completed=True)
 
     def _open_next(self) -> None:
-        self._begin(self._drop(None, None) if self._pending is None else self._reuse())
+        iteration = self._drop(None, None) if self._pending is None else self._reuse()
+        while not self._starts(iteration):
+            iteration = self._drop(None, None) if self._pending is None else self._reuse()
+        self._begin(iteration)
 
-    def _begin(self, iteration: Iteration) -> None:
+    def _starts(self, iteration: Iteration) -> bool:
+        """Whether anything can learn in an iteration, which is about to open: an optimizer step without gradients fails
+        under AMP. Where nothing can, what follows it is next. Raises `RuntimeError` where nothing ever can."""
         for call in self._on_begin:
             call(iteration)
+        if self._learns_anything(iteration):
+            return True
         self._pending = None
-        if iteration.phase == "reuse":
-            self._rest.refresh()
+        if iteration.phase == "drop":
+            if not self._can_learn(iteration.dropped_paths):
+                raise RuntimeError("no parameter of the model requires grad: nothing can learn in an iteration")
+            self._pending = iteration
+        return False
+
+    def _begin(self, iteration: Iteration) -> None:
+        self._pending = None
         self._open = iteration
+        if self._looks_left:
+            self._looks_left -= 1
+            self._look_at_gradients()
 
     def _close(self, completed: bool) -> None:
         iteration, self._open = self._open, None
@@ -379,8 +480,11 @@ class ResidualDropPath:
         iteration.close()
         self._rest.release()
         self._closed.append(iteration)
-        if completed:
-            iteration.check_complete()
+        if not completed:
+            return
+        iteration.check_complete()
+        self._warn_not_run(iteration)
+        if iteration.begun:
             self._completed[iteration.phase] += 1
             if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
                 self._pending = iteration
@@ -392,10 +496,65 @@ class ResidualDropPath:
             self.load_state_dict(state)
 
     def _can_learn(self, dropped: list[int]) -> bool:
-        """Whether a reuse iteration has anything to learn: an optimizer step without gradients fails under AMP."""
+        """Whether a reuse iteration has anything to learn."""
         if not dropped or not self._rules.freezes_rest:
             return bool(dropped)
         return any(p.requires_grad for path in dropped for p in self.paths[path].parameters())
+
+    def _rest_learns(self, iteration: Iteration) -> bool:
+        return iteration.phase == "drop" or not self._rules.freezes_rest
+
+    def _learns_anything(self, iteration: Iteration) -> bool:
+        # Ranks that draw apart and haven't agreed must not leave out what others run.
+        anywhere = iteration.mode == "sample" and world_size() > 1
+        paths = iteration.learning_paths() if anywhere else iteration.paths_that_learn()
+        if any(p.requires_grad for path in paths for p in path.parameters()):
+            return True
+        if not self._rest_learns(iteration):
+            return False
+        self._rest.refresh()
+        return any(p.requires_grad for p in self._rest.parameters())
+
+    # Warnings, each once
+
+    def _warn(self, message: str, kind: str | None = None) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            warnings.warn(f"ResidualDropPath: {message}", stacklevel=3)
+
+    def _warn_not_run(self, iteration: Iteration) -> None:
+        if not iteration.begun:
+            self._warn_not_begun(f"a {iteration.phase} iteration, which therefore doesn't count")
+            return
+        missed: dict[str, list[str]] = {}
+        for path in iteration.not_run():
+            missed.setdefault(_why_not_run(path.module), []).append(path.name)
+        for why, names in missed.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._warn(
+                f"the model didn't run path {names[0]!r}{others} in a {iteration.phase} iteration in which it was to "
+                f"learn. Likely reason: {why}. This is said once",
+                kind=why,
+            )
+
+    def _warn_not_begun(self, where: str) -> None:
+        why = "call the model inside the iteration: the one that the scheme was made for, not a copy"
+        if not any(path.module.training for path in self.paths):
+            why = "the model is in eval mode: call model.train()"
+        self._warn(f"no path ran in {where}. Likely reason: {why}", kind=why)
+
+    def _look_at_gradients(self) -> None:
+        """Warns of gradients of zero on what stands still: weight decay and momentum would move it."""
+        found = [p.grad for p in self.idle_parameters() if p.requires_grad and p.grad is not None]
+        plain = [grad for grad in found if type(grad) is Tensor and grad.layout == torch.strided]
+        if not plain:
+            return
+        self._looks_left = 0  # reading a value waits for the device: once is enough
+        if not any(bool(grad.any()) for grad in plain):
+            self._warn(
+                f"{len(found)} parameters that take no part in an iteration have gradients of zero instead of None, "
+                "with which momentum and weight decay move them: call optimizer.zero_grad(set_to_none=True)"
+            )
 
     def _at_rest(self) -> bool:
         return self._open is None or self._alternation is not None
@@ -432,7 +591,37 @@ def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
     return iteration is not None and iteration.phase == "reuse"
 
 
-def _remove(paths: Sequence[Path], rest: Rest) -> None:
+def _remove(rest: Rest) -> None:
     rest.remove()
-    for path in paths:
+    for path in rest.paths:
         path.module.slot.clear()
+
+
+def _why_not_run(owner: PathOwner) -> str:
+    if not owner.training:
+        return "it is in eval mode, in which a path follows no plan (call train(), or freeze its parameters)"
+    if "forward" in vars(getattr(owner, "block", owner)):
+        return "its forward was replaced later (replace it before rdp.convert)"
+    return "the model skips layers by itself (switch off its LayerDrop), or doesn't use this one"
+
+
+_COPIED = (
+    "a ResidualDropPath can't be copied: save its state_dict(), make another of the copied model and call "
+    "load_state_dict()"
+)
+
+
+class NoScheme:
+    """What a copy or pickle of a module has in the place of its scheme. Whatever is asked of it raises
+    `AttributeError`."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"no {name!r} here: this was a ResidualDropPath, and copies and pickles carry none. Make one of the copied "
+            "model, rdp.ResidualDropPath(model, ...), and call its load_state_dict() with the state_dict() of the first"
+        )
+
+    def __repr__(self) -> str:
+        return "NoScheme()"

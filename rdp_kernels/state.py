@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._checks import check_choice, check_count
+from torch import Tensor
+
+from ._checks import check_choice, check_count, describe
 from .plan import PathPlan
 
 PHASES = ("drop", "reuse")
@@ -56,7 +58,11 @@ class State:
 
 
 def forwards_of(batch_size: int | Sequence[int]) -> tuple[int, ...]:
-    """The batch size of each forward of an iteration."""
+    """The batch size of each forward of an iteration. Raises `TypeError` or `ValueError` for anything else."""
+    if isinstance(batch_size, (Tensor, Mapping)):
+        raise TypeError(
+            f"batch_size must be the number of samples, len(images) for example, got {describe(batch_size)}"
+        )
     if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
         return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
     return (check_count("batch_size", batch_size),)

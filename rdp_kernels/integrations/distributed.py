@@ -169,7 +169,7 @@ def _is_agreement(call: Any) -> bool:
 
 def facts_of(scheme: ResidualDropPath) -> Facts:
     """What ranks have to have in common when training begins or goes on."""
-    facts = {
+    facts: Facts = {
         "number of paths": len(scheme.paths),
         "mode": scheme.mode,
         "seed": scheme.seed,
