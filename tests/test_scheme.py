@@ -52,9 +52,18 @@ def learned(net):
 REST = {"stem", "position", "head"}
 
 
+def run(scheme, net, batch_size=None, num_samples=4, **options):
+    """A pair of iterations with a forward in each; their phases."""
+    phases = []
+    for phase in scheme.iterations(batch_size, **options):
+        net(torch.randn(num_samples, 3))
+        phases.append(phase)
+    return phases
+
+
 def test_a_pair():
     net, x = Net(), torch.randn(5, 3)
-    scheme = rdp.ResidualDropPath(net)
+    scheme = rdp.ResidualDropPath(net, 0.5)
     assert (scheme.plan, scheme.phase, scheme.reuse_pending) == (None, None, False)
     plan, seen = block_plan(True, False, True, False), []
     for phase in scheme.iterations(plan=plan):
@@ -76,6 +85,7 @@ def test_paths():
     net.paths[2].drop_prob = 0.75
     with scheme.drop_iteration() as plan:
         assert plan.drop_probs == (0.25, 0.25, 0.75), "read at each draw"
+        net(torch.randn(2, 3))
     assert [path.drop_prob for path in net.paths] == [0.25, 0.25, 0.75], "never written"
     scheme.remove()
     scheme = rdp.ResidualDropPath(net, 0.5, schedule="linear")
@@ -83,8 +93,9 @@ def test_paths():
 
 
 def test_nothing_dropped_has_no_reuse_iteration():
-    scheme = rdp.ResidualDropPath(Net(), 0.0)
-    assert list(scheme.iterations()) == ["drop"]
+    net = Net()
+    scheme = rdp.ResidualDropPath(net, 0.5)
+    assert run(scheme, net, plan=block_plan(*[True] * 4)) == ["drop"]
     with pytest.raises(RuntimeError, match="needs a drop iteration"), scheme.reuse_iteration():
         pass
 
@@ -97,16 +108,16 @@ def test_a_reuse_iteration_in_which_nothing_can_learn_is_not_run(options, phases
     """The dropped path's parameters are frozen by the user: an optimizer step without gradients would fail under AMP."""
     net = Net(2)
     net.paths[1].requires_grad_(False)
-    scheme = rdp.ResidualDropPath(net, **options)
-    assert list(scheme.iterations(plan=block_plan(True, False))) == phases
+    scheme = rdp.ResidualDropPath(net, 0.5, **options)
+    assert run(scheme, net, plan=block_plan(True, False)) == phases
 
 
 def test_without_an_iteration_it_is_ordinary_stochastic_depth():
     net, x = Net(2, drop_prob=1.0, mode="block"), torch.randn(4, 3)
-    scheme = rdp.ResidualDropPath(net, 0.0)
+    scheme = rdp.ResidualDropPath(net, 0.5)
     expected = net.head(net.stem(x) + net.position)
     assert torch.equal(net(x), expected)
-    with scheme.drop_iteration():
+    with scheme.drop_iteration(plan=block_plan(True, True)):
         assert not torch.equal(net(x), expected)
 
 
@@ -130,12 +141,14 @@ def test_eval_inside_an_iteration_is_inference():
 def test_masks_depend_on_the_seed_alone():
     def masks(seed, mode, noise):
         torch.manual_seed(noise)
-        scheme = rdp.ResidualDropPath(Net(6), 0.5, mode=mode, seed=seed)
+        net, x = Net(6), torch.randn(4, 3)
+        scheme = rdp.ResidualDropPath(net, 0.5, mode=mode, seed=seed)
         state = torch.get_rng_state()
         keeps = []
         for _ in range(5):
             for _ in scheme.iterations(4):
                 keeps.append(scheme.plan.keep.tolist())
+                net(x)
         assert torch.equal(state, torch.get_rng_state()), "the global generator is untouched"
         return keeps
 
@@ -148,7 +161,10 @@ def test_ranks_share_block_masks_and_differ_in_sample_masks(monkeypatch):
     def keep(rank, mode):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-        with rdp.ResidualDropPath(Net(8), 0.5, mode=mode).drop_iteration(8) as plan:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        net = Net(8)
+        with rdp.ResidualDropPath(net, 0.5, mode=mode).drop_iteration(8) as plan:
+            net(torch.randn(8, 3))
             return plan.keep.tolist()
 
     assert keep(0, "block") == keep(1, "block")
@@ -158,13 +174,13 @@ def test_ranks_share_block_masks_and_differ_in_sample_masks(monkeypatch):
 class TestSeveralForwards:
     def test_block_mode_takes_any(self):
         net = Net()
-        scheme = rdp.ResidualDropPath(net)
+        scheme = rdp.ResidualDropPath(net, 0.5)
         for _ in scheme.iterations(plan=block_plan(True, False, True, True)):
             sum(net(torch.randn(b, 3)).sum() for b in (2, 7, 1)).backward()
 
     def test_sample_mode_replays_in_order(self):
         net = Net(1).double()
-        scheme = rdp.ResidualDropPath(net, mode="sample")
+        scheme = rdp.ResidualDropPath(net, 0.5, mode="sample")
         plan = sample_plan([[True, False, False, False, True]])
         crops = [torch.randn(2, 3).double(), torch.randn(3, 3).double()]
         full = [net.eval()(x) for x in crops]
@@ -221,7 +237,7 @@ class TestSeveralForwards:
     def test_an_empty_batch_and_one_sample(self, freeze):
         net = Net()
         scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", freeze=freeze)
-        assert list(scheme.iterations(0)) == ["drop"]
+        assert run(scheme, net, 0, 0) == ["drop"]
         with scheme.drop_iteration(0):
             assert net(torch.randn(0, 3)).shape == (0, 2)
         for _ in range(5):
@@ -244,37 +260,39 @@ class TestExceptions:
         net = Net(3)
         net.paths[2].fn = Bomb(4, 4)
         net.paths.insert(0, rdp.ResidualBranch(nn.BatchNorm1d(4)))
-        scheme, before = rdp.ResidualDropPath(net), flags(net)
+        scheme, before = rdp.ResidualDropPath(net, 0.5), flags(net)
 
-        def run():
+        def train():
             for phase in scheme.iterations(plan=block_plan(True, True, False, raising == "drop")):
                 net.paths[3].fn.armed = phase == raising
                 net(torch.randn(4, 3)).sum().backward()
 
         with pytest.raises(error):
-            run()
+            train()
         assert flags(net) == before
         assert (scheme.phase, scheme.plan, scheme.reuse_pending) == (None, None, False)
         net.paths[3].fn.armed = False
-        assert list(scheme.iterations(plan=block_plan(True, True, False, True))) == ["drop", "reuse"]
+        assert run(scheme, net, plan=block_plan(True, True, False, True)) == ["drop", "reuse"]
 
     def test_break_abandons_the_pair(self):
-        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0)
         for _ in scheme.iterations():
             break
-        assert list(scheme.iterations()) == ["drop", "reuse"]
+        assert run(scheme, net) == ["drop", "reuse"]
 
     def test_reset(self):
-        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0)
         left_open = scheme.iterations()
         next(left_open)
         with pytest.raises(RuntimeError, match=r"a drop iteration is open.*nest.*reset\(\)"):
             next(scheme.iterations())
         scheme.reset()
         assert scheme.phase is None
-        assert list(scheme.iterations()) == ["drop", "reuse"]
+        assert run(scheme, net) == ["drop", "reuse"]
         with scheme.drop_iteration():
-            pass
+            net(torch.randn(4, 3))
         assert scheme.reuse_pending
         scheme.reset()
         assert not scheme.reuse_pending
@@ -365,10 +383,11 @@ class TestAlternate:
     def test_a_step_without_a_forward_is_no_iteration(self):
         self.scheme.alternate(self.optimizer)
         plan = self.scheme.plan
-        self.optimizer.step()
         self.net.eval()(torch.randn(4, 3))
         self.optimizer.step()
         assert self.scheme.plan is plan
+        with pytest.warns(UserWarning, match=r"no path ran in two optimizer steps in a row.*call model.train\(\)"):
+            self.optimizer.step()
         self.net.train()
         self.step()
         assert self.scheme.plan is not plan or self.scheme.phase == "reuse"
@@ -388,7 +407,7 @@ class TestAlternate:
             self.scheme.alternate(self.net)
         self.scheme.remove()
         with pytest.raises(ValueError, match="mode='block'"):
-            rdp.ResidualDropPath(self.net, mode="sample").alternate(self.optimizer)
+            rdp.ResidualDropPath(self.net, 0.5, mode="sample").alternate(self.optimizer)
 
 
 class TestCopies:
@@ -399,18 +418,30 @@ class TestCopies:
     def test_a_copy_has_no_scheme(self, clone, phase):
         """Whenever it is made, also inside an iteration: it is the ordinary model with the user's own flags."""
         net, x = Net(), torch.randn(3, 3)
-        net.note = rdp.ResidualDropPath(net, 1.0)  # as a LightningModule keeps it
-        scheme = net.note
+        net.scheme = scheme = rdp.ResidualDropPath(net, 1.0)  # as a LightningModule keeps it
         for current in [None] if phase is None else scheme.iterations():
+            net(x)
             if current == phase:
                 other = clone(net)
-        assert other.note is None
+        with pytest.raises(
+            AttributeError, match=r"no 'iterations' here: .*rdp.ResidualDropPath\(model, ...\).*state_dict"
+        ):
+            other.scheme.iterations(3)
+        assert repr(clone(other).scheme) == "NoScheme()", "a copy of a copy"
         assert flags(other) == flags(net)
         other(x).sum().backward()
         assert len(learned(other)) == 7
         assert all(p.grad is None for p in net.parameters())
         rdp.ResidualDropPath(other, 0.5)
         assert other.state_dict().keys() == Net().state_dict().keys()
+
+    @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy])
+    def test_a_scheme_itself_is_not_copied(self, clone):
+        scheme = rdp.ResidualDropPath(Net(), 0.5)
+        with pytest.raises(TypeError, match=r"can't be copied: save its state_dict\(\)"):
+            clone(scheme)
+        with pytest.raises(AttributeError, match=r"load_state_dict\(\)"):
+            _ = pickle.loads(pickle.dumps(scheme)).plan
 
     def test_torch_save(self, tmp_path):
         net = Net()
@@ -424,16 +455,16 @@ class TestCopies:
     def test_the_model_is_free_when_the_scheme_goes(self):
         net = Net()
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
-        scheme = rdp.ResidualDropPath(net)
+        scheme = rdp.ResidualDropPath(net, 0.5)
         with pytest.raises(RuntimeError, match=r"path 'paths.0' has a scheme already: call its remove\(\)"):
-            rdp.ResidualDropPath(net)
+            rdp.ResidualDropPath(net, 0.5)
         with pytest.raises(RuntimeError, match="has a scheme already"):
             rdp.ResidualDropPath(net.paths)
         scheme.remove()
-        scheme = rdp.ResidualDropPath(net)
+        scheme = rdp.ResidualDropPath(net, 0.5)
         del scheme
         gc.collect()
-        scheme = rdp.ResidualDropPath(net)
+        scheme = rdp.ResidualDropPath(net, 0.5)
         scheme.remove()
         assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()) == hooks
 
@@ -448,6 +479,7 @@ class TestRest:
                 continue
             with pytest.raises(RuntimeError, match="'paths.0' runs in a reuse iteration without a call of 'the model'"):
                 rdp.ResidualBranch.forward(net.paths[0], net.stem(x) + net.position)
+            net(x)
         scheme.remove()
         scheme = rdp.ResidualDropPath(net, 1.0, train_rest=True)
         for _ in scheme.iterations():
@@ -506,18 +538,24 @@ def batch_norm_net(**options):
         (lambda: rdp.ResidualDropPath(Net(), train_rest=1), TypeError, "train_rest"),
         (lambda: rdp.ResidualDropPath(Net(), seed=0.5), TypeError, "seed"),
         (lambda: rdp.ResidualDropPath(batch_norm_net(), mode="sample"), ValueError, "path '0': BatchNorm in a branch can't be frozen"),
-        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations()), ValueError, "batch_size must be given"),
-        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations(-1)), ValueError, "batch_size must be at least 0"),
-        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations([2, 0.5])), TypeError, r"batch_size\[1\]"),
-        (lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations([])), ValueError, "batch_size must have an entry"),
-        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=[True])), TypeError, "plan must be a PathPlan, got list"),
-        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=block_plan(True))), ValueError, "plan must be .* 4 paths.* with 1"),
-        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=sample_plan([[True]] * 4))), ValueError, "mode 'block'.*mode 'sample'"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5, mode="sample").iterations()), ValueError, "batch_size must be given"),
         (
-            lambda: next(rdp.ResidualDropPath(Net(), mode="sample").iterations(3, plan=sample_plan([[True]] * 4))),
+            lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations(torch.randn(64, 3))), TypeError,
+            r"batch_size must be the number of samples, len\(images\) for example, got a tensor of torch.float32 and shape \[64, 3\]",
+        ),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations({"x": 1})), TypeError, "batch_size must be the number of samples"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations([torch.randn(64, 3)])), TypeError, r"batch_size\[0\].* got a tensor"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5, mode="sample").iterations(-1)), ValueError, "batch_size must be at least 0"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5, mode="sample").iterations([2, 0.5])), TypeError, r"batch_size\[1\]"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5, mode="sample").iterations([])), ValueError, "batch_size must have an entry"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations(plan=[True])), TypeError, "plan must be a PathPlan, got list"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations(plan=block_plan(True))), ValueError, "plan must be .* 4 paths.* with 1"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations(plan=sample_plan([[True]] * 4))), ValueError, "mode 'block'.*mode 'sample'"),
+        (
+            lambda: next(rdp.ResidualDropPath(Net(), 0.5, mode="sample").iterations(3, plan=sample_plan([[True]] * 4))),
             ValueError, r"plan must be for batch_size \[3\], got one for 1",
         ),
-        (lambda: next(rdp.ResidualDropPath(Net()).iterations(plan=block_plan(*[True] * 4, p=1.0))), ValueError, "infinite"),
+        (lambda: next(rdp.ResidualDropPath(Net(), 0.5).iterations(plan=block_plan(*[True] * 4, p=1.0))), ValueError, "infinite"),
     ],
 )  # fmt: skip
 def test_errors(call, error, words):
@@ -527,14 +565,16 @@ def test_errors(call, error, words):
 
 @pytest.mark.parametrize("options", [{"mode": "block"}, {"mode": "sample", "freeze": "none"}])
 def test_batch_norm_where_it_is_exact(options):
-    rdp.ResidualDropPath(batch_norm_net(), **options)
-    rdp.ResidualDropPath(batch_norm_net(mode="block"), mode="sample")
+    rdp.ResidualDropPath(batch_norm_net(), 0.5, **options)
+    rdp.ResidualDropPath(batch_norm_net(mode="block"), 0.5, mode="sample")
 
 
 class TestState:
     def test_errors_leave_the_scheme_as_it_was(self):
-        scheme = rdp.ResidualDropPath(Net(), 1.0, seed=3)
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0, seed=3)
         with scheme.drop_iteration(), pytest.raises(RuntimeError, match="inside an open drop iteration"):
+            net(torch.randn(4, 3))
             scheme.state_dict()
         state = scheme.state_dict()
         for wrong, words in [
@@ -551,26 +591,29 @@ class TestState:
             assert scheme.state_dict() == state
 
     def test_a_pending_reuse_iteration_is_the_only_one(self):
-        scheme = rdp.ResidualDropPath(Net(), 0.5, mode="sample", seed=3)
+        net, another, x = Net(), Net(), torch.randn(6, 3)
+        scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", seed=3)
         with scheme.drop_iteration(6):
-            pass
+            net(x)
         state = scheme.state_dict()
-        other = rdp.ResidualDropPath(Net(), 0.5, mode="sample")
+        other = rdp.ResidualDropPath(another, 0.5, mode="sample")
         other.load_state_dict(pickle.loads(pickle.dumps(state)))
         with pytest.raises(ValueError, match=r"batch_size must be \[6\]"):
             next(other.iterations(5))
         with pytest.raises(ValueError, match="pending"):
             next(other.iterations(plan=sample_plan([[True] * 6] * 4)))
         assert other.reuse_pending
-        assert list(other.iterations(6)) == ["reuse"]
-        assert list(scheme.iterations(6)) == ["reuse"]
+        assert run(other, another, 6, 6) == ["reuse"]
+        assert run(scheme, net, 6, 6) == ["reuse"]
         with scheme.drop_iteration(6) as expected, other.drop_iteration(6) as plan:
             assert plan == expected
+            net(x), another(x)
 
     def test_loads_with_weights_only(self, tmp_path):
-        scheme = rdp.ResidualDropPath(Net(), 1.0)
+        net = Net()
+        scheme = rdp.ResidualDropPath(net, 1.0)
         with scheme.drop_iteration():
-            pass
+            net(torch.randn(4, 3))
         torch.save(scheme.state_dict(), tmp_path / "scheme.pt")
         scheme.load_state_dict(torch.load(tmp_path / "scheme.pt", weights_only=True))
 
@@ -585,11 +628,12 @@ def test_repr_says_what_it_does():
 
 def test_no_warnings_and_no_growth():
     """A thousand pairs leave nothing behind but the few iterations that checkpointing may ask for."""
-    scheme = rdp.ResidualDropPath(Net(), 0.5)
+    net = Net()
+    scheme = rdp.ResidualDropPath(net, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(1000):
-            list(scheme.iterations())
+            run(scheme, net)
     assert len(scheme._closed) <= 16
 
 
