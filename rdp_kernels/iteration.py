@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._device import to_device
 from .frozen import Place
@@ -44,6 +44,8 @@ class Iteration:
     forwards: tuple[int, ...] = ()
     thaw: Sequence[tuple[Place, ...]] = ()
     """For each path its parameters that the frozen rest shares."""
+    modules: Sequence[Sequence[nn.Module]] = ()
+    """For each path those of its branch."""
     first_node: int = field(default_factory=torch._C._autograd._get_sequence_nr)
     last_node: float = float("inf")
     """The iteration's autograd nodes have sequence numbers in [first_node, last_node)."""
@@ -241,7 +243,8 @@ class Iteration:
     ) -> Decision:
         scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
         thaw = self.thaw[index] if self.thaw else ()
-        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, thaw)
+        modules = self.modules[index] if self.modules else None
+        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, modules, thaw)
 
     def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
         """int64 [2, paths, batch] on `device`: each path's learning rows, then the others, and where each row stands.

@@ -228,7 +228,7 @@ class PathCall:
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
-        owner, modules = self.owner, self.modules
+        owner, modules = self.owner, self.modules if decision.modules is None else decision.modules
         batch_norms = batch_norms_of(owner, modules) if decision.freeze_bn else ()
         lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
         with freeze(places_of(owner, modules), batch_norms), lean:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .frozen import Place, freeze
-from .paths import Path, paths_of, walk
+from .paths import Path, PathOwner, paths_of, walk
 
 
 class Rest:
@@ -31,6 +31,8 @@ class Rest:
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
         """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
+        self.modules: list[list[nn.Module]] = []
+        """For each path those of its branch."""
         self.shared: list[list[Place]] = []
         """For each path its parameters that the rest shares."""
         self._outermost: nn.Module | None = None
@@ -46,8 +48,8 @@ class Rest:
         self._holders: dict[int, str] = {}
         branches = [path.module.branch_modules() for path in self.paths]
         self._branches = {id(module) for modules in branches for module in modules}
-        in_branches = [[inner for module in modules for inner in walk(module)] for modules in branches]
-        inside = {id(module) for modules in in_branches for module in modules}
+        self.modules = [[inner for module in modules for inner in walk(module)] for modules in branches]
+        inside = {id(module) for modules in self.modules for module in modules}
         own_places = [path.module.own_parameters() for path in self.paths]
         owned = {(id(module), name) for places in own_places for module, name in places}
         walked = list(self._walk())
@@ -66,7 +68,7 @@ class Rest:
         self.shared = [
             [(m, name) for m in modules for name, p in m._parameters.items() if id(p) in in_rest]
             + [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
-            for modules, places in zip(in_branches, own_places, strict=True)
+            for modules, places in zip(self.modules, own_places, strict=True)
         ]
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
@@ -85,6 +87,10 @@ class Rest:
                         module.register_forward_hook(_Hook(self._leave), always_call=True),
                     ],
                 )
+
+    def owners(self) -> list[PathOwner]:
+        """What stands for the model's paths now, outside of the branches that `refresh` found."""
+        return [owner for module in walk(self.model, self._branches) for _, owner in paths_of(module)]
 
     def parameters(self) -> list[nn.Parameter]:
         return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]

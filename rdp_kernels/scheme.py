@@ -17,7 +17,7 @@ from ._ranks import rank, world_size
 from .alternate import Alternation, stepped_by
 from .drop_paths import warn_left_over
 from .iteration import Iteration, Rules, check_plan, trainable
-from .paths import Decision, Path, PathOwner, find_paths, paths_of, refuse_batch_norm, walk
+from .paths import Decision, Path, PathOwner, find_paths, paths_of, refuse_batch_norm
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -397,6 +397,8 @@ class ResidualDropPath:
             self._refuse_reuse()
         self._look_up_paths()
         self._rest.refresh()
+        if any(paths_of(module) for modules in self._rest.modules for module in modules):
+            find_paths(self._rest.model)  # raises: one lies inside another
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
     def _refuse_reuse(self) -> NoReturn:
@@ -406,14 +408,15 @@ class ResidualDropPath:
         )
 
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
-        thaw = [tuple(filter(trainable, shared)) for shared in self._rest.shared] if phase == "reuse" else ()
-        return Iteration(phase, plan, self.paths, self._rules, forwards, thaw)
+        if phase == "drop":
+            return Iteration(phase, plan, self.paths, self._rules, forwards)
+        thaw = [tuple(filter(trainable, shared)) for shared in self._rest.shared]
+        return Iteration(phase, plan, self.paths, self._rules, forwards, thaw, self._rest.modules)
 
     def _look_up_paths(self) -> None:
         """Finds the model's paths anew where they are others than before. Raises `RuntimeError` between two iterations
         of a pair, whose plan is about the paths as they were."""
-        model = self._rest.model
-        owners = [owner for module in walk(model) for _, owner in paths_of(module)]
+        owners = self._rest.owners()
         if len(owners) == len(self.paths) and all(o is p.module for o, p in zip(owners, self.paths, strict=True)):
             return
         if self._pending is not None:
@@ -422,7 +425,7 @@ class ResidualDropPath:
                 "call reset()"
             )
         before = {id(path.module): path.module for path in self.paths}
-        paths = find_paths(model, *self._rates, known=before)
+        paths = find_paths(self._rest.model, *self._rates, known=before)
         self._check_paths(paths)
         for owner in before.values():
             owner.slot.clear()
