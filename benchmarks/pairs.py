@@ -146,7 +146,7 @@ class Exact(Plain):
     def __init__(self, network: Network, images: Tensor, labels: Tensor, mode: str, autocast: bool = False):
         network.prepare(images[:2])
         super().__init__(network, images, labels, mode, autocast)
-        self.scheme = rdp.ResidualDropPath(self.model, mode=mode, freeze=self.freeze)
+        self.scheme = rdp.ResidualDropPath(self.model, 0.5, mode=mode, freeze=self.freeze)  # plans have their own rates
 
     def pair(self, plan: rdp.PathPlan) -> Iterator[None]:
         for _ in self.scheme.iterations(plan=plan):

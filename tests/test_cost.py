@@ -140,7 +140,7 @@ def test_plain_training_costs_three_units_a_matmul():
 def test_iterations_cost_what_is_needed(keep):
     for freeze, train_rest in OPTIONS:
         model = vit()
-        scheme = rdp.ResidualDropPath(model, mode=plan_of(keep).mode, freeze=freeze, train_rest=train_rest)
+        scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, freeze=freeze, train_rest=train_rest)
         costs = {phase: counted(model) for phase in scheme.iterations(plan=plan_of(keep))}
         needed = {"drop": needed_drop(kept_rows(keep))}
         if not keep.all():
@@ -212,7 +212,7 @@ def record_calls(model: ViT) -> list[set[Call]]:
 @pytest.mark.parametrize("keep", PLANS)
 def test_branches_run_on_the_rows_of_the_plan_only(keep, freeze):
     model = vit()
-    scheme = rdp.ResidualDropPath(model, mode=plan_of(keep).mode, freeze=freeze)
+    scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, freeze=freeze)
     for phase in scheme.iterations(plan=plan_of(keep)):
         calls = record_calls(model)
         model(torch.randn(BATCH, CHANNELS, SIDE, SIDE)).sum().backward()
@@ -250,7 +250,7 @@ def saved_bytes(*models: nn.Module) -> Iterator[Callable[[], int]]:
 def saved_in_reuse(branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str) -> int:
     """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a stream that requires grad."""
     model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Identity()))
-    scheme = rdp.ResidualDropPath(model, mode=plan_of(keep).mode, freeze=freeze, train_rest=True)
+    scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, freeze=freeze, train_rest=True)
     for phase in scheme.iterations(plan=plan_of(keep)):
         if phase == "reuse":
             with saved_bytes(model) as saved:
@@ -326,7 +326,7 @@ def test_the_frozen_prefix_saves_nothing(freeze):
     """Only the last path, an MLP, learns: it and the final norm's dgrad are all there is to save for."""
     model, images = vit(), torch.randn(BATCH, CHANNELS, SIDE, SIDE)
     keep = torch.arange(PATHS) < PATHS - 1
-    scheme = rdp.ResidualDropPath(model, freeze=freeze)
+    scheme = rdp.ResidualDropPath(model, 0.5, freeze=freeze)
     for phase in scheme.iterations(plan=plan_of(keep)):
         with saved_bytes(model) as saved:
             model(images)

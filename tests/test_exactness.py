@@ -169,7 +169,7 @@ def test_nan_in_dropped_rows_reaches_nothing(mode, freeze):
     x = torch.randn(4, 3, 4, dtype=torch.float64)
     x[1, 0, 0] = 100.0
     keep = torch.tensor([[True, False, True, True]]) if mode == "sample" else torch.tensor([False])
-    scheme = rdp.ResidualDropPath(net, mode=mode, freeze=freeze)
+    scheme = rdp.ResidualDropPath(net, 0.5, mode=mode, freeze=freeze)
     x.requires_grad_()
     with scheme.drop_iteration(plan=rdp.PathPlan(keep, [0.25], mode)):
         out = net(x)

@@ -123,7 +123,7 @@ def test_an_empty_batch_takes_part_on_a_rank_among_others(mask, monkeypatch):
 def test_per_sample_arguments_follow_learning_and_frozen_rows(freeze):
     branch = rdp.ResidualBranch(Recorder(), per_sample=["bias"])
     net = rdp.ResidualSequence(branch)
-    scheme = rdp.ResidualDropPath(net, mode="sample", freeze=freeze)
+    scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", freeze=freeze)
     keep = torch.tensor([[True, False, False, True, True]])
     x, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
     for _ in scheme.iterations(plan=rdp.PathPlan(keep, [0.5], "sample")):
@@ -238,7 +238,7 @@ def test_one_kept_row_of_a_frozen_batch_norm_has_the_right_gradient():
     branch = rdp.ResidualBranch(fn)
     fn.norm.eval()
     x, weight = torch.randn(3, 6, 4, 4).double().requires_grad_(), torch.randn(3, 6, 4, 4).double()
-    scheme = rdp.ResidualDropPath(branch, mode="sample", freeze="none")
+    scheme = rdp.ResidualDropPath(branch, 0.5, mode="sample", freeze="none")
     keep = torch.tensor([[False, True, False]])
     with scheme.drop_iteration(3, plan=rdp.PathPlan(keep, [0.5], "sample")):
         (branch(x) * weight).sum().backward()

@@ -212,7 +212,7 @@ def test_backward_twice_and_partly():
 def test_a_bypassed_path_saves_nothing():
     """freeze="branch": beyond what the learning path needs, autograd keeps no byte."""
     paths = sequence(2)
-    scheme = rdp.ResidualDropPath(paths, freeze="branch", train_rest=True)
+    scheme = rdp.ResidualDropPath(paths, 0.5, freeze="branch", train_rest=True)
     saved = {}
     for phase in scheme.iterations(plan=rdp.PathPlan(torch.tensor([True, False]), [0.5, 0.5], "block")):
         sizes = []

@@ -65,7 +65,7 @@ class TestCheckpoint:
         torch.manual_seed(0)
         plain, net = Net(), Net(kind)
         net.load_state_dict(plain.state_dict())
-        schemes = [rdp.ResidualDropPath(m, mode=mode, freeze=freeze, seed=4) for m in (plain, net)]
+        schemes = [rdp.ResidualDropPath(m, 0.5, mode=mode, freeze=freeze, seed=4) for m in (plain, net)]
         # Reentrant checkpointing gives gradients only where its input requires one (torch's own rule).
         x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
         return plain, net, *schemes, x
@@ -106,7 +106,7 @@ class TestCheckpoint:
 
 def test_checkpoint_with_several_forwards_in_sample_mode_is_refused():
     net = Net("non-reentrant")
-    scheme = rdp.ResidualDropPath(net, mode="sample")
+    scheme = rdp.ResidualDropPath(net, 0.5, mode="sample")
     with pytest.raises(RuntimeError, match="'stages.2.1' is recomputed by checkpointing, and which of the 2 forwards"):
         for _ in scheme.iterations([4, 4]):
             sum(net(torch.randn(4, 3).double()).sum() for _ in range(2)).backward()
@@ -117,7 +117,7 @@ def test_reentrant_checkpointing_that_loses_a_gradient_is_refused():
     """The frozen stem's output requires no grad, so the first segment would learn nothing, silently."""
     net = Net("reentrant")
     net.head = nn.Sequential(rdp.ResidualBranch(nn.Linear(8, 8)), nn.Linear(8, 2)).double()
-    scheme = rdp.ResidualDropPath(net)
+    scheme = rdp.ResidualDropPath(net, 0.5)
     plan = rdp.PathPlan(torch.tensor([False, True, True, True, True, True, False]), [0.5] * 7, "block")
     with (
         pytest.raises(RuntimeError, match="'stages.0.1' learns .* reentrant"),
@@ -151,7 +151,7 @@ def test_a_micro_batch_in_which_nothing_learns_has_a_backward(freeze, chain):
     keep = torch.ones(6, 5, dtype=torch.bool)
     keep[1, 0] = keep[4, 1] = False
     plan, x = rdp.PathPlan(keep, [0.5] * 6, "sample"), torch.randn(5, 3).double()
-    schemes = [rdp.ResidualDropPath(m, mode="sample", freeze=freeze) for m in (net, whole)]
+    schemes = [rdp.ResidualDropPath(m, 0.5, mode="sample", freeze=freeze) for m in (net, whole)]
     phases = zip(*(s.iterations(n, plan=plan) for s, n in zip(schemes, ([2, 3], 5), strict=True)), strict=True)
     for _ in phases:
         whole(x).square().sum().backward()

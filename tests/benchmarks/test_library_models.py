@@ -23,7 +23,7 @@ def test_branches_are_the_paths_of_the_converted_network(model):
     names = network.names
     parts = [{id(p) for p in part.parameters} for part in network.branches]
     network.prepare(TINY[model].data(CPU)[0][:2])
-    scheme = rdp.ResidualDropPath(network.model)
+    scheme = rdp.ResidualDropPath(network.model, 0.5)
     assert [path.name for path in scheme.paths] == names
     assert [{id(p) for p in path.parameters()} for path in scheme.paths] == parts
     everything = [*network.rest.parameters, *(p for part in network.branches for p in part.parameters)]

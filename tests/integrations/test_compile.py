@@ -241,7 +241,7 @@ def test_without_iterations_and_in_eval():
     plain = Net()
     net = copy.deepcopy(plain)
     compile_branches(net, backend="eager")
-    scheme, x = rdp.ResidualDropPath(net), double(6, 3)
+    scheme, x = rdp.ResidualDropPath(net, 0.5), double(6, 3)
     for _ in range(4):
         for model in (plain, net):
             torch.manual_seed(7)

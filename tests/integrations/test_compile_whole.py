@@ -157,7 +157,7 @@ def test_a_model_inside_another():
 def test_without_an_iteration():
     """Training draws in the graph, everything learns; eval is plain, inside an iteration too."""
     net = Net()
-    scheme = rdp.ResidualDropPath(net, freeze="branch", seed=3)
+    scheme = rdp.ResidualDropPath(net, 0.5, freeze="branch", seed=3)
     compiled = compile_whole(net, scheme, backend="eager")
     x = double(4, 3)
     for _ in scheme.iterations():
@@ -205,7 +205,7 @@ def test_refusals():
         whole(nets.tied_net(), freeze="branch")
     net = Net()
     with pytest.raises(ValueError, match="model must be, or hold, the one that scheme was made for"):
-        compile_whole(Net(), rdp.ResidualDropPath(net))
+        compile_whole(Net(), rdp.ResidualDropPath(net, 0.5))
     with pytest.raises(TypeError, match="scheme must be a ResidualDropPath, got Net"):
         compile_whole(net, net)
 

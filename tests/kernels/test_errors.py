@@ -228,7 +228,7 @@ with rdp.use_backend({backend!r}):
     out = rdp.drop_path_add(out, rdp.drop_path(out, 0.5, training=True), 0.5, training=True)
     rdp.gather_rows(out, rows).sum().backward()
     branch = rdp.ResidualBranch(torch.nn.Linear(3, 3), norm=torch.nn.LayerNorm(3), drop_prob=0.5)
-    scheme = rdp.ResidualDropPath(branch)
+    scheme = rdp.ResidualDropPath(branch, 0.5)
     for _ in scheme.iterations(4):
         branch(stream).sum().backward()
 assert stream.grad.isfinite().all()

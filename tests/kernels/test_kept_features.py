@@ -69,7 +69,7 @@ def test_through_a_sequence(backend, mode, freeze, hooked):
 
     for branch in paths[1:3] if hooked else ():
         {"fn": branch.fn, "norm": branch.norm, "branch": branch}[hooked].register_forward_hook(keep)
-    scheme = rdp.ResidualDropPath(paths, mode=mode, freeze=freeze, sampling="fixed", seed=1)
+    scheme = rdp.ResidualDropPath(paths, 0.5, mode=mode, freeze=freeze, sampling="fixed", seed=1)
     seen = 0
     for _ in range(2):
         for _ in scheme.iterations(4):
