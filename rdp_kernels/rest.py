@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .frozen import Place, freeze
+from .frozen import FreezeBN, Place, freeze, keeps_statistics
 from .paths import Path, modules_of
 
 
@@ -23,10 +22,10 @@ class Rest:
         model: the model of a scheme.
         paths: its paths; what belongs to none of them is the rest.
         frozen: asked when a module of the rest is called in training mode.
-        freeze_bn: frozen BatchNorms run in eval mode.
+        freeze_bn: as of the scheme.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: bool):
+    def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: FreezeBN):
         self.model, self._is_frozen, self._freeze_bn = model, frozen, freeze_bn
         self._branches = {id(module) for path in paths for module in path.module.branch_modules()}
         self._in_branches = {id(module) for path in paths for module in modules_of(path.module)}
@@ -51,7 +50,7 @@ class Rest:
         for name, module in self._walk():
             named = module._parameters.items()
             own = [(module, key) for key, p in named if p is not None and (id(module), key) not in self._owned]
-            batch_norm = isinstance(module, _BatchNorm) and id(module) not in self._in_branches
+            batch_norm = keeps_statistics(module) and id(module) not in self._in_branches
             self._places += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
@@ -106,7 +105,7 @@ class Rest:
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
             self._outermost = module
-            self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
+            self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
