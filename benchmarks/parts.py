@@ -55,15 +55,15 @@ def rest_of(model: nn.Module, branches: Iterable[Part]) -> Part:
 
 @contextlib.contextmanager
 def left_alone(parts: Iterable[Part]) -> Iterator[None]:
-    """A forward and backward inside leave `parts` as they were: their BatchNorms are in eval mode, and their gradients
-    are thrown away at the end."""
+    """A forward and backward inside leave `parts` as they were: the running statistics of their BatchNorms, which
+    normalise by the batch, don't move, and their gradients are thrown away at the end."""
     parts = list(parts)
-    batch_norms = [m for part in parts for m in part.batch_norms if m.training]
+    batch_norms = [m for part in parts for m in part.batch_norms if m.track_running_stats]
     for batch_norm in batch_norms:
-        batch_norm.eval()
+        batch_norm.track_running_stats = False
     yield
     for batch_norm in batch_norms:
-        batch_norm.train()
+        batch_norm.track_running_stats = True
     for part in parts:
         for parameter in part.parameters:
             parameter.grad = None

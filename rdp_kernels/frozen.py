@@ -5,9 +5,9 @@ needs. What is left for this module:
 
 | function | of a frozen branch it skips |
 |---|---|
-| `freeze` | wgrad: parameters and BatchNorm statistics stand still during one call |
+| `freeze` | wgrad: parameters and running statistics stand still during one call |
 | `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
-| `lean_ops` | inputs that autograd saves for convolution and BatchNorm although no weight learns |
+| `lean_ops` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
 
 `take_part` is the reverse: zeros for weights that learn on other ranks.
 """
@@ -15,15 +15,27 @@ needs. What is left for this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 Place = tuple[nn.Module, str]
 """A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
+
+FreezeBN = Literal[True, False, "running"]
+"""As of `ResidualDropPath`."""
+
+
+def check_freeze_bn(value: object) -> FreezeBN:
+    """`value`; raises `ValueError` for what it may not be."""
+    if not isinstance(value, (bool, str)) or value not in (True, False, "running"):
+        raise ValueError(f'freeze_bn must be True, False or "running", got {value!r}')
+    return value  # type: ignore[return-value]
 
 
 class requires_grad:
@@ -64,22 +76,37 @@ class requires_grad:
 
 
 class freeze(requires_grad):
-    """Context: the parameters in `places` don't require grad, and `batch_norms` are in eval mode."""
+    """Context: the parameters in `places` don't require grad, and no running statistics in `modules` move.
 
-    def __init__(self, places: Iterable[Place], batch_norms: Iterable[nn.Module] = ()):
+    With `freeze_bn=True` norms in training mode still normalise by the batch. With `"running"` they are in eval mode.
+    With `False` they are left alone, and their statistics move.
+    """
+
+    def __init__(self, places: Iterable[Place], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
         super().__init__(places, False)
-        self._batch_norms = [m for m in batch_norms if m.training]
+        self._switch = "training" if freeze_bn == "running" else "track_running_stats"
+        norms = [m for m in modules if isinstance(m, _NormBase)] if freeze_bn else []
+        self._norms = [(m, m._buffers) for m in norms if m.training and getattr(m, self._switch)]
 
     def __enter__(self) -> freeze:
         super().__enter__()
-        for batch_norm in self._batch_norms:
-            batch_norm.training = False
+        for norm, buffers in self._norms:
+            setattr(norm, self._switch, False)
+            if norm.training and isinstance(norm, _InstanceNorm):  # it moves the statistics that it has all the same
+                norm._buffers = {**buffers, "running_mean": None, "running_var": None}
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__()
-        for batch_norm in self._batch_norms:
-            batch_norm.training = True
+        for norm, buffers in self._norms:
+            setattr(norm, self._switch, True)
+            if norm._buffers is not buffers:
+                norm._buffers = buffers
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm or an InstanceNorm with running statistics."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
 
 
 def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
@@ -145,7 +172,7 @@ class lean_ops(TorchFunctionMode):
 
 def lean_ops_pay(modules: Iterable[nn.Module]) -> bool:
     """Whether `lean_ops` would save anything: the mode costs a microsecond for every torch call within."""
-    return any(isinstance(module, (_ConvNd, _BatchNorm)) for module in modules)
+    return any(isinstance(m, _ConvNd) or (isinstance(m, _BatchNorm) and not m.training) for m in modules)
 
 
 class _FrozenConv(torch.autograd.Function):

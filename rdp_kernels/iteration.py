@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._device import to_device
-from .frozen import Place
+from .frozen import FreezeBN, Place
 from .paths import Decision, Path
 from .plan import PathPlan, kept_scale
 from .rows import RowSet, orders_of
@@ -22,7 +22,7 @@ class Rules:
     freeze: str
     scale_by_keep: bool
     train_rest: bool
-    freeze_bn: bool
+    freeze_bn: FreezeBN
 
     @property
     def freezes_rest(self) -> bool:

@@ -228,11 +228,11 @@ class PathCall:
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
-        owner, modules = self.owner, self.modules if decision.modules is None else decision.modules
-        batch_norms = batch_norms_of(owner, modules) if decision.freeze_bn else ()
-        lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
-        with freeze(places_of(owner, modules), batch_norms), lean:
-            yield
+        modules = self.modules if decision.modules is None else decision.modules
+        with freeze(places_of(self.owner, modules), modules, decision.freeze_bn):
+            lean = decision.freeze == "parameters" and lean_ops_pay(modules)
+            with lean_ops() if lean else contextlib.nullcontext():
+                yield
 
 
 def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .frozen import Place
+from .frozen import FreezeBN, Place
 from .plan import drop_path_rates
 from .rows import RowSet
 
@@ -32,7 +32,7 @@ class Decision:
     rows: RowSet | None = None
     scale: float = 1.0
     freeze: str = "parameters"
-    freeze_bn: bool = True
+    freeze_bn: FreezeBN = True
     modules: Sequence[nn.Module] | None = None
     """Those of the branch, where somebody has looked them up."""
     thaw: tuple[Place, ...] = ()

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from .frozen import Place, freeze
+from .frozen import FreezeBN, Place, freeze, keeps_statistics
 from .paths import Path, PathOwner, paths_of, walk
 
 
@@ -24,10 +23,10 @@ class Rest:
         model: the model of a scheme.
         paths: its paths; what belongs to none of them is the rest.
         frozen: asked when a module of the rest is called in training mode.
-        freeze_bn: frozen BatchNorms run in eval mode.
+        freeze_bn: as of the scheme.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: bool):
+    def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: FreezeBN):
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
         """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
@@ -56,7 +55,7 @@ class Rest:
         for name, module in walked:
             named = module._parameters.items()
             own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
-            batch_norm = isinstance(module, _BatchNorm) and id(module) not in inside
+            batch_norm = keeps_statistics(module) and id(module) not in inside
             self._places += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
@@ -142,7 +141,7 @@ class Rest:
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
             self._outermost = module
-            self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
+            self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, *_: Any) -> None:

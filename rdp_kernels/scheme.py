@@ -16,6 +16,7 @@ from ._checks import check_bool, check_choice, check_count, check_probability
 from ._ranks import rank, world_size
 from .alternate import Alternation, stepped_by
 from .drop_paths import warn_left_over
+from .frozen import FreezeBN, check_freeze_bn
 from .iteration import Iteration, Rules, check_plan, trainable
 from .paths import Decision, Path, PathOwner, find_paths, paths_of, refuse_batch_norm
 from .plan import (
@@ -52,7 +53,11 @@ class ResidualDropPath:
         sampling: `"bernoulli"` draws independently, `"fixed"` makes the counts as even as they can be.
         scale_by_keep: kept branches are scaled by 1 / (1 − p) in the drop iteration.
         train_rest: the rest (stem, head, final norm, shortcuts) learns in the reuse iteration too.
-        freeze_bn: frozen BatchNorm normalises with its running statistics and leaves them alone.
+        freeze_bn: what frozen BatchNorm does in training mode. True: it normalises by the batch, and its running
+            statistics stand still. `"running"`: it normalises by its running statistics, as at inference, and these
+            stand still. That saves memory and is for fine-tuning: from scratch, running statistics lag behind the
+            weights, and the reuse iterations' loss explodes. False: it normalises by the batch, and its running
+            statistics move.
         seed: pass your run's seed. Masks depend on it and on the number of plans drawn alone, in sample mode on the
             rank of `torch.distributed` too.
 
@@ -76,7 +81,7 @@ class ResidualDropPath:
         sampling: Literal["bernoulli", "fixed"] = "bernoulli",
         scale_by_keep: bool = True,
         train_rest: bool = False,
-        freeze_bn: bool = True,
+        freeze_bn: FreezeBN = True,
         seed: int = 0,
     ):
         check_choice("schedule", schedule, SCHEDULES)
@@ -93,7 +98,7 @@ class ResidualDropPath:
             freeze,
             check_bool("scale_by_keep", scale_by_keep),
             check_bool("train_rest", train_rest),
-            check_bool("freeze_bn", freeze_bn),
+            check_freeze_bn(freeze_bn),
         )
         self._rates = drop_prob, schedule
         self.paths = find_paths(model, drop_prob, schedule)

@@ -119,19 +119,20 @@ def conv_net() -> Net:
     ).double()
 
 
-def batch_norm_net() -> Net:
+def batch_norm_net(chain: bool = False) -> Net:
     """BatchNorm in the branches, which sample mode runs whole (and doesn't freeze)."""
     paths = [
         rdp.ResidualBranch(
             nn.Sequential(
                 nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
             ),
-            activation="relu",
+            activation=None if chain else "relu",
         )
         for _ in range(3)
     ]
     stem = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
-    return Net(stem, paths, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))).double()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    return Net(stem, paths, head, chain).double()
 
 
 NETS = {"tokens": tokens_net, "tied": tied_net, "chain": chain_net, "conv": conv_net, "batch_norm": batch_norm_net}
@@ -148,7 +149,7 @@ class Iteration:
     freeze: str = "parameters"
     train_rest: bool = False
     scale_by_keep: bool = True
-    freeze_bn: bool = True
+    freeze_bn: bool | str = True
 
     @property
     def rest_learns(self) -> bool:
@@ -165,7 +166,7 @@ class Iteration:
 def textbook(net: Net, x: Tensor, iteration: Iteration) -> Tensor:
     """All branches on all samples, masked by `torch.where`; what is frozen runs on detached copies of its modules."""
     constant = copy.deepcopy(net).requires_grad_(False)
-    if iteration.freeze_bn:
+    if iteration.freeze_bn == "running":
         for module in constant.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
@@ -213,3 +214,15 @@ def took_part(net: Net, iteration: Iteration) -> set[str]:
         for name, p in net.named_parameters()
         if of_paths.get(id(p), False) or (id(p) in in_rest and iteration.rest_learns)
     }
+
+
+def moving_statistics(net: Net, iteration: Iteration) -> set[str]:
+    """Names of the BatchNorm statistics that the iteration moves."""
+    found = set()
+    for name, _ in net.named_buffers():
+        parts = name.split(".")
+        of_path = parts[0] == "paths" and parts[2] != "shortcut"
+        learns = bool(iteration.learns[int(parts[1])].any()) if of_path else iteration.rest_learns
+        frozen_moves = iteration.phase == "reuse" and not iteration.freeze_bn
+        found |= {name} if learns or frozen_moves else set()
+    return found

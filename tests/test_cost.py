@@ -247,10 +247,13 @@ def saved_bytes(*models: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: sum(storage.nbytes() for storage in saved.values())
 
 
-def saved_in_reuse(branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str) -> int:
+def saved_in_reuse(
+    branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str, freeze_bn: bool | str = True
+) -> int:
     """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a stream that requires grad."""
     model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Identity()))
-    scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, freeze=freeze, train_rest=True)
+    options = {"freeze": freeze, "freeze_bn": freeze_bn}
+    scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, train_rest=True, **options)
     for phase in scheme.iterations(plan=plan_of(keep)):
         if phase == "reuse":
             with saved_bytes(model) as saved:
@@ -308,17 +311,26 @@ def test_frozen_rows_save_what_their_dgrad_needs(backend, freeze):
         assert saved_in_reuse(branch, TOKEN_STREAM, keep, freeze) == floats * FLOAT + indices * INDEX
 
 
-def test_a_frozen_conv_branch_saves_its_relu_only():
+@pytest.mark.parametrize(
+    ("freeze_bn", "streams", "vectors"),
+    [
+        (True, 3, 2 * MEAN_RSTD),  # both BatchNorms' inputs, with means and rstds, and the ReLU's output
+        ("running", 1, 2),  # the ReLU's output, and a factor a channel for each BatchNorm
+        (False, 3, 2 * MEAN_RSTD),
+    ],
+)
+def test_a_frozen_conv_branch_saves_no_input_of_a_conv(freeze_bn, streams, vectors):
     def conv() -> list[nn.Module]:
         return [nn.Conv2d(DIM, DIM, 3, padding=1, bias=False), nn.BatchNorm2d(DIM)]
 
     x = torch.randn(BATCH, DIM, SIDE, SIDE)
     branch = rdp.ResidualBranch(nn.Sequential(*conv(), nn.ReLU(), *conv()), channel_dim=1)
     # Learning: both convolutions' and both BatchNorms' inputs (conv 2's is the ReLU's output), means and rstds.
-    assert saved_in_reuse(branch, x, LEARNING, "parameters") == (4 * x.numel() + 2 * MEAN_RSTD * DIM) * FLOAT
-    # Frozen: the ReLU's output, a factor a channel for each BatchNorm.
-    assert saved_in_reuse(branch, x, FROZEN, "parameters") == (x.numel() + 2 * DIM) * FLOAT
-    assert saved_in_reuse(branch, x, FROZEN, "branch") == 0
+    wanted = (4 * x.numel() + 2 * MEAN_RSTD * DIM) * FLOAT
+    assert saved_in_reuse(branch, x, LEARNING, "parameters", freeze_bn) == wanted
+    wanted = (streams * x.numel() + vectors * DIM) * FLOAT
+    assert saved_in_reuse(branch, x, FROZEN, "parameters", freeze_bn) == wanted
+    assert saved_in_reuse(branch, x, FROZEN, "branch", freeze_bn) == 0
 
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])

@@ -139,7 +139,7 @@ def _nothing_frozen(monkeypatch):
 
 def _frozen_batch_norm_learns(monkeypatch):
     original = rdp_kernels.path_call.freeze
-    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda parameters, batch_norms=(): original(parameters, ()))
+    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda parameters, *_: original(parameters))
 
 
 def _after_conversion(change):

@@ -7,13 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
 
 from .conftest import DEVICE
-from .nets import INPUTS, NETS, Iteration, textbook, took_part
+from .nets import INPUTS, NETS, Iteration, batch_norm_net, moving_statistics, textbook, took_part
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+CHAIN = {"batch_norm_chain": lambda: batch_norm_net(chain=True)}
 
 
 def check_iteration(net, x, iteration, weights):
@@ -38,10 +42,12 @@ def check_iteration(net, x, iteration, weights):
         if name in part:
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE)
     assert {name: m.training for name, m in net.named_modules()} == flags
-    frozen_rest = iteration.freeze_bn and not iteration.rest_learns
+    moves = moving_statistics(net, iteration)
     for name, buffer in net.named_buffers():
-        if frozen_rest and not name.startswith("paths"):
+        if name not in moves:
             assert torch.equal(buffer, buffers[name]), f"{name} moved"
+        elif iteration.freeze_bn:  # else the textbook's copies move
+            torch.testing.assert_close(buffer, expected_net.get_buffer(name), **TOLERANCE)
 
 
 CASE = given(  # Hypothesis begins with the first of each: one that drops a part
@@ -78,12 +84,23 @@ def test_equals_the_textbook_on_kernels(backend, kind, mode, freeze, seed, batch
         check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device=DEVICE)
 
 
-def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device="cpu"):
+@examples(3)
+@CASE
+@pytest.mark.parametrize("train_rest", [False, True], ids=["", "train_rest"])
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+@pytest.mark.parametrize("kind", ["conv", "batch_norm", "batch_norm_chain"])
+@pytest.mark.parametrize("freeze_bn", ["running", False])
+def test_frozen_batch_norm_equals_the_textbook(freeze_bn, kind, freeze, train_rest, seed, batch, p):
+    """As of the options that aren't the default: in branches, in branches that hand over, in the stem and shortcuts."""
+    check_pair(kind, "block", freeze, "bernoulli", train_rest, seed, batch, p, freeze_bn=freeze_bn)
+
+
+def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device="cpu", freeze_bn=True):
     """A drop and a reuse iteration."""
     if kind == "batch_norm" and mode == "sample" and freeze != "none":
         return  # refused: tests/test_scheme.py
     torch.manual_seed(seed)
-    net = NETS[kind]().to(device)
+    net = (NETS | CHAIN)[kind]().to(device)
     scheme = rdp.ResidualDropPath(
         net,
         p,
@@ -92,14 +109,15 @@ def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device=
         sampling=sampling,
         train_rest=train_rest,
         scale_by_keep=bool(seed % 2),
+        freeze_bn=freeze_bn,
         seed=seed,
     )
     phases = []
     for phase in scheme.iterations(batch):
         keep = scheme.plan.keep if mode == "sample" else scheme.plan.keep[:, None].expand(-1, batch)
         keep = keep.to(device)
-        iteration = Iteration(phase, keep, [p] * len(net.paths), freeze, train_rest, scale_by_keep=bool(seed % 2))
-        x, weights = torch.randn(batch, *INPUTS[kind], dtype=torch.float64).to(device), None
+        iteration = Iteration(phase, keep, [p] * len(net.paths), freeze, train_rest, bool(seed % 2), freeze_bn)
+        x, weights = torch.randn(batch, *INPUTS[kind.removesuffix("_chain")], dtype=torch.float64).to(device), None
         with torch.no_grad():
             weights = torch.randn_like(net.eval()(x))
         check_iteration(net.train(), x, iteration, weights)
@@ -110,24 +128,97 @@ def check_pair(kind, mode, freeze, sampling, train_rest, seed, batch, p, device=
     assert phases == (["drop", "reuse"] if not keep.all() and took_part(net, reuse) else ["drop"])
 
 
-@pytest.mark.parametrize("freeze_bn", [True, False])
-def test_freeze_bn(freeze_bn):
-    """Running statistics of frozen paths and of the frozen rest don't move by a bit; those that learn do."""
+def timm_norm_act():
+    if not installed("timm"):
+        pytest.skip("timm is not installed")
+    import_torchvision()
+    from timm.layers import BatchNormAct2d
+
+    return BatchNormAct2d(4)
+
+
+NORMS = {
+    "BatchNorm": lambda: nn.BatchNorm2d(4),
+    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no weights": lambda: nn.BatchNorm2d(4, affine=False),
+    "no running statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "lazy": lambda: nn.LazyBatchNorm2d(),
+    "synchronised": lambda: nn.SyncBatchNorm(4),  # without a process group it runs on CPUs
+    "InstanceNorm": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "timm's, with an activation": timm_norm_act,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("freeze", ["parameters", "branch"])
+@pytest.mark.parametrize("freeze_bn", [True, "running", False])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_that_keep_running_statistics(kind, freeze_bn, freeze):
+    """In a branch, and the same norm in the stem. Frozen they give what they give in training mode, or in eval mode,
+    and with both nothing of them moves; by freeze_bn=False they are in training mode and move."""
     torch.manual_seed(0)
-    net = NETS["batch_norm"]()
-    keep = torch.tensor([True, False, True])
-    scheme = rdp.ResidualDropPath(net, 0.5, freeze_bn=freeze_bn)
-    x = torch.randn(4, 2, 4, 4, dtype=torch.float64)
-    with scheme.drop_iteration(plan=rdp.PathPlan(keep, [0.5] * 3, "block")):
+    make = NORMS[kind]
+    branches = [rdp.ResidualBranch(nn.Sequential(nn.Conv2d(4, 4, 1), make()), channel_dim=1) for _ in range(3)]
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), make(), *branches)
+    x = torch.randn(6, 2, 3, 3)
+    net(x)  # lazy ones are made
+    net.double()
+    x = x.double()
+    scheme = rdp.ResidualDropPath(net, 0.5, freeze_bn=freeze_bn, freeze=freeze)
+    plan = rdp.PathPlan(torch.tensor([True, False, True]), [0.5] * 3, "block")
+    for phase in scheme.iterations(plan=plan):
+        before, plain = copy.deepcopy(dict(net.named_buffers())), copy.deepcopy(net)
+        if phase == "reuse" and freeze_bn == "running":
+            [module.eval() for path in (1, 2, 4) for module in plain[path].modules()]
+        out = net(x)
+        out.square().sum().backward()
+        moved = {name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])}
+        learns = ("1", "2", "4") if phase == "drop" else ("3",)
+        everything = phase == "reuse" and not freeze_bn
+        wanted = {name for name in before if name.startswith(learns) or everything}
+        assert moved == {name for name in wanted if kind != "InstanceNorm" or "tracked" not in name}, "it counts none"
+        assert all(m.training and getattr(m, "track_running_stats", True) for m in net.modules()) or "no run" in kind
+        assert net.state_dict().keys() == plain.state_dict().keys()
+        if phase == "reuse":
+            torch.testing.assert_close(out, plain(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("freeze_bn", [True, "running"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputation_moves_no_statistics_of_what_is_frozen(use_reentrant, freeze_bn):
+    """By the batch or not, gradients are those without checkpointing."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, x):
+            return checkpoint(self.part, x, use_reentrant=use_reentrant)
+
+    torch.manual_seed(0)
+    plain = batch_norm_net()
+    net = copy.deepcopy(plain)
+    net.stem, net.paths = Checkpointed(net.stem), nn.ModuleList(Checkpointed(path) for path in net.paths)
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    plan = rdp.PathPlan(torch.tensor([True, False, True]), [0.5] * 3, "block")
+    schemes = [rdp.ResidualDropPath(model, freeze_bn=freeze_bn) for model in (plain, net)]
+    for phase, _ in zip(*(scheme.iterations(plan=plan) for scheme in schemes), strict=True):
         before = copy.deepcopy(dict(net.named_buffers()))
-        net(x).sum().backward()
-    moved = {name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])}
-    assert moved == {name for name in before if not name.startswith("paths.1")}
-    with scheme.reuse_iteration():
-        before = copy.deepcopy(dict(net.named_buffers()))
-        net(x).sum().backward()
-    moved = {name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])}
-    assert moved == ({name for name in before if name.startswith("paths.1")} if freeze_bn else set(before))
+        for buffer, moved_twice in zip(plain.buffers(), net.buffers(), strict=True):
+            buffer.copy_(moved_twice)  # what learns moves in the recomputation too, as without a scheme
+        found = []
+        for model in (plain, net):
+            model(x).square().sum().backward()
+            found.append({name.replace(".part", ""): p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+        for name, gradient in found[0].items():
+            assert (gradient is None) == (found[1][name] is None), name
+            if gradient is not None:
+                torch.testing.assert_close(found[1][name], gradient, **TOLERANCE)
+        moved = {name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])}
+        if phase == "reuse":
+            assert moved == {name for name in before if name.startswith("paths.1.")}
 
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rdp_kernels.frozen import bypass, freeze, lean_ops
+import rdp_kernels as rdp
+from rdp_kernels.frozen import bypass, freeze, lean_ops, lean_ops_pay
 
 CONVS = [
     (nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),
@@ -84,14 +85,41 @@ def test_bypass_runs_without_grad():
     assert torch.equal(x.grad, torch.ones(3))
 
 
-def test_freeze_puts_back_what_it_found():
-    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+@pytest.mark.parametrize("freeze_bn", [True, "running", False])
+def test_freeze_puts_back_what_it_found(freeze_bn):
+    norms = [nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)]
+    net = nn.Sequential(nn.Linear(2, 2), *norms)
     net[0].bias.requires_grad_(False)
     net[2].eval()
-    before = [p.requires_grad for p in net.parameters()], [m.training for m in net.modules()]
+    net[3].track_running_stats = False
+
+    def state():
+        flags = [(m.training, getattr(m, "track_running_stats", None)) for m in net.modules()]
+        return [p.requires_grad for p in net.parameters()], flags, [id(b) for b in net.buffers()]
+
+    before = state()
     places = [(m, name) for m in net for name in m._parameters]
-    with pytest.raises(KeyboardInterrupt), freeze([*places, places[0]], [net[1], net[2]]):
+    with pytest.raises(KeyboardInterrupt), freeze([*places, places[0]], net.modules(), freeze_bn):
         assert not any(p.requires_grad for p in net.parameters())
-        assert not net[1].training
+        assert [m.training for m in norms] == [
+            freeze_bn != "running",
+            False,
+            freeze_bn != "running",
+            freeze_bn != "running",
+        ]
+        assert [m.track_running_stats for m in norms] == [freeze_bn is not True, True, False, freeze_bn is not True]
         raise KeyboardInterrupt
-    assert ([p.requires_grad for p in net.parameters()], [m.training for m in net.modules()]) == before
+    assert state() == before
+
+
+@pytest.mark.parametrize("freeze_bn", [None, 1, "batch", torch.ones(1)])
+def test_freeze_bn_is_checked(freeze_bn):
+    with pytest.raises(ValueError, match='freeze_bn must be True, False or "running", got'):
+        rdp.ResidualDropPath(nn.Sequential(rdp.ResidualBranch(nn.BatchNorm1d(2))), freeze_bn=freeze_bn)
+
+
+def test_lean_ops_are_used_where_they_save_something():
+    by_batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert not lean_ops_pay(by_batch.modules())
+    assert lean_ops_pay(by_batch.eval().modules())
+    assert lean_ops_pay([nn.Conv2d(2, 2, 1)])

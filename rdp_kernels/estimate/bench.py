@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
+from ..frozen import FreezeBN
 from ..path_call import PathCall
 from ..paths import WHOLE, batch_norms_of, find_paths, parameters_of
 from ..rest import Rest
@@ -50,7 +51,7 @@ class Bench:
     Raises what the model raises, and `Unmeasurable`.
     """
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], freeze_bn: bool):
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], freeze_bn: FreezeBN):
         self._model, self._args, self._kwargs, self._freeze_bn = model, args, kwargs, freeze_bn
         self._paths = find_paths(model)
         self._freezes_rest = False

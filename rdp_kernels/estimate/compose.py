@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..convert.calls import arguments_of, batch_size_of
+from ..frozen import FreezeBN
 from ..plan import PathPlan
 from .bench import Bench, Unmeasurable
 from .pieces import Pieces, Quantity
@@ -50,7 +51,7 @@ class ModelCost:
     batch_size: int
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any, *, freeze_bn: bool = True, timed: bool = False) -> ModelCost:
+    def of(cls, model: nn.Module, example_inputs: Any, *, freeze_bn: FreezeBN = True, timed: bool = False) -> ModelCost:
         """Measures a copy of `model` in training mode; the model, its gradients and statistics and torch's generators
         stay as they are.
 

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .._device import to_device
+from ..frozen import FreezeBN
 from ..path_call import PathCall
 from ..paths import Decision, PathOwner, batch_norms_of, modules_of, parameters_of
 from ..rows import RowSet, orders_of, row_set
@@ -33,7 +34,7 @@ class Site:
     call: PathCall
     x: Tensor
     residual: Tensor | None
-    freeze_bn: bool
+    freeze_bn: FreezeBN
     argument_grads: Mapping[bool, Sequence[bool]]
 
     @property

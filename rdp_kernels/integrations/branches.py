@@ -5,7 +5,7 @@ What a path does, and with it what learns, is decided in Python at each call; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..frozen import freeze
-from ..paths import PathOwner, PathSlot, Runner, parameters_of, paths_of, places_of
+from ..frozen import freeze, keeps_statistics
+from ..paths import PathOwner, PathSlot, Runner, modules_of, parameters_of, paths_of, places_of
 
 
 def owners_of(model: nn.Module) -> dict[str, PathOwner]:
@@ -51,6 +51,8 @@ class BranchCall:
     | `"learning"` | of weights and of its input |
     | `"frozen"` | of its input |
     | `"constant"` | none, and saves nothing |
+
+    A variant with norms in another mode, as frozen BatchNorm is, computes something else: see `kind`.
     """
 
     variant: str
@@ -70,6 +72,13 @@ class BranchCall:
             x, args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (x, args, kwargs))
             return cls("constant", owner, x, args, kwargs, normed)
         return cls(variant, owner, x if x.requires_grad else x.detach().requires_grad_(), args, kwargs, normed)
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """Equal for calls of the branch that may share a graph, the variant first."""
+        norms = [m for m in modules_of(self.owner) if keeps_statistics(m)]
+        modes = tuple((m.training, m.track_running_stats) for m in norms)
+        return self.variant, self.normed, self.owner.training, modes
 
     def run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(*args)`, which runs the branch, under the flags of the variant."""

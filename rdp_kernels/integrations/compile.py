@@ -61,14 +61,14 @@ class _CompiledBranch:
             _mark_rows(call.x)
             owner.map_rows(_mark_rows, None, call.args, call.kwargs)
         need_grad = [t.requires_grad for t in tensors_in(call.args, call.kwargs)]
-        function = self._function(call.variant, normed, owner.training, *need_grad)
+        function = self._function(call.kind, *need_grad)
         return call.run(function, owner, call.x, call.args, call.kwargs, normed)
 
-    def _function(self, variant: str, *further: Hashable) -> Callable[..., Tensor]:
+    def _function(self, kind: tuple[Hashable, ...], *need_grad: bool) -> Callable[..., Tensor]:
         """Dynamo counts graphs by code object, and looks for sizes that change by name: each variant has its own."""
-        key = (variant, *further)
+        key = (*kind, *need_grad)
         if key not in self._functions:
-            name = re.sub(r"\W", "_", f"{self._name}_{variant}_{next(_numbers)}")
+            name = re.sub(r"\W", "_", f"{self._name}_{kind[0]}_{next(_numbers)}")
             code = _run_branch.__code__.replace(co_name=name)
             self._functions[key] = torch.compile(types.FunctionType(code, globals(), name), **self._options)
         return self._functions[key]

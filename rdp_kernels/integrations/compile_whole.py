@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._device import to_device
-from ..paths import batch_norms_of
+from ..frozen import keeps_statistics
+from ..paths import modules_of
 from ..scheme import ResidualDropPath
 
 
@@ -49,11 +49,11 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
         raise ValueError("model must be, or hold, the one that scheme was made for")
     rules = scheme._rules
     for path in scheme.paths:
-        if batch_norms_of(path.module):
+        if any(map(keeps_statistics, modules_of(path.module))):
             raise ValueError(
                 f"path {path.name!r}: in a graph every branch runs and would move its BatchNorm's statistics"
             )
-    if rules.freezes_rest and rules.freeze_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if rules.freezes_rest and rules.freeze_bn and any(map(keeps_statistics, model.modules())):
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":
         raise ValueError('weights can\'t be frozen for single samples in a graph: use freeze="branch", or mode="block"')

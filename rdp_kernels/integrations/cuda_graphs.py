@@ -81,11 +81,11 @@ class _CapturedBranch:
             return None
         if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.owner)):
             return None  # which may be the buffer that a replay overwrites
-        variant = (call.variant, call.normed, call.owner.training)
-        captured = self._graphs.get(variant)
+        kind = call.kind
+        captured = self._graphs.get(kind)
         fits = _fits(call)
         if captured is None and not tensors_in(call.args, call.kwargs):
-            captured = self._graphs[variant] = fits, self._capture(call)
+            captured = self._graphs[kind] = fits, self._capture(call)
         if captured is not None and captured[0] == fits:
             return captured[1]
         if not self._warned:

@@ -152,10 +152,11 @@ def test_left_alone_puts_batch_norm_back_and_drops_gradients():
     model = ResNet(widths=(4,), blocks=2)
     branches, rest = parts_of(model)
     with left_alone([rest]):
-        assert not model.stem[1].training
-        assert branches[0].batch_norms[0].training
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model(torch.randn(3, 1, 8, 8)).sum().backward()
-    assert model.stem[1].training
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == {name for name in before if name.startswith("paths")}
+    assert all(m.training and m.track_running_stats for part in (*branches, rest) for m in part.batch_norms)
     assert all(p.grad is None for p in rest.parameters)
     assert all(p.grad is not None for p in branches[0].parameters)
 

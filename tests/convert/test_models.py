@@ -81,7 +81,7 @@ class Textbook:
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm):
                 kept = next((kept for path, kept in of_path.items() if (name + ".").startswith(path + ".")), None)
-                module.training = kept is not False if phase == "drop" else kept is False
+                module.track_running_stats = kept is not False if phase == "drop" else kept is False
 
 
 @pytest.mark.slow

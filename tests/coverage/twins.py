@@ -89,7 +89,7 @@ class Twins:
             net.load_state_dict(self.state)
             for module in net.modules():
                 if isinstance(module, _BatchNorm):
-                    module.training = batch_norm
+                    module.training, module.track_running_stats = batch_norm, module.running_mean is not None
 
     def _mask(self, keep: Iterable[Tensor]) -> None:
         masks = zip(self.places, keep, self._probs(), strict=True)
@@ -251,7 +251,7 @@ class _Pair:
         twins.masked.set({})
         for name, module in twins.original.named_modules():
             if isinstance(module, _BatchNorm) and f"{name}.running_mean" not in self.buffers:
-                module.training = False
+                module.track_running_stats = False
         expected, actual = twins._run(twins.original), twins._run(twins.ours)
         frozen = set(twins.names.values()) - self.of_dropped
         shared = self.of_dropped & (self.of_kept | self.elsewhere)

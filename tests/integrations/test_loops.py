@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
 
-from ..nets import INPUTS, NETS, Iteration, Net, textbook, took_part
+from ..nets import INPUTS, NETS, Iteration, Net, moving_statistics, textbook, took_part
 
 BATCH = 6
 SGD = partial(torch.optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.1)
@@ -78,7 +78,7 @@ ROWS = {
     ),
     # float32 weights; the textbook, under autocast too, rounds otherwise here and there
     "bf16": Row("batch_norm", "block", "parameters", partial(SGD, foreach=True), autocast=torch.bfloat16),
-    "bf16 per sample": Row("conv", "sample", "branch", partial(ADAMW, fused=True), autocast=torch.bfloat16),
+    "bf16 per sample": Row("tied", "sample", "branch", partial(ADAMW, fused=True), autocast=torch.bfloat16),
     "fp16, scaled": Row(
         "chain", "block", "parameters", partial(ADAM, foreach=True), clip_norm, autocast=torch.float16, scaled=True
     ),
@@ -145,17 +145,6 @@ class Loop:
         self.twin_optimizer.step()
 
 
-def learning_buffers(net: Net, iteration: Iteration) -> set[str]:
-    """Names of the BatchNorm statistics that the iteration moves."""
-    found = set()
-    for name, _ in net.named_buffers():
-        parts = name.split(".")
-        of_path = parts[0] == "paths" and parts[2] != "shortcut"
-        learns = bool(iteration.learns[int(parts[1])].any()) if of_path else iteration.rest_learns
-        found |= {name} if learns else set()
-    return found
-
-
 def tensors(net: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers, tied ones once."""
     return dict(net.named_parameters()) | dict(net.named_buffers())
@@ -183,7 +172,7 @@ def test_frozen_weights_stand_still_and_the_others_follow_the_textbook(row):
         for phase in loop.scheme.iterations(row.micro_batches if row.mode == "sample" else None):
             x, iteration = torch.randn(BATCH, *INPUTS[row.net], dtype=loop.net.offset.dtype), loop.iteration()
             learns = took_part(loop.net, iteration)
-            buffers = learning_buffers(loop.net, iteration)
+            buffers = moving_statistics(loop.net, iteration)
             before = snapshot(loop.net, loop.optimizer)
             loop.step(x)
             loop.textbook_step(x, iteration)
