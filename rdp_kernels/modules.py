@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -93,6 +93,9 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run_path(self, x, args, kwargs)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
+
     def is_plain(self) -> bool:
         """Whether a call is nothing but `run_path` on the sum of stream and branch, and nobody looks on."""
         calls_run_path = (
@@ -159,6 +162,16 @@ class ResidualSequence(nn.Sequential):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return run_sequence(self, x, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
+
+
+def _cant_be_scripted(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"torch.jit.script can't compile {type(module).__name__}, which decides in Python what runs: use "
+        "torch.export.export, or torch.jit.trace, on the model in eval mode"
+    )
 
 
 def _check_module(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

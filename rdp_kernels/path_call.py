@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import recorded
 from ._checks import check_residual_add, check_stream
 from ._ranks import world_size
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
@@ -32,6 +33,8 @@ def run_path(
 ) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
     `residual`: what the shortcut gave, where that was computed already."""
+    if recorded.is_recorded(x):
+        return recorded.run_path(owner, x, args, kwargs, residual)
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
     if owner.slot.probe is not None:

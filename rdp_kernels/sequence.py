@@ -20,15 +20,19 @@ from .ops import direct
 from .ops.tail import Tail, library_for
 from .path_call import PathCall
 from .paths import Decision
+from .recorded import check_arguments, is_recorded
 from .tail import Add, Next, Operands, Results
 
 
 def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """`for path in paths: x = path(x, *args, **kwargs)`. A path is a module that owns one; its `is_plain()` says
     whether calling it is nothing but `run_path`, so that its pieces may be run instead."""
-    check_stream("x", x)
-    kernels = None
-    if not torch.compiler.is_compiling():
+    kernels, recorded = None, is_recorded(x)
+    if recorded:
+        check_arguments(paths, args, kwargs)
+    else:
+        check_stream("x", x)
+    if not (recorded or torch.compiler.is_compiling()):
         kernels = library_for("path", Operands(x), None, None, required=False)
     if kernels is None:
         for path in paths:
