@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import recorded
 from ._checks import check_residual_add, check_stream
 from ._ranks import world_size
+from .arguments import left_behind, name_of, not_a_tensor
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
 from .ops import direct
@@ -103,17 +104,46 @@ class PathCall:
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
             return self.given_residual
-        return x if self.owner.shortcut is None else self.owner.shortcut(x)
+        return x if self.owner.shortcut is None else self._tensor("shortcut", self.owner.shortcut(x))
 
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        args, kwargs = self.args, self.kwargs
-        if rows is not None:
-            args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
+        if rows is None:
+            return self._tensor("branch", self._run_branch(x, self.args, self.kwargs, normed))
+        args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, self.args, self.kwargs)
+        try:
+            out = self._run_branch(x, args, kwargs, normed, single=x.shape[0] == 1)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                self._check_followed(x, args, kwargs, f"raises {type(error).__name__}: {error}", error)
+            raise
+        if self._tensor("branch", out).shape[:1] != x.shape[:1]:
+            self._check_followed(x, args, kwargs, f"returns shape {list(out.shape)}")
+        return out
+
+    def _run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool, single: bool = False) -> Tensor:
+        """`single`: one row of several, for which compilers would make a graph of its own."""
         runner = self.owner.slot.runner
-        single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
         if runner is None or single or torch.compiler.is_compiling():
             return self.owner.run_branch(x, args, kwargs, normed)
         return runner(self.owner, x, args, kwargs, normed)
+
+    def _tensor(self, what: str, out: Tensor) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise not_a_tensor(self.owner, what, out)
+        return out
+
+    def _check_followed(self, x: Tensor, args: tuple, kwargs: dict, what: str, cause: Exception | None = None) -> None:
+        """Raises `ValueError` where arguments kept all their rows although the branch got some rows of x, and fails."""
+        takes = getattr(self.owner, "takes", None)
+        if takes is None or x.shape[0] == self.batch_size:
+            return
+        names = left_behind(self.batch_size, self.args, self.kwargs, (args, kwargs), takes())
+        if names:
+            raise ValueError(
+                f"the branch of {name_of(self.owner)} {what}. It was run on {x.shape[0]} of {self.batch_size} "
+                f"rows with all {self.batch_size} rows of {', '.join(map(repr, names))}: name in per_sample what has a "
+                f"row per sample, as per_sample={tuple(names)}"
+            ) from cause
 
     def learning_branch(
         self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
@@ -173,7 +203,7 @@ class PathCall:
         rows = decision.rows
         assert rows is not None
         if rows.num_frozen:
-            raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
+            raise RuntimeError(f"{name_of(self.owner)}: {ROWS_OF_BATCH_NORM}")
         row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from .arguments import not_a_tensor
 from .plan import kept_scale
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def run_path(
             "stay in the graph for ever: record the model in eval mode, or outside of iterations"
         )
     branch = owner.run_branch(x, args, kwargs)
+    if not isinstance(branch, (Tensor, fx.Proxy)):
+        raise not_a_tensor(owner, "branch", branch)
     if owner.gamma is not None:
         dim = owner.channel_dim
         branch = branch * owner.gamma if dim == -1 else (branch.movedim(dim, -1) * owner.gamma).movedim(-1, dim)
