@@ -35,18 +35,28 @@ def plain(model):
     return model(torch.randn(6, DIM)).square().mean()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_functions_other_than_drop_path_are_not_recorded():
-    def function(x: torch.Tensor):
-        return add(x, x)
+def function(x: torch.Tensor):
+    y = residual_add(x, x, gamma=x[0])
+    y = residual_add_norm(drop_path_add(y, y), y, x[0])[0]
+    return gather_rows(y, torch.tensor([0, 2]))
 
+
+residual_add, residual_add_norm, drop_path_add, gather_rows = (
+    rdp.residual_add, rdp.residual_add_norm, rdp.drop_path_add, rdp.gather_rows,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_functions_other_than_drop_path_are_recorded_by_traces_only():
     with pytest.raises(TypeError, match="residual must be a tensor, got Proxy"):
         torch.fx.symbolic_trace(function)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
         torch.jit.script(function)
-
-
-add = rdp.residual_add
+    x = torch.randn(4, DIM)
+    with rdp.use_backend("eager"):
+        traced = torch.jit.trace(function, x)
+        torch.testing.assert_close(traced(2 * x), function(2 * x))
+    assert "rdp::" not in str(traced.graph)
 
 
 def test_a_penalty_outside_of_the_model_reaches_frozen_weights():
