@@ -34,13 +34,14 @@ def run_path(
 ) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
     `residual`: what the shortcut gave, where that was computed already."""
-    if recorded.is_recorded(x):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and recorded.is_recorded(x):
         return recorded.run_path(owner, x, args, kwargs, residual)
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
     if owner.slot.probe is not None:
         return owner.slot.probe(call, x)
-    if torch.compiler.is_compiling() and owner.training:
+    if compiling and owner.training:
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
         if owner.slot.scheme is None or owner.slot.scheme.phase is None:
@@ -104,32 +105,32 @@ class PathCall:
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
             return self.given_residual
-        return x if self.owner.shortcut is None else self._tensor("shortcut", self.owner.shortcut(x))
-
-    def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        if rows is None:
-            return self._tensor("branch", self._run_branch(x, self.args, self.kwargs, normed))
-        args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, self.args, self.kwargs)
-        try:
-            out = self._run_branch(x, args, kwargs, normed, single=x.shape[0] == 1)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if not isinstance(error, torch.OutOfMemoryError):
-                self._check_followed(x, args, kwargs, f"raises {type(error).__name__}: {error}", error)
-            raise
-        if self._tensor("branch", out).shape[:1] != x.shape[:1]:
-            self._check_followed(x, args, kwargs, f"returns shape {list(out.shape)}")
+        if self.owner.shortcut is None:
+            return x
+        out = self.owner.shortcut(x)
+        if not isinstance(out, Tensor):
+            raise not_a_tensor(self.owner, "shortcut", out)
         return out
 
-    def _run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool, single: bool = False) -> Tensor:
-        """`single`: one row of several, for which compilers would make a graph of its own."""
+    def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
+        args, kwargs = self.args, self.kwargs
+        if rows is not None:
+            args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
         runner = self.owner.slot.runner
-        if runner is None or single or torch.compiler.is_compiling():
-            return self.owner.run_branch(x, args, kwargs, normed)
-        return runner(self.owner, x, args, kwargs, normed)
-
-    def _tensor(self, what: str, out: Tensor) -> Tensor:
+        single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
+        try:
+            if runner is None or single or torch.compiler.is_compiling():
+                out = self.owner.run_branch(x, args, kwargs, normed)
+            else:
+                out = runner(self.owner, x, args, kwargs, normed)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if rows is not None and not isinstance(error, torch.OutOfMemoryError):
+                self._check_followed(x, args, kwargs, f"raises {type(error).__name__}: {error}", error)
+            raise
         if not isinstance(out, Tensor):
-            raise not_a_tensor(self.owner, what, out)
+            raise not_a_tensor(self.owner, "branch", out)
+        if rows is not None and out.shape[:1] != x.shape[:1]:
+            self._check_followed(x, args, kwargs, f"returns shape {list(out.shape)}")
         return out
 
     def _check_followed(self, x: Tensor, args: tuple, kwargs: dict, what: str, cause: Exception | None = None) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def is_recorded(x: object) -> bool:
-    """Whether `x` is a proxy of `torch.fx`, or `torch.jit.trace` runs."""
-    return torch.jit.is_tracing() or isinstance(x, fx.Proxy)
+    """Whether `x` is a proxy of `torch.fx`, or `torch.jit.trace` runs. Not for `torch.compile` to ask."""
+    return torch._C._is_tracing() or isinstance(x, fx.Proxy)
 
 
 def drop_rows(x: Tensor, drop_prob: float, scale: float, whole_batch: bool = False) -> Tensor:

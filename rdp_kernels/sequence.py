@@ -30,12 +30,13 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> 
     """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes. A path is a
     module that owns one; its `is_plain()` says whether calling it is nothing but `run_path`, so that its pieces may be
     run instead, and its `takes()` what it takes."""
-    kernels, recorded = None, is_recorded(x)
+    kernels, compiling = None, torch.compiler.is_compiling()
+    recorded = not compiling and is_recorded(x)
     if recorded:
         check_arguments(paths, args, kwargs)
     else:
         check_stream("x", x)
-    if not (recorded or torch.compiler.is_compiling()):
+    if not (recorded or compiling):
         kernels = library_for("path", Operands(x), None, None, required=False)
     given: Iterable[dict] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
     if kernels is None:

@@ -33,7 +33,7 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
 
 
 def _drop_path(x: Tensor, drop_prob: float, training: bool, scale_by_keep: bool) -> Tensor:
-    recorded = is_recorded(x)
+    recorded = not torch.compiler.is_compiling() and is_recorded(x)
     if not recorded:
         check_stream("x", x)
     drop_prob = check_probability("drop_prob", drop_prob)
