@@ -17,10 +17,10 @@ def _files_in(package: Path) -> list[Path]:
 
 
 def _elsewhere(search: list[str]) -> str:
-    """What to say of an installed copy that has the library, where a checkout in the current folder hides it."""
+    """Where this copy has no library: what to say of an installed one that has, which a checkout hides."""
     for folder in search:
         package = Path(folder, PACKAGE.name).absolute()
-        if _files_in(package) and not package.samefile(PACKAGE):
+        if _files_in(package):
             return (
                 f"the copy installed in {package} has it, but {PACKAGE} was imported: "
                 "run from another folder, or build it here "
