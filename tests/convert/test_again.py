@@ -128,6 +128,14 @@ def test_what_was_refused_is_refused_again(kind):
     assert set(rates(model)) == {0.2}
 
 
+def test_a_strict_conversion_that_raises_leaves_no_trace():
+    model = nets.tokens_net(Refused, nets.Concat)
+    before = [vars(module).keys() - {"training"} for module in model.modules()]
+    with pytest.raises(ConversionError):
+        rdp.convert(model, strict=True, example_inputs=tokens())
+    assert [vars(module).keys() - {"training"} for module in model.modules()] == before
+
+
 @pytest.mark.parametrize("drop_prob", [None, 0.3])
 def test_what_lies_in_a_branch_stays_there(drop_prob):
     """A block with a drop-path inside the branch of another's, and inside of a ResidualBranch."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
 from rdp_kernels.paths import CONVERTED
 
 from . import nets
@@ -175,6 +176,22 @@ def test_recorded_in_training_it_draws_in_the_graph(name):
     scheme = rdp.ResidualDropPath(model)
     with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
         record_by(name, model)
+
+
+@pytest.mark.skipif(not installed("torchvision"), reason="torchvision is not installed")
+def test_torchvisions_feature_extractor():
+    """It records in both modes, and leaves the model in its own."""
+    import_torchvision()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, x = nets.Net(nets.Shared(), nets.Concat()), tokens()
+    rdp.convert(model, drop_prob=0.5, example_inputs=x)
+    extract = create_feature_extractor(model, {"blocks.0": "feature"}, suppress_diff_warning=True)
+    assert model.training
+    torch.testing.assert_close(extract.eval()(x)["feature"], model.eval().blocks[0](model.stem(x)))
+    scheme = rdp.ResidualDropPath(model)
+    with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
+        create_feature_extractor(model, ["blocks.0"])
 
 
 def test_fx_knows_no_shapes_to_compare():
