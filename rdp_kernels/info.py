@@ -1,4 +1,4 @@
-"""`python -m rdp_kernels.info`: versions, devices, backends, and why a backend is missing."""
+"""`python -m rdp_kernels.info`: where the package is, versions, devices, backends, and why a backend is missing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import platform
 import torch
 
 from . import __version__, available_backends
-from ._native.library import has_cuda
+from ._native.library import PACKAGE, has_cuda
 
 
 def describe() -> str:
     """The report as text, one fact a line."""
     lines = [
-        f"rdp_kernels  {__version__}",
+        f"rdp_kernels  {__version__}, imported from {PACKAGE}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
         f"triton       {_version('triton')}",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
 from . import ops
 from ._checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from .arguments import Takes, taken_by
 from .norms import has_hooks
 from .path_call import run_path
 from .paths import PathSlot
@@ -64,34 +64,43 @@ class ResidualBranch(nn.Module):
         fn: nn.Module,
         *,
         drop_prob: float = 0.0,
-        mode: str = "sample",
+        mode: Literal["sample", "block"] = "sample",
         scale_by_keep: bool = True,
         norm: nn.LayerNorm | nn.RMSNorm | None = None,
         gamma: Tensor | None = None,
         shortcut: nn.Module | None = None,
-        activation: str | None = None,
+        activation: Literal["relu"] | None = None,
         channel_dim: int = -1,
         per_sample: Collection[str | int] = (),
     ):
         super().__init__()
         _check_module("fn", fn, nn.Module, "a torch.nn.Module, so that its parameters are known")
+        _check_has_forward("fn", fn)
         norms = (nn.LayerNorm, nn.RMSNorm, type(None))
         _check_module("norm", norm, norms, "LayerNorm, RMSNorm or None; put others in fn")
         _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
+        _check_has_forward("shortcut", shortcut)
         check_choice("mode", mode, MODES)
         check_choice("activation", activation, ACTIVATIONS)
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
+        if channel_dim == 0:
+            raise ValueError("channel_dim must name a dimension behind the rows, got 0, which is that of the rows")
         self.fn, self.norm, self.shortcut = fn, norm, shortcut
         self.gamma = _as_gamma(gamma)
         self.drop_prob = check_probability("drop_prob", drop_prob)
         self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
-        self.mode, self.activation, self.channel_dim = mode, activation, channel_dim
+        self.mode: str = mode
+        self.activation: str | None = activation
+        self.channel_dim = channel_dim
         self.per_sample = _check_per_sample(per_sample, fn)
         self.slot = PathSlot()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run_path(self, x, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
 
     def is_plain(self) -> bool:
         """Whether a call is nothing but `run_path` on the sum of stream and branch, and nobody looks on."""
@@ -131,6 +140,14 @@ class ResidualBranch(nn.Module):
 
         return tuple(apply(i, v) for i, v in enumerate(args)), {name: apply(name, v) for name, v in kwargs.items()}
 
+    def takes(self) -> Takes:
+        """The further arguments of a call."""
+        if type(self).forward is not ResidualBranch.forward:
+            own = taken_by(self)
+            if not (own.any_positional or own.any_by_name):
+                return own
+        return taken_by(self.fn)
+
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
 
@@ -146,10 +163,14 @@ class ResidualBranch(nn.Module):
 class ResidualSequence(nn.Sequential):
     """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
 
-    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Where kernels serve
-    it, one kernel adds a branch, normalises the sum and gathers the next branch's rows, and the stream between
-    branches, which nobody else sees, is updated in place. A branch with hooks, a shortcut or an activation is called
-    as it is. Raises `TypeError` for a module that is not a `ResidualBranch`.
+    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`, except that a branch
+    gets only those keyword arguments that its `fn.forward` takes by name, or all where that takes `**kwargs`: an
+    attention branch with a `mask` and an MLP without one stand in one sequence. Where kernels serve it, one kernel adds
+    a branch, normalises the sum and gathers the next branch's rows, and the stream between branches, which nobody else
+    sees, is updated in place. A branch with hooks, a shortcut or an activation is called as it is.
+
+    Raises `TypeError` for a module that is not a `ResidualBranch`, for a keyword argument that no branch takes, and for
+    positional arguments that a branch doesn't take.
     """
 
     def __init__(self, *branches: Any):
@@ -160,35 +181,51 @@ class ResidualSequence(nn.Sequential):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return run_sequence(self, x, args, kwargs)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
+
+
+def _cant_be_scripted(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"torch.jit.script can't compile {type(module).__name__}, which decides in Python what runs: use "
+        "torch.export.export, or torch.jit.trace, on the model in eval mode"
+    )
+
 
 def _check_module(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
+def _check_has_forward(name: str, module: nn.Module | None) -> None:
+    forward = getattr(type(module), "forward", None)
+    if forward is nn.Module.forward and "forward" not in vars(module):
+        raise TypeError(f"{name} must be a module with a forward, but {type(module).__name__} has none")
+
+
 def _as_gamma(gamma: Tensor | None) -> nn.Parameter | None:
-    if gamma is None or isinstance(gamma, nn.Parameter):
-        return gamma
+    if gamma is None:
+        return None
     if not isinstance(gamma, Tensor) or gamma.dim() != 1 or not gamma.is_floating_point():
-        raise TypeError(f"gamma must be a floating-point tensor of shape [C] or None, got {gamma!r}")
-    return nn.Parameter(gamma.detach().clone())
+        came = f"{gamma.dtype} of shape {list(gamma.shape)}" if isinstance(gamma, Tensor) else repr(gamma)
+        raise TypeError(f"gamma must be a floating-point tensor of shape [C] or None, got {came}")
+    return gamma if isinstance(gamma, nn.Parameter) else nn.Parameter(gamma.detach().clone())
 
 
 def _check_per_sample(per_sample: Collection[str | int], fn: nn.Module) -> frozenset[str | int]:
     """The names and positions, each argument under both where `fn.forward` tells, as users may pass it either way."""
-    if isinstance(per_sample, (str, int)):
+    if isinstance(per_sample, str) or not isinstance(per_sample, Collection):
         raise TypeError(f"per_sample must be a collection of names and positions, got {per_sample!r}")
-    parameters = list(inspect.signature(fn.forward).parameters.values())
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    takes = taken_by(fn)
+    positional, open_ended = takes.positional, takes.any_positional or takes.any_by_name
+    named = list(dict.fromkeys([*positional, *takes.by_name]))
     found: set[str | int] = set()
     for entry in per_sample:
         if isinstance(entry, bool) or not isinstance(entry, (str, int)):
             raise TypeError(f"per_sample must hold names and positions, got {entry!r}")
-        known = entry in named[1:] if isinstance(entry, str) else 0 <= entry < len(positional)
+        known = entry in named if isinstance(entry, str) else 0 <= entry < len(positional)
         if not known and not open_ended:
-            raise ValueError(f"per_sample names {entry!r}, but behind its input fn takes {named[1:]}")
+            raise ValueError(f"per_sample names {entry!r}, but behind its input fn takes {named}")
         found.add(entry)
         if isinstance(entry, str) and entry in positional:
             found.add(positional.index(entry))

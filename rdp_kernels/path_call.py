@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import recorded
 from ._checks import check_residual_add, check_stream
 from ._ranks import world_size
+from .arguments import left_behind, name_of, not_a_tensor
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
 from .ops import direct
@@ -32,11 +34,14 @@ def run_path(
 ) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
     `residual`: what the shortcut gave, where that was computed already."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and recorded.is_recorded(x):
+        return recorded.run_path(owner, x, args, kwargs, residual)
     check_stream("x", x)
     call = PathCall(owner, x.shape[0], args, kwargs, residual)
     if owner.slot.probe is not None:
         return owner.slot.probe(call, x)
-    if torch.compiler.is_compiling() and owner.training:
+    if compiling and owner.training:
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
         if owner.slot.scheme is None or owner.slot.scheme.phase is None:
@@ -100,7 +105,12 @@ class PathCall:
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
             return self.given_residual
-        return x if self.owner.shortcut is None else self.owner.shortcut(x)
+        if self.owner.shortcut is None:
+            return x
+        out = self.owner.shortcut(x)
+        if not isinstance(out, Tensor):
+            raise not_a_tensor(self.owner, "shortcut", out)
+        return out
 
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         args, kwargs = self.args, self.kwargs
@@ -108,9 +118,33 @@ class PathCall:
             args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
         runner = self.owner.slot.runner
         single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
-        if runner is None or single or torch.compiler.is_compiling():
-            return self.owner.run_branch(x, args, kwargs, normed)
-        return runner(self.owner, x, args, kwargs, normed)
+        try:
+            if runner is None or single or torch.compiler.is_compiling():
+                out = self.owner.run_branch(x, args, kwargs, normed)
+            else:
+                out = runner(self.owner, x, args, kwargs, normed)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if rows is not None and not isinstance(error, torch.OutOfMemoryError):
+                self._check_followed(x, args, kwargs, f"raises {type(error).__name__}: {error}", error)
+            raise
+        if not isinstance(out, Tensor):
+            raise not_a_tensor(self.owner, "branch", out)
+        if rows is not None and out.shape[:1] != x.shape[:1]:
+            self._check_followed(x, args, kwargs, f"returns shape {list(out.shape)}")
+        return out
+
+    def _check_followed(self, x: Tensor, args: tuple, kwargs: dict, what: str, cause: Exception | None = None) -> None:
+        """Raises `ValueError` where arguments kept all their rows although the branch got some rows of x, and fails."""
+        takes = getattr(self.owner, "takes", None)
+        if takes is None or x.shape[0] == self.batch_size:
+            return
+        names = left_behind(self.batch_size, self.args, self.kwargs, (args, kwargs), takes())
+        if names:
+            raise ValueError(
+                f"the branch of {name_of(self.owner)} {what}. It was run on {x.shape[0]} of {self.batch_size} "
+                f"rows with all {self.batch_size} rows of {', '.join(map(repr, names))}: name in per_sample what has a "
+                f"row per sample, as per_sample={tuple(names)}"
+            ) from cause
 
     def learning_branch(
         self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
@@ -170,7 +204,7 @@ class PathCall:
         rows = decision.rows
         assert rows is not None
         if rows.num_frozen:
-            raise RuntimeError(f"{self.owner}: {ROWS_OF_BATCH_NORM}")
+            raise RuntimeError(f"{name_of(self.owner)}: {ROWS_OF_BATCH_NORM}")
         row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)

@@ -7,6 +7,7 @@ stream in between is seen by nobody but the chain, which therefore updates it in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -15,31 +16,39 @@ import torch
 from torch import Tensor
 
 from ._checks import check_stream
+from .arguments import for_each
 from .norms import Norm
 from .ops import direct
 from .ops.tail import Tail, library_for
 from .path_call import PathCall
 from .paths import Decision
+from .recorded import check_arguments, is_recorded
 from .tail import Add, Next, Operands, Results
 
 
 def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """`for path in paths: x = path(x, *args, **kwargs)`. A path is a module that owns one; its `is_plain()` says
-    whether calling it is nothing but `run_path`, so that its pieces may be run instead."""
-    check_stream("x", x)
-    kernels = None
-    if not torch.compiler.is_compiling():
+    """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes. A path is a
+    module that owns one; its `is_plain()` says whether calling it is nothing but `run_path`, so that its pieces may be
+    run instead, and its `takes()` what it takes."""
+    kernels, compiling = None, torch.compiler.is_compiling()
+    recorded = not compiling and is_recorded(x)
+    if recorded:
+        check_arguments(paths, args, kwargs)
+    else:
+        check_stream("x", x)
+    if not (recorded or compiling):
         kernels = library_for("path", Operands(x), None, None, required=False)
+    given: Iterable[dict] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
     if kernels is None:
-        for path in paths:
-            x = path(x, *args, **kwargs)
+        for path, named in zip(paths, given):  # noqa: B905 (without arguments one dict serves all)
+            x = path(x, *args, **named)
         return x
     chain = _Chain(kernels, x)
-    for path in paths:
+    for path, named in zip(paths, given):  # noqa: B905
         if path.is_plain():
-            chain.run(PathCall(path, x.shape[0], args, kwargs))
+            chain.run(PathCall(path, x.shape[0], args, named))
         else:
-            chain.expose(path(chain.finish(), *args, **kwargs))
+            chain.expose(path(chain.finish(), *args, **named))
     return chain.finish()
 
 

@@ -9,7 +9,10 @@ import rdp_kernels as rdp
 
 from .markdown import ROOT, missing, python_blocks, run
 
-DOCS = ("docs/diagnostics.md", "docs/evidence.md", "docs/integrations.md", "docs/models.md", "docs/performance.md")
+DOCS = (
+    "docs/diagnostics.md", "docs/evidence.md", "docs/integrations.md", "docs/limits.md", "docs/models.md",
+    "docs/performance.md",
+)  # fmt: skip
 FROM_TOP_TO_BOTTOM = "docs/diagnostics.md"
 BLOCKS = [
     pytest.param(name, block, id=f"{name}: {where}")

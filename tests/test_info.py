@@ -1,6 +1,10 @@
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 import rdp_kernels as rdp
@@ -10,7 +14,7 @@ from rdp_kernels.info import describe
 
 def test_describe():
     text = describe()
-    assert f"rdp_kernels  {rdp.__version__}" in text
+    assert f"rdp_kernels  {rdp.__version__}, imported from {Path(rdp.__file__).parent}\n" in text
     assert torch.__version__ in text
     for name, reason in rdp.available_backends().items():
         assert any(line.startswith(name) and (reason or "available") in line for line in text.splitlines())
@@ -25,3 +29,41 @@ def test_command_and_import_cost_nothing():
     subprocess.run([sys.executable, "-c", script], check=True)
     shown = subprocess.run([sys.executable, "-m", "rdp_kernels.info"], check=True, capture_output=True, text=True)
     assert "eager        available" in shown.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A tree in which nothing was built."""
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(Path(rdp.__file__).parent, tmp_path / "checkout" / "rdp_kernels", ignore=ignored)
+    return tmp_path / "checkout"
+
+
+def shown_in(folder, *installed):
+    """What the command says, typed in `folder`, where copies are installed in `installed`."""
+    path = os.pathsep.join(map(str, installed))
+    done = subprocess.run(
+        [sys.executable, "-m", "rdp_kernels.info"], cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_in_a_checkout_it_tells_of_an_installed_library(checkout, tmp_path):
+    """Neither is imported: the one that is installed is no Python at all."""
+    copies = [tmp_path / name / "rdp_kernels" for name in ("bare", "built")]
+    for copied in copies:
+        copied.mkdir(parents=True)
+        (copied / "__init__.py").write_text("1 / 0")
+    (copies[1] / "_C.abi3.so").touch()
+    shown = shown_in(checkout, *(copied.parent for copied in copies))
+    assert f"imported from {checkout / 'rdp_kernels'}\n" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("native")]
+    assert f"not built; the copy installed in {copies[1]} has it, but {checkout / 'rdp_kernels'} was imported" in line
+    assert "run from another folder, or build it here with a C++ compiler: RDP_BUILD=cpu" in line
+
+
+def test_in_a_checkout_alone_it_tells_how_to_build(checkout, tmp_path):
+    (tmp_path / "link").symlink_to(checkout)
+    for installed in ((), (checkout,), (tmp_path / "link",), (tmp_path / "missing",)):
+        assert "missing: it was not built; with a C++ compiler: RDP_BUILD=cpu" in shown_in(checkout, *installed)

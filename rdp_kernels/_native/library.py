@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-_PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
+"""Where this package was imported from."""
 _HOW_TO_BUILD = "with a C++ compiler: RDP_BUILD=cpu pip install --no-build-isolation . (says what is wrong if it fails)"
+
+
+def _files_in(package: Path) -> list[Path]:
+    return sorted(package.glob("_C.*so")) + sorted(package.glob("_C.*pyd"))
+
+
+def _elsewhere(search: list[str]) -> str:
+    """Where this copy has no library: what to say of an installed one that has, which a checkout hides."""
+    for folder in search:
+        package = Path(folder, PACKAGE.name).absolute()
+        if _files_in(package):
+            return (
+                f"the copy installed in {package} has it, but {PACKAGE} was imported: "
+                "run from another folder, or build it here "
+            )
+    return ""
 
 
 def _load() -> str | None:
     """Why there is no library, or None."""
-    files = sorted(_PACKAGE.glob("_C.*so")) + sorted(_PACKAGE.glob("_C.*pyd"))
+    files = _files_in(PACKAGE)
     if not files:
-        return f"it was not built; {_HOW_TO_BUILD}"
+        return f"it was not built; {_elsewhere(sys.path)}{_HOW_TO_BUILD}"
     try:
         torch.ops.load_library(str(files[0]))
     except (OSError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from torch import nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
-from ..paths import CONVERTED, PathSlot
+from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
+from .converted import ConvertedPath
 from .report import ConversionError, ConversionReport, PathReport
 from .source import install, recipe_of, uninstall
 from .spec import Recipe
@@ -44,19 +46,21 @@ def convert(
 
     Each block becomes an instance of a generated subclass of its class, which calls `run_path` in training mode where
     the block called its drop-path; in eval mode its own forward runs. Keys, `deepcopy` and `pickle` go on working; no
-    submodule is added. `revert` undoes it.
+    submodule is added. `revert` undoes it. What was converted before stays as it is and is reported as such; of what
+    was added to the model since, blocks are converted.
 
     Args:
         model: with timm's `DropPath`, torchvision's `StochasticDepth` or one of the `*DropPath` of transformers.
-        drop_prob: P(drop) of all paths; residual blocks without a drop-path get one too. None: each its own, and only
-            what has a drop-path is converted.
+        drop_prob: P(drop) of all paths, of those too that were converted before; residual blocks without a drop-path
+            get one too. None: each its own, and only what has a drop-path is converted.
         strict: raise where anything is refused, and leave the model as it was.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
             with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
         check: compare each converted block with the one it was, on copies: outputs and gradients with fixed masks, in
             float64 where it can be cast. What differs is refused.
 
-    Raises `ConversionError` if `strict`, and `TypeError` or `ValueError` naming the argument.
+    Raises `ConversionError` if `strict`, `RuntimeError` where a scheme has paths of the model and there are new ones,
+    and `TypeError` or `ValueError` naming the argument; the model is then as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -65,26 +69,81 @@ def convert(
     if drop_prob is not None:
         check_probability("drop_prob", drop_prob)
     names = {id(module): name for name, module in model.named_modules()}
+    report, inside = _found_already(model, names)
     with_drop_path = [module for module in model.modules() if _may_convert(module) and owns_drop_path(module)]
     without = [] if drop_prob is None else [m for m in model.modules() if _may_convert(m) and m not in with_drop_path]
-    report = ConversionReport()
-    if not with_drop_path and not without:
+    refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
+    done: list[nn.Module] = []
+    if with_drop_path or without:
+        example = example_inputs_of(model) if example_inputs is None else example_inputs
+        calls = record_calls(model, [*with_drop_path, *without], example)
+        converter = _Converter(model, drop_prob, check, inside, *calls)
+        # Of blocks in blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
+        for block in [*with_drop_path, *reversed(without)]:
+            report.rows += converter.convert(block, names[id(block)])
+        done = converter.done
+        order = {name: place for place, name in enumerate(names.values())}
+        report.rows.sort(key=lambda row: order[row.block])
+    elif not report.rows:
         report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
-        return report
-    example = example_inputs_of(model) if example_inputs is None else example_inputs
-    converter = _Converter(model, drop_prob, check, *record_calls(model, [*with_drop_path, *without], example))
-    # Of blocks in blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
-    for block in [*with_drop_path, *reversed(without)]:
-        report.rows += converter.convert(block, names[id(block)])
-    order = {name: place for place, name in enumerate(names.values())}
-    report.rows.sort(key=lambda row: order[row.block])
-    if strict and report.refused:
-        for block in converter.done:
+    error: Exception | None = None
+    if done and any(owner.slot.scheme is not None for m in model.modules() for _, owner in paths_of(m)):
+        error = RuntimeError("a scheme has paths of this model and wouldn't know of new ones: call its remove() first")
+    elif strict and report.refused:
+        reasons = (f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused)
+        error = ConversionError("\n".join(reasons))
+    if error is not None:
+        for block in done:
             uninstall(block)
-        for block in with_drop_path:
-            block.__dict__.pop(REFUSED, None)
-        raise ConversionError("\n".join(f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused))
+        for block, refused in refused_before.items():
+            _Converter.note_refused(block, refused or [])
+        raise error
+    if report.already:
+        report.notes.append(_renew(model, done, drop_prob, report))
     return report
+
+
+def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionReport, dict[int, str]]:
+    """Rows for the paths of blocks that are converted already; and the modules that lie in branches of paths, of
+    converted blocks and others, with the path's name, by id."""
+    report, inside = ConversionReport(), dict[int, str]()
+    for module in model.modules():
+        name = names[id(module)]
+        for label, owner in paths_of(module):
+            if isinstance(owner, ConvertedPath):
+                label = owner.spec.name
+                report.rows.append(_row_of(name, module, owner, already=True))
+            path = ".".join(part for part in (name, label) if part)
+            inside |= {id(m): path for inner in owner.branch_modules() for m in inner.modules()}
+        for label in module.__dict__.get(REFUSED, ()) if CONVERTED in module.__dict__ else ():
+            reason = "it was when its block was converted; call rdp.revert(model) and convert again to see why"
+            rate = rate_of(module.get_submodule(label.partition(":")[0]))
+            report.rows.append(PathReport(name, type(module).__name__, label, rate, refused=reason))
+    return report, inside
+
+
+def _renew(model: nn.Module, done: list[nn.Module], drop_prob: float | None, report: ConversionReport) -> str:
+    """Gives `drop_prob` to the paths that were there; what the report says of it."""
+    blocks = len({row.block for row in report.already})
+    note = f"{len(report.already)} paths in {blocks} blocks were converted already"
+    if drop_prob is None:
+        return f"{note} and stay as they are"
+    schemes = set()
+    for block in model.modules():
+        for _, path in block.__dict__.get(CONVERTED, ()) if block not in done else ():
+            path.drop_prob = drop_prob
+            schemes.add(path.slot.scheme)
+    report.rows = [replace(row, drop_prob=drop_prob) if row.already else row for row in report.rows]
+    ends = "; the scheme that has them reads it at its next draw, unless it was given a drop_prob of its own"
+    return f"{note}; their drop_prob is {drop_prob:g} now{ends if schemes != {None} else ''}"
+
+
+def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = False) -> PathReport:
+    spec = path.spec
+    return PathReport(
+        name, type(block).__name__, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
+        foreign_rows=spec.foreign_rows, modules=spec.modules, already=already,
+    )  # fmt: skip
 
 
 def revert(model: nn.Module) -> None:
@@ -119,12 +178,13 @@ class _Converter:
         model: nn.Module,
         drop_prob: float | None,
         checks: bool,
+        in_branches: dict[int, str],
         calls: dict[int, list[Call]],
         batch_sizes: tuple[int, ...],
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
         self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
-        self._in_branches: dict[int, str] = {}
+        self._in_branches = in_branches
         self.done: list[nn.Module] = []
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
@@ -145,28 +205,22 @@ class _Converter:
                 recipe, carved = self._recipe(block, self._calls[id(block)])
         except Exception as error:
             reason = str(error) if isinstance(error, Refused) else f"it raises {type(error).__name__}: {error}"
-            self._note_refused(block, list(named))
+            self.note_refused(block, list(named))
             return [row(path, refused=reason) for path in named]
-        self._note_refused(block, [path for path, _ in carved.refused if path.partition(":")[0] in named])
+        self.note_refused(block, [path for path, _ in carved.refused if path.partition(":")[0] in named])
         rows = [row(path, refused=reason) for path, reason in carved.refused]
         rows += [row(path, nested=outer) for path, outer in carved.nested]
         if recipe.paths:
             install(block, recipe, self._drop_prob)
             self.done.append(block)
             for _, path in block.__dict__[CONVERTED]:
-                spec = path.spec
-                rows.append(
-                    PathReport(
-                        name, kind, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
-                        foreign_rows=spec.foreign_rows, modules=spec.modules,
-                    )
-                )  # fmt: skip
+                rows.append(_row_of(name, block, path))
                 inside = {id(m) for inner in path.branch_modules() for m in inner.modules()}
-                self._in_branches |= dict.fromkeys(inside, f"{name}.{spec.name}")
+                self._in_branches |= dict.fromkeys(inside, f"{name}.{path.spec.name}")
         return rows
 
     @staticmethod
-    def _note_refused(block: nn.Module, names: list[str]) -> None:
+    def note_refused(block: nn.Module, names: list[str]) -> None:
         block.__dict__.pop(REFUSED, None)
         if names:
             block.__dict__[REFUSED] = names

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..paths import CONVERTED
+from ..paths import paths_of
 from . import converted
 from .calls import HoldsPaths, Refused
 from .graphs import (
@@ -129,7 +129,7 @@ class _Carving:
         inside = self._without_foreign_rows(computed_only_for(self.graph, site.node), rows)
         if output not in inside or not any(is_heavy(node, self.modules) for node in inside):
             raise Refused("all that is computed for it is used elsewhere too, so there is nothing to skip")
-        if any(hasattr(m, CONVERTED) for node in inside for m in self._modules_in(node)):
+        if any(paths_of(m) for node in inside for m in self._modules_in(node)):
             raise HoldsPaths("its branch holds blocks with paths of their own, and nested paths can't be planned apart")
         add = self._add_of(site.node)
         inputs = self._inputs(inside, rows)

@@ -133,5 +133,5 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
     warned: set[str] = block.__dict__.setdefault("_rdp_warned", set())
     if reason not in warned:
         warned.add(reason)
-        warnings.warn(f"{original.__name__} runs as before its conversion and skips nothing: {reason}", stacklevel=3)
+        warnings.warn(f"{original.__name__} runs as before its conversion and skips nothing: {reason}", stacklevel=4)
     return original.forward(block, *args, **kwargs)  # type: ignore[attr-defined]

@@ -27,6 +27,8 @@ class PathReport:
     whole_in_sample_mode: bool = False
     foreign_rows: bool = False
     modules: tuple[str, ...] = ()
+    already: bool = False
+    """Whether it was converted by an earlier call."""
 
     @property
     def what(self) -> str:
@@ -40,7 +42,7 @@ class PathReport:
             skipped += "; BatchNorm: skipped in block mode, run whole and masked in sample mode"
         if self.foreign_rows:
             skipped += "; its rows aren't samples: decided for the whole batch"
-        return skipped
+        return f"converted already; {skipped}" if self.already else skipped
 
 
 @dataclass
@@ -52,7 +54,13 @@ class ConversionReport:
 
     @property
     def converted(self) -> list[PathReport]:
-        return [row for row in self.rows if row.refused is None and row.nested is None]
+        """By this call."""
+        return [row for row in self.rows if row.refused is None and row.nested is None and not row.already]
+
+    @property
+    def already(self) -> list[PathReport]:
+        """By earlier calls."""
+        return [row for row in self.rows if row.already]
 
     @property
     def refused(self) -> list[PathReport]:
@@ -64,6 +72,7 @@ class ConversionReport:
     def summary(self) -> str:
         blocks = len({row.block for row in self.converted})
         text = f"{len(self.converted)} paths in {blocks} blocks converted"
+        text += f", {len(self.already)} converted already" if self.already else ""
         return text + (f", {len(self.refused)} refused" if self.refused else "")
 
     def __str__(self) -> str:

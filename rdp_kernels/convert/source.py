@@ -8,7 +8,8 @@ import inspect
 import linecache
 import pickle
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -93,8 +94,7 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not (self.training or converted.is_observed(self)):
             return base.forward(self, *args, **kwargs)
         inputs = signature.inputs_of(args, kwargs)
@@ -107,7 +107,9 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
                 reason = f"its attribute {name!r} was {value!r} when it was converted"
                 return converted.fall_back(self, reason, args, kwargs)
         if shapes is not None and not _fit(inputs, shapes):
-            return converted.fall_back(self, "its inputs had another shape when it was converted", args, kwargs)
+            unknown = any(isinstance(value, fx.Proxy) for value in inputs)
+            what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"
+            return converted.fall_back(self, f"its inputs {what}", args, kwargs)
         return traced(self, *inputs)
 
     members: Mapping[str, Any] = {
@@ -115,15 +117,38 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _prepare_scriptable,
         "_rdp_recipe": recipe,
         "_rdp_branches": [space[f"_branch_{i}"] for i in range(len(recipe.paths))],
-        "forward": forward,
+        "forward": _named_as(base.forward, call),
     }
     return type(base.__name__, (base,), dict(members))
 
 
+def _named_as(original: Callable[..., Any], _rdp_call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that calls `_rdp_call(self, args, kwargs)`. `torch.jit.script` compiles the original's source in its
+    place and looks for the names in it among the method's globals, which are therefore the original's."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return _rdp_call(self, args, kwargs)
+
+    space = getattr(original, "__globals__", globals())
+    method = types.FunctionType(forward.__code__, space, original.__name__, None, forward.__closure__)
+    return functools.wraps(original)(method)
+
+
+def _prepare_scriptable(self: nn.Module) -> nn.Module:
+    """Called by `torch.jit.script`, which then compiles the forward that the block had."""
+    if self.training:
+        raise RuntimeError(
+            f"torch.jit.script compiles {type(self).__name__} as it was before its conversion, which drops rows in "
+            "another way in training: call model.eval() or rdp.revert(model) first"
+        )
+    return self
+
+
 def _fit(inputs: list[Any], shapes: tuple[Any, ...]) -> bool:
-    return all(
+    return not any(isinstance(value, fx.Proxy) for value in inputs) and all(
         (tuple(v.shape[1:]) if isinstance(v, Tensor) else v) == shape for v, shape in zip(inputs, shapes, strict=True)
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._checks import check_bool, check_probability, check_residual_add, check_stream
 from .._device import to_device
 from ..plan import kept_scale
+from ..recorded import drop_rows, is_recorded
 from ..reference import compute_dtype
 from ..tail import Add, Operands
 from . import direct
@@ -25,11 +26,22 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
     Unlike timm's, a dropped row is never read: NaN or Inf there becomes 0. The mask comes from torch's global CPU
     generator on every device. Raises `ValueError` or `TypeError` naming the argument.
     """
-    check_stream("x", x)
+    if torch.jit.is_scripting():  # its compiler takes neither the checks nor the kernels
+        return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep)) if training and drop_prob > 0 else x
+    else:  # noqa: RET505 (what follows a return would be compiled)
+        return _drop_path(x, drop_prob, training, scale_by_keep)
+
+
+def _drop_path(x: Tensor, drop_prob: float, training: bool, scale_by_keep: bool) -> Tensor:
+    recorded = not torch.compiler.is_compiling() and is_recorded(x)
+    if not recorded:
+        check_stream("x", x)
     drop_prob = check_probability("drop_prob", drop_prob)
     check_bool("scale_by_keep", scale_by_keep)
     if not training or drop_prob == 0:
         return x
+    if recorded:
+        return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep))
     row_scale = draw_row_scale(x, drop_prob, scale_by_keep)
     return run_tail("drop_path", Operands(branch=x), Add(row_scale=row_scale)).out
 

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
 from rdp_kernels.paths import CONVERTED
 
 from . import nets
@@ -58,10 +60,6 @@ def test_conversion_leaves_numbers_modes_and_generators_alone():
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_second_conversion_finds_nothing_left(model):
-    assert "no block has a drop-path" in str(rdp.convert(model, example_inputs=tokens()))
 
 
 def test_copies_are_converted_and_have_no_scheme(model):
@@ -147,6 +145,70 @@ def test_export_works_after_revert_and_in_eval(model):
     rdp.revert(model)
     program = torch.export.export(model, (tokens(),))
     torch.testing.assert_close(program.module()(tokens()), expected)
+
+
+def record_by(name, model):
+    if name == "fx":
+        return torch.fx.symbolic_trace(model)
+    if name == "export":
+        return torch.export.export(model, (tokens(),)).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        return torch.jit.script(model) if name == "script" else torch.jit.trace(model, tokens(), check_trace=False)
+
+
+@pytest.mark.parametrize("name", ["fx", "script", "trace", "export"])
+def test_recorded_in_eval_mode_as_the_original(name):
+    model = nets.Net(nets.Shared(), nets.Concat(), nets.Between(), nets.Plain())
+    for block in model.blocks[:3]:
+        block.drop_path = rdp.DropPath(0.2)  # scripts take it
+    x, expected = tokens(), model.eval()(tokens())
+    rdp.convert(model, drop_prob=0.5, example_inputs=x)
+    torch.testing.assert_close(record_by(name, model)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["fx", "trace"])
+def test_recorded_in_training_it_draws_in_the_graph(name):
+    model = nets.Net(nets.Shared(), nets.Concat(), nets.Plain())
+    rdp.convert(model, drop_prob=0.5, example_inputs=tokens())
+    recorded, x = record_by(name, model), tokens(40)
+    torch.testing.assert_close(seeded(recorded, x), seeded(model, x))
+    scheme = rdp.ResidualDropPath(model)
+    with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
+        record_by(name, model)
+
+
+@pytest.mark.skipif(not installed("torchvision"), reason="torchvision is not installed")
+def test_torchvisions_feature_extractor():
+    """It records in both modes, and leaves the model in its own."""
+    import_torchvision()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, x = nets.Net(nets.Shared(), nets.Concat()), tokens()
+    rdp.convert(model, drop_prob=0.5, example_inputs=x)
+    extract = create_feature_extractor(model, {"blocks.0": "feature"}, suppress_diff_warning=True)
+    assert model.training
+    torch.testing.assert_close(extract.eval()(x)["feature"], model.eval().blocks[0](model.stem(x)))
+    scheme = rdp.ResidualDropPath(model)
+    with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
+        create_feature_extractor(model, ["blocks.0"])
+
+
+def test_fx_knows_no_shapes_to_compare():
+    model = nets.Net(nets.Sizes(0.0))
+    rdp.convert(model, example_inputs=tokens())
+    assert type(model.blocks[0])._rdp_recipe.shapes is not None
+    raises = pytest.raises(torch.fx.proxy.TraceError)  # as from the original, which has an `if` over sizes
+    with raises, pytest.warns(UserWarning, match="its inputs have no shape while torch.fx records it"):
+        record_by("fx", model)
+
+
+def test_a_script_in_training_is_refused(model):
+    with pytest.raises(RuntimeError, match=r"torch.jit.script compiles Block as it was .*rdp.revert\(model\)"):
+        record_by("script", model)
+    rdp.revert(model)
+    model.blocks[1].drop_path = rdp.DropPath(0.2)
+    record_by("script", model.blocks[1])
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
