@@ -94,6 +94,7 @@ class Tail:
         owned = previous is not None and previous.add is not None and not previous.saves_stream
         self.in_place = add is not None and owned
         self.owns_gradient = False
+        self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
 
     def __call__(self, operands: Operands) -> Results:
         """Without what is there for the norm's backward."""
@@ -111,7 +112,7 @@ class _Tail(torch.autograd.Function):
         operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
         add, following = tail.add, tail.following
         num_saved = 0
-        if following is not None and following.norm is not None and any(needed):
+        if following is not None and following.norm is not None and tail.is_recorded and any(needed):
             num_saved = following.num_with_gradient(operands.residual.shape[0])
         results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
         out = operands.residual if add is None else results.out

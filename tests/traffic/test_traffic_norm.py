@@ -153,12 +153,18 @@ def test_statistics(norm, rows, dtype):
 
 
 @each_norm
-def test_nothing_is_saved_without_a_gradient(norm):
+@pytest.mark.parametrize("rows", [None, NEXT_ROWS[0.5]], ids=["all", "some"])
+@pytest.mark.parametrize("learn", [False, True], ids=["", "no_grad"])
+def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
+    """Because nothing requires one, or because autograd doesn't record."""
     tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
-    tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
-    forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, row_set(NEXT_ROWS[0.5])), **tensors)
+    tensors = {name: t if t is None or learn else t.detach() for name, t in tensors.items()}
+    with torch.set_grad_enabled(not learn):
+        forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, rows and row_set(rows)), **tensors)
+    goes_on = BATCH if rows is None else len(rows)
     writes = {"out_ptr": ALL, "next_ptr": ALL}
-    check(forward, (6 + 3 + 6 + 3) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+    check(forward, (6 + 3 + 6 + goes_on) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+    assert not {"mean_ptr", "rstd_ptr"} & {*forward.launches[0].tensors}
 
 
 @each_norm
