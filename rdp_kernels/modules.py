@@ -148,8 +148,8 @@ class ResidualSequence(nn.Sequential):
 
     `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`. Where kernels serve
     it, one kernel adds a branch, normalises the sum and gathers the next branch's rows, and the stream between
-    branches, which nobody else sees, is updated in place. A branch with hooks, a shortcut or an activation is called
-    as it is. Raises `TypeError` for a module that is not a `ResidualBranch`.
+    branches, which nobody else sees, is updated in place, unless the backward of a norm reads it. A branch with hooks,
+    a shortcut or an activation is called as it is. Raises `TypeError` for a module that is not a `ResidualBranch`.
     """
 
     def __init__(self, *branches: Any):
