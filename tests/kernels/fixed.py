@@ -175,9 +175,9 @@ TABLE = [
     Row("drop-path-add-autocast", ops.drop_path_add, BASE_VIT, AUTOCAST, "without γ", options={"drop_prob": 0.45}),
 
     # residual_add_norm
-    Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER),
-    Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | {"offset": -30.0}),
-    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER, refused=NO_GAMMA_PER_POSITION),
+    Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER | DROPPED),
+    Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | DROPPED | {"offset": -30.0}),
+    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER | DROPPED, refused=NO_GAMMA_PER_POSITION),
     Row("layer-some", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "some rows, others go on", rows="some", next_rows="some", options=LAYER | DROPPED),
     Row("layer-one-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "one row kept, one goes on", rows="one", next_rows="one", options=LAYER | DROPPED),
     Row("layer-no-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "none kept, none goes on", rows="none", next_rows="none", options=LAYER | DROPPED),
@@ -186,7 +186,7 @@ TABLE = [
     Row("layer-fp64", ops.residual_add_norm, (4, 197, 384), FP64, "all arithmetic in float64", rows="some", next_rows="some", options=LAYER, refused=NO_FLOAT64),
     Row("layer-odd-fp16", ops.residual_add_norm, ODD, FP16_WIDE_VECTORS, "rows that end within a tile, odd addresses", layouts=OFFSET, next_rows="some", options=LAYER),
     Row("layer-ones", ops.residual_add_norm, ONES, FP32, "one channel: the variance is 0", options=LAYER),
-    Row("rms", ops.residual_add_norm, (16, 257, 1024), BF16, "RMSNorm of whole tiles", rows="some", next_rows="some", options=RMS),
+    Row("rms", ops.residual_add_norm, (16, 256, 2048), BF16, "RMSNorm of whole tiles", options=RMS | DROPPED),
     Row("rms-4096", ops.residual_add_norm, (2, 500, 4096), WIDE_VECTORS, "the widest row that registers hold", options=RMS),
     Row("rms-5120", ops.residual_add_norm, (4, 50, 5120), WIDE_VECTORS, "wider: the backward goes through it in pieces", next_rows="some", options=RMS),
     Row("layer-5120", ops.residual_add_norm, (2, 50, 5120), FP32, "the same of LayerNorm", rows="some", options=LAYER),
