@@ -29,7 +29,7 @@ SECTOR = 32  # bytes: the least that a GPU's memory moves
 VECTORS = {"gamma_ptr", "weight_ptr", "bias_ptr"}
 PARTIALS = {"dgamma_ptr", "dweight_ptr", "dbias_ptr", "partials_ptr"}
 INDICES = {"index_ptr", "inverse_ptr", "next_inverse_ptr", "row_scale_ptr"}
-SMALL = VECTORS | PARTIALS | INDICES | {"rstd_ptr"}
+SMALL = VECTORS | PARTIALS | INDICES | {"mean_ptr", "rstd_ptr"}
 SMALL_KERNELS = {"_sum_partials_kernel", "_invert_rows_kernel"}
 
 _NO_TRAFFIC = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}

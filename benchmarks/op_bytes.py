@@ -114,7 +114,7 @@ def compiled_chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Mo
 def norm(batch: int, kept: int, dbranch: int, following: int, gamma: bool) -> Moved:
     """Forward: the stream, the branch; the sum, the `following` normed rows. Backward: both gradients, what the norm
     saw, for dγ the branch; the gradients of stream and branch. The norm saw the sum, which is there: a kernel that
-    saves x̂ besides does more than it needs."""
+    saves a copy of the `following` rows besides does more than it needs."""
     forward = batch + kept + batch + following
     return Moved(forward, batch + following + following + kept * gamma + batch + dbranch)
 

@@ -167,7 +167,8 @@ class ResidualSequence(nn.Sequential):
     gets only those keyword arguments that its `fn.forward` takes by name, or all where that takes `**kwargs`: an
     attention branch with a `mask` and an MLP without one stand in one sequence. Where kernels serve it, one kernel adds
     a branch, normalises the sum and gathers the next branch's rows, and the stream between branches, which nobody else
-    sees, is updated in place. A branch with hooks, a shortcut or an activation is called as it is.
+    sees, is updated in place, unless the backward of a norm reads it. A branch with hooks, a shortcut or an activation
+    is called as it is.
 
     Raises `TypeError` for a module that is not a `ResidualBranch`, for a keyword argument that no branch takes, and for
     positional arguments that a branch doesn't take.

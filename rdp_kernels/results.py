@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def context_of(operands: Operands, norm: str | None, batch_size: int | None) -> 
 def empty_results(
     context: Context, add: Add | None, following: Next | None, num_saved: int, out: Any = None
 ) -> Results:
-    """Of a forward; `out` is allocated where a branch is added, unless it is given."""
+    """Of a forward; `out` is allocated where a branch is added, unless it is given. `norm_input` is allocated for some
+    rows; that of all rows is the stream, and None here."""
     dtype = context.dtypes.residual
     if add is not None and out is None:
         out = context.empty(context.shape[0], dtype)
@@ -69,8 +71,12 @@ def empty_results(
     if following.norm is None or num_saved == 0:
         return results
     num_norms = num_saved * math.prod(context.shape[1:-1])
-    rstd = torch.empty(num_norms, dtype=context.compute, device=context.device)
-    return results._replace(x_hat=context.empty(num_saved, dtype), rstd=rstd)
+    statistic = partial(torch.empty, num_norms, dtype=context.compute, device=context.device)
+    return results._replace(
+        norm_input=None if following.rows is None else context.empty(num_saved, dtype),
+        mean=statistic() if following.norm == "layer" else None,
+        rstd=statistic(),
+    )
 
 
 def empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Operands:

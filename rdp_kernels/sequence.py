@@ -2,7 +2,8 @@
 
 With stream s, branches f and norms n, a chain computes `s ← s + f(n(s))` path after path. What kernels compute in one
 go is `s ← s + update; next input = n(s)[rows]`: the update of one path waits until the next path's rows are known. The
-stream in between is seen by nobody but the chain, which therefore updates it in place.
+stream in between is seen by nobody but the chain, which therefore updates it in place, unless the backward of a norm
+reads it.
 """
 
 from __future__ import annotations

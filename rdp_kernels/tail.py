@@ -73,11 +73,14 @@ class Operands(NamedTuple):
 class Results(NamedTuple):
     """What comes of a tail, or the gradients with respect to it. What there isn't is None.
 
-    `out`: the stream. `next`, `frozen_next`: the next branch's rows. `x_hat`, `rstd`: what the norm's backward needs.
+    `out`: the stream. `next`, `frozen_next`: the next branch's rows. What the norm's backward needs: `norm_input`, the
+    rows of the stream that have a norm, and of each position the `mean` (LayerNorm's alone) and `rstd`, the reciprocal
+    of the standard deviation.
     """
 
     out: Any = None
     next: Any = None
     frozen_next: Any = None
-    x_hat: Any = None
+    norm_input: Any = None
+    mean: Any = None
     rstd: Any = None

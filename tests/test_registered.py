@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.library import opcheck
 import rdp_kernels as rdp
 from rdp_kernels._triton.support import DTYPES
 from rdp_kernels.ops import registered
+from rdp_kernels.ops.tail import run_tail
 from rdp_kernels.rows import RowSet
 from rdp_kernels.tail import Add, Next, Operands
 
@@ -44,6 +46,10 @@ def calls():
         "channels_last": (Operands(image, tensor(2, 4, 3, 2), gamma=tensor(4)), Add(rows_of(0, 3), channel_dim=1), None),
         "gather": (Operands(x), None, Next(next_parts)),
         "gather and norm": (Operands(x, weight=weight), None, Next(None, "rms", 1e-6)),
+        "norm of a transposed stream": (
+            Operands(tensor(BATCH, DIM, TOKENS, grad=False).mT.requires_grad_(), weight=weight), None, Next(None, "layer", 1e-6),
+        ),
+        "add, norm": (Operands(x, update, gamma=gamma, weight=weight, bias=bias), Add(rows_of(4, 1)), Next(None, "layer", 1e-6)),
         "add, norm, gather": (Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6)),
         "constant next rows": (
             Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6, "frozen"),
@@ -64,6 +70,23 @@ def test_opcheck(library, name):
     if following == Next():
         return  # the head of a path without rows and norm is the stream itself
     opcheck(torch.ops.rdp.tail.default, (library, *operands, *registered._spell(add, following), True))
+
+
+@pytest.mark.parametrize("name", [name for name in calls() if "dense" not in name])
+def test_equals_the_function(name):
+    """To the bit: results and gradients."""
+    operands, add, following = calls()[name]
+    leaves = [t for t in operands if t is not None]
+    found = []
+    for call in (partial(registered.tail, "triton"), partial(run_tail, "path")):
+        with rdp.use_backend("triton"):
+            results = [t for t in call(operands, add, following) if t is not None]
+        torch.manual_seed(0)
+        outs = [out for out in results if out.requires_grad]
+        grads = torch.autograd.grad(outs, leaves, [torch.randn_like(out) for out in outs], allow_unused=True)
+        found.append([*results, *grads])
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_no_schema_has_a_list_of_dtypes():

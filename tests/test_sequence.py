@@ -118,6 +118,28 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     assert torch.equal(x, before)
 
 
+def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
+    """Where all rows have a norm the sum is saved, and nothing else is; its gradient is one allocation all the same.
+    Without a gradient nothing is saved, and where some rows have a norm these are copied."""
+    seen = []
+    original = tail_module._Tail.apply
+    monkeypatch.setattr(tail_module._Tail, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    paths, x = sequence(), stream(requires_grad=True)
+    paths(x).backward(torch.randn_like(x))
+    assert [tail.in_place for tail in seen] == [False] * (DEPTH + 1)
+    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    seen.clear()
+    with torch.no_grad():
+        paths(x)
+    assert [tail.in_place for tail in seen] == [False, False, *[True] * (DEPTH - 1)]
+    seen.clear()
+    keep = torch.ones(DEPTH, BATCH, dtype=torch.bool)
+    keep[[0, 1, 3], 2] = False
+    with rdp.ResidualDropPath(paths, mode="sample").drop_iteration(plan=rdp.PathPlan(keep, [0.5] * DEPTH, "sample")):
+        paths(x).sum().backward()
+    assert [tail.in_place for tail in seen] == [False, False, True, False, True]
+
+
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_where_nothing_is_fused_the_add_is_torchs_own(freeze, monkeypatch):
     """Whole branches without γ or a norm that kernels serve: torch's add has no backward of its own, where a kernel's
@@ -228,8 +250,8 @@ def test_a_bypassed_path_saves_nothing():
         saved[phase] = sum(dict(sizes).values())
         out.sum().backward()
     tokens = BATCH * TOKENS
-    # x̂ and rstd of the norm, the norm's output, tanh's output, and the branch's output for dγ.
-    learning = tokens * (DIM + 1 + DIM + 2 * DIM + DIM) * 4
+    # What the norm saw, its mean and rstd, its output, tanh's output, and the branch's output for dγ.
+    learning = tokens * (DIM + 2 + DIM + 2 * DIM + DIM) * 4
     assert saved == {"drop": learning, "reuse": learning}
 
 

@@ -95,6 +95,23 @@ def store_parts(first_ptr, second_ptr, x, k, p, n, wanted, in_width, num_first, 
 
 
 @triton.jit
+def load_statistics(mean_ptr, rstd_ptr, at, has_norm):
+    """Of a norm; without a mean it is 0."""
+    rstd = tl.load(rstd_ptr + at, mask=has_norm, other=0.0)
+    mean = tl.zeros_like(rstd)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + at, mask=has_norm, other=0.0)
+    return mean, rstd
+
+
+@triton.jit
+def load_normed(pointers, mean, rstd, mask, COMPUTE: tl.constexpr):
+    """x̂ of rows of the stream, by the forward's arithmetic; 0 where masked."""
+    x = tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
+    return tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]
+
+
+@triton.jit
 def load_gamma(gamma_ptr, p, n, exists, in_width, channels, PER_POSITION: tl.constexpr, COMPUTE: tl.constexpr):
     """γ as it applies to a tile: a factor a column, or one a position."""
     if PER_POSITION:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import branch_rows, kernel, load_parts, place, standing, store_parts
+from .parts import branch_rows, kernel, load_normed, load_parts, load_statistics, place, standing, store_parts
 
 
 @kernel
@@ -16,7 +16,8 @@ def _residual_add_norm_fwd_kernel(
     out_ptr,
     next_ptr,
     frozen_next_ptr,
-    x_hat_ptr,
+    norm_input_ptr,
+    mean_ptr,
     rstd_ptr,
     residual_ptr,
     branch_ptr,
@@ -48,8 +49,9 @@ def _residual_add_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Saves x̂ and rstd of the first `num_saved` next rows. IN_PLACE: `out` is `residual`, and samples without a branch
-    row aren't written. Without `out` nothing is added: the next rows are those of `residual`.
+    """Saves mean and rstd of the first `num_saved` next rows and, given `norm_input`, the rows as the norm sees them.
+    IN_PLACE: `out` is `residual`, and samples without a branch row aren't written. Without `out` nothing is added: the
+    next rows are those of `residual`.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -80,15 +82,18 @@ def _residual_add_norm_fwd_kernel(
         tl.store(out_ptr + place(b, p, n, out_row_stride, width), stored, mask=touched[:, None] & in_width)
         x = stored.to(COMPUTE)  # the norm sees the stream as it is stored
 
+    saved = goes_on & (j < num_saved)
+    if norm_input_ptr is not None:
+        tl.store(norm_input_ptr + place(j, p, n, sample_size, width), x, mask=saved[:, None] & in_width)
     if LAYER_NORM:
-        x = tl.where(in_width, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
+        mean = tl.sum(x, axis=1) / width
+        if mean_ptr is not None:
+            tl.store(mean_ptr + j * positions + p, mean, mask=saved)
+        x = tl.where(in_width, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + EPS)
-    x_hat = x * rstd[:, None]
-    if x_hat_ptr is not None:
-        saved = goes_on & (j < num_saved)
-        tl.store(x_hat_ptr + place(j, p, n, sample_size, width), x_hat, mask=saved[:, None] & in_width)
+    if rstd_ptr is not None:
         tl.store(rstd_ptr + j * positions + p, rstd, mask=saved)
-    y = x_hat
+    y = x * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
     if bias_ptr is not None:
@@ -107,7 +112,8 @@ def _residual_add_norm_bwd_kernel(
     dout_ptr,
     dnext_ptr,
     dfrozen_next_ptr,
-    x_hat_ptr,
+    norm_input_ptr,
+    mean_ptr,
     rstd_ptr,
     branch_ptr,
     gamma_ptr,
@@ -128,6 +134,7 @@ def _residual_add_norm_bwd_kernel(
     dnext_row_stride,
     dfrozen_next_row_stride,
     branch_row_stride,
+    norm_input_row_stride,
     tiles,
     LAYER_NORM: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -160,8 +167,8 @@ def _residual_add_norm_bwd_kernel(
             num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
         )  # fmt: skip
         mask = has_norm[:, None] & in_width
-        x_hat = tl.load(x_hat_ptr + place(j, p, n, sample_size, width), mask=mask, other=0.0).to(COMPUTE)
-        rstd = tl.load(rstd_ptr + j * positions + p, mask=has_norm, other=0.0).to(COMPUTE)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, has_norm)
+        x_hat = load_normed(norm_input_ptr + place(j, p, n, norm_input_row_stride, width), mean, rstd, mask, COMPUTE)
         counts = (has_norm & (j < num_next_learning))[:, None]
         if dweight_ptr is not None:
             weight_total += tl.where(counts, dy * x_hat, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import branch_rows, kernel, load_parts, place, standing, store_parts
+from .parts import branch_rows, kernel, load_normed, load_parts, load_statistics, place, standing, store_parts
 
 
 @kernel
@@ -23,7 +23,8 @@ def _residual_add_norm_bwd_wide_kernel(
     dout_ptr,
     dnext_ptr,
     dfrozen_next_ptr,
-    x_hat_ptr,
+    norm_input_ptr,
+    mean_ptr,
     rstd_ptr,
     branch_ptr,
     gamma_ptr,
@@ -44,6 +45,7 @@ def _residual_add_norm_bwd_wide_kernel(
     dnext_row_stride,
     dfrozen_next_row_stride,
     branch_row_stride,
+    norm_input_row_stride,
     tiles,
     LAYER_NORM: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -72,9 +74,9 @@ def _residual_add_norm_bwd_wide_kernel(
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             has_norm = has_norm & reads
         counts = has_norm & (j < num_next_learning)
-        rstd = tl.load(rstd_ptr + j * positions + p, mask=has_norm, other=0.0).to(COMPUTE)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, has_norm)
 
-        along, mean = tl.zeros([BLOCK_M], COMPUTE), tl.zeros([BLOCK_M], COMPUTE)
+        along, dy_mean = tl.zeros([BLOCK_M], COMPUTE), tl.zeros([BLOCK_M], COMPUTE)
         for start in range(0, width, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             in_width = (n < width)[None, :]
@@ -83,7 +85,8 @@ def _residual_add_norm_bwd_wide_kernel(
                 num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
             )  # fmt: skip
             mask = has_norm[:, None] & in_width
-            x_hat = tl.load(x_hat_ptr + place(j, p, n, sample_size, width), mask=mask, other=0.0).to(COMPUTE)
+            at = norm_input_ptr + place(j, p, n, norm_input_row_stride, width)
+            x_hat = load_normed(at, mean, rstd, mask, COMPUTE)
             cell = tl.program_id(0).to(tl.int64) * width + n
             if dweight_ptr is not None:
                 _add_to(dweight_ptr + cell, tl.sum(tl.where(counts[:, None], dy * x_hat, 0.0), axis=0), n < width)
@@ -93,7 +96,7 @@ def _residual_add_norm_bwd_wide_kernel(
                 dy *= tl.load(weight_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
             along += tl.sum(dy * x_hat, axis=1) / width
             if LAYER_NORM:
-                mean += tl.sum(dy, axis=1) / width
+                dy_mean += tl.sum(dy, axis=1) / width
 
         for start in range(0, width, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
@@ -103,10 +106,11 @@ def _residual_add_norm_bwd_wide_kernel(
                 num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
             )  # fmt: skip
             mask = has_norm[:, None] & in_width
-            x_hat = tl.load(x_hat_ptr + place(j, p, n, sample_size, width), mask=mask, other=0.0).to(COMPUTE)
+            at = norm_input_ptr + place(j, p, n, norm_input_row_stride, width)
+            x_hat = load_normed(at, mean, rstd, mask, COMPUTE)
             if weight_ptr is not None:
                 dy *= tl.load(weight_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
-            d = tl.where(mask, (dy - mean[:, None] - x_hat * along[:, None]) * rstd[:, None], 0.0)
+            d = tl.where(mask, (dy - dy_mean[:, None] - x_hat * along[:, None]) * rstd[:, None], 0.0)
             if dout_ptr is not None:
                 touched = exists
                 if IN_PLACE:

@@ -35,7 +35,8 @@ def tail_fwd(
     """Adds a branch to the stream, gathers the next branch's rows, or both.
 
     Args:
-        num_saved: of the next branch's rows, how many leading ones keep x̂ and rstd for a backward.
+        num_saved: of the next branch's rows, how many leading ones keep what the norm's backward needs. Without a
+            list of rows `norm_input` is no copy: it is `out`, or the residual where nothing is added.
         in_place: the sum overwrites `operands.residual`, which must be dense; without activation.
         batch_size: of the result, where there is no residual to tell.
     """
@@ -73,7 +74,8 @@ def tail_fwd(
         tiles = _tiles("residual_add_norm_fwd", context, tiling, whole_rows=True)
         kernel = _residual_add_norm_fwd_kernel
         more = dict(
-            x_hat_ptr=results.x_hat,
+            norm_input_ptr=results.norm_input,
+            mean_ptr=results.mean,
             rstd_ptr=results.rstd,
             weight_ptr=weight,
             bias_ptr=bias,
@@ -82,6 +84,8 @@ def tail_fwd(
             EPS=following.eps,
         )
     tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
+    if results.rstd is not None and results.norm_input is None:
+        results = results._replace(norm_input=residual if add is None else results.out)
     return results, context
 
 
@@ -99,7 +103,7 @@ def tail_bwd(
 
     Args:
         operands: `branch` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
-        results: `out` where there is an activation, `x_hat` and `rstd` where there is a norm.
+        results: `out` where there is an activation, `norm_input`, `mean` and `rstd` where there is a norm.
         gradients: of the results; None for zero.
         in_place: the residual's gradient may overwrite that of `out`, which must be dense.
     """
@@ -181,13 +185,16 @@ def tail_bwd(
         }
         kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
         arguments.pop("num_next_rows")
+        norm_input = context.layout.conform(results.norm_input)
         more = dict(
             dweight_ptr=sums["weight"],
             dbias_ptr=sums["bias"],
-            x_hat_ptr=results.x_hat,
+            norm_input_ptr=norm_input,
+            mean_ptr=results.mean if following.norm == "layer" else None,
             rstd_ptr=results.rstd,
             weight_ptr=_contiguous(operands.weight),
-            num_saved=results.x_hat.shape[0] if dfrozen_next is not None else arguments["num_next_learning"],
+            norm_input_row_stride=_row_stride(norm_input),
+            num_saved=norm_input.shape[0] if dfrozen_next is not None else arguments["num_next_learning"],
             LAYER_NORM=following.norm == "layer",
         )
     more |= dict(dgamma_ptr=sums["gamma"], tiles=tiles.tiles)

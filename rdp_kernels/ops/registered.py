@@ -24,11 +24,11 @@ _SPEC = (
     "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
     "float eps, str? constant"
 )
-_FORWARD = f"tail(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_FORWARD = f"tail(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _BACKWARD = (
     "tail_backward(str library, Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
-    f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? x_hat, Tensor? rstd, {_SPEC}, SymInt[] shape, int[] order, "
-    "str[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? norm_input, Tensor? mean, Tensor? rstd, {_SPEC}, "
+    "SymInt[] shape, int[] order, str[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NUM_OPERANDS, _NUM_SPEC = 6, 15
 _DTYPES = {
@@ -98,6 +98,8 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None
 def _forward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     operands, add, following, num_saved, stream = _forward_arguments(arguments)
     results, _ = kernels_named(library).tail_fwd(operands, add, following, num_saved)
+    if following is not None and following.rows is None:
+        results = results._replace(norm_input=None)  # it is the stream, and an op may not return a tensor twice
     return _fill(results, stream)
 
 
@@ -116,19 +118,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         list(context.layout.order),
         [_NAMES[(stream if t is None else t).dtype] for t in operands],
     )
+    norm_input, mean, rstd = output[3:]
+    if following is not None and following.rows is None:
+        norm_input = stream if add is None else output[0]
     spec = arguments[_NUM_OPERANDS:-1]
     ctx.spec = [None if isinstance(value, Tensor) else value for value in spec]
     ctx.save_for_backward(
         operands.branch if operands.gamma is not None and operands.gamma.requires_grad else None,
         *operands[3:],
         output[0] if add is not None and add.activation is not None else None,
-        *(output[3:] if num_saved else (None, None)),
+        *((norm_input, mean, rstd) if num_saved else (None, None, None)),
         *(value if isinstance(value, Tensor) else None for value in spec),
     )
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    branch, gamma, weight, bias, out, x_hat, rstd, *spec_tensors = ctx.saved_tensors
+    branch, gamma, weight, bias, out, norm_input, mean, rstd, *spec_tensors = ctx.saved_tensors
     spec = tuple(value if t is None else t for value, t in zip(ctx.spec, spec_tensors, strict=True))
     add, following = _read(spec)
     wanted = list(ctx.needs_input_grad[1 : _NUM_OPERANDS + 1])
@@ -141,7 +146,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dout = None  # the stream went past the op
     passes = wanted[0] and out is None and dnext is None and dfrozen_next is None
     grads = torch.ops.rdp.tail_backward(
-        ctx.library, dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, x_hat, rstd,
+        ctx.library, dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, norm_input, mean, rstd,
         *spec, *ctx.geometry, [False, *wanted[1:]] if passes else wanted,
     )  # fmt: skip
     found = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
@@ -152,8 +157,8 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     gradients, operands = Results(*arguments[:3]), Operands(None, arguments[3], None, *arguments[4:7])
-    results = Results(out=arguments[7], x_hat=arguments[8], rstd=arguments[9])
-    add, following = _read(arguments[10:-4])
+    results = Results(out=arguments[7], norm_input=arguments[8], mean=arguments[9], rstd=arguments[10])
+    add, following = _read(arguments[11:-4])
     shape, order, names, wanted = arguments[-4:]
     dtypes = [_DTYPES[name] for name in names]
     like = next(t for t in (*gradients, *operands) if t is not None)

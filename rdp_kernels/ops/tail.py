@@ -80,35 +80,44 @@ class Tail:
         kernels: the library, with `tail_fwd` and `tail_bwd`.
         add: how the branch is added; None if there is none.
         following: what the next branch gets; None if there is none.
-        previous: the tail that the residual comes from, where nobody else ever sees it. If that tail allocated it, the
-            sum overwrites it, and if this one's backward allocates its gradient, that tail's overwrites it in turn.
+        previous: the tail that the residual comes from, where nobody else ever sees it. If that tail allocated it and
+            doesn't save it, the sum overwrites it; and if this one's backward allocates its gradient, that tail's
+            overwrites it in turn.
     """
 
     def __init__(
         self, kernels: ModuleType, add: Add | None, following: Next | None = None, previous: Tail | None = None
     ):
         self.kernels, self.add, self.following, self.previous = kernels, add, following, previous
-        self.in_place = add is not None and previous is not None and previous.add is not None
+        self.saves_stream = False
+        """Whether the stream that comes out is saved: where all its rows are normed, and a gradient is wanted."""
+        owned = previous is not None and previous.add is not None and not previous.saves_stream
+        self.in_place = add is not None and owned
         self.owns_gradient = False
+        self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
 
     def __call__(self, operands: Operands) -> Results:
-        """Without `x_hat` and `rstd`."""
+        """Without what is there for the norm's backward."""
         return Results(*_Tail.apply(self, *operands)[:3])
 
 
 class _Tail(torch.autograd.Function):
     """Saves what the wanted gradients need: the branch's learning rows for dγ, γ and the norm's weight to pass through,
-    x̂ and rstd of the next rows, the sum where there is an activation. Differentiable once: x̂ is returned so that
-    autograd knows that what the norm's backward makes of it depends on the operands."""
+    what the norm saw with its statistics, the sum where there is an activation. Differentiable once: what the norm saw
+    is an operand or a result, so that autograd knows that what the norm's backward makes of it depends on the operands.
+    """
 
     @staticmethod
     def forward(ctx, tail, *tensors):
         operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
         add, following = tail.add, tail.following
         num_saved = 0
-        if following is not None and following.norm is not None and any(needed):
+        if following is not None and following.norm is not None and tail.is_recorded and any(needed):
             num_saved = following.num_with_gradient(operands.residual.shape[0])
         results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
+        out = operands.residual if add is None else results.out
+        norm_input = results.norm_input
+        tail.saves_stream = norm_input is out
         ctx.tail = tail
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -116,7 +125,8 @@ class _Tail(torch.autograd.Function):
             operands.gamma if needed.branch or needed.frozen else None,
             operands.weight if num_saved else None,
             results.out if add is not None and add.activation is not None else None,
-            results.x_hat,
+            norm_input,
+            results.mean,
             results.rstd,
         )
         if tail.in_place:
@@ -124,19 +134,18 @@ class _Tail(torch.autograd.Function):
         if following is not None and following.constant is not None:
             constant = [results.frozen_next] if following.constant == "frozen" else [results.next, results.frozen_next]
             ctx.mark_non_differentiable(*(t for t in constant if t is not None))
-        out = operands.residual if add is None else results.out
-        return out, results.next, results.frozen_next, results.x_hat
+        return out, results.next, results.frozen_next, None if norm_input is out else norm_input
 
     @staticmethod
     def backward(ctx, *douts):
-        branch, gamma, weight, out, x_hat, rstd = ctx.saved_tensors
+        branch, gamma, weight, out, norm_input, mean, rstd = ctx.saved_tensors
         tail = ctx.tail
         twice = torch.is_grad_enabled()
         with torch.no_grad():
             grads = tail.kernels.tail_bwd(
                 ctx.context,
                 Operands(branch=branch, gamma=gamma, weight=weight),
-                Results(out, x_hat=x_hat, rstd=rstd),
+                Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
                 Results(*douts[:3]),
                 tail.add,
                 tail.following,
@@ -146,7 +155,7 @@ class _Tail(torch.autograd.Function):
         if tail.previous is not None:
             tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
         if twice:
-            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, x_hat))
+            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, norm_input))
         return None, *grads
 
 

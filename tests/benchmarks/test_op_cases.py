@@ -124,8 +124,8 @@ def test_the_kernels_move_what_is_needed(setting):
             ours.run(direction, 0)
         moved = sum(accesses.bytes for accesses in counted.big) // op.sample_bytes
         besides = 0
-        if op.norm and direction == "forward":  # x̂ is saved, where the sum would tell it too
-            besides = op.kept if setting.op == op_cases.NORM_ROWS else op.batch
+        if setting.op == op_cases.NORM_ROWS and direction == "forward":  # a copy of what the norm saw, for the backward
+            besides = op.kept
         if setting.kept is None and direction == "backward":  # dbranch is copied from dout, or written besides
             besides = op.batch if op.norm else 2 * op.batch
         assert moved == op.needed.by(direction) + besides, direction

@@ -65,9 +65,7 @@ def test_ours_moves_least(op):
     for direction in PASSES:
         of = {name: row for (passed, name), row in rows.items() if passed == direction}
         ours = of.pop("ours triton")
-        assert ours["needed_bytes"] <= ours["moved_bytes"]
-        saved = 6 * SAMPLE if (op, direction) == (NORM, "forward") else 0  # x̂ besides the sum, which would tell it
-        assert ours["moved_bytes"] == ours["needed_bytes"] + saved
+        assert ours["moved_bytes"] == ours["needed_bytes"]
         assert all(row["moved_bytes"] >= ours["needed_bytes"] for row in of.values())
         assert ours["moved_bytes"] < of["eager"]["moved_bytes"]
 

@@ -28,11 +28,11 @@ Read = Callable[[list[Launch], str], list[CudaCode]]
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-SMALL = frozenset({"gamma", "weight", "bias", "row_scale", "inverse", "next_inverse", "index", "rstd"})
+SMALL = frozenset({"gamma", "weight", "bias", "row_scale", "inverse", "next_inverse", "index", "mean", "rstd"})
 SMALL |= {"dgamma", "dweight", "dbias"}
 """Arguments with a number a column, a tile row or a program: any width serves."""
 SMALL_OF = {"_sum_partials_kernel": frozenset({"out"})}
-STREAM = frozenset({"residual", "branch", "frozen", "out", "next", "frozen_next", "x_hat"})
+STREAM = frozenset({"residual", "branch", "frozen", "out", "next", "frozen_next", "norm_input"})
 STREAM |= {"dresidual", "dbranch", "dfrozen", "dout", "dnext", "dfrozen_next", "x", "frozen_out"}
 EVERYTHING = STREAM | {"partials"}
 MIXED = dict(rows="mixed", next_rows="mixed")

@@ -26,6 +26,7 @@ CUDA_KERNELS = DEVICE == "cuda" or os.environ.get("RDP_CUDA_ON_HOST") == "1"
 FP32, BF16, FP16, FP64 = (((dtype,) * 4) for dtype in ("float32", "bfloat16", "float16", "float64"))
 AUTOCAST = ("float32", "bfloat16", "float32", "float32")  # a bfloat16 branch on a float32 stream
 WIDE_VECTORS = ("bfloat16", "bfloat16", "float32", "float32")  # a bfloat16 stream, parameters in float32
+FP16_WIDE_VECTORS = ("float16", "float16", "float32", "float32")
 WIDE_BRANCH = ("bfloat16", "float32", "bfloat16", "bfloat16")
 
 # Of the stream, the branch, the incoming gradients, and the vectors.
@@ -174,26 +175,26 @@ TABLE = [
     Row("drop-path-add-autocast", ops.drop_path_add, BASE_VIT, AUTOCAST, "without γ", options={"drop_prob": 0.45}),
 
     # residual_add_norm
-    Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER),
-    Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | {"offset": -30.0}),
-    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER, refused=NO_GAMMA_PER_POSITION),
+    Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER | DROPPED),
+    Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | DROPPED | {"offset": -30.0}),
+    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER | DROPPED, refused=NO_GAMMA_PER_POSITION),
     Row("layer-some", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "some rows, others go on", rows="some", next_rows="some", options=LAYER | DROPPED),
     Row("layer-one-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "one row kept, one goes on", rows="one", next_rows="one", options=LAYER | DROPPED),
     Row("layer-no-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "none kept, none goes on", rows="none", next_rows="none", options=LAYER | DROPPED),
-    Row("layer-autocast", ops.residual_add_norm, BASE_VIT, AUTOCAST, "as under autocast", options=LAYER | DROPPED),
+    Row("layer-dropped", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "all rows of a narrow stream: the norm's backward reads the sum", options=LAYER | DROPPED),
     Row("layer-bare", ops.residual_add_norm, BASE_VIT, BF16, "no γ, no weight, no bias", next_rows="some", options={"follows": True, "norm": "layer"}),
     Row("layer-fp64", ops.residual_add_norm, (4, 197, 384), FP64, "all arithmetic in float64", rows="some", next_rows="some", options=LAYER, refused=NO_FLOAT64),
-    Row("layer-odd-fp16", ops.residual_add_norm, ODD, FP16, "rows that end within a tile, odd addresses", layouts=OFFSET, next_rows="some", options=LAYER),
+    Row("layer-odd-fp16", ops.residual_add_norm, ODD, FP16_WIDE_VECTORS, "rows that end within a tile, odd addresses", layouts=OFFSET, next_rows="some", options=LAYER),
     Row("layer-ones", ops.residual_add_norm, ONES, FP32, "one channel: the variance is 0", options=LAYER),
-    Row("rms", ops.residual_add_norm, (16, 257, 1024), BF16, "RMSNorm of whole tiles", rows="some", next_rows="some", options=RMS),
-    Row("rms-4096", ops.residual_add_norm, (2, 500, 4096), BF16, "the widest row that registers hold", options=RMS),
-    Row("rms-5120", ops.residual_add_norm, (4, 50, 5120), BF16, "wider: the backward goes through it in pieces", next_rows="some", options=RMS),
+    Row("rms", ops.residual_add_norm, (16, 256, 2048), BF16, "RMSNorm of whole tiles", options=RMS | DROPPED),
+    Row("rms-4096", ops.residual_add_norm, (2, 500, 4096), WIDE_VECTORS, "the widest row that registers hold", options=RMS),
+    Row("rms-5120", ops.residual_add_norm, (4, 50, 5120), WIDE_VECTORS, "wider: the backward goes through it in pieces", next_rows="some", options=RMS),
     Row("layer-5120", ops.residual_add_norm, (2, 50, 5120), FP32, "the same of LayerNorm", rows="some", options=LAYER),
 
     # The tail of a path and the head of the next
     Row("path", ops.joint, BASE_VIT, WIDE_VECTORS, "learning and frozen rows come, learning and frozen ones go", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
     Row("path-autocast", ops.joint, BASE_VIT, AUTOCAST, "the same under autocast", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
-    Row("path-constant", ops.joint, BASE_VIT, AUTOCAST, "gradients bypass frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"constant": "frozen"}),
+    Row("path-constant", ops.joint, BASE_VIT, WIDE_VECTORS, "gradients bypass frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"constant": "frozen"}),
     Row("path-frozen", ops.joint, BASE_VIT, AUTOCAST, "no row learns", rows="frozen", next_rows="frozen", options=LAYER | SCALED),
     Row("path-no-norm", ops.joint, BASE_VIT, AUTOCAST, "rows are handed over as they are", rows="mixed", next_rows="mixed", options=HANDOVER),
     Row("path-images", ops.joint, STAGE_1, FP16, "a factor a position, over learning rows alone", rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION, refused=NO_GAMMA_PER_POSITION),
@@ -209,6 +210,6 @@ TABLE = [
     Row("in-place-no-row", ops.in_place, BASE_VIT, AUTOCAST, "nothing is written", rows="none", next_rows="none", options=HANDOVER),
     Row("in-place-channels-last", ops.in_place, STAGE_4, AUTOCAST, "images, dropped rows", layouts=CHANNELS_LAST, next_rows="some", options=HANDOVER | PER_POSITION | {"row_scale": "tensor"}),
     Row("in-place-5120", ops.in_place, (4, 50, 5120), BF16, "wide rows in pieces", rows="some", next_rows="some", options=RMS),
-    Row("in-place-odd", ops.in_place, ODD, FP32, "rows that end within a tile", rows="mixed", next_rows="mixed", options=LAYER),
+    Row("in-place-odd", ops.in_place, ODD, FP32, "rows that end within a tile; all go on", rows="mixed", options=LAYER),
 ]
 # fmt: on

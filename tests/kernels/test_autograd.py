@@ -1,6 +1,8 @@
 """The kernels as autograd sees them."""
 
 import contextlib
+import gc
+import weakref
 from dataclasses import replace
 from itertools import combinations
 
@@ -144,6 +146,53 @@ def test_without_grad(backend, op, case, without):
         if result is not None and result is not operands.residual:
             assert result.grad_fn is None
             torch.testing.assert_close(result, with_grad.detach(), msg=name)
+
+
+HEAD = replace(CALLS["joint, head"][1], next_rows=None, num_next_learning=None)
+
+
+@pytest.mark.parametrize("changed", ["residual", "out"])
+@pytest.mark.parametrize("call", ["residual_add_norm", "head"])
+def test_a_stream_that_a_norm_saw_may_not_change(backend, call, changed):
+    """As with torch's norm it is saved itself, and autograd notices."""
+    op, case = {"residual_add_norm": CALLS["rms norm"], "head": (ops.joint, HEAD)}[call]
+    operands = operands_of(case)
+    operands = operands._replace(residual=operands.residual * 1)
+    results = op(operands, case)
+    with torch.no_grad():
+        getattr(results if changed == "out" else operands, changed).mul_(2)
+    if call == "residual_add_norm" and changed == "residual":
+        results.next.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            results.next.sum().backward()
+
+
+def test_rows_that_a_norm_saw_are_a_copy(backend):
+    """The stream that they come from may change."""
+    op, case = CALLS["layer norm"]
+    found = []
+    for factor in (1, 2):
+        operands = operands_of(case)
+        results = op(operands, case)
+        with torch.no_grad():
+            results.out.mul_(factor)
+        found.append(torch.autograd.grad(results.next.square().sum(), [t for t in operands if t is not None]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@EACH
+def test_no_reference_cycle_keeps_results(backend, op, case):
+    """Also where a result is saved for the backward."""
+    results = run(op, case)[0]
+    graph = [weakref.ref(result) for result in results.values()]
+    assert graph
+    gc.disable()
+    try:
+        del results
+        assert [alive() for alive in graph] == [None] * len(graph)
+    finally:
+        gc.enable()
 
 
 def raises_or_is_right(second, eager_second, backend, case):

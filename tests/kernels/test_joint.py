@@ -32,6 +32,32 @@ def test_all_or_none_learn(backend, num_learning, num_next_learning, tiles):
     check(replace(MIXED, num_learning=num_learning, num_next_learning=num_next_learning, tiles=tiles), ops.joint)
 
 
+GOES_ON = {
+    "all rows": {},
+    "some rows": dict(next_rows=(4, 1, 3)),
+    "frozen rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2),
+    "constant rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2, constant="frozen"),
+}
+
+
+@pytest.mark.parametrize(("norm", "dtype"), [("layer", "bfloat16"), ("rms", "float16")])
+@pytest.mark.parametrize("goes_on", GOES_ON.values(), ids=GOES_ON)
+@pytest.mark.parametrize("tiles", ["tuned", "wide"])
+@pytest.mark.parametrize("how", ["nothing is added", "added", "added in place"])
+def test_a_norm_sees_a_narrow_stream_exactly(backend, how, tiles, goes_on, norm, dtype):
+    """Its backward too, with vectors in float32: what is only read isn't rounded, and the sum once, as by torch."""
+    dtypes = (dtype, dtype, "float32", "float32")
+    case = Case((5, 2, 20), dtypes, follows=True, norm=norm, weight=True, bias=norm == "layer", tiles=tiles)
+    if how == "nothing is added":
+        check(replace(case, adds=False, **goes_on), ops.joint)
+        return
+    case = replace(case, rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, **goes_on)
+    if how == "added":
+        check(case, ops.joint)
+    else:
+        check(replace(case, in_place=True), ops.in_place)
+
+
 @pytest.mark.parametrize("norm", [None, "rms"])
 @pytest.mark.parametrize("constant", ["frozen", "all"])
 def test_constant_rows_have_no_gradient(backend, constant, norm):

@@ -69,7 +69,7 @@ def run(
     outs = [result for result in results if result is not None and result.requires_grad]
     douts = [torch.randn_like(out) for out in outs]
     with count_traffic() as backward:
-        if learning:
+        if learning and outs:
             torch.autograd.grad(outs, learning, douts)
     return forward, backward
 

@@ -55,13 +55,12 @@ def test_dense(p, norm):
     kept = ROWS[p]
     tensors = dict(residual=stream(), branch=stream(), gamma=vector(), **weights(norm))
     forward, backward = run(Add(row_scale=row_scale(kept)), following(norm), **tensors)
-    # residual, branch; out, next, x̂
-    minimum = (BATCH + len(kept) + BATCH + BATCH + BATCH) * ROW
-    writes = {"out_ptr": ALL, "next_ptr": ALL, "x_hat_ptr": ALL}
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, writes)
-    # dout, dnext, x̂, branch for dγ; dresidual, dbranch
+    # residual, branch; out, next
+    minimum = (BATCH + len(kept) + BATCH + BATCH) * ROW
+    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL, "next_ptr": ALL})
+    # dout, dnext, the sum, branch for dγ; dresidual, dbranch
     minimum = (BATCH + BATCH + BATCH + len(kept) + BATCH + BATCH) * ROW
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": kept}
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": kept}
     check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
 
 
@@ -75,11 +74,11 @@ def test_rows(norm, in_place, dtype):
     forward, backward = run(Add(row_set(rows)), following(norm, row_set(next_rows)), in_place, **tensors)
     row = TOKENS * CHANNELS * dtype.itemsize
     touched, added, changed = ([0, 1, 3, 4, 5], rows, next_rows) if in_place else (ALL, ALL, ALL)
-    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # residual, out; branch; next, x̂
-    writes = {"out_ptr": added, "next_ptr": ALL, "x_hat_ptr": ALL}
+    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # residual, out; branch; next, norm_input
+    writes = {"out_ptr": added, "next_ptr": ALL, "norm_input_ptr": ALL}
     check(forward, minimum, {"residual_ptr": touched, "branch_ptr": ALL}, writes)
-    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # dout, dresidual; dnext, x̂; dbranch
-    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL}
+    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # dout, dresidual; dnext, norm_input; dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL}
     check(backward, minimum, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL})
 
 
@@ -89,11 +88,12 @@ def test_learning_and_frozen_rows(norm):
     """Both parts of the next rows pass gradients on, of which the second learns nothing from."""
     tensors = dict(residual=stream(), branch=stream(2), frozen=stream(1), gamma=vector(), **weights(norm))
     forward, backward = run(Add(row_set([4, 0, 3], 2)), following(norm, row_set([5, 4, 1, 2], 1)), **tensors)
-    minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, x̂
+    minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, norm_input
     reads = {"residual_ptr": ALL, "branch_ptr": ALL, "frozen_ptr": ALL}
-    check(forward, minimum, reads, {"out_ptr": ALL, "next_ptr": ALL, "frozen_next_ptr": ALL, "x_hat_ptr": ALL})
-    minimum = (6 + 1 + 3 + 4 + 2 + 6 + 2 + 1) * ROW  # dout, dnext, dfrozen_next, x̂, branch for dγ; all gradients
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": ALL}
+    check(forward, minimum, reads, {"out_ptr": ALL, "next_ptr": ALL, "frozen_next_ptr": ALL, "norm_input_ptr": ALL})
+    # dout, dnext, dfrozen_next, norm_input, branch for dγ; all gradients
+    minimum = (6 + 1 + 3 + 4 + 2 + 6 + 2 + 1) * ROW
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": ALL}
     check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL, "dfrozen_ptr": ALL})
 
 
@@ -104,26 +104,74 @@ def test_gather(norm, next_p):
     """Without an add there is no sum to write, and of the stream only the next rows are read."""
     rows = NEXT_ROWS[next_p]
     forward, backward = run(None, following(norm, row_set(rows)), residual=stream(), **weights(norm))
-    minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, x̂
-    check(forward, minimum, {"residual_ptr": rows}, {"next_ptr": ALL, "x_hat_ptr": ALL})
-    minimum = (BATCH + len(rows) + len(rows) + BATCH) * ROW  # dout, dnext, x̂; dresidual
-    check(backward, minimum, {"dout_ptr": ALL, "dnext_ptr": ALL, "x_hat_ptr": ALL}, {"dresidual_ptr": ALL})
+    minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, norm_input
+    check(forward, minimum, {"residual_ptr": rows}, {"next_ptr": ALL, "norm_input_ptr": ALL})
+    minimum = (BATCH + len(rows) + len(rows) + BATCH) * ROW  # dout, dnext, norm_input; dresidual
+    check(backward, minimum, {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL}, {"dresidual_ptr": ALL})
+
+
+@all_tiles
+@each_norm
+@pytest.mark.parametrize("learns", [False, True])
+def test_head_on_all_rows(norm, learns):
+    """The stream is read, and read again in the backward: it isn't copied."""
+    forward, backward = run(None, following(norm), residual=stream(learns=learns), **weights(norm))
+    check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"next_ptr": ALL})
+    reads, writes = {"dnext_ptr": ALL, "norm_input_ptr": ALL}, {}
+    if learns:
+        reads, writes = reads | {"dout_ptr": ALL}, {"dresidual_ptr": ALL}
+    check(backward, (len(reads) + len(writes)) * BATCH * ROW, reads, writes)
+
+
+@all_tiles
+@each_norm
+def test_all_rows_in_place(norm):
+    """Of the sum, which the norm's backward reads, the samples are written that a branch is added to."""
+    rows = ROWS[0.5]
+    tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
+    forward, backward = run(Add(row_set(rows)), following(norm), in_place=True, **tensors)
+    minimum = (6 + 3 + 3 + 6) * ROW  # residual, out; branch; next
+    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": rows, "next_ptr": ALL})
+    minimum = (6 + 6 + 6 + 6 + 3) * ROW  # dout, dresidual; dnext, the sum; dbranch
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL}
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
 
 
 @each_norm
-def test_nothing_is_saved_without_a_gradient(norm):
+@pytest.mark.parametrize("rows", [None, NEXT_ROWS[0.5]], ids=["all", "some"])
+@each_dtype
+def test_statistics(norm, rows, dtype):
+    """Of a position with a norm 8 bytes are kept, rstd's alone by RMSNorm, in float32 whatever the stream's dtype."""
+    positions = TOKENS * (BATCH if rows is None else len(rows))
+    tensors = dict(residual=stream(dtype=dtype), branch=stream(dtype=dtype), **weights(norm))
+    forward, backward = run(Add(), following(norm, rows and row_set(rows)), **tensors)
+    expected = dict.fromkeys(["mean_ptr", "rstd_ptr"][norm == "rms" :], FLOAT * positions)
+    for counted, how in ((forward, "written"), (backward, "read")):
+        small = next(launched.small for launched in counted.launches if launched.big)
+        moved = {name: getattr(traffic, how).bytes for name, traffic in small.items()}
+        assert {name: moved[name] for name in ("mean_ptr", "rstd_ptr") if name in moved} == expected
+
+
+@each_norm
+@pytest.mark.parametrize("rows", [None, NEXT_ROWS[0.5]], ids=["all", "some"])
+@pytest.mark.parametrize("learn", [False, True], ids=["", "no_grad"])
+def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
+    """Because nothing requires one, or because autograd doesn't record."""
     tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
-    tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
-    forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, row_set(NEXT_ROWS[0.5])), **tensors)
+    tensors = {name: t if t is None or learn else t.detach() for name, t in tensors.items()}
+    with torch.set_grad_enabled(not learn):
+        forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, rows and row_set(rows)), **tensors)
+    goes_on = BATCH if rows is None else len(rows)
     writes = {"out_ptr": ALL, "next_ptr": ALL}
-    check(forward, (6 + 3 + 6 + 3) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+    check(forward, (6 + 3 + 6 + goes_on) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+    assert not {"mean_ptr", "rstd_ptr"} & {*forward.launches[0].tensors}
 
 
 @each_norm
 @out_of_place_and_in_place
 def test_wide_backward(monkeypatch, norm, in_place):
-    """Rows that don't fit in registers: dnext and x̂ are read twice, by the same program shortly after one another, so
-    that the second time they come from the cache; everything else once."""
+    """Rows that don't fit in registers: dnext and the norm's input are read twice, by the same program shortly after one
+    another, so that the second time they come from the cache; everything else once."""
     pieces = launch.LaunchConfig(tile=64, max_columns=64, num_warps=4, tiles=2)
     monkeypatch.setitem(launch.CONFIGS, "residual_add_norm_bwd_wide", {"default": ((2**31, pieces),)})
     monkeypatch.setattr(kernels(), "WIDEST_SUM_IN_REGISTERS", 128)
@@ -140,10 +188,10 @@ def test_wide_backward(monkeypatch, norm, in_place):
     assert "_residual_add_norm_bwd_wide_kernel" in [launched.kernel for launched in backward.launches]
     touched, changed = ([0, 1, 3], next_rows) if in_place else (ALL, ALL)
     minimum = ((3 + 2 if in_place else 4 + 4) + 2 * (2 + 2) + 2 + 2) * 2 * width * FLOAT
-    #          dout, dresidual                  dnext, x̂      branch for dγ, dbranch
-    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": ALL}
+    #          dout, dresidual                  dnext, norm_input branch for dγ, dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": ALL}
     writes = {"dresidual_ptr": changed, "dbranch_ptr": ALL}
-    check(backward, minimum, reads, writes, twice={"dnext_ptr", "x_hat_ptr"})
+    check(backward, minimum, reads, writes, twice={"dnext_ptr", "norm_input_ptr"})
 
 
 @each_norm
@@ -165,11 +213,11 @@ def test_odd_channels(norm, dtype, in_place):
     touched, added, changed = ([0, 1, 2, 4], [4, 1], [2, 1, 0]) if in_place else (ALL, ALL, ALL)
     # At each end a row touches a sector of which it needs at least one element: 1.15 with rows of 364 bytes, 1.33 of 182.
     sectors = 1 + 2 * (SECTOR - dtype.itemsize) / row
-    rows = (4 + 2 if in_place else 5 + 5) + 2 + 3 + 3  # residual, out; branch; next, x̂
-    writes = {"out_ptr": added, "next_ptr": ALL, "x_hat_ptr": ALL}
+    rows = (4 + 2 if in_place else 5 + 5) + 2 + 3 + 3  # residual, out; branch; next, norm_input
+    writes = {"out_ptr": added, "next_ptr": ALL, "norm_input_ptr": ALL}
     check(forward, rows * row, {"residual_ptr": touched, "branch_ptr": ALL}, writes, sectors)
-    rows = (4 + 3 if in_place else 5 + 5) + 3 + 3 + 2  # dout, dresidual; dnext, x̂; dbranch
-    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "x_hat_ptr": ALL}
+    rows = (4 + 3 if in_place else 5 + 5) + 3 + 3 + 2  # dout, dresidual; dnext, norm_input; dbranch
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL}
     check(backward, rows * row, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL}, sectors)
 
 
@@ -188,15 +236,15 @@ def test_path(p, next_p, norm, in_place):
     )  # fmt: skip
     kept, goes_on = len(rows), len(next_rows)
     either = len({*rows, *next_rows})
-    x_hat = goes_on if norm else 0
+    seen = goes_on if norm else 0  # by the norm
     if in_place:
         sums, dsums = either + kept, either + goes_on  # residual, out; dout, dresidual
     else:
         sums, dsums = BATCH + BATCH, BATCH + BATCH
     if goes_on == 0:
         dsums = kept  # dresidual is dout
-    there = sums + kept + goes_on + x_hat  # branch; next, x̂
-    back = dsums + goes_on + x_hat + kept + kept  # dnext, x̂, branch for dγ; dbranch
+    there = sums + kept + goes_on + seen  # branch; next, norm_input
+    back = dsums + goes_on + seen + kept + kept  # dnext, norm_input, branch for dγ; dbranch
     check_total(forward + backward, (there + back) * ROW)
 
 
@@ -213,8 +261,8 @@ def test_path_with_scales(p, norm, dtype):
     there = BATCH + kept + BATCH  # residual, branch; out
     back = kept + BATCH  # dout; dbranch
     if norm:
-        there += BATCH + BATCH  # next, x̂
-        back = BATCH + BATCH + BATCH + BATCH + BATCH  # dout, dnext, x̂; dresidual, dbranch
+        there += BATCH  # next
+        back = BATCH + BATCH + BATCH + BATCH + BATCH  # dout, dnext, the sum; dresidual, dbranch
     check_total(forward + backward, (there + back) * TOKENS * CHANNELS * dtype.itemsize)
 
 
@@ -238,5 +286,24 @@ def test_two_paths(norm):
         5 + 3 + 3 + 3
     )  # dout, dnext; dresidual, dbranch; of the first rows 0, 1, 3, 4, 5 and 1, 3, 5
     if norm:
-        there, back = there + 3 + 2, back + 2 + 3  # x̂
+        there, back = there + 3 + 2, back + 2 + 3  # norm_input
     check_total(forward + backward, (there + back) * ROW)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_two_paths_on_all_rows(norm):
+    """A sum that is kept for the norm's backward isn't overwritten by the next: to write that elsewhere moves no more
+    bytes, and nothing is copied. The gradient is overwritten all the same."""
+    first = Tail(kernels(), Add(), following(norm))
+    x, branch = stream(), stream()
+    with count_traffic() as forward:
+        results = first(Operands(x, branch, **weights(norm)))
+        second = Tail(kernels(), Add(), following(norm), previous=first)
+        results = second(Operands(results.out, results.next, **weights(norm)))
+    outs = [results.out, results.next]
+    douts = [torch.randn_like(out) for out in outs]
+    with count_traffic() as backward:
+        torch.autograd.grad(outs, [x, branch], douts)
+    assert (first.owns_gradient, second.in_place) == (True, False)
+    there, back = 4 * BATCH, 5 * BATCH  # residual, branch; out, next. dout, dnext, the sum; dresidual, dbranch
+    check_total(forward + backward, 2 * (there + back) * ROW)

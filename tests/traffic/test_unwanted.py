@@ -48,7 +48,7 @@ def test_constant_frozen_part(gamma):
 @out_of_place_and_in_place
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_constant_frozen_next_rows(norm, in_place):
-    """No gradient comes back from them: in place their rows stay as they are, and no x̂ is kept for them."""
+    """No gradient comes back from them: in place their rows stay as they are, and nothing is kept of them."""
     rows, next_rows, tensors = [4, 0], row_set([3, 4, 5], 1), dict(residual=stream(), branch=stream(2))
     after = following(norm, next_rows, constant="frozen")
     forward, backward = run(Add(row_set(rows)), after, in_place, **tensors, **weights(norm))
@@ -56,13 +56,13 @@ def test_constant_frozen_next_rows(norm, in_place):
     writes = {"out_ptr": written, "next_ptr": ALL, "frozen_next_ptr": ALL}
     minimum = ((4 + 2 if in_place else 6 + 6) + 2 + 1 + 2) * ROW  # residual, out; branch; next, frozen_next
     if norm:
-        writes, minimum = writes | {"x_hat_ptr": ALL}, minimum + ROW
+        writes, minimum = writes | {"norm_input_ptr": ALL}, minimum + ROW
     check(forward, minimum, {"residual_ptr": read, "branch_ptr": ALL}, writes)
     read, written = ([0, 3, 4], [3]) if in_place else (ALL, ALL)
     reads = {"dout_ptr": read, "dnext_ptr": ALL}
     minimum = ((3 + 1 if in_place else 6 + 6) + 1 + 2) * ROW  # dout, dresidual; dnext; dbranch
     if norm:
-        reads, minimum = reads | {"x_hat_ptr": ALL}, minimum + ROW
+        reads, minimum = reads | {"norm_input_ptr": ALL}, minimum + ROW
     check(backward, minimum, reads, {"dresidual_ptr": written, "dbranch_ptr": ALL})
 
 
@@ -111,12 +111,12 @@ def test_next_rows_without_the_streams_gradient():
 @each_norm
 @pytest.mark.parametrize("weights_learn", [False, True])
 def test_norm_without_the_streams_gradient(norm, weights_learn):
-    """The weights need dnext and x̂ of all rows, the branch those of its own."""
+    """The weights need dnext and the norm's input of all rows, the branch those of its own."""
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]
     tensors = dict(residual=stream(learns=False), branch=stream(3), **weights(norm, learn=weights_learn))
     _, backward = run(Add(row_set(rows)), following(norm, row_set(next_rows)), **tensors)
     needed = [0, 1, 2] if weights_learn else [next_rows.index(3)]
-    reads = {"dout_ptr": rows, "dnext_ptr": needed, "x_hat_ptr": needed}
+    reads = {"dout_ptr": rows, "dnext_ptr": needed, "norm_input_ptr": needed}
     check(backward, (3 + 2 * len(needed) + 3) * ROW, reads, {"dbranch_ptr": ALL})
 
 
@@ -124,7 +124,7 @@ def test_norm_without_the_streams_gradient(norm, weights_learn):
 def test_norm_of_a_stream_that_needs_no_gradient(norm):
     """The weights' gradients are sums over the next rows: the stream's own gradient isn't read."""
     _, backward = run(None, following(norm, None), residual=stream(learns=False), **weights(norm))
-    check(backward, (BATCH + BATCH) * ROW, {"dnext_ptr": ALL, "x_hat_ptr": ALL})
+    check(backward, (BATCH + BATCH) * ROW, {"dnext_ptr": ALL, "norm_input_ptr": ALL})
 
 
 # Vectors and lists that don't lie densely
@@ -142,9 +142,9 @@ def test_vectors_and_lists_at_a_distance(inverted):
     gamma, weight, bias = (apart(vector()) for _ in range(3))
     tensors = dict(residual=stream(), branch=stream(3), gamma=gamma, weight=weight, bias=bias)
     forward, backward = run(Add(rows, row_scale=apart(row_scale([0, 2], 3))), following("layer", rows), **tensors)
-    writes = {"out_ptr": ALL, "next_ptr": ALL, "x_hat_ptr": ALL}
+    writes = {"out_ptr": ALL, "next_ptr": ALL, "norm_input_ptr": ALL}
     check(forward, (6 + 2 + 6 + 3 + 3) * ROW, {"residual_ptr": ALL, "branch_ptr": [0, 2]}, writes)
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "x_hat_ptr": ALL, "branch_ptr": [0, 2]}
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": [0, 2]}
     check(backward, (6 + 3 + 3 + 2 + 6 + 3) * ROW, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
     forward, _ = run(None, Next(rows), residual=stream())
     check(forward, (3 + 3) * ROW, {"x_ptr": [4, 0, 3]}, {"out_ptr": ALL})
