@@ -87,13 +87,22 @@ class Tail:
     def __init__(
         self, kernels: ModuleType, add: Add | None, following: Next | None = None, previous: Tail | None = None
     ):
-        self.kernels, self.add, self.following, self.previous = kernels, add, following, previous
+        self.kernels, self.add, self.following = kernels, add, following
         self.in_place = add is not None and previous is not None and previous.add is not None
-        self.owns_gradient = False
+        self.node = Node(kernels, None if previous is None else previous.node)
 
     def __call__(self, operands: Operands) -> Results:
         """Without `x_hat` and `rstd`."""
         return Results(*_Tail.apply(self, *operands)[:3])
+
+
+class Node:
+    """What a tail's backward has to know beside its tensors, which autograd keeps: where they are changed in place
+    meanwhile it raises, and when the backward is done it lets them go."""
+
+    def __init__(self, kernels: ModuleType, previous: Node | None):
+        self.kernels, self.previous = kernels, previous
+        self.owns_gradient = False
 
 
 class _Tail(torch.autograd.Function):
@@ -109,7 +118,7 @@ class _Tail(torch.autograd.Function):
         if following is not None and following.norm is not None and any(needed):
             num_saved = following.num_with_gradient(operands.residual.shape[0])
         results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
-        ctx.tail = tail
+        ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, following)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             operands.branch if needed.gamma else None,
@@ -118,6 +127,7 @@ class _Tail(torch.autograd.Function):
             results.out if add is not None and add.activation is not None else None,
             results.x_hat,
             results.rstd,
+            *data,
         )
         if tail.in_place:
             ctx.mark_dirty(operands.residual)
@@ -129,22 +139,22 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *douts):
-        branch, gamma, weight, out, x_hat, rstd = ctx.saved_tensors
-        tail = ctx.tail
+        branch, gamma, weight, out, x_hat, rstd, *data = ctx.saved_tensors
+        node, (add, following) = ctx.node, registered.joined(ctx.constants, data)
         twice = torch.is_grad_enabled()
         with torch.no_grad():
-            grads = tail.kernels.tail_bwd(
+            grads = node.kernels.tail_bwd(
                 ctx.context,
                 Operands(branch=branch, gamma=gamma, weight=weight),
                 Results(out, x_hat=x_hat, rstd=rstd),
                 Results(*douts[:3]),
-                tail.add,
-                tail.following,
+                add,
+                following,
                 Operands(*ctx.needs_input_grad[1:]),
-                in_place=tail.owns_gradient and not twice,
+                in_place=node.owns_gradient and not twice,
             )
-        if tail.previous is not None:
-            tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
+        if node.previous is not None:
+            node.previous.owns_gradient = node.owns_gradient or grads.residual is not douts[0]
         if twice:
             grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, x_hat))
         return None, *grads
