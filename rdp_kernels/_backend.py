@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _native, _triton
-from ._checks import check_choice
+from ._checks import NO_RULE, check_choice
 
 _LIBRARIES = {"native": _native, "triton": _triton}
 _CHOICES = ("auto", "eager", *_LIBRARIES)
@@ -77,10 +77,16 @@ def kernels_for(
     return None if name is None else _LIBRARIES[name].kernels()
 
 
-def compiled_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool) -> str | None:
+def compiled_kernels(
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool, transformed: bool
+) -> str | None:
     """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops.
     A norm, if there is one, is no wider than `WIDEST_NORM`."""
-    return _serving(op, True, normed, lambda library, forced: library.why_not_kind(device, dtypes, None, forced))
+
+    def why_not(library: ModuleType, forced: bool) -> str | None:
+        return library.why_not_kind(device, dtypes, None, forced) or (NO_RULE if transformed else None)
+
+    return _serving(op, True, normed, why_not)
 
 
 def is_free() -> bool:

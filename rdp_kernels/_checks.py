@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = (None, "relu")
 
@@ -59,7 +61,7 @@ def check_rows(name: str, rows: object, num_rows: int, device: torch.device) -> 
         raise TypeError(f"{name} must be an int64 tensor of shape [K], got {rows.dtype} of shape {list(rows.shape)}")
     if rows.device != device:
         raise ValueError(f"{name} must be on {device} like the residual, got {rows.device}")
-    if rows.device.type != "cpu" or rows.numel() == 0 or torch.compiler.is_compiling():
+    if rows.device.type != "cpu" or rows.numel() == 0 or not host_has(rows):
         return
     low, high = (int(v) for v in torch.aminmax(rows))
     if low < 0 or high >= num_rows:
@@ -154,13 +156,36 @@ def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: o
 
 
 def why_not_plain(tensors: Collection[Tensor]) -> str | None:
-    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or torch.func looks on."""
+    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or a derivative is taken that
+    kernels have no rule for."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which the gradients of compiled kernels don't support"
-    return None
+    return NO_RULE if is_transformed() else None
+
+
+NO_RULE = (
+    "within torch.func transforms and forward-mode AD compiled kernels would lose derivatives, as they have no rules for "
+    'them: use rdp.use_backend("eager")'
+)
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform is active. They differentiate torch's own ops; a kernel, or an
+    autograd function with a backward alone, they can't."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def host_has(tensor: Tensor) -> bool:
+    """Whether Python may ask for the values of a CPU tensor: not under `torch.compile`, of a fake tensor, or under
+    `vmap`, where there are many."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 def describe(value: object) -> str:

@@ -22,6 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from ._checks import is_transformed
+
 Place = tuple[nn.Module, str]
 """A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
 
@@ -77,7 +79,12 @@ def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | No
 
     `compute` returns a path's whole output, `act(residual + branch)`; it runs without recording anything.
     """
-    return _Bypass.apply(residual, compute, activation)
+    if not is_transformed():
+        return _Bypass.apply(residual, compute, activation)
+    with torch.no_grad():
+        out = compute().detach()
+    passed = residual if activation is None else residual * (out > 0)
+    return out + (passed - passed.detach())  # the values of out
 
 
 class _Bypass(torch.autograd.Function):
@@ -103,6 +110,8 @@ class _Bypass(torch.autograd.Function):
 
 def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:
     """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
+    if torch._C._are_functorch_transforms_active():
+        return out  # zero is what torch.func gives to what an output doesn't depend on
     return _TakePart.apply(out, *others)
 
 
@@ -116,6 +125,10 @@ class _TakePart(torch.autograd.Function):
     def backward(ctx, dout):
         return dout, *(like.new_zeros(shape) for shape, like in ctx.like)
 
+    @staticmethod
+    def jvp(ctx, dout, *_):
+        return dout.clone()
+
 
 class lean_ops(TorchFunctionMode):
     """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
@@ -126,7 +139,7 @@ class lean_ops(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _LEAN:
+        if func in _LEAN and not is_transformed():
             out = _LEAN[func](*args, **kwargs)
             if out is not None:
                 return out

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_residual_add, check_stream
+from ._checks import check_residual_add, check_stream, host_has
+from ._device import to_device
 from ._ranks import world_size
 from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
@@ -40,7 +41,7 @@ def run_path(
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
         if owner.slot.scheme is None or owner.slot.scheme.phase is None:
-            return call.masked_in_graph(x) if owner.drop_prob > 0 else call.run(x, WHOLE)
+            return call.run(x, call.draw(x))
     return call.run(x, call.decide(x))
 
 
@@ -63,10 +64,25 @@ class PathCall:
         if not owner.training:
             return WHOLE
         decision = owner.slot.decide(x)
-        if decision is not None:
-            return decision
+        if decision is None:
+            return self.draw(x)
+        if torch._C._are_functorch_transforms_active():
+            self.check_nothing_is_frozen(decision)
+        return decision
+
+    def draw(self, x: Tensor) -> Decision:
+        owner = self.owner
         drop_prob = owner.drop_prob
         return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
+
+    def check_nothing_is_frozen(self, decision: Decision) -> None:
+        """A reuse iteration freezes by `requires_grad`, which `torch.func` doesn't ask for."""
+        scheme = self.owner.slot.scheme
+        if decision.freeze != "none" and scheme is not None and scheme.phase == "reuse":
+            raise RuntimeError(
+                "torch.func differentiates by whatever it is asked to, frozen or not: run the reuse iteration with "
+                'backward() or torch.autograd.grad, or take freeze="none"'
+            )
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
         if not decision.absent:
@@ -88,6 +104,9 @@ class PathCall:
         return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
 
     def run_here(self, x: Tensor, decision: Decision) -> Tensor:
+        if decision.row_scale is not None:
+            row_scale = self.for_rows(decision.row_scale, x)
+            return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
         if decision.rows is not None:
             return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
         if decision.learning:
@@ -175,14 +194,6 @@ class PathCall:
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
 
-    def masked_in_graph(self, x: Tensor) -> Tensor:
-        """Under `torch.compile`: nothing that the host has to know is drawn, so the branch is whole."""
-        owner = self.owner
-        count = self.batch_size if owner.mode == "sample" else 1
-        keep = torch.rand(count, device=x.device) >= owner.drop_prob
-        row_scale = keep.to(compute_dtype(x)) * kept_scale(owner.drop_prob, owner.scale_by_keep)
-        return self.add(self.residual(x), self.branch(x), row_scale=self.for_rows(row_scale, x))
-
     def planned_in_graph(self, x: Tensor, learning: Tensor, constant: Tensor | None) -> Tensor:
         """Under `torch.compile`, where no plan may be part of the graph: the branch whole, its rows times `learning`
         and, as constants, times `constant`; one of the two is 0."""
@@ -236,9 +247,12 @@ class PathCall:
 
 
 def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:
-    """Ordinary stochastic depth, drawn from torch's global CPU generator."""
+    """Ordinary stochastic depth, drawn from torch's global CPU generator; in a graph, from the device's."""
     scale = kept_scale(drop_prob, scale_by_keep)
-    keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
+    device = x.device if torch.compiler.is_compiling() else None
+    keep = torch.rand(x.shape[0] if mode == "sample" else 1, device=device) >= drop_prob
+    if not host_has(keep):
+        return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
     kept = int(keep.sum())
     if kept in (0, len(keep)):
         # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP average or scatter what all have.

@@ -8,11 +8,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _backend
 from ..layout import Layout
-from .tail import differentiable_once
+from .tail import check_untransformed, differentiable_once
 
 _PLAIN = (Tensor, Parameter)
 
@@ -88,6 +89,7 @@ def _kernels_for(residual: Tensor) -> ModuleType | None:
         kernels is None
         or type(residual) not in _PLAIN
         or not residual.is_cpu
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
         return None
@@ -123,6 +125,7 @@ class _ResidualAdd(torch.autograd.Function):
             return dout, None, None, None
         if gamma is None and row_scale is None and not further and ctx.dtype is None:  # a plain sum
             return dout, dout, None, None
+        check_untransformed(dout)
         like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
         options = ()
         if further:
@@ -156,6 +159,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, dout):
         (rows,) = ctx.saved_tensors
         kernels, batch_size = ctx.call
+        check_untransformed(dout)
         like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
         if not torch.is_grad_enabled():
             return kernels.gather_rows_backward(like, rows, batch_size), None, None

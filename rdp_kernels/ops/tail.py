@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
+from .._checks import is_transformed
 from ..results import context_of
 from ..tail import Add, Next, Operands, Results
 from . import registered
@@ -33,7 +34,7 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
         dtypes = tuple(t.dtype for t in operands if t is not None)
         width = _norm_width(stream, following)
         too_wide = width is not None and width > _backend.WIDEST_NORM
-        library = _backend.compiled_kernels(op, stream.device, dtypes, normed=width is not None)
+        library = _backend.compiled_kernels(op, stream.device, dtypes, width is not None, is_transformed())
         if library is not None and not too_wide:
             return registered.tail(library, operands, add, following)
     if following is None or following.norm is None or (add is None and following.rows is None):
@@ -142,6 +143,7 @@ class _Tail(torch.autograd.Function):
         branch, gamma, weight, out, x_hat, rstd, *data = ctx.saved_tensors
         node, (add, following) = ctx.node, registered.joined(ctx.constants, data)
         twice = torch.is_grad_enabled()
+        check_untransformed(*douts)
         with torch.no_grad():
             grads = node.kernels.tail_bwd(
                 ctx.context,
@@ -158,6 +160,19 @@ class _Tail(torch.autograd.Function):
         if twice:
             grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, x_hat))
         return None, *grads
+
+
+def check_untransformed(*gradients: Tensor | None) -> None:
+    """Raises where vmap, torch.func or forward-mode AD wants the backward of kernels for more than plain gradients."""
+    transformed = is_transformed() or any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    )
+    if transformed:
+        raise RuntimeError(
+            "the backward of the kernels of rdp_kernels takes plain gradients only, none of a vmap (is_grads_batched and "
+            "vectorize=True are one), a torch.func transform or forward-mode AD: run the forward within "
+            'rdp.use_backend("eager")'
+        )
 
 
 def differentiable_once(grads: tuple, sources: tuple) -> tuple:
