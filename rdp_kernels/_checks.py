@@ -100,7 +100,7 @@ def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
             raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
-        if not math.isfinite(row_scale):
+        if not -math.inf < row_scale < math.inf:  # under torch.compile math.isfinite makes a graph for each number
             raise ValueError(f"row_scale must be finite, got {row_scale}")
         return
     # float64 only where the stream is: elsewhere the kernels compute in float32.
