@@ -39,7 +39,9 @@ def joint(leaf, changed, **by_name):
     sets = {name: RowSet(torch.tensor([2, 3, 0], device=DEVICE), 2, inverse) for name in ("rows", "next_rows")}
     sets[changed] = replace(sets[changed], **by_name)
     operands = Operands(leaf(4, 3), leaf(2, 3), leaf(1, 3), leaf(3), leaf(3))
-    return sum(r.sin().sum() for r in run_tail("path", operands, Add(sets["rows"], 1.5), Next(sets["next_rows"], "rms"))[:3])
+    return sum(
+        r.sin().sum() for r in run_tail("path", operands, Add(sets["rows"], 1.5), Next(sets["next_rows"], "rms"))[:3]
+    )
 
 
 FACTORS, ROWS, INVERSE = [1.5, 0.0, 2.0, 1.0], [3, 1, 2], [2, 3, 0, 1]
