@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
     """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
 
     `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the

@@ -100,7 +100,9 @@ def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
             raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
-        if not -math.inf < row_scale < math.inf:  # under torch.compile math.isfinite makes a graph for each number
+        if (
+            not -math.inf < float(row_scale) < math.inf
+        ):  # under torch.compile math.isfinite makes a graph for each number
             raise ValueError(f"row_scale must be finite, got {row_scale}")
         return
     # float64 only where the stream is: elsewhere the kernels compute in float32.
@@ -165,14 +167,14 @@ def why_not_plain(tensors: Collection[Tensor]) -> str | None:
 
 
 NO_RULE = (
-    "within torch.func transforms and forward-mode AD compiled kernels would lose derivatives, as they have no rules for "
-    'them: use rdp.use_backend("eager")'
+    "within torch.func transforms and forward-mode AD compiled kernels, which have no rules for them, would lose "
+    'derivatives: use rdp.use_backend("eager")'
 )
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode AD or a `torch.func` transform is active. They differentiate torch's own ops; a kernel, or an
-    autograd function with a backward alone, they can't."""
+    """Whether forward-mode AD or a `torch.func` transform is active. They take torch's own ops, but neither kernels nor
+    autograd functions that have a backward alone."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

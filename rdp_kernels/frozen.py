@@ -74,6 +74,22 @@ class freeze(requires_grad):
             batch_norm.training = True
 
 
+def check_freezable(places: Iterable[Place]) -> None:
+    """Raises `RuntimeError` where a derivative is taken that `requires_grad` doesn't stop."""
+    if not is_transformed():
+        return
+    parameters = [module._parameters.get(name) for module, name in places]
+    if torch._C._are_functorch_transforms_active() or any(p is not None and _has_tangent(p) for p in parameters):
+        raise RuntimeError(
+            "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
+            'a reuse iteration by backward() or torch.autograd.grad, or take freeze="none"'
+        )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
     """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
 
@@ -110,8 +126,6 @@ class _Bypass(torch.autograd.Function):
 
 def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:
     """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
-    if torch._C._are_functorch_transforms_active():
-        return out  # zero is what torch.func gives to what an output doesn't depend on
     return _TakePart.apply(out, *others)
 
 

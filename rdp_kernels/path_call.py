@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._checks import check_residual_add, check_stream, host_has
 from ._device import to_device
 from ._ranks import world_size
-from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
+from .frozen import bypass, check_freezable, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -64,25 +64,12 @@ class PathCall:
         if not owner.training:
             return WHOLE
         decision = owner.slot.decide(x)
-        if decision is None:
-            return self.draw(x)
-        if torch._C._are_functorch_transforms_active():
-            self.check_nothing_is_frozen(decision)
-        return decision
+        return self.draw(x) if decision is None else decision
 
     def draw(self, x: Tensor) -> Decision:
         owner = self.owner
         drop_prob = owner.drop_prob
         return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
-
-    def check_nothing_is_frozen(self, decision: Decision) -> None:
-        """A reuse iteration freezes by `requires_grad`, which `torch.func` doesn't ask for."""
-        scheme = self.owner.slot.scheme
-        if decision.freeze != "none" and scheme is not None and scheme.phase == "reuse":
-            raise RuntimeError(
-                "torch.func differentiates by whatever it is asked to, frozen or not: run the reuse iteration with "
-                'backward() or torch.autograd.grad, or take freeze="none"'
-            )
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
         if not decision.absent:
@@ -240,9 +227,11 @@ class PathCall:
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
         owner, modules = self.owner, self.modules
+        places = places_of(owner, modules)
+        check_freezable(places)
         batch_norms = batch_norms_of(owner, modules) if decision.freeze_bn else ()
         lean = lean_ops() if decision.freeze == "parameters" and lean_ops_pay(modules) else contextlib.nullcontext()
-        with freeze(places_of(owner, modules), batch_norms), lean:
+        with freeze(places, batch_norms), lean:
             yield
 
 

@@ -150,10 +150,7 @@ def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:
     rows = following.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
-    if is_transformed():
-        forked = x, *(x.index_select(0, part) for part in parts)
-    else:
-        forked = ForkRows.apply(x, *parts)
+    forked = (x, *(x.index_select(0, part) for part in parts)) if is_transformed() else ForkRows.apply(x, *parts)
     if rows.num_frozen == 0 or following.constant is None:
         return forked
     return *forked, x.detach().index_select(0, rows.frozen)

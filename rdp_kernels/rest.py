@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .frozen import Place, freeze
+from .frozen import Place, check_freezable, freeze
 from .paths import Path, modules_of
 
 
@@ -105,6 +105,7 @@ class Rest:
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
+            check_freezable(self._places)
             self._outermost = module
             self._freeze = freeze(self._places, self._batch_norms if self._freeze_bn else ())
             self._freeze.__enter__()

@@ -127,7 +127,7 @@ class _ResidualAdd(torch.autograd.Function):
             return dout, dout, None, None
         check_untransformed(dout)
         like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
-        options = ()
+        options: tuple = ()
         if further:
             scale, channel_dim, _ = ctx.options
             options = (wants_branch, out, rows, scale, channel_dim, ctx.dtype)

@@ -90,7 +90,7 @@ class Tail:
     ):
         self.kernels, self.add, self.following = kernels, add, following
         self.in_place = add is not None and previous is not None and previous.add is not None
-        self.node = Node(kernels, None if previous is None else previous.node)
+        self.node: Node = Node(kernels, None if previous is None else previous.node)
 
     def __call__(self, operands: Operands) -> Results:
         """Without `x_hat` and `rstd`."""
@@ -169,8 +169,8 @@ def check_untransformed(*gradients: Tensor | None) -> None:
     )
     if transformed:
         raise RuntimeError(
-            "the backward of the kernels of rdp_kernels takes plain gradients only, none of a vmap (is_grads_batched and "
-            "vectorize=True are one), a torch.func transform or forward-mode AD: run the forward within "
+            "the backward of the kernels of rdp_kernels takes plain gradients only, none of vmap (is_grads_batched and "
+            "vectorize=True are one), of another torch.func transform or of forward-mode AD: run the forward within "
             'rdp.use_backend("eager")'
         )
 
