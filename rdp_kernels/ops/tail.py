@@ -162,17 +162,22 @@ class _Tail(torch.autograd.Function):
         return None, *grads
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def check_untransformed(*gradients: Tensor | None) -> None:
     """Raises where vmap, torch.func or forward-mode AD wants the backward of kernels for more than plain gradients."""
-    transformed = is_transformed() or any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    if not is_transformed():
+        for gradient in gradients:
+            if gradient is not None and _is_batched(gradient):
+                break
+        else:
+            return
+    raise RuntimeError(
+        "the backward of the kernels of rdp_kernels takes plain gradients only, none of vmap (is_grads_batched and "
+        "vectorize=True are one), of another torch.func transform or of forward-mode AD: run the forward within "
+        'rdp.use_backend("eager")'
     )
-    if transformed:
-        raise RuntimeError(
-            "the backward of the kernels of rdp_kernels takes plain gradients only, none of vmap (is_grads_batched and "
-            "vectorize=True are one), of another torch.func transform or of forward-mode AD: run the forward within "
-            'rdp.use_backend("eager")'
-        )
 
 
 def differentiable_once(grads: tuple, sources: tuple) -> tuple:
