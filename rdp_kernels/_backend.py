@@ -15,12 +15,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import _native, _triton
-from ._checks import check_choice
+from ._checks import NO_RULE, check_choice
 
 _LIBRARIES = {"native": _native, "triton": _triton}
 _CHOICES = ("auto", "eager", *_LIBRARIES)
@@ -38,7 +39,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
     """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
 
     `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the
@@ -77,10 +78,16 @@ def kernels_for(
     return None if name is None else _LIBRARIES[name].kernels()
 
 
-def compiled_kernels(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool) -> str | None:
+def compiled_kernels(
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool, transformed: bool
+) -> str | None:
     """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops.
     A norm, if there is one, is no wider than `WIDEST_NORM`."""
-    return _serving(op, True, normed, lambda library, forced: library.why_not_kind(device, dtypes, None, forced))
+
+    def why_not(library: ModuleType, forced: bool) -> str | None:
+        return library.why_not_kind(device, dtypes, None, forced) or (NO_RULE if transformed else None)
+
+    return _serving(op, True, normed, why_not)
 
 
 def is_free() -> bool:

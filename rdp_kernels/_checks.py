@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = (None, "relu")
 
@@ -59,7 +61,7 @@ def check_rows(name: str, rows: object, num_rows: int, device: torch.device) -> 
         raise TypeError(f"{name} must be an int64 tensor of shape [K], got {rows.dtype} of shape {list(rows.shape)}")
     if rows.device != device:
         raise ValueError(f"{name} must be on {device} like the residual, got {rows.device}")
-    if rows.device.type != "cpu" or rows.numel() == 0 or torch.compiler.is_compiling():
+    if rows.device.type != "cpu" or rows.numel() == 0 or not host_has(rows):
         return
     low, high = (int(v) for v in torch.aminmax(rows))
     if low < 0 or high >= num_rows:
@@ -98,7 +100,9 @@ def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
             raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
-        if not math.isfinite(row_scale):
+        if (
+            not -math.inf < float(row_scale) < math.inf
+        ):  # under torch.compile math.isfinite makes a graph for each number
             raise ValueError(f"row_scale must be finite, got {row_scale}")
         return
     # float64 only where the stream is: elsewhere the kernels compute in float32.
@@ -154,13 +158,36 @@ def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: o
 
 
 def why_not_plain(tensors: Collection[Tensor]) -> str | None:
-    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or torch.func looks on."""
+    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or a derivative is taken that
+    kernels have no rule for."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which the gradients of compiled kernels don't support"
-    return None
+    return NO_RULE if is_transformed() else None
+
+
+NO_RULE = (
+    "within torch.func transforms and forward-mode AD compiled kernels, which have no rules for them, would lose "
+    'derivatives: use rdp.use_backend("eager")'
+)
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform is active. They take torch's own ops, but neither kernels nor
+    autograd functions that have a backward alone."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def host_has(tensor: Tensor) -> bool:
+    """Whether Python may ask for the values of a CPU tensor: not under `torch.compile`, of a fake tensor, or under
+    `vmap`, where there are many."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 def describe(value: object) -> str:

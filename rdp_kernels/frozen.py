@@ -24,6 +24,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
+from ._checks import is_transformed
+
 Place = tuple[nn.Module, str]
 """A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
 
@@ -57,7 +59,7 @@ class requires_grad:
             parameter = module._parameters.get(name)
             if parameter is None or parameter.requires_grad == flag:  # a second mention of a tied one has it
                 continue
-            if parameter.is_leaf and not torch._C._are_functorch_transforms_active():
+            if parameter.is_leaf:
                 parameter.requires_grad_(flag)
                 self._changed.append((module, name, parameter))
             elif not flag:
@@ -109,12 +111,33 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.running_mean is not None
 
 
+def check_freezable(places: Iterable[Place]) -> None:
+    """Raises `RuntimeError` where a derivative is taken that `requires_grad` doesn't stop."""
+    if not is_transformed():
+        return
+    parameters = [module._parameters.get(name) for module, name in places]
+    if torch._C._are_functorch_transforms_active() or any(p is not None and _has_tangent(p) for p in parameters):
+        raise RuntimeError(
+            "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
+            'a reuse iteration by backward() or torch.autograd.grad, or take freeze="none"'
+        )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
     """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
 
     `compute` returns a path's whole output, `act(residual + branch)`; it runs without recording anything.
     """
-    return _Bypass.apply(residual, compute, activation)
+    if not is_transformed():
+        return _Bypass.apply(residual, compute, activation)
+    with torch.no_grad():
+        out = compute().detach()
+    passed = residual if activation is None else residual * (out > 0)
+    return out + (passed - passed.detach())  # the values of out
 
 
 class _Bypass(torch.autograd.Function):
@@ -153,6 +176,10 @@ class _TakePart(torch.autograd.Function):
     def backward(ctx, dout):
         return dout, *(like.new_zeros(shape) for shape, like in ctx.like)
 
+    @staticmethod
+    def jvp(ctx, dout, *_):
+        return dout.clone()
+
 
 class lean_ops(TorchFunctionMode):
     """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
@@ -163,7 +190,7 @@ class lean_ops(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _LEAN:
+        if func in _LEAN and not is_transformed():
             out = _LEAN[func](*args, **kwargs)
             if out is not None:
                 return out

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from . import recorded
-from ._checks import check_residual_add, check_stream
+from ._checks import check_residual_add, check_stream, host_has
+from ._device import to_device
 from ._ranks import world_size
 from .arguments import left_behind, name_of, not_a_tensor
-from .frozen import bypass, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
+from .frozen import bypass, check_freezable, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -45,7 +46,7 @@ def run_path(
         if owner.slot.factors is not None:
             return call.planned_in_graph(x, *owner.slot.factors)
         if owner.slot.scheme is None or owner.slot.scheme.phase is None:
-            return call.masked_in_graph(x) if owner.drop_prob > 0 else call.run(x, WHOLE)
+            return call.run(x, call.draw(x))
     return call.run(x, call.decide(x))
 
 
@@ -68,8 +69,10 @@ class PathCall:
         if not owner.training:
             return WHOLE
         decision = owner.slot.decide(x)
-        if decision is not None:
-            return decision
+        return self.draw(x) if decision is None else decision
+
+    def draw(self, x: Tensor) -> Decision:
+        owner = self.owner
         drop_prob = owner.drop_prob
         return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
 
@@ -93,6 +96,9 @@ class PathCall:
         return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
 
     def run_here(self, x: Tensor, decision: Decision) -> Tensor:
+        if decision.row_scale is not None:
+            row_scale = self.for_rows(decision.row_scale, x)
+            return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
         if decision.rows is not None:
             return self.masked(x, decision) if self.needs_all_rows(decision.rows) else self.on_rows(x, decision)
         if decision.learning:
@@ -209,14 +215,6 @@ class PathCall:
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
 
-    def masked_in_graph(self, x: Tensor) -> Tensor:
-        """Under `torch.compile`: nothing that the host has to know is drawn, so the branch is whole."""
-        owner = self.owner
-        count = self.batch_size if owner.mode == "sample" else 1
-        keep = torch.rand(count, device=x.device) >= owner.drop_prob
-        row_scale = keep.to(compute_dtype(x)) * kept_scale(owner.drop_prob, owner.scale_by_keep)
-        return self.add(self.residual(x), self.branch(x), row_scale=self.for_rows(row_scale, x))
-
     def planned_in_graph(self, x: Tensor, learning: Tensor, constant: Tensor | None) -> Tensor:
         """Under `torch.compile`, where no plan may be part of the graph: the branch whole, its rows times `learning`
         and, as constants, times `constant`; one of the two is 0."""
@@ -263,16 +261,21 @@ class PathCall:
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
         modules = self.modules if decision.modules is None else decision.modules
-        with freeze(places_of(self.owner, modules), modules, decision.freeze_bn):
+        places = places_of(self.owner, modules)
+        check_freezable(places)
+        with freeze(places, modules, decision.freeze_bn):
             lean = decision.freeze == "parameters" and lean_ops_pay(modules)
             with lean_ops() if lean else contextlib.nullcontext():
                 yield
 
 
 def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -> Decision:
-    """Ordinary stochastic depth, drawn from torch's global CPU generator."""
+    """Ordinary stochastic depth, drawn from torch's global CPU generator; in a graph, from the device's."""
     scale = kept_scale(drop_prob, scale_by_keep)
-    keep = torch.rand(x.shape[0] if mode == "sample" else 1) >= drop_prob
+    device = x.device if torch.compiler.is_compiling() else None
+    keep = torch.rand(x.shape[0] if mode == "sample" else 1, device=device) >= drop_prob
+    if not host_has(keep):
+        return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
     kept = int(keep.sum())
     if kept in (0, len(keep)):
         # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP average or scatter what all have.

@@ -37,6 +37,8 @@ class Decision:
     """Those of the branch, where somebody has looked them up."""
     thaw: tuple[Place, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
+    row_scale: Tensor | None = None
+    """A factor a row, or one for all, where the host doesn't know which are 0: all rows are computed."""
     absent: tuple[str, ...] = ()
     """"learning", "frozen": which calls of the branch other ranks make and this one has no rows for."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._checks import is_transformed
 from .tail import Add, Next, Operands, Results
 
 
@@ -42,13 +43,22 @@ def residual_add(
         if frozen is not None:
             constant = frozen[1].to(dtype)
             parts.append((frozen[0], constant if factor is None else constant * factor.detach()))
-        all_rows, updates = zip(*parts, strict=True)
-        out = _AddRows.apply(stream, scale, all_rows, *updates)
+        out = _add_rows(stream, scale, parts)
     elif factor is not None:
         out = torch.addcmul(stream, update, factor, value=scale)
     else:
         out = torch.add(stream, update, alpha=scale)
     return _activate(out, activation).to(residual.dtype)
+
+
+def _add_rows(stream: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum with updates of some rows: pairs of rows and update."""
+    if is_transformed():
+        for rows, update in parts:
+            stream = stream.index_add(0, rows, update, alpha=scale)
+        return stream
+    all_rows, updates = zip(*parts, strict=True)
+    return _AddRows.apply(stream, scale, all_rows, *updates)
 
 
 class _AddRows(torch.autograd.Function):
@@ -139,11 +149,11 @@ def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:
     """The stream, and the next branch's rows."""
     rows = following.rows
     assert rows is not None
-    if rows.num_frozen == 0:
-        return ForkRows.apply(x, rows.learning)
-    if following.constant is None:
-        return ForkRows.apply(x, rows.learning, rows.frozen)
-    return *ForkRows.apply(x, rows.learning), x.detach().index_select(0, rows.frozen)
+    parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
+    forked = (x, *(x.index_select(0, part) for part in parts)) if is_transformed() else ForkRows.apply(x, *parts)
+    if rows.num_frozen == 0 or following.constant is None:
+        return forked
+    return *forked, x.detach().index_select(0, rows.frozen)
 
 
 class ForkRows(torch.autograd.Function):

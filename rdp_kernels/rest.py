@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .frozen import FreezeBN, Place, freeze, keeps_statistics
+from .frozen import FreezeBN, Place, check_freezable, freeze, keeps_statistics
 from .paths import Path, PathOwner, paths_of, walk
 
 
@@ -140,6 +140,7 @@ class Rest:
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
+            check_freezable(self._places)
             self._outermost = module
             self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()

@@ -87,7 +87,8 @@ class _Chain:
     def run(self, call: PathCall) -> None:
         """One path: takes its input from the last update's tail, and leaves an update of its own."""
         decision = call.decide(self._stream)
-        if decision.absent or (decision.rows is not None and call.needs_all_rows(decision.rows)):
+        whole = decision.row_scale is not None or (decision.rows is not None and call.needs_all_rows(decision.rows))
+        if decision.absent or whole:
             self.expose(call.run(self.finish(), decision))
             return
         if not decision.runs:

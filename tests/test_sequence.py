@@ -113,7 +113,7 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     dout_before = dout.clone()
     out.backward(dout)
     # The last tail's incoming gradient is the caller's, and its own is that one: the tail before it has to allocate.
-    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    assert [tail.node.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
     assert torch.equal(dout, dout_before)
     assert torch.equal(x, before)
 

@@ -8,11 +8,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _backend
 from ..layout import Layout
-from .tail import differentiable_once
+from .tail import check_untransformed, differentiable_once
 
 _PLAIN = (Tensor, Parameter)
 
@@ -88,6 +89,7 @@ def _kernels_for(residual: Tensor) -> ModuleType | None:
         kernels is None
         or type(residual) not in _PLAIN
         or not residual.is_cpu
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
         return None
@@ -99,30 +101,36 @@ class _ResidualAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, residual, branch, gamma, call):
-        kernels, row_scale, options = ctx.call = call
+        kernels, row_scale, options = call
         out = kernels.residual_add(residual, branch, gamma, row_scale, *options)
         kept = branch if ctx.needs_input_grad[2] else None
-        if options and options[3]:
-            ctx.save_for_backward(kept, gamma, out)
+        if options:
+            rows, *ctx.options = options
+            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None)
         else:
-            ctx.save_for_backward(kept, gamma)
+            ctx.options = None
+            ctx.save_for_backward(kept, gamma, row_scale)
+        ctx.kernels = kernels
         ctx.dtype = branch.dtype if branch.dtype != residual.dtype else None
         ctx.layout = None if residual.is_contiguous() else Layout.of(residual)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        kernels, row_scale, options = ctx.call
-        branch, gamma, *activated = ctx.saved_tensors
+        kernels = ctx.kernels
+        branch, gamma, row_scale, *further = ctx.saved_tensors
+        rows, out = further or (None, None)
         _, wants_branch, wants_gamma, _ = ctx.needs_input_grad
-        if not (activated or wants_branch or wants_gamma):
+        if not (wants_branch or wants_gamma) and out is None:
             return dout, None, None, None
-        if gamma is None and row_scale is None and not options and ctx.dtype is None:  # a plain sum
+        if gamma is None and row_scale is None and not further and ctx.dtype is None:  # a plain sum
             return dout, dout, None, None
+        check_untransformed(dout)
         like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
-        if options:
-            rows, scale, channel_dim, _ = options
-            options = (wants_branch, *(activated or [None]), rows, scale, channel_dim, ctx.dtype)
+        options: tuple = ()
+        if further:
+            scale, channel_dim, _ = ctx.options
+            options = (wants_branch, out, rows, scale, channel_dim, ctx.dtype)
         elif not wants_branch or ctx.dtype is not None:
             options = (wants_branch, None, None, 1.0, -1, ctx.dtype)
         twice = torch.is_grad_enabled()
@@ -132,23 +140,26 @@ class _ResidualAdd(torch.autograd.Function):
         else:
             grads = kernels.residual_add_backward(like, branch, gamma, row_scale, *options)
         dresidual, dbranch, dgamma = grads
-        if not activated:
+        if out is None:
             dresidual = dout
         if twice:
-            return *differentiable_once((dresidual, dbranch, dgamma), (dout, branch, gamma, *activated)), None
+            return *differentiable_once((dresidual, dbranch, dgamma), (dout, branch, gamma, out)), None
         return dresidual, dbranch, dgamma, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, rows, kernels):
-        ctx.call = rows, kernels, residual.shape[0]
+        ctx.save_for_backward(rows)
+        ctx.call = kernels, residual.shape[0]
         ctx.layout = None if residual.is_contiguous() else Layout.of(residual)
         return kernels.gather_rows(residual, rows)
 
     @staticmethod
     def backward(ctx, dout):
-        rows, kernels, batch_size = ctx.call
+        (rows,) = ctx.saved_tensors
+        kernels, batch_size = ctx.call
+        check_untransformed(dout)
         like = dout.contiguous() if ctx.layout is None else ctx.layout.conform(dout)
         if not torch.is_grad_enabled():
             return kernels.gather_rows_backward(like, rows, batch_size), None, None

@@ -7,6 +7,7 @@ where an op runs on fake tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..tail import Add, Next, Operands, Results
 
 _OPERANDS = "Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? weight, Tensor? bias"
 _SPEC = (
-    "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, float scale, int channel_dim, "
+    "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, Scalar scale, int channel_dim, "
     "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
     "float eps, str? constant"
 )
@@ -31,6 +32,7 @@ _BACKWARD = (
     "SymInt[] shape, int[] order, str[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NUM_OPERANDS, _NUM_SPEC = 6, 15
+_TENSORS = (1, 2, 4, 9, 10)  # of a call, in its list of arguments
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -73,13 +75,30 @@ def _spell_rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]
     return (None, None, 0) if rows is None else (rows.index, rows.inverse, rows.num_learning)
 
 
-def _read(spec: tuple[Any, ...]) -> tuple[Add | None, Next | None]:
+def _read(spec: Sequence[Any]) -> tuple[Add | None, Next | None]:
     adds, rows, inverse, num_learning, row_scale, scale, channel_dim, activation = spec[:8]
     follows, next_rows, next_inverse, num_next_learning, norm, eps, constant = spec[8:]
     row_set = None if rows is None else RowSet(rows, num_learning, inverse)
     next_row_set = None if next_rows is None else RowSet(next_rows, num_next_learning, next_inverse)
     add = Add(row_set, scale, row_scale, channel_dim, activation) if adds else None
     return add, Next(next_row_set, norm, eps, constant) if follows else None
+
+
+def parted(add: Add | None, following: Next | None) -> tuple[list[Any], list[Tensor | None]]:
+    """The numbers of a call, and its tensors: rows, their inverse, row_scale; and of the next rows."""
+    spec = list(_spell(add, following))
+    tensors = [spec[place] for place in _TENSORS]
+    for place in _TENSORS:
+        spec[place] = None
+    return spec, tensors
+
+
+def joined(constants: list[Any], tensors: Sequence[Tensor | None]) -> tuple[Add | None, Next | None]:
+    """The call that was `parted`."""
+    spec = list(constants)
+    for place, tensor in zip(_TENSORS, tensors, strict=True):
+        spec[place] = tensor
+    return _read(spec)
 
 
 def _fill(results: tuple[Any, ...], like: Tensor) -> tuple[Tensor, ...]:

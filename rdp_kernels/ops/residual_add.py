@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .._checks import check_residual_add, check_rows, check_stream
@@ -19,7 +21,7 @@ def residual_add(
     row_scale: Tensor | float | None = None,
     gamma: Tensor | None = None,
     channel_dim: int = -1,
-    activation: str | None = None,
+    activation: Literal["relu"] | None = None,
 ) -> Tensor:
     """`act(residual + row_scale[b] · γ[c] · branch)`, out of place.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .._checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
@@ -23,7 +25,7 @@ def residual_add_norm(
     row_scale: Tensor | float | None = None,
     gamma: Tensor | None = None,
     next_rows: Tensor | None = None,
-    norm: str = "layer",
+    norm: Literal["layer", "rms"] = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`(out, norm(out)[next_rows])` with `out = residual + row_scale[b] · γ[c] · branch`, in one kernel.
@@ -34,7 +36,8 @@ def residual_add_norm(
         next_rows: int64 `[K']`, unique, in [0, B): the rows that the next branch runs on; None for all.
         norm: `"layer"` (Ba et al., arXiv 1607.06450) or `"rms"` (Zhang & Sennrich, arXiv 1910.07467), over the last
             dimension.
-        eps: added to the variance or the mean square.
+        eps: added to the variance or the mean square; by default that of timm's ViTs, as torch's own defaults differ
+            between its norms (1e-5 of LayerNorm, the dtype's `finfo.eps` of RMSNorm).
 
     Returns the stream `[B, ...]` and the normed rows `[K', ...]`, both of the residual's dtype; the norm sees the
     stream as it is stored. Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
+from .._checks import is_transformed
 from ..results import context_of
 from ..tail import Add, Next, Operands, Results
 from . import registered
@@ -33,7 +34,7 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
         dtypes = tuple(t.dtype for t in operands if t is not None)
         width = _norm_width(stream, following)
         too_wide = width is not None and width > _backend.WIDEST_NORM
-        library = _backend.compiled_kernels(op, stream.device, dtypes, normed=width is not None)
+        library = _backend.compiled_kernels(op, stream.device, dtypes, width is not None, is_transformed())
         if library is not None and not too_wide:
             return registered.tail(library, operands, add, following)
     if following is None or following.norm is None or (add is None and following.rows is None):
@@ -88,17 +89,26 @@ class Tail:
     def __init__(
         self, kernels: ModuleType, add: Add | None, following: Next | None = None, previous: Tail | None = None
     ):
-        self.kernels, self.add, self.following, self.previous = kernels, add, following, previous
+        self.kernels, self.add, self.following = kernels, add, following
         self.saves_stream = False
         """Whether the stream that comes out is saved: where all its rows are normed, and a gradient is wanted."""
         owned = previous is not None and previous.add is not None and not previous.saves_stream
         self.in_place = add is not None and owned
-        self.owns_gradient = False
         self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
+        self.node: Node = Node(kernels, None if previous is None else previous.node)
 
     def __call__(self, operands: Operands) -> Results:
         """Without what is there for the norm's backward."""
         return Results(*_Tail.apply(self, *operands)[:3])
+
+
+class Node:
+    """What a tail's backward has to know beside its tensors, which autograd keeps: where they are changed in place
+    meanwhile it raises, and when the backward is done it lets them go."""
+
+    def __init__(self, kernels: ModuleType, previous: Node | None):
+        self.kernels, self.previous = kernels, previous
+        self.owns_gradient = False
 
 
 class _Tail(torch.autograd.Function):
@@ -118,7 +128,7 @@ class _Tail(torch.autograd.Function):
         out = operands.residual if add is None else results.out
         norm_input = results.norm_input
         tail.saves_stream = norm_input is out
-        ctx.tail = tail
+        ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, following)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             operands.branch if needed.gamma else None,
@@ -128,6 +138,7 @@ class _Tail(torch.autograd.Function):
             norm_input,
             results.mean,
             results.rstd,
+            *data,
         )
         if tail.in_place:
             ctx.mark_dirty(operands.residual)
@@ -138,25 +149,44 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *douts):
-        branch, gamma, weight, out, norm_input, mean, rstd = ctx.saved_tensors
-        tail = ctx.tail
+        branch, gamma, weight, out, norm_input, mean, rstd, *data = ctx.saved_tensors
+        node, (add, following) = ctx.node, registered.joined(ctx.constants, data)
         twice = torch.is_grad_enabled()
+        check_untransformed(*douts)
         with torch.no_grad():
-            grads = tail.kernels.tail_bwd(
+            grads = node.kernels.tail_bwd(
                 ctx.context,
                 Operands(branch=branch, gamma=gamma, weight=weight),
                 Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
                 Results(*douts[:3]),
-                tail.add,
-                tail.following,
+                add,
+                following,
                 Operands(*ctx.needs_input_grad[1:]),
-                in_place=tail.owns_gradient and not twice,
+                in_place=node.owns_gradient and not twice,
             )
-        if tail.previous is not None:
-            tail.previous.owns_gradient = tail.owns_gradient or grads.residual is not douts[0]
+        if node.previous is not None:
+            node.previous.owns_gradient = node.owns_gradient or grads.residual is not douts[0]
         if twice:
             grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, norm_input))
         return None, *grads
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def check_untransformed(*gradients: Tensor | None) -> None:
+    """Raises where vmap, torch.func or forward-mode AD wants the backward of kernels for more than plain gradients."""
+    if not is_transformed():
+        for gradient in gradients:
+            if gradient is not None and _is_batched(gradient):
+                break
+        else:
+            return
+    raise RuntimeError(
+        "the backward of the kernels of rdp_kernels takes plain gradients only, none of vmap (is_grads_batched and "
+        "vectorize=True are one), of another torch.func transform or of forward-mode AD: run the forward within "
+        'rdp.use_backend("eager")'
+    )
 
 
 def differentiable_once(grads: tuple, sources: tuple) -> tuple:

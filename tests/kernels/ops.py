@@ -78,7 +78,7 @@ def in_place(t: Operands, case: Case) -> Results:
         operands, fused = operands._replace(weight=None, bias=None), replace(following, norm=None)
         kernels = library_for("path", operands, add, fused)
     tail = Tail(kernels, add, fused)
-    tail.in_place = tail.owns_gradient = True
+    tail.in_place = tail.node.owns_gradient = True
     results = tail(operands)
     assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
     return results if fused is following else reference.normalised(results, t, following)

@@ -63,7 +63,7 @@ def run(
     if in_place:
         operands = operands._replace(residual=operands.residual.clone())
     tail = Tail(kernels(), add, following)
-    tail.in_place = tail.owns_gradient = in_place  # as if there were a tail before and one after it
+    tail.in_place = tail.node.owns_gradient = in_place  # as if there were a tail before and one after it
     with count_traffic() as forward:
         results = tail(operands)
     outs = [result for result in results if result is not None and result.requires_grad]
