@@ -322,14 +322,29 @@ class Idle(nn.Module):
         return x
 
 
+class Picky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.path = rdp.ResidualBranch(nn.Linear(3, 3))
+
+    def forward(self, x, times):
+        assert x.shape[1] == 3, "only 3 channels"
+        return times * self.path(x)
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
         (Uncopyable(), torch.randn(2, 4), "model can't be copied"),
         (Checkpointed(), torch.randn(2, 4), "recomputes calls of its paths"),
         (Idle(), torch.randn(2, 4), "calls none of its paths"),
-        (ViT(), torch.randn(2, 5), "example_inputs: the model can't be measured with them"),
-        (ViT(), {"pictures": torch.randn(2, 1, 8, 8)}, "unexpected keyword argument 'pictures'"),
+        (ViT(), torch.randn(2, 5), r"example_inputs: the model can't be run on float32 \[2, 5\]: \w+: "),
+        (
+            ViT(),
+            {"pictures": torch.randn(2, 1)},
+            r"run on pictures=float32 \[2, 1\]: .*unexpected keyword argument 'pict",
+        ),
+        (Picky(), (torch.randn(2, 4), 1), r"run on float32 \[2, 4\], int: AssertionError: only 3 channels"),
         (ViT(), 3, "must hold a tensor with samples in dimension 0, got int without one"),
         (ViT(), torch.randn(0, 1, 8, 8), r"samples in dimension 0, got one of shape \[0, 1, 8, 8\]"),
     ],
