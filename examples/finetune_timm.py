@@ -45,6 +45,7 @@ from examples.digits.analysis import weights_sha256
 from examples.digits.command import Problem, add_option, add_run_options, begin_run, display
 from examples.digits.seeds import seed_of
 from examples.digits.storage import Folder, StorageError
+from examples.methods import FREEZE_BN
 
 INSTALL = "; needed: pip install timm torchvision scikit-learn (with --no-deps, if your torch is to stay)"
 LIMITS = {"drop_prob": (0, 1), "lr": (0, 1e3), "seed": (0, 2**31 - 1)}
@@ -124,7 +125,9 @@ def convert(model: nn.Module, options: argparse.Namespace, size: int) -> rdp.Res
     if options.scheme == "drop-path":
         return None
     try:
-        return rdp.ResidualDropPath(model, options.drop_prob, mode=options.mode or "block", seed=options.seed)
+        freeze_bn = FREEZE_BN[options.freeze_bn]
+        mode = options.mode or "block"
+        return rdp.ResidualDropPath(model, options.drop_prob, mode=mode, freeze_bn=freeze_bn, seed=options.seed)
     except ValueError as error:  # BatchNorm in sample mode
         raise Problem(f"argument --mode: {error}") from error
 
@@ -171,7 +174,7 @@ class Training:
 
     def run_epoch(self, epoch: int, advance: Callable, line: Callable[[str], None]) -> dict[str, Any]:
         """Trains for an epoch, then tests."""
-        start, losses, steps = time.perf_counter(), [], {}
+        start, losses, steps, worst = time.perf_counter(), [], {}, {}
         self.batches.generator.manual_seed(seed_of(self.record["options"]["seed"], epoch))
         self.model.train()
         for images, labels in self.batches:
@@ -183,11 +186,14 @@ class Training:
                 self.optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())
                 steps[phase] = steps.get(phase, 0) + 1
+                worst[phase] = max(worst.get(phase, 0.0), losses[-1])
             self.schedule.step()  # by batch: both iterations of a pair have the same learning rate
             advance(description=f"epoch {epoch}: loss {statistics.fmean(losses[-20:]):.3f}")
         seconds, loss, accuracy = time.perf_counter() - start, statistics.fmean(losses), self.accuracy()
-        line(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.1%}, {sum(steps.values())} steps in {seconds:.1f} s")
-        return {"epoch": epoch, "steps": steps, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+        said = f"loss {loss:.4f}, at worst " + ", ".join(f"{value:.2f} ({phase})" for phase, value in worst.items())
+        line(f"epoch {epoch}: {said}, accuracy {accuracy:.1%}, {sum(steps.values())} steps in {seconds:.1f} s")
+        result = {"epoch": epoch, "steps": steps, "loss": loss, "worst_loss": worst}
+        return result | {"accuracy": accuracy, "seconds": seconds}
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -219,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scheme", "how to train", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
     add("--drop-prob", "P(drop) of every residual branch", 0.1, type=float)
     add("--mode", "residual-droppath: drop for the whole batch (default) or per sample", choices=("block", "sample"))
+    add("--freeze-bn", "residual-droppath: what frozen BatchNorm normalises by", "batch", choices=tuple(FREEZE_BN))
     add("--epochs", "passes through the data", 10, type=int)
     add("--batch-size", "images in a batch", 64, type=int)
     add("--lr", "AdamW's learning rate at the start of its cosine", 5e-4, type=float)

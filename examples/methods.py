@@ -10,6 +10,7 @@ import torch
 import rdp_kernels as rdp
 from examples.digits.seeds import seed_of
 from rdp_kernels.estimate import ModelCost, kept_fractions
+from rdp_kernels.frozen import FreezeBN
 
 PLAIN, DROP_PATH, EXACT, FROZEN = "plain", "drop-path", "ResidualDroppath", "branch-frozen"
 DROP_THEN_FULL, RANDOM = "drop, then full", "random paths frozen"
@@ -21,6 +22,8 @@ METHODS = {
     DROP_THEN_FULL: 'control, freeze="none": in the second iteration everything learns',
     RANDOM: "control: in the second iteration other random paths learn than those that were dropped",
 }
+FREEZE_BN: dict[str, FreezeBN] = {"batch": True, "running": "running", "moving": False}
+"""How frozen BatchNorm normalises: values of the option --freeze-bn, and of `rdp.ResidualDropPath`'s freeze_bn."""
 FREEZE = {EXACT: "parameters", FROZEN: "branch", DROP_THEN_FULL: "none", RANDOM: "parameters"}
 
 
@@ -30,7 +33,7 @@ class Iterations:
     Args:
         model: with a `ResidualSequence` as `paths`.
         cost: of a model like it on a batch like those that it is trained on.
-        drop_prob, mode, schedule, scale_by_keep, train_rest, seed: as of `rdp.ResidualDropPath`.
+        drop_prob, mode, schedule, scale_by_keep, train_rest, freeze_bn, seed: as of `rdp.ResidualDropPath`.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Iterations:
         schedule: str = "constant",
         scale_by_keep: bool = True,
         train_rest: bool = False,
+        freeze_bn: FreezeBN = True,
         seed: int,
     ):
         self.model, self.cost, self.mode, self.train_rest, self.seed = model, cost, mode, train_rest, seed
@@ -63,6 +67,7 @@ class Iterations:
                 freeze=FREEZE[method],
                 scale_by_keep=scale_by_keep,
                 train_rest=train_rest,
+                freeze_bn=freeze_bn,
                 seed=seed,
             )
 

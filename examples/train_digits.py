@@ -35,7 +35,7 @@ from examples.digits.experiment import Experiment, Stopped, StopSignals
 from examples.digits.report import Report
 from examples.digits.storage import Folder, StorageError
 from examples.digits.training import NETWORKS, Config, Training
-from examples.methods import METHODS, PLAIN
+from examples.methods import FREEZE_BN, METHODS, PLAIN
 
 
 class ProgressDisplay:
@@ -76,7 +76,10 @@ def results_table(report: Report) -> Table:
     )
     title = f"Handwritten digits, {report.test_set}: {report.config.network.kind.__name__}, {report.config.mode} mode"
     table = Table(title=title, caption=caption, caption_justify="left")
-    rows = [{name: row[name] for name in ("method", "accuracy, %", quarter, "time", "FLOPs")} for row in report.rows()]
+    rows = [
+        {name: row[name] for name in ("method", "accuracy, %", quarter, "worst reuse loss", "time", "FLOPs")}
+        for row in report.rows()
+    ]
     for heading in rows[0]:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
@@ -129,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", "the network", choices=tuple(NETWORKS))
     add("mode", "drop for the whole batch or per sample", choices=("block", "sample"))
     add("drop-prob", "P(drop) of every path", type=number(float, "in [0, 1]", lambda p: 0 <= p <= 1))
+    add("freeze-bn", "what frozen BatchNorm normalises by", choices=tuple(FREEZE_BN))
     add("seeds", "how many seeds to train with", type=number(int, "in [1, 1000]", lambda n: 1 <= n <= 1000))
     wanted = "above 0 and at most 10000"
     add("epochs", "plain's passes through the data: sets the steps", type=number(float, wanted, lambda x: 0 < x <= 1e4))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from examples.libraries import import_torchvision, installed
 from examples.models import Attention, ResNet, ViT, mlp
 from rdp_kernels.estimate import ModelCost, Row, kept_fractions
 from rdp_kernels.estimate.meters import Flops
-from rdp_kernels.estimate.report import recommend
+from rdp_kernels.estimate.report import NEAR, PAYS, recommend
 
 from .test_cost import saved_bytes
 
@@ -321,14 +322,29 @@ class Idle(nn.Module):
         return x
 
 
+class Picky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.path = rdp.ResidualBranch(nn.Linear(3, 3))
+
+    def forward(self, x, times):
+        assert x.shape[1] == 3, "only 3 channels"
+        return times * self.path(x)
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
         (Uncopyable(), torch.randn(2, 4), "model can't be copied"),
         (Checkpointed(), torch.randn(2, 4), "recomputes calls of its paths"),
         (Idle(), torch.randn(2, 4), "calls none of its paths"),
-        (ViT(), torch.randn(2, 5), "example_inputs: the model can't be measured with them"),
-        (ViT(), {"pictures": torch.randn(2, 1, 8, 8)}, "unexpected keyword argument 'pictures'"),
+        (ViT(), torch.randn(2, 5), r"example_inputs: the model can't be run on float32 \[2, 5\]: \w+: "),
+        (
+            ViT(),
+            {"pictures": torch.randn(2, 1)},
+            r"run on pictures=float32 \[2, 1\]: .*unexpected keyword argument 'pict",
+        ),
+        (Picky(), (torch.randn(2, 4), 1), r"run on float32 \[2, 4\], int: AssertionError: only 3 channels"),
         (ViT(), 3, "must hold a tensor with samples in dimension 0, got int without one"),
         (ViT(), torch.randn(0, 1, 8, 8), r"samples in dimension 0, got one of shape \[0, 1, 8, 8\]"),
     ],
@@ -353,33 +369,102 @@ def test_inside_an_iteration_is_refused():
 # The recommendation, from rows
 
 
-def rows_of(block, sample, branch, p=0.2, flops=0.7, sample_flops=None):
-    def row(mode, freeze, time, flops=flops):
-        if time is None:
-            return Row(mode, freeze, p, own_rates=True, refused="BatchNorm")
-        return Row(mode, freeze, p, own_rates=True, flop_ratio=flops, time_ratio=time)
-
-    of_sample = row("sample", "parameters", sample, sample_flops or flops)
-    return [row("block", "parameters", block), of_sample, row("block", "branch", branch)]
+def row_of(mode, freeze, ratio, p=0.2, flops=0.7, own=True):
+    if ratio is None:
+        return Row(mode, freeze, p, own_rates=own, refused="BatchNorm")
+    return Row(mode, freeze, p, own_rates=own, flop_ratio=flops, time_ratio=ratio)
 
 
-@pytest.mark.parametrize(
-    ("rows", "share", "says", "never"),
-    [
-        (rows_of(0.72, 0.74, 0.62), 0.9, ['mode="block"', "costs about the same: 0.74", "would take 0.62"], []),
-        (rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "takes 0.90: at batch 8 branches"], ['freeze="branch"']),
-        (rows_of(0.72, 0.9, 0.71, sample_flops=0.88), 0.9, ["takes 0.90: there hardly any plan"], []),
-        (rows_of(0.8, 0.7, 0.62), 0.9, ['mode="sample"', "0.70 of plain training's time, in block mode 0.80"], []),
-        (rows_of(0.72, None, 0.71), 0.9, ['mode="block"', "Sample mode is refused"], ["about the same"]),
-        (rows_of(1.1, 1.3, 1.0), 0.9, ["plain training", "needing only 0.70 of its FLOPs"], ['mode="block"']),
-        (rows_of(0.98, None, 0.97, flops=0.98), 0.1, ["plain training", "only 10% of a plain step"], ['mode="block"']),
-        (rows_of(0.99, 0.99, 0.99, p=0.01, flops=0.99), 0.9, ["plain training", "too little is dropped"], []),
-    ],
-)
+def rows_of(block, sample, branch, p=0.2, flops=0.7, sample_flops=None, sample_branch=None, others=((0.3, 0.99),)):
+    """Ratios of the scheme's own rates, and by further rates those of the exact rows."""
+    return [
+        row_of("block", "parameters", block, p, flops),
+        row_of("block", "branch", branch, p, flops),
+        row_of("sample", "parameters", sample, p, sample_flops or flops),
+        row_of("sample", "branch", sample and (sample_branch or branch), p, flops),
+        *(row_of(mode, "parameters", ratio, rate, own=False) for rate, ratio in others for mode in ("block", "sample")),
+    ]
+
+
+PLAINLY = "Recommendation: plain training"
+RECOMMENDATIONS = {
+    "sample mode costs the same": (
+        rows_of(0.72, 0.74, 0.62), 0.9, ['mode="block"', "costs about the same: 0.74", "take 0.62 in block mode"], [],
+    ),
+    "fewer rows save no time": (
+        rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "takes 0.90: at batch 8 branches"], ['freeze="branch"'],
+    ),
+    "no prefix": (rows_of(0.72, 0.9, 0.71, sample_flops=0.88), 0.9, ["takes 0.90: there hardly any plan"], []),
+    "sample mode is cheaper": (
+        rows_of(0.8, 0.7, 0.62), 0.9, ['mode="sample"', "0.70 of plain training's time, in block mode 0.80"], [],
+    ),
+    "bypassing is cheaper than block mode, not than sample mode": (
+        rows_of(0.8, 0.7, 0.71), 0.9, ['mode="sample"'], ['freeze="branch"'],
+    ),
+    "bypassing is cheapest in sample mode": (
+        rows_of(0.72, 0.74, 0.65, sample_branch=0.6), 0.9, ['mode="block"', "take 0.60 in sample mode"], ["0.65"],
+    ),
+    "only sample mode gains": (
+        rows_of(0.98, 0.96, 0.95), 0.9, ['mode="sample"', "takes 0.96", "block mode 0.98"], ["plain training, or"],
+    ),
+    "refused": (rows_of(0.72, None, 0.71), 0.9, ['mode="block"', "Sample mode is refused"], ["about the same"]),
+    "costs beside the FLOPs": (
+        rows_of(1.1, 1.3, 1.0), 0.9, [PLAINLY, "block mode a step takes 1.10", "only 0.70 of its FLOPs"], ["mode=", "freeze="],
+    ),
+    "the cheaper of two that don't pay": (
+        rows_of(1.3, 1.1, 1.2), 0.9, [PLAINLY, "In sample mode a step takes 1.10"], ["mode=", "freeze=", "1.30"],
+    ),
+    "nothing exact pays, bypassing does": (
+        rows_of(1.1, 1.3, 0.8), 0.9, [PLAINLY, 'freeze="branch" would take 0.80 in block mode, but its'], ["mode="],
+    ),
+    "few branches": (
+        rows_of(0.98, None, 0.97, flops=0.98), 0.1, [PLAINLY, "only 10% of a plain step"], ["mode="],
+    ),
+    "few are dropped": (
+        rows_of(0.99, 0.99, 0.99, p=0.01, flops=0.99, others=((0.1, 0.98), (0.3, 0.72))), 0.9,
+        [PLAINLY, "too little is dropped", "At p = 0.3 it would take 0.72"], ["p = 0.1 "],
+    ),
+    "no rates": (
+        rows_of(1, 1, 1, p=0, flops=1, others=((0.1, 0.8), (0.3, 0.72), (0.5, 0.6))), 0.9,
+        ["give drop_prob", "at 0.3 a step would take 0.72 of plain training's time in block mode"], ["plain training, or"],
+    ),
+    "no rates, and only another one gains": (
+        rows_of(1, 1, 1, p=0, flops=1, others=((0.1, 1.2), (0.3, 1.0), (0.5, 0.9))), 0.9,
+        ["give drop_prob", "at 0.5 a step would take 0.90"], ["plain training, or"],
+    ),
+    "no rates, and none would gain": (
+        rows_of(1, 1, 1, p=0, flops=1, others=((0.1, 1.3), (0.3, 1.2), (0.5, 1.1))), 0.9,
+        [PLAINLY, "at 0.5, the best of the rates above, a step would take 1.10"], ["give drop_prob"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "share", "says", "never"), RECOMMENDATIONS.values(), ids=RECOMMENDATIONS)
 def test_recommendations(rows, share, says, never):
     text = recommend(rows, share, batch_size=8)
     assert all(part in text for part in says), text
     assert not any(part in text for part in never), text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_recommendation_agrees_with_its_rows(seed):
+    """On made-up costs: every ratio is a row's, what is recommended pays, and no exact row is much cheaper."""
+    random = torch.Generator().manual_seed(seed)
+    ratios = (0.5 + 0.8 * torch.rand(2000, 4, generator=random)).tolist()
+    for block, sample, branch, sample_branch in ratios:
+        sample = None if sample > 1.2 else sample
+        rows = rows_of(block, sample, branch, sample_branch=sample_branch)
+        text = recommend(rows, 0.9, 8)
+        told = {float(number) for number in re.findall(r"take[sn]? (\d\.\d\d)", text)}
+        assert told <= {round(row.ratio, 2) for row in rows if row.refused is None}
+        chosen = re.search(r'mode="(\w+)"', text)
+        exact = {
+            row.mode: row.ratio for row in rows if row.own_rates and row.freeze == "parameters" and not row.refused
+        }
+        assert (chosen is None) == (min(exact.values()) >= PAYS)
+        if chosen is not None:
+            assert exact[chosen[1]] < PAYS
+            assert exact[chosen[1]] <= min(exact.values()) + NEAR
 
 
 def test_rates_of_zero_are_told():

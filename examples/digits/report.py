@@ -71,7 +71,9 @@ class Report:
             row = {"method": method, "accuracy, %": summary.accuracy.percent()}
             for count, values in summary.removed.items():
                 row[f"{count} removed"] = Estimate.of(values).percent()
+            worst = [losses["reuse"] for losses in summary.worst_losses if "reuse" in losses]
             row |= {
+                "worst reuse loss": f"{max(worst):.2f}" if worst else "–",
                 "time": f"{self.times[method] / self.times[PLAIN]:.2f}",
                 "FLOPs": f"{summary.needed_flops / plain.needed_flops:.2f}",
             }
@@ -90,6 +92,7 @@ class Report:
                 row |= {"accuracy": summary.accuracies[seed]}
                 row |= {f"accuracy_without_{count}": values[seed] for count, values in summary.removed.items()}
                 row |= {"train_loss": summary.curves[seed][-1]["loss"]}
+                row |= {"worst_reuse_loss": summary.worst_losses[seed].get("reuse")}
                 row |= {"ms_per_step": time, "time_ratio": time / plain_time}
                 row |= {"needed_flops": flops, "needed_ratio": flops / plain_flops}
                 rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})

@@ -15,6 +15,8 @@ class Summary:
     """One method's results: lists have an entry a seed, curves one an evaluation too."""
 
     iterations: list[dict[str, int]]
+    worst_losses: list[dict[str, float]]
+    """By phase the largest of the training."""
     accuracies: list[float]
     removed: dict[int, list[float]]
     """Test accuracy with that many branches removed."""
@@ -48,6 +50,7 @@ def _summarize(runs: list[dict[str, Any]]) -> Summary:
     mean = [[statistics.fmean(entries) for entries in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
     return Summary(
         iterations=[run["phases"] for run in runs],
+        worst_losses=[run["worst"] for run in runs],
         accuracies=[run["curve"][-1]["accuracy"] for run in runs],
         removed={count: [run["removed"][count] for run in runs] for count in runs[0]["removed"]},
         curves=[run["curve"] for run in runs],

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from examples.digits.data import Digits
-from examples.methods import Iterations
+from examples.methods import FREEZE_BN, Iterations
 from examples.models import ResidualClassifier, ResidualMLP, ResNet, ViT
 from rdp_kernels.estimate import ModelCost
 
@@ -45,6 +45,7 @@ class Config:
     model: str = "vit"
     mode: str = "block"
     drop_prob: float = 0.3
+    freeze_bn: str = "batch"
     seeds: int = 3
     epochs: float = 12
     validate: bool = False
@@ -64,6 +65,8 @@ class Record:
 
     phases: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    worst: dict[str, float] = field(default_factory=dict)
+    """By phase the largest loss."""
     needed: list[float] = field(default_factory=list)
     """FLOPs that the step needs."""
     seconds: list[float] = field(default_factory=list)
@@ -85,7 +88,15 @@ class Training:
     ):
         self.digits, self.config, self.seed = digits, config, seed
         self.model = copy.deepcopy(weights)
-        self.iterations = Iterations(method, self.model, cost, drop_prob=config.drop_prob, mode=config.mode, seed=seed)
+        self.iterations = Iterations(
+            method,
+            self.model,
+            cost,
+            drop_prob=config.drop_prob,
+            mode=config.mode,
+            freeze_bn=FREEZE_BN[config.freeze_bn],
+            seed=seed,
+        )
         self.scheme = self.iterations.scheme
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.network.learning_rate, weight_decay=WEIGHT_DECAY
@@ -109,6 +120,7 @@ class Training:
         synchronize()
         self.record.seconds.append(time.perf_counter() - start)
         self.record.losses.append(loss.item())
+        self.record.worst[phase] = max(self.record.worst.get(phase, 0.0), loss.item())
         self.record.needed.append(self.iterations.needed_flops(phase, plan))
         self.record.phases[phase] = self.record.phases.get(phase, 0) + 1
         self.iterations.close(phase, len(images))

@@ -203,6 +203,18 @@ def batch_size_of(example_inputs: Any) -> int:
     return tensors[0].shape[0]
 
 
+def described(example_inputs: Any) -> str:
+    """Their dtypes and shapes, for messages."""
+
+    def leaf(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return type(value).__name__
+
+    args, kwargs = pytree.tree_map(leaf, arguments_of(example_inputs))
+    return ", ".join([*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())])
+
+
 @contextlib.contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}

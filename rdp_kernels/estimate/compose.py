@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..convert.calls import arguments_of, batch_size_of
+from ..convert.calls import arguments_of, batch_size_of, described
 from ..frozen import FreezeBN
 from ..plan import PathPlan
 from .bench import Bench, Unmeasurable
@@ -77,8 +77,10 @@ class ModelCost:
                 return cls(Bench(copied, args, kwargs, freeze_bn).pieces(timed), batch_size)
             except Unmeasurable:
                 raise
-            except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-                raise ValueError(f"example_inputs: the model can't be measured with them: {_told(error)}") from error
+            except Exception as error:  # models raise what they like
+                raise ValueError(
+                    f"example_inputs: the model can't be run on {described(example_inputs)}: {_told(error)}"
+                ) from error
 
     # Of one plan, given as the fraction of the rows that each path keeps
 

@@ -27,6 +27,9 @@ PAYS = 0.97
 WIDTH = 100  # of the notes under the table
 NEAR = 0.03
 """Ratios that differ by no more are called equal."""
+USUAL = 0.3
+"""The rate that is told about where a model has none."""
+PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 
 @dataclass(frozen=True)
@@ -190,44 +193,59 @@ def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list
 
 
 def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
-    """What the rows of the scheme's own rates speak for, and why."""
-    own = {(row.mode, row.freeze): row for row in rows if row.own_rates}
-    block, sample, branch = own["block", "parameters"], own["sample", "parameters"], own["block", "branch"]
-    what = "FLOPs" if block.time_ratio is None else "time"
+    """What the rows of the scheme's own rates speak for, and why. Every ratio in it is that of a row in `rows`."""
+    what = "FLOPs" if rows[0].time_ratio is None else "time"
+    exact = [row for row in rows if row.freeze == "parameters" and row.refused is None]
+    block, *others = [row for row in exact if row.own_rates]  # block mode is never refused
     if block.drop_prob == 0:
-        other = next(
-            r for r in rows if not r.own_rates and r.drop_prob == 0.3 and (r.mode, r.freeze) == ("block", "parameters")
+        return _for_rates_of_zero([row for row in exact if not row.own_rates], what)
+    sample = others[0] if others else None
+    chosen = block
+    if sample is not None and (sample.ratio < block.ratio - NEAR or sample.ratio < PAYS <= block.ratio):
+        chosen = sample
+    approximate = min(
+        (row for row in rows if row.own_rates and row.freeze == "branch" and row.refused is None),
+        key=lambda row: row.ratio,
+    )
+    cheaper = approximate.ratio < chosen.ratio - NEAR
+    of_approximate = f"{approximate.ratio:.2f} in {approximate.mode} mode, but its gradients are approximate."
+    if chosen.ratio >= PAYS:
+        sentences = [f"{PLAINLY} {_why_not(chosen, branch_share, what)}"]
+        more = next(
+            (r for r in exact if r.mode == chosen.mode and r.drop_prob > chosen.drop_prob and r.ratio < PAYS), None
         )
-        return (
-            "Recommendation: give drop_prob. The paths' own rates are 0, so nothing is dropped and nothing gained; at "
-            f"0.3 a step would take {other.ratio:.2f} of plain training's {what} in block mode."
-        )
-    if block.ratio >= PAYS and (sample.refused is not None or sample.ratio >= PAYS):
-        return (
-            f"Recommendation: plain training, or the scheme for its results only. {_why_not(block, branch_share, what)}"
-        )
-    sentences = []
-    if sample.refused is None and sample.ratio < block.ratio - NEAR:
+        if more is not None:
+            sentences.append(f"At p = {more.drop_prob:.3g} it would take {more.ratio:.2f}.")
+        if cheaper and approximate.ratio < PAYS:
+            sentences.append(f'freeze="branch" would take {of_approximate}')
+        return " ".join(sentences)
+    beside = "" if chosen is block else f", in block mode {block.ratio:.2f}"
+    sentences = [
+        f'Recommendation: mode="{chosen.mode}", freeze="parameters". A step takes {chosen.ratio:.2f} of plain '
+        f"training's {what}{beside}; gradients are exact."
+    ]
+    if sample is None:
+        sentences.append("Sample mode is refused, see above.")
+    elif chosen is block and sample.ratio <= block.ratio + NEAR:
         sentences.append(
-            f'Recommendation: mode="sample", freeze="parameters". A step takes {sample.ratio:.2f} of plain training\'s '
-            f"{what}, in block mode {block.ratio:.2f}; gradients are exact."
+            f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
         )
-    else:
-        sentences.append(
-            f'Recommendation: mode="block", freeze="parameters". A step takes {block.ratio:.2f} of plain training\'s '
-            f"{what}; gradients are exact."
-        )
-        if sample.refused is not None:
-            sentences.append("Sample mode is refused, see above.")
-        elif sample.ratio <= block.ratio + NEAR:
-            sentences.append(
-                f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
-            )
-        else:
-            sentences.append(f"Sample mode takes {sample.ratio:.2f}: {_why_dearer(sample, block, batch_size)}.")
-    if branch.ratio < block.ratio - NEAR:
-        sentences.append(f'freeze="branch" would take {branch.ratio:.2f}, but its gradients are approximate.')
+    elif chosen is block:
+        sentences.append(f"Sample mode takes {sample.ratio:.2f}: {_why_dearer(sample, block, batch_size)}.")
+    if cheaper:
+        sentences.append(f'freeze="branch" would take {of_approximate}')
     return " ".join(sentences)
+
+
+def _for_rates_of_zero(exact: list[Row], what: str) -> str:
+    """`exact`: rows of other rates."""
+    usual = next(row for row in exact if (row.mode, row.drop_prob) == ("block", USUAL))
+    best = usual if usual.ratio < PAYS else min(exact, key=lambda row: row.ratio)
+    gain = f"{best.ratio:.2f} of plain training's {what} in {best.mode} mode"
+    zero = "The paths' own rates are 0, so nothing is dropped and nothing gained"
+    if best.ratio < PAYS:
+        return f"Recommendation: give drop_prob. {zero}; at {best.drop_prob:.3g} a step would take {gain}."
+    return f"{PLAINLY} {zero}; at {best.drop_prob:.3g}, the best of the rates above, a step would take {gain}."
 
 
 def _why_dearer(sample: Row, block: Row, batch_size: int) -> str:
@@ -238,14 +256,14 @@ def _why_dearer(sample: Row, block: Row, batch_size: int) -> str:
     return "there hardly any plan has a prefix of frozen paths, which needs no backward"
 
 
-def _why_not(block: Row, branch_share: float, what: str) -> str:
-    assert block.flop_ratio is not None
-    ratio = f"In block mode a step takes {block.ratio:.2f} of plain training's {what}"
-    if block.flop_ratio < PAYS:
+def _why_not(row: Row, branch_share: float, what: str) -> str:
+    assert row.flop_ratio is not None
+    ratio = f"In {row.mode} mode a step takes {row.ratio:.2f} of plain training's {what}"
+    if row.flop_ratio < PAYS:
         return (
-            f"{ratio}, needing only {block.flop_ratio:.2f} of its FLOPs: what a branch costs beside them outweighs "
-            "that. A larger batch or wider branches would gain."
+            f"{ratio}, needing only {row.flop_ratio:.2f} of its FLOPs: what a branch costs beside them outweighs "
+            "that. A larger batch or wider branches may gain."
         )
     if branch_share < 0.5:
         return f"{ratio}: the branches are only {branch_share:.0%} of a plain step."
-    return f"{ratio}: at p = {block.drop_prob:.3g} too little is dropped."
+    return f"{ratio}: at p = {row.drop_prob:.3g} too little is dropped."

@@ -50,9 +50,7 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
     rules = scheme._rules
     for path in scheme.paths:
         if any(map(keeps_statistics, modules_of(path.module))):
-            raise ValueError(
-                f"path {path.name!r}: in a graph every branch runs and would move its BatchNorm's statistics"
-            )
+            raise ValueError(f"path {path.name!r}: in a graph every branch runs and would move its running statistics")
     if rules.freezes_rest and rules.freeze_bn and any(map(keeps_statistics, model.modules())):
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":

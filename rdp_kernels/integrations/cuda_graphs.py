@@ -27,8 +27,9 @@ def capture_branches(model: nn.Module) -> Runners:
     backward, and as replays overwrite gradients, they have to be copied to be kept.
 
     Returns a handle whose `remove()` undoes it. A branch's three variants (learning, frozen, and frozen where no
-    gradient passes) share memory. Under autocast its cache has to be off. Checkpointing around captured branches is
-    not supported. Raises `RuntimeError` without CUDA and `ValueError` for a model that is elsewhere or in sample mode.
+    gradient passes) share memory; a variant whose BatchNorms run in several modes has a graph for each. Under autocast
+    its cache has to be off. Checkpointing around captured branches is not supported. Raises `RuntimeError` without
+    CUDA and `ValueError` for a model that is elsewhere or in sample mode.
     """
     owners = owners_of(model)
     _check(model, owners)

@@ -82,12 +82,24 @@ def test_each_scheme_trains_and_writes_results(scheme, options, tmp_path, capsys
             assert 1 <= epoch["steps"]["reuse"] <= 3
         else:
             assert epoch["steps"] == {scheme: 3}
+        assert epoch["worst_loss"].keys() == epoch["steps"].keys()
+        assert max(epoch["worst_loss"].values()) >= epoch["loss"]
         assert 0 <= epoch["accuracy"] <= 1
     assert results["epochs"][1]["loss"] < results["epochs"][0]["loss"]
     printed = capsys.readouterr().out
     assert ("12 paths in 6 blocks converted" in printed) == (scheme != "plain")
     assert "epoch 2: loss" in printed
     assert str(tmp_path / "run" / "results.json") in printed.replace("\n", "")
+
+
+def test_frozen_batch_norm_goes_by_what_is_said(tmp_path):
+    """In the first reuse iteration the same weights give another loss, so that all weights differ in the end."""
+    weights = set()
+    for kind in ("batch", "running", "moving"):
+        argv = ["test_resnet", "--batch-size", "100", "--epochs", "1", "--drop-prob", "0.4", "--freeze-bn", kind]
+        assert finetune_timm.main([*argv, "--out", str(tmp_path / kind)]) == 0
+        weights.add(json.loads((tmp_path / kind / "results.json").read_text())["weights_sha256"])
+    assert len(weights) == 3
 
 
 def test_a_model_without_drop_path_gets_paths(tmp_path, capsys):

@@ -77,6 +77,7 @@ def test_compares_the_methods(model, mode, tmp_path, capsys):
     assert len(taken) == 6 * (2 * 21 + 10), "steps of the trainings, and of the repetitions that count FLOPs"
     for method in methods.values():
         assert [sum(run.values()) for run in method["iterations"]] == [21, 21]
+        assert [worst.keys() for worst in method["worst_losses"]] == [run.keys() for run in method["iterations"]]
         assert all(0 <= accuracy <= 1 for accuracy in method["accuracies"])
         assert list(method["removed"]) == ["1", "2"]
         similarity = torch.tensor(method["similarity"])

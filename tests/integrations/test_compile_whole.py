@@ -193,10 +193,12 @@ def test_refusals():
 
     with pytest.raises(ValueError, match='weights can\'t be frozen for single samples in a graph: use freeze="branch"'):
         whole(Net(), mode="sample")
-    with pytest.raises(ValueError, match="path 'paths.0': in a graph every branch runs and would move its BatchNorm"):
+    with pytest.raises(ValueError, match="path 'paths.0': in a graph every branch runs and would move its running"):
         whole(nets.batch_norm_net())
-    with pytest.raises(ValueError, match="BatchNorm can't be frozen in a graph: use train_rest=True"):
-        whole(nn.Sequential(nn.BatchNorm1d(4), rdp.ResidualBranch(nn.Linear(4, 4))))
+    for freeze_bn in (True, "running"):
+        for norm in (nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)):
+            with pytest.raises(ValueError, match="BatchNorm can't be frozen in a graph: use train_rest=True"):
+                whole(nn.Sequential(norm, rdp.ResidualBranch(nn.Linear(4, 4))), freeze_bn=freeze_bn)
     with pytest.raises(ValueError, match=r"can't freeze a parameter of path 'paths.3' that paths.1 shares"):
         net = nets.tied_net()
         net.paths[2].fn.weight = nn.Parameter(torch.randn(4, 4).double())

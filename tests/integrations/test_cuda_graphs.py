@@ -125,6 +125,33 @@ def test_all_kinds_of_paths(captures, name):
     assert captures
 
 
+@pytest.mark.parametrize("freeze_bn", [True, "running"])
+def test_norms_in_another_mode_are_another_graph(captures, freeze_bn):
+    """Weights that the user froze have one variant in both iterations: in one BatchNorm's statistics move. A training
+    forward without grad moves them too, and a frozen branch where no gradient passes doesn't."""
+    plain = nets.batch_norm_net()
+    for path in plain.paths:
+        path.fn.requires_grad_(False)
+    compare(plain, double(3, *nets.INPUTS["batch_norm"]), freeze_bn=freeze_bn, train_rest=True)
+    assert len(captures) == 2 * len(plain.paths)
+
+    plain = nets.batch_norm_net()
+    net = copy.deepcopy(plain)
+    capture_branches(net)
+    plan = rdp.PathPlan(torch.tensor([True, True, False]), [0.5] * 3, "block")
+    for model in (plain, net):
+        scheme = rdp.ResidualDropPath(model, freeze_bn=freeze_bn)
+        for _ in scheme.iterations(plan=plan):
+            model(double(3, *nets.INPUTS["batch_norm"])).sum().backward()
+            model.zero_grad()
+    net.load_state_dict(plain.state_dict())
+    x = double(3, *nets.INPUTS["batch_norm"])
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-10, atol=1e-10)
+    for value, expected in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_converted_blocks(captures):
     net, x = blocks.tokens_net(blocks.Block, blocks.Shared).double(), blocks.tokens(dtype=torch.float64)
     rdp.convert(net, example_inputs=x)
