@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 
@@ -100,9 +101,8 @@ def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
             raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
-        if (
-            not -math.inf < float(row_scale) < math.inf
-        ):  # under torch.compile math.isfinite makes a graph for each number
+        # Under torch.compile math.isfinite makes a graph for each number, and a symbol is taken to be below infinity.
+        if not -sys.float_info.max <= float(row_scale) <= sys.float_info.max:
             raise ValueError(f"row_scale must be finite, got {row_scale}")
         return
     # float64 only where the stream is: elsewhere the kernels compute in float32.

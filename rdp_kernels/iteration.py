@@ -254,7 +254,8 @@ class Iteration:
         key = (forward, device)
         if key not in self._orders:
             learns = self._learns[:, start : start + size]
-            self._orders[key] = to_device(orders_of(learns), device)
+            with torch.inference_mode(False):  # a forward with grad may be the next to read them
+                self._orders[key] = to_device(orders_of(learns), device)
         return self._orders[key]
 
 

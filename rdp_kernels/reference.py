@@ -35,6 +35,8 @@ def residual_add(
     scale = 1.0 if row_scale is None else row_scale
     if isinstance(scale, Tensor) or scale == 0:
         update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(len(update))), 1.0
+    elif frozen is None and torch.compiler.is_compiling() and scale != 1:
+        update, scale = update * scale, 1.0  # a graph for any number, where `alpha` and `value` are part of the graph
     factor = None
     if gamma is not None:
         factor = gamma.to(dtype).view([-1 if d == channel_dim % branch.dim() else 1 for d in range(branch.dim())])

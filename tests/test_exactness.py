@@ -184,6 +184,33 @@ def test_norms_that_keep_running_statistics(kind, freeze_bn, freeze):
 
 
 @pytest.mark.parametrize("freeze_bn", [True, "running"])
+def test_from_scratch_the_loss_of_reuse_iterations_stays_with_that_of_drop_iterations(freeze_bn):
+    """By SGD as ResNets are trained. Running statistics lag behind the weights: by them it explodes."""
+    torch.manual_seed(0)
+
+    def conv(*channels):
+        return nn.Conv2d(*channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels[-1])
+
+    branches = [nn.Sequential(*conv(16, 16), nn.ReLU(), *conv(16, 16)) for _ in range(8)]
+    paths = [rdp.ResidualBranch(branch, activation="relu", channel_dim=1) for branch in branches]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    net = nn.Sequential(*conv(3, 16), nn.ReLU(), *paths, head)
+    optimizer = torch.optim.SGD(net.parameters(), 0.3, momentum=0.9, weight_decay=5e-4)
+    scheme, worst = rdp.ResidualDropPath(net, 0.2, freeze_bn=freeze_bn), {"drop": 0.0, "reuse": 0.0}
+    prototypes = torch.randn(10, 3, 8, 8)
+    for _ in range(20):
+        labels = torch.randint(10, (32,))
+        images = 0.5 * prototypes[labels] + torch.randn(32, 3, 8, 8)
+        for phase in scheme.iterations():
+            loss = nn.functional.cross_entropy(net(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            worst[phase] = max(worst[phase], loss.item())
+    assert worst["reuse"] > 100 if freeze_bn == "running" else worst["reuse"] < 2 * worst["drop"], worst
+
+
+@pytest.mark.parametrize("freeze_bn", [True, "running"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_recomputation_moves_no_statistics_of_what_is_frozen(use_reentrant, freeze_bn):
     """By the batch or not, gradients are those without checkpointing."""

@@ -1,3 +1,5 @@
+import typing
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +7,8 @@ from hypothesis import strategies as st
 
 import rdp_kernels as rdp
 from rdp_kernels import _backend, _native
+from rdp_kernels._checks import ACTIVATIONS
+from rdp_kernels.ops.residual_add_norm import NORMS
 from rdp_kernels.reference import ForkRows
 
 
@@ -217,6 +221,19 @@ X, ROWS = torch.zeros(4, 3), torch.tensor([0, 2])
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_type_checkers_know_the_options():
+    """The same ones that are accepted."""
+
+    def options(function, name):
+        hint = typing.get_type_hints(function)[name]
+        parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
+        return {choice for part in parts for choice in (typing.get_args(part) or (None,))}
+
+    assert options(rdp.residual_add, "activation") == set(ACTIVATIONS)
+    assert options(rdp.residual_add_norm, "norm") == set(NORMS)
+    assert options(rdp.use_backend, "name") == set(_backend._CHOICES)
 
 
 class TestBackend:

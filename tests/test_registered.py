@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import rdp_kernels as rdp
@@ -143,6 +144,89 @@ def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
     assert len(graphs.graphs) == 1
     ours = [op for op in graphs.ops() if op.startswith(OUR_OPS)]
     assert len(ours) == (0 if backend == "eager" else 3)
+
+
+INDEX = torch.tensor([4, 1], device=DEVICE)
+SCALED = {
+    "dense": lambda x, gamma, scale: rdp.residual_add(x, x.sin(), row_scale=scale),
+    "gamma, relu": lambda x, gamma, scale: rdp.residual_add(
+        x, x.sin(), row_scale=scale, gamma=gamma, activation="relu"
+    ),
+    "rows": lambda x, gamma, scale: rdp.residual_add(x, x[:2].sin(), rows=INDEX, row_scale=scale, gamma=gamma),
+    "norm": lambda x, gamma, scale: rdp.residual_add_norm(x, gamma * x.sin(), None, row_scale=scale, next_rows=INDEX)[
+        1
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
+def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, name):
+    """A schedule of drop rates has one for each epoch."""
+
+    def run(function):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for scale in (1.1, 1.25, 1.5, 2.5, 3.5, 4.5):
+            leaves = tensor(BATCH, DIM), tensor(DIM)
+            pairs = [(out := f(*leaves, scale), *torch.autograd.grad(out.sum(), leaves, allow_unused=True))
+                     for f in (compiled, function)]  # fmt: skip
+            torch.testing.assert_close(*pairs)
+        return counter.frame_count
+
+    with rdp.use_backend(backend):
+        found = run(SCALED[name])
+    assert found <= run(lambda x, gamma, scale: x + scale * gamma * x.sin())
+
+
+def test_a_scale_that_is_not_finite_is_refused_in_graphs_too():
+    torch._dynamo.reset()
+    compiled = torch.compile(SCALED["dense"], backend="aot_eager")
+    x = tensor(BATCH, DIM)
+    for scale in (1.5, 2.5):
+        compiled(x, None, scale)
+    for scale in (float("inf"), float("nan")):
+        with pytest.raises(Exception, match="row_scale must be finite"):
+            compiled(x, None, scale)
+
+
+@pytest.mark.parametrize("kind", ["DropPath", "sample", "block"])
+def test_a_drop_rate_that_changes_makes_two_graphs(kind):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = rdp.DropPath(0.1) if kind == "DropPath" else rdp.ResidualBranch(torch.nn.Tanh(), drop_prob=0.1, mode=kind)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for drop_prob in (0.1, 0.2, 0.25, 0.3, 0.5, 0.6):
+        module.drop_prob = drop_prob
+        compiled(tensor(BATCH, DIM))
+    assert counter.frame_count <= 2
+
+
+TRANSFORMS = {
+    "grad": lambda function: torch.func.grad(lambda x: function(x).sum()),
+    "jvp": lambda function: lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda function: lambda x: torch.func.vmap(function)(x[None].expand(2, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", ["rows", "norm"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
+def test_transforms_in_graphs(backend, transform, name):
+    """A registered op in one would lose its gradient: in auto torch's own ops serve, a backend by name says so."""
+    torch._dynamo.reset()
+    x, gamma = torch.randn(BATCH, DIM, device=DEVICE), torch.rand(DIM, device=DEVICE)
+    function = TRANSFORMS[transform](lambda x: SCALED[name](x, gamma, 1.5))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with rdp.use_backend("eager"):
+        expected = function(x)
+    with rdp.use_backend(backend):
+        if backend in LIBRARIES:
+            with pytest.raises(Exception, match=r'torch\.func .*use_backend\("eager"\)'):
+                compiled(x)
+        else:
+            torch.testing.assert_close(compiled(x), expected)
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)

@@ -173,6 +173,19 @@ def test_a_plan_for_more_samples_than_a_vmap_shows_is_refused():
     scheme.reset()
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_forward_in_inference_mode_may_come_first(backend):
+    model, scheme = planned("sample")
+    x = torch.randn(6, DIM, dtype=torch.float64)
+    with rdp.use_backend(backend):
+        for _ in scheme.iterations(6):
+            with torch.inference_mode():
+                out = model(x)
+            again = model(x)
+            assert torch.equal(out, again)
+            again.sum().backward()
+
+
 TRANSFORMS = {
     "grad": lambda function, p: func.grad(function)(p),
     "jvp": lambda function, p: func.jvp(function, (p,), (p,)),

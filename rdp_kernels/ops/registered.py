@@ -21,7 +21,7 @@ from ..tail import Add, Next, Operands, Results
 
 _OPERANDS = "Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? weight, Tensor? bias"
 _SPEC = (
-    "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, Scalar scale, int channel_dim, "
+    "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, float scale, int channel_dim, "
     "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
     "float eps, str? constant"
 )

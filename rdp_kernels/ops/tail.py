@@ -6,6 +6,7 @@ Its backward adds the gradient of the next branch's rows into the stream's; as s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -36,7 +37,7 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
         too_wide = width is not None and width > _backend.WIDEST_NORM
         library = _backend.compiled_kernels(op, stream.device, dtypes, width is not None, is_transformed())
         if library is not None and not too_wide:
-            return registered.tail(library, operands, add, following)
+            return registered.tail(library, operands, _scaled_by_rows(operands, add), following)
     if following is None or following.norm is None or (add is None and following.rows is None):
         return reference.tail(operands, add, following)
     # No kernel has this norm: torch's, after what kernels there are for the rest.
@@ -45,6 +46,14 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     if rest is None:
         results = results._replace(next=results.out)
     return reference.normalised(results, operands, following)
+
+
+def _scaled_by_rows(operands: Operands, add: Add | None) -> Add | None:
+    """With a number other than 0 and 1 as a factor a row: data, for which any number has the same graph."""
+    if add is None or add.row_scale is not None or operands.frozen is not None or add.scale in (0.0, 1.0):
+        return add
+    ones = torch.ones(operands.branch.shape[0], dtype=torch.float32, device=operands.branch.device)
+    return replace(add, scale=1.0, row_scale=ones * add.scale)
 
 
 def _norm_width(stream: Tensor, following: Next | None) -> int | None:

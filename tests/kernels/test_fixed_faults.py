@@ -27,8 +27,13 @@ pytestmark = [
 TRITON = {
     "mask: idle columns count in the variance": (
         "rdp_kernels/_triton/residual_add_norm.py",
-        "x = tl.where(in_width, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)",
-        "x = x - (tl.sum(x, axis=1) / width)[:, None]",
+        "x = tl.where(in_width, x - mean[:, None], 0.0)",
+        "x = x - mean[:, None]",
+    ),
+    "norm: its backward takes the mean for 0": (
+        "rdp_kernels/_triton/parts.py",
+        "tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]",
+        "tl.where(mask, x, 0.0) * rstd[:, None]",
     ),
     "stride: the stream's rows follow each other": (
         "rdp_kernels/_triton/residual_add.py",
