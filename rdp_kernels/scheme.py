@@ -122,7 +122,8 @@ class ResidualDropPath:
         self._remover = weakref.finalize(self, _remove, self._rest)
         if not any(path.drop_prob for path in self.paths):
             self._warn(
-                "every path's drop_prob is 0: until one is raised, nothing is dropped and this is plain training"
+                "every path's drop_prob is 0: the plans that it draws drop nothing, which is plain training. Give "
+                "drop_prob, or raise the paths' own"
             )
 
     def __repr__(self) -> str:

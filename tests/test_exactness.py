@@ -16,6 +16,7 @@ from examples.libraries import import_torchvision, installed
 from .conftest import DEVICE
 from .nets import INPUTS, NETS, Iteration, batch_norm_net, moving_statistics, textbook, took_part
 
+pytestmark = pytest.mark.filterwarnings("ignore:ResidualDropPath. every path's drop_prob is 0")  # p = 0 is drawn too
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 CHAIN = {"batch_norm_chain": lambda: batch_norm_net(chain=True)}
 
