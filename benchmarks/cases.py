@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rdp_kernels as rdp
 from examples.models import ResidualClassifier, ResNet, ViT
 from rdp_kernels.estimate import ModelCost, kept_fractions
+from rdp_kernels.plan import draw_keep, plan_generator
 
 from . import library_models
 from .harness import Case, Check, Provider
@@ -79,13 +81,10 @@ def _built(build: Callable[[], Network]) -> Network:
 def draw_plans(paths: int, batch: int, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:
     """The first plans that drop something: without that there is no reuse iteration, and a pair would be one step for
     us and two for the others. Never ends at p = 0."""
-    stand_in = rdp.ResidualSequence(*(rdp.ResidualBranch(nn.Identity()) for _ in range(paths)))
-    scheme = rdp.ResidualDropPath(stand_in, drop_prob, mode=mode, sampling="fixed", seed=SEED)
-    plans: list[rdp.PathPlan] = []
-    while len(plans) < count:
-        with scheme.drop_iteration(batch if mode == "sample" else None) as plan:
-            plans += [plan] * bool(plan.dropped_paths)
-    return plans
+    rates = [drop_prob] * paths
+    keeps = (draw_keep(rates, mode, "fixed", plan_generator(SEED, number), [batch]) for number in itertools.count())
+    plans = (rdp.PathPlan(keep, rates, mode) for keep in keeps)
+    return list(itertools.islice((plan for plan in plans if plan.dropped_paths), count))
 
 
 def own(kind: type[ResidualClassifier], *args: Any, **options: Any) -> Callable[[], Network]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
+from examples.methods import nothing_runs
+from rdp_kernels.plan import draw_keep, plan_generator
 
 from .cases import SEED
 from .harness import Case, Check, Provider, Row
@@ -88,14 +90,12 @@ class Ways:
         generator = torch.Generator().manual_seed(SEED)
         self.x = torch.randn(BATCH, WIDTH, generator=generator, dtype=dtype).to(device)
         self.plain_paths, self.paths = (tiny_paths(count).to(device, dtype) for _ in range(2))
-        self.scheme, twin = (
-            rdp.ResidualDropPath(paths, DROP_PROB, mode=mode, sampling="fixed", seed=SEED)
-            for paths in (self.paths, tiny_paths(count))
-        )
-        self.plans = []
-        for _ in range(turns):
-            with twin.drop_iteration(BATCH) as plan:
-                self.plans.append(plan)
+        self.scheme = rdp.ResidualDropPath(self.paths, DROP_PROB, mode=mode, sampling="fixed", seed=SEED)
+        with nothing_runs():  # the plan alone is measured too; a scheme warns of that once
+            list(self.scheme.iterations(BATCH))
+        rates = [DROP_PROB] * count
+        keeps = [draw_keep(rates, mode, "fixed", plan_generator(SEED, turn), [BATCH]) for turn in range(turns)]
+        self.plans = [rdp.PathPlan(keep, rates, mode) for keep in keeps]
         self._by_hand = [ByHand.of(self.plain_paths, self.x, plan) for plan in self.plans]
 
     def plain(self) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,14 @@ METHODS = {
 FREEZE_BN: dict[str, FreezeBN] = {"batch": True, "running": "running", "moving": False}
 """How frozen BatchNorm normalises: values of the option --freeze-bn, and of `rdp.ResidualDropPath`'s freeze_bn."""
 FREEZE = {EXACT: "parameters", FROZEN: "branch", DROP_THEN_FULL: "none", RANDOM: "parameters"}
+
+
+@contextlib.contextmanager
+def nothing_runs() -> Iterator[None]:
+    """Around an iteration in which no path is to run: a scheme warns of those."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ResidualDropPath: no path ran")
+        yield
 
 
 class Iterations:
@@ -95,7 +105,7 @@ class Iterations:
         shape = (len(drop_probs), batch_size if self.mode == "sample" else 1)
         keep = torch.rand(shape, generator=generator) >= torch.tensor(drop_probs).unsqueeze(1)
         plan = rdp.PathPlan(keep if self.mode == "sample" else keep[:, 0], drop_probs, self.mode)
-        with self.scheme.drop_iteration(batch_size, plan=plan):
+        with nothing_runs(), self.scheme.drop_iteration(batch_size, plan=plan):
             pass
 
     def needed_flops(self, phase: str, plan: rdp.PathPlan | None) -> float:
@@ -110,7 +120,7 @@ class Iterations:
         steps = 0
         while True:
             phase = self.phase
-            with self.open(batch_size) as plan:
+            with nothing_runs(), self.open(batch_size) as plan:
                 flops -= self.needed_flops(phase, plan)
             self.close(phase, batch_size)
             if flops < 0:

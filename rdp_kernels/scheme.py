@@ -493,10 +493,9 @@ class ResidualDropPath:
             return
         iteration.check_complete()
         self._warn_not_run(iteration)
-        if iteration.begun:
-            self._completed[iteration.phase] += 1
-            if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
-                self._pending = iteration
+        self._completed[iteration.phase] += iteration.begun
+        if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
+            self._pending = iteration
 
     def _end_alternation(self, alternation: Alternation) -> None:
         if self._alternation is alternation:
@@ -533,7 +532,7 @@ class ResidualDropPath:
 
     def _warn_not_run(self, iteration: Iteration) -> None:
         if not iteration.begun:
-            self._warn_not_begun(f"a {iteration.phase} iteration, which therefore doesn't count")
+            self._warn_not_begun(f"a {iteration.phase} iteration, which is not counted as completed")
             return
         missed: dict[str, list[str]] = {}
         for path in iteration.not_run():

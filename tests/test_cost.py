@@ -251,13 +251,13 @@ def saved_in_reuse(
     branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str, freeze_bn: bool | str = True
 ) -> int:
     """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a stream that requires grad."""
-    model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Identity()))
+    model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Linear(1, 1)))
     options = {"freeze": freeze, "freeze_bn": freeze_bn}
     scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, train_rest=True, **options)
     for phase in scheme.iterations(plan=plan_of(keep)):
+        with saved_bytes(model) as saved:
+            out = branch(x.clone().requires_grad_())
         if phase == "reuse":
-            with saved_bytes(model) as saved:
-                out = branch(x.clone().requires_grad_())
             assert out.requires_grad
             return saved()
     raise AssertionError("no reuse iteration")

@@ -117,7 +117,7 @@ def counted(model, x):
     return counter.get_total_flops(), saved()
 
 
-def compare(model, x, mode, options, cost):
+def compare(model, x, mode, options, cost, phases=("drop", "reuse")):
     """`cost` with what a pair of iterations counts. Saved bytes: 1 % for the indices of rows, which branches that are
     this small have a share of, and which weigh nothing in larger ones."""
     scheme = rdp.ResidualDropPath(model, DROP_PROB, mode=mode, **options)
@@ -127,7 +127,7 @@ def compare(model, x, mode, options, cost):
     if mode == "sample":
         keep[[p.index for p in scheme.paths if p.module.mode == "block"][:1]] = False  # its rows are not the samples
         keep[[p.index for p in scheme.paths if p.module.mode == "block"][1:]] = True
-    phases = []
+    ran = []
     for phase in scheme.iterations(plan=rdp.PathPlan(keep[:, 0] if mode == "block" else keep, [0.5] * len(keep), mode)):
         kept = torch.tensor([kept_fractions(scheme.plan)], dtype=torch.float64)
         shares = (
@@ -136,8 +136,8 @@ def compare(model, x, mode, options, cost):
         flops, saved = counted(model, x)
         assert cost.flops(shares).item() == pytest.approx(flops, rel=1e-9), phase
         assert cost.saved_bytes(shares).item() == pytest.approx(saved, rel=1e-9 if mode == "block" else 1e-2), phase
-        phases.append(phase)
-    assert phases == ["drop", "reuse"]
+        ran.append(phase)
+    assert ran == list(phases)
     scheme.remove()
 
 
@@ -152,6 +152,7 @@ OPTIONS = [
 QUICK = ("ViT", "ResNet", "towers", "timm ConvNeXt")
 
 
+@pytest.mark.filterwarnings("ignore:ResidualDropPath. the model didn't run path 'unused'")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
 )
@@ -177,8 +178,9 @@ def test_frozen_parameters_neither_learn_nor_want_gradients(frozen):
     if frozen == "all but a path":
         model.paths[3].requires_grad_(True)
     cost = ModelCost.of(model, x)
+    phases = ("reuse",) if frozen == "all but a path" else ("drop", "reuse")  # the plan drops that one
     for options in OPTIONS:
-        compare(model, x, "block", options, cost)
+        compare(model, x, "block", options, cost, phases)
 
 
 @pytest.mark.parametrize("freeze_bn", ["running", False])  # True: above
@@ -353,7 +355,7 @@ def test_what_cannot_be_measured_is_refused(model, inputs, message):
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     with pytest.raises(ValueError, match=message):
         scheme.estimate(inputs, timed=False)
-    assert next(scheme.iterations()) == "drop", "the scheme still works"
+    assert next(scheme.iterations()) in ("drop", "reuse"), "the scheme still works"
 
 
 def test_inside_an_iteration_is_refused():

@@ -210,9 +210,14 @@ class TestPathsThatDoNotRun:
         model = paths_alone()
         scheme = rdp.ResidualDropPath(model, 0.5, mode=mode)
         model.eval()
-        with pytest.warns(UserWarning, match=r"no path ran in a drop iteration.* doesn't count.*call model.train\(\)"):
-            phases = [phase for phase in scheme.iterations(3) if model(X) is not None]
-        assert phases == ["drop"]
+        with pytest.warns(
+            UserWarning, match=r"no path ran in a drop iteration.* not counted .*call model.train\(\)"
+        ) as seen:
+            for _ in range(5):
+                for _ in scheme.iterations(3):
+                    model(X).sum().backward()
+                    model.zero_grad()
+        assert len(seen) == 1
         assert scheme.state_dict()["completed"] == {"drop": 0, "reuse": 0}
         model.train()
         with pytest.warns(UserWarning, match="no path ran.*call the model inside the iteration.*not a copy"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rdp_kernels as rdp
 from examples.digits.seeds import seed_of
-from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM
+from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RANDOM, nothing_runs
 from examples.spirals.adam import StackedAdam
 from examples.spirals.data import Points
 from examples.spirals.networks import SpiralNetworks
@@ -99,7 +99,7 @@ class Training:
             if self.method == DROP_PATH:
                 scheme.reset()
             elif self.method in (RANDOM, KEPT):
-                with scheme.drop_iteration(plan=self._plan(self.second_plan(keep))):
+                with nothing_runs(), scheme.drop_iteration(plan=self._plan(self.second_plan(keep))):
                     pass  # it takes the place of the plan just carried out: its complement is what reuse trains
 
     def draw(self) -> Tensor:
