@@ -117,8 +117,8 @@ def counted(model, x):
 
 
 def compare(model, x, mode, options, cost):
-    """`cost` with what a pair of iterations counts. Saved bytes: 2 % for the indices of rows and where each row
-    stands, which branches that are this small have a share of, and which weigh nothing in larger ones."""
+    """`cost` with what a pair of iterations counts. Saved bytes: 1 % for the indices of rows, which branches that are
+    this small have a share of, and which weigh nothing in larger ones."""
     scheme = rdp.ResidualDropPath(model, DROP_PROB, mode=mode, **options)
     freeze, train_rest = options.get("freeze", "parameters"), options.get("train_rest", False)
     path, sample = torch.arange(len(scheme.paths))[:, None], torch.arange(len(x))
@@ -134,7 +134,7 @@ def compare(model, x, mode, options, cost):
         )
         flops, saved = counted(model, x)
         assert cost.flops(shares).item() == pytest.approx(flops, rel=1e-9), phase
-        assert cost.saved_bytes(shares).item() == pytest.approx(saved, rel=1e-9 if mode == "block" else 2e-2), phase
+        assert cost.saved_bytes(shares).item() == pytest.approx(saved, rel=1e-9 if mode == "block" else 1e-2), phase
         phases.append(phase)
     assert phases == ["drop", "reuse"]
     scheme.remove()
