@@ -129,6 +129,8 @@ class _Tail(torch.autograd.Function):
             num_saved = following.num_with_gradient(operands.residual.shape[0])
         results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
         ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, following)
+        if not tail.kernels.READS_INVERSES:
+            data[1] = data[4] = None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             operands.branch if needed.gamma else None,
