@@ -43,8 +43,9 @@ def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[
     """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
 
     `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the
-    reason, on a call that it can't serve. The environment variable `RDP_BACKEND`, which is read once, sets the same for
-    a whole process.
+    reason, on a call that it can't serve. Kernels serve no call within `torch.func` transforms and forward-mode AD, for
+    which they have no rules: there `"auto"` is eager. The environment variable `RDP_BACKEND`, which is read once, sets
+    the same for a whole process.
     Raises `ValueError` for an unknown name and `RuntimeError`, with the reason, for a backend that is not available.
     """
     global _chosen

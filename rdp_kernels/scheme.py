@@ -181,10 +181,13 @@ class ResidualDropPath:
             plan: a `PathPlan` to carry out instead of drawing one.
 
         An exception inside closes the iteration and discards its plan. Raises `RuntimeError` inside another iteration,
-        and where the plan drops all that can learn: its reuse iteration is then pending, as after a drop iteration.
+        and where a plan is drawn that drops all that can learn: its reuse iteration is then pending, as after a drop
+        iteration. A plan of your own is carried out whatever it drops.
         """
         iteration = self._drop(batch_size, plan)
-        if not self._starts(iteration):
+        self._announce(iteration)
+        if plan is None and not self._learns_anything(iteration) and self._can_learn(iteration.dropped_paths):
+            self._pending = iteration
             raise RuntimeError(
                 "drop_iteration(): its plan drops every path that can learn, and nothing else can learn, so that there "
                 "is nothing to run. The reuse iteration is pending: go on with reuse_iteration(), or loop over "
@@ -465,8 +468,7 @@ class ResidualDropPath:
     def _starts(self, iteration: Iteration) -> bool:
         """Whether anything can learn in an iteration, which is about to open: an optimizer step without gradients fails
         under AMP. Where nothing can, what follows it is next. Raises `RuntimeError` where nothing ever can."""
-        for call in self._on_begin:
-            call(iteration)
+        self._announce(iteration)
         if self._learns_anything(iteration):
             return True
         self._pending = None
@@ -475,6 +477,10 @@ class ResidualDropPath:
                 raise RuntimeError("no parameter of the model requires grad: nothing can learn in an iteration")
             self._pending = iteration
         return False
+
+    def _announce(self, iteration: Iteration) -> None:
+        for call in self._on_begin:
+            call(iteration)
 
     def _begin(self, iteration: Iteration) -> None:
         self._pending = None

@@ -300,7 +300,7 @@ def test_a_frozen_branch_saves_what_its_dgrad_needs(fn, dgrad, wgrad):
 def test_frozen_rows_save_what_their_dgrad_needs(backend, freeze):
     """Kernels keep the plan's own rows, and nothing of theirs."""
     keep = torch.ones(2, BATCH, dtype=torch.bool)
-    keep[0, [1, 4]] = False
+    keep[0, [1, 4]], keep[1] = False, False
     learning, frozen = 2, BATCH - 2
     indices = 2 * keep.numel()  # the plan's rows and their inverse, one buffer: the gather and the add save views of it
     floats = TOKENS * (learning * (MLP_DGRAD + MLP_WGRAD) + (frozen * MLP_DGRAD if freeze == "parameters" else 0))

@@ -132,6 +132,8 @@ class TestNothingCanLearn:
         with scheme.reuse_iteration():
             model(X).sum().backward()
         assert learned(model) == [True] * 4
+        with scheme.drop_iteration(plan=plan(*[False] * 4)):  # as it was asked for
+            assert torch.equal(model(X), X)
 
     def test_alternate(self):
         model = paths_alone(2)

@@ -135,7 +135,9 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     seen.clear()
     keep = torch.ones(DEPTH, BATCH, dtype=torch.bool)
     keep[[0, 1, 3], 2] = False
-    with rdp.ResidualDropPath(paths, mode="sample").drop_iteration(plan=rdp.PathPlan(keep, [0.5] * DEPTH, "sample")):
+    with rdp.ResidualDropPath(paths, 0.5, mode="sample").drop_iteration(
+        plan=rdp.PathPlan(keep, [0.5] * DEPTH, "sample")
+    ):
         paths(x).sum().backward()
     assert [tail.in_place for tail in seen] == [False, False, True, False, True]
 

@@ -26,6 +26,10 @@ _forward = torch.ops.rdp.native_tail.default
 _backward = torch.ops.rdp.native_tail_backward.default
 
 
+READS_INVERSES = False
+"""Of `RowSet.inverse`."""
+
+
 def tail_fwd(
     operands: Operands,
     add: Add | None,

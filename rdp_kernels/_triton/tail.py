@@ -20,6 +20,8 @@ from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 from .rows import _gather_rows_kernel, _invert_rows_kernel
 
+READS_INVERSES = True
+"""Of `RowSet.inverse`."""
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""
 

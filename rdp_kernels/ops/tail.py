@@ -138,6 +138,8 @@ class _Tail(torch.autograd.Function):
         norm_input = results.norm_input
         tail.saves_stream = norm_input is out
         ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, following)
+        if not tail.kernels.READS_INVERSES:
+            data[1] = data[4] = None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             operands.branch if needed.gamma else None,

@@ -62,6 +62,7 @@ def test_a_new_rate_while_a_scheme_has_the_model(model, own):
         assert plan.drop_probs == (own or 0.2,) * 3
     scheme.reset()
     with scheme.drop_iteration() as plan:
+        model(tokens())
         assert plan.drop_probs == (own or 0.5,) * 3
     assert "reads it at its next draw, unless it was given a drop_prob of its own" in str(report)
 

@@ -174,7 +174,9 @@ def test_recorded_in_training_it_draws_in_the_graph(name):
     recorded, x = record_by(name, model), tokens(40)
     torch.testing.assert_close(seeded(recorded, x), seeded(model, x))
     scheme = rdp.ResidualDropPath(model)
-    with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
+    pair = scheme.iterations()
+    next(pair)
+    with pytest.raises(RuntimeError, match="drop iteration that is open"):
         record_by(name, model)
 
 
@@ -190,7 +192,9 @@ def test_torchvisions_feature_extractor():
     assert model.training
     torch.testing.assert_close(extract.eval()(x)["feature"], model.eval().blocks[0](model.stem(x)))
     scheme = rdp.ResidualDropPath(model)
-    with scheme.drop_iteration(), pytest.raises(RuntimeError, match="drop iteration that is open"):
+    pair = scheme.iterations()
+    next(pair)
+    with pytest.raises(RuntimeError, match="drop iteration that is open"):
         create_feature_extractor(model, ["blocks.0"])
 
 

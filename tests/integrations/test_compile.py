@@ -322,8 +322,10 @@ def test_a_model_with_a_scheme_compiles_and_exports_whole_in_eval(converted):
     with torch._dynamo.config.patch(error_on_recompile=False):  # the scheme's hooks run before the model and after it
         torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
     torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
-    with scheme.drop_iteration():
-        torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
+    pair = scheme.iterations()
+    next(pair)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
+    pair.close()
     assert scheme.phase is None
 
 
