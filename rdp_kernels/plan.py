@@ -159,7 +159,7 @@ def draw_keep(
     if mode == "block":
         return draw_block_keep(drop_probs, sampling, generator)
     keep = torch.cat([draw_sample_keep(drop_probs, size, sampling, generator) for size in batch_sizes], dim=1)
-    keep[whole] = draw_block_keep([drop_probs[path] for path in whole], sampling, generator)[:, None]
+    keep[list(whole)] = draw_block_keep([drop_probs[path] for path in whole], sampling, generator)[:, None]
     return keep
 
 

@@ -18,7 +18,7 @@ README = README_PATH.read_text(encoding="utf-8")
 def test_code_blocks_run():
     """One after the other, in one namespace."""
     blocks = list(python_blocks("README.md").values())
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     absent = [library for block in blocks for library in missing(block)]
     assert set(absent) <= {"timm"}
     namespace: dict = {}

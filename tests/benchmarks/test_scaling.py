@@ -16,6 +16,7 @@ from benchmarks import scaling, tiny_paths
 from benchmarks.cases import CPU, MODES
 from benchmarks.scaling import SMALL
 from benchmarks.tiny_paths import BY_HAND, OURS, PLAIN, PLAN, ByHand, Tiny, Ways, count_calls, path_case
+from examples.methods import nothing_runs
 from tests.benchmarks.commands import run_command
 from tests.benchmarks.test_command import ONE_THREAD
 
@@ -59,6 +60,8 @@ def calls_of(build, mode, count):
         scheme.load_state_dict(scheme.state_dict())
 
     pair()
+    with nothing_runs():
+        alone()
     return made, *(count_calls(run) for run in (pair, alone, state))
 
 

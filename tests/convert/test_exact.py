@@ -182,7 +182,9 @@ def test_branches_that_end_in_the_same_module_are_paths_of_their_own():
     assert len(scheme.paths) == 4
     with scheme.drop_iteration(plan=rdp.PathPlan(torch.tensor([True, False] * 2), [0.5] * 4, "block")):
         stem = model.stem(x)
-        torch.testing.assert_close(model.blocks[0](stem), stem + 2 * model.blocks[0].attention(stem))
+        out = model.blocks[0](stem)
+        torch.testing.assert_close(out, stem + 2 * model.blocks[0].attention(stem))
+        torch.testing.assert_close(model.blocks[1](out), out + 2 * model.blocks[1].attention(out))
 
 
 def test_blocks_of_dinov2_at_each_of_their_rates():

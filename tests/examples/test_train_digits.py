@@ -359,6 +359,7 @@ def test_refuses_batch_norm_per_sample(capsys, tmp_path):
 
 @pytest.mark.parametrize("drop_prob", [0.0, 1.0])
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("ignore:ResidualDropPath. every path's drop_prob is 0")
 def test_extreme_probabilities(drop_prob, tmp_path):
     options = ["--drop-prob", str(drop_prob), "--epochs", "0.1", "--seeds", "1", "--out", str(tmp_path)]
     assert train_digits.main(options) == 0
