@@ -194,10 +194,12 @@ def _checked(subject: Subject, scheme: rdp.ResidualDropPath, estimate: Estimate,
 def _plan(scheme: rdp.ResidualDropPath, batch: int) -> rdp.PathPlan:
     """The next that drops something: else there is one iteration, not two."""
     while True:
-        with scheme.drop_iteration(batch) as plan:
-            pass
+        pair = scheme.iterations(batch)
+        next(pair)
+        plan = scheme.plan
+        pair.close()  # nothing runs
+        assert plan is not None
         if plan.dropped_paths:
-            scheme.reset()
             return plan
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import recorded
 from ._checks import check_residual_add, check_stream, host_has
@@ -247,6 +248,12 @@ class PathCall:
         if rows is None:
             run = self.learning_branch if decision.learning else self.frozen_branch
             return run(x, decision, None, normed), None
+        if x_frozen is not None and parametrize._cache_enabled and any(map(parametrize.is_parametrized, self.modules)):
+            raise RuntimeError(
+                f"{name_of(self.owner)} has parametrized weights, and parametrize.cached() would give its learning "
+                "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or take "
+                "mode='block'"
+            )
         frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows.frozen, normed)
         return self.learning_branch(x, decision, rows.learning, normed), frozen
 

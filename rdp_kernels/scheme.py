@@ -6,7 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -209,7 +209,7 @@ class ResidualDropPath:
         with self._opened(iteration):
             yield iteration.plan
 
-    def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[str]:
+    def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Generator[str, None, None]:
         """Yields `"drop"`, then `"reuse"` if anything was dropped that can learn: the loop's body is written once.
 
         Arguments as in `drop_iteration`. Where a reuse iteration is pending, after `load_state_dict` for example, it is

@@ -159,7 +159,7 @@ def test_what_is_no_tensor_is_refused_in_every_way(freeze, made, where, backend)
                 model.train(training)(x)
         model.train()
         for mode, keep in (("sample", [[True, False, True]]), ("block", [True]), ("block", [False])):
-            scheme = rdp.ResidualDropPath(model, mode=mode, freeze=freeze)
+            scheme = rdp.ResidualDropPath(model, 0.5, mode=mode, freeze=freeze)
             plan = rdp.PathPlan(torch.tensor(keep), [0.5], mode)
             returns.make = made
             if mode == "sample" or keep == [True]:
@@ -253,7 +253,7 @@ def test_what_per_sample_doesnt_name_is_named(kept, function, as_what, runs, bac
         function = lambda x, mask, function=function: function(x, mask[0])  # noqa: E731
     branch = rdp.ResidualBranch(Attention(function))
     model = rdp.ResidualSequence(branch) if runs == "sequence" else branch
-    scheme = rdp.ResidualDropPath(model, mode="sample", freeze="none")
+    scheme = rdp.ResidualDropPath(model, 0.5, mode="sample", freeze="none")
     plan = rdp.PathPlan((torch.arange(B) < kept)[None], [0.5], "sample")
     x, mask = torch.randn(B, T, DIM), torch.randn(B, T, T)
     mask = (mask,) if as_what == "tuple" else mask

@@ -168,9 +168,10 @@ def test_a_drop_iteration_by_vmap_is_a_loop(mode, batch_size):
 def test_a_plan_for_more_samples_than_a_vmap_shows_is_refused():
     model, _ = planned("sample")
     scheme = model[1].slot.scheme
-    with scheme.drop_iteration(5), pytest.raises(ValueError, match="got 1 rows where .* has batch_size 5"):
+    next(pair := scheme.iterations(5))
+    with pytest.raises(ValueError, match="got 1 rows where .* has batch_size 5"):
         per_sample(model, torch.randn(5, DIM, dtype=torch.float64), "error")
-    scheme.reset()
+    pair.close()
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
@@ -201,11 +202,13 @@ def test_a_reuse_iteration_that_cannot_freeze_says_so(transform, freeze, train_r
     x, named = torch.randn(3, DIM, dtype=torch.float64), parameters(model)
     with scheme.drop_iteration():
         model(x)
-    with scheme.reuse_iteration(), pytest.raises(RuntimeError, match=r"frozen by requires_grad.*backward\(\)"):
-        if transform != "forward mode":
-            TRANSFORMS[transform](loss(model, x), named)
-        with forward_ad.dual_level():
-            loss(model, x)({name: forward_ad.make_dual(p, p) for name, p in named.items()})
+    with scheme.reuse_iteration():
+        model(x)
+        with pytest.raises(RuntimeError, match=r"frozen by requires_grad.*backward\(\)"):
+            if transform != "forward mode":
+                TRANSFORMS[transform](loss(model, x), named)
+            with forward_ad.dual_level():
+                loss(model, x)({name: forward_ad.make_dual(p, p) for name, p in named.items()})
     assert all(p.requires_grad for p in model.parameters())
 
 

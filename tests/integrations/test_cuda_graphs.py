@@ -140,7 +140,7 @@ def test_norms_in_another_mode_are_another_graph(captures, freeze_bn):
     capture_branches(net)
     plan = rdp.PathPlan(torch.tensor([True, True, False]), [0.5] * 3, "block")
     for model in (plain, net):
-        scheme = rdp.ResidualDropPath(model, freeze_bn=freeze_bn)
+        scheme = rdp.ResidualDropPath(model, 0.5, freeze_bn=freeze_bn)
         for _ in scheme.iterations(plan=plan):
             model(double(3, *nets.INPUTS["batch_norm"])).sum().backward()
             model.zero_grad()
