@@ -14,7 +14,7 @@ class Alternation:
     """The handle of `ResidualDropPath.alternate`: keeps one iteration open and turns to the next at every step."""
 
     def __init__(self, scheme: ResidualDropPath, optimizer: torch.optim.Optimizer):
-        self._scheme = scheme
+        self._scheme, self._optimizer = scheme, optimizer
         self._empty_steps = 0
         self._hook = optimizer.register_step_post_hook(self._after_step)
         self.open_next()
@@ -23,6 +23,12 @@ class Alternation:
         """Ends the alternation. The iteration that is open has not been: whatever iterates next begins with it."""
         self._hook.remove()
         self._scheme._end_alternation(self)
+
+    def trains_more(self) -> bool:
+        """Whether the optimizer has parameters of other models that can learn: a head outside of the scheme's."""
+        owned = {id(p) for p in self._scheme._rest.model.parameters()}
+        trained = (p for group in self._optimizer.param_groups for p in group["params"])
+        return any(p.requires_grad and id(p) not in owned for p in trained)
 
     def open_next(self) -> None:
         self._scheme._open_next()

@@ -26,12 +26,16 @@ class Takes(NamedTuple):
 
 
 def taken_by(module: nn.Module) -> Takes:
-    """Of the module as it is now. A wrapper whose forward takes anything takes anything."""
+    """Of the module as it is now: of what `torch.compile` or a checkpoint wrapper holds, and else of a wrapper what its
+    own forward takes, which may be anything."""
+    while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
+        module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
         return _signature(module.forward, 1)  # scripted, compiled, or wrapped by another library's hooks
     return _of_class(type(module))
 
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 _known: dict[type, Takes] = {}
 
 

@@ -94,8 +94,12 @@ class freeze(requires_grad):
         super().__enter__()
         for norm, buffers in self._norms:
             setattr(norm, self._switch, False)
-            if norm.training and isinstance(norm, _InstanceNorm):  # it moves the statistics that it has all the same
+            if not norm.training or type(norm).forward in _READ_THE_SWITCH:
+                continue
+            if isinstance(norm, _InstanceNorm):  # it moves the statistics that it has all the same
                 norm._buffers = {**buffers, "running_mean": None, "running_var": None}
+            else:  # a forward of its own, as other libraries' BatchNorms have, may move them too: let it move copies
+                norm._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -104,6 +108,9 @@ class freeze(requires_grad):
             setattr(norm, self._switch, True)
             if norm._buffers is not buffers:
                 norm._buffers = buffers
+
+
+_READ_THE_SWITCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def keeps_statistics(module: nn.Module) -> bool:

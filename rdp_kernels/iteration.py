@@ -66,7 +66,12 @@ class Iteration:
         self._presence: Tensor | None = None  # on any rank
         several = sample and len(self.forwards) > 1
         self._absent = self._absent_among(self.presence()) if several else {}
-        flags = (learns if self.plan.mode == "block" else learns.any(dim=1)).tolist()
+        self.look_up(self.thaw, self.modules)
+
+    def look_up(self, thaw: Sequence[tuple[Place, ...]], modules: Sequence[Sequence[nn.Module]]) -> None:
+        """`thaw` and `modules` as they are now."""
+        self.thaw, self.modules = thaw, modules
+        flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
 
@@ -181,12 +186,12 @@ class Iteration:
         self._orders.clear()  # made again should a checkpoint ask
 
     def not_run(self) -> list[Path]:
-        """The paths that the plan lets learn, of any row of this process, and that the model didn't run in training
-        mode. Those in eval mode in which nothing could learn aren't among them: that is how users freeze a part."""
+        """The paths that the plan runs, on any row of this process, and that the model didn't run in training mode.
+        Those in eval mode in which nothing could learn aren't among them: that is how users freeze a part."""
         return [
             path
             for path, decision, ran in zip(self.paths, self._uniform, self._ran, strict=True)
-            if decision.learning and not ran
+            if decision.runs and not ran
             if path.module.training or any(p.requires_grad for p in path.parameters())
         ]
 

@@ -36,7 +36,9 @@ class Rest:
         """For each path its parameters that the rest shares."""
         self._outermost: nn.Module | None = None
         self._freeze: freeze | None = None
-        self._hooked: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._hooked: dict[int, nn.Module] = {}
+        self.handles: dict[int, list[RemovableHandle]] = {}
+        """Of the hooks, by the module's id."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -75,17 +77,20 @@ class Rest:
         around = {name for own in self._names for name in _around(own)}
         wanted = {id(module): module for name, module in walked if name in around}
         for key in self._hooked.keys() - wanted.keys():
-            for handle in self._hooked.pop(key)[1]:
+            for handle in self.handles.pop(key):
                 handle.remove()
         for key, module in wanted.items():
             if key not in self._hooked:
-                self._hooked[key] = (
-                    module,
-                    [
-                        module.register_forward_pre_hook(_Hook(self._enter)),
-                        module.register_forward_hook(_Hook(self._leave), always_call=True),
-                    ],
-                )
+                self.handles[key] = [
+                    module.register_forward_pre_hook(_Hook(self._enter)),
+                    module.register_forward_hook(_Hook(self._leave), always_call=True),
+                ]
+        self._hooked = wanted
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a module of it is running, frozen."""
+        return self._outermost is not None
 
     def owners(self) -> list[PathOwner]:
         """What stands for the model's paths now, outside of the branches that `refresh` found."""
@@ -116,13 +121,6 @@ class Rest:
             self._freeze.__exit__()
         self._outermost = self._freeze = None
 
-    def remove(self) -> None:
-        self.release()
-        for _, handles in self._hooked.values():
-            for handle in handles:
-                handle.remove()
-        self._hooked.clear()
-
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside of branches with their names, each once, parents first."""
         seen: set[int] = set()
@@ -139,7 +137,11 @@ class Rest:
                     stack.append((prefix + child_name, child))
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        if not self.in_graph and self._outermost is None and module.training and self._is_frozen():
+        if self.in_graph or self._outermost is not None:
+            return
+        # In eval mode with paths in training mode, which follow the plan, the rest follows it too.
+        training = module.training or any(path.module.training for path in self.paths)
+        if training and self._is_frozen():
             check_freezable(self._places)
             self._outermost = module
             self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)

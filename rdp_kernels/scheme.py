@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._checks import check_bool, check_choice, check_count, check_probability
 from ._ranks import rank, world_size
 from .alternate import Alternation, stepped_by
 from .drop_paths import warn_left_over
-from .frozen import FreezeBN, check_freeze_bn
+from .frozen import FreezeBN, Place, check_freeze_bn
 from .iteration import Iteration, Rules, check_plan, trainable
-from .paths import Decision, Path, PathOwner, find_paths, paths_of, refuse_batch_norm
+from .paths import Decision, Path, PathOwner, PathSlot, find_paths, paths_of, refuse_batch_norm
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 FREEZES = ("parameters", "branch", "none")
 LOOKS_AT_GRADIENTS = 8
-"""How many iterations look for gradients of zero when they open: that is a habit of a loop, seen at once or never."""
+"""How many iterations look for gradients of zero when they close: that is a habit of a loop, seen at once or never."""
 
 
 class ResidualDropPath:
@@ -119,11 +121,12 @@ class ResidualDropPath:
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
         for path in self.paths:
             path.module.slot.bind(self, path.index)
-        self._remover = weakref.finalize(self, _remove, self._rest)
+        slots = weakref.WeakSet(path.module.slot for path in self.paths)
+        self._slots, self._remover = slots, weakref.finalize(self, _remove, self._rest.handles, slots)
         if not any(path.drop_prob for path in self.paths):
             self._warn(
-                "every path's drop_prob is 0: the plans that it draws drop nothing, which is plain training. Give "
-                "drop_prob, or raise the paths' own"
+                "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
+                "training"
             )
 
     def __repr__(self) -> str:
@@ -227,7 +230,7 @@ class ResidualDropPath:
                 with scheme.reuse_iteration():
                     ...
 
-        Raises `RuntimeError` where no parameter of the model requires grad.
+        What can learn is asked of the scheme's own model: make the scheme of the module that holds all of it.
         """
         if self._pending is None:
             iteration = self._drop(batch_size, plan)
@@ -249,7 +252,8 @@ class ResidualDropPath:
         """For loops that others own: every `optimizer.step()` ends an iteration and opens the next, on the next batch.
 
         The first iteration opens at once. Steps that a GradScaler skips don't count. Returns a handle whose `remove()`
-        ends it, leaving no iteration open. Block mode only, as the next batch's size is not known. `optimizer` may be
+        ends it, leaving no iteration open. Change layers of the model before the next forward, and paths before this
+        call or after `remove()`. Block mode only, as the next batch's size is not known. `optimizer` may be
         the wrapper that accelerate or Lightning makes of it. Raises `ValueError` where it has no parameter of the
         model.
         """
@@ -284,6 +288,7 @@ class ResidualDropPath:
             self._alternation.remove()
         self.reset()
         self._on_begin.clear()
+        self._rest.release()
         self._remover()
 
     def estimate(self, example_inputs: Any, *, timed: bool = True) -> Estimate:
@@ -349,11 +354,12 @@ class ResidualDropPath:
         raise TypeError(_COPIED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoScheme:
-        if not memo:  # nothing around it is being copied
+        if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # of a module that has it
             raise TypeError(_COPIED)
         return NoScheme()
 
     def __reduce__(self) -> tuple:
+        warnings.warn(f"in a pickle there will be a NoScheme: {_COPIED}", stacklevel=2)
         return NoScheme, ()
 
     # Internals
@@ -364,9 +370,20 @@ class ResidualDropPath:
         iteration = self._current(recomputing)
         if iteration is None:
             return None
-        if iteration.phase == "reuse" and self._rules.freezes_rest and not recomputing:
-            self._rest.check_entry(self.paths[index])
+        if iteration.phase == "reuse" and not recomputing:
+            self._look_again(iteration)
+            if self._rules.freezes_rest:
+                self._rest.check_entry(self.paths[index])
         return iteration.decide(index, x, recomputing)
+
+    def _look_again(self, iteration: Iteration) -> None:
+        """Under `alternate` an iteration opens right after a step, and users may change the model before the next."""
+        if self._alternation is not None and not iteration.begun and not self._rest.is_entered:
+            self._rest.refresh()
+            iteration.look_up(self._thaw(), self._rest.modules)
+
+    def _thaw(self) -> list[tuple[Place, ...]]:
+        return [tuple(filter(trainable, shared)) for shared in self._rest.shared]
 
     def _current(self, recomputing: bool) -> Iteration | None:
         """The open iteration; for a forward inside a backward the one whose forward is recomputed."""
@@ -419,8 +436,7 @@ class ResidualDropPath:
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
         if phase == "drop":
             return Iteration(phase, plan, self.paths, self._rules, forwards)
-        thaw = [tuple(filter(trainable, shared)) for shared in self._rest.shared]
-        return Iteration(phase, plan, self.paths, self._rules, forwards, thaw, self._rest.modules)
+        return Iteration(phase, plan, self.paths, self._rules, forwards, self._thaw(), self._rest.modules)
 
     def _look_up_paths(self) -> None:
         """Finds the model's paths anew where they are others than before. Raises `RuntimeError` between two iterations
@@ -439,8 +455,10 @@ class ResidualDropPath:
         for owner in before.values():
             owner.slot.clear()
         self.paths = self._rest.paths = paths
+        self._slots.clear()
         for path in paths:
             path.module.slot.bind(self, path.index)
+            self._slots.add(path.module.slot)
         self._rest.refresh()
 
     def _check_paths(self, paths: Sequence[Path]) -> None:
@@ -467,15 +485,17 @@ class ResidualDropPath:
 
     def _starts(self, iteration: Iteration) -> bool:
         """Whether anything can learn in an iteration, which is about to open: an optimizer step without gradients fails
-        under AMP. Where nothing can, what follows it is next. Raises `RuntimeError` where nothing ever can."""
+        under AMP. Where nothing can, what follows it is next. Where nothing of the model ever can, what learns is
+        elsewhere, and the iteration is run."""
         self._announce(iteration)
         if self._learns_anything(iteration):
             return True
-        self._pending = None
-        if iteration.phase == "drop":
-            if not self._can_learn(iteration.dropped_paths):
-                raise RuntimeError("no parameter of the model requires grad: nothing can learn in an iteration")
-            self._pending = iteration
+        if iteration.phase == "reuse":
+            self._pending = None
+            return False
+        if not self._can_learn(iteration.dropped_paths):
+            return True
+        self._pending = iteration
         return False
 
     def _announce(self, iteration: Iteration) -> None:
@@ -485,13 +505,14 @@ class ResidualDropPath:
     def _begin(self, iteration: Iteration) -> None:
         self._pending = None
         self._open = iteration
-        if self._looks_left:
-            self._looks_left -= 1
-            self._look_at_gradients()
 
     def _close(self, completed: bool) -> None:
-        iteration, self._open = self._open, None
+        iteration = self._open
         assert iteration is not None
+        if completed and self._looks_left and iteration.phase == ("drop" if self.freeze == "none" else "reuse"):
+            self._looks_left -= 1
+            self._look_at_gradients()
+        self._open = None
         iteration.close()
         self._rest.release()
         self._closed.append(iteration)
@@ -524,6 +545,8 @@ class ResidualDropPath:
         paths = iteration.learning_paths() if anywhere else iteration.paths_that_learn()
         if any(p.requires_grad for path in paths for p in path.parameters()):
             return True
+        if self._alternation is not None and self._alternation.trains_more():
+            return True
         if not self._rest_learns(iteration):
             return False
         self._rest.refresh()
@@ -547,7 +570,7 @@ class ResidualDropPath:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self._warn(
                 f"the model didn't run path {names[0]!r}{others} in a {iteration.phase} iteration in which it was to "
-                f"learn. Likely reason: {why}. This is said once",
+                f"run. Likely reason: {why}. This is said once",
                 kind=why,
             )
 
@@ -561,10 +584,8 @@ class ResidualDropPath:
         """Warns of gradients of zero on what stands still: weight decay and momentum would move it."""
         found = [p.grad for p in self.idle_parameters() if p.requires_grad and p.grad is not None]
         plain = [grad for grad in found if type(grad) is Tensor and grad.layout == torch.strided]
-        if not plain:
-            return
-        self._looks_left = 0  # reading a value waits for the device: once is enough
-        if not any(bool(grad.any()) for grad in plain):
+        if plain and not any(bool(grad.any()) for grad in plain):
+            self._looks_left = 0  # reading values waits for the device
             self._warn(
                 f"{len(found)} parameters that take no part in an iteration have gradients of zero instead of None, "
                 "with which momentum and weight decay move them: call optimizer.zero_grad(set_to_none=True)"
@@ -601,14 +622,21 @@ def in_backward() -> bool:
 def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
     if scheme is None or not scheme._rules.freezes_rest:
         return False
-    iteration = scheme._current(in_backward())
-    return iteration is not None and iteration.phase == "reuse"
+    recomputing = in_backward()
+    iteration = scheme._current(recomputing)
+    if iteration is None or iteration.phase != "reuse":
+        return False
+    if not recomputing:
+        scheme._look_again(iteration)
+    return True
 
 
-def _remove(rest: Rest) -> None:
-    rest.remove()
-    for path in rest.paths:
-        path.module.slot.clear()
+def _remove(handles: dict[int, list[RemovableHandle]], slots: Iterable[PathSlot]) -> None:
+    """Takes a scheme off its model. Holds neither of them, so that a model may own its scheme."""
+    for handle in itertools.chain.from_iterable(handles.values()):
+        handle.remove()
+    for slot in slots:
+        slot.clear()
 
 
 def _why_not_run(owner: PathOwner) -> str:

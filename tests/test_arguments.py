@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rdp_kernels as rdp
 from rdp_kernels.integrations.compile import compile_branches
@@ -91,8 +92,14 @@ def test_a_forward_of_an_instance_counts():
     forward = net[0].fn.forward
     net[0].fn.forward = lambda x, mask: forward(x, mask)
     torch.testing.assert_close(net(x, mask=x), expected)
-    net[0].fn = torch.compile(Masked(), backend="eager")
-    assert net[0].takes().any_by_name
+
+
+def test_wrappers_are_looked_through():
+    """An MLP that takes no mask takes none when it is compiled or checkpointed either."""
+    masked, mlp, x = Masked(), nn.Linear(DIM, DIM), torch.randn(3, DIM)
+    expected = sequence(masked, mlp)(x, mask=x)
+    for wrap in (lambda m: torch.compile(m, backend="eager"), checkpoint_wrapper):
+        torch.testing.assert_close(sequence(wrap(masked), wrap(mlp))(x, mask=x), expected)
 
 
 def test_a_branch_with_a_forward_of_its_own():

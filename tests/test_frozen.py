@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import rdp_kernels as rdp
 from rdp_kernels.frozen import bypass, freeze, lean_ops, lean_ops_pay
@@ -123,3 +124,22 @@ def test_lean_ops_are_used_where_they_save_something():
     assert not lean_ops_pay(by_batch.modules())
     assert lean_ops_pay(by_batch.eval().modules())
     assert lean_ops_pay([nn.Conv2d(2, 2, 1)])
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
+    """As other libraries write it, without asking `track_running_stats`."""
+
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            self.num_batches_tracked.add_(1)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+    norm, x = Own(4), torch.randn(8, 4)
+    expected = nn.BatchNorm1d(4)(x)
+    before, buffers = copy.deepcopy(norm.state_dict()), norm._buffers
+    with freeze([], [norm]):
+        torch.testing.assert_close(norm(x), expected)
+    assert norm._buffers is buffers
+    torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+    norm(x)
+    assert norm.num_batches_tracked == 1

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -66,4 +67,18 @@ def test_in_a_checkout_it_tells_of_an_installed_library(checkout, tmp_path):
 def test_in_a_checkout_alone_it_tells_how_to_build(checkout, tmp_path):
     (tmp_path / "link").symlink_to(checkout)
     for installed in ((), (checkout,), (tmp_path / "link",), (tmp_path / "missing",)):
-        assert "missing: it was not built; with a C++ compiler: RDP_BUILD=cpu" in shown_in(checkout, *installed)
+        shown = shown_in(checkout, *installed)
+        assert "missing: it was not built; " in shown
+        assert "with a C++ compiler: RDP_BUILD=cpu" in shown
+
+
+def test_in_a_checkout_it_tells_of_an_editable_install(checkout, tmp_path):
+    """Its folder needn't be on `sys.path`."""
+    package, metadata = tmp_path / "tree" / "rdp_kernels", tmp_path / "site" / "rdp_kernels-0.1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "_C.abi3.so").touch()
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Name: rdp_kernels\nVersion: 0.1.0\n")
+    url = {"dir_info": {"editable": True}, "url": package.parent.as_uri()}
+    (metadata / "direct_url.json").write_text(json.dumps(url))
+    assert f"the copy installed in {package} has it" in shown_in(checkout, metadata.parent)

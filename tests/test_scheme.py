@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import gc
 import itertools
@@ -419,10 +420,12 @@ class TestCopies:
         """Whenever it is made, also inside an iteration: it is the ordinary model with the user's own flags."""
         net, x = Net(), torch.randn(3, 3)
         net.scheme = scheme = rdp.ResidualDropPath(net, 1.0)  # as a LightningModule keeps it
+        told = contextlib.nullcontext() if clone is copy.deepcopy else pytest.warns(UserWarning, match="a NoScheme: ")
         for current in [None] if phase is None else scheme.iterations():
             net(x)
             if current == phase:
-                other = clone(net)
+                with told:
+                    other = clone(net)
         with pytest.raises(
             AttributeError, match=r"no 'iterations' here: .*rdp.ResidualDropPath\(model, ...\).*state_dict"
         ):
@@ -440,8 +443,13 @@ class TestCopies:
         scheme = rdp.ResidualDropPath(Net(), 0.5)
         with pytest.raises(TypeError, match=r"can't be copied: save its state_dict\(\)"):
             clone(scheme)
+        for around in ([scheme], {"model": 1, "scheme": scheme}):
+            with pytest.raises(TypeError, match="can't be copied"):
+                copy.deepcopy(around)
+        with pytest.warns(UserWarning, match=r"in a pickle there will be a NoScheme: .*save its state_dict\(\)"):
+            pickled = pickle.dumps(scheme)
         with pytest.raises(AttributeError, match=r"load_state_dict\(\)"):
-            _ = pickle.loads(pickle.dumps(scheme)).plan
+            _ = pickle.loads(pickled).plan
 
     def test_torch_save(self, tmp_path):
         net = Net()

@@ -1,7 +1,9 @@
 """Set-ups in which a scheme does less than it seems to: each is mended, warned of once, or refused, with the reason."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -149,12 +151,19 @@ class TestNothingCanLearn:
         assert ("reuse", False, False) in seen
         assert ("drop", False, False) not in seen
 
-    def test_a_model_in_which_nothing_requires_grad(self):
-        model = paths_alone().requires_grad_(False)
+    def test_what_learns_may_be_outside_of_the_model(self):
+        """A frozen backbone is stochastic depth for whatever is on top of it. An optimizer tells of more."""
+        model, head = paths_alone().requires_grad_(False), nn.Linear(8, 2)
         scheme = rdp.ResidualDropPath(model, 0.5)
-        with pytest.raises(RuntimeError, match="no parameter of the model requires grad"):
-            next(scheme.iterations())
-        assert scheme.phase is None
+        for keep in ((True, False, True, False), (False,) * 4):
+            assert [head(model(X)).sum().backward() or phase for phase in scheme.iterations(plan=plan(*keep))] == [
+                "drop"
+            ]
+        model[0].requires_grad_(True)
+        scheme.alternate(torch.optim.SGD([*model.parameters(), *head.parameters()], 0.1))
+        for _ in range(8):
+            scheme.reset()
+            assert scheme.phase == "drop"
 
 
 class TestPathsThatDoNotRun:
@@ -191,6 +200,14 @@ class TestPathsThatDoNotRun:
             scheme.drop_iteration(plan=plan(True, True, True, False)),
         ):
             model(X)
+
+    def test_a_frozen_path_is_to_run_too(self):
+        model = converted()
+        scheme = rdp.ResidualDropPath(model, 0.5)
+        with pytest.warns(UserWarning, match="'layers.0.*' in a reuse iteration in which it was to run"):
+            for phase in scheme.iterations(plan=plan(True, False, True, True)):
+                model.skipped = frozenset({0} if phase == "reuse" else ())
+                model(X).sum().backward()
 
     def test_a_path_in_eval_mode(self):
         model = converted()
@@ -251,25 +268,30 @@ class TestSetUps:
         assert scheme.phase is None
         next(scheme.iterations())  # none is open
 
-    def test_gradients_of_zero(self):
-        model = Layers()
-        rdp.convert(model, example_inputs=X)
-        optimizer = torch.optim.AdamW(model.train().parameters(), 0.1)
-        scheme = rdp.ResidualDropPath(model, 0.5)
+    @pytest.mark.parametrize("freeze", ["parameters", "none"])
+    @pytest.mark.parametrize("when", ["first", "last"])
+    def test_gradients_of_zero(self, when, freeze):
+        model = converted()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+        scheme = rdp.ResidualDropPath(model, 0.5, freeze=freeze)
         with pytest.warns(
-            UserWarning, match=r"6 parameters .* gradients of zero instead of None.*set_to_none=True"
+            UserWarning, match=r"\d parameters .* gradients of zero instead of None.*set_to_none=True"
         ) as seen:
             for _ in range(3):
                 for _ in scheme.iterations(plan=plan(True, True, False, False)):
+                    if when == "first":
+                        optimizer.zero_grad(set_to_none=False)
                     model(X).sum().backward()
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=False)
+                    if when == "last":
+                        optimizer.zero_grad(set_to_none=False)
         assert len(seen) == 1
-        scheme.remove()
-        model.zero_grad()
 
-    def test_gradients_that_accumulate_over_a_pair_are_no_mistake(self):
-        model = paths_alone()
+    @pytest.mark.parametrize("zero", ["nothing", "gammas", "head"])
+    def test_gradients_that_accumulate_over_a_pair_are_no_mistake(self, zero):
+        model = nn.Sequential(paths_alone(gamma=torch.full((8,), float(zero != "gammas"))), nn.Linear(8, 2))
+        if zero == "head":
+            nn.init.zeros_(model[1].weight)
         scheme = rdp.ResidualDropPath(model, 0.5)
         for _ in range(3):
             for _ in scheme.iterations(plan=plan(True, True, False, False)):
@@ -302,6 +324,23 @@ class TestWhatChangesLater:
             assert learned(model.layers) == [(phase == "drop") == kept for kept in scheme.plan.keep.tolist()]
             assert learned([model.stem]) == [phase == "drop"]
             model.zero_grad()
+
+    def test_under_alternate_until_the_next_forward(self):
+        """The iteration opened right after a step."""
+        model = nn.Sequential(nn.Linear(8, 8), converted(2), nn.Linear(8, 2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheme = rdp.ResidualDropPath(model, 0.5, sampling="fixed")
+        handle = scheme.alternate(optimizer)
+        model(X).sum().backward()
+        optimizer.step()
+        assert scheme.phase == "reuse"
+        for layer in model[1].layers:
+            layer.fc = LoRA(layer.fc)
+        model[2] = nn.Linear(8, 3)
+        model.zero_grad()
+        model(X).sum().backward()
+        assert learned([model[0], *model[1].layers, model[2]]) == [False, *(~scheme.plan.keep).tolist(), False]
+        handle.remove()
 
     def test_a_layer_that_moves_into_a_branch_is_the_rests_no_longer(self):
         model = converted(2)
@@ -381,3 +420,23 @@ def test_computed_weights(freeze):
             else:
                 torch.testing.assert_close(factors[name].grad, wanted[name] * parameter.detach(), rtol=1e-10, atol=0)
         assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
+
+
+def test_the_rest_follows_the_plan_with_the_paths():
+    """Also where the model is in eval mode and its paths aren't."""
+    model = converted().eval()
+    model.layers.train()
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    for phase in scheme.iterations(plan=plan(True, False, True, False)):
+        model(X).sum().backward()
+        assert learned([model.stem]) == [phase == "drop"]
+        model.zero_grad()
+
+
+def test_a_model_that_owns_its_scheme_is_freed():
+    model = converted()
+    model.scheme = rdp.ResidualDropPath(model, 0.5)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

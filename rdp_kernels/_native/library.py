@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
@@ -28,11 +32,17 @@ def _elsewhere(search: list[str]) -> str:
     return ""
 
 
+def _editable() -> list[str]:
+    """Folders of editable installs, which needn't be on `sys.path`."""
+    found = (d.read_text("direct_url.json") for d in importlib.metadata.distributions(name=PACKAGE.name))
+    return [url2pathname(urlparse(json.loads(text)["url"]).path) for text in found if text]
+
+
 def _load() -> str | None:
     """Why there is no library, or None."""
     files = _files_in(PACKAGE)
     if not files:
-        return f"it was not built; {_elsewhere(sys.path)}{_HOW_TO_BUILD}"
+        return f"it was not built; {_elsewhere([*sys.path, *_editable()])}{_HOW_TO_BUILD}"
     try:
         torch.ops.load_library(str(files[0]))
     except (OSError, RuntimeError) as error:

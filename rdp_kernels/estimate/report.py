@@ -160,24 +160,26 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> R
             return replace(row, refused=str(error))
     train_rest = scheme._rules.train_rest
     drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, freeze, train_rest)
-    can_learn = torch.ones(len(scheme.paths), dtype=torch.bool)
-    if freeze != "none" and not train_rest:
-        can_learn = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
+    trainable = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
+    can_learn = torch.ones_like(trainable) if freeze == "none" or train_rest else trainable
     runs = ((kept < 1) & can_learn).any(dim=1)  # the plans that a reuse iteration follows
+    drops = ((kept > 0) & trainable).any(dim=1) | ~runs  # those that have a drop iteration
+    if any(p.requires_grad for p in scheme._rest.parameters()):
+        drops = torch.ones_like(drops)
 
     def ratio(total: Any) -> float:
-        both = total(drop).sum() + total(reuse)[runs].sum()
-        return (both / (len(kept) + int(runs.sum())) / total(cost.plain_shares())).item()
+        both = total(drop)[drops].sum() + total(reuse)[runs].sum()
+        return (both / (int(drops.sum()) + int(runs.sum())) / total(cost.plain_shares())).item()
 
     def of_reuse(total: Any) -> float | None:
         return total(reuse)[runs].mean().item() if runs.any() else None
 
     return replace(
         row,
-        drop_flops=cost.flops(drop).mean().item(),
+        drop_flops=cost.flops(drop)[drops].mean().item(),
         reuse_flops=of_reuse(cost.flops),
         flop_ratio=ratio(cost.flops),
-        drop_saved_bytes=cost.saved_bytes(drop).mean().item(),
+        drop_saved_bytes=cost.saved_bytes(drop)[drops].mean().item(),
         reuse_saved_bytes=of_reuse(cost.saved_bytes),
         time_ratio=None if cost.pieces.seconds is None else ratio(cost.seconds),
     )
