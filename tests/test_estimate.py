@@ -470,6 +470,27 @@ def test_the_recommendation_agrees_with_its_rows(seed):
             assert exact[chosen[1]] <= min(exact.values()) + NEAR
 
 
+def test_drop_iterations_that_are_not_run_cost_nothing():
+    """With adapters only a plan that drops them all has a reuse iteration alone."""
+    model, x = ViT(dim=16, depth=2, heads=2), torch.randn(SAMPLES, 1, 8, 8)
+    plain, _ = counted(model, x)
+    model.requires_grad_(False)
+    model.paths[1].requires_grad_(True)
+    for path, rate in zip(model.paths, (0.0, 1.0, 0.0, 0.0), strict=True):
+        path.drop_prob = rate
+    scheme = rdp.ResidualDropPath(model)
+    row = next(row for row in scheme.estimate(x, timed=False) if row.own_rates and row.freeze == "parameters")
+    real = {phase: counted(model, x)[0] for phase in scheme.iterations()}
+    assert (row.drop_flops, row.reuse_flops) == (None, real["reuse"])
+    assert real.keys() == {"reuse"}
+    assert row.flop_ratio == pytest.approx(real["reuse"] / row_of_plain(scheme, x), rel=1e-12)
+    assert plain > row_of_plain(scheme, x), "plain training trains the adapters alone too"
+
+
+def row_of_plain(scheme, x):
+    return scheme.estimate(x, timed=False).plain_flops
+
+
 def test_rates_of_zero_are_told():
     with pytest.warns(UserWarning, match="drop_prob is 0"):
         scheme = rdp.ResidualDropPath(ViT(dim=8, depth=1))

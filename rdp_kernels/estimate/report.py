@@ -34,8 +34,8 @@ PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 @dataclass(frozen=True)
 class Row:
-    """Means over drawn plans. What isn't there is None: all of it where refused, the reuse iteration where nothing is
-    dropped, times where not measured.
+    """Means over drawn plans, of the iterations that are run: one in which nothing can learn isn't. What isn't there is
+    None: all of it where refused, the reuse iteration where nothing is dropped, times where not measured.
 
     Args:
         mode, freeze: as of the scheme.
@@ -171,16 +171,16 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> R
         both = total(drop)[drops].sum() + total(reuse)[runs].sum()
         return (both / (int(drops.sum()) + int(runs.sum())) / total(cost.plain_shares())).item()
 
-    def of_reuse(total: Any) -> float | None:
-        return total(reuse)[runs].mean().item() if runs.any() else None
+    def mean(costs: Tensor, which: Tensor) -> float | None:
+        return costs[which].mean().item() if which.any() else None
 
     return replace(
         row,
-        drop_flops=cost.flops(drop)[drops].mean().item(),
-        reuse_flops=of_reuse(cost.flops),
+        drop_flops=mean(cost.flops(drop), drops),
+        reuse_flops=mean(cost.flops(reuse), runs),
         flop_ratio=ratio(cost.flops),
-        drop_saved_bytes=cost.saved_bytes(drop)[drops].mean().item(),
-        reuse_saved_bytes=of_reuse(cost.saved_bytes),
+        drop_saved_bytes=mean(cost.saved_bytes(drop), drops),
+        reuse_saved_bytes=mean(cost.saved_bytes(reuse), runs),
         time_ratio=None if cost.pieces.seconds is None else ratio(cost.seconds),
     )
 
