@@ -56,7 +56,8 @@ class ResidualBranch(nn.Module):
             sample and follow the rows of x. Other arguments are handed on as they are.
 
     Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. Dropped samples' rows of `fn`'s input are not computed, so
-    forward hooks of `fn` see the kept rows only. Raises `TypeError` or `ValueError` naming the argument.
+    forward hooks of `fn` see the kept rows only. A branch that is dropped for the whole batch returns x itself, without
+    a copy: what follows must not work on it in place. Raises `TypeError` or `ValueError` naming the argument.
     """
 
     def __init__(
