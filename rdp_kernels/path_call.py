@@ -273,7 +273,7 @@ class PathCall:
         with self._frozen(decision):
             if decision.freeze == "branch":
                 return bypass(residual, lambda: self.add(residual, self.branch(x)), self.owner.activation)
-            return self.add(residual, refuse_second_derivatives(self.branch(x)))
+            return refuse_second_derivatives(self.add(residual, self.branch(x)))  # γ is frozen as well
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:

@@ -205,6 +205,13 @@ def test_second_derivatives_are_refused_in_a_frozen_branch(branch):
         pair(chain(branch), penalise)
 
 
+def test_second_derivatives_are_refused_of_a_frozen_scale():
+    """Of a branch that returns its input, a leaf."""
+    model = nn.Sequential(rdp.ResidualBranch(nn.Linear(4, 4)), rdp.ResidualBranch(nn.Identity(), gamma=torch.rand(4)))
+    with REFUSED:
+        pair(model.double(), lambda model, x: penalise(model[1], x))
+
+
 def test_second_derivatives_are_refused_of_frozen_rows():
     with REFUSED:
         pair(chain(BRANCHES[0]), penalise, "sample")
