@@ -9,15 +9,18 @@ needs. What is left for this module:
 | `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
 | `lean_ops` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
 
-`take_part` is the reverse: zeros for weights that learn on other ranks.
+`refuse_second_derivatives` refuses those that freezing doesn't stop. `take_part` is the reverse of freezing: zeros for
+weights that learn on other ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -134,6 +137,37 @@ def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def refuse_second_derivatives(out: Tensor) -> Tensor:
+    """`out`, what a frozen call returned; a backward with `create_graph=True` that passes it raises `RuntimeError`.
+
+    Autograd saves a weight itself, not whether it required grad when it was saved. In the backward it does so again,
+    and a graph of the gradient would include it. A backward runs with grad enabled only where it makes such a graph.
+    """
+    if out.requires_grad and not torch.compiler.is_compiling():
+        node = out.grad_fn
+        if node is not None:  # a leaf is nothing that the call computed
+            node.register_prehook(_refuse)  # half the cost of a tensor's hook, and pickles of `out` know nothing of it
+    return out
+
+
+def _refuse(_: tuple[Tensor | None, ...]) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a backward with create_graph=True reached what a reuse iteration has frozen, and freezing stops first "
+            "derivatives only, so that second ones would give frozen weights gradients: take a gradient penalty and "
+            'the like in the drop iteration, or outside of iterations, or take freeze="none"'
+        )
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """The tensors in a module's output: in containers that pytrees know, and in dataclasses."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from tensors_of([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+
+
 def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
     """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
 
@@ -217,7 +251,7 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight.detach())  # the weight itself would require grad again in the backward
         ctx.config = (stride, padding, dilation, groups)
         ctx.shape = x.shape
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)

@@ -20,7 +20,16 @@ from ._checks import check_residual_add, check_stream, host_has
 from ._device import to_device
 from ._ranks import world_size
 from .arguments import left_behind, name_of, not_a_tensor
-from .frozen import bypass, check_freezable, freeze, lean_ops, lean_ops_pay, requires_grad, take_part
+from .frozen import (
+    bypass,
+    check_freezable,
+    freeze,
+    lean_ops,
+    lean_ops_pay,
+    refuse_second_derivatives,
+    requires_grad,
+    take_part,
+)
 from .norms import Norm
 from .ops import direct
 from .ops.tail import run_tail
@@ -164,7 +173,13 @@ class PathCall:
     def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         recorded = torch.is_grad_enabled() and decision.freeze != "branch"
         with self._frozen(decision), torch.set_grad_enabled(recorded):
-            return self.branch(x, rows, normed)
+            out = self.branch(x, rows, normed)
+        return self.guarded(out) if recorded else out
+
+    def guarded(self, out: Tensor) -> Tensor:
+        """A frozen call's output; second derivatives are refused here where the frozen rest around doesn't do so."""
+        scheme = self.owner.slot.scheme
+        return out if scheme is not None and scheme._rest.is_entered else refuse_second_derivatives(out)
 
     def needs_all_rows(self, rows: RowSet) -> bool:
         """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
@@ -263,7 +278,7 @@ class PathCall:
         with self._frozen(decision):
             if decision.freeze == "branch":
                 return bypass(residual, lambda: self.add(residual, self.branch(x)), self.owner.activation)
-            return self.add(residual, self.branch(x))
+            return self.guarded(self.add(residual, self.branch(x)))  # γ is frozen as well
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:

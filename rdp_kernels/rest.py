@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .frozen import FreezeBN, Place, check_freezable, freeze, keeps_statistics
+from .frozen import FreezeBN, Place, check_freezable, freeze, keeps_statistics, refuse_second_derivatives, tensors_of
 from .paths import Path, PathOwner, paths_of, walk
 
 
@@ -147,9 +147,11 @@ class Rest:
             self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
         if not self.in_graph and self._outermost is module:
             self.release()
+            for tensor in tensors_of(out):
+                refuse_second_derivatives(tensor)
 
 
 def _around(name: str) -> Iterator[str]:

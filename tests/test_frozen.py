@@ -1,9 +1,12 @@
 import copy
+import dataclasses
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
 from rdp_kernels.frozen import bypass, freeze, lean_ops, lean_ops_pay
@@ -143,3 +146,147 @@ def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
     norm(x)
     assert norm.num_batches_tracked == 1
+
+
+def test_frozen_convolutions_get_nothing_of_a_second_derivative_and_notice_changed_weights():
+    conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
+
+    def run():
+        with freeze([(conv, "weight"), (conv, "bias")]), lean_ops():
+            return conv(x)
+
+    (grad,) = torch.autograd.grad(run().sin().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert conv.weight.grad is None
+    out = run()
+    with torch.no_grad():
+        conv.weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Images(nn.Sequential):
+    """[B, 4, 4] as images to convolutions."""
+
+    def forward(self, x):
+        return super().forward(x[..., None])[..., 0]
+
+
+BRANCHES = [
+    lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh()),
+    lambda: Images(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()),
+    lambda: Images(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(1, 4), nn.Tanh()),
+]
+
+
+def chain(branch, *stem):
+    return nn.Sequential(*stem, *(rdp.ResidualBranch(branch()) for _ in range(2))).double()
+
+
+def penalise(model, x):
+    """A gradient penalty, which takes a second derivative."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+
+
+def pair(model, reuse, mode="block", drop=None, **options):
+    """`drop` and then `reuse`, in an iteration each, in which path 0, or a row of it, learns second."""
+    scheme = rdp.ResidualDropPath(model, 0.5, mode=mode, seed=0, **options)
+    keep = [False, True] if mode == "block" else [[False, True, False], [True, True, True]]
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    with rdp.use_backend("eager"):
+        with scheme.drop_iteration(plan=rdp.PathPlan(torch.tensor(keep), [0.5, 0.5], mode)):
+            (drop or (lambda model, x: model(x).sum().backward()))(model, x)
+        dropped = gradients(model)
+        model.zero_grad()
+        with scheme.reuse_iteration():
+            reuse(model, x)
+    return x, dropped, gradients(model)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def penalty_of(model, x):
+    """In torch's own ops."""
+    model.zero_grad()
+    penalise(model.eval(), x)
+    return gradients(model)
+
+
+REFUSED = pytest.raises(RuntimeError, match="reached what a reuse iteration has frozen.*in the drop iteration")
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_second_derivatives_are_refused_in_a_frozen_branch(branch):
+    with REFUSED:
+        pair(chain(branch), penalise)
+
+
+def test_second_derivatives_are_refused_of_a_frozen_scale():
+    """Of a branch that returns its input, a leaf."""
+    model = nn.Sequential(rdp.ResidualBranch(nn.Linear(4, 4)), rdp.ResidualBranch(nn.Identity(), gamma=torch.rand(4)))
+    with REFUSED:
+        pair(model.double(), lambda model, x: penalise(model[1], x))
+
+
+def test_second_derivatives_are_refused_of_frozen_rows():
+    with REFUSED:
+        pair(chain(BRANCHES[0]), penalise, "sample")
+
+
+class Named(nn.Sequential):
+    @dataclasses.dataclass
+    class Output:
+        logits: object
+
+    def forward(self, x):
+        return self.Output({"logits": [super().forward(x)]})
+
+
+@pytest.mark.parametrize("stem", [lambda: nn.LayerNorm(4), lambda: nn.Conv1d(4, 4, 1)])
+@pytest.mark.parametrize("kind", [nn.Sequential, Named])
+def test_second_derivatives_are_refused_in_a_frozen_rest(stem, kind):
+    model = kind(*chain(lambda: nn.Linear(4, 4), stem()))
+    tensor = (lambda out: out) if kind is nn.Sequential else lambda out: out.logits["logits"][0]
+    with REFUSED:  # no branch is frozen
+        pair(
+            model,
+            lambda model, x: penalise(lambda x: tensor(model(x)), x),
+            drop=lambda model, x: tensor(model(x)).sum().backward(),
+            freeze="branch",
+        )
+
+
+def test_second_derivatives_are_those_of_the_textbook_where_they_are_allowed():
+    model = chain(BRANCHES[0], nn.LayerNorm(4))
+    x, dropped, found = pair(model, penalise, drop=penalise, freeze="none", scale_by_keep=False)
+    torch.testing.assert_close(found, penalty_of(model, x), rtol=1e-12, atol=1e-12)
+    without = nn.Sequential(OrderedDict([("0", model[0]), ("2", model[2])]))
+    torch.testing.assert_close(dropped, penalty_of(without, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_constant_branch_has_no_derivative_to_refuse():
+    model = chain(BRANCHES[0])
+    x, _, found = pair(model, penalise, freeze="branch")
+    constant = model[1](model[0](x)).detach() - model[0](x).detach()
+    model.zero_grad()
+    penalise(lambda x: model[0](x) + constant, x)
+    torch.testing.assert_close(found, gradients(model), rtol=1e-12, atol=1e-12)
+    assert not any(name.startswith("1.") for name in found)
+
+
+@pytest.mark.parametrize("mode", ["block", "sample"])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_first_derivatives_pass(mode, reentrant):
+    """Twice; and where a checkpoint's backward computes what is frozen again, with grad enabled."""
+
+    def twice(model, x):
+        x.requires_grad_()
+        loss = (model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    pair(chain(BRANCHES[0], nn.LayerNorm(4)), twice, mode, drop=twice)
