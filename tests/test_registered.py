@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import rdp_kernels as rdp
@@ -308,3 +310,39 @@ def test_export_keeps_our_ops(backend):
         program = torch.export.export(model, arguments)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
     assert sum(str(node.target).startswith(OUR_OPS) for node in program.graph.nodes) == 1
+
+
+class Rows(torch.nn.Module):
+    def forward(self, x, update, gamma):
+        return rdp.gather_rows(rdp.residual_add(x, update, rows=INDEX, gamma=gamma, activation="relu"), INDEX)
+
+
+def exported(*leaves):
+    return torch.export.export(Rows(), leaves).module()
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("kind", ["dual", "jvp", "of the backward"])
+def test_a_graph_with_kernels_refuses_forward_mode(backend, learns, kind):
+    """Their tangents would be 0."""
+    leaves = tensor(BATCH, DIM, grad=learns), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend(backend):
+        program = exported(*leaves)
+    if kind == "of the backward":
+        out = program(*leaves)
+    with pytest.raises(RuntimeError, match=r'graph with kernels .* within rdp\.use_backend\("eager"\)'):
+        if kind == "jvp":
+            func.jvp(lambda x: program(x, *leaves[1:]), (leaves[0],), (leaves[0],))
+        with forward_ad.dual_level():
+            if kind == "dual":
+                program(forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
+            torch.autograd.grad(out, leaves[1], forward_ad.make_dual(out.detach(), out.detach()))
+
+
+def test_an_eager_graph_has_forward_mode():
+    x, *others = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend("eager"):
+        program = exported(x, *others)
+        expected = func.jvp(lambda x: Rows()(x, *others), (x,), (x,))
+    torch.testing.assert_close(func.jvp(lambda x: program(x, *others), (x,), (x,)), expected)

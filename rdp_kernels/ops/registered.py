@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._backend import kernels_named
+from .._checks import is_transformed
 from ..layout import Layout
 from ..results import Context, context_of, empty_gradients, empty_results
 from ..rows import RowSet
@@ -114,7 +115,16 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None
     return operands, add, following, num_saved, stream
 
 
+def _check_untransformed() -> None:
+    if is_transformed():
+        raise RuntimeError(
+            "an exported or compiled graph with kernels of rdp_kernels in it has no forward-mode derivatives: export or "
+            'compile within rdp.use_backend("eager")'
+        )
+
+
 def _forward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
+    _check_untransformed()
     operands, add, following, num_saved, stream = _forward_arguments(arguments)
     results, _ = kernels_named(library).tail_fwd(operands, add, following, num_saved)
     if following is not None and following.rows is None:
@@ -187,6 +197,7 @@ def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _run_backward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
+    _check_untransformed()
     *call, like = _backward_arguments(arguments)
     grads = kernels_named(library).tail_bwd(*call)
     return _fill(tuple(g if w else None for g, w in zip(grads, call[-1], strict=True)), like)
