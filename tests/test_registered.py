@@ -248,6 +248,27 @@ def test_float64_stays_float64_when_compiled(backend):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("wide", ["both", "stream"])
+def test_a_number_as_scale_is_as_exact_as_the_rest_when_compiled(backend, wide):
+    torch._dynamo.reset()
+    dtypes = [torch.float64 if wide in (name, "both") else torch.float32 for name in ("stream", "branch", "gamma")]
+    x, update, gamma = (
+        torch.randint(-9, 9, shape, device=DEVICE).to(dtype).requires_grad_()
+        for shape, dtype in zip(((BATCH, DIM), (2, DIM), (DIM,)), dtypes, strict=True)
+    )
+
+    def rows(scale):
+        return rdp.residual_add(x, update, rows=INDEX, row_scale=scale, gamma=gamma)
+
+    pairs = []
+    for f in (torch.compile(rows, backend="aot_eager"), rows):
+        with rdp.use_backend(backend):
+            out = f(1 / 0.9)
+        pairs.append((out, *torch.autograd.grad(out.sum(), (x, update, gamma))))
+    torch.testing.assert_close(*pairs, rtol=1e-15, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", [None, *LIBRARIES])
 def test_the_dense_add_is_aten_when_compiled(backend):
     """Nothing of ours stands between inductor and what surrounds the add. None: no backend was asked for."""
@@ -340,9 +361,27 @@ def test_a_graph_with_kernels_refuses_forward_mode(backend, learns, kind):
             torch.autograd.grad(out, leaves[1], forward_ad.make_dual(out.detach(), out.detach()))
 
 
-def test_an_eager_graph_has_forward_mode():
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("kind", ["exported", "compiled"])
+def test_a_graph_with_kernels_refuses_second_derivatives(backend, kind):
+    leaves = tensor(BATCH, DIM), tensor(2, DIM), tensor(DIM)
+    torch._dynamo.reset()
+    with rdp.use_backend(backend):
+        graph = exported(*leaves) if kind == "exported" else torch.compile(Rows(), backend="eager", fullgraph=True)
+        loss = graph(*leaves).square().sum()
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    expected = torch.autograd.grad(Rows()(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(tuple(g.detach() for g in grads), expected)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match=r'differentiable once.*within rdp\.use_backend\("eager"\)'):
+            torch.autograd.grad(grad.square().sum(), leaves, retain_graph=True, allow_unused=True)
+
+
+def test_an_eager_graph_has_every_derivative():
     x, *others = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
     with rdp.use_backend("eager"):
         program = exported(x, *others)
         expected = func.jvp(lambda x: Rows()(x, *others), (x,), (x,))
+        hessian = func.hessian(lambda x: Rows()(x, *others).square().sum())(x)
     torch.testing.assert_close(func.jvp(lambda x: program(x, *others), (x,), (x,)), expected)
+    torch.testing.assert_close(func.hessian(lambda x: program(x, *others).square().sum())(x), hessian)

@@ -40,6 +40,10 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+DIFFERENTIABLE_ONCE = (
+    "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its backwards, or "
+    'export or compile them, within rdp.use_backend("eager")'
+)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -211,6 +215,10 @@ def _backward_fake(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     return _fill(grads, like)
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(DIFFERENTIABLE_ONCE)
+
+
 _LIBRARY = torch.library.Library("rdp", "DEF")
 _LIBRARY.define(_FORWARD)
 _LIBRARY.define(_BACKWARD)
@@ -219,3 +227,4 @@ _LIBRARY.impl("tail_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rdp::tail", _forward_fake)
 torch.library.register_fake("rdp::tail_backward", _backward_fake)
 torch.library.register_autograd("rdp::tail", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rdp::tail_backward", _no_second_derivative)

@@ -52,7 +52,8 @@ def _scaled_by_rows(operands: Operands, add: Add | None) -> Add | None:
     """With a number other than 0 and 1 as a factor a row: data, for which any number has the same graph."""
     if add is None or add.row_scale is not None or operands.frozen is not None or add.scale in (0.0, 1.0):
         return add
-    ones = torch.ones(operands.branch.shape[0], dtype=torch.float32, device=operands.branch.device)
+    dtype = reference.compute_dtype(operands.residual)
+    ones = torch.ones(operands.branch.shape[0], dtype=dtype, device=operands.branch.device)
     return replace(add, scale=1.0, row_scale=ones * add.scale)
 
 
@@ -214,7 +215,4 @@ class _DifferentiableOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its "
-            'backwards within rdp.use_backend("eager")'
-        )
+        raise RuntimeError(registered.DIFFERENTIABLE_ONCE)
