@@ -163,6 +163,8 @@ def why_not_plain(tensors: Collection[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    if torch._C._is_tracing():
+        return "torch.jit.trace records torch's own ops alone, with their derivatives"
     return NO_RULE if is_transformed() else None
 
 

@@ -385,3 +385,17 @@ def test_an_eager_graph_has_every_derivative():
         hessian = func.hessian(lambda x: Rows()(x, *others).square().sum())(x)
     torch.testing.assert_close(func.jvp(lambda x: program(x, *others), (x,), (x,)), expected)
     torch.testing.assert_close(func.hessian(lambda x: program(x, *others).square().sum())(x), hessian)
+
+
+@pytest.mark.parametrize("backend", ["eager", *LIBRARIES])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_weight_that_a_function_closes_over_is_exported(backend, norm):
+    weight, x, update = tensor(DIM, grad=False), tensor(BATCH, DIM), tensor(2, DIM)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, update):
+            return rdp.residual_add_norm(x, update, weight, rows=INDEX, norm=norm)
+
+    with rdp.use_backend(backend):
+        program = torch.export.export(Norm(), (x, update)).module()
+        torch.testing.assert_close(program(x, update), Norm()(x, update))

@@ -91,6 +91,7 @@ def _kernels_for(residual: Tensor) -> ModuleType | None:
         or not residual.is_cpu
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
     ):
         return None
     return kernels
