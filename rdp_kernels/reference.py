@@ -133,7 +133,7 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
         )
     if following is None:
         return Results(residual)
-    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following)
+    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following, add is not None)
     return normalised(Results(*forked), operands, following)
 
 
@@ -155,12 +155,12 @@ def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.detach() for t in tensors)
 
 
-def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:
-    """The stream, and the next branch's rows."""
+def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:
+    """The stream, and the next branch's rows. `owned`: nobody else ever sees `x`."""
     rows = following.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
-    forked = (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, *parts)
+    forked = (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
     if rows.num_frozen == 0 or following.constant is None:
         return forked
     return *forked, x.detach().index_select(0, rows.frozen)
@@ -172,14 +172,16 @@ class ForkRows(torch.autograd.Function):
     As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
     separate gathers would each write a zero-filled `[B, ...]` for autograd to add. Saves the row indices only. The
     backward is made of differentiable ops, so double backward works.
+
+    The stream that comes out may be changed in place where `x` is `owned`; autograd takes it for a view elsewhere.
     """
 
     @staticmethod
-    def forward(ctx, x, *parts):
+    def forward(ctx, x, owned, *parts):
         ctx.save_for_backward(*parts)
         ctx.set_materialize_grads(False)
         ctx.like = x.shape
-        return x, *(x.index_select(0, rows) for rows in parts)
+        return x.detach() if owned else x, *(x.index_select(0, rows) for rows in parts)
 
     @staticmethod
     def backward(ctx, dstream, *dparts):
@@ -190,7 +192,7 @@ class ForkRows(torch.autograd.Function):
                 dx, owned = dpart.new_zeros(ctx.like), True
             dx = dx.index_add_(0, rows, dpart) if owned else dx.index_add(0, rows, dpart)
             owned = True
-        return dx, *(None for _ in dparts)
+        return dx, None, *(None for _ in dparts)
 
 
 def drop_path(x: Tensor, row_scale: Tensor) -> Tensor:
