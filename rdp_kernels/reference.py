@@ -160,7 +160,9 @@ def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:
     rows = following.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
-    forked = (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
+    forked = (
+        (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
+    )
     if rows.num_frozen == 0 or following.constant is None:
         return forked
     return *forked, x.detach().index_select(0, rows.frozen)

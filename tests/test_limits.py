@@ -48,10 +48,22 @@ residual_add, residual_add_norm, drop_path_add, gather_rows = (
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_functions_other_than_drop_path_are_recorded_by_traces_only():
-    with pytest.raises(TypeError, match="residual must be a tensor, got Proxy"):
+    with pytest.raises(
+        TypeError, match="residual must be a tensor, got Proxy of .*use torch.export or torch.jit.trace"
+    ):
         torch.fx.symbolic_trace(function)
     with pytest.raises(torch.jit.frontend.NotSupportedError):
         torch.jit.script(function)
+
+
+wrapped_add = rdp.residual_add
+torch.fx.wrap("wrapped_add")
+
+
+def test_functions_that_fx_wraps():
+    x = torch.randn(4, DIM)
+    graph = torch.fx.symbolic_trace(lambda x: wrapped_add(x, x[:2], rows=torch.tensor([2, 0])))
+    assert torch.equal(graph(x), rdp.residual_add(x, x[:2], rows=torch.tensor([2, 0])))
 
 
 def dense(x):

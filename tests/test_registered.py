@@ -170,7 +170,7 @@ def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, nam
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(function, fullgraph=True, backend=counter)
-        for scale in (1.1, 1.25, 1.5, 2.5, 3.5, 4.5):
+        for scale in (1.1, 1.25, 1.0, 0.0, 3.5, 4.5):
             leaves = tensor(BATCH, DIM), tensor(DIM)
             pairs = [(out := f(*leaves, scale), *torch.autograd.grad(out.sum(), leaves, allow_unused=True))
                      for f in (compiled, function)]  # fmt: skip
@@ -182,13 +182,31 @@ def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, nam
     assert found <= run(lambda x, gamma, scale: x + scale * gamma * x.sin())
 
 
+@pytest.mark.parametrize("rows", [None, INDEX])
+@pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
+def test_a_graph_for_any_number_reads_no_branch_at_0(backend, rows):
+    torch._dynamo.reset()
+
+    @partial(torch.compile, backend=CompileCounterWithBackend("aot_eager"), dynamic=True, fullgraph=True)
+    def compiled(x, update, gamma, scale):
+        return rdp.residual_add(x, update, rows=rows, row_scale=scale, gamma=gamma)
+
+    x, update, gamma = leaves = tensor(BATCH, DIM), tensor(BATCH if rows is None else 2, DIM), tensor(DIM)
+    update.data.fill_(torch.nan)
+    with rdp.use_backend(backend):
+        for scale in (0.5, 0.0):
+            out = compiled(*leaves, scale)
+    assert torch.equal(out, x)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (update, gamma)))
+
+
 def test_a_scale_that_is_not_finite_is_refused_in_graphs_too():
     torch._dynamo.reset()
     compiled = torch.compile(SCALED["dense"], backend="aot_eager")
     x = tensor(BATCH, DIM)
     for scale in (1.5, 2.5):
         compiled(x, None, scale)
-    for scale in (float("inf"), float("nan")):
+    for scale in (float("inf"), float("nan"), 1e39):
         with pytest.raises(Exception, match="row_scale must be finite"):
             compiled(x, None, scale)
 
