@@ -144,15 +144,15 @@ def normalised(results: Results, operands: Operands, following: Next) -> Results
     weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
     rows, frozen_rows = results.next, results.frozen_next
     if following.constant == "all":
-        rows, (weight, bias) = rows.detach(), _detached(weight, bias)
+        rows, weight, bias = rows.detach(), _detached(weight), _detached(bias)
     rows = normalise(rows, weight, bias, following, dtype)
     if frozen_rows is not None:
-        frozen_rows = normalise(frozen_rows, *_detached(weight, bias), following, dtype)
+        frozen_rows = normalise(frozen_rows, _detached(weight), _detached(bias), following, dtype)
     return results._replace(next=rows, frozen_next=frozen_rows)
 
 
-def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in tensors)
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:

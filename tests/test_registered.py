@@ -395,6 +395,15 @@ def test_a_graph_with_kernels_refuses_second_derivatives(backend, kind):
             torch.autograd.grad(grad.square().sum(), leaves, retain_graph=True, allow_unused=True)
 
 
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_an_exported_program_with_kernels_has_no_func_grad(backend):
+    leaves = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend(backend):
+        program = exported(*leaves)
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch"):
+        func.grad(lambda x: program(x, *leaves[1:]).sum())(leaves[0])
+
+
 def test_an_eager_graph_has_every_derivative():
     x, *others = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
     with rdp.use_backend("eager"):

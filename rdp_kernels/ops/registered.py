@@ -122,8 +122,8 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None
 def _check_untransformed() -> None:
     if is_transformed():
         raise RuntimeError(
-            "an exported or compiled graph with kernels of rdp_kernels in it has no forward-mode derivatives: export or "
-            'compile within rdp.use_backend("eager")'
+            "an exported or compiled graph with kernels of rdp_kernels in it has no forward-mode derivatives: export "
+            'or compile within rdp.use_backend("eager")'
         )
 
 

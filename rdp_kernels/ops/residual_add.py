@@ -30,8 +30,8 @@ def residual_add(
         residual: `[B, ...]`, the stream; the result has its dtype.
         branch: the residual's shape, or `[K, ...]` when `rows` is given; any floating dtype.
         rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to.
-        row_scale: float32 `[B]` (`[K]` with rows) or a finite number. A row whose scale is 0 is dropped: its branch is never
-            read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
+        row_scale: float32 `[B]` (`[K]` with rows) or a finite number. A row whose scale is 0 is dropped: its branch is
+            never read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
         gamma: LayerScale vector `[C]` along `channel_dim` (Touvron et al., arXiv 2103.17239).
         channel_dim: −1 for `[..., C]`, 1 for NCHW.
         activation: None or `"relu"`, applied to every row after the sum.
