@@ -404,6 +404,20 @@ def test_an_exported_program_with_kernels_has_no_func_grad(backend):
         func.grad(lambda x: program(x, *leaves[1:]).sum())(leaves[0])
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_function_has_forward_mode(compiler):
+    """Also where kernels are in the graph of an earlier call."""
+    torch._dynamo.reset()
+    leaves = tensor(BATCH, DIM, grad=False), tensor(2, DIM, grad=False), tensor(DIM, grad=False)
+    compiled = torch.compile(Rows(), backend=compiler)
+    found = []
+    for call in (compiled, Rows()):
+        call(*leaves)
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(call(*(forward_ad.make_dual(t, t) for t in leaves))))
+    torch.testing.assert_close(*found)
+
+
 def test_an_eager_graph_has_every_derivative():
     x, *others = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
     with rdp.use_backend("eager"):

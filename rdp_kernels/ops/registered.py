@@ -42,7 +42,7 @@ _DTYPES = {
 }
 DIFFERENTIABLE_ONCE = (
     "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its backwards, or "
-    'export or compile them, within rdp.use_backend("eager")'
+    'export them, within rdp.use_backend("eager")'
 )
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -123,7 +123,7 @@ def _check_untransformed() -> None:
     if is_transformed():
         raise RuntimeError(
             "an exported or compiled graph with kernels of rdp_kernels in it has no forward-mode derivatives: export "
-            'or compile within rdp.use_backend("eager")'
+            'within rdp.use_backend("eager")'
         )
 
 
