@@ -8,11 +8,12 @@ from collections.abc import Collection
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 ACTIVATIONS = (None, "relu")
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def check_choice(name: str, value: object, choices: Collection) -> None:
@@ -46,7 +47,12 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
 def check_stream(name: str, value: object) -> Tensor:
     """A floating-point tensor with rows in dimension 0."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        hint = ""
+        if isinstance(value, fx.Proxy):
+            hint = (
+                " of torch.fx, which can't record this function: use torch.export or torch.jit.trace, or torch.fx.wrap"
+            )
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
     if value.dim() == 0:
         raise ValueError(f"{name} must have its rows in dimension 0, got a tensor without dimensions")
     if not value.is_floating_point():
@@ -98,15 +104,17 @@ def check_residual_add(
 def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None:
     if row_scale is None:
         return
+    # float64 only where the stream is: elsewhere the kernels compute in float32.
+    dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
             raise TypeError(f"row_scale must be a number or a float32 tensor, got {type(row_scale).__name__}")
         # Under torch.compile math.isfinite makes a graph for each number, and a symbol is taken to be below infinity.
-        if not -sys.float_info.max <= float(row_scale) <= sys.float_info.max:
-            raise ValueError(f"row_scale must be finite, got {row_scale}")
+        largest = sys.float_info.max if dtype == torch.float64 else LARGEST_FLOAT32
+        if not -largest <= float(row_scale) <= largest:
+            raise ValueError(f"row_scale must be finite in {dtype}, got {row_scale}")
         return
-    # float64 only where the stream is: elsewhere the kernels compute in float32.
-    if row_scale.dtype not in (torch.float32, residual.dtype if residual.dtype == torch.float64 else torch.float32):
+    if row_scale.dtype not in (torch.float32, dtype):
         raise TypeError(f"row_scale must be float32, got {row_scale.dtype}")
     if list(row_scale.shape) != [num_rows]:
         raise ValueError(f"row_scale must have shape [{num_rows}], a factor a row, got {list(row_scale.shape)}")
@@ -163,6 +171,8 @@ def why_not_plain(tensors: Collection[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
+    if torch._C._is_tracing():
+        return "torch.jit.trace records torch's own ops alone, with their derivatives"
     return NO_RULE if is_transformed() else None
 
 

@@ -34,7 +34,7 @@ def residual_add(
     stream, update = residual.to(dtype), branch.to(dtype)
     scale = 1.0 if row_scale is None else row_scale
     if isinstance(scale, Tensor) or scale == 0:
-        update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(len(update))), 1.0
+        update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(update.shape[0])), 1.0
     elif frozen is None and torch.compiler.is_compiling() and scale != 1:
         update, scale = update * scale, 1.0  # a graph for any number, where `alpha` and `value` are part of the graph
     factor = None
@@ -55,12 +55,17 @@ def residual_add(
 
 def _add_rows(stream: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum with updates of some rows: pairs of rows and update."""
-    if is_transformed():
+    if _wants_plain_ops():
         for rows, update in parts:
             stream = stream.index_add(0, rows, update, alpha=scale)
         return stream
     all_rows, updates = zip(*parts, strict=True)
     return _AddRows.apply(stream, scale, all_rows, *updates)
+
+
+def _wants_plain_ops() -> bool:
+    """Whether autograd functions of Python's can't take part: in transforms, and in what `torch.jit.trace` records."""
+    return is_transformed() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 class _AddRows(torch.autograd.Function):
@@ -114,7 +119,7 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
     if add is not None:
         scale = add.scale if add.row_scale is None else add.row_scale
         if residual is None:
-            return Results(drop_path(branch, torch.as_tensor(scale, device=branch.device).expand(len(branch))))
+            return Results(drop_path(branch, torch.as_tensor(scale, device=branch.device).expand(branch.shape[0])))
         rows = add.rows
         residual = residual_add(
             residual,
@@ -128,7 +133,7 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
         )
     if following is None:
         return Results(residual)
-    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following)
+    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following, add is not None)
     return normalised(Results(*forked), operands, following)
 
 
@@ -138,21 +143,26 @@ def normalised(results: Results, operands: Operands, following: Next) -> Results
         return results
     weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
     rows, frozen_rows = results.next, results.frozen_next
-    constant_weight, constant_bias = (None if t is None else t.detach() for t in (weight, bias))
     if following.constant == "all":
-        rows, weight, bias = rows.detach(), constant_weight, constant_bias
+        rows, weight, bias = rows.detach(), _detached(weight), _detached(bias)
     rows = normalise(rows, weight, bias, following, dtype)
     if frozen_rows is not None:
-        frozen_rows = normalise(frozen_rows, constant_weight, constant_bias, following, dtype)
+        frozen_rows = normalise(frozen_rows, _detached(weight), _detached(bias), following, dtype)
     return results._replace(next=rows, frozen_next=frozen_rows)
 
 
-def _fork_rows(x: Tensor, following: Next) -> tuple[Tensor, ...]:
-    """The stream, and the next branch's rows."""
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:
+    """The stream, and the next branch's rows. `owned`: nobody else ever sees `x`."""
     rows = following.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
-    forked = (x, *(x.index_select(0, part) for part in parts)) if is_transformed() else ForkRows.apply(x, *parts)
+    forked = (
+        (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
+    )
     if rows.num_frozen == 0 or following.constant is None:
         return forked
     return *forked, x.detach().index_select(0, rows.frozen)
@@ -164,14 +174,16 @@ class ForkRows(torch.autograd.Function):
     As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
     separate gathers would each write a zero-filled `[B, ...]` for autograd to add. Saves the row indices only. The
     backward is made of differentiable ops, so double backward works.
+
+    The stream that comes out may be changed in place where `x` is `owned`; autograd takes it for a view elsewhere.
     """
 
     @staticmethod
-    def forward(ctx, x, *parts):
+    def forward(ctx, x, owned, *parts):
         ctx.save_for_backward(*parts)
         ctx.set_materialize_grads(False)
         ctx.like = x.shape
-        return x, *(x.index_select(0, rows) for rows in parts)
+        return x.detach() if owned else x, *(x.index_select(0, rows) for rows in parts)
 
     @staticmethod
     def backward(ctx, dstream, *dparts):
@@ -182,7 +194,7 @@ class ForkRows(torch.autograd.Function):
                 dx, owned = dpart.new_zeros(ctx.like), True
             dx = dx.index_add_(0, rows, dpart) if owned else dx.index_add(0, rows, dpart)
             owned = True
-        return dx, *(None for _ in dparts)
+        return dx, None, *(None for _ in dparts)
 
 
 def drop_path(x: Tensor, row_scale: Tensor) -> Tensor:

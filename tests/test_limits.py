@@ -1,5 +1,7 @@
 """What docs/limits.md says beside its code: each is so, and a change of it has to be told there."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -46,15 +48,63 @@ residual_add, residual_add_norm, drop_path_add, gather_rows = (
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_functions_other_than_drop_path_are_recorded_by_traces_only():
-    with pytest.raises(TypeError, match="residual must be a tensor, got Proxy"):
+    with pytest.raises(
+        TypeError, match="residual must be a tensor, got Proxy of .*use torch.export or torch.jit.trace"
+    ):
         torch.fx.symbolic_trace(function)
     with pytest.raises(torch.jit.frontend.NotSupportedError):
         torch.jit.script(function)
+
+
+wrapped_add = rdp.residual_add
+torch.fx.wrap("wrapped_add")
+
+
+def test_functions_that_fx_wraps():
     x = torch.randn(4, DIM)
-    with rdp.use_backend("eager"):
-        traced = torch.jit.trace(function, x)
-        torch.testing.assert_close(traced(2 * x), function(2 * x))
-    assert "rdp::" not in str(traced.graph)
+    graph = torch.fx.symbolic_trace(lambda x: wrapped_add(x, x[:2], rows=torch.tensor([2, 0])))
+    assert torch.equal(graph(x), rdp.residual_add(x, x[:2], rows=torch.tensor([2, 0])))
+
+
+def dense(x):
+    return residual_add(x, x.sin(), row_scale=0.5, gamma=x[0], activation="relu")
+
+
+def rows(x):
+    return residual_add(x, x[:2], rows=torch.tensor([2, 0]), row_scale=1.5, gamma=x[0])
+
+
+def norm(x):
+    return torch.cat(residual_add_norm(x, x.sin(), x[0], next_rows=torch.tensor([2, 0])))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("traced", [function, dense, rows, norm])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_trace_holds_plain_ops_with_their_derivatives(backend, traced, learns):
+    """For any number of rows; and it can be saved."""
+    x, more = torch.randn(4, DIM, requires_grad=learns), torch.randn(6, DIM, requires_grad=True)
+    with rdp.use_backend(backend):
+        trace = torch.jit.trace(traced, x)
+    torch.jit.save(trace, saved := io.BytesIO())
+    saved.seek(0)
+    results = []
+    for call in (trace, torch.jit.load(saved), traced):
+        with rdp.use_backend("eager"):
+            out = call(more)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), more)))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+    assert "rdp::" not in str(trace.graph)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_on_kernels_by_name_says_why_not():
+    for name, reason in rdp.available_backends().items():
+        if name != "eager" and reason is None:
+            with rdp.use_backend(name), pytest.raises(RuntimeError, match=r"can't serve this call: torch\.jit\.trace"):
+                torch.jit.trace(rows, torch.randn(4, DIM))
 
 
 def test_a_penalty_outside_of_the_model_reaches_frozen_weights():

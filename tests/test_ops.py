@@ -117,9 +117,11 @@ def test_gather_and_fork_rows():
     assert torch.equal(rdp.gather_rows(x, rows), x[rows])
     assert rdp.gather_rows(x, rows[:0]).shape == (0, 3)
     for parts in ((rows,), (rows, others)):
-        assert torch.autograd.gradcheck(lambda x, parts=parts: ForkRows.apply(x, *parts), x)
-        assert torch.autograd.gradgradcheck(lambda x, parts=parts: ForkRows.apply(x, *parts), x)
-    stream, a, b = ForkRows.apply(x, rows, others)
+        for owned in (False, True):
+            fork = lambda x, owned=owned, parts=parts: ForkRows.apply(x, owned, *parts)  # noqa: E731
+            assert torch.autograd.gradcheck(fork, x)
+            assert torch.autograd.gradgradcheck(fork, x)
+    stream, a, b = ForkRows.apply(x, False, rows, others)
     for loss in (stream.sum(), a.sum(), b.sum() + a.sum()):  # an output that takes no part
         (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
         (expected,) = torch.autograd.grad({id(stream): x}.get(id(loss), loss), x, retain_graph=True)

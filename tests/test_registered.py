@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import rdp_kernels as rdp
@@ -168,7 +170,7 @@ def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, nam
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(function, fullgraph=True, backend=counter)
-        for scale in (1.1, 1.25, 1.5, 2.5, 3.5, 4.5):
+        for scale in (1.1, 1.25, 1.0, 0.0, 3.5, 4.5):
             leaves = tensor(BATCH, DIM), tensor(DIM)
             pairs = [(out := f(*leaves, scale), *torch.autograd.grad(out.sum(), leaves, allow_unused=True))
                      for f in (compiled, function)]  # fmt: skip
@@ -180,13 +182,31 @@ def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, nam
     assert found <= run(lambda x, gamma, scale: x + scale * gamma * x.sin())
 
 
+@pytest.mark.parametrize("rows", [None, INDEX])
+@pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
+def test_a_graph_for_any_number_reads_no_branch_at_0(backend, rows):
+    torch._dynamo.reset()
+
+    @partial(torch.compile, backend=CompileCounterWithBackend("aot_eager"), dynamic=True, fullgraph=True)
+    def compiled(x, update, gamma, scale):
+        return rdp.residual_add(x, update, rows=rows, row_scale=scale, gamma=gamma)
+
+    x, update, gamma = leaves = tensor(BATCH, DIM), tensor(BATCH if rows is None else 2, DIM), tensor(DIM)
+    update.data.fill_(torch.nan)
+    with rdp.use_backend(backend):
+        for scale in (0.5, 0.0):
+            out = compiled(*leaves, scale)
+    assert torch.equal(out, x)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (update, gamma)))
+
+
 def test_a_scale_that_is_not_finite_is_refused_in_graphs_too():
     torch._dynamo.reset()
     compiled = torch.compile(SCALED["dense"], backend="aot_eager")
     x = tensor(BATCH, DIM)
     for scale in (1.5, 2.5):
         compiled(x, None, scale)
-    for scale in (float("inf"), float("nan")):
+    for scale in (float("inf"), float("nan"), 1e39):
         with pytest.raises(Exception, match="row_scale must be finite"):
             compiled(x, None, scale)
 
@@ -244,6 +264,27 @@ def test_float64_stays_float64_when_compiled(backend):
         expected = block(*leaves, rows, next_rows)
     actual, expected = ((loss, *torch.autograd.grad(loss, leaves)) for loss in (out, expected))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("wide", ["both", "stream"])
+def test_a_number_as_scale_is_as_exact_as_the_rest_when_compiled(backend, wide):
+    torch._dynamo.reset()
+    dtypes = [torch.float64 if wide in (name, "both") else torch.float32 for name in ("stream", "branch", "gamma")]
+    x, update, gamma = (
+        torch.randint(-9, 9, shape, device=DEVICE).to(dtype).requires_grad_()
+        for shape, dtype in zip(((BATCH, DIM), (2, DIM), (DIM,)), dtypes, strict=True)
+    )
+
+    def rows(scale):
+        return rdp.residual_add(x, update, rows=INDEX, row_scale=scale, gamma=gamma)
+
+    pairs = []
+    for f in (torch.compile(rows, backend="aot_eager"), rows):
+        with rdp.use_backend(backend):
+            out = f(1 / 0.9)
+        pairs.append((out, *torch.autograd.grad(out.sum(), (x, update, gamma))))
+    torch.testing.assert_close(*pairs, rtol=1e-15, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", [None, *LIBRARIES])
@@ -308,3 +349,94 @@ def test_export_keeps_our_ops(backend):
         program = torch.export.export(model, arguments)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
     assert sum(str(node.target).startswith(OUR_OPS) for node in program.graph.nodes) == 1
+
+
+class Rows(torch.nn.Module):
+    def forward(self, x, update, gamma):
+        return rdp.gather_rows(rdp.residual_add(x, update, rows=INDEX, gamma=gamma, activation="relu"), INDEX)
+
+
+def exported(*leaves):
+    return torch.export.export(Rows(), leaves).module()
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("kind", ["dual", "jvp", "of the backward"])
+def test_a_graph_with_kernels_refuses_forward_mode(backend, learns, kind):
+    """Their tangents would be 0."""
+    leaves = tensor(BATCH, DIM, grad=learns), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend(backend):
+        program = exported(*leaves)
+    if kind == "of the backward":
+        out = program(*leaves)
+    with pytest.raises(RuntimeError, match=r'graph with kernels .* within rdp\.use_backend\("eager"\)'):
+        if kind == "jvp":
+            func.jvp(lambda x: program(x, *leaves[1:]), (leaves[0],), (leaves[0],))
+        with forward_ad.dual_level():
+            if kind == "dual":
+                program(forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
+            torch.autograd.grad(out, leaves[1], forward_ad.make_dual(out.detach(), out.detach()))
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("kind", ["exported", "compiled"])
+def test_a_graph_with_kernels_refuses_second_derivatives(backend, kind):
+    leaves = tensor(BATCH, DIM), tensor(2, DIM), tensor(DIM)
+    torch._dynamo.reset()
+    with rdp.use_backend(backend):
+        graph = exported(*leaves) if kind == "exported" else torch.compile(Rows(), backend="eager", fullgraph=True)
+        loss = graph(*leaves).square().sum()
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    expected = torch.autograd.grad(Rows()(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(tuple(g.detach() for g in grads), expected)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match=r'differentiable once.*within rdp\.use_backend\("eager"\)'):
+            torch.autograd.grad(grad.square().sum(), leaves, retain_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_an_exported_program_with_kernels_has_no_func_grad(backend):
+    leaves = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend(backend):
+        program = exported(*leaves)
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch"):
+        func.grad(lambda x: program(x, *leaves[1:]).sum())(leaves[0])
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_function_has_forward_mode(compiler):
+    """Also where kernels are in the graph of an earlier call."""
+    torch._dynamo.reset()
+    leaves = tensor(BATCH, DIM, grad=False), tensor(2, DIM, grad=False), tensor(DIM, grad=False)
+    compiled = torch.compile(Rows(), backend=compiler)
+    found = []
+    for call in (compiled, Rows()):
+        call(*leaves)
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(call(*(forward_ad.make_dual(t, t) for t in leaves))))
+    torch.testing.assert_close(*found)
+
+
+def test_an_eager_graph_has_every_derivative():
+    x, *others = tensor(BATCH, DIM, grad=False), tensor(2, DIM), tensor(DIM)
+    with rdp.use_backend("eager"):
+        program = exported(x, *others)
+        expected = func.jvp(lambda x: Rows()(x, *others), (x,), (x,))
+        hessian = func.hessian(lambda x: Rows()(x, *others).square().sum())(x)
+    torch.testing.assert_close(func.jvp(lambda x: program(x, *others), (x,), (x,)), expected)
+    torch.testing.assert_close(func.hessian(lambda x: program(x, *others).square().sum())(x), hessian)
+
+
+@pytest.mark.parametrize("backend", ["eager", *LIBRARIES])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_weight_that_a_function_closes_over_is_exported(backend, norm):
+    weight, x, update = tensor(DIM, grad=False), tensor(BATCH, DIM), tensor(2, DIM)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, update):
+            return rdp.residual_add_norm(x, update, weight, rows=INDEX, norm=norm)
+
+    with rdp.use_backend(backend):
+        program = torch.export.export(Norm(), (x, update)).module()
+        torch.testing.assert_close(program(x, update), Norm()(x, update))

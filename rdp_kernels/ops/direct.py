@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _backend
+from .._checks import LARGEST_FLOAT32
 from ..layout import Layout
 from .tail import check_untransformed, differentiable_once
 
@@ -34,7 +35,7 @@ def residual_add(
         return None
     scale, factors = 1.0, None
     if row_scale is not None:
-        if type(row_scale) is float and row_scale - row_scale == 0:  # finite
+        if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
             scale = row_scale
         elif type(row_scale) is Tensor and not row_scale.requires_grad:
             factors = row_scale
@@ -91,6 +92,7 @@ def _kernels_for(residual: Tensor) -> ModuleType | None:
         or not residual.is_cpu
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
     ):
         return None
     return kernels

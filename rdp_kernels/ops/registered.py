@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._backend import kernels_named
+from .._checks import is_transformed
 from ..layout import Layout
 from ..results import Context, context_of, empty_gradients, empty_results
 from ..rows import RowSet
@@ -39,6 +40,10 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+DIFFERENTIABLE_ONCE = (
+    "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its backwards, or "
+    'export them, within rdp.use_backend("eager")'
+)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -114,7 +119,16 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None
     return operands, add, following, num_saved, stream
 
 
+def _check_untransformed() -> None:
+    if is_transformed():
+        raise RuntimeError(
+            "an exported or compiled graph with kernels of rdp_kernels in it has no forward-mode derivatives: export "
+            'within rdp.use_backend("eager")'
+        )
+
+
 def _forward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
+    _check_untransformed()
     operands, add, following, num_saved, stream = _forward_arguments(arguments)
     results, _ = kernels_named(library).tail_fwd(operands, add, following, num_saved)
     if following is not None and following.rows is None:
@@ -187,6 +201,7 @@ def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _run_backward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
+    _check_untransformed()
     *call, like = _backward_arguments(arguments)
     grads = kernels_named(library).tail_bwd(*call)
     return _fill(tuple(g if w else None for g, w in zip(grads, call[-1], strict=True)), like)
@@ -200,6 +215,10 @@ def _backward_fake(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     return _fill(grads, like)
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(DIFFERENTIABLE_ONCE)
+
+
 _LIBRARY = torch.library.Library("rdp", "DEF")
 _LIBRARY.define(_FORWARD)
 _LIBRARY.define(_BACKWARD)
@@ -208,3 +227,4 @@ _LIBRARY.impl("tail_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rdp::tail", _forward_fake)
 torch.library.register_fake("rdp::tail_backward", _backward_fake)
 torch.library.register_autograd("rdp::tail", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rdp::tail_backward", _no_second_derivative)

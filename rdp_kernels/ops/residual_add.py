@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .._checks import check_residual_add, check_rows, check_stream
 from ..rows import RowSet
 from ..tail import Add, Operands
 from . import direct
-from .tail import run_tail
+from .tail import run_tail, scale_of_rows
 
 
 def residual_add(
@@ -29,8 +30,8 @@ def residual_add(
         residual: `[B, ...]`, the stream; the result has its dtype.
         branch: the residual's shape, or `[K, ...]` when `rows` is given; any floating dtype.
         rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to.
-        row_scale: float32 `[B]` (`[K]` with rows) or a number. A row whose scale is 0 is dropped: its branch is never
-            read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
+        row_scale: float32 `[B]` (`[K]` with rows) or a finite number. A row whose scale is 0 is dropped: its branch is
+            never read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
         gamma: LayerScale vector `[C]` along `channel_dim` (Touvron et al., arXiv 2103.17239).
         channel_dim: −1 for `[..., C]`, 1 for NCHW.
         activation: None or `"relu"`, applied to every row after the sum.
@@ -46,12 +47,18 @@ def residual_add(
         check_rows("rows", rows, stream.shape[0], stream.device)
     check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
     operands = Operands(residual, branch, gamma=gamma)
-    return run_tail("residual_add", operands, add_of(rows, row_scale, channel_dim, activation)).out
+    return run_tail("residual_add", operands, add_of(operands, rows, row_scale, channel_dim, activation)).out
 
 
 def add_of(
-    rows: Tensor | None, row_scale: Tensor | float | None, channel_dim: int = -1, activation: str | None = None
+    operands: Operands,
+    rows: Tensor | None,
+    row_scale: Tensor | float | None,
+    channel_dim: int = -1,
+    activation: str | None = None,
 ) -> Add:
+    if row_scale is not None and torch.compiler.is_compiling():
+        row_scale = scale_of_rows(operands, row_scale)
     row_set = None if rows is None else RowSet(rows, rows.shape[0])
     if isinstance(row_scale, Tensor):
         return Add(row_set, 1.0, row_scale, channel_dim, activation)

@@ -50,10 +50,11 @@ def residual_add_norm(
     check_residual_add(residual, branch, rows, row_scale, gamma, -1, None)
     check_choice("norm", norm, NORMS)
     check_norm(stream, weight, bias, norm, eps)
+    operands = Operands(residual, branch, gamma=gamma, weight=weight, bias=bias)
     results = run_tail(
         "residual_add_norm",
-        Operands(residual, branch, gamma=gamma, weight=weight, bias=bias),
-        add_of(rows, row_scale),
+        operands,
+        add_of(operands, rows, row_scale),
         Next(None if next_rows is None else RowSet(next_rows, next_rows.shape[0]), norm, eps),
     )
     return results.out, results.next

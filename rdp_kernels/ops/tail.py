@@ -49,11 +49,18 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
 
 
 def _scaled_by_rows(operands: Operands, add: Add | None) -> Add | None:
-    """With a number other than 0 and 1 as a factor a row: data, for which any number has the same graph."""
+    """With a number other than 0 and 1 as a factor a row."""
     if add is None or add.row_scale is not None or operands.frozen is not None or add.scale in (0.0, 1.0):
         return add
-    ones = torch.ones(operands.branch.shape[0], dtype=torch.float32, device=operands.branch.device)
-    return replace(add, scale=1.0, row_scale=ones * add.scale)
+    return replace(add, scale=1.0, row_scale=scale_of_rows(operands, add.scale))
+
+
+def scale_of_rows(operands: Operands, scale: Tensor | float) -> Tensor:
+    """A number as a factor for each row of the branch: data, for which any number has the same graph."""
+    if isinstance(scale, Tensor):
+        return scale
+    branch, dtype = operands.branch, reference.compute_dtype(operands.residual)
+    return torch.ones(branch.shape[0], dtype=dtype, device=branch.device) * scale
 
 
 def _norm_width(stream: Tensor, following: Next | None) -> int | None:
@@ -214,7 +221,4 @@ class _DifferentiableOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its "
-            'backwards within rdp.use_backend("eager")'
-        )
+        raise RuntimeError(registered.DIFFERENTIABLE_ONCE)

@@ -125,3 +125,36 @@ def test_a_buffer_that_nothing_reads_any_more(backend):
             branch = torch.ones(4, 3, device=DEVICE, requires_grad=True)
             rdp.residual_add(torch.ones(4, 3, device=DEVICE), branch, row_scale=mask).sum().backward()
             assert branch.grad[:, 0].tolist() == values
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@EACH_BACKEND
+def test_results_that_are_changed_in_place(backend, compiled):
+    """The stream beside the next rows, and these, as in torch's own formula."""
+    x, update, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((4, 3), (2, 3), (3,)))
+    rows, next_rows = torch.tensor([3, 1], device=DEVICE), torch.tensor([0, 3, 2], device=DEVICE)
+
+    def changed(x, update, weight):
+        y = x * 2
+        head = rdp.gather_rows(y, next_rows)
+        y += 1
+        head *= 3
+        out, normed = rdp.residual_add_norm(y, update, weight, rows=rows, next_rows=next_rows)
+        out *= 2
+        normed += 1
+        return out.sin().sum() + normed.square().sum() + head.sin().sum()
+
+    def plain(x, update, weight):
+        out = (x * 2 + 1).index_add(0, rows, update)
+        normed = torch.nn.functional.layer_norm(out[next_rows], (3,), weight, None, 1e-6) + 1
+        return (out * 2).sin().sum() + normed.square().sum() + (x[next_rows] * 6).sin().sum()
+
+    leaves = x, update, weight
+    if compiled:
+        torch._dynamo.reset()
+        changed = torch.compile(changed, backend="aot_eager", fullgraph=True)
+    with rdp.use_backend(backend):
+        loss = changed(*leaves)
+        found = loss, *torch.autograd.grad(loss, leaves)
+    loss = plain(*leaves)
+    torch.testing.assert_close(found, (loss, *torch.autograd.grad(loss, leaves)))

@@ -247,3 +247,18 @@ def test_no_op_on_the_cpu_imports_triton(backend, hidden):
     environment = {name: value for name, value in os.environ.items() if name != "RDP_BACKEND"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", *BACKENDS])
+@pytest.mark.parametrize("rows", [None, ROWS.to(DEVICE)])
+@pytest.mark.parametrize("scale", [1e39, -1e39])
+def test_a_scale_beyond_what_is_computed_in(backend, rows, scale):
+    branch, weight = x() if rows is None else x(2, 3), x(3)
+    with rdp.use_backend(backend):
+        for op in (rdp.residual_add, lambda *args, **options: rdp.residual_add_norm(*args, weight, **options)):
+            for dtype in (torch.float32, torch.bfloat16):
+                with pytest.raises(ValueError, match=r"row_scale must be finite in torch\.float32, got -?1e\+39"):
+                    op(x().to(dtype), branch, rows=rows, row_scale=scale)
+        out = rdp.residual_add(x().double(), branch.double(), rows=rows, row_scale=scale)
+    assert out.isfinite().all()
+    assert out.abs().max() > 1e37
