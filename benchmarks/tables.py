@@ -35,14 +35,19 @@ def step_table(rows: list[CsvRow]) -> str:
             cells += [_time_ratio(row), _ratio(row["needed_ratio"])]
         lines.append(f"| {' | '.join([*cells, _time_ratio(exact, naive)])} |")
     reasons = dict.fromkeys(row["unavailable"] for row in rows if row["unavailable"])
-    return "\n".join([*lines, "", machine_line(rows[0]), *(f"–: {reason}." for reason in reasons)])
+    return "\n".join([*lines, "", machine_line(rows), *(f"–: {reason}." for reason in reasons)])
 
 
-def machine_line(row: CsvRow) -> str:
+def machine_line(rows: list[CsvRow]) -> str:
     """Where and when the rows were measured, in one line."""
+    models: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if not row["unavailable"]:
+            models.setdefault(measured_on(row), {})[row["model"]] = None
+    on = [place if len(models) == 1 else f"{place} ({', '.join(names)})" for place, names in models.items()]
     return (
         "Time as the median of the rounds' ratios to plain training (ratio of the minima); "
-        f"{row['turns']} rounds on {measured_on(row)}."
+        f"{rows[0]['turns']} rounds on {'; on '.join(on)}."
     )
 
 

@@ -121,8 +121,8 @@ class ResidualDropPath:
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
         for path in self.paths:
             path.module.slot.bind(self, path.index)
-        slots = weakref.WeakSet(path.module.slot for path in self.paths)
-        self._slots, self._remover = slots, weakref.finalize(self, _remove, self._rest.handles, slots)
+        self._slots = [weakref.ref(path.module.slot) for path in self.paths]
+        self._remover = weakref.finalize(self, _remove, self._rest.handles, self._slots)
         if not any(path.drop_prob for path in self.paths):
             self._warn(
                 "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
@@ -455,10 +455,9 @@ class ResidualDropPath:
         for owner in before.values():
             owner.slot.clear()
         self.paths = self._rest.paths = paths
-        self._slots.clear()
+        self._slots[:] = [weakref.ref(path.module.slot) for path in paths]
         for path in paths:
             path.module.slot.bind(self, path.index)
-            self._slots.add(path.module.slot)
         self._rest.refresh()
 
     def _check_paths(self, paths: Sequence[Path]) -> None:
@@ -584,7 +583,7 @@ class ResidualDropPath:
         """Warns of gradients of zero on what stands still: weight decay and momentum would move it."""
         found = [p.grad for p in self.idle_parameters() if p.requires_grad and p.grad is not None]
         plain = [grad for grad in found if type(grad) is Tensor and grad.layout == torch.strided]
-        if plain and not any(bool(grad.any()) for grad in plain):
+        if plain and not any(bool(grad.any()) for grad in reversed(plain)):  # those near the output are the largest
             self._looks_left = 0  # reading values waits for the device
             self._warn(
                 f"{len(found)} parameters that take no part in an iteration have gradients of zero instead of None, "
@@ -631,12 +630,14 @@ def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
     return True
 
 
-def _remove(handles: dict[int, list[RemovableHandle]], slots: Iterable[PathSlot]) -> None:
+def _remove(handles: dict[int, list[RemovableHandle]], slots: Iterable[weakref.ref[PathSlot]]) -> None:
     """Takes a scheme off its model. Holds neither of them, so that a model may own its scheme."""
     for handle in itertools.chain.from_iterable(handles.values()):
         handle.remove()
-    for slot in slots:
-        slot.clear()
+    for reference in slots:
+        slot = reference()
+        if slot is not None:
+            slot.clear()
 
 
 def _why_not_run(owner: PathOwner) -> str:
