@@ -35,7 +35,14 @@ def step_table(rows: list[CsvRow]) -> str:
             cells += [_time_ratio(row), _ratio(row["needed_ratio"])]
         lines.append(f"| {' | '.join([*cells, _time_ratio(exact, naive)])} |")
     reasons = dict.fromkeys(row["unavailable"] for row in rows if row["unavailable"])
-    return "\n".join([*lines, "", machine_line(rows), *(f"–: {reason}." for reason in reasons)])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            machine_line([row for row in rows if row["provider"] == Exact.name]),
+            *(f"–: {reason}." for reason in reasons),
+        ]
+    )
 
 
 def machine_line(rows: list[CsvRow]) -> str:
