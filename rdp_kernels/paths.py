@@ -209,16 +209,29 @@ def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
     return list(module.__dict__.get(CONVERTED, ()))
 
 
-def walk(model: nn.Module, without: Iterable[int] = ()) -> Iterator[nn.Module]:
-    """As `model.modules()`, in a fraction of its time; `without`: ids of modules to pass over with all in them."""
-    seen = set(without)
-    stack = [model]
+def walk(model: nn.Module, without: Iterable[int] = ()) -> list[nn.Module]:
+    """As `model.modules()`, with a fraction of its function calls; `without`: ids of modules to pass over with all in
+    them."""
+    found: dict[int, nn.Module | None] = dict.fromkeys(without)
+    stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            stack += [child for child in reversed(module._modules.values()) if child is not None]
+        if module is None or (key := id(module)) in found:
+            continue
+        found[key] = module
+        if module._modules:
+            stack += reversed(module._modules.values())
+    return [module for module in found.values() if module is not None]
+
+
+def owners_among(modules: Iterable[nn.Module]) -> list[PathOwner]:
+    """What stands for the paths that these modules themselves own. As `paths_of`, called for those that have some."""
+    return [
+        owner
+        for module in modules
+        if "slot" in module.__dict__ or CONVERTED in module.__dict__
+        for _, owner in paths_of(module)
+    ]
 
 
 def parameters_of(owner: PathOwner) -> Iterator[nn.Parameter]:

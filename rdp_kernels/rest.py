@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .frozen import FreezeBN, Place, check_freezable, freeze, keeps_statistics, refuse_second_derivatives, tensors_of
-from .paths import Path, PathOwner, paths_of, walk
+from .paths import Path, PathOwner, owners_among, walk
 
 
 class Rest:
@@ -49,7 +49,10 @@ class Rest:
         self._holders: dict[int, str] = {}
         branches = [path.module.branch_modules() for path in self.paths]
         self._branches = {id(module) for modules in branches for module in modules}
-        self.modules = [[inner for module in modules for inner in walk(module)] for modules in branches]
+        self.modules = [
+            walk(modules[0]) if len(modules) == 1 else [inner for module in modules for inner in walk(module)]
+            for modules in branches
+        ]
         inside = {id(module) for modules in self.modules for module in modules}
         own_places = [path.module.own_parameters() for path in self.paths]
         owned = {(id(module), name) for places in own_places for module, name in places}
@@ -62,15 +65,15 @@ class Rest:
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
                 self._names.add(name)
-            for _, owner in paths_of(module):
+            for owner in owners_among([module]):
                 self._holders[id(owner)] = name
         self._hook(walked)
         in_rest = {id(p) for p in self.parameters()}
-        self.shared = [
-            [(m, name) for m in modules for name, p in m._parameters.items() if id(p) in in_rest]
-            + [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
-            for modules, places in zip(self.modules, own_places, strict=True)
-        ]
+        self.shared = []
+        for modules, places in zip(self.modules, own_places, strict=True):
+            shared = [(m, k) for m in modules if m._parameters for k, p in m._parameters.items() if id(p) in in_rest]
+            shared += [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
+            self.shared.append(shared)
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
         """Puts hooks on the modules around what the rest owns, and takes them off others."""
@@ -94,7 +97,7 @@ class Rest:
 
     def owners(self) -> list[PathOwner]:
         """What stands for the model's paths now, outside of the branches that `refresh` found."""
-        return [owner for module in walk(self.model, self._branches) for _, owner in paths_of(module)]
+        return owners_among(walk(self.model, self._branches))
 
     def parameters(self) -> list[nn.Parameter]:
         return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]

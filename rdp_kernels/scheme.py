@@ -20,7 +20,7 @@ from .alternate import Alternation, stepped_by
 from .drop_paths import warn_left_over
 from .frozen import FreezeBN, Place, check_freeze_bn
 from .iteration import Iteration, Rules, check_plan, trainable
-from .paths import Decision, Path, PathOwner, PathSlot, find_paths, paths_of, refuse_batch_norm
+from .paths import Decision, Path, PathOwner, PathSlot, find_paths, owners_among, refuse_batch_norm
 from .plan import (
     MODES,
     SAMPLINGS,
@@ -423,7 +423,7 @@ class ResidualDropPath:
             self._refuse_reuse()
         self._look_up_paths()
         self._rest.refresh()
-        if any(paths_of(module) for modules in self._rest.modules for module in modules):
+        if owners_among(itertools.chain.from_iterable(self._rest.modules)):
             find_paths(self._rest.model)  # raises: one lies inside another
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
@@ -442,7 +442,7 @@ class ResidualDropPath:
         """Finds the model's paths anew where they are others than before. Raises `RuntimeError` between two iterations
         of a pair, whose plan is about the paths as they were."""
         owners = self._rest.owners()
-        if len(owners) == len(self.paths) and all(o is p.module for o, p in zip(owners, self.paths, strict=True)):
+        if owners == [path.module for path in self.paths]:
             return
         if self._pending is not None:
             raise RuntimeError(
