@@ -235,6 +235,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
 def test_transforms_in_graphs(backend, transform, name):
     """A registered op in one would lose its gradient: in auto torch's own ops serve, a backend by name says so."""
+    if (transform, name) == ("jvp", "norm") and backend not in LIBRARIES and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 fails an internal assert in a layer_norm under torch.compile of torch.func.jvp")
     torch._dynamo.reset()
     x, gamma = torch.randn(BATCH, DIM, device=DEVICE), torch.rand(DIM, device=DEVICE)
     function = TRANSFORMS[transform](lambda x: SCALED[name](x, gamma, 1.5))
