@@ -508,9 +508,10 @@ class ResidualDropPath:
     def _close(self, completed: bool) -> None:
         iteration = self._open
         assert iteration is not None
+        idle: list[nn.Parameter] = []
         if completed and self._looks_left and iteration.phase == ("drop" if self.freeze == "none" else "reuse"):
             self._looks_left -= 1
-            self._look_at_gradients()
+            idle = self.idle_parameters()
         self._open = None
         iteration.close()
         self._rest.release()
@@ -518,10 +519,12 @@ class ResidualDropPath:
         if not completed:
             return
         iteration.check_complete()
-        self._warn_not_run(iteration)
         self._completed[iteration.phase] += iteration.begun
         if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
             self._pending = iteration
+        # Last, as whoever makes errors of warnings wants a scheme that goes on all the same.
+        self._warn_not_run(iteration)
+        self._warn_of_zeros(idle)
 
     def _end_alternation(self, alternation: Alternation) -> None:
         if self._alternation is alternation:
@@ -579,9 +582,9 @@ class ResidualDropPath:
             why = "the model is in eval mode: call model.train()"
         self._warn(f"no path ran in {where}. Likely reason: {why}", kind=why)
 
-    def _look_at_gradients(self) -> None:
-        """Warns of gradients of zero on what stands still: weight decay and momentum would move it."""
-        found = [p.grad for p in self.idle_parameters() if p.requires_grad and p.grad is not None]
+    def _warn_of_zeros(self, idle: list[nn.Parameter]) -> None:
+        """Of gradients of zero on what stands still: weight decay and momentum would move it."""
+        found = [p.grad for p in idle if p.requires_grad and p.grad is not None]
         plain = [grad for grad in found if type(grad) is Tensor and grad.layout == torch.strided]
         if plain and not any(bool(grad.any()) for grad in reversed(plain)):  # those near the output are the largest
             self._looks_left = 0  # reading values waits for the device

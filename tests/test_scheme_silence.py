@@ -287,6 +287,17 @@ class TestSetUps:
                         optimizer.zero_grad(set_to_none=False)
         assert len(seen) == 1
 
+    def test_a_warning_made_an_error_leaves_the_scheme_usable(self):
+        model = paths_alone()
+        scheme = rdp.ResidualDropPath(model, 0.5)
+        with pytest.raises(UserWarning, match="gradients of zero"):
+            for _ in range(3):
+                for _ in scheme.iterations(plan=plan(True, True, False, False)):
+                    model.zero_grad(set_to_none=False)
+                    model(X).sum().backward()
+        assert scheme.phase is None
+        assert scheme.state_dict()["completed"] == {"drop": 1, "reuse": 1}
+
     @pytest.mark.parametrize("zero", ["nothing", "gammas", "head"])
     def test_gradients_that_accumulate_over_a_pair_are_no_mistake(self, zero):
         model = nn.Sequential(paths_alone(gamma=torch.full((8,), float(zero != "gammas"))), nn.Linear(8, 2))
