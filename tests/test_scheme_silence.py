@@ -411,6 +411,16 @@ class TestWhatChangesLater:
         assert (scheme.phase, keeps.phase) == (None, None)
 
 
+def test_a_path_that_is_put_into_a_known_branch_is_noticed_by_the_reuse_iteration():
+    model = nn.Sequential(rdp.ResidualBranch(nn.Sequential(nn.Linear(8, 8))), *paths_alone(1))
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    model[0].fn.append(rdp.ResidualBranch(nn.Linear(8, 8)))
+    with scheme.drop_iteration(plan=plan(True, False)):
+        model(X)
+    with pytest.raises(ValueError, match="path '0.fn.1' lies inside path '0'"), scheme.reuse_iteration():
+        pass
+
+
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_computed_weights(freeze):
     """`functional_call` puts tensors that aren't leaves in the parameters' places: hypernetworks, meta-learning."""
