@@ -30,7 +30,7 @@ from .plan import (
     plan_generator,
 )
 from .rest import Rest
-from .state import PHASES, BatchSize, State, forwards_of
+from .state import COPIED, PHASES, BatchSize, NoScheme, State, forwards_of
 
 if TYPE_CHECKING:
     from .estimate import Estimate
@@ -351,15 +351,15 @@ class ResidualDropPath:
             self._open_next()
 
     def __copy__(self) -> NoReturn:
-        raise TypeError(_COPIED)
+        raise TypeError(COPIED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoScheme:
         if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # of a module that has it
-            raise TypeError(_COPIED)
+            raise TypeError(COPIED)
         return NoScheme()
 
     def __reduce__(self) -> tuple:
-        warnings.warn(f"in a pickle there will be a NoScheme: {_COPIED}", stacklevel=2)
+        warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
     # Internals
@@ -649,25 +649,3 @@ def _why_not_run(owner: PathOwner) -> str:
     if "forward" in vars(getattr(owner, "block", owner)):
         return "its forward was replaced later (replace it before rdp.convert)"
     return "the model skips layers by itself (switch off its LayerDrop), or doesn't use this one"
-
-
-_COPIED = (
-    "a ResidualDropPath can't be copied: save its state_dict(), make another of the copied model and call "
-    "load_state_dict()"
-)
-
-
-class NoScheme:
-    """What a copy or pickle of a module has in the place of its scheme. Whatever is asked of it raises
-    `AttributeError`."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(
-            f"no {name!r} here: this was a ResidualDropPath, and copies and pickles carry none. Make one of the copied "
-            "model, rdp.ResidualDropPath(model, ...), and call its load_state_dict() with the state_dict() of the first"
-        )
-
-    def __repr__(self) -> str:
-        return "NoScheme()"

@@ -1,10 +1,10 @@
-"""What a scheme's `state_dict` holds, in plain types, and how a damaged one is told."""
+"""What a scheme's `state_dict` holds, in plain types, and how a damaged one is told; what a copy has in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -66,3 +66,25 @@ def forwards_of(batch_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(batch_size, Sequence) and not isinstance(batch_size, str):
         return tuple(check_count(f"batch_size[{i}]", size) for i, size in enumerate(batch_size))
     return (check_count("batch_size", batch_size),)
+
+
+COPIED = (
+    "a ResidualDropPath can't be copied: save its state_dict(), make another of the copied model and call "
+    "load_state_dict()"
+)
+
+
+class NoScheme:
+    """What a copy or pickle of a module has in the place of its scheme. Whatever is asked of it raises
+    `AttributeError`."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"no {name!r} here: this was a ResidualDropPath, and copies and pickles carry none. Make one of the copied "
+            "model, rdp.ResidualDropPath(model, ...), and call its load_state_dict() with the state_dict() of the first"
+        )
+
+    def __repr__(self) -> str:
+        return "NoScheme()"
