@@ -90,6 +90,9 @@ class Residual(nn.Module):
         """The tensor that the next block gets."""
         return out
 
+    plain = True
+    """Whether its output is the residual and a branch of one path, and nothing in it is random."""
+
     @staticmethod
     def later(model):
         """What changes after conversion and two steps of training."""
@@ -170,6 +173,8 @@ class RandomNumber(Residual):
 class RandomInChild(Residual):
     """A child adds noise of its own."""
 
+    plain = False
+
     class Noise(nn.Module):
         def forward(self, x):
             return x + 0.1 * torch.rand_like(x) if self.training else x
@@ -186,6 +191,8 @@ class RandomInChild(Residual):
 class NoiseLikeInput(Residual):
     """Adds noise in the shape of a tensor."""
 
+    plain = False
+
     def branch(self, x):
         y = self.fc(x)
         return y + 0.1 * torch.randn_like(y) if self.training else y
@@ -194,6 +201,8 @@ class NoiseLikeInput(Residual):
 @either
 class NoiseOfSize(Residual):
     """Adds noise whose shape is made of sizes, the batch among them."""
+
+    plain = False
 
     def branch(self, x):
         y = self.fc(x)
@@ -212,6 +221,8 @@ class OwnGenerator(Residual):
 class DropoutFunction(Residual):
     """Dropout as a function."""
 
+    plain = False
+
     def branch(self, x):
         return F.dropout(self.fc(x), 0.3, self.training)
 
@@ -219,6 +230,8 @@ class DropoutFunction(Residual):
 @right
 class DropoutChild(Residual):
     """Dropout as a child."""
+
+    plain = False
 
     def __init__(self):
         super().__init__()
@@ -231,6 +244,8 @@ class DropoutChild(Residual):
 @right
 class BernoulliInPlace(Residual):
     """DropBlock's way to draw a mask: a new tensor, filled in place."""
+
+    plain = False
 
     def branch(self, x):
         y = self.fc(x)
@@ -408,12 +423,12 @@ class NumpyNumber(Scaled):
 
     def __init__(self):
         super().__init__()
-        self.scale = np.float64(1.0)
+        self.scale = np.float32(1.0)
 
     def scale_now(self):
         return float(self.scale)
 
-    later = each(lambda block: setattr(block, "scale", np.float64(2.0)))
+    later = each(lambda block: setattr(block, "scale", np.float32(2.0)))
 
 
 @either
@@ -685,6 +700,165 @@ class HookAddedLater(Residual):
     later = each(lambda block: block.fc.register_forward_hook(lambda module, args, out: 2 * out))
 
 
+@either
+class ReplacedMethodOfClass(Residual):
+    """A method of its class is replaced later, as libraries patch attention."""
+
+    def branch(self, x):
+        return self.fc(x)
+
+    @staticmethod
+    def later(model):
+        ReplacedMethodOfClass.branch = lambda self, x: 2 * self.fc(x)
+
+
+@either
+class ReplacedForwardOfClass(Residual):
+    """The forward of its class is replaced later."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+    @staticmethod
+    def later(model):
+        ReplacedForwardOfClass.forward = lambda self, x: x + 2 * self.fc(x)
+
+
+def decorated(forward):
+    """Notes each call, as the decorators of transformers do."""
+
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        counts["calls"] += 1
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+@either
+class DecoratedForward(Residual):
+    """A decorator around its forward has effects of its own."""
+
+    @decorated
+    def forward(self, x):
+        return super().forward(x)
+
+
+@either
+class DefaultArgument(Residual):
+    """A mutable default argument holds state between the calls."""
+
+    plain = False
+
+    def forward(self, x, cache={"calls": 0}):  # noqa: B006
+        cache["calls"] += 1
+        return x + self.drop_path(min(cache["calls"], 3) * self.fc(x))
+
+    @staticmethod
+    def call(block, x):
+        DefaultArgument.forward.__defaults__[0]["calls"] = counts["calls"] = counts["calls"] + 1
+        return block(x)
+
+
+@either
+class NeighboursWeight(Residual):
+    """Uses a weight of a module that isn't its own."""
+
+    neighbours: tuple = ()
+
+    def branch(self, x):
+        return self.fc(x) + F.linear(x, self.neighbours[0].weight) if self.neighbours else self.fc(x)
+
+    later = each(lambda block: block.__dict__.update(neighbours=(nn.Linear(DIM, DIM),)))
+
+
+@either
+class TellsNeighbour(Residual):
+    """Leaves a tensor on a module that isn't its own, as UNets hand features over."""
+
+    def __init__(self):
+        super().__init__()
+        self.neighbours = [types.SimpleNamespace(feature=None)]
+
+    def branch(self, x):
+        y = self.fc(x)
+        self.neighbours[0].feature = y.detach()
+        return y
+
+
+@either
+class ConfigOfChild(Scaled):
+    """Reads a configuration through a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc.config = config
+
+    def scale_now(self):
+        return self.fc.config.scale
+
+    @staticmethod
+    def later(model):
+        config.scale = 2.0
+
+
+@either
+class TupleOfNumpy(Scaled):
+    """Reads an array of numpy's."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = np.ones(2)
+
+    def scale_now(self):
+        return float(self.scales[0])
+
+    later = each(lambda block: block.scales.fill(2.0))
+
+
+@either
+class TensorAttribute(Scaled):
+    """Reads a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(DIM)
+
+    def scale_now(self):
+        return self.scale
+
+    later = each(lambda block: setattr(block, "scale", torch.full((DIM,), 2.0)))
+
+
+@either
+class DtypeAttribute(Residual):
+    """Casts to a dtype that is an attribute of a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = {"dtype": torch.float32}
+
+    def branch(self, x):
+        return self.fc(x).to(self.settings["dtype"]).to(x.dtype)
+
+    later = each(lambda block: block.settings.update(dtype=torch.bfloat16))
+
+
+@right
+class ParametersAdded(Residual):
+    """A child is wrapped by low-rank adapters later, as peft does."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.a = base, nn.Linear(DIM, DIM, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.a(x)
+
+    later = each(lambda block: setattr(block, "fc", ParametersAdded.Adapted(block.fc)))
+
+
 # Values read from parameters, buffers and inputs
 
 
@@ -851,6 +1025,8 @@ class CastToInput(Residual):
 @either
 class HalfOnly(Residual):
     """Clamps what could overflow in float16, as transformers' T5 does."""
+
+    plain = False
 
     def forward(self, x):
         x = super().forward(x)
@@ -1032,6 +1208,8 @@ class NoGrad(Residual):
 @either
 class NoGradAfterwards(Residual):
     """The residual add is recorded, a part of the stream behind it isn't."""
+
+    plain = False
 
     def forward(self, x):
         x = super().forward(x)
@@ -1272,6 +1450,8 @@ class AuxiliaryLoss(Residual):
 class CountsCalls(Scaled):
     """Counts its calls, and warms up by that."""
 
+    plain = False
+
     def __init__(self):
         super().__init__()
         self.calls = 0
@@ -1329,6 +1509,8 @@ class CountsInBufferByAdd(CountsInBuffer):
 class CountsInBufferAndUses(CountsInBuffer):
     """Counts its calls in a buffer and scales by that."""
 
+    plain = False
+
     def branch(self, x):
         return self.fc(x) * self.calls.add_(1)
 
@@ -1354,6 +1536,8 @@ class CountsInDict(Residual):
 @either
 class CountsByIterator(Scaled):
     """Takes the next number of an iterator."""
+
+    plain = False
 
     def scale_now(self):
         return 1 + next(ticks[0]) % 2
@@ -1490,8 +1674,9 @@ class AverageOfWeights(Residual):
         self.teacher = nn.Linear(DIM, DIM).requires_grad_(False)
 
     def branch(self, x):
-        with torch.no_grad():
-            self.teacher.weight.lerp_(self.fc.weight, 0.1)
+        if self.training:
+            with torch.no_grad():
+                self.teacher.weight.lerp_(self.fc.weight, 0.1)
         return self.fc(x) + self.teacher(x)
 
 
@@ -1576,6 +1761,8 @@ class Warns(Residual):
 @either
 class Remembers(Residual):
     """Asks whether it is called with the same object again."""
+
+    plain = False
 
     key, again = None, 0
 
@@ -1794,13 +1981,15 @@ class AnyArguments(Residual):
 class NumberArgument(Residual):
     """A number that is another one in each step."""
 
+    plain = False
+
     def forward(self, x, scale):
         return x + self.drop_path(scale * self.fc(x))
 
     @staticmethod
     def call(block, x):
-        block.__dict__["clock"] = block.__dict__.get("clock", 0) + block.training
-        return block(x, block.clock / 3)
+        counts["calls"] += 1
+        return block(x, counts["calls"] / 10)
 
 
 @right
@@ -1967,6 +2156,8 @@ class InPlaceThroughName(Residual):
 class InPlaceOnInput(Residual):
     """Changes its input."""
 
+    plain = False
+
     def branch(self, x):
         return self.fc(x.mul_(2))
 
@@ -1974,6 +2165,8 @@ class InPlaceOnInput(Residual):
 @either
 class InPlaceOnViewOfInput(Residual):
     """Changes a view of its input by an operator."""
+
+    plain = False
 
     def forward(self, x):
         first = x[:, :1]
@@ -1994,6 +2187,8 @@ class AddsInPlace(Residual):
 class InPlaceActivation(Residual):
     """An activation in place behind the add."""
 
+    plain = False
+
     def forward(self, x):
         return F.relu_(super().forward(x))
 
@@ -2013,6 +2208,8 @@ class WritesOut(Residual):
 @either
 class InPlaceInChild(Residual):
     """A child changes its input, which is the residual."""
+
+    plain = False
 
     class Doubles(nn.Linear):
         def forward(self, x):
@@ -2056,6 +2253,8 @@ class HookOnTensor(Residual):
 @either
 class HookOnInput(Residual):
     """A hook on its input scales the gradient of everything."""
+
+    plain = False
 
     def forward(self, x):
         if self.training:
@@ -2264,6 +2463,8 @@ class ComputeWeight:
 class PreHook(Residual):
     """A pre-hook on the block changes its input."""
 
+    plain = False
+
     def __init__(self):
         super().__init__()
         self.register_forward_pre_hook(double_input)
@@ -2371,12 +2572,124 @@ class EmptyPiece(Residual):
         return self.fc(torch.cat([rest, first, empty], dim=-1))
 
 
+@either
+class ClassToken(Residual):
+    """Prepends a token that is expanded to the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, DIM))
+
+    def branch(self, x):
+        y = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.fc(y)[:, 1:] + self.fc(y)[:, :1]
+
+
+@either
+class Windowed(Residual):
+    """The original Swin's windows, whose number is divided by a float."""
+
+    def branch(self, x):
+        windows = self.fc(x.reshape(x.shape[0] * 2, -1, DIM // 2).repeat(1, 1, 2))[..., : DIM // 2]
+        batch = int(windows.shape[0] / 2.0)
+        return windows.reshape(batch, -1, DIM)
+
+
+@refused("")
+class TemporalShift(Residual):
+    """Shifts channels between neighbouring samples, which are frames."""
+
+    def branch(self, x):
+        return self.fc(torch.cat([x[..., :4].roll(1, 0), x[..., 4:]], dim=-1))
+
+
+@either
+class HalvesOfBatch(Residual):
+    """Runs the halves of the batch one after the other."""
+
+    def branch(self, x):
+        return torch.cat([self.fc(half) for half in x.chunk(2)])
+
+
+@either
+class SortsSamples(Residual):
+    """Sorts samples, and puts them back, as packed sequences do."""
+
+    def branch(self, x):
+        order = x[:, 0, 0].argsort()
+        return self.fc(x[order])[order.argsort()]
+
+
+@right
+class Recurrent(Residual):
+    """A recurrent child, of whose outputs the first is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.GRU(DIM, DIM, batch_first=True)
+
+    def branch(self, x):
+        return self.fc(x)[0]
+
+    later = each(lambda block: block.fc.flatten_parameters())
+
+
+@right
+class Attention(Residual):
+    """torch's attention, of whose outputs the first is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+    def branch(self, x):
+        return self.fc(x, x, x, need_weights=False)[0]
+
+
+@right
+class RelativeBias(Residual):
+    """A bias that an index in a buffer picks from a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9))
+        self.register_buffer("index", torch.arange(5)[:, None] - torch.arange(5) + 4)
+
+    def branch(self, x):
+        return self.table[self.index].softmax(-1) @ self.fc(x)
+
+
+@either
+class InferenceInside(Residual):
+    """A part in inference mode."""
+
+    def branch(self, x):
+        with torch.inference_mode():
+            bias = self.fc(x).tanh()
+        return self.fc(x) + bias.clone()
+
+
+@either
+class ReadsLayersOfItself(Residual):
+    """Loops over its own children by their types."""
+
+    def branch(self, x):
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                x = child(x)
+        return x
+
+    later = each(lambda block: block.add_module("second", nn.Linear(DIM, DIM)))
+
+
 # Drop-paths
 
 
 @either
 class DropPathOnResidual(Residual):
     """Drops the residual."""
+
+    plain = False
 
     def forward(self, x):
         return self.drop_path(x) + self.fc(x)
@@ -2385,6 +2698,8 @@ class DropPathOnResidual(Residual):
 @either
 class DropPathOnHalf(Residual):
     """Drops one half of the channels."""
+
+    plain = False
 
     def forward(self, x):
         first, second = self.fc(x).chunk(2, dim=-1)
@@ -2395,6 +2710,8 @@ class DropPathOnHalf(Residual):
 class DropPathInWhere(Residual):
     """What was dropped is replaced where it is positive."""
 
+    plain = False
+
     def forward(self, x):
         y = self.fc(x)
         return x + torch.where(y > 0, self.drop_path(y), 0.1 * y)
@@ -2403,6 +2720,8 @@ class DropPathInWhere(Residual):
 @right
 class DropPathTwice(Residual):
     """One drop-path for two branches."""
+
+    plain = False
 
     def forward(self, x):
         x = x + self.drop_path(self.fc(x))
@@ -2533,6 +2852,8 @@ class DropPathShared(Residual):
 class DropPathDecided(Residual):
     """Calls its drop-path only where its rate isn't 0."""
 
+    plain = False
+
     def forward(self, x):
         y = self.fc(x)
         return x + (self.drop_path(y) if self.drop_path.drop_prob > 0 else y)
@@ -2642,6 +2963,7 @@ def reset():
     for kind, attributes in _CLASS_STATE.items():
         for name, value in attributes.items():
             setattr(kind, name, value)
+    DefaultArgument.forward.__defaults__[0]["calls"] = 0
 
 
 def shared_state():
@@ -2657,7 +2979,10 @@ def shared_state():
 def class_state(kind):
     """Attributes of the class that are numbers or strings."""
     own = {k: v for k, v in vars(kind).items() if isinstance(v, (int, float, str)) and not k.startswith("__")}
-    return {k: v for k, v in own.items() if k not in ("outcome", "reason")}
+    return {k: v for k, v in own.items() if k not in ("outcome", "reason", "plain")}
 
 
-_CLASS_STATE = {kind: class_state(kind) for kind in KINDS.values()}
+_METHODS = ("branch", "forward")
+_CLASS_STATE = {
+    kind: class_state(kind) | {k: vars(kind)[k] for k in _METHODS if k in vars(kind)} for kind in KINDS.values()
+}

@@ -23,8 +23,8 @@ from .nets import DIM, DropPath
 
 LIMIT = 60
 """Seconds for a block: a conversion that hangs is an error."""
-STEPS = 8
-AUTOCAST, EVALUATION = (5, 6), 7
+STEPS = 9
+AUTOCAST, WITHOUT_GRADIENTS, EVALUATION = (5, 6), 7, 8
 TOLERANCE = 1e-6
 
 
@@ -141,11 +141,13 @@ def state_of(model):
 
 
 def trained(model):
-    """What can be seen of each of five steps, two under autocast and an evaluation."""
+    """What can be seen of each of five steps, two under autocast, one without gradients, and an evaluation."""
     kind, seen, calls = model.kind, [], []
     for name, module in model.blocks.named_modules():
         if name and not isinstance(module, DropPath) and "drop_path" not in name:
-            module.register_forward_hook(_Records(name, calls))
+            record = _Records(name, calls)
+            module.register_forward_pre_hook(record)
+            module.register_forward_hook(record)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         model.train(step != EVALUATION)
@@ -160,11 +162,13 @@ def trained(model):
         with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                with torch.autocast("cpu", torch.bfloat16, enabled=step in AUTOCAST):
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=step in AUTOCAST)
+                with autocast, torch.set_grad_enabled(step != WITHOUT_GRADIENTS):
                     head, outputs = model(x)
                 now["outputs"] = plain((head, outputs))
                 losses = [t for t in (head, *leaves(outputs), *auxiliary(model)) if t.requires_grad]
-                sum(t.to(like.dtype).square().mean() for t in losses).backward()
+                if losses:
+                    sum(t.to(like.dtype).square().mean() for t in losses).backward()
             except Exception as error:
                 now["raises"] = f"{type(error).__name__}: {error}"
         now["calls of children"] = list(calls)
@@ -181,11 +185,15 @@ def trained(model):
 
 
 class _Records:
+    """A hook: each call of a child with its arguments, or its output, and the contexts that it is made in."""
+
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
 
-    def __call__(self, module, args, out):
-        self.calls.append((self.name, plain(out)[:4]))
+    def __call__(self, module, *values):
+        contexts = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled())
+        contexts = (*contexts, torch.backends.cuda.flash_sdp_enabled(), adversarial.number, module.training)
+        self.calls.append((self.name, contexts, plain(values)))
 
 
 def leaves(value):
@@ -238,11 +246,7 @@ def converted(model):
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of blocks that warn
         bare = model.kind.__mro__[1] is adversarial.Bare or model.kind is adversarial.DropPathInForward
-        return rdp.convert(model, 0.0 if bare else None, example_inputs=Residual_inputs(model))
-
-
-def Residual_inputs(model):
-    return model.kind.inputs(0)[:4]
+        return rdp.convert(model, 0.0 if bare else None, example_inputs=model.kind.inputs(0)[:4])
 
 
 def judge(kind):
@@ -292,3 +296,69 @@ def test_it_trains_as_before_or_is_refused(name):
     elif kind.outcome == "refused":
         assert outcome.startswith("refused: "), outcome
         assert re.search(kind.reason, outcome), outcome
+
+
+# With paths dropped
+
+
+def planned(kind, keep, mode):
+    """A converted network, its untouched twin, and what a drop iteration gave: the blocks' inputs and outputs.
+
+    `keep`: for each block what is kept of it.
+    """
+    adversarial.reset()
+    model, twin = net_of(kind), net_of(kind)
+    if not converted(model).converted:
+        pytest.skip("it is refused")
+    adversarial.reset()
+    scheme = rdp.ResidualDropPath(model, 0.5, seed=0)
+    kept = [keep[[path.module.block is block for block in model.blocks].index(True)] for path in scheme.paths]
+    plan = rdp.PathPlan(torch.tensor(kept), [0.5] * len(kept), mode)
+    x = kind.inputs(0)
+    _seed(3)
+    with scheme.drop_iteration(plan=plan), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head, outputs = model(x)
+        head.square().mean().backward()
+    first = model.stem(x).detach()
+    second = kind.take(outputs[0]).detach()
+    return model, twin, (first, second), [kind.take(out).detach() for out in outputs]
+
+
+def expected_of(kind, block, x, keep):
+    """Residual, and a branch that is scaled by 2 where it is kept, by the block as it was."""
+    with torch.no_grad():
+        update = kind.take(kind.call(block, x.clone())) - x
+    return x + 2 * update * torch.as_tensor(keep).float().reshape(-1, 1, 1)
+
+
+RIGHT = [name for name, kind in KINDS.items() if kind.outcome != "refused"]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_dropped_path_is_skipped_and_a_kept_one_scaled(name):
+    kind = KINDS[name]
+    with limit(LIMIT):
+        model, twin, inputs, outputs = planned(kind, [True, False], "block")
+    for _, path in vars(model.blocks[1])[CONVERTED]:
+        inside = [p for module in path.branch_modules() for p in module.parameters()]
+        assert all(p.grad is None for p in inside)
+    if kind.plain:
+        _seed(3)
+        for block, x, out, keep in zip(twin.blocks, inputs, outputs, (True, False), strict=True):
+            torch.testing.assert_close(out, expected_of(kind, block, x, keep), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in RIGHT if KINDS[name].plain])
+def test_rows_are_dropped_as_masks_drop_them(name):
+    """And buffers move as if all rows had been computed."""
+    kind = KINDS[name]
+    rows = [True, False, True, True, False, False]
+    keep = [rows, rows[::-1]]
+    with limit(LIMIT):
+        model, twin, inputs, outputs = planned(kind, keep, "sample")
+    _seed(3)
+    for block, x, out, kept in zip(twin.blocks, inputs, outputs, keep, strict=True):
+        torch.testing.assert_close(out, expected_of(kind, block, x, kept), rtol=1e-5, atol=1e-5)
+    found = difference(plain(dict(twin.named_buffers())), plain(dict(model.named_buffers())))
+    assert found is None, found
