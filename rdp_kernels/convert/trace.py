@@ -105,7 +105,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _has_any_global_hook()
-        return hooks or not (type(m) is nn.Sequential and owns_drop_path(m))
+        return bool(hooks) or not (type(m) is nn.Sequential and owns_drop_path(m))
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = []
@@ -240,10 +240,10 @@ class _Tracer(fx.Tracer):
 
     def length(self, node: fx.Node) -> int:
         value = self._values[node]
-        self._decided.add("value")
         if isinstance(value, Tensor):
+            self._decided.add("value")
             self._sizes.append(len(value))
-        else:
+        elif type(value) not in (tuple, list):  # what a child returned is looked at where it is taken apart
             self._decide(node)
         return len(value)
 
@@ -253,10 +253,24 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         if not self._guided:
             return super().iter(obj)
+        value = self._values[obj.node]
+        if type(value) in (tuple, list):  # what a child returned
+            checked = self.create_proxy("call_function", of_length, (obj, len(value)), {})
+            return iter([checked[i] for i in range(len(value))])  # type: ignore[index]
         return iter([obj[i] for i in range(self.length(obj.node))])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
         return self._values[obj.node].keys() if self._guided else super().keys(obj)
+
+
+def of_length(values: Any, length: int) -> Any:
+    """What a child returned, if it is as long as it was while its parent was traced. Else raises `RuntimeError`."""
+    if len(values) != length:
+        raise RuntimeError(
+            f"a child of a converted block returns {len(values)} values, and {length} when that was converted: "
+            "call rdp.revert(model) and rdp.convert(model, example_inputs=...) again"
+        )
+    return values
 
 
 class _Guided(fx.Proxy):

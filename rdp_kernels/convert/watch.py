@@ -266,7 +266,7 @@ class Watch:
             return False
 
         def read(thing: Any, name: str) -> Any:
-            found = original.__getattribute__(thing, name)
+            found = original.__getattribute__(thing, name)  # type: ignore[call-arg]
             kept = object.__getattribute__(thing, "__dict__")
             if name.startswith("__") or not watch._sees(sys._getframe(1)) or (name not in kept and callable(found)):
                 return found
@@ -275,7 +275,7 @@ class Watch:
         def write(thing: Any, name: str, new: Any) -> None:
             if watch._sees(sys._getframe(1)):
                 raise watch.refuse(f"its forward sets {'.'.join((*path, name))!r}")
-            original.__setattr__(thing, name, new)
+            original.__setattr__(thing, name, new)  # type: ignore[call-arg]
 
         members = {"__getattribute__": read, "__setattr__": write, "__module__": original.__module__, "__slots__": ()}
         try:
@@ -305,7 +305,7 @@ class Watch:
             by_user or library == "user" or caller.f_code.co_filename.endswith("contextlib.py")
         ):
             self._refusals.append(f"its forward enters a context ({_class_of(frame)}), which a graph doesn't have")
-        elif library != "user" and by_user:
+        elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
             self._see_library(code)
 
     def _see_library(self, code: types.CodeType) -> None:
