@@ -107,7 +107,8 @@ def items_of(container: Any) -> list[Any]:
     """What is in it, by identity."""
     if isinstance(container, dict):
         return [(name, id(value)) for name, value in container.items()]
-    return [id(value) for value in container]
+    ids = [id(value) for value in container]
+    return sorted(ids) if isinstance(container, set) else ids
 
 
 @contextlib.contextmanager
