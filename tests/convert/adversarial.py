@@ -1632,7 +1632,9 @@ class LazyBuffer(Residual):
 class LazyChild(Residual):
     """Makes a child in its first forward."""
 
-    extra = None
+    def __init__(self):
+        super().__init__()
+        self.extra = None
 
     def branch(self, x):
         if self.extra is None:
@@ -1823,7 +1825,7 @@ class EvoNorm(nn.Module):
         var = self.var
         if self.training:
             var = x.var((0, 1))
-            self.var.lerp_(var.detach().float(), 0.1)
+            self.var.lerp_(var.detach().to(self.var.dtype), 0.1)
         return x / (var + 1e-5).sqrt()
 
 
@@ -1874,11 +1876,11 @@ class Codebook(nn.Module):
         self.register_buffer("codes", torch.randn(4, DIM))
 
     def forward(self, x):
-        flat = x.detach().float().flatten(0, 1)
+        flat = x.detach().to(self.codes.dtype).flatten(0, 1)
         nearest = torch.cdist(flat, self.codes).argmin(-1)
         codes = self.codes[nearest]
         if self.training:
-            one_hot = F.one_hot(nearest, 4).float()
+            one_hot = F.one_hot(nearest, 4).to(flat.dtype)
             self.codes.lerp_((one_hot.T @ flat) / (one_hot.sum(0)[:, None] + 1), 0.1)
         return x + (codes.view_as(x) - x).detach()
 

@@ -68,6 +68,8 @@ def generators():
 
 def plain(value, seen=()):
     """`value` in plain containers: of what isn't data there is the type, of modules and functions the name."""
+    if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return "tensor within torch.func", list(value.shape)
     if isinstance(value, Tensor):
         data = value.detach()
         return ("tensor", str(data.dtype), str(data.device), list(data.shape), value.requires_grad, data.clone())
