@@ -268,8 +268,12 @@ def judge(kind):
     if found is not None:
         wrong.append(f"conversion moves the generators: {found}")
     done = [CONVERTED in block.__dict__ for block in model.blocks]
-    reasons = [row.refused for row in report.refused if row.block.startswith("blocks.")]
+    rows = [row for row in report if row.block.startswith("blocks.") and row.refused is not None]
+    reasons = [row.refused for row in rows]
+    reasons += [row.reason for row in getattr(report, "without_paths", ()) if row.block.startswith("blocks.")]
     outcome = "right" if all(done) else f"refused: {'; '.join(dict.fromkeys(reasons))}"
+    if not all(done) and not (reasons and all(r.strip() and not r.strip().endswith(":") for r in reasons)):
+        wrong.append("no reason is given")
     if any(done) != all(done):
         wrong.append("blocks of one class are not treated alike")
     if not any(done) and any(type(block) is not kind for block in model.blocks):
@@ -356,3 +360,11 @@ def test_paths_are_dropped_as_masks_drop_them(name):
     for _, path in vars(model.blocks[1])[CONVERTED]:
         inside = [p for module in path.branch_modules() for p in module.parameters()]
         assert all(p.grad is None for p in inside)
+
+
+def test_blocks_that_look_alike_are_told_apart():
+    """One that is converted says nothing of another of the same class and the same graph."""
+    model = net_of(adversarial.LooksAlike)
+    model.blocks[1].fc.mixes = True
+    report = converted(model)
+    assert [CONVERTED in vars(block) for block in model.blocks] == [True, False], str(report)
