@@ -8,7 +8,7 @@ import importlib
 import numbers
 import pickle
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ KINDS = {
     "present": "({} is not None)",
     "method": "({}.__func__ is {expected})",
     "names": "tuple({}._modules)",
+    "type": "type({}).__qualname__",
 }
 """How each kind of guard reads what it compares; `expected`: a method as the block's class has it."""
 
@@ -56,7 +57,7 @@ class Guard:
         place: `"block"`; the name of a Python module; or `"closure"`, that of a function that the block's class holds.
         path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a closure: the
             function's qualified name and the variable.
-        kind: of `KINDS`. Of all but `"value"` and `"names"` the value is True.
+        kind: of `KINDS`. Of `"present"` and `"method"` the value is True.
     """
 
     place: str
@@ -81,7 +82,7 @@ class Guard:
             name = f"its {'method' if self.kind == 'method' else 'attribute'} {name!r}"
         else:
             name = f"{self.place}.{name}"
-        if self.kind == "names":
+        if self.kind == "names" and value is not MISSING:
             return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
         if self.kind == "value":
             return f"{name} was {self.value!r} when it was converted"
@@ -109,26 +110,34 @@ class Guard:
         return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text, expected=expected)
 
 
-def reader_of(guards: Sequence[Guard], base: type[nn.Module]) -> Callable[[nn.Module], tuple]:
-    """A function that reads the values of all guards from a block, as fast as Python can."""
-    names: dict[str, Any] = {"MISSING": MISSING}
-    closures = any(guard.place == "closure" for guard in guards)
-    cells = dict(cells_of(base)) if closures else {}
-    values = "".join(f"{guard.expression(base, names, cells)}, " for guard in guards)
-    exec(f"def read(self):\n    return ({values})", names)
-    return names["read"]  # type: ignore[no-any-return]
+class Guards:
+    """Guards of a class of blocks, made to be looked at as fast as Python can."""
 
+    def __init__(self, guards: Sequence[Guard], base: type[nn.Module]):
+        self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)
+        cells = dict(cells_of(base)) if any(guard.place == "closure" for guard in guards) else {}
+        self._expressions = [guard.expression(base, self._names, cells) for guard in guards]
+        values = tuple(guard.value for guard in guards)
+        source = "".join(f"{text}, " for text in self._expressions)
+        exec(f"def holds(self, values):\n    return ({source}) == values", self._names)
+        self._holds: Callable[[nn.Module, tuple], bool] = self._names["holds"]
+        self._values = values
 
-def first_difference(guards: Iterable[Guard], base: type[nn.Module], block: nn.Module) -> str:
-    """The guard that doesn't hold."""
-    for guard in guards:
+    def hold(self, block: nn.Module) -> bool:
         try:
-            (value,) = reader_of([guard], base)(block)
+            return not self._values or self._holds(block, self._values)
         except (AttributeError, KeyError, ValueError):
-            value = MISSING
-        if value != guard.value:
-            return guard.difference(value)
-    raise AssertionError("all guards hold")
+            return False
+
+    def first_difference(self, block: nn.Module) -> str:
+        for guard, expression in zip(self._guards, self._expressions, strict=True):
+            try:
+                value = eval(expression, self._names, {"self": block})
+            except (AttributeError, KeyError, ValueError):
+                value = MISSING
+            if value != guard.value:
+                return guard.difference(value)
+        raise AssertionError("all guards hold")
 
 
 def functions_of(base: type) -> Iterator[types.FunctionType]:

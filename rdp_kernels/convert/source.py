@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 import linecache
-import pickle
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from ..paths import CONVERTED
 from . import converted
 from .calls import Refused
 from .carve import Carved
-from .guards import first_difference, reader_of
+from .guards import Guards
 from .spec import Recipe
 from .trace import Trace
 
@@ -27,7 +26,7 @@ _RUN = re.compile(r"\b\w*converted_run\(")
 _PASSED_ON = {"num_items_in_batch", "use_cache"}
 """What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
-_classes: dict[tuple[type, bytes], type] = {}
+_classes: dict[tuple[type, str], type] = {}
 
 
 def recipe_of(traced: Trace, carved: Carved) -> Recipe:
@@ -79,7 +78,7 @@ def _import(module: str, name: str) -> Any:
 
 def class_of(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of `base` that a recipe describes; one and the same for the same recipe."""
-    key = (base, pickle.dumps(recipe))
+    key = (base, repr(recipe))  # a pickle's bytes tell equal objects from the same
     if key not in _classes:
         _classes[key] = _make(base, recipe)
     return _classes[key]
@@ -92,7 +91,7 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     space |= _ALWAYS | {"run_path": converted.run}
     exec(compile(recipe.source, file, "exec"), space)
     traced, signature, wanted = space["_forward"], recipe.signature, recipe.inputs
-    read, values = reader_of(recipe.guards, base), tuple(guard.value for guard in recipe.guards)
+    guards = Guards(recipe.guards, base)
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     def call(self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -103,12 +102,8 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
             inputs = signature.inputs_of(args, {name: v for name, v in kwargs.items() if name not in passed_on})
         if inputs is None:
             return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
-        try:
-            holds = not values or read(self) == values
-        except (AttributeError, KeyError, ValueError):
-            holds = False
-        if not holds:
-            return converted.fall_back(self, first_difference(recipe.guards, base, self), args, kwargs)
+        if not guards.hold(self):
+            return converted.fall_back(self, guards.first_difference(self), args, kwargs)
         if wanted is not None and not _fit(inputs, wanted):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
             what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"

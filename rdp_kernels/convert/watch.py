@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..drop_paths import CONTAINERS
 from .calls import Refused
 from .guards import MISSING, Guard, can_be_pickled, cells_of, contents_of, functions_of, is_constant
+from .snapshot import CONTAINERS as COPIED
 from .snapshot import fill, generator_states, items_of, moved_generators, set_generator_states
 
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -84,6 +85,7 @@ class Watch:
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
         self._guards: dict[tuple[str, ...] | tuple[str, tuple[str, ...]] | Any, Guard] = {}
         self._refusals: list[str] = []
+        self._children: list[tuple[str, ...]] = []
         self._containers = {id(value): (name, value, value.copy()) for name, value in _global_containers(type(block))}
         self._classes = [
             (cls, dict(vars(cls))) for cls in {c for m in block.modules() for c in type(m).__mro__} if _of_user(cls)
@@ -160,7 +162,7 @@ class Watch:
             return object.__getattribute__(module, name)
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if watch._sees(sys._getframe(1)):
+            if watch._sees_change(sys._getframe(1)):
                 raise watch.refuse(f"its forward sets {watch._name(module, name)}")
             set_(module, name, value)
 
@@ -182,22 +184,42 @@ class Watch:
             stand_ins = [(name, watch._tensor(watch._dotted(module, name))) for name in names]
             return iter(stand_ins if named else [tensor for _, tensor in stand_ins])
 
+        listings = {
+            name: getattr(nn.Module, name) for name in ("children", "modules", "named_children", "named_modules")
+        }
+
+        def list_children(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            found = original(module, *args, **kwargs)
+            if watch._sees(sys._getframe(2)) and id(module) in watch._paths:
+                deep = original.__name__.endswith("modules")
+                for inner in list(listings["modules"](module)) if deep else [module]:
+                    watch._guard_names(inner)
+            return found
+
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__, nn.Module.__delattr__ = write, remove  # type: ignore[method-assign, assignment]
         for name, original in walks.items():
             setattr(nn.Module, name, _method(walk, original))
+        for name, original in listings.items():
+            setattr(nn.Module, name, _method(list_children, original))
         try:
             yield
         finally:
             del nn.Module.__getattribute__
             nn.Module.__setattr__, nn.Module.__delattr__ = set_, delete  # type: ignore[method-assign]
-            for name, original in walks.items():
+            for name, original in (walks | listings).items():
                 setattr(nn.Module, name, original)
             for thing, kind in self._swapped.values():
                 object.__setattr__(thing, "__class__", kind)
 
     def _sees(self, frame: types.FrameType) -> bool:
         return not self.paused and threading.get_ident() == self._thread and of_user(frame.f_code)
+
+    def _sees_change(self, frame: types.FrameType) -> bool:
+        """Also where a method of `torch.nn.Module` makes it."""
+        file = frame.f_code.co_filename
+        by_torch = file.startswith(_TORCH) and not file.startswith(_TORCH + "fx")
+        return not self.paused and threading.get_ident() == self._thread and (by_torch or of_user(frame.f_code))
 
     def _dotted(self, module: nn.Module, name: str) -> str:
         return f"{self._paths[id(module)]}.{name}".lstrip(".")
@@ -229,6 +251,12 @@ class Watch:
             return value
         return self._value(path, value, len(modules))
 
+    def _guard_names(self, module: nn.Module) -> None:
+        """On which children a module has."""
+        path = tuple(part for part in self._paths[id(module)].split(".") if part)
+        self.guard(path, tuple(module._modules), len(path), "names")
+        self._children += [(*path, name) for name in module._modules]
+
     def _see_method(self, module: nn.Module, name: str, value: Any, path: tuple[str, ...]) -> None:
         """A method that the own forward calls is one of those that may be replaced, on the block or on its class."""
         function = getattr(value, "__func__", None)
@@ -253,8 +281,9 @@ class Watch:
                     self.guard((*path[:-1], f"{kind}[{name!r}]"), True, len(path) - 1, "present")
                 else:
                     self.guard(path, True, len(path), "present")
+                    self._children.append(path)
                     if type(found) in CONTAINERS:
-                        self.guard(path, tuple(found._modules), len(path), "names")
+                        self._guard_names(found)
                 return
         if type(module).__getattr__ is not nn.Module.__getattr__:
             raise self.refuse(f"its forward reads {name!r}, which {type(module).__name__}.__getattr__ makes up")
@@ -262,7 +291,7 @@ class Watch:
 
     def _value(self, path: tuple[str, ...], value: Any, num_modules: int) -> Any:
         """The value of an attribute, guarded."""
-        if isinstance(value, (list, dict, set)):
+        if type(value) in COPIED:
             self._containers.setdefault(id(value), (".".join(path), value, value.copy()))
         if is_constant(value):
             self.guard(path, value, num_modules)
@@ -324,9 +353,7 @@ class Watch:
         if caller is None:
             return
         by_user = of_user(caller.f_code)
-        if code.co_name == "__enter__" and (
-            by_user or library == "user" or caller.f_code.co_filename.endswith("contextlib.py")
-        ):
+        if code.co_name == "__enter__" and (by_user or library == "user" or _is_context(code, caller.f_code)):
             self._refusals.append(f"its forward enters a context ({_class_of(frame)}), which a graph doesn't have")
         elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
             self._see_library(code)
@@ -336,6 +363,10 @@ class Watch:
         file, name = code.co_filename, code.co_name
         if file.startswith(_TORCH):
             place = file[len(_TORCH) :].removesuffix(".py")
+            if place == "nn/modules/module" and name.startswith(
+                ("register_", "add_", "_apply", "load_", "zero_", "apply")
+            ):
+                self._refusals.append(f"its forward calls {name} of a module, which changes it")
             if place == "utils/checkpoint":
                 self._refusals.append(
                     "its forward checkpoints: leave that out inside the block, and checkpoint the call of the block "
@@ -397,6 +428,10 @@ class Watch:
                 self._refusals.append(f"{code.co_name} has a with statement, which a graph doesn't have")
             elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self._refusals.append(f"{code.co_name} assigns to the global {instruction.argval!r}")
+            elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
+                for path in self._children:
+                    child = self._block.get_submodule(".".join(path))
+                    self.guard(path, type(child).__qualname__, len(path), "type")
             elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in space:
                 self._follow(code, space, [str(instruction.argval), *_attributes(instructions[place + 1 :])])
 
@@ -486,12 +521,12 @@ def _global_containers(base: type) -> Iterator[tuple[str, Any]]:
             value = function.__globals__.get(name)
             if isinstance(value, types.FunctionType):
                 stack.append(value)
-            elif isinstance(value, (list, dict, set)):
+            elif type(value) in COPIED:
                 yield name, value
         stack += [f for cell in function.__closure__ or () if isinstance(f := contents_of(cell), types.FunctionType)]
         held = zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
         for name, value in (*held, *(("a default argument", value) for value in function.__defaults__ or ())):
-            if isinstance(value, (list, dict, set)):
+            if type(value) in COPIED:
                 yield name, value
 
 
@@ -537,6 +572,14 @@ def _is_of_class(module: nn.Module, name: str) -> bool:
         return False
     found = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
     return isinstance(found, (types.FunctionType, property, staticmethod, classmethod)) or found is None
+
+
+def _is_context(code: types.CodeType, caller: types.CodeType) -> bool:
+    """Whether a context of torch's, or one entered by Python's contextlib, is a forward's own, or a decorator of it."""
+    places = ("amp/autocast_mode.py", "autograd/grad_mode.py", "autograd/graph.py", "autograd/profiler.py", "random.py")
+    return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(
+        tuple(_TORCH + p for p in places)
+    )
 
 
 def _class_of(frame: types.FrameType) -> str:
