@@ -135,7 +135,7 @@ def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | 
 
 
 def own_paths(block: nn.Module) -> None:
-    """Gives a shallow copy of a converted block, or a replica, paths of its own: with its children, without a scheme."""
+    """Gives a shallow copy of a converted block, or a replica, paths of its own, without a scheme."""
     paths = block.__dict__.get(CONVERTED)
     if paths and paths[0][1].block is not block:
         block.__dict__[CONVERTED] = [(name, path.of(block)) for name, path in paths]
@@ -148,9 +148,9 @@ def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
     schemes = [slot.scheme for slot in path.origins] if path.slot.scheme is None else []
     if any(scheme is not None and scheme.phase is not None for scheme in schemes):
         raise RuntimeError(
-            f"path {name!r} of {type(block).__name__} can't follow the plan: its block is a shallow copy of the scheme's, "
-            "made by copy.copy or as a replica of DataParallel. Call the scheme's own model; use copy.deepcopy for "
-            "copies, and DistributedDataParallel for several devices"
+            f"path {name!r} of {type(block).__name__} can't follow the plan: its block is a shallow copy of the "
+            "scheme's, made by copy.copy or as a replica of DataParallel. Call the scheme's own model; use "
+            "copy.deepcopy for copies, and DistributedDataParallel for several devices"
         )
     return path
 

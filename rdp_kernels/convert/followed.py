@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import functools
 import hashlib
 import inspect
 import textwrap
@@ -60,9 +61,10 @@ class Followed:
         return None
 
     def replaced_on(self, block: nn.Module) -> str | None:
-        """The name of a method that the instance has in the place of its class's; None where there is none."""
+        """The name of a method behind forward that the instance has in the place of its class's; None where there is
+        none."""
         for _, name, _ in self.methods:
-            if name in block.__dict__:
+            if name != "forward" and name in block.__dict__:
                 return name
         return None
 
@@ -111,14 +113,18 @@ def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tupl
                 _follow(value, stack, helpers)
 
 
-def _names(code: types.CodeType) -> Iterator[tuple[str, bool]]:
+@functools.lru_cache(1024)
+def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     """The names of globals and of attributes that a function's code reads; whether it is a global's."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _READS:
-            yield instruction.argval, instruction.opname == "LOAD_GLOBAL"
+    found = {
+        (instruction.argval, instruction.opname == "LOAD_GLOBAL"): None
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in _READS
+    }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            found |= dict.fromkeys(_names(constant))
+    return tuple(found)
 
 
 def source(function: Any) -> str:

@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import linecache
-import pickle
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -86,7 +85,7 @@ def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -
     """
     followed = Followed.of(base)
     digest = followed.digest() if digest is None else digest
-    key = (base, followed.identities(), digest, pickle.dumps(recipe))
+    key = (base, followed.identities(), digest, repr(recipe))  # pickles of equal strings differ where they are shared
     if key not in _classes:
         _classes[key] = _make(base, recipe, followed, digest)
     return _classes[key]
@@ -179,14 +178,7 @@ def install(block: nn.Module, recipe: Recipe, drop_prob: float | None) -> None:
 
 
 def uninstall(block: nn.Module) -> None:
-    """Raises `RuntimeError` where another library has made a class of its own of the converted class since."""
-    kind = converted.class_among(block)
-    if type(block) is not kind:
-        raise RuntimeError(
-            f"{type(block).__name__} was made of the converted {kind.__name__} (by a parametrization of the block itself "
-            "or by fully_shard), and can't be reverted: undo that first"
-        )
-    block.__class__ = kind.__bases__[0]
+    block.__class__ = converted.original_of(block)
     for name in (CONVERTED, "_rdp_warned"):
         block.__dict__.pop(name, None)
 
