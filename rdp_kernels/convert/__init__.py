@@ -192,7 +192,7 @@ def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = Fa
     spec = path.spec
     return PathReport(
         name, type(block).__name__, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
-        foreign_rows=spec.foreign_rows, modules=spec.modules, already=already,
+        foreign_rows=spec.foreign_rows, modules=spec.modules, already=already, side_products=path.side_products,
     )  # fmt: skip
 
 
@@ -205,7 +205,8 @@ def revert(model: nn.Module) -> None:
     for block in blocks:
         if any(path.slot.scheme is not None for _, path in block.__dict__[CONVERTED]):
             raise RuntimeError("a scheme has paths of this model: call its remove() first")
-        if (kind := class_among(block)) is not type(block):
+        kind = class_among(block)
+        if kind is not None and kind is not type(block):
             raise RuntimeError(
                 f"{type(block).__name__} was made of the converted {kind.__name__}, by a parametrization of the block "
                 "itself or by fully_shard, and can't be reverted: undo that first"
@@ -285,8 +286,8 @@ class _Converter:
             self.done.append(block)
             for _, path in block.__dict__[CONVERTED]:
                 within = tuple(f"{module}." for module in path.spec.modules)
-                left = tuple(name for name in self._side_products[id(recipe)] if name.startswith(within))
-                rows.append(replace(_row_of(name, block, path), side_products=left))
+                path.side_products = tuple(n for n in self._side_products[id(recipe)] if n.startswith(within))
+                rows.append(_row_of(name, block, path))
                 inside = {id(m) for inner in path.branch_modules() for m in inner.modules()}
                 self._in_branches |= dict.fromkeys(inside, f"{name}.{path.spec.name}")
         return rows or nothing(_why_none(named, carved))

@@ -25,6 +25,8 @@ class ConvertedPath:
 
     gamma = shortcut = activation = None
     channel_dim = -1
+    side_products: tuple[str, ...] = ()
+    """As in `PathReport`."""
 
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
@@ -155,15 +157,16 @@ def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
     return path
 
 
-def class_among(block: nn.Module) -> type:
-    """The converted class among a block's. The first is another one where a parametrization of the block's own tensors
-    or `fully_shard` has made a class of its own of it."""
-    return next(kind for kind in type(block).__mro__ if "_rdp_recipe" in kind.__dict__)
+def class_among(block: nn.Module) -> type | None:
+    """The converted class among a block's; None where it was given another class since. Not the first where a
+    parametrization of the block's own tensors or `fully_shard` has made a class of its own of it."""
+    return next((kind for kind in type(block).__mro__ if "_rdp_recipe" in kind.__dict__), None)
 
 
 def original_of(block: nn.Module) -> Any:
     """The class that a converted block had."""
-    return class_among(block).__bases__[0]
+    kind = class_among(block)
+    return type(block) if kind is None else kind.__bases__[0]
 
 
 def is_observed(block: nn.Module) -> bool:

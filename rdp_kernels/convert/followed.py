@@ -33,6 +33,8 @@ class Followed:
     @classmethod
     def of(cls, kind: type[nn.Module]) -> Followed:
         methods: dict[tuple[type, str], Any] = {}
+        if getattr(kind, "forward", None) is getattr(kind, "forward", None):  # not of a descriptor that makes new ones
+            methods[kind, "forward"] = kind.forward
         helpers: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         stack = ["forward"]
         seen: set[str] = set()
@@ -72,9 +74,9 @@ class Followed:
         """Of the functions' source without comments, docstrings and annotations; empty where there is no source."""
         key = self.identities()
         if key not in _digests:
-            found = sorted(f"{_plain(value).__qualname__} {source(value)}" for value in key)
-            known = source(self.methods[0][2]) != ""
-            _digests[key] = hashlib.sha256("\n".join(found).encode()).hexdigest() if known else ""
+            found = [source(value) for value in key]
+            known = bool(found) and found[0] != ""  # the forward's
+            _digests[key] = hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() if known else ""
         return _digests[key]
 
 

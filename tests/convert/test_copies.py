@@ -424,6 +424,34 @@ def test_a_class_that_was_made_of_a_converted_one():
     assert type(block) is Plain
 
 
+def test_a_block_that_was_given_another_class():
+    """Runs as that says; the scheme warns of its path, and revert leaves its class."""
+    model, x = plain(), tokens()
+    scheme = rdp.ResidualDropPath(model, 0.5)
+    model.blocks[1].__class__ = Plain
+    plan = rdp.PathPlan(torch.tensor([False, True]), [0.5] * 2, "block")
+    with pytest.warns(UserWarning, match=r"didn't run path 'blocks.1"), scheme.drop_iteration(plan=plan):
+        assert torch.equal(model.blocks[1](model.blocks[0](x)), Plain.forward(model.blocks[1], x))
+    scheme.remove()
+    rdp.revert(model)
+    assert [type(block) for block in model.blocks] == [Plain, Plain]
+    assert not any(CONVERTED in vars(module) for module in model.modules())
+
+
+class InheritsTorchs(nn.TransformerEncoderLayer):
+    """Its forward is torch's own."""
+
+
+def test_a_forward_that_is_torchs_own(monkeypatch):
+    model = nn.Sequential(InheritsTorchs(DIM, 2, 16, dropout=0.0, batch_first=True)).train()
+    report = rdp.convert(model, 0.0, example_inputs=tokens())
+    assert report.converted or report.without_paths
+    if report.converted:
+        monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", lambda self, x: x)
+        with pytest.warns(UserWarning, match="InheritsTorchs.forward was replaced"):
+            assert model(tokens()).equal(tokens())
+
+
 @pytest.mark.parametrize("first", ["compile", "convert"])
 def test_block_compile(first):
     """`Module.compile`, before conversion or after it."""

@@ -235,6 +235,8 @@ def test_what_a_branch_leaves_on_its_modules_is_told():
     assert "sets inner.calls, inner.features" in first.what
     assert "of its last run and the rows of that" in first.what
     assert not second.side_products
+    again = rdp.convert(model, example_inputs=tokens())
+    assert [row.side_products for row in again.already] == [first.side_products, ()]
     assert model.blocks[0].inner.calls == 0
     assert model.blocks[0].inner.features == []
 
