@@ -91,9 +91,7 @@ def convert(
             report.rows += converter.convert(block, names[id(block)])
         done = converter.done
         report.without_paths = converter.without_paths
-    if drop_prob is not None:
-        report.without_paths += _layers_of_torch(model, names)
-    elif not report.rows and not report.without_paths:
+    elif not report.rows:
         report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
     order = {name: place for place, name in enumerate(names.values())}
     report.rows.sort(key=lambda row: order[row.block])
@@ -129,16 +127,6 @@ def _busy_with(model: nn.Module) -> str | None:
         if scheme is not None and scheme.reuse_pending:
             return "has a reuse iteration pending"
     return None
-
-
-def _layers_of_torch(model: nn.Module, names: dict[int, str]) -> list[BlockReport]:
-    """Residual blocks of torch's own, which aren't looked into."""
-    reason = (
-        "a layer of torch.nn, whose forward has a fused way of its own: write its sublayers as rdp.ResidualBranch, or "
-        "as a block with a forward of your own"
-    )
-    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return [BlockReport(names[id(m)], type(m).__name__, reason) for m in model.modules() if type(m) in kinds]
 
 
 def _held_twice(model: nn.Module, blocks: set[str]) -> list[str]:
@@ -217,6 +205,8 @@ def revert(model: nn.Module) -> None:
         module.__dict__.pop(REFUSED, None)
 
 
+_LAYERS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Residual blocks of torch.nn."""
 _RATE = re.compile(r"(drop_prob|p)=[\d.]+")
 
 
@@ -224,7 +214,9 @@ def _may_convert(module: nn.Module) -> bool:
     """Whether its own forward may hold residual paths that are not paths of ours yet."""
     if CONVERTED in module.__dict__ or isinstance(getattr(module, "slot", None), PathSlot):
         return False
-    if type(module) in CONTAINERS or type(module).__module__.startswith("torch.nn."):
+    if type(module) in CONTAINERS:
+        return False
+    if type(module).__module__.startswith("torch.nn.") and type(module) not in _LAYERS_OF_TORCH:
         return False
     return any(True for child in module.children() for _ in child.parameters())
 

@@ -1,5 +1,6 @@
 """The report has a reason for every block that was looked at."""
 
+import copy
 import random
 import re
 
@@ -111,21 +112,48 @@ def test_a_drop_path_that_no_forward_calls():
     assert reasons(report) == {"blocks.0": "its own forward calls none of its drop-paths"}
 
 
-@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_layers_of_torch_are_named(kind):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = kind(DIM, 2, 16, batch_first=True)
+class Decodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, 2, 16, batch_first=True), 2)
 
-        def forward(self, x):
-            return self.layer(x, x) if kind is nn.TransformerDecoderLayer else self.layer(x)
+    def forward(self, x, mask=None):
+        return self.decoder(x, x.flip(0), tgt_mask=mask)
 
-    report = rdp.convert(Model(), 0.2, example_inputs=tokens())
-    assert any(re.search(rf"{kind.__name__} \(1\): a layer of torch.nn.*ResidualBranch", n) for n in report.notes)
-    report = rdp.convert(nn.Sequential(kind(DIM, 2, 16)), 0.2, example_inputs=tokens())
-    assert [b.block for b in report.without_paths] == ["0"]
-    assert "no block has a drop-path" in str(rdp.convert(Model(), example_inputs=tokens()))
+
+def encoder(batch_first=True):
+    layer = nn.TransformerEncoderLayer(DIM, 2, 16, batch_first=batch_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(6, 6).tril() == 0], ids=["no mask", "mask"])
+@pytest.mark.parametrize("make", [encoder, Decodes])
+def test_the_layers_of_torch_are_looked_into(make, mask):
+    """With dropout, to the bit; and a dropped branch is left out."""
+    torch.manual_seed(0)
+    model = make().train()
+    twin, args = copy.deepcopy(model), (tokens(4), mask)  # not as many samples as tokens
+    report = rdp.convert(model, 0.0, example_inputs=args)
+    assert len(report.converted) == (4 if make is encoder else 6)
+    outputs = []
+    for one in (model, twin):
+        torch.manual_seed(1)
+        outputs.append(one(*args))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(*outputs)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    model.zero_grad()
+    scheme = rdp.ResidualDropPath(model, 0.5, mode="block", seed=0)
+    for _ in scheme.iterations():
+        model(*args).square().sum().backward()
+        break
+    assert {p.grad is None for p in model.parameters()} == {True, False}
+
+
+def test_layers_of_torch_that_take_samples_in_dimension_1_are_named():
+    report = rdp.convert(encoder(batch_first=False), 0.2, example_inputs=tokens())
+    assert any(re.match(r"no path in TransformerEncoderLayer \(2\): .*differs", note) for note in report.notes)
+    assert "no block has a drop-path" in str(rdp.convert(encoder(), example_inputs=tokens()))
 
 
 @pytest.mark.skipif(not installed("transformers"), reason="transformers is not installed")
