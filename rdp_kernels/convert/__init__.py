@@ -292,11 +292,13 @@ class _Converter:
 
     def _recipe(self, block: nn.Module, calls: Sequence[Call]) -> tuple[Recipe, Carved]:
         traced = trace(block, calls[0])
-        if traced.shapes is not None and _code(trace(block, calls[1])) != _code(traced):
-            raise Refused("what its forward does depends on the number of samples")
+        if traced.inputs is not None:
+            other = trace(block, calls[1])
+            if _code(other) != _code(traced) or other.sizes != traced.sizes:
+                raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)))
+        same = (type(block), traced.signature, traced.guards, shapes, _code(traced), _RATE.sub("", repr(block)))
         key = repr(same)
         if key not in self._carved:
             try:

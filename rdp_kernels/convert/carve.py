@@ -29,9 +29,10 @@ from .graphs import (
     module_calls,
     self_of,
 )
+from .guards import is_constant
 from .sites import Site, drop_path_sites, unnamed_sites
 from .spec import PathSpec
-from .trace import Trace, is_constant
+from .trace import Trace
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from . import converted
 from .calls import Refused
-from .trace import run_graph
+from .trace import of_length, run_graph
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__"}
 _HEAVY = {
@@ -101,7 +101,7 @@ def check_mutations(graph: fx.Graph) -> None:
 def drop_dead(graph: fx.Graph) -> None:
     """Without what nobody uses and that computes nothing: taking apart of tuples, reads of shapes and attributes."""
     for node in reversed(list(graph.nodes)):
-        cheap = node.op == "get_attr" or node.target in (operator.getitem, getattr, converted.this)
+        cheap = node.op == "get_attr" or node.target in (operator.getitem, getattr, of_length, converted.this)
         if cheap and not node.users:
             graph.erase_node(node)
 

@@ -6,7 +6,6 @@ A branch that is skipped doesn't set them, and one that runs on some rows sets t
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
 import torch
@@ -16,15 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .calls import CONSTANTS, Call, cloned
+from .snapshot import preserved_generators
 
 
 def side_products_of(block: nn.Module, call: Call) -> tuple[str, ...]:
     """The names, as "attn.last_map", of tensors, counters and buffers that a training forward of the block sets on its
     modules; BatchNorm's buffers don't count. Found by running a copy of it: nothing is said of a block that can't be
     copied or doesn't run in training mode."""
-    generator = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with preserved_generators(), torch.no_grad():
             copied = copy.deepcopy(block).train()
             before = _state(copied)
             given = call.map_tensors(cloned)
@@ -32,8 +31,6 @@ def side_products_of(block: nn.Module, call: Call) -> tuple[str, ...]:
             return tuple(name for name, value in _state(copied).items() if _differ(before.get(name, []), value))
     except Exception:
         return ()
-    finally:
-        random.setstate(generator)
 
 
 def _state(block: nn.Module) -> dict[str, list[tuple[Any, int]]]:

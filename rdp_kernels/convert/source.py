@@ -19,6 +19,7 @@ from . import converted
 from .calls import Refused
 from .carve import Carved
 from .followed import Followed
+from .guards import first_difference, reader_of
 from .spec import Recipe
 from .trace import Trace
 
@@ -38,9 +39,8 @@ def recipe_of(traced: Trace, carved: Carved) -> Recipe:
         text, used = _function(name, graph)
         parts.append(text)
         names |= used
-    attributes = tuple(traced.attributes.items())
     return Recipe(
-        "\n\n".join(parts), tuple(names.items()), traced.signature, attributes, traced.shapes, tuple(carved.paths)
+        "\n\n".join(parts), tuple(names.items()), traced.signature, traced.guards, traced.inputs, tuple(carved.paths)
     )
 
 
@@ -99,7 +99,8 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
     space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
     space |= _ALWAYS | {"run_path": converted.run}
     exec(compile(recipe.source, file, "exec"), space)
-    traced, signature, attributes, shapes = space["_forward"], recipe.signature, recipe.attributes, recipe.shapes
+    traced, signature, wanted = space["_forward"], recipe.signature, recipe.inputs
+    read, values = reader_of(recipe.guards, base), tuple(guard.value for guard in recipe.guards)
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     def call(self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -115,11 +116,13 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
             inputs = signature.inputs_of(args, {name: v for name, v in kwargs.items() if name not in passed_on})
         if inputs is None:
             return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
-        for name, value in attributes:
-            if getattr(self, name) != value:
-                reason = f"its attribute {name!r} was {value!r} when it was converted"
-                return converted.fall_back(self, reason, args, kwargs)
-        if shapes is not None and not _fit(inputs, shapes):
+        try:
+            holds = not values or read(self) == values
+        except (AttributeError, KeyError, ValueError):
+            holds = False
+        if not holds:
+            return converted.fall_back(self, first_difference(recipe.guards, base, self), args, kwargs)
+        if wanted is not None and not _fit(inputs, wanted):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
             what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"
             return converted.fall_back(self, f"its inputs {what}", args, kwargs)
@@ -162,10 +165,18 @@ def _prepare_scriptable(self: nn.Module) -> nn.Module:
     return self
 
 
-def _fit(inputs: list[Any], shapes: tuple[Any, ...]) -> bool:
-    return not any(isinstance(value, fx.Proxy) for value in inputs) and all(
-        (tuple(v.shape[1:]) if isinstance(v, Tensor) else v) == shape for v, shape in zip(inputs, shapes, strict=True)
-    )
+def _fit(inputs: list[Any], wanted: tuple[Any, ...]) -> bool:
+    for value, known in zip(inputs, wanted, strict=True):
+        if isinstance(value, fx.Proxy):
+            return False
+        if not isinstance(value, Tensor):
+            if value != known:
+                return False
+            continue
+        shape, dtype, device = known
+        if value.shape[1:] != shape or dtype not in (None, value.dtype) or device not in (None, value.device.type):
+            return False
+    return True
 
 
 def install(block: nn.Module, recipe: Recipe, drop_prob: float | None) -> None:

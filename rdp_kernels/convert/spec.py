@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .calls import Signature
+from .guards import Guard
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Recipe:
     names: tuple[tuple[str, tuple[str, str]], ...]
     """The source's globals: where each is imported from."""
     signature: Signature
-    attributes: tuple[tuple[str, Any], ...]
-    shapes: tuple[Any, ...] | None
+    guards: tuple[Guard, ...]
+    inputs: tuple[Any, ...] | None
+    """Of each input what decided something (`Trace.inputs`); None where no input did."""
     paths: tuple[PathSpec, ...]
 
     def __deepcopy__(self, memo: object) -> Recipe:

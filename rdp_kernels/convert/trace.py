@@ -1,35 +1,48 @@
 """The graph of one block's own forward in training mode, its children as leaves.
 
-Whatever is read as a Python value while tracing holds for that one call only: attributes of the block and values that
-decide an `if` become guards, which are looked at again at every call.
+Whatever is read as a Python value while tracing holds for that one call only: what `watch.py` sees becomes guards, and
+so do the shapes and dtypes that decide an `if`. They are looked at again at every call.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..drop_paths import owns_drop_path
-from .calls import CONSTANTS, Call, Refused, Signature, cloned
+from .calls import Call, Refused, Signature, cloned
+from .guards import Guard
+from .report import describe
+from .snapshot import preserved_generators
+from .watch import Watch, ambient
+
+LARGEST = 20_000
+"""Nodes in a graph, after which a forward is taken to go on for ever."""
 
 
 @dataclass
 class Trace:
     graph: fx.Graph
     signature: Signature
-    attributes: dict[str, Any]
-    """Constants that the forward read from the block."""
-    shapes: tuple[tuple[int, ...] | None, ...] | None = None
-    """Those of the inputs behind dimension 0, where they decided something."""
+    guards: tuple[Guard, ...]
+    """Python values that the forward read."""
+    inputs: tuple[Any, ...] | None = None
+    """Of each input what decided something: `(shape behind dimension 0, dtype or None, type of device or None)`, or the
+    value of what isn't a tensor. None where no input did."""
+    sizes: tuple[Any, ...] = ()
+    """Sizes with dimension 0 in them that decided something: of another number of samples they must be the same."""
 
 
 def trace(block: nn.Module, call: Call) -> Trace:
-    """Raises `Refused` where the forward can't be traced."""
+    """Raises `Refused` where the forward can't be traced, or does what a graph can't do again."""
     reasons: list[str] = []
     for guided in (False, True):
         for integers_are_inputs in (True, False):
@@ -39,16 +52,20 @@ def trace(block: nn.Module, call: Call) -> Trace:
             inputs = signature.inputs_of(call.args, call.kwargs)
             assert inputs is not None
             values = [cloned(v) if isinstance(v, Tensor) else v for v in inputs]
-            tracer = _Tracer(signature, values, guided)
             try:
-                return tracer.run(block)
-            except Refused as refused:
-                reasons.append(str(refused))
+                return _Tracer(signature, values, guided).run(block)
+            except Refused:
+                raise
             except Exception as error:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
-                reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    raise Refused(f"its forward can't be traced: {reasons[-1]}")
+                reasons.append(describe(error))
+    raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(reasons))}")
+
+
+_SIZES = {"shape", "size", "numel", "nelement", "ndim", "dim", "ndimension", "__len__"}
+_DTYPES = {"dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "type"}
+_DEVICES = {"device", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_xpu", "get_device"}
 
 
 class _Tracer(fx.Tracer):
@@ -60,15 +77,22 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._signature, self._inputs, self._guided = signature, values, guided
         self._values: dict[fx.Node, Any] = {}
-        self._running = self._decided = False
+        self._running = False
+        self._decided: set[str] = set()
+        self._sizes: list[Any] = []
 
     def run(self, block: nn.Module) -> Trace:
         before = set(block.__dict__)
         training = block.training
         block.training = True
+        # Children that run for their values do so in a copy.
+        self._block = copy.deepcopy(block) if self._guided else block
         try:
-            with torch.no_grad(), _recording(block) as attributes:
-                graph = self.trace(block)
+            with torch.enable_grad():
+                self._ambient = ambient()
+                self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}))
+                with self._watch():
+                    graph = self.trace(block)
         finally:
             block.training = training
             constants = set(block.__dict__) - before
@@ -77,13 +101,12 @@ class _Tracer(fx.Tracer):
         if constants:
             raise Refused("its forward makes a tensor of constants, which would stay on this device and in this shape")
         graph.lint()
-        shapes = None
-        if self._decided:
-            shapes = tuple(tuple(v.shape[1:]) if isinstance(v, Tensor) else v for v in self._inputs)
-        return Trace(graph, self._signature, attributes, shapes)
+        inputs = tuple(map(self._what_decided, self._inputs)) if self._decided else None
+        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not (type(m) is nn.Sequential and owns_drop_path(m))
+        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _has_any_global_hook()
+        return bool(hooks) or not (type(m) is nn.Sequential and owns_drop_path(m))
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = []
@@ -94,9 +117,29 @@ class _Tracer(fx.Tracer):
 
         def function(root: nn.Module, *inputs: Any) -> Any:
             args, kwargs = self._signature.call_with(inputs)
-            return root_fn(root, *args, **kwargs)
+            given = pytree.tree_flatten((args, kwargs))
+            out = root_fn(root, *args, **kwargs)
+            flat, structure = pytree.tree_flatten((args, kwargs))
+            if structure != given[1] or any(a is not b for a, b in zip(flat, given[0], strict=True)):
+                raise Refused("its forward changes a list or dict that it is called with")
+            return self._returned(out)
 
         return function, [self.root, *proxies]
+
+    def _returned(self, out: Any) -> Any:
+        """What a forward returns, so that its type is kept."""
+        if type(out) in (list, tuple):
+            return type(out)(map(self._returned, out))
+        if isinstance(out, dict):
+            items = {name: self._returned(value) for name, value in out.items()}
+            if type(out) is dict:
+                return items
+            if not all(isinstance(name, str) for name in items):
+                raise Refused(f"its forward returns a {type(out).__name__}, which can't be made again of its items")
+            return self.create_proxy("call_function", type(out), (), items)
+        if isinstance(out, (list, set, frozenset)) or (isinstance(out, tuple) and not hasattr(out, "_fields")):
+            raise Refused(f"its forward returns a {type(out).__name__}, which a graph doesn't return")
+        return out
 
     # With values at hand
 
@@ -106,13 +149,20 @@ class _Tracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
+        if len(self.graph.nodes) > LARGEST:
+            raise self._watch.refuse(f"its forward makes more than {LARGEST} operations")
+        if kind not in ("placeholder", "output") and ambient() != self._ambient:
+            raise self._watch.refuse(
+                "its forward enters a context (autocast, no_grad, ...), which a graph doesn't have"
+            )
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if self._guided and kind not in ("placeholder", "output"):
-            self._running = True
+            self._running = self._watch.paused = True
             try:
-                self._values[node] = run_node(node, self.root, self._values)
+                with torch.no_grad(), preserved_generators():
+                    self._values[node] = run_node(node, self._block, self._values)
             finally:
-                self._running = False
+                self._running = self._watch.paused = False
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -125,8 +175,78 @@ class _Tracer(fx.Tracer):
         value = self._values[proxy.node]
         if isinstance(value, Tensor):
             raise Refused(f"what it does depends on numbers in a tensor ({proxy.node})")
-        self._decided = True
+        self._decide(proxy.node)
         return value
+
+    def _decide(self, node: fx.Node) -> None:
+        """Notes what a Python value was computed from. Raises `Refused` where it can't be guarded."""
+        self._decided.add("value")
+        stack, seen = [node], set[fx.Node]()
+        while stack:
+            current = stack.pop()
+            if current in seen or current.op == "placeholder":
+                continue
+            seen.add(current)
+            tensors = [n for n in current.all_input_nodes if isinstance(self._values[n], Tensor)]
+            if tensors:
+                self._decide_by_tensor(current, tensors[0])
+            elif current.target is operator.getitem and self._is_size_behind_rows(current):
+                pass
+            elif current.target in (operator.eq, operator.ne) and all(map(self._is_shape, current.all_input_nodes)):
+                pass  # both follow the batch
+            else:
+                stack += current.all_input_nodes
+
+    def _is_shape(self, node: fx.Node) -> bool:
+        return isinstance(self._values[node], torch.Size)
+
+    def _is_size_behind_rows(self, node: fx.Node) -> bool:
+        source, index = node.args
+        if not (isinstance(source, fx.Node) and self._is_shape(source) and isinstance(index, (int, slice))):
+            return False
+        picked = range(len(self._values[source]))[index]
+        return (0 not in picked) if isinstance(picked, range) else picked != 0
+
+    def _decide_by_tensor(self, node: fx.Node, tensor: fx.Node) -> None:
+        name = (
+            str(node.args[1])
+            if node.target in (getattr, "__getattr__")
+            else getattr(node.target, "__name__", node.target)
+        )
+        if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) > 1:
+            name = ""
+        if name in _SIZES:
+            behind = name == "size" and len(node.args) > 1 and node.args[1] not in (0, -self._values[tensor].dim())
+            if not behind and tensor.op != "get_attr" and name not in ("ndim", "dim", "ndimension"):
+                self._sizes.append(self._values[node])
+        elif name in _DTYPES or name in _DEVICES:
+            kind = "dtype" if name in _DTYPES else "device"
+            self._decided.add(kind)
+            if tensor.op == "get_attr":
+                *modules, attribute = str(tensor.target).split(".")
+                value = getattr(self._values[tensor], kind)
+                self._watch.guard((*modules, attribute, kind), value, len(modules))
+            elif kind == "dtype" and tensor.op != "placeholder":
+                raise Refused(f"what it does depends on the dtype of {tensor}, which is another under autocast")
+        elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
+            raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
+        else:
+            raise Refused(f"what it does depends on numbers in a tensor ({node})")
+
+    def _what_decided(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = value.dtype if "dtype" in self._decided else None
+        return tuple(value.shape[1:]), dtype, value.device.type if "device" in self._decided else None
+
+    def length(self, node: fx.Node) -> int:
+        value = self._values[node]
+        if isinstance(value, Tensor):
+            self._decided.add("value")
+            self._sizes.append(len(value))
+        elif type(value) not in (tuple, list):  # what a child returned is looked at where it is taken apart
+            self._decide(node)
+        return len(value)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.concrete(obj)) if self._guided else super().to_bool(obj)
@@ -134,11 +254,24 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         if not self._guided:
             return super().iter(obj)
-        self._decided = True
-        return iter([obj[i] for i in range(len(self._values[obj.node]))])  # type: ignore[index]
+        value = self._values[obj.node]
+        if type(value) in (tuple, list):  # what a child returned
+            checked = self.create_proxy("call_function", of_length, (obj, len(value)), {})
+            return iter([checked[i] for i in range(len(value))])  # type: ignore[index]
+        return iter([obj[i] for i in range(self.length(obj.node))])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
         return self._values[obj.node].keys() if self._guided else super().keys(obj)
+
+
+def of_length(values: Any, length: int) -> Any:
+    """What a child returned, if it is as long as it was while its parent was traced. Else raises `RuntimeError`."""
+    if len(values) != length:
+        raise RuntimeError(
+            f"a child of a converted block returns {len(values)} values, and {length} when that was converted: "
+            "call rdp.revert(model) and rdp.convert(model, example_inputs=...) again"
+        )
+    return values
 
 
 class _Guided(fx.Proxy):
@@ -154,34 +287,7 @@ class _Guided(fx.Proxy):
         return float(self.tracer.concrete(self))
 
     def __len__(self) -> int:
-        self.tracer._decided = True
-        return len(self.tracer._values[self.node])
-
-
-@contextlib.contextmanager
-def _recording(block: nn.Module) -> Iterator[dict[str, Any]]:
-    """Collects the constants that are read from `block` meanwhile."""
-    original, found = type(block), dict[str, Any]()
-
-    def read(self: nn.Module, name: str) -> Any:
-        value = original.__getattribute__(self, name)
-        if self is block and name != "training" and not name.startswith("_") and is_constant(value):
-            found[name] = value
-        return value
-
-    block.__class__ = type(
-        original.__name__, (original,), {"__getattribute__": read, "__module__": original.__module__}
-    )
-    try:
-        yield found
-    finally:
-        block.__class__ = original
-
-
-def is_constant(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(is_constant, value))
-    return isinstance(value, CONSTANTS)
+        return self.tracer.length(self.node)
 
 
 def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:

@@ -126,8 +126,10 @@ def encoder(batch_first=True):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(6, 6).tril() == 0], ids=["no mask", "mask"])
-@pytest.mark.parametrize("make", [encoder, Decodes])
+MASK = torch.ones(6, 6).tril() == 0
+
+
+@pytest.mark.parametrize(("make", "mask"), [(encoder, None), (Decodes, None), (Decodes, MASK)])
 def test_the_layers_of_torch_are_looked_into(make, mask):
     """With dropout, to the bit; and a dropped branch is left out."""
     torch.manual_seed(0)
@@ -153,6 +155,10 @@ def test_the_layers_of_torch_are_looked_into(make, mask):
 def test_layers_of_torch_that_take_samples_in_dimension_1_are_named():
     report = rdp.convert(encoder(batch_first=False), 0.2, example_inputs=tokens())
     assert any(re.match(r"no path in TransformerEncoderLayer \(2\): .*differs", note) for note in report.notes)
+    report = rdp.convert(encoder(), 0.2, example_inputs=(tokens(4), MASK))  # asks whether the mask is a torch.Tensor
+    assert report.converted or any(
+        "TransformerEncoderLayer (2): its forward can't be traced" in n for n in report.notes
+    )
     assert "no block has a drop-path" in str(rdp.convert(encoder(), example_inputs=tokens()))
 
 
@@ -191,7 +197,16 @@ class NoCopies(Feeds):
         return x + self.drop_path(self.fn(x))
 
 
+class StopsInTraining(NoCopies):
+    def forward(self, x):
+        if self.training:
+            next(iter(()))
+        return x + self.drop_path(self.fn(x))
+
+
 def test_an_error_without_words_has_a_place():
+    (row,) = rdp.convert(nets.tokens_net(StopsInTraining()), example_inputs=tokens()).refused
+    assert re.search(r"StopIteration in forward \(.*test_report\.py:\d+\)", row.refused), row.refused
     (row,) = rdp.convert(nets.tokens_net(NoCopies()), example_inputs=tokens()).refused
     assert re.fullmatch(r"it raises StopIteration in __deepcopy__ \(.*test_report\.py:\d+\)", row.refused), row.refused
     assert describe(KeyError()) == "KeyError"

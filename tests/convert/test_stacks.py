@@ -201,7 +201,7 @@ def test_torchvisions_feature_extractor():
 def test_fx_knows_no_shapes_to_compare():
     model = nets.Net(nets.Sizes(0.0))
     rdp.convert(model, example_inputs=tokens())
-    assert type(model.blocks[0])._rdp_recipe.shapes is not None
+    assert type(model.blocks[0])._rdp_recipe.inputs is not None
     raises = pytest.raises(torch.fx.proxy.TraceError)  # as from the original, which has an `if` over sizes
     with raises, pytest.warns(UserWarning, match="its inputs have no shape while torch.fx records it"):
         record_by("fx", model)

@@ -1,0 +1,145 @@
+"""Python values that a traced forward relies on, and how they are looked at again before each call."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import importlib
+import numbers
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import CONSTANTS
+
+_CONSTANTS = (*CONSTANTS, numbers.Number, enum.Enum, bytes, range, torch.memory_format, torch.layout)
+
+
+class Missing(enum.Enum):
+    """What stands for an attribute that there isn't."""
+
+    MISSING = "not set"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+MISSING = Missing.MISSING
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value can be compared with `==` later and pickled: numbers, strings, types of torch, and containers."""
+    if type(value) in (tuple, list, set, frozenset, torch.Size):
+        return all(map(is_constant, value))
+    if type(value) is dict:
+        return all(map(is_constant, value)) and all(map(is_constant, value.values()))
+    return isinstance(value, _CONSTANTS)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One value, where it is found and what it was.
+
+    Args:
+        place: `"block"`; the name of a Python module; or `"closure"`, that of a function that the block's class holds.
+        path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a closure: the
+            function's qualified name and the variable.
+    """
+
+    place: str
+    path: tuple[str, ...]
+    value: Any
+    num_modules: int = 0
+
+    @classmethod
+    def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0) -> Guard:
+        """With a copy of the value, as lists and dicts may change in place."""
+        return cls(place, tuple(path), copy.deepcopy(value), num_modules)
+
+    def __deepcopy__(self, memo: object) -> Guard:
+        return self
+
+    @property
+    def described(self) -> str:
+        name = ".".join(self.path)
+        if self.place == "block":
+            return f"its attribute {name!r}"
+        if self.place == "closure":
+            return f"the variable {self.path[-1]!r} of an enclosing function"
+        return f"{self.place}.{name}"
+
+    def expression(self, names: dict[str, Any], cells: dict[tuple[str, str], types.CellType]) -> str:
+        """Python source that reads it; `names` takes what the source refers to."""
+        if self.place == "closure":
+            names[f"cell_{len(names)}"] = cells[self.path]  # type: ignore[index]
+            return f"{list(names)[-1]}.cell_contents"
+        text, rest = "self", self.path
+        if self.place == "block":
+            text += "".join(f"._modules[{name!r}]" for name in self.path[: self.num_modules])
+            rest = self.path[self.num_modules :]
+        else:
+            names[f"module_{len(names)}"] = importlib.import_module(self.place)
+            text = list(names)[-1]
+        for name in rest[:-1]:
+            text += f".{name}"
+        return f"getattr({text}, {rest[-1]!r}, MISSING)" if self.value is MISSING else f"{text}.{rest[-1]}"
+
+
+def reader_of(guards: Sequence[Guard], base: type[nn.Module]) -> Callable[[nn.Module], tuple]:
+    """A function that reads the values of all guards from a block, as fast as Python can."""
+    names: dict[str, Any] = {"MISSING": MISSING}
+    closures = any(guard.place == "closure" for guard in guards)
+    cells = dict(cells_of(base)) if closures else {}
+    values = "".join(f"{guard.expression(names, cells)}, " for guard in guards)
+    exec(f"def read(self):\n    return ({values})", names)
+    return names["read"]  # type: ignore[no-any-return]
+
+
+def first_difference(guards: Iterable[Guard], base: type[nn.Module], block: nn.Module) -> str:
+    """The guard that doesn't hold."""
+    for guard in guards:
+        try:
+            (value,) = reader_of([guard], base)(block)
+        except (AttributeError, KeyError, ValueError):
+            value = MISSING
+        if value != guard.value:
+            return f"{guard.described} was {guard.value!r} when it was converted"
+    raise AssertionError("all guards hold")
+
+
+def functions_of(base: type) -> Iterator[types.FunctionType]:
+    """The functions that a class holds, its bases' outside of torch among them, and those in their closures."""
+    seen: set[int] = set()
+    stack: list[Any] = [
+        value
+        for cls in base.__mro__
+        if not cls.__module__.startswith("torch.") and cls is not object
+        for value in vars(cls).values()
+    ]
+    while stack:
+        value = stack.pop(0)
+        value = getattr(value, "__func__", value)
+        if isinstance(value, property):
+            stack += [value.fget, value.fset]
+        if not isinstance(value, types.FunctionType) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        stack += [contents_of(cell) for cell in value.__closure__ or ()]
+
+
+def cells_of(base: type) -> Iterator[tuple[tuple[str, str], types.CellType]]:
+    for function in functions_of(base):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            yield (function.__qualname__, name), cell
+
+
+def contents_of(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None

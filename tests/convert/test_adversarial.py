@@ -1,0 +1,364 @@
+"""Each block of `adversarial.py` trains after conversion exactly as before, or is refused and left as it was."""
+
+import contextlib
+import dataclasses
+import io
+import random
+import re
+import signal
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rdp_kernels as rdp
+from rdp_kernels.paths import CONVERTED
+
+from . import adversarial
+from .adversarial import KINDS
+from .nets import DIM, DropPath
+
+LIMIT = 60
+"""Seconds for a block: a conversion that hangs is an error."""
+STEPS = 9
+AUTOCAST, WITHOUT_GRADIENTS, EVALUATION = (5, 6), 7, 8
+TOLERANCE = 1e-6
+
+
+class Net(nn.Module):
+    """Two blocks of a kind. It returns the head's output and what the blocks returned."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.stem, self.blocks, self.head = (
+            nn.Linear(DIM, DIM),
+            nn.ModuleList(kind() for _ in range(2)),
+            nn.Linear(DIM, 3),
+        )
+
+    def forward(self, x):
+        x, outputs = self.stem(x), []
+        for block in self.blocks:
+            outputs.append(self.kind.call(block, x))
+            x = self.kind.take(outputs[-1])
+        return self.head(x), outputs
+
+
+def net_of(kind):
+    _seed(0)
+    return Net(kind).train()
+
+
+def _seed(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def generators():
+    return torch.get_rng_state(), random.getstate(), [*map(repr, np.random.get_state())]
+
+
+# What is compared
+
+
+def plain(value, seen=()):
+    """`value` in plain containers: of what isn't data there is the type, of modules and functions the name."""
+    if isinstance(value, Tensor):
+        data = value.detach()
+        return ("tensor", str(data.dtype), str(data.device), list(data.shape), value.requires_grad, data.clone())
+    if id(value) in seen:
+        return "a cycle"
+    seen = (*seen, id(value))
+    kind = type(value).__qualname__
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return kind, plain(vars(value), seen)
+    if isinstance(value, dict):
+        return kind, {str(k): plain(v, seen) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return kind, [plain(v, seen) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return kind, sorted(map(repr, value))
+    if isinstance(value, types.SimpleNamespace):
+        return kind, plain(vars(value), seen)
+    if value is None or isinstance(value, (bool, int, float, complex, str, np.number)):
+        return kind, value
+    return kind, getattr(value, "__qualname__", None)
+
+
+def difference(expected, actual, tolerance=TOLERANCE):
+    """Where and how two values of `plain` differ first, or None."""
+    if isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        if expected.shape != actual.shape or expected.is_meta or expected.numel() == 0:
+            return None  # said by what stands before
+        error = float((expected.to(torch.complex128) - actual.to(torch.complex128)).abs().max())
+        largest = max(1.0, float(expected.to(torch.complex128).abs().max()))
+        same = error <= tolerance * largest or (torch.equal(expected.isnan(), actual.isnan()) and error != error)
+        return None if same else f" is off by {error / largest:.1e}"
+    if type(expected) is not type(actual):
+        return f" is {type(actual).__name__} instead of {type(expected).__name__}"
+    if isinstance(expected, dict):
+        if expected.keys() != actual.keys():
+            return (
+                f" has {sorted(actual.keys() - expected.keys())} more, {sorted(expected.keys() - actual.keys())} less"
+            )
+        places = [(f".{k}", expected[k], actual[k]) for k in expected]
+    elif isinstance(expected, (list, tuple)):
+        if len(expected) != len(actual):
+            return f" has length {len(actual)} instead of {len(expected)}"
+        places = [("", a, b) for a, b in zip(expected, actual, strict=True)]
+    else:
+        same = expected == actual or (expected != expected and actual != actual)
+        return None if same else f" is {actual!r} instead of {expected!r}"
+    for place, a, b in places:
+        found = difference(a, b, tolerance)
+        if found is not None:
+            return place + found
+    return None
+
+
+def state_of(model):
+    """Modules with their types, parameters, buffers and attributes, hooks counted; without what conversion adds."""
+    state = {}
+    for name, module in model.named_modules():
+        attributes = {}
+        for key, value in vars(module).items():
+            if key.endswith("hooks") or "_hooks_" in key:
+                attributes[key] = len(value)
+            elif key == "_modules":
+                attributes[key] = {k: type(m).__qualname__ for k, m in value.items()}
+            elif not key.startswith("_rdp") and key != CONVERTED:
+                attributes[key] = plain(value)
+        state[name] = attributes
+    return state
+
+
+# Training
+
+
+def trained(model):
+    """What can be seen of each of five steps, two under autocast, one without gradients, and an evaluation."""
+    kind, seen, calls = model.kind, [], []
+    for name, module in model.blocks.named_modules():
+        if name and not isinstance(module, DropPath) and "drop_path" not in name:
+            record = _Records(name, calls)
+            module.register_forward_pre_hook(record)
+            module.register_forward_hook(record)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(STEPS):
+        model.train(step != EVALUATION)
+        if step == 2:
+            kind.later(model)
+        like = next(model.parameters())
+        x = kind.inputs(step).to(like.device, like.dtype).requires_grad_()
+        _seed(step)
+        calls.clear()
+        now = {}
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=step in AUTOCAST)
+                with autocast, torch.set_grad_enabled(step != WITHOUT_GRADIENTS):
+                    head, outputs = model(x)
+                now["outputs"] = plain((head, outputs))
+                losses = [t for t in (head, *leaves(outputs), *auxiliary(model)) if t.requires_grad]
+                if losses:
+                    sum(t.to(like.dtype).square().mean() for t in losses).backward()
+            except Exception as error:
+                now["raises"] = f"{type(error).__name__}: {error}"
+        now["calls of children"] = list(calls)
+        now["gradients"] = {name: plain(p.grad) for name, p in model.named_parameters()} | {"x": plain(x.grad)}
+        now["generators"] = plain(generators())
+        now["printed"] = printed.getvalue()
+        now["warnings"] = [str(w.message) for w in warned if "runs as before its conversion" not in str(w.message)]
+        optimizer.step()
+        now["state"] = state_of(model)
+        now["shared state"] = plain(adversarial.shared_state())
+        optimizer.zero_grad()
+        seen.append(now)
+    return seen
+
+
+class _Records:
+    """A hook: each call of a child with its arguments, or its output, and the contexts that it is made in."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def __call__(self, module, *values):
+        contexts = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled())
+        contexts = (*contexts, torch.backends.cuda.flash_sdp_enabled(), adversarial.number, module.training)
+        self.calls.append((self.name, contexts, plain(values)))
+
+
+def leaves(value):
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [leaf for v in values for leaf in leaves(v)]
+
+
+def auxiliary(model):
+    found = [getattr(block, "aux_loss", None) for block in model.blocks]
+    return [loss for loss in found if isinstance(loss, Tensor)]
+
+
+def first_difference(expected, actual):
+    for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
+        if theirs.keys() != ours.keys():
+            return f"step {step}: {ours.get('raises', 'no error')} instead of {theirs.get('raises', 'no error')}"
+        for what in theirs:
+            found = difference(theirs[what], ours[what])
+            if found is not None:
+                return f"step {step}: {what}{found}"
+    return None
+
+
+# The judge
+
+
+class Hangs(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def limit(seconds):
+    def stop(*_):
+        raise Hangs(f"it takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def converted(model):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of blocks that warn
+        bare = model.kind.__mro__[1] is adversarial.Bare or model.kind is adversarial.DropPathInForward
+        return rdp.convert(model, 0.0 if bare else None, example_inputs=model.kind.inputs(0)[:4])
+
+
+def judge(kind):
+    """What is wrong with the conversion of a kind; nothing where all is as it must be. And the outcome."""
+    wrong = []
+    adversarial.reset()
+    expected = trained(net_of(kind))
+    adversarial.reset()
+    model = net_of(kind)
+    _seed(1)
+    before, random_before = state_of(model), plain(generators())
+    report = converted(model)
+    found = difference(before, state_of(model))
+    if found is not None:
+        wrong.append(f"conversion leaves the model changed: {found}")
+    found = difference(random_before, plain(generators()))
+    if found is not None:
+        wrong.append(f"conversion moves the generators: {found}")
+    done = [CONVERTED in block.__dict__ for block in model.blocks]
+    reasons = [row.refused for row in report.refused if row.block.startswith("blocks.")]
+    outcome = "right" if all(done) else f"refused: {'; '.join(dict.fromkeys(reasons))}"
+    if any(done) != all(done):
+        wrong.append("blocks of one class are not treated alike")
+    if not any(done) and any(type(block) is not kind for block in model.blocks):
+        wrong.append("a refused block has another class")
+    adversarial.reset()
+    found = first_difference(expected, trained(model))
+    if found is not None:
+        wrong.append(found)
+    return wrong, outcome
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    yield
+    adversarial.reset()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_trains_as_before_or_is_refused(name):
+    kind = KINDS[name]
+    with limit(LIMIT):
+        wrong, outcome = judge(kind)
+    assert not wrong, f"{outcome}: {wrong}"
+    if kind.outcome == "right":
+        assert outcome == "right"
+    elif kind.outcome == "refused":
+        assert outcome.startswith("refused: "), outcome
+        assert re.search(kind.reason, outcome), outcome
+
+
+# With paths dropped
+
+
+def planned(kind, keep, mode):
+    """A converted network, its untouched twin, and what a drop iteration gave: the blocks' inputs and outputs.
+
+    `keep`: for each block what is kept of it.
+    """
+    adversarial.reset()
+    model, twin = net_of(kind), net_of(kind)
+    if not converted(model).converted:
+        pytest.skip("it is refused")
+    adversarial.reset()
+    scheme = rdp.ResidualDropPath(model, 0.5, seed=0)
+    kept = [keep[[path.module.block is block for block in model.blocks].index(True)] for path in scheme.paths]
+    plan = rdp.PathPlan(torch.tensor(kept), [0.5] * len(kept), mode)
+    x = kind.inputs(0)
+    _seed(3)
+    with scheme.drop_iteration(plan=plan), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head, outputs = model(x)
+        head.square().mean().backward()
+    first = model.stem(x).detach()
+    second = kind.take(outputs[0]).detach()
+    return model, twin, (first, second), [kind.take(out).detach() for out in outputs]
+
+
+def expected_of(kind, block, x, keep):
+    """Residual, and a branch that is scaled by 2 where it is kept, by the block as it was."""
+    with torch.no_grad():
+        update = kind.take(kind.call(block, x.clone())) - x
+    return x + 2 * update * torch.as_tensor(keep).float().reshape(-1, 1, 1)
+
+
+RIGHT = [name for name, kind in KINDS.items() if kind.outcome != "refused"]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_dropped_path_is_skipped_and_a_kept_one_scaled(name):
+    kind = KINDS[name]
+    with limit(LIMIT):
+        model, twin, inputs, outputs = planned(kind, [True, False], "block")
+    for _, path in vars(model.blocks[1])[CONVERTED]:
+        inside = [p for module in path.branch_modules() for p in module.parameters()]
+        assert all(p.grad is None for p in inside)
+    if kind.plain:
+        _seed(3)
+        for block, x, out, keep in zip(twin.blocks, inputs, outputs, (True, False), strict=True):
+            torch.testing.assert_close(out, expected_of(kind, block, x, keep), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in RIGHT if KINDS[name].plain])
+def test_rows_are_dropped_as_masks_drop_them(name):
+    """And buffers move as if all rows had been computed."""
+    kind = KINDS[name]
+    rows = [True, False, True, True, False, False]
+    keep = [rows, rows[::-1]]
+    with limit(LIMIT):
+        model, twin, inputs, outputs = planned(kind, keep, "sample")
+    _seed(3)
+    for block, x, out, kept in zip(twin.blocks, inputs, outputs, keep, strict=True):
+        torch.testing.assert_close(out, expected_of(kind, block, x, kept), rtol=1e-5, atol=1e-5)
+    found = difference(plain(dict(twin.named_buffers())), plain(dict(model.named_buffers())))
+    assert found is None, found
