@@ -647,5 +647,5 @@ def _why_not_run(owner: PathOwner) -> str:
     if not owner.training:
         return "it is in eval mode, in which a path follows no plan (call train(), or freeze its parameters)"
     if "forward" in vars(getattr(owner, "block", owner)):
-        return "its forward was replaced later (replace it before rdp.convert)"
+        return "its forward was replaced on the instance, which runs without its paths"
     return "the model skips layers by itself (switch off its LayerDrop), or doesn't use this one"

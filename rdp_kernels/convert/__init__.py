@@ -6,8 +6,10 @@
 | `trace.py` | makes a graph of one block's forward, children as leaves |
 | `carve.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
+| `followed.py` | the functions whose code is in it: whether they are the same still |
 | `converted.py` | what runs then |
 | `check.py` | compares the converted block with the one it was |
+| `side_products.py` | what a branch leaves on its modules |
 | `report.py` | says what was done |
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
@@ -26,8 +28,11 @@ from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
-from .converted import ConvertedPath
-from .report import ConversionError, ConversionReport, PathReport
+from .converted import ConvertedPath, class_among
+from .followed import Followed
+from .graphs import is_add
+from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
+from .side_products import side_products_of
 from .snapshot import preserved
 from .source import install, recipe_of, uninstall
 from .spec import Recipe
@@ -59,8 +64,11 @@ def convert(
         check: compare each converted block with the one it was, on copies: outputs and gradients with fixed masks, in
             float64 where it can be cast. What differs is refused.
 
-    Raises `ConversionError` if `strict`, `RuntimeError` where a scheme has paths of the model and there are new ones,
-    and `TypeError` or `ValueError` naming the argument; the model is then as before.
+    The report names every path, and with `drop_prob` every block in which there is none, with the reason. On the meta
+    device `check=False` has to be given.
+
+    Raises `ConversionError` if `strict`, `RuntimeError` where there are new paths while a scheme of the model is in the
+    middle of a pair of iterations, and `TypeError` or `ValueError` naming the argument; the model is then as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -84,13 +92,19 @@ def convert(
             for block in [*with_drop_path, *reversed(without)]:
                 report.rows += converter.convert(block, names[id(block)])
         done = converter.done
-        order = {name: place for place, name in enumerate(names.values())}
-        report.rows.sort(key=lambda row: order[row.block])
+        report.without_paths = converter.without_paths
     elif not report.rows:
         report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
+    order = {name: place for place, name in enumerate(names.values())}
+    report.rows.sort(key=lambda row: order[row.block])
+    report.without_paths.sort(key=lambda block: order[block.block])
     error: Exception | None = None
-    if done and any(owner.slot.scheme is not None for m in model.modules() for _, owner in paths_of(m)):
-        error = RuntimeError("a scheme has paths of this model and wouldn't know of new ones: call its remove() first")
+    if done and (busy := _busy_with(model)):
+        error = RuntimeError(
+            f"new paths can't be made now: a scheme of the model {busy}, whose plan is about the paths that it had. "
+            "Convert before the next pair of iterations, or call the scheme's reset(); under alternate(), call its "
+            "handle's remove() first"
+        )
     elif strict and report.refused:
         reasons = (f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused)
         error = ConversionError("\n".join(reasons))
@@ -100,9 +114,33 @@ def convert(
         for block, refused in refused_before.items():
             _Converter.note_refused(block, refused or [])
         raise error
+    report.note_blocks()
+    report.notes += _held_twice(model, {row.block for row in report.rows})
     if report.already:
         report.notes.append(_renew(model, done, drop_prob, report))
     return report
+
+
+def _busy_with(model: nn.Module) -> str | None:
+    """What the schemes of a model's paths are in the middle of, if anything: they look for paths before a pair."""
+    for scheme in {owner.slot.scheme for m in model.modules() for _, owner in paths_of(m)}:
+        if scheme is not None and scheme.phase is not None:
+            return f"has a {scheme.phase} iteration open"
+        if scheme is not None and scheme.reuse_pending:
+            return "has a reuse iteration pending"
+    return None
+
+
+def _held_twice(model: nn.Module, blocks: set[str]) -> list[str]:
+    """A note for each block with paths that has several names."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(name)
+    return [
+        f"{names[0]} is {', '.join(names[1:])} too: one block, whose paths are dropped in all its calls or in none"
+        for names in found.values()
+        if len(names) > 1 and names[0] in blocks
+    ]
 
 
 def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionReport, dict[int, str]]:
@@ -144,24 +182,33 @@ def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = Fa
     spec = path.spec
     return PathReport(
         name, type(block).__name__, spec.name, path.drop_prob, whole_in_sample_mode=spec.batch_norm,
-        foreign_rows=spec.foreign_rows, modules=spec.modules, already=already,
+        foreign_rows=spec.foreign_rows, modules=spec.modules, already=already, side_products=path.side_products,
     )  # fmt: skip
 
 
 def revert(model: nn.Module) -> None:
-    """Gives the converted blocks of a model their own classes back. Raises `RuntimeError` while a scheme has them."""
+    """Gives the converted blocks of a model their own classes back. Raises `RuntimeError` while a scheme has them, and
+    where another library has made a class of its own of a converted one; the model is then as before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = [m for m in model.modules() if CONVERTED in m.__dict__]
     for block in blocks:
         if any(path.slot.scheme is not None for _, path in block.__dict__[CONVERTED]):
             raise RuntimeError("a scheme has paths of this model: call its remove() first")
+        kind = class_among(block)
+        if kind is not None and kind is not type(block):
+            raise RuntimeError(
+                f"{type(block).__name__} was made of the converted {kind.__name__}, by a parametrization of the block "
+                "itself or by fully_shard, and can't be reverted: undo that first"
+            )
     for block in blocks:
         uninstall(block)
     for module in model.modules():
         module.__dict__.pop(REFUSED, None)
 
 
+_LAYERS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Residual blocks of torch.nn."""
 _RATE = re.compile(r"(drop_prob|p)=[\d.]+")
 
 
@@ -169,7 +216,9 @@ def _may_convert(module: nn.Module) -> bool:
     """Whether its own forward may hold residual paths that are not paths of ours yet."""
     if CONVERTED in module.__dict__ or isinstance(getattr(module, "slot", None), PathSlot):
         return False
-    if type(module) in CONTAINERS or type(module).__module__.startswith("torch.nn."):
+    if type(module) in CONTAINERS:
+        return False
+    if type(module).__module__.startswith("torch.nn.") and type(module) not in _LAYERS_OF_TORCH:
         return False
     return any(True for child in module.children() for _ in child.parameters())
 
@@ -187,10 +236,13 @@ class _Converter:
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
         self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
         self._in_branches = in_branches
+        self._side_products: dict[int, tuple[str, ...]] = {}
+        """By the recipe's id."""
         self.done: list[nn.Module] = []
+        self.without_paths: list[BlockReport] = []
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
-        """What became of the block's paths; nothing where it has none."""
+        """What became of the block's paths. A block without any is noted in `without_paths`."""
         kind, named = type(block).__name__, drop_paths_of(block)
 
         def row(path: str, **more: Any) -> PathReport:
@@ -198,17 +250,28 @@ class _Converter:
             rate = self._drop_prob if drop_path is None or self._drop_prob is not None else rate_of(drop_path)
             return PathReport(name, kind, path, rate or 0.0, **more)
 
+        def nothing(reason: str, inside: str | None = None) -> list[PathReport]:
+            self.without_paths.append(BlockReport(name, kind, reason, inside))
+            return []
+
         if id(block) in self._in_branches:
-            return [row(path, nested=self._in_branches[id(block)]) for path in named]
+            outer = self._in_branches[id(block)]
+            return [row(path, nested=outer) for path in named] or nothing("it lies in the branch of a path", outer)
         try:
             if id(block) not in self._calls:
                 raise Refused("the model doesn't call its block in an evaluation of the example")
+            replaced = "forward" if "forward" in vars(block) else Followed.of(type(block)).replaced_on(block)
+            if replaced is not None:
+                raise Refused(
+                    f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only its class's can "
+                    "be followed: convert before that"
+                )
             with in_eval(block):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
         except Exception as error:
-            reason = str(error) if isinstance(error, Refused) else f"it raises {type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, Refused) else f"it raises {describe(error)}"
             self.note_refused(block, list(named))
-            return [row(path, refused=reason) for path in named]
+            return [row(path, refused=reason) for path in named] or nothing(reason)
         self.note_refused(block, [path for path, _ in carved.refused if path.partition(":")[0] in named])
         rows = [row(path, refused=reason) for path, reason in carved.refused]
         rows += [row(path, nested=outer) for path, outer in carved.nested]
@@ -216,10 +279,12 @@ class _Converter:
             install(block, recipe, self._drop_prob)
             self.done.append(block)
             for _, path in block.__dict__[CONVERTED]:
+                within = tuple(f"{module}." for module in path.spec.modules)
+                path.side_products = tuple(n for n in self._side_products[id(recipe)] if n.startswith(within))
                 rows.append(_row_of(name, block, path))
                 inside = {id(m) for inner in path.branch_modules() for m in inner.modules()}
                 self._in_branches |= dict.fromkeys(inside, f"{name}.{path.spec.name}")
-        return rows
+        return rows or nothing(_why_none(named, carved))
 
     @staticmethod
     def note_refused(block: nn.Module, names: list[str]) -> None:
@@ -255,12 +320,33 @@ class _Converter:
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
+            if any(t.is_meta for t in [*block.parameters(), *block.buffers(), *_tensors_of(calls)]):
+                raise Refused(
+                    "it is on the meta device, and the check needs numbers: materialise the model first (to_empty, and "
+                    "load its weights), or call rdp.convert(model, check=False)"
+                )
             self_check(block, carved, recipe, calls)
+        if recipe.paths:
+            self._side_products[id(recipe)] = side_products_of(block, calls[0])
         return recipe, carved
+
+
+def _why_none(named: dict[str, nn.Module], carved: Carved) -> str:
+    if named:
+        return "its own forward calls none of its drop-paths"
+    if carved.called:
+        return "its residual adds stand around blocks that have paths of their own"
+    if any(map(is_add, carved.reference.nodes)):
+        return "of no add in its own forward is one summand computed with weights from the other"
+    return "no add in its own forward"
+
+
+def _tensors_of(calls: Sequence[Call]) -> list[Tensor]:
+    return [value for call in calls for value in call.flat()[0] if isinstance(value, Tensor)]
 
 
 def _code(traced: Trace) -> str:
     return traced.graph.python_code("self").src
 
 
-__all__ = ["ConversionError", "ConversionReport", "PathReport", "convert", "revert"]
+__all__ = ["BlockReport", "ConversionError", "ConversionReport", "PathReport", "convert", "revert"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..drop_paths import mode_of, rate_of, scales_by_keep
 from ..path_call import run_path
@@ -23,10 +25,20 @@ class ConvertedPath:
 
     gamma = shortcut = activation = None
     channel_dim = -1
+    side_products: tuple[str, ...] = ()
+    """As in `PathReport`."""
 
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
+        self.origins: tuple[PathSlot, ...] = ()
+        """The slots of the paths that this one was copied from, where its block is a shallow copy."""
+
+    def of(self, block: nn.Module) -> ConvertedPath:
+        """The same path of a shallow copy of its block."""
+        path = copy.copy(self)
+        path.block, path.slot, path.origins = block, PathSlot(), (*self.origins, self.slot)
+        return path
 
     @property
     def drop_path(self) -> nn.Module | None:
@@ -67,8 +79,16 @@ class ConvertedPath:
         return [self.block.get_submodule(name) for name in self.spec.modules]
 
     def own_parameters(self) -> list[tuple[nn.Module, str]]:
-        split = [name.rpartition(".") for name in self.spec.parameters]
-        return [(self.block.get_submodule(module), name) for module, _, name in split]
+        places = []
+        for full in self.spec.parameters:
+            owner, _, name = full.rpartition(".")
+            module = self.block.get_submodule(owner)
+            if name not in module._parameters and parametrize.is_parametrized(module, name):
+                made = module.parametrizations[name].modules()  # type: ignore[union-attr,index]
+                places += [(m, inner) for m in made for inner in m._parameters]
+            else:
+                places.append((module, name))
+        return places
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         norm = self.norm
@@ -106,12 +126,47 @@ def this() -> NoReturn:
 def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
     """Path `index` of a converted block; what generated forwards call."""
     path: ConvertedPath = block.__dict__[CONVERTED][index][1]
+    if path.block is not block or path.origins:
+        path = _of_copy(block, index)
     if path.spec.zeros is not None:
         sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
         residual = x.new_zeros((x.shape[0], *sizes))
     out = run_path(path, x, args, {}, residual)  # type: ignore[arg-type]
     # As after the block's own add: what follows may work in place on what comes back.
     return out.clone() if out is (x if residual is None else residual) and path.spec.zeros is None else out
+
+
+def own_paths(block: nn.Module) -> None:
+    """Gives a shallow copy of a converted block, or a replica, paths of its own, without a scheme."""
+    paths = block.__dict__.get(CONVERTED)
+    if paths and paths[0][1].block is not block:
+        block.__dict__[CONVERTED] = [(name, path.of(block)) for name, path in paths]
+
+
+def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
+    """Raises `RuntimeError` inside an iteration of the scheme of the block that was copied, unless the copy has one."""
+    own_paths(block)
+    name, path = block.__dict__[CONVERTED][index]
+    schemes = [slot.scheme for slot in path.origins] if path.slot.scheme is None else []
+    if any(scheme is not None and scheme.phase is not None for scheme in schemes):
+        raise RuntimeError(
+            f"path {name!r} of {type(block).__name__} can't follow the plan: its block is a shallow copy of the "
+            "scheme's, made by copy.copy or as a replica of DataParallel. Call the scheme's own model; use "
+            "copy.deepcopy for copies, and DistributedDataParallel for several devices"
+        )
+    return path
+
+
+def class_among(block: nn.Module) -> type | None:
+    """The converted class among a block's; None where it was given another class since. Not the first where a
+    parametrization of the block's own tensors or `fully_shard` has made a class of its own of it."""
+    return next((kind for kind in type(block).__mro__ if "_rdp_recipe" in kind.__dict__), None)
+
+
+def original_of(block: nn.Module) -> Any:
+    """The class that a converted block had."""
+    kind = class_among(block)
+    return type(block) if kind is None else kind.__bases__[0]
 
 
 def is_observed(block: nn.Module) -> bool:
@@ -122,7 +177,7 @@ def is_observed(block: nn.Module) -> bool:
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward that the block had, where what was traced doesn't hold. Raises `RuntimeError` inside an iteration, as
     that forward would draw masks of its own."""
-    original = type(block).__mro__[1]
+    original = original_of(block)
     for name, path in block.__dict__[CONVERTED]:
         scheme = path.slot.scheme
         if scheme is not None and scheme.phase is not None:
@@ -134,4 +189,4 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
     if reason not in warned:
         warned.add(reason)
         warnings.warn(f"{original.__name__} runs as before its conversion and skips nothing: {reason}", stacklevel=4)
-    return original.forward(block, *args, **kwargs)  # type: ignore[attr-defined]
+    return original.forward(block, *args, **kwargs)

@@ -33,11 +33,10 @@ MISSING = Missing.MISSING
 KINDS = {
     "value": "{}",
     "present": "({} is not None)",
-    "method": "({}.__func__ is {expected})",
     "names": "tuple({}._modules)",
     "type": "type({}).__qualname__",
 }
-"""How each kind of guard reads what it compares; `expected`: a method as the block's class has it."""
+"""How each kind of guard reads what it compares."""
 
 
 def is_constant(value: Any) -> bool:
@@ -57,7 +56,7 @@ class Guard:
         place: `"block"`; the name of a Python module; or `"closure"`, that of a function that the block's class holds.
         path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a closure: the
             function's qualified name and the variable.
-        kind: of `KINDS`. Of `"present"` and `"method"` the value is True.
+        kind: of `KINDS`. Of `"present"` the value is True.
     """
 
     place: str
@@ -79,7 +78,7 @@ class Guard:
         if self.place == "closure":
             name = f"the variable {self.path[-1]!r} of an enclosing function"
         elif self.place == "block":
-            name = f"its {'method' if self.kind == 'method' else 'attribute'} {name!r}"
+            name = f"its attribute {name!r}"
         else:
             name = f"{self.place}.{name}"
         if self.kind == "names" and value is not MISSING:
@@ -88,7 +87,7 @@ class Guard:
             return f"{name} was {self.value!r} when it was converted"
         return f"{name} was another when it was converted"
 
-    def expression(self, base: type[nn.Module], names: dict[str, Any], cells: Mapping[Any, types.CellType]) -> str:
+    def expression(self, names: dict[str, Any], cells: Mapping[Any, types.CellType]) -> str:
         """Python source that reads it; `names` takes what the source refers to."""
 
         def named(value: Any) -> str:
@@ -106,8 +105,7 @@ class Guard:
             text += f".{name}"
         if self.value is MISSING:
             return f"getattr({text}, {rest[-1]!r}, MISSING)"
-        expected = named(getattr(base, rest[-1])) if self.kind == "method" else ""
-        return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text, expected=expected)
+        return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text)
 
 
 class Guards:
@@ -116,7 +114,7 @@ class Guards:
     def __init__(self, guards: Sequence[Guard], base: type[nn.Module]):
         self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)
         cells = dict(cells_of(base)) if any(guard.place == "closure" for guard in guards) else {}
-        self._expressions = [guard.expression(base, self._names, cells) for guard in guards]
+        self._expressions = [guard.expression(self._names, cells) for guard in guards]
         values = tuple(guard.value for guard in guards)
         source = "".join(f"{text}, " for text in self._expressions)
         exec(f"def holds(self, values):\n    return ({source}) == values", self._names)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from .._table import table
+
+_NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
 class ConversionError(ValueError):
@@ -29,6 +36,9 @@ class PathReport:
     modules: tuple[str, ...] = ()
     already: bool = False
     """Whether it was converted by an earlier call."""
+    side_products: tuple[str, ...] = ()
+    """Attributes that a forward of the branch sets on its modules, by name within the block. Each is of the last call
+    in which the branch ran, and of the rows that it ran on; a skipped branch leaves what was there."""
 
     @property
     def what(self) -> str:
@@ -42,15 +52,32 @@ class PathReport:
             skipped += "; BatchNorm: skipped in block mode, run whole and masked in sample mode"
         if self.foreign_rows:
             skipped += "; its rows aren't samples: decided for the whole batch"
+        if self.side_products:
+            skipped += f"; sets {', '.join(self.side_products)}: of its last run and the rows of that"
         return f"converted already; {skipped}" if self.already else skipped
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block that `convert` looked at and in which it found no path."""
+
+    block: str
+    block_class: str
+    reason: str
+    inside: str | None = None
+    """The path in whose branch it lies."""
 
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, path by path, in registration order. `str` of it is a table; rich draws it, if installed."""
+    """What `convert` did, path by path, in registration order. `str` of it is a table; rich draws it, if installed.
+
+    `without_paths` has the blocks in which it found no path, one by one; the table groups them by class and reason.
+    """
 
     rows: list[PathReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    without_paths: list[BlockReport] = field(default_factory=list)
 
     @property
     def converted(self) -> list[PathReport]:
@@ -75,7 +102,24 @@ class ConversionReport:
         text += f", {len(self.already)} converted already" if self.already else ""
         return text + (f", {len(self.refused)} refused" if self.refused else "")
 
+    def note_blocks(self) -> None:
+        """Adds a note for each class of blocks without a path and each reason."""
+        found = Counter((b.block_class, b.reason) for b in self.without_paths)
+        self.notes += [f"no path in {kind} ({count}): {reason}" for (kind, reason), count in found.items()]
+
     def __str__(self) -> str:
         cells = [(r.block or "(the model)", r.block_class, r.name, f"{r.drop_prob:.3f}", r.what) for r in self.rows]
         header = ("block", "class", "path", "p", "what")
         return "\n".join([*table(header, cells), *self.notes, self.summary()])
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line of the message; where there is none, the place in the user's code that raised it."""
+    message = str(error).strip()
+    if message:
+        return f"{type(error).__name__}: {message.splitlines()[0]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not os.path.abspath(frame.filename).startswith(_NOT_THE_USERS)] or frames
+    if not theirs:
+        return type(error).__name__
+    return f"{type(error).__name__} in {theirs[-1].name} ({theirs[-1].filename}:{theirs[-1].lineno})"

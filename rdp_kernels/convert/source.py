@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import inspect
@@ -17,6 +18,7 @@ from ..paths import CONVERTED
 from . import converted
 from .calls import Refused
 from .carve import Carved
+from .followed import Followed
 from .guards import Guards
 from .spec import Recipe
 from .trace import Trace
@@ -26,7 +28,7 @@ _RUN = re.compile(r"\b\w*converted_run\(")
 _PASSED_ON = {"num_items_in_batch", "use_cache"}
 """What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
-_classes: dict[tuple[type, str], type] = {}
+_classes: dict[tuple[Any, ...], type] = {}
 
 
 def recipe_of(traced: Trace, carved: Carved) -> Recipe:
@@ -76,15 +78,22 @@ def _import(module: str, name: str) -> Any:
     return found
 
 
-def class_of(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    """The subclass of `base` that a recipe describes; one and the same for the same recipe."""
-    key = (base, repr(recipe))  # a pickle's bytes tell equal objects from the same
+def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> type[nn.Module]:
+    """The subclass of `base` that a recipe describes; one and the same for the same recipe and the same code.
+
+    `digest`: of the code that was followed when the recipe was made; None where it is being made now.
+    """
+    followed = Followed.of(base)
+    digest = followed.digest() if digest is None else digest
+    key = (base, followed.identities(), digest, repr(recipe))  # pickles of equal strings differ where they are shared
     if key not in _classes:
-        _classes[key] = _make(base, recipe)
+        _classes[key] = _make(base, recipe, followed, digest)
     return _classes[key]
 
 
-def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str) -> type[nn.Module]:
+    now = followed.digest()
+    out_of_date = "" not in (digest, now) and digest != now
     file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
     linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
     space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
@@ -97,6 +106,11 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     def call(self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not (self.training or converted.is_observed(self)):
             return base.forward(self, *args, **kwargs)
+        if out_of_date:
+            return converted.fall_back(self, "its class has other code than when it was converted", args, kwargs)
+        replaced = followed.replaced() or followed.replaced_on(self)
+        if replaced is not None:
+            return converted.fall_back(self, f"{replaced} was replaced after its conversion", args, kwargs)
         inputs = signature.inputs_of(args, kwargs)
         if inputs is None and not passed_on.isdisjoint(kwargs):
             inputs = signature.inputs_of(args, {name: v for name, v in kwargs.items() if name not in passed_on})
@@ -115,8 +129,10 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
+        "__setstate__": _set_state,
         "__prepare_scriptable__": _prepare_scriptable,
         "_rdp_recipe": recipe,
+        "_rdp_digest": digest,
         "_rdp_branches": [space[f"_branch_{i}"] for i in range(len(recipe.paths))],
         "forward": _named_as(base.forward, call),
     }
@@ -169,16 +185,26 @@ def install(block: nn.Module, recipe: Recipe, drop_prob: float | None) -> None:
 
 
 def uninstall(block: nn.Module) -> None:
-    block.__class__ = type(block).__mro__[1]
+    block.__class__ = converted.original_of(block)
     for name in (CONVERTED, "_rdp_warned"):
         block.__dict__.pop(name, None)
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
-    base, recipe = type(self).__mro__[1], type(self)._rdp_recipe  # type: ignore[attr-defined]
-    return rebuild, (base, recipe), self.__dict__.copy()
+    kind: Any = converted.class_among(self)
+    base = kind.__bases__[0]
+    make, args, *state = base.__reduce_ex__(self, max(protocol, 2))
+    if make is not copyreg.__newobj__ or args != (kind,):  # type: ignore[attr-defined]
+        return make, args, *state
+    return rebuild, (base, kind._rdp_recipe, kind._rdp_digest), *state
 
 
-def rebuild(base: type[nn.Module], recipe: Recipe) -> nn.Module:
+def _set_state(self: nn.Module, state: Any) -> None:
+    """Of a copy: `copy.copy` hands the original's contents over, its paths among them."""
+    converted.original_of(self).__setstate__(self, state)
+    converted.own_paths(self)
+
+
+def rebuild(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> nn.Module:
     """An instance without contents: what a pickle of a converted block begins with."""
-    return object.__new__(class_of(base, recipe))
+    return object.__new__(class_of(base, recipe, digest))

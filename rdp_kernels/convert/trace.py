@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..drop_paths import owns_drop_path
 from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
+from .report import describe
 from .snapshot import preserved_generators
 from .watch import Watch, ambient
 
@@ -58,7 +59,7 @@ def trace(block: nn.Module, call: Call) -> Trace:
             except Exception as error:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
-                reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+                reasons.append(describe(error))
     raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(reasons))}")
 
 

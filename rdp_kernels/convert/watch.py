@@ -258,13 +258,11 @@ class Watch:
         self._children += [(*path, name) for name in module._modules]
 
     def _see_method(self, module: nn.Module, name: str, value: Any, path: tuple[str, ...]) -> None:
-        """A method that the own forward calls is one of those that may be replaced, on the block or on its class."""
+        """A method of a child may be replaced later; `followed.py` sees to the block's own."""
         function = getattr(value, "__func__", None)
-        if not isinstance(function, types.FunctionType) or not of_user(function.__code__):
+        if module is self._block or not isinstance(function, types.FunctionType) or not of_user(function.__code__):
             return
-        if module is self._block:
-            self.guard(path, True, 0, "method")
-        elif can_be_pickled(function):
+        if can_be_pickled(function):
             self.guard((*path, "__func__"), function, len(path) - 1)
         else:
             raise self.refuse(f"its forward calls the method {'.'.join(path)!r}, which can't be imported by name")
@@ -468,9 +466,11 @@ class Watch:
             self._refusals.append(f"{code.co_name} reads the global {'.'.join(path)!r}, a {type(value).__name__}")
 
     def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
-        """A function that the forward calls is one of those that may be replaced in their modules."""
+        """A function may be replaced in its module; `followed.py` sees to those that a forward calls by one name."""
         if isinstance(function, types.FunctionType):
             self._see_defaults(function)
+            if len(path) == 1:
+                return
         if (
             can_be_pickled(function)
             and isinstance(module, str)

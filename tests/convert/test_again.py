@@ -1,5 +1,7 @@
 """A model that is converted a second time, whole or in part."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -77,16 +79,79 @@ def test_blocks_that_were_added_are_converted(model):
     assert len(rdp.ResidualDropPath(model).paths) == 5
 
 
+def train(model, scheme, steps=4):
+    """Bit by bit: the weights and losses of some pairs."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        for phase in scheme.iterations():
+            loss = model(tokens()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append((phase, loss.item()))
+    return losses, list(model.parameters())
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_a_scheme_goes_on_with_new_paths(model, own):
+    """Training is to the bit that of a scheme which was made after them."""
+    scheme = rdp.ResidualDropPath(model, own, seed=3)
+    train(model, scheme)
+    torch.manual_seed(1)
+    model.blocks.append(nets.Concat(0.3))
+    twin = copy.deepcopy(model)
+    report = rdp.convert(model, example_inputs=tokens())
+    assert len(report.converted) == 1
+    rdp.convert(twin, example_inputs=tokens())
+    other = rdp.ResidualDropPath(twin, own, seed=3)
+    other.load_state_dict({**scheme.state_dict(), "num_paths": 4})
+    losses, weights = train(model, scheme)
+    expected, wanted = train(twin, other)
+    assert len(scheme.paths) == 4
+    assert losses == expected
+    assert all(map(torch.equal, weights, wanted))
+
+
+def drop_iteration_open(scheme, model):
+    with scheme.drop_iteration():
+        model(tokens()).sum().backward()
+        yield
+    scheme.reset()
+
+
+def reuse_pending(scheme, model):
+    plan = rdp.PathPlan(torch.tensor([True, False, True]), [0.5] * 3, "block")
+    with scheme.drop_iteration(plan=plan):
+        model(tokens()).sum().backward()
+    yield
+    scheme.reset()
+
+
+def alternating(scheme, model):
+    handle = scheme.alternate(torch.optim.SGD(model.parameters(), lr=0.1))
+    yield
+    handle.remove()
+
+
+BUSY = {
+    drop_iteration_open: "has a drop iteration open",
+    reuse_pending: "has a reuse iteration pending",
+    alternating: "has a drop iteration open.*its handle's remove",
+}
+
+
+@pytest.mark.parametrize("busy", BUSY)
 @pytest.mark.parametrize("drop_prob", [None, 0.5])
-def test_new_paths_are_refused_while_a_scheme_has_the_model(model, drop_prob):
+def test_no_new_paths_in_the_middle_of_a_pair(model, drop_prob, busy):
     scheme = rdp.ResidualDropPath(model)
     model.blocks.append(nets.Concat(0.3))
     before = classes(model)
-    with pytest.raises(RuntimeError, match=r"a scheme has paths of this model.*remove\(\)"):
-        rdp.convert(model, drop_prob, example_inputs=tokens())
-    assert classes(model) == before
-    assert rates(model) == [0.2] * 3
-    scheme.remove()
+    for _ in busy(scheme, model):
+        with pytest.raises(RuntimeError, match=f"new paths can't be made now: a scheme of the model {BUSY[busy]}"):
+            rdp.convert(model, drop_prob, example_inputs=tokens())
+        assert classes(model) == before
+        assert rates(model) == [0.2] * 3
     assert len(rdp.convert(model, drop_prob, example_inputs=tokens()).converted) == 1
 
 

@@ -40,6 +40,9 @@ paths only, and the other drop-paths go on drawing masks of their own, in both i
 **BatchNorm** in a branch: skipped in block mode, run whole and masked in sample mode. **Rows** that aren't samples (windows,
 patches): the branch is dropped for the whole batch in either mode. Models without a drop-path get one for each residual
 add with `rdp.convert(model, drop_prob=0.2)`, DenseNet's layers one whose dropped result is zeros.
+
+**Side products** of a branch (attention maps, counters, what hooks store) are of the last call in which it ran, and of the
+rows of that.
 """
 
 

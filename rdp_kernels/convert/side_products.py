@@ -1,0 +1,58 @@
+"""Attributes that a block's modules have after a forward and hadn't before: attention maps, auxiliary losses, features.
+
+A branch that is skipped doesn't set them, and one that runs on some rows sets them to what these give.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .calls import CONSTANTS, Call, cloned
+from .snapshot import preserved_generators
+
+
+def side_products_of(block: nn.Module, call: Call) -> tuple[str, ...]:
+    """The names, as "attn.last_map", of tensors, counters and buffers that a training forward of the block sets on its
+    modules; BatchNorm's buffers don't count. Found by running a copy of it: nothing is said of a block that can't be
+    copied or doesn't run in training mode."""
+    try:
+        with preserved_generators(), torch.no_grad():
+            copied = copy.deepcopy(block).train()
+            before = _state(copied)
+            given = call.map_tensors(cloned)
+            copied(*given.args, **given.kwargs)
+            return tuple(name for name, value in _state(copied).items() if _differ(before.get(name, []), value))
+    except Exception:
+        return ()
+
+
+def _state(block: nn.Module) -> dict[str, list[tuple[Any, int]]]:
+    """What the attributes of all modules hold, containers taken apart, with the number of times that a tensor was
+    written to."""
+    found = {}
+    for path, module in block.named_modules():
+        if isinstance(module, (_BatchNorm, _InstanceNorm)):
+            continue
+        for name, value in {**vars(module), **module._buffers}.items():
+            made = f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters  # by weight_norm, pruning
+            if name not in ("_parameters", "_modules", "_buffers") and not made:
+                leaves = pytree.tree_leaves(value)
+                versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+                found[f"{path}.{name}" if path else name] = list(zip(leaves, versions, strict=True))
+    return found
+
+
+def _differ(before: list[tuple[Any, int]], after: list[tuple[Any, int]]) -> bool:
+    if len(before) != len(after):
+        return True
+    for (old, then), (new, now) in zip(before, after, strict=True):
+        if then != now or (old is not new and (isinstance(new, Tensor) or (isinstance(new, CONSTANTS) and old != new))):
+            return True
+    return False
