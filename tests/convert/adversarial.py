@@ -241,6 +241,22 @@ class DropoutChild(Residual):
         return self.dropout(self.fc(x))
 
 
+@right
+class DropoutRateOfBlock(Residual):
+    """Dropout as a function, with a rate of the block's, which is raised later."""
+
+    plain = False
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.1
+
+    def branch(self, x):
+        return F.dropout(self.fc(x), self.rate, self.training)
+
+    later = each(lambda block: setattr(block, "rate", 0.5))
+
+
 @either
 class BernoulliInPlace(Residual):
     """DropBlock's way to draw a mask: a new tensor, filled in place."""
@@ -1814,6 +1830,24 @@ class BatchNormChild(Residual):
         return self.bn(self.fc(x))
 
 
+@right
+class BatchNormWithoutStatistics(BatchNormChild):
+    """Batch norm that normalises by the batch always."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(5, track_running_stats=False)
+
+
+@either
+class InstanceNormTracked(BatchNormChild):
+    """Instance norm, which follows means over the batch in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.InstanceNorm1d(5, track_running_stats=True)
+
+
 class EvoNorm(nn.Module):
     """Normalises by the batch's variance."""
 
@@ -2700,6 +2734,93 @@ class ReadsLayersOfItself(Residual):
     later = each(lambda block: block.add_module("second", nn.Linear(DIM, DIM)))
 
 
+@right
+class AsksForCompilers(Residual):
+    """Asks whether it is being scripted, traced, compiled or exported, as libraries do."""
+
+    def branch(self, x):
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return 2 * self.fc(x)
+        return self.fc(x)
+
+
+@right
+class DecoratedForScript(Residual):
+    """A helper that TorchScript leaves alone."""
+
+    @torch.jit.ignore
+    def scale(self, y):
+        return 0.5 * y
+
+    def branch(self, x):
+        return self.scale(self.fc(x))
+
+
+@either
+class DecoratedForDynamo(Residual):
+    """A helper that torch.compile leaves alone."""
+
+    @torch._dynamo.disable
+    def scale(self, y):
+        return 0.5 * y
+
+    def branch(self, x):
+        return self.scale(self.fc(x))
+
+
+@right
+class NumberOfDimensions(Residual):
+    """The number of dimensions decides."""
+
+    def branch(self, x):
+        return self.fc(x) if x.dim() == 3 and x.ndim == 3 else 2 * self.fc(x)
+
+
+@either
+class ForwardAssigned(Residual):
+    """Chooses its forward when it is made, as RepVGG's blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.forward_doubled
+
+    def forward_doubled(self, x):
+        return x + self.drop_path(2 * self.fc(x))
+
+
+@right
+class CalledTwice(Residual):
+    """A block that the network calls twice, as ALBERT's."""
+
+    plain = False
+
+    @staticmethod
+    def call(block, x):
+        return block(block(x))
+
+
+def halve_gradients(module, gradients, _):
+    return tuple(0.5 * g for g in gradients)
+
+
+@right
+class BackwardHookOnChild(Residual):
+    """A backward hook on a child scales gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc.register_full_backward_hook(halve_gradients)
+
+
+@right
+class BackwardHookOnBlock(Residual):
+    """A backward hook on the block scales gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_full_backward_hook(halve_gradients)
+
+
 # Drop-paths
 
 
@@ -2907,6 +3028,28 @@ class Bare(Residual):
 @right
 class BarePlain(Bare):
     """Nothing special."""
+
+
+@right
+class BareFunctionOfTimm(Bare):
+    """A drop-path that is a function, with a rate of the block's, which is raised later."""
+
+    plain = False
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, x):
+        return x + drop_path(self.fc(x), self.rate, self.training)
+
+    later = each(lambda block: setattr(block, "rate", 0.5))
+
+
+def drop_path(x, drop_prob, training):
+    if drop_prob == 0.0 or not training:
+        return x
+    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - drop_prob) / (1 - drop_prob)
 
 
 @refused("")
