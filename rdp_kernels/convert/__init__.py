@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._checks import check_bool, check_probability
@@ -29,6 +28,7 @@ from .carve import Carved, carve
 from .check import check as self_check
 from .converted import ConvertedPath
 from .report import ConversionError, ConversionReport, PathReport
+from .snapshot import preserved
 from .source import install, recipe_of, uninstall
 from .spec import Recipe
 from .trace import Trace, trace
@@ -76,11 +76,12 @@ def convert(
     done: list[nn.Module] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
-        calls = record_calls(model, [*with_drop_path, *without], example)
-        converter = _Converter(model, drop_prob, check, inside, *calls)
-        # Of blocks in blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
-        for block in [*with_drop_path, *reversed(without)]:
-            report.rows += converter.convert(block, names[id(block)])
+        with preserved(model):
+            calls = record_calls(model, [*with_drop_path, *without], example)
+            converter = _Converter(model, drop_prob, check, inside, *calls)
+            # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
+            for block in [*with_drop_path, *reversed(without)]:
+                report.rows += converter.convert(block, names[id(block)])
         done = converter.done
         order = {name: place for place, name in enumerate(names.values())}
         report.rows.sort(key=lambda row: order[row.block])
@@ -201,7 +202,7 @@ class _Converter:
         try:
             if id(block) not in self._calls:
                 raise Refused("the model doesn't call its block in an evaluation of the example")
-            with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
+            with in_eval(block):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
         except Exception as error:
             reason = str(error) if isinstance(error, Refused) else f"it raises {type(error).__name__}: {error}"
