@@ -45,6 +45,8 @@ context_scale = contextvars.ContextVar("scale", default=1.0)
 log: list = []
 counts = {"calls": 0}
 ticks = [itertools.count()]
+neighbour = nn.Identity()
+neighbour.feature = None
 generator = torch.Generator().manual_seed(3)
 
 
@@ -794,7 +796,7 @@ class TellsNeighbour(Residual):
 
     def __init__(self):
         super().__init__()
-        self.neighbours = [types.SimpleNamespace(feature=None)]
+        self.neighbours = [neighbour]
 
     def branch(self, x):
         y = self.fc(x)
@@ -1521,7 +1523,7 @@ class CountsInBufferByAdd(CountsInBuffer):
         return self.fc(x)
 
 
-@either
+@refused("sets|changes")
 class CountsInBufferAndUses(CountsInBuffer):
     """Counts its calls in a buffer and scales by that."""
 
@@ -1700,10 +1702,11 @@ class AverageOfWeights(Residual):
 
 @refused("in place")
 class ClampsWeights(Residual):
-    """Clamps its weights in the forward."""
+    """Clamps its weights in the forward of training."""
 
     def branch(self, x):
-        self.fc.weight.data.clamp_(-0.2, 0.2)
+        if self.training:
+            self.fc.weight.data.clamp_(-0.2, 0.2)
         return self.fc(x)
 
 
@@ -1805,7 +1808,7 @@ class HooksInForward(Residual):
 # Batch statistics
 
 
-@either
+@refused("differs|changes")
 class BatchNormFunction(Residual):
     """Batch norm as a function, its statistics in buffers."""
 
@@ -1839,7 +1842,7 @@ class BatchNormWithoutStatistics(BatchNormChild):
         self.bn = nn.BatchNorm1d(5, track_running_stats=False)
 
 
-@either
+@refused("training")
 class InstanceNormTracked(BatchNormChild):
     """Instance norm, which follows means over the batch in training."""
 
@@ -2160,7 +2163,7 @@ class InputItself(ListOutput):
         return *out, out[1] is x
 
 
-@right
+@refused("frozen")
 class WeightAsOutput(Residual):
     """Returns a weight beside the sum."""
 
@@ -2275,7 +2278,7 @@ class InPlaceInChild(Residual):
 # Gradients
 
 
-@right
+@refused("requires_grad")
 class DetachedResidual(Residual):
     """The residual gets no gradient."""
 
@@ -2484,7 +2487,7 @@ class CachedParametrisation(WeightNorm):
             return self.fc(self.fc(x))
 
 
-@right
+@refused("in training")
 class SpectralNorm(Residual):
     """Spectral norm, whose power iteration moves buffers in training."""
 
@@ -2655,7 +2658,7 @@ class TemporalShift(Residual):
         return self.fc(torch.cat([x[..., :4].roll(1, 0), x[..., 4:]], dim=-1))
 
 
-@right
+@refused("few dropped")
 class HalvesOfBatch(Residual):
     """Runs the halves of the batch one after the other."""
 
@@ -3116,7 +3119,7 @@ def reset():
     context_scale.set(1.0)
     log.clear()
     table.cache_clear()
-    ticks[0] = itertools.count()
+    ticks[0], neighbour.feature = itertools.count(), None
     generator.manual_seed(3)
     os.environ.pop(ENVIRON, None)
     torch.set_default_dtype(torch.float32)
@@ -3132,6 +3135,7 @@ def shared_state():
     values = {"number": number, "activation": activation, "flags": dict(flags), "config": dict(vars(config))}
     values |= {"deadline": deadline[0], "local": local.scale, "context": context_scale.get(), "log": list(log)}
     values |= {"counts": dict(counts), "ticks": repr(ticks[0]), "generator": generator.get_state()}
+    values["feature"] = neighbour.feature
     values |= {"environment": os.environ.get(ENVIRON), "dtype": torch.get_default_dtype()}
     values |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
     return values | {kind.__name__: class_state(kind) for kind in KINDS.values()}
