@@ -189,7 +189,7 @@ class RandomInChild(Residual):
         return self.noise(self.fc(x))
 
 
-@either
+@right
 class NoiseLikeInput(Residual):
     """Adds noise in the shape of a tensor."""
 
@@ -259,7 +259,7 @@ class DropoutRateOfBlock(Residual):
     later = each(lambda block: setattr(block, "rate", 0.5))
 
 
-@either
+@right
 class BernoulliInPlace(Residual):
     """DropBlock's way to draw a mask: a new tensor, filled in place."""
 
@@ -640,7 +640,7 @@ class ReplacedChild(Residual):
     later = each(lambda block: setattr(block, "fc", nn.Sequential(block.fc, nn.Tanh())))
 
 
-@either
+@right
 class ReplacedLibraryFunction(Residual):
     """A function of its module's is replaced later, as libraries are patched."""
 
@@ -670,7 +670,7 @@ class AdapterAdded(Residual):
     later = each(lambda block: setattr(block, "adapter", nn.Tanh()))
 
 
-@either
+@right
 class AdapterRemoved(AdapterAdded):
     """A child becomes None later."""
 
@@ -681,7 +681,7 @@ class AdapterRemoved(AdapterAdded):
     later = each(lambda block: setattr(block, "adapter", None))
 
 
-@either
+@right
 class GrowingList(Residual):
     """Loops over a ModuleList that grows later."""
 
@@ -762,7 +762,7 @@ class DecoratedForward(Residual):
         return super().forward(x)
 
 
-@either
+@refused("default argument")
 class DefaultArgument(Residual):
     """A mutable default argument holds state between the calls."""
 
@@ -1203,7 +1203,7 @@ class AutocastOn(Residual):
             return self.fc(x)
 
 
-@either
+@refused("autocast|context")
 class DecoratedByAutocast(Residual):
     """A forward that is decorated by autocast."""
 
@@ -1358,7 +1358,7 @@ class CheckpointedReentrant(Residual):
         return checkpoint(self.fc, x, use_reentrant=True) if x.requires_grad else self.fc(x)
 
 
-@either
+@refused("StopIteration|checkpoint|context")
 class CheckpointedWhole(Residual):
     """Recomputes all of its forward in training, as transformers' `gradient_checkpointing`."""
 
@@ -1608,7 +1608,7 @@ def table(size):
     return torch.linspace(0, 1, size)[:, None]
 
 
-@either
+@right
 class MemoisedHelper(Residual):
     """Calls a memoised function of a size."""
 
@@ -1733,7 +1733,7 @@ class FreezesItself(Residual):
         return self.fc(x)
 
 
-@either
+@refused("differs|calls")
 class ChildToEval(DropoutChild):
     """Puts a child into eval mode in the forward."""
 
@@ -2759,7 +2759,7 @@ class DecoratedForScript(Residual):
         return self.scale(self.fc(x))
 
 
-@either
+@right
 class DecoratedForDynamo(Residual):
     """A helper that torch.compile leaves alone."""
 
@@ -2779,7 +2779,7 @@ class NumberOfDimensions(Residual):
         return self.fc(x) if x.dim() == 3 and x.ndim == 3 else 2 * self.fc(x)
 
 
-@either
+@refused("replaced|differs")
 class ForwardAssigned(Residual):
     """Chooses its forward when it is made, as RepVGG's blocks do."""
 
@@ -2870,7 +2870,7 @@ class DropPathTwice(Residual):
         return x + self.drop_path(self.fc(x))
 
 
-@either
+@refused("drop_prob|traced")
 class DropPathInForward(Residual):
     """Makes its drop-path anew in each forward."""
 
@@ -2990,7 +2990,7 @@ class DropPathShared(Residual):
         self.drop_path = self.shared
 
 
-@either
+@refused("calls none of its drop-paths")
 class DropPathDecided(Residual):
     """Calls its drop-path only where its rate isn't 0."""
 
@@ -3055,7 +3055,7 @@ def drop_path(x, drop_prob, training):
     return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - drop_prob) / (1 - drop_prob)
 
 
-@refused("")
+@refused("random")
 class BareLayerDrop(Bare):
     """Skips itself at random."""
 
@@ -3063,7 +3063,7 @@ class BareLayerDrop(Bare):
         return x if self.training and torch.rand(()) < 0.5 else super().forward(x)
 
 
-@either
+@refused("sets")
 class BareKeeps(Bare):
     """Leaves a tensor on itself."""
 
@@ -3072,7 +3072,7 @@ class BareKeeps(Bare):
         return self.last
 
 
-@either
+@refused("returns")
 class BareOutput(Bare):
     """Returns a subclass of dict."""
 
@@ -3082,7 +3082,7 @@ class BareOutput(Bare):
     take = DictSubclass.take
 
 
-@either
+@refused("context")
 class BareAutocastOff(Bare):
     """A part in float32 whatever autocast says."""
 
@@ -3091,7 +3091,7 @@ class BareAutocastOff(Bare):
             return self.fc(x.float())
 
 
-@refused("")
+@refused("random")
 class BareLoop(Bare):
     """An encoder that skips its layers at random."""
 
