@@ -45,6 +45,8 @@ context_scale = contextvars.ContextVar("scale", default=1.0)
 log: list = []
 counts = {"calls": 0}
 ticks = [itertools.count()]
+neighbour = nn.Identity()
+neighbour.feature = None
 generator = torch.Generator().manual_seed(3)
 
 
@@ -187,7 +189,7 @@ class RandomInChild(Residual):
         return self.noise(self.fc(x))
 
 
-@either
+@right
 class NoiseLikeInput(Residual):
     """Adds noise in the shape of a tensor."""
 
@@ -241,7 +243,23 @@ class DropoutChild(Residual):
         return self.dropout(self.fc(x))
 
 
-@either
+@right
+class DropoutRateOfBlock(Residual):
+    """Dropout as a function, with a rate of the block's, which is raised later."""
+
+    plain = False
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.1
+
+    def branch(self, x):
+        return F.dropout(self.fc(x), self.rate, self.training)
+
+    later = each(lambda block: setattr(block, "rate", 0.5))
+
+
+@right
 class BernoulliInPlace(Residual):
     """DropBlock's way to draw a mask: a new tensor, filled in place."""
 
@@ -622,7 +640,7 @@ class ReplacedChild(Residual):
     later = each(lambda block: setattr(block, "fc", nn.Sequential(block.fc, nn.Tanh())))
 
 
-@either
+@right
 class ReplacedLibraryFunction(Residual):
     """A function of its module's is replaced later, as libraries are patched."""
 
@@ -652,7 +670,7 @@ class AdapterAdded(Residual):
     later = each(lambda block: setattr(block, "adapter", nn.Tanh()))
 
 
-@either
+@right
 class AdapterRemoved(AdapterAdded):
     """A child becomes None later."""
 
@@ -663,7 +681,7 @@ class AdapterRemoved(AdapterAdded):
     later = each(lambda block: setattr(block, "adapter", None))
 
 
-@either
+@right
 class GrowingList(Residual):
     """Loops over a ModuleList that grows later."""
 
@@ -744,7 +762,7 @@ class DecoratedForward(Residual):
         return super().forward(x)
 
 
-@either
+@refused("default argument")
 class DefaultArgument(Residual):
     """A mutable default argument holds state between the calls."""
 
@@ -778,7 +796,7 @@ class TellsNeighbour(Residual):
 
     def __init__(self):
         super().__init__()
-        self.neighbours = [types.SimpleNamespace(feature=None)]
+        self.neighbours = [neighbour]
 
     def branch(self, x):
         y = self.fc(x)
@@ -1185,7 +1203,7 @@ class AutocastOn(Residual):
             return self.fc(x)
 
 
-@either
+@refused("autocast|context")
 class DecoratedByAutocast(Residual):
     """A forward that is decorated by autocast."""
 
@@ -1340,7 +1358,7 @@ class CheckpointedReentrant(Residual):
         return checkpoint(self.fc, x, use_reentrant=True) if x.requires_grad else self.fc(x)
 
 
-@either
+@refused("StopIteration|checkpoint|context")
 class CheckpointedWhole(Residual):
     """Recomputes all of its forward in training, as transformers' `gradient_checkpointing`."""
 
@@ -1505,7 +1523,7 @@ class CountsInBufferByAdd(CountsInBuffer):
         return self.fc(x)
 
 
-@either
+@refused("sets|changes")
 class CountsInBufferAndUses(CountsInBuffer):
     """Counts its calls in a buffer and scales by that."""
 
@@ -1590,7 +1608,7 @@ def table(size):
     return torch.linspace(0, 1, size)[:, None]
 
 
-@either
+@right
 class MemoisedHelper(Residual):
     """Calls a memoised function of a size."""
 
@@ -1684,10 +1702,11 @@ class AverageOfWeights(Residual):
 
 @refused("in place")
 class ClampsWeights(Residual):
-    """Clamps its weights in the forward."""
+    """Clamps its weights in the forward of training."""
 
     def branch(self, x):
-        self.fc.weight.data.clamp_(-0.2, 0.2)
+        if self.training:
+            self.fc.weight.data.clamp_(-0.2, 0.2)
         return self.fc(x)
 
 
@@ -1714,7 +1733,7 @@ class FreezesItself(Residual):
         return self.fc(x)
 
 
-@either
+@refused("differs|calls")
 class ChildToEval(DropoutChild):
     """Puts a child into eval mode in the forward."""
 
@@ -1789,7 +1808,7 @@ class HooksInForward(Residual):
 # Batch statistics
 
 
-@either
+@refused("differs|changes")
 class BatchNormFunction(Residual):
     """Batch norm as a function, its statistics in buffers."""
 
@@ -1812,6 +1831,24 @@ class BatchNormChild(Residual):
 
     def branch(self, x):
         return self.bn(self.fc(x))
+
+
+@right
+class BatchNormWithoutStatistics(BatchNormChild):
+    """Batch norm that normalises by the batch always."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(5, track_running_stats=False)
+
+
+@refused("training")
+class InstanceNormTracked(BatchNormChild):
+    """Instance norm, which follows means over the batch in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.InstanceNorm1d(5, track_running_stats=True)
 
 
 class EvoNorm(nn.Module):
@@ -2126,7 +2163,7 @@ class InputItself(ListOutput):
         return *out, out[1] is x
 
 
-@right
+@refused("frozen")
 class WeightAsOutput(Residual):
     """Returns a weight beside the sum."""
 
@@ -2241,7 +2278,7 @@ class InPlaceInChild(Residual):
 # Gradients
 
 
-@right
+@refused("requires_grad")
 class DetachedResidual(Residual):
     """The residual gets no gradient."""
 
@@ -2450,7 +2487,7 @@ class CachedParametrisation(WeightNorm):
             return self.fc(self.fc(x))
 
 
-@right
+@refused("in training")
 class SpectralNorm(Residual):
     """Spectral norm, whose power iteration moves buffers in training."""
 
@@ -2621,7 +2658,7 @@ class TemporalShift(Residual):
         return self.fc(torch.cat([x[..., :4].roll(1, 0), x[..., 4:]], dim=-1))
 
 
-@right
+@refused("few dropped")
 class HalvesOfBatch(Residual):
     """Runs the halves of the batch one after the other."""
 
@@ -2700,6 +2737,93 @@ class ReadsLayersOfItself(Residual):
     later = each(lambda block: block.add_module("second", nn.Linear(DIM, DIM)))
 
 
+@right
+class AsksForCompilers(Residual):
+    """Asks whether it is being scripted, traced, compiled or exported, as libraries do."""
+
+    def branch(self, x):
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return 2 * self.fc(x)
+        return self.fc(x)
+
+
+@right
+class DecoratedForScript(Residual):
+    """A helper that TorchScript leaves alone."""
+
+    @torch.jit.ignore
+    def scale(self, y):
+        return 0.5 * y
+
+    def branch(self, x):
+        return self.scale(self.fc(x))
+
+
+@right
+class DecoratedForDynamo(Residual):
+    """A helper that torch.compile leaves alone."""
+
+    @torch._dynamo.disable
+    def scale(self, y):
+        return 0.5 * y
+
+    def branch(self, x):
+        return self.scale(self.fc(x))
+
+
+@right
+class NumberOfDimensions(Residual):
+    """The number of dimensions decides."""
+
+    def branch(self, x):
+        return self.fc(x) if x.dim() == 3 and x.ndim == 3 else 2 * self.fc(x)
+
+
+@refused("replaced|differs")
+class ForwardAssigned(Residual):
+    """Chooses its forward when it is made, as RepVGG's blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.forward_doubled
+
+    def forward_doubled(self, x):
+        return x + self.drop_path(2 * self.fc(x))
+
+
+@right
+class CalledTwice(Residual):
+    """A block that the network calls twice, as ALBERT's."""
+
+    plain = False
+
+    @staticmethod
+    def call(block, x):
+        return block(block(x))
+
+
+def halve_gradients(module, gradients, _):
+    return tuple(0.5 * g for g in gradients)
+
+
+@right
+class BackwardHookOnChild(Residual):
+    """A backward hook on a child scales gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc.register_full_backward_hook(halve_gradients)
+
+
+@right
+class BackwardHookOnBlock(Residual):
+    """A backward hook on the block scales gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_full_backward_hook(halve_gradients)
+
+
 # Drop-paths
 
 
@@ -2746,7 +2870,7 @@ class DropPathTwice(Residual):
         return x + self.drop_path(self.fc(x))
 
 
-@either
+@refused("drop_prob|traced")
 class DropPathInForward(Residual):
     """Makes its drop-path anew in each forward."""
 
@@ -2866,7 +2990,7 @@ class DropPathShared(Residual):
         self.drop_path = self.shared
 
 
-@either
+@refused("calls none of its drop-paths")
 class DropPathDecided(Residual):
     """Calls its drop-path only where its rate isn't 0."""
 
@@ -2909,7 +3033,29 @@ class BarePlain(Bare):
     """Nothing special."""
 
 
-@refused("")
+@right
+class BareFunctionOfTimm(Bare):
+    """A drop-path that is a function, with a rate of the block's, which is raised later."""
+
+    plain = False
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, x):
+        return x + drop_path(self.fc(x), self.rate, self.training)
+
+    later = each(lambda block: setattr(block, "rate", 0.5))
+
+
+def drop_path(x, drop_prob, training):
+    if drop_prob == 0.0 or not training:
+        return x
+    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - drop_prob) / (1 - drop_prob)
+
+
+@refused("random")
 class BareLayerDrop(Bare):
     """Skips itself at random."""
 
@@ -2917,7 +3063,7 @@ class BareLayerDrop(Bare):
         return x if self.training and torch.rand(()) < 0.5 else super().forward(x)
 
 
-@either
+@refused("sets")
 class BareKeeps(Bare):
     """Leaves a tensor on itself."""
 
@@ -2926,7 +3072,7 @@ class BareKeeps(Bare):
         return self.last
 
 
-@either
+@refused("returns")
 class BareOutput(Bare):
     """Returns a subclass of dict."""
 
@@ -2936,7 +3082,7 @@ class BareOutput(Bare):
     take = DictSubclass.take
 
 
-@either
+@refused("context")
 class BareAutocastOff(Bare):
     """A part in float32 whatever autocast says."""
 
@@ -2945,7 +3091,7 @@ class BareAutocastOff(Bare):
             return self.fc(x.float())
 
 
-@refused("")
+@refused("random")
 class BareLoop(Bare):
     """An encoder that skips its layers at random."""
 
@@ -2973,7 +3119,7 @@ def reset():
     context_scale.set(1.0)
     log.clear()
     table.cache_clear()
-    ticks[0] = itertools.count()
+    ticks[0], neighbour.feature = itertools.count(), None
     generator.manual_seed(3)
     os.environ.pop(ENVIRON, None)
     torch.set_default_dtype(torch.float32)
@@ -2989,6 +3135,7 @@ def shared_state():
     values = {"number": number, "activation": activation, "flags": dict(flags), "config": dict(vars(config))}
     values |= {"deadline": deadline[0], "local": local.scale, "context": context_scale.get(), "log": list(log)}
     values |= {"counts": dict(counts), "ticks": repr(ticks[0]), "generator": generator.get_state()}
+    values["feature"] = neighbour.feature
     values |= {"environment": os.environ.get(ENVIRON), "dtype": torch.get_default_dtype()}
     values |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
     return values | {kind.__name__: class_state(kind) for kind in KINDS.values()}
