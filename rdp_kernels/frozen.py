@@ -191,6 +191,7 @@ class _Bypass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, compute, activation):
         out = compute()
+        ctx.dtype = residual.dtype  # the sum may be wider
         if activation is not None:
             ctx.save_for_backward(out)
         return out
@@ -199,7 +200,7 @@ class _Bypass(torch.autograd.Function):
     def backward(ctx, dout):
         for out in ctx.saved_tensors:
             dout = dout * (out > 0)
-        return dout, None, None
+        return dout.to(ctx.dtype), None, None
 
 
 def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:

@@ -60,6 +60,8 @@ class ResidualBranch(nn.Module):
     a copy: what follows must not work on it in place. Raises `TypeError` or `ValueError` naming the argument.
     """
 
+    promotion = None
+
     def __init__(
         self,
         fn: nn.Module,

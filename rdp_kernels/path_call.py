@@ -93,8 +93,10 @@ class PathCall:
         others = [self.call_for_others(x, decision, learning=False)] if "frozen" in decision.absent else []
         out = self.run_here(x, decision)
         if "learning" in decision.absent:
-            gamma = self.owner.gamma
-            others += [self.call_for_others(x, decision, learning=True), *([] if gamma is None else [gamma])]
+            gamma, branch = self.owner.gamma, self.call_for_others(x, decision, learning=True)
+            others += [branch, *([] if gamma is None else [gamma])]
+            if not decision.runs:
+                out = self.promoted(out, branch.dtype)
         return take_part(out, others)
 
     def call_for_others(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
@@ -115,8 +117,18 @@ class PathCall:
             return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
         if decision.frozen:
             return self.frozen(x, decision)
-        residual = self.residual(x)
+        residual = self.residual(x) if decision.absent else self.without_branch(x)
         return residual.relu() if self.owner.activation == "relu" else residual
+
+    def without_branch(self, x: Tensor) -> Tensor:
+        """The residual, in the dtype that its sum with the branch would have."""
+        residual, promotion = self.residual(x), self.owner.promotion
+        return residual if promotion is None else residual.to(promotion.without_branch(self, x, residual.dtype))
+
+    def promoted(self, residual: Tensor, branch: torch.dtype) -> Tensor:
+        """The residual, in the dtype of its sum with a branch of dtype `branch`."""
+        promotion = self.owner.promotion
+        return residual if promotion is None else residual.to(promotion.of(residual.dtype, branch))
 
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
@@ -197,6 +209,8 @@ class PathCall:
         row_scale: Tensor | None = None,
     ) -> Tensor:
         owner = self.owner
+        if branch.dtype != residual.dtype:
+            residual = self.promoted(residual, branch.dtype)
         if frozen is None and rows is None and row_scale is None and _is_plain(owner):
             out = direct.plain_add(residual, branch, scale)
             if out is not None:
@@ -236,6 +250,7 @@ class PathCall:
         and, as constants, times `constant`; one of the two is 0."""
         owner, residual, branch = self.owner, self.residual(x), self.branch(x)
         if constant is not None:
+            residual = self.promoted(residual, branch.dtype)
             gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
             residual = residual_add(
                 residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .calls import Signature
 
 
@@ -24,6 +26,8 @@ class PathSpec:
     norm: str | None
     zeros: tuple[int | None, ...] | None
     """There is no residual but zeros: their shape behind dimension 0, None for a size that is x's; else None."""
+    dtype: torch.dtype | None
+    """The branch's, where all that it was computed from had it; else None."""
     batch_norm: bool
     foreign_rows: bool
     """Rows are not samples: windows, patches."""
