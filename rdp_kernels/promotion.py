@@ -90,7 +90,7 @@ def _unnoticed(modules: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
     devices = [] if x.device.type in ("cpu", "meta") else [x.device]
     modes = contextlib.nullcontext() if isinstance(x, FakeTensor) else _disable_current_modes()
     with torch.no_grad(), modes, torch.random.fork_rng(devices, device_type=x.device.type if devices else "cuda"):
-        torch.set_autocast_cache_enabled(False)  # it would keep weights that were cast without grad
+        torch.set_autocast_cache_enabled(False)  # before torch 2.13 it hands out what was cast without grad
         try:
             for module in modules:
                 module.training = False

@@ -15,6 +15,8 @@ from torch.utils import checkpoint as ckpt
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision
 from rdp_kernels.integrations.compile_whole import compile_whole
+from rdp_kernels.path_call import PathCall
+from rdp_kernels.paths import Decision, paths_of
 
 from . import nets
 from .test_exact import masked
@@ -189,20 +191,45 @@ def dropped(model, paths=1):
     return scheme.drop_iteration(plan=rdp.PathPlan(torch.zeros(paths, dtype=torch.bool), [0.5] * paths, "block"))
 
 
+class Restless(nn.Module):
+    """Random, and moves a buffer, in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("moved", torch.zeros(()))
+        self.modes = []
+
+    def forward(self, x):
+        self.moved += 1
+        self.modes.append(self.training)
+        return nn.functional.dropout(x)
+
+
 def test_a_dropped_branch_is_asked_once_and_nobody_notices():
+    """In eval mode: a BatchNorm that ranks share would wait for the others."""
     _, model = converted(Normed)
-    block, calls = model[1], []
-    block.drop.p = 0.5
-    block.conv.register_forward_hook(lambda m, args, out: calls.append(len(out)))
-    before = copy.deepcopy(block.state_dict())
+    model[1].drop = restless = Restless()
+    before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     with dropped(model), autocast(torch.bfloat16):
         for _ in range(3):
             assert model(nets.images()).dtype == torch.float32
-    assert calls == [6]
+    assert restless.modes == [False]
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+def test_what_a_rank_runs_for_others_tells_the_dtype():
+    _, model = converted(Scaled)
+    path, rows = paths_of(model[1])[0][1], []
+    model[1].conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    x = torch.randn(4, DIM, 5, 5, dtype=torch.bfloat16)
+    with autocast(torch.bfloat16):
+        out = PathCall(path, len(x), (), {}).run(x, Decision(learning=False, absent=("learning",)))
+    assert torch.equal(out, x.float())
+    assert out.dtype == torch.float32
+    assert rows == [1], "on a row of zeros, which other ranks wait for, and no second time alone"
 
 
 def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
