@@ -130,6 +130,13 @@ class PathCall:
         promotion = self.owner.promotion
         return residual if promotion is None else residual.to(promotion.of(residual.dtype, branch))
 
+    def widened(self, residual: Tensor, branch: torch.dtype) -> Tensor:
+        """The residual, for a sum that may be cast to a narrower dtype later, and is rounded once."""
+        promotion = self.owner.promotion
+        if promotion is None or branch == residual.dtype:
+            return residual
+        return residual.to(torch.promote_types(residual.dtype, promotion.of(residual.dtype, branch)))
+
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
             return self.given_residual
@@ -208,9 +215,21 @@ class PathCall:
         scale: float = 1.0,
         row_scale: Tensor | None = None,
     ) -> Tensor:
+        if branch.dtype != residual.dtype and self.owner.promotion is not None:
+            wide = self.widened(residual, branch.dtype)
+            return self.promoted(self._sum(wide, branch, frozen, rows, scale, row_scale), branch.dtype)
+        return self._sum(residual, branch, frozen, rows, scale, row_scale)
+
+    def _sum(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        frozen: Tensor | None,
+        rows: RowSet | None,
+        scale: float,
+        row_scale: Tensor | None,
+    ) -> Tensor:
         owner = self.owner
-        if branch.dtype != residual.dtype:
-            residual = self.promoted(residual, branch.dtype)
         if frozen is None and rows is None and row_scale is None and _is_plain(owner):
             out = direct.plain_add(residual, branch, scale)
             if out is not None:
@@ -250,7 +269,7 @@ class PathCall:
         and, as constants, times `constant`; one of the two is 0."""
         owner, residual, branch = self.owner, self.residual(x), self.branch(x)
         if constant is not None:
-            residual = self.promoted(residual, branch.dtype)
+            residual = self.widened(residual, branch.dtype)
             gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
             residual = residual_add(
                 residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim

@@ -24,18 +24,20 @@ class Promotion:
     """Of one converted path: under autocast, or with weights of several dtypes, its sum may be wider than its stream.
 
     Args:
-        adds: whether the branch is added to the residual. Otherwise zeros stand in its place, and the dtype is the
-            branch's.
+        whose: dtype the sum has. `"both"`: torch promotes the two. `"branch"`, `"residual"`: that of one of them, to
+            which the other is added in place, or which zeros stand beside.
         dtype: that of the branch's output where all that it is computed from has it; None where that isn't known.
     """
 
-    def __init__(self, adds: bool, dtype: torch.dtype | None):
-        self.adds, self._dtype = adds, dtype
+    def __init__(self, whose: str, dtype: torch.dtype | None):
+        self.whose, self._dtype = whose, dtype
         self._known: dict[Hashable, torch.dtype] = {}
 
     def of(self, residual: torch.dtype, branch: torch.dtype) -> torch.dtype:
         """The dtype of the sum."""
-        return torch.promote_types(residual, branch) if self.adds else branch
+        if self.whose == "both":
+            return torch.promote_types(residual, branch)
+        return branch if self.whose == "branch" else residual
 
     def without_branch(self, call: PathCall, x: Tensor, residual: torch.dtype) -> torch.dtype:
         """The dtype of the sum where the branch on `x` isn't to run.
@@ -44,11 +46,11 @@ class Promotion:
         That is remembered for inputs and weights of these dtypes. Ranks that leave out the same calls do so at the same
         time.
         """
-        if self.adds and residual == torch.float64:
+        if self.whose == "residual" or (self.whose == "both" and residual == torch.float64):
             return residual
         owner: Any = call.owner
         dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(owner))]
-        if self.adds and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
+        if self.whose == "both" and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
             return residual  # a branch that widens to float64 by itself did so in the conversion, and isn't added
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

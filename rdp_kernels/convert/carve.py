@@ -26,6 +26,7 @@ from .graphs import (
     is_add,
     is_float,
     is_heavy,
+    is_in_place,
     module_calls,
     self_of,
 )
@@ -140,7 +141,8 @@ class _Carving:
         branch, norm = self._branch(inside, output, x, inputs, rows, further)
         zeros = None if add is not None else self._zeros(output, x)
         dtype = self._only_dtype([x, output, *further], inside)
-        spec = self._spec(site, inside, kinds, norm, zeros, dtype, rows)
+        sum_dtype = self._sum_dtype(add, site.node)
+        spec = self._spec(site, inside, kinds, norm, zeros, sum_dtype, dtype, rows)
 
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
@@ -212,6 +214,13 @@ class _Carving:
         whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
         widens = out.dtype == torch.float64 != other.dtype  # what else promotes does so in `Promotion`
         return user if whole and is_float(other) and not widens else None
+
+    @staticmethod
+    def _sum_dtype(add: fx.Node | None, site: fx.Node) -> str:
+        """Whose dtype the sum has, as of `PathSpec`."""
+        if add is not None and not is_in_place(add):
+            return "both"
+        return "branch" if add is None or add.args[0] is site else "residual"
 
     @staticmethod
     def _other(add: fx.Node, site: fx.Node) -> fx.Node:
@@ -312,7 +321,7 @@ class _Carving:
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def _spec(self, site: Site, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
-              zeros: tuple[int | None, ...] | None, dtype: torch.dtype | None,
+              zeros: tuple[int | None, ...] | None, sum_dtype: str, dtype: torch.dtype | None,
               rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
         called = module_calls(inside)
         owned = {id(p) for name in called for p in self.modules[name].parameters()}
@@ -334,6 +343,7 @@ class _Carving:
             parameters=parameters,
             norm=norm,
             zeros=zeros,
+            sum_dtype=sum_dtype,
             dtype=dtype,
             batch_norm=batch_norm,
             foreign_rows=foreign,

@@ -28,7 +28,7 @@ class ConvertedPath:
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
-        self.promotion = Promotion(spec.zeros is None, spec.dtype)
+        self.promotion = Promotion(spec.sum_dtype, spec.dtype)
 
     @property
     def drop_path(self) -> nn.Module | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..drop_paths import owns_drop_path
+from . import in_place
 from .calls import CONSTANTS, Call, Refused, Signature, cloned
 
 
@@ -101,7 +102,7 @@ class _Tracer(fx.Tracer):
     # With values at hand
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Guided(node, self) if self._guided else super().proxy(node)
+        return _Guided(node, self) if self._guided else in_place.Proxy(node, self)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -141,7 +142,7 @@ class _Tracer(fx.Tracer):
         return self._values[obj.node].keys() if self._guided else super().keys(obj)
 
 
-class _Guided(fx.Proxy):
+class _Guided(in_place.Proxy):
     tracer: _Tracer
 
     def __index__(self) -> int:
