@@ -67,6 +67,30 @@ class Bare(nn.Module):
         return self.drop_path(self.conv(x))
 
 
+class IntoBranch(Bare):
+    """The sum has the branch's dtype, and is rounded to it once."""
+
+    def forward(self, x):
+        out = self.drop_path(self.conv(x))
+        out += x
+        return out
+
+
+class IntoStream(Scaled):
+    """The stream, which is narrower, keeps its dtype; and so does what is multiplied in place."""
+
+    def __init__(self, drop_prob):
+        super().__init__(drop_prob)
+        self.stem = nn.Conv2d(DIM, DIM, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv(x + 1)  # which saves no x
+        y *= self.gamma
+        x += self.drop_path(self.gamma * y)
+        return x
+
+
 class Widening(nn.Module):
     """In the branch something computes in float64 by itself."""
 
@@ -157,10 +181,10 @@ def test_some_rows(world, freeze):
             torch.testing.assert_close(grad, expected_grad, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("block", [Bare, Widening])
+@pytest.mark.parametrize("block", [Bare, IntoBranch, IntoStream, Widening])
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_is_not_added_keeps_its_own_dtype(block, keep):
-    """A float32 input under autocast gives the branch's bfloat16; and what float64 is added to becomes float64."""
+def test_a_float32_input_gives_what_it_gave(block, keep):
+    """Under autocast bfloat16, where nothing is added or in place; and what float64 is added to becomes float64."""
     original, model = converted(block)
     scheme = rdp.ResidualDropPath(model, 0.5)
     x, plan = nets.images().repeat(1, 3, 1, 1)[:, :DIM], rdp.PathPlan(torch.tensor([keep]), [0.5], "block")
