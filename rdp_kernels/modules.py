@@ -41,6 +41,9 @@ class ResidualBranch(nn.Module):
     Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
     `ResidualDropPath` scheme it does what the plan says of its path.
 
+    The output has the dtype of the residual, `shortcut(x)` or x, under autocast too, whatever that of the branch. A
+    bfloat16 residual loses updates that are small beside it, as behind a γ of 1e-6: cast the stream to float32.
+
     Args:
         fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
         drop_prob: P(drop) in [0, 1].

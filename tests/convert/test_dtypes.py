@@ -267,12 +267,15 @@ def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
 
 
 def test_float32_asks_nobody():
+    """Nor does a float32 stream under autocast."""
     _, model = converted(Scaled, Bare)
     calls = []
     for block in list(model)[1:]:
         block.conv.register_forward_hook(lambda m, args, out: calls.append(len(out)))
     with dropped(model, 2):
         model(nets.images())
+        with autocast(torch.bfloat16):
+            model[1](torch.randn(2, DIM, 4, 4))
     assert not calls
 
 
