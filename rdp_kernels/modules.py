@@ -41,6 +41,9 @@ class ResidualBranch(nn.Module):
     Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
     `ResidualDropPath` scheme it does what the plan says of its path.
 
+    The output has the dtype of the residual, `shortcut(x)` or x, under autocast too, whatever that of the branch. A
+    bfloat16 residual loses updates that are small beside it, as behind a γ of 1e-6: cast the stream to float32.
+
     Args:
         fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
         drop_prob: P(drop) in [0, 1].
@@ -59,6 +62,8 @@ class ResidualBranch(nn.Module):
     forward hooks of `fn` see the kept rows only. A branch that is dropped for the whole batch returns x itself, without
     a copy: what follows must not work on it in place. Raises `TypeError` or `ValueError` naming the argument.
     """
+
+    promotion = None
 
     def __init__(
         self,

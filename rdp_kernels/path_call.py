@@ -93,8 +93,10 @@ class PathCall:
         others = [self.call_for_others(x, decision, learning=False)] if "frozen" in decision.absent else []
         out = self.run_here(x, decision)
         if "learning" in decision.absent:
-            gamma = self.owner.gamma
-            others += [self.call_for_others(x, decision, learning=True), *([] if gamma is None else [gamma])]
+            gamma, branch = self.owner.gamma, self.call_for_others(x, decision, learning=True)
+            others += [branch, *([] if gamma is None else [gamma])]
+            if not decision.runs:
+                out = self.promoted(out, branch.dtype)
         return take_part(out, others)
 
     def call_for_others(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
@@ -115,8 +117,25 @@ class PathCall:
             return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
         if decision.frozen:
             return self.frozen(x, decision)
-        residual = self.residual(x)
+        residual = self.residual(x) if decision.absent else self.without_branch(x)
         return residual.relu() if self.owner.activation == "relu" else residual
+
+    def without_branch(self, x: Tensor) -> Tensor:
+        """The residual, in the dtype that its sum with the branch would have."""
+        residual, promotion = self.residual(x), self.owner.promotion
+        return residual if promotion is None else residual.to(promotion.without_branch(self, x, residual.dtype))
+
+    def promoted(self, residual: Tensor, branch: torch.dtype) -> Tensor:
+        """The residual, in the dtype of its sum with a branch of dtype `branch`."""
+        promotion = self.owner.promotion
+        return residual if promotion is None else residual.to(promotion.of(residual.dtype, branch))
+
+    def widened(self, residual: Tensor, branch: torch.dtype) -> Tensor:
+        """The residual, for a sum that may be cast to a narrower dtype later, and is rounded once."""
+        promotion = self.owner.promotion
+        if promotion is None or branch == residual.dtype:
+            return residual
+        return residual.to(torch.promote_types(residual.dtype, promotion.of(residual.dtype, branch)))
 
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
@@ -196,6 +215,20 @@ class PathCall:
         scale: float = 1.0,
         row_scale: Tensor | None = None,
     ) -> Tensor:
+        if branch.dtype != residual.dtype and self.owner.promotion is not None:
+            wide = self.widened(residual, branch.dtype)
+            return self.promoted(self._sum(wide, branch, frozen, rows, scale, row_scale), branch.dtype)
+        return self._sum(residual, branch, frozen, rows, scale, row_scale)
+
+    def _sum(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        frozen: Tensor | None,
+        rows: RowSet | None,
+        scale: float,
+        row_scale: Tensor | None,
+    ) -> Tensor:
         owner = self.owner
         if frozen is None and rows is None and row_scale is None and _is_plain(owner):
             out = direct.plain_add(residual, branch, scale)
@@ -236,6 +269,7 @@ class PathCall:
         and, as constants, times `constant`; one of the two is 0."""
         owner, residual, branch = self.owner, self.residual(x), self.branch(x)
         if constant is not None:
+            residual = self.widened(residual, branch.dtype)
             gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
             residual = residual_add(
                 residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim

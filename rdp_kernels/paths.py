@@ -19,6 +19,7 @@ from .rows import RowSet
 
 if TYPE_CHECKING:
     from .path_call import PathCall
+    from .promotion import Promotion
     from .scheme import ResidualDropPath
 
 
@@ -102,6 +103,10 @@ class PathOwner(Protocol):
     shortcut: nn.Module | None
     activation: str | None
     channel_dim: int
+
+    @property
+    def promotion(self) -> Promotion | None:
+        """For a sum as wide as that of torch's own add; None: it has the residual's dtype."""
 
     @property
     def norm(self) -> nn.Module | None:

@@ -64,5 +64,7 @@ def run_path(
         branch = drop_rows(branch, owner.drop_prob, scale, whole_batch=owner.mode == "block")
     if residual is None:
         residual = x if owner.shortcut is None else owner.shortcut(x)
-    out = (residual + branch).type_as(residual)
+    out, whose = residual + branch, "residual" if owner.promotion is None else owner.promotion.whose
+    if whose != "both":
+        out = out.type_as(residual if whose == "residual" else branch)
     return out.relu() if owner.activation == "relu" else out

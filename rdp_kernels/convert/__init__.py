@@ -3,7 +3,7 @@
 | file | does |
 |---|---|
 | `calls.py` | runs the model on an example and records what each block is called with |
-| `trace.py` | makes a graph of one block's forward, children as leaves |
+| `trace.py`, `in_place.py` | makes a graph of one block's forward, children as leaves |
 | `carve.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `followed.py` | the functions whose code is in it: whether they are the same still |

@@ -26,6 +26,7 @@ from .graphs import (
     is_add,
     is_float,
     is_heavy,
+    is_in_place,
     module_calls,
     self_of,
 )
@@ -140,7 +141,9 @@ class _Carving:
         kinds = tuple(kind for node, kind in inputs if node is not x and kind in ("row", "shared"))
         branch, norm = self._branch(inside, output, x, inputs, rows, further)
         zeros = None if add is not None else self._zeros(output, x)
-        spec = self._spec(site, inside, kinds, norm, zeros, rows)
+        dtype = self._only_dtype([x, output, *further], inside)
+        sum_dtype = self._sum_dtype(add, site.node)
+        spec = self._spec(site, inside, kinds, norm, zeros, sum_dtype, dtype, rows)
 
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
@@ -210,7 +213,15 @@ class _Carving:
             return None
         other, out = self.values[self._other(user, site)], self.values[user]
         whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
-        return user if whole and is_float(other) and out.dtype == other.dtype else None
+        widens = out.dtype == torch.float64 != other.dtype  # what else promotes does so in `Promotion`
+        return user if whole and is_float(other) and not widens else None
+
+    @staticmethod
+    def _sum_dtype(add: fx.Node | None, site: fx.Node) -> str:
+        """Whose dtype the sum has, as of `PathSpec`."""
+        if add is not None and not is_in_place(add):
+            return "both"
+        return "branch" if add is None or add.args[0] is site else "residual"
 
     @staticmethod
     def _other(add: fx.Node, site: fx.Node) -> fx.Node:
@@ -301,8 +312,18 @@ class _Carving:
         shape, like = self.values[output].shape, self.values[x].shape
         return tuple(None if d < len(like) and like[d] == size else size for d, size in enumerate(shape) if d > 0)
 
+    def _only_dtype(self, nodes: list[fx.Node], inside: list[fx.Node]) -> torch.dtype | None:
+        """That of all floating-point tensors that a branch takes, gives and has; None where they have several."""
+        values = pytree.tree_leaves([self.values[n] for n in nodes])
+        values += [self.values[s] for n in inside for s in (n, *n.all_input_nodes) if s.op == "get_attr"]
+        called = [self.modules[name] for name in module_calls(inside)]
+        values += [t for module in called for t in (*module.parameters(), *module.buffers())]
+        dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def _spec(self, site: Site, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
-              zeros: tuple[int | None, ...] | None, rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
+              zeros: tuple[int | None, ...] | None, sum_dtype: str, dtype: torch.dtype | None,
+              rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
         called = module_calls(inside)
         owned = {id(p) for name in called for p in self.modules[name].parameters()}
         own = dict.fromkeys(
@@ -323,6 +344,8 @@ class _Carving:
             parameters=parameters,
             norm=norm,
             zeros=zeros,
+            sum_dtype=sum_dtype,
+            dtype=dtype,
             batch_norm=batch_norm,
             foreign_rows=foreign,
         )

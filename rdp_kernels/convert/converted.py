@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ..drop_paths import mode_of, rate_of, scales_by_keep
 from ..path_call import run_path
 from ..paths import CONVERTED, PathSlot
+from ..promotion import Promotion
 from .spec import PathSpec
 
 
@@ -31,6 +32,7 @@ class ConvertedPath:
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
+        self.promotion = Promotion(spec.sum_dtype, spec.dtype)
         self.origins: tuple[PathSlot, ...] = ()
         """The slots of the paths that this one was copied from, where its block is a shallow copy."""
 
@@ -76,7 +78,7 @@ class ConvertedPath:
         return None if self.spec.norm is None else _child(self.block, self.spec.norm)
 
     def branch_modules(self) -> list[nn.Module]:
-        return [self.block.get_submodule(name) for name in self.spec.modules]
+        return [_child(self.block, name) for name in self.spec.modules]
 
     def own_parameters(self) -> list[tuple[nn.Module, str]]:
         places = []

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 
 from . import converted
 from .calls import Refused
+from .in_place import iadd
 from .trace import of_length, run_graph
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__"}
+_ADDS = {operator.add, torch.add, "add", "__add__"}
+_IN_PLACE_ADDS = {iadd, operator.iadd, "add_", "__iadd__"}
 _HEAVY = {
     "linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "einsum", "baddbmm", "addmm", "__matmul__",
     "scaled_dot_product_attention", "multi_head_attention_forward",
@@ -68,8 +70,13 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 def is_add(node: fx.Node) -> bool:
     """Of two values."""
-    adds = node.op in ("call_function", "call_method") and node.target in _ADDS
+    adds = node.op in ("call_function", "call_method") and node.target in _ADDS | _IN_PLACE_ADDS
     return adds and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def is_in_place(add: fx.Node) -> bool:
+    """Whether an add writes to its first summand, whose dtype it keeps."""
+    return add.target in _IN_PLACE_ADDS
 
 
 def is_heavy(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .calls import Signature
 from .guards import Guard
 
@@ -25,6 +27,10 @@ class PathSpec:
     norm: str | None
     zeros: tuple[int | None, ...] | None
     """There is no residual but zeros: their shape behind dimension 0, None for a size that is x's; else None."""
+    sum_dtype: str
+    """Whose dtype the sum has: "both" of them promoted, the "branch"'s or the "residual"'s."""
+    dtype: torch.dtype | None
+    """The branch's, where all that it was computed from had it; else None."""
     batch_norm: bool
     foreign_rows: bool
     """Rows are not samples: windows, patches."""

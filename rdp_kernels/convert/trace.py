@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..drop_paths import owns_drop_path
+from . import in_place
 from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
 from .report import describe
@@ -144,7 +145,7 @@ class _Tracer(fx.Tracer):
     # With values at hand
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Guided(node, self) if self._guided else super().proxy(node)
+        return _Guided(node, self) if self._guided else in_place.Proxy(node, self)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -274,7 +275,7 @@ def of_length(values: Any, length: int) -> Any:
     return values
 
 
-class _Guided(fx.Proxy):
+class _Guided(in_place.Proxy):
     tracer: _Tracer
 
     def __index__(self) -> int:

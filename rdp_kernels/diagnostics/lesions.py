@@ -44,7 +44,7 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
     """
     names = list(find_owners(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
-    with standing_in(model, lambda _, call, x: finish(call, call.residual(x)), only=removed):
+    with standing_in(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
         yield
 
 

@@ -165,7 +165,7 @@ class Bench:
     def _left_out(self, call: PathCall, x: Tensor, requires_grad: bool, timed: bool = False) -> Tensor:
         """What a call gives without its branch; where nothing is timed, in a tensor of its own and by an operation that
         saves something, which has a checkpoint around it recompute the call, and be found out."""
-        out = call.residual(x)
+        out = call.without_branch(x)
         if out is not x and call.owner.shortcut is None:  # what is between the residual and x has a backward too
             out = torch.add(out, x.sum().to(out.dtype), alpha=0)
         if not timed:

@@ -31,7 +31,7 @@ def masked(model, scheme, keep, scales):
         def forward(x, turns=turns):
             factor = next(turns)
             factor = factor.repeat_interleave(len(x) // len(factor))  # windows of a sample are neighbours
-            return x * factor.reshape(-1, *[1] * (x.dim() - 1))
+            return x * factor.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
         model.get_submodule(name).forward = forward
     return model

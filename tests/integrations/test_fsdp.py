@@ -187,6 +187,45 @@ def test_converted_models(results):
         assert all(reuses > 3 for reuses, _ in found)
 
 
+class Promoting(nn.Module):
+    """After a linear layer under autocast, float32 is added to a bfloat16 stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fn, self.gamma = nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.Parameter(torch.rand(DIM))
+        self.drop_path = convertible.DropPath(0.5)
+
+    def forward(self, x):
+        return x + self.drop_path(self.gamma * self.fn(self.norm(x)))
+
+
+def check_dropped_dtypes(rank):
+    """A branch that is asked for its dtype is gathered: by all ranks at the same time, or by none."""
+    found = []
+    for mode in ("block", "sample"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(DIM, DIM), Promoting(), nn.Linear(DIM, DIM), Promoting()).train()
+        assert not rdp.convert(net, 0.6, example_inputs=torch.randn(3, DIM)).refused
+        scheme = rdp.ResidualDropPath(shard(net, "branches"), mode=mode, seed=3)
+        fsdp.register(net, scheme)
+        for _ in range(8):
+            for _ in scheme.iterations(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = net(torch.randn(2, DIM))
+                assert out.dtype == torch.float32
+                out.square().mean().backward()
+                net.zero_grad()
+        found.append([len(path.module.promotion._known) for path in scheme.paths])
+        scheme.remove()
+    return found
+
+
+def test_dtypes_of_dropped_branches(results):
+    first, second = results["check_dropped_dtypes"]
+    assert first == second
+    assert all(map(any, first)), "each mode asks a branch"
+
+
 def count_messages(rank):
     """Of each iteration: phase, paths that learn, gathers, scatters."""
     net = shard(make(), "branches")
@@ -321,6 +360,7 @@ def test_without_a_scheme_every_rank_has_gradients(results):
 CHECKS = [
     check_cases,
     check_converted,
+    check_dropped_dtypes,
     count_messages,
     check_mixed_precision,
     check_weights,
