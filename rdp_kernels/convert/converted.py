@@ -6,17 +6,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..drop_paths import mode_of, rate_of, scales_by_keep
+from ..observed import Law, law_of
 from ..path_call import run_path
 from ..paths import CONVERTED, PathSlot
 from .spec import PathSpec
 
 
 class ConvertedPath:
-    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw.
+    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw, and
+    observes the drop-path anew where it was replaced or works in another way. Raises `RuntimeError` where what it does
+    then can't be followed.
 
     `drop_prob` can be set; None gives back the drop-path's own.
     """
@@ -27,6 +30,7 @@ class ConvertedPath:
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
+        self._law: Law | None = None
 
     @property
     def drop_path(self) -> nn.Module | None:
@@ -38,7 +42,7 @@ class ConvertedPath:
         if self._drop_prob is not None:
             return self._drop_prob
         drop_path = self.drop_path
-        return 0.0 if drop_path is None else rate_of(drop_path)
+        return 0.0 if drop_path is None else self._law_of(drop_path).drop_prob(drop_path)
 
     @drop_prob.setter
     def drop_prob(self, value: float | None) -> None:
@@ -48,11 +52,34 @@ class ConvertedPath:
     def mode(self) -> str:
         """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
         drop_path = self.drop_path
-        return self.spec.mode if drop_path is None or self.spec.mode == "block" else mode_of(drop_path)
+        return self.spec.mode if drop_path is None or self.spec.mode == "block" else self._law_of(drop_path).mode
 
     @property
     def scale_by_keep(self) -> bool:
-        return self.drop_path is None or scales_by_keep(self.drop_path)
+        drop_path = self.drop_path
+        return drop_path is None or self._law_of(drop_path).scale_by_keep
+
+    def _law_of(self, drop_path: nn.Module) -> Law:
+        law = self._law
+        if law is None or not (torch.compiler.is_compiling() or law.holds_for(drop_path)):
+            found = law_of(drop_path, self.spec.dims)
+            if isinstance(found, str):
+                raise RuntimeError(
+                    f"{self} can't do as its drop-path, which was changed: {found}; call rdp.revert(model) and "
+                    "rdp.convert(model) again"
+                )
+            self._law = law = found
+        return law
+
+    def why_not(self) -> str | None:
+        """Why its drop-path can't be followed as it is now, where it is asked for the rate."""
+        if self._drop_prob is not None or self.spec.drop_path is None or torch.compiler.is_compiling():
+            return None
+        drop_path = _child(self.block, self.spec.drop_path)
+        if self._law is not None and self._law.holds_for(drop_path):
+            return None
+        found = law_of(drop_path, self.spec.dims)
+        return f"its {self.spec.drop_path!r} was changed: {found}" if isinstance(found, str) else None
 
     @property
     def training(self) -> bool:

@@ -106,6 +106,10 @@ def _make(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
             if getattr(self, name) != value:
                 reason = f"its attribute {name!r} was {value!r} when it was converted"
                 return converted.fall_back(self, reason, args, kwargs)
+        for _, path in self.__dict__[CONVERTED]:
+            reason = path.why_not()
+            if reason is not None:
+                return converted.fall_back(self, reason, args, kwargs)
         if shapes is not None and not _fit(inputs, shapes):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
             what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"
