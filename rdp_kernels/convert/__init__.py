@@ -23,6 +23,7 @@ from torch import nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from ..observed import kind_of
 from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
@@ -231,7 +232,8 @@ class _Converter:
             raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)))
+        laws = [kind_of(module) for module in drop_paths_of(block).values()]
+        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)), laws)
         key = repr(same)
         if key not in self._carved:
             try:

@@ -30,7 +30,8 @@ class ConvertedPath:
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
-        self._law: Law | None = None
+        found = None if spec.drop_path is None else law_of(_child(block, spec.drop_path), spec.dims)
+        self._law = found if isinstance(found, Law) else None
 
     @property
     def drop_path(self) -> nn.Module | None:
@@ -61,7 +62,9 @@ class ConvertedPath:
 
     def _law_of(self, drop_path: nn.Module) -> Law:
         law = self._law
-        if law is None or not (torch.compiler.is_compiling() or law.holds_for(drop_path)):
+        # A graph is made for what the module is, and guards of torch.compile's look at that.
+        known = law is not None and torch.compiler.is_compiling() and type(drop_path) is law.kind
+        if law is None or not (known or law.holds_for(drop_path)):
             found = law_of(drop_path, self.spec.dims)
             if isinstance(found, str):
                 raise RuntimeError(
