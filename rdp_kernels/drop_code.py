@@ -1,5 +1,4 @@
-"""What can't be seen by running a drop-path: what its attributes may share with others, and what its code reads besides.
-"""
+"""What can't be seen by running a drop-path: what its attributes share with others, what else its code reads."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ def is_number(value: Any) -> bool:
     if isinstance(value, (float, int)):
         return not isinstance(value, bool)
     if isinstance(value, Tensor):
-        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex() and not value.is_meta
+        real = value.dtype != torch.bool and not value.is_complex()
+        return real and value.numel() == 1 and not value.is_meta and not value.requires_grad
     return isinstance(value, numbers.Real) or (
         type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "fiu"
     )
@@ -52,7 +52,9 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
             constants[name] = value
         elif name in own or name in module._buffers:
             meta = isinstance(value, Tensor) and value.is_meta
-            what = "a tensor without numbers" if meta else f"a {type(value).__name__}, which others may share and change"
+            what = (
+                "a tensor without numbers" if meta else f"a {type(value).__name__}, which others may share and change"
+            )
             raise NoLaw(f"its attribute {name!r} is {what}")
     return found_numbers, constants
 
@@ -92,8 +94,7 @@ def check_code(kind: type[nn.Module]) -> None:
     or an object of its file, of its class or of what encloses it. Code of torch's is trusted."""
     if kind.__call__ is not nn.Module.__call__:
         raise NoLaw("its class has a __call__ of its own")
-    if isinstance(kind.forward, types.FunctionType):
-        _check_function(kind.forward, kind, set())
+    _check_value("its forward", kind.forward, kind, set())
 
 
 def _check_function(function: types.FunctionType, kind: type, seen: set[Any]) -> None:

@@ -79,5 +79,5 @@ def rate_of(module: nn.Module) -> float:
     seen = drops_now(module)
     if seen is not None:
         return round(seen, 2)
-    values = (module.__dict__.get(name) for name in ("drop_prob", "p", "drop_path", "drop_rate"))
+    values = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
     return next((float(value) for value in values if is_number(value)), 0.0)

@@ -232,9 +232,8 @@ class _Converter:
             raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        laws = [kind_of(module) for module in drop_paths_of(block).values()]
-        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)), laws)
-        key = repr(same)
+        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)))
+        key = repr((same, [kind_of(module) for module in drop_paths_of(block).values()]))
         if key not in self._carved:
             try:
                 self._carved[key] = self._carve(block, traced, calls)

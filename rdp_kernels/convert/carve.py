@@ -326,7 +326,7 @@ class _Carving:
             zeros=zeros,
             batch_norm=batch_norm,
             foreign_rows=foreign,
-            dims=self.values[site.node.args[0]].dim(),
+            dims=self.values[site.node].dim(),
         )
 
 

@@ -42,8 +42,8 @@ class ConvertedPath:
     def drop_prob(self) -> float:
         if self._drop_prob is not None:
             return self._drop_prob
-        drop_path = self.drop_path
-        return 0.0 if drop_path is None else self._law_of(drop_path).drop_prob(drop_path)
+        law = self._law_now()
+        return 0.0 if law is None else law.drop_prob(_child(self.block, str(self.spec.drop_path)))
 
     @drop_prob.setter
     def drop_prob(self, value: float | None) -> None:
@@ -52,37 +52,47 @@ class ConvertedPath:
     @property
     def mode(self) -> str:
         """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
-        drop_path = self.drop_path
-        return self.spec.mode if drop_path is None or self.spec.mode == "block" else self._law_of(drop_path).mode
+        if self.spec.mode == "block":
+            return "block"
+        law = self._law_now()
+        return "sample" if law is None else law.mode
 
     @property
     def scale_by_keep(self) -> bool:
-        drop_path = self.drop_path
-        return drop_path is None or self._law_of(drop_path).scale_by_keep
-
-    def _law_of(self, drop_path: nn.Module) -> Law:
-        law = self._law
-        # A graph is made for what the module is, and guards of torch.compile's look at that.
-        known = law is not None and torch.compiler.is_compiling() and type(drop_path) is law.kind
-        if law is None or not (known or law.holds_for(drop_path)):
-            found = law_of(drop_path, self.spec.dims)
-            if isinstance(found, str):
-                raise RuntimeError(
-                    f"{self} can't do as its drop-path, which was changed: {found}; call rdp.revert(model) and "
-                    "rdp.convert(model) again"
-                )
-            self._law = law = found
-        return law
+        law = self._law_now()
+        return law is None or law.scale_by_keep
 
     def why_not(self) -> str | None:
-        """Why its drop-path can't be followed as it is now, where it is asked for the rate."""
-        if self._drop_prob is not None or self.spec.drop_path is None or torch.compiler.is_compiling():
+        """Why its drop-path, as it is now, can't be followed where it is asked for its rate."""
+        name, law = self.spec.drop_path, self._law
+        if self._drop_prob is not None or name is None:
             return None
-        drop_path = _child(self.block, self.spec.drop_path)
-        if self._law is not None and self._law.holds_for(drop_path):
+        drop_path = _child(self.block, name)
+        if law is not None and law.holds_for(drop_path):
+            return None
+        if torch.compiler.is_compiling():
             return None
         found = law_of(drop_path, self.spec.dims)
-        return f"its {self.spec.drop_path!r} was changed: {found}" if isinstance(found, str) else None
+        return f"its {name!r} was changed: {found}" if isinstance(found, str) else None
+
+    def _law_now(self) -> Law | None:
+        """What its drop-path does, as it is now; None where it has none."""
+        name, law = self.spec.drop_path, self._law
+        if name is None:
+            return None
+        drop_path = _child(self.block, name)
+        if law is not None and law.holds_for(drop_path):
+            return law
+        if law is not None and torch.compiler.is_compiling() and type(drop_path) is law.kind:
+            return law  # guards of torch.compile's look at what it was when the graph was made
+        found = law_of(drop_path, self.spec.dims)
+        if isinstance(found, str):
+            raise RuntimeError(
+                f"{self} can't do as its drop-path, which was changed: {found}; call rdp.revert(model) and "
+                "rdp.convert(model) again"
+            )
+        self._law = found
+        return found
 
     @property
     def training(self) -> bool:
