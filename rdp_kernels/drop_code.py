@@ -15,7 +15,7 @@ _BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_is_hf_initialized"}
 """Entries of a module's `__dict__` that say nothing of what it does."""
 _CONSTANTS = (bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _HARMLESS = (types.ModuleType, type, types.BuiltinFunctionType, types.BuiltinMethodType, torch.jit.ScriptFunction)
-_TRUSTED = {"torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings"}
+_TRUSTED = {__name__.partition(".")[0], "torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings"}
 """Packages whose functions are taken for what their names say."""
 
 

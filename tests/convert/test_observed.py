@@ -143,6 +143,7 @@ FOLLOWED = {
     "Python's generator": (ByPython, 0.2, "block", True),
     "unknown names": (Skip, 0.2, "sample", True),
     "nothing": (Nothing, 0.0, "sample", True),
+    "ours": (lambda: rdp.DropPath(0.2), 0.2, "sample", True),
 }
 
 
