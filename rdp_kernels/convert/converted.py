@@ -18,10 +18,10 @@ from .spec import PathSpec
 
 class ConvertedPath:
     """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw, and
-    observes the drop-path anew where it was replaced or works in another way. Raises `RuntimeError` where what it does
-    then can't be followed.
+    observes the drop-path anew where it was replaced or works in another way.
 
-    `drop_prob` can be set; None gives back the drop-path's own.
+    `drop_prob` can be set; None gives back the drop-path's own. Reading it raises `RuntimeError` where what the
+    drop-path does now can't be followed.
     """
 
     gamma = shortcut = activation = None
@@ -43,6 +43,11 @@ class ConvertedPath:
         if self._drop_prob is not None:
             return self._drop_prob
         law = self._law_now()
+        if isinstance(law, str):
+            raise RuntimeError(
+                f"{self} can't do as its drop-path, which was changed: {law}; call rdp.revert(model) and "
+                "rdp.convert(model) again"
+            )
         return 0.0 if law is None else law.drop_prob(_child(self.block, str(self.spec.drop_path)))
 
     @drop_prob.setter
@@ -55,43 +60,43 @@ class ConvertedPath:
         if self.spec.mode == "block":
             return "block"
         law = self._law_now()
+        law = self._law if isinstance(law, str) else law
         return "sample" if law is None else law.mode
 
     @property
     def scale_by_keep(self) -> bool:
         law = self._law_now()
+        law = self._law if isinstance(law, str) else law
         return law is None or law.scale_by_keep
 
     def why_not(self) -> str | None:
-        """Why its drop-path, as it is now, can't be followed where it is asked for its rate."""
-        name, law = self.spec.drop_path, self._law
-        if self._drop_prob is not None or name is None:
+        """Why its drop-path, as it is now, can't be followed. What an iteration decides needs no rate of it; there only
+        a drop-path of another class is one that can't."""
+        if self._drop_prob is not None or self.spec.drop_path is None:
             return None
-        drop_path = _child(self.block, name)
-        if law is not None and law.holds_for(drop_path):
+        law = self._law_now()
+        if not isinstance(law, str):
             return None
-        if torch.compiler.is_compiling():
-            return None
-        found = law_of(drop_path, self.spec.dims)
-        return f"its {name!r} was changed: {found}" if isinstance(found, str) else None
+        scheme, before = self.slot.scheme, self._law
+        if scheme is not None and scheme.phase is not None and before is not None:
+            if type(_child(self.block, self.spec.drop_path)) is before.kind:
+                return None
+        return f"its {self.spec.drop_path!r} was changed: {law}"
 
-    def _law_now(self) -> Law | None:
-        """What its drop-path does, as it is now; None where it has none."""
+    def _law_now(self) -> Law | str | None:
+        """What its drop-path does, as it is now, or why that can't be followed; None where it has none."""
         name, law = self.spec.drop_path, self._law
         if name is None:
             return None
         drop_path = _child(self.block, name)
-        if law is not None and law.holds_for(drop_path):
-            return law
-        if law is not None and torch.compiler.is_compiling() and type(drop_path) is law.kind:
-            return law  # guards of torch.compile's look at what it was when the graph was made
+        if law is not None:
+            if law.holds_for(drop_path):
+                return law
+            if torch.compiler.is_compiling() and type(drop_path) is law.kind:
+                return law  # guards of torch.compile's look at what it was when the graph was made
         found = law_of(drop_path, self.spec.dims)
-        if isinstance(found, str):
-            raise RuntimeError(
-                f"{self} can't do as its drop-path, which was changed: {found}; call rdp.revert(model) and "
-                "rdp.convert(model) again"
-            )
-        self._law = found
+        if isinstance(found, Law):
+            self._law = found
         return found
 
     @property
