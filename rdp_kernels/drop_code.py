@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import enum
+import inspect
 import numbers
 import types
 from collections.abc import Iterator
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 
 _BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_is_hf_initialized"}
 """Entries of a module's `__dict__` that say nothing of what it does."""
-_CONSTANTS = (bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONSTANTS = (bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _HARMLESS = (types.ModuleType, type, types.BuiltinFunctionType, types.BuiltinMethodType, torch.jit.ScriptFunction)
-_TRUSTED = {__name__.partition(".")[0], "torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings"}
+_TRUSTED = {"torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings", "rdp_kernels"}
 """Packages whose functions are taken for what their names say."""
 
 
@@ -52,10 +54,8 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
             constants[name] = value
         elif name in own or name in module._buffers:
             meta = isinstance(value, Tensor) and value.is_meta
-            what = (
-                "a tensor without numbers" if meta else f"a {type(value).__name__}, which others may share and change"
-            )
-            raise NoLaw(f"its attribute {name!r} is {what}")
+            what = "has no numbers" if meta else "may be shared with others and change"
+            raise NoLaw(f"its attribute {name!r} ({type(value).__name__}) {what}")
     return found_numbers, constants
 
 
@@ -78,7 +78,8 @@ def _classes(kind: type) -> list[type]:
 def reads_training(kind: type[nn.Module]) -> bool:
     """Whether a method of its own reads an attribute of that name."""
     methods = [f for cls in _classes(kind) for f in vars(cls).values() if isinstance(f, types.FunctionType)]
-    return any("training" in code.co_names for method in methods for code in _codes(method.__code__))
+    codes = [code for method in map(inspect.unwrap, methods) for code in _codes(method.__code__)]  # type: ignore[attr-defined]
+    return any("training" in code.co_names for code in codes)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -166,10 +167,11 @@ def _check_value(what: str, value: Any, kind: type, seen: set[Any]) -> None:
     if isinstance(value, types.FunctionType):
         _check_function(value, kind, seen)
         return
-    module = type(value).__module__.partition(".")[0]
-    of_torch = module == "torch" and not isinstance(value, (Tensor, torch.Generator, nn.Module))
+    of = value.__self__ if isinstance(value, types.MethodType) else value
+    module = type(of).__module__.partition(".")[0]
+    of_torch = module == "torch" and not isinstance(of, (Tensor, torch.Generator, nn.Module))
     if isinstance(value, _HARMLESS) or of_torch or module == "typing":
         return
     if _is_constant(value) and not isinstance(value, bool):
         return
-    raise NoLaw(f"its code reads {what}, a {type(value).__name__} outside of the module that may change")
+    raise NoLaw(f"its code reads {what} ({type(value).__name__}), which is outside of the module and may change")

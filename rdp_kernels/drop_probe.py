@@ -301,16 +301,24 @@ def _mode(probe: Probe) -> str:
     """At P(drop) = 0.5."""
     kept = probe.masks(_PATTERNS, rows=3)
     mode = "block" if bool((kept == kept[:, :1]).all()) else "sample"
-    codes = (kept.long() * torch.tensor([1, 2, 4])).sum(1)
-    counts, expected = torch.bincount(codes, minlength=8).double(), _PATTERNS / 8
-    if mode == "sample" and float(((counts - expected) ** 2).sum()) / expected > _CHI_SQUARED:
-        raise NoLaw("whether it drops a row depends on the others of its batch, or on the row's place")
+    if mode == "sample":
+        many = probe.masks(16, rows=255)
+        counts = many.double().sum(1)
+        spread = float(((counts - counts.mean()) ** 2).sum()) / (255 / 4)  # χ² with 15 degrees of freedom
+        if not (_independent(kept) and _independent(many.reshape(-1, 3)) and 1 < spread < 60):
+            raise NoLaw("whether it drops a row depends on the others of its batch, or on the row's place")
     if mode == "block" and len(probe.factors(probe.x(64)).unique()) > 1:
         raise NoLaw("it drops a small batch whole and a large one in parts")
     alone = 1 - float(probe.masks(_PATTERNS // 2, rows=1).float().mean())
     if not 0.25 < alone < 0.75:
         raise NoLaw(f"it drops a sample that comes alone with a probability of {alone:.2f} instead of 0.50")
     return mode
+
+
+def _independent(kept: Tensor) -> bool:
+    """Whether the 8 patterns of three rows are equally frequent, by χ². `kept`: bool `[n, 3]`."""
+    counts, expected = torch.bincount((kept.long() * torch.tensor([1, 2, 4])).sum(1), minlength=8), len(kept) / 8
+    return float(((counts - expected) ** 2).sum()) / expected < _CHI_SQUARED
 
 
 def _check_generators(probe: Probe) -> None:

@@ -78,9 +78,9 @@ class ConvertedPath:
         if not isinstance(law, str):
             return None
         scheme, before = self.slot.scheme, self._law
-        if scheme is not None and scheme.phase is not None and before is not None:
-            if type(_child(self.block, self.spec.drop_path)) is before.kind:
-                return None
+        decided = scheme is not None and scheme.phase is not None
+        if decided and before is not None and type(_child(self.block, self.spec.drop_path)) is before.kind:
+            return None
         return f"its {self.spec.drop_path!r} was changed: {law}"
 
     def _law_now(self) -> Law | str | None:

@@ -218,6 +218,11 @@ class FixedCount(Drops):
         return x * keep.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)) / (1 - self.p)
 
 
+class FixedCountOfMany(FixedCount):
+    def drop(self, x):
+        return super().drop(x) if len(x) > 128 else per_sample(x, self.p)
+
+
 class NeverAll(Drops):
     def drop(self, x):
         out = per_sample(x, self.p)
@@ -357,7 +362,94 @@ class Replaced(Drops):
         self.forward = lambda x: per_sample(x, self.p)
 
 
+class TwoRates(Drops):
+    def __init__(self):
+        super().__init__(0.999)
+        self.q = 0.999
+
+    def rate(self):
+        return self.p * self.q
+
+
+class FewerThanItSays(Drops):
+    """Without a scale that would tell."""
+
+    def drop(self, x):
+        return per_sample(x, 0.9 * self.p, scaled=False)
+
+
+class ScaledWhereItDropsMuch(Drops):
+    def drop(self, x):
+        return per_sample(x, self.p, scaled=self.p > 0.5)
+
+
+class WholeIfSmall(Drops):
+    def drop(self, x):
+        if len(x) > 32:
+            return per_sample(x, self.p)
+        return x * float(torch.rand(()) >= self.p) / (1 - self.p)
+
+
+class OnlyInFloat32(Drops):
+    def drop(self, x):
+        return per_sample(x, self.p, scaled=x.dtype == torch.float32)
+
+
+class OtherUnderAutocast(Drops):
+    def drop(self, x):
+        return x if torch.is_autocast_enabled("cpu") else per_sample(x, self.p)
+
+
+class DoublesAtRateZero(Drops):
+    def forward(self, x):
+        return super().forward(x) if self.p > 0 or not self.training else 2 * x
+
+
+STEPS = 0
+
+
+class CountsInItsFile(Drops):
+    def drop(self, x):
+        global STEPS
+        STEPS += 1
+        return per_sample(x, self.p)
+
+
+class RemembersInADefault(Drops):
+    def drop(self, x, seen=[]):  # noqa: B006
+        seen.append(len(x))
+        return per_sample(x, self.p)
+
+
+class Called(Drops):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Learns(Drops):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(0.2))
+
+
+class OnMeta(Drops):
+    def __init__(self):
+        super().__init__(torch.tensor(0.2, device="meta"))
+
+
 REFUSED = {
+    TwoRates: "follows 'p' and 'q'",
+    FewerThanItSays: "it drops 0.* of what it is given where 'p' is",
+    ScaledWhereItDropsMuch: "at some rates only",
+    WholeIfSmall: "a small batch whole and a large one in parts",
+    OnlyInFloat32: "scales bfloat16 in another way than float32",
+    OtherUnderAutocast: "depends on autocast",
+    DoublesAtRateZero: "in training, where it doesn't drop, it isn't the identity",
+    CountsInItsFile: "its code (changes|reads) 'STEPS'",
+    RemembersInADefault: "a default of its arguments .list.",
+    Called: "a __call__ of its own",
+    Learns: "has parameters",
+    OnMeta: "'p' .Tensor. has no numbers",
     Constant: "follows none of its attributes",
     Percent: "follows none of its attributes",
     Ramp: "'ramp' changes what it does too",
@@ -368,21 +460,22 @@ REFUSED = {
     Noise: "not its input times a mask",
     Channels: "drops parts of a row",
     FixedCount: "depends on the others of its batch",
+    FixedCountOfMany: "depends on the others of its batch",
     NeverAll: "depends on the others of its batch",
     Pairs: "depends on the others of its batch",
     NotAlone: "a sample that comes alone",
-    OwnGenerator: "'generator' is a Generator, which others may share",
+    OwnGenerator: "'generator' .Generator. may be shared",
     SameMask: "whatever the global generators' seed",
     Fresh: "something else than the global generators",
     Largest: "depends on the numbers in its input",
     Counts: "a call changes its attribute 'calls'",
     CountsInABuffer: "a call changes its attribute 'calls'",
     CountsInItsClass: "a call changes its attribute 'calls'",
-    Shared: "'schedule' is a dict, which others may share",
-    Registry: "reads 'schedule' of its class, a dict",
+    Shared: "'schedule' .dict. may be shared",
+    Registry: "reads 'schedule' of its class .dict.",
     HoldsModules: "holds other modules",
-    ReadsAGlobal: "reads 'FACTOR', a float",
-    enclosing: "reads 'factor', a list",
+    ReadsAGlobal: "reads 'FACTOR' .float.",
+    enclosing: "reads 'factor' .list.",
     Wide: "makes .* float32 of .* bfloat16",
     Detached: "raises RuntimeError|gradient isn't",
     OnlyWithGradients: "depends on torch.no_grad",
@@ -399,7 +492,7 @@ def test_what_can_t_be_followed(make):
     law = law_of(module, 3)
     assert isinstance(law, str)
     assert re.search(REFUSED[make], law), law
-    assert CountsInItsClass.calls == 0
+    assert CountsInItsClass.calls == STEPS == 0
     assert before is None or module.__dict__.keys() == before.keys()
 
 
