@@ -95,6 +95,8 @@ def check_code(kind: type[nn.Module]) -> None:
     or an object of its file, of its class or of what encloses it. Code of torch's is trusted."""
     if kind.__call__ is not nn.Module.__call__:
         raise NoLaw("its class has a __call__ of its own")
+    if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not nn.Module.__getattribute__:
+        raise NoLaw("its class makes attributes by a method of its own")
     _check_value("its forward", kind.forward, kind, set())
 
 
@@ -124,12 +126,12 @@ def _reads(code: types.CodeType) -> Iterator[list[str]]:
         if step.opname == "LOAD_GLOBAL":
             yield names
             names = [step.argval]
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD"):
             names = [*names, step.argval] if names else [".", step.argval]
             if names[0] == ".":
                 yield names
                 names = []
-        elif step.opname not in ("CACHE", "PUSH_NULL", "PRECALL"):
+        elif step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL"):
             yield names
             names = []
     yield names

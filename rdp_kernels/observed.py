@@ -80,7 +80,7 @@ def law_of(module: nn.Module, dims: int) -> Law | str:
 
     It doesn't depend on the module's numbers, so that modules which differ in these alone are observed once.
     """
-    if type(module) is nn.Identity:
+    if _is_identity(module):
         return Law(nn.Identity, nn.Identity.forward, len(module.__dict__), (), None)
     try:
         key = (*key_of(module), dims)
@@ -92,7 +92,7 @@ def law_of(module: nn.Module, dims: int) -> Law | str:
 def known_law_of(module: nn.Module) -> Law | str:
     """As `law_of`, where nobody says how many dimensions there are."""
     try:
-        key = () if type(module) is nn.Identity else key_of(module)
+        key = () if _is_identity(module) else key_of(module)
     except NoLaw as reason:
         return str(reason)
     found: Law | str = "it can't be called with a tensor of 2 to 5 dimensions"
@@ -139,9 +139,13 @@ def key_of(module: nn.Module) -> tuple:
 def kind_of(module: nn.Module) -> int:
     """The same for drop-paths that do the same but for their numbers."""
     try:
-        return hash(type(module) if type(module) is nn.Identity else key_of(module))
+        return hash(nn.Identity if _is_identity(module) else key_of(module))
     except NoLaw:
         return id(module)
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and "forward" not in module.__dict__
 
 
 def _cached(found: dict, key: tuple, make: Callable[[], Any]) -> Any:

@@ -426,6 +426,20 @@ class Called(Drops):
         return 2 * super().__call__(x)
 
 
+class MakesAttributes(Drops):
+    def __init__(self):
+        nn.Module.__init__(self)
+
+    def __getattr__(self, name):
+        return 0.2 if name == "p" else super().__getattr__(name)
+
+
+def replaced_identity():
+    module = nn.Identity()
+    module.forward = lambda x: 2 * x
+    return module
+
+
 class Learns(Drops):
     def __init__(self):
         super().__init__()
@@ -448,6 +462,8 @@ REFUSED = {
     CountsInItsFile: "its code (changes|reads) 'STEPS'",
     RemembersInADefault: "a default of its arguments .list.",
     Called: "a __call__ of its own",
+    MakesAttributes: "makes attributes by a method of its own",
+    replaced_identity: "forward was replaced on the instance",
     Learns: "has parameters",
     OnMeta: "'p' .Tensor. has no numbers",
     Constant: "follows none of its attributes",
