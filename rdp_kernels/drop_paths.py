@@ -1,7 +1,7 @@
-"""What counts as a drop-path module in other libraries, and what it says of its rate.
+"""What counts as a drop-path module in other libraries, and its rate.
 
-timm's `DropPath`, torchvision's `StochasticDepth`, the many `*DropPath` of transformers; and, at rate 0, the
-`nn.Identity` that stands in its place, known by its name.
+timm's `DropPath`, torchvision's `StochasticDepth`, the many `*DropPath` of transformers; any other module without
+weights that is seen to drop rows; and, at rate 0, the `nn.Identity` that stands in its place, known by its name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import warnings
 
 from torch import nn
 
+from .drop_code import is_number, reads_training
+from .observed import Law, drops_now, drops_rows, known_law_of
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 REFUSED = "_rdp_refused"
 """The attribute under which a block keeps the names of drop-paths that `convert` has refused."""
@@ -19,10 +22,16 @@ _NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
 
 
 def is_drop_path(name: str, module: nn.Module) -> bool:
-    """`name`: under which its parent has it."""
-    if isinstance(module, nn.Identity) and type(module).__name__ == "Identity":
+    """Whether it goes by such a name, or is seen to drop rows. `name`: under which its parent has it."""
+    kind = type(module)
+    if isinstance(module, nn.Identity) and kind.__name__ == "Identity":
         return _NAME.search(name) is not None
-    return _TYPE.search(type(module).__name__) is not None and not any(True for _ in module.parameters())
+    if any(True for _ in module.parameters()):
+        return False
+    if _TYPE.search(kind.__name__):
+        return drops_rows(module) is not False
+    unknown = not module._modules and not kind.__module__.startswith("torch.") and reads_training(kind)
+    return unknown and drops_rows(module) is True
 
 
 def owns_drop_path(module: nn.Module) -> bool:
@@ -63,18 +72,12 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop), read from the module as it is now."""
-    for name in ("drop_prob", "p", "drop_path", "drop_rate"):
-        value = module.__dict__.get(name)  # getattr is slow where there is none
-        if isinstance(value, (int, float)):
-            return float(value)
-    return 0.0
-
-
-def mode_of(module: nn.Module) -> str:
-    """torchvision's "batch" is ours "block"."""
-    return "block" if module.__dict__.get("mode") == "batch" else "sample"
-
-
-def scales_by_keep(module: nn.Module) -> bool:
-    return bool(module.__dict__.get("scale_by_keep", True))
+    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names."""
+    law = known_law_of(module)
+    if isinstance(law, Law):
+        return law.drop_prob(module)
+    seen = drops_now(module)
+    if seen is not None:
+        return round(seen, 2)
+    values = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
+    return next((float(value) for value in values if is_number(value)), 0.0)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from ..observed import kind_of
 from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
@@ -301,7 +302,7 @@ class _Converter:
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
         same = (type(block), traced.signature, traced.guards, shapes, _code(traced), _RATE.sub("", repr(block)))
-        key = repr(same)
+        key = repr((same, [kind_of(module) for module in drop_paths_of(block).values()]))
         if key not in self._carved:
             try:
                 self._carved[key] = self._carve(block, traced, calls)

@@ -72,7 +72,7 @@ def carve(
     modules = dict(block.named_modules(remove_duplicate=False))
     values = Values(graph, block, inputs)
     fold_nothing(graph, values)
-    sites = drop_path_sites(graph, modules)
+    sites = drop_path_sites(graph, modules, values)
     if not sites and unnamed:
         sites = unnamed_sites(block, graph, modules, values)
     reference = copy_of(graph)
@@ -120,6 +120,8 @@ class _Carving:
 
     def cut(self, site: Site, number: int) -> tuple[PathSpec, fx.Graph]:
         """The path of one place, whose branch leaves the graph and is called instead. Raises `Refused`."""
+        if site.refused is not None:
+            raise Refused(site.refused)
         output = site.node.args[0]
         if not isinstance(output, fx.Node) or not is_float(self.values[output]):
             raise Refused("what is dropped is not a floating-point tensor")
@@ -348,6 +350,7 @@ class _Carving:
             dtype=dtype,
             batch_norm=batch_norm,
             foreign_rows=foreign,
+            dims=self.values[site.node].dim(),
         )
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..drop_paths import is_drop_path
+from ..observed import Law, known_law_of
 from ..paths import CONVERTED, Decision
 from ..rows import row_set
 from .calls import Call, Refused, cloned
@@ -100,7 +101,7 @@ def _check_inputs_are_left_alone(block: nn.Module, call: Call) -> None:
 
 def _silence(block: nn.Module) -> None:
     for name, module in block.named_modules():
-        if is_drop_path(name.rpartition(".")[2], module):
+        if is_drop_path(name.rpartition(".")[2], module) and isinstance(known_law_of(module), Law):
             module.forward = lambda x, *args, **kwargs: x  # type: ignore[method-assign]
 
 
@@ -133,6 +134,8 @@ def _masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[in
         orders.setdefault(str(name), []).append(path)
     _silence(block)
     for name, order in orders.items():
+        if all(path is None for path in order):  # as it is in eval mode
+            continue
         given = iter(order)
         module = block.get_submodule(name)
         module.forward = lambda x, *_, given=given, **__: _masked(x, pattern, next(given))  # type: ignore[method-assign]

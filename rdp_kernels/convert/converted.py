@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..drop_paths import mode_of, rate_of, scales_by_keep
+from ..observed import Law, law_of
 from ..path_call import run_path
 from ..paths import CONVERTED, PathSlot
 from ..promotion import Promotion
@@ -19,9 +20,11 @@ from .spec import PathSpec
 
 
 class ConvertedPath:
-    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw.
+    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw, and
+    observes the drop-path anew where it was replaced or works in another way.
 
-    `drop_prob` can be set; None gives back the drop-path's own.
+    `drop_prob` can be set; None gives back the drop-path's own. Reading it raises `RuntimeError` where what the
+    drop-path does now can't be followed.
     """
 
     gamma = shortcut = activation = None
@@ -32,6 +35,8 @@ class ConvertedPath:
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
         self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
         self._drop_prob = drop_prob
+        found = None if spec.drop_path is None else law_of(_child(block, spec.drop_path), spec.dims)
+        self._law = found if isinstance(found, Law) else None
         self.promotion = Promotion(spec.sum_dtype, spec.dtype)
         self.origins: tuple[PathSlot, ...] = ()
         """The slots of the paths that this one was copied from, where its block is a shallow copy."""
@@ -51,8 +56,13 @@ class ConvertedPath:
     def drop_prob(self) -> float:
         if self._drop_prob is not None:
             return self._drop_prob
-        drop_path = self.drop_path
-        return 0.0 if drop_path is None else rate_of(drop_path)
+        law = self._law_now()
+        if isinstance(law, str):
+            raise RuntimeError(
+                f"{self} can't do as its drop-path, which was changed: {law}; call rdp.revert(model) and "
+                "rdp.convert(model) again"
+            )
+        return 0.0 if law is None else law.drop_prob(_child(self.block, str(self.spec.drop_path)))
 
     @drop_prob.setter
     def drop_prob(self, value: float | None) -> None:
@@ -61,12 +71,47 @@ class ConvertedPath:
     @property
     def mode(self) -> str:
         """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
-        drop_path = self.drop_path
-        return self.spec.mode if drop_path is None or self.spec.mode == "block" else mode_of(drop_path)
+        if self.spec.mode == "block":
+            return "block"
+        law = self._law_now()
+        law = self._law if isinstance(law, str) else law
+        return "sample" if law is None else law.mode
 
     @property
     def scale_by_keep(self) -> bool:
-        return self.drop_path is None or scales_by_keep(self.drop_path)
+        law = self._law_now()
+        law = self._law if isinstance(law, str) else law
+        return law is None or law.scale_by_keep
+
+    def why_not(self) -> str | None:
+        """Why its drop-path, as it is now, can't be followed. What an iteration decides needs no rate of it; there only
+        a drop-path of another class is one that can't."""
+        if self._drop_prob is not None or self.spec.drop_path is None:
+            return None
+        law = self._law_now()
+        if not isinstance(law, str):
+            return None
+        scheme, before = self.slot.scheme, self._law
+        decided = scheme is not None and scheme.phase is not None
+        if decided and before is not None and type(_child(self.block, self.spec.drop_path)) is before.kind:
+            return None
+        return f"its {self.spec.drop_path!r} was changed: {law}"
+
+    def _law_now(self) -> Law | str | None:
+        """What its drop-path does, as it is now, or why that can't be followed; None where it has none."""
+        name, law = self.spec.drop_path, self._law
+        if name is None:
+            return None
+        drop_path = _child(self.block, name)
+        if law is not None:
+            if law.holds_for(drop_path):
+                return law
+            if torch.compiler.is_compiling() and type(drop_path) is law.kind:
+                return law  # guards of torch.compile's look at what it was when the graph was made
+        found = law_of(drop_path, self.spec.dims)
+        if isinstance(found, Law):
+            self._law = found
+        return found
 
     @property
     def training(self) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..drop_paths import is_drop_path
+from ..observed import law_of
 from .graphs import Values, ancestors, computed_only_for, is_add, is_heavy, module_calls
 
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj|identity", re.IGNORECASE)
@@ -22,6 +24,8 @@ class Site:
     node: fx.Node
     name: str
     drop_path: str | None
+    refused: str | None = None
+    """Why what the drop-path does can't be followed."""
 
 
 def mark(x: Tensor) -> Tensor:
@@ -29,13 +33,33 @@ def mark(x: Tensor) -> Tensor:
     return x
 
 
-def drop_path_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Site]:
+def drop_path_sites(graph: fx.Graph, modules: dict[str, nn.Module], values: Values) -> list[Site]:
     sites: list[Site] = []
     for node in graph.nodes:
         target = str(node.target)
         if node.op == "call_module" and node.users and is_drop_path(target.rpartition(".")[2], modules[target]):
-            sites.append(Site(node, _numbered(target, sites), target))
+            sites.append(Site(node, _numbered(target, sites), target, _why_not(node, modules[target], values)))
     return sites
+
+
+def _why_not(node: fx.Node, drop_path: nn.Module, values: Values) -> str | None:
+    """Why what the drop-path does at this place can't be followed."""
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        given = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
+        return f"it is called with ({', '.join(given)}) instead of one tensor, so that it does more than to drop"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(drop_path, name) for name in hooks):
+        return "it has hooks, which wouldn't run"
+    x, out = values[node.args[0]], values[node]
+    if not isinstance(x, Tensor):
+        return f"it is called with a {type(x).__name__} instead of a tensor"
+    law = law_of(drop_path, x.dim())
+    if isinstance(law, str):
+        return law
+    same = isinstance(out, Tensor) and out.dtype == x.dtype
+    if not same or not (x.is_meta or torch.equal(out.nan_to_num(), x.nan_to_num())):
+        return "in eval mode it isn't the identity on what it is called with"
+    return None
 
 
 def _numbered(name: str, sites: list[Site]) -> str:

@@ -118,6 +118,10 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
             return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
         if not guards.hold(self):
             return converted.fall_back(self, guards.first_difference(self), args, kwargs)
+        for _, path in self.__dict__[CONVERTED]:
+            reason = path.why_not()
+            if reason is not None:
+                return converted.fall_back(self, reason, args, kwargs)
         if wanted is not None and not _fit(inputs, wanted):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
             what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"

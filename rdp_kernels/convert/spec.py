@@ -34,6 +34,8 @@ class PathSpec:
     batch_norm: bool
     foreign_rows: bool
     """Rows are not samples: windows, patches."""
+    dims: int
+    """Of what is dropped."""
 
     def __deepcopy__(self, memo: object) -> PathSpec:
         return self

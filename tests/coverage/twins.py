@@ -128,7 +128,7 @@ class Twins:
         self._begin(batch_norm)
         self._mask([k[0] if path.module.mode == "block" else k for path, k in zip(self.paths, keep, strict=True)])
         expected = self._run(self.original)
-        scheme = rdp.ResidualDropPath(self.ours, mode="sample", freeze="none")
+        scheme = rdp.ResidualDropPath(self.ours, 0.5, mode="sample", freeze="none")
         try:
             with scheme.drop_iteration(self.rows, plan=rdp.PathPlan(keep, self._probs(), "sample")):
                 actual = self._run(self.ours)
@@ -153,7 +153,7 @@ class Twins:
     def _check_pair(self, what: str, keep: Tensor, batch_norm: bool) -> None:
         self._begin(batch_norm)
         pair = _Pair(self, keep)
-        scheme, phases = rdp.ResidualDropPath(self.ours, mode="block"), []
+        scheme, phases = rdp.ResidualDropPath(self.ours, 0.5, mode="block"), []
         try:
             for phase in scheme.iterations(plan=rdp.PathPlan(keep, self._probs(), "block")):
                 phases.append(phase)

@@ -1,0 +1,196 @@
+"""What a drop-path does, found by running it: how often it drops, samples or whole batches, and how it scales.
+
+| file | does |
+|---|---|
+| `observed.py` | says which law a module follows, and remembers it |
+| `drop_probe.py` | runs a copy of the module on the CPU |
+| `drop_code.py` | refuses what can't be seen by running it |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .drop_code import NoLaw, attributes_of, check_code, is_number
+from .drop_probe import Probe, rows_dropped, seen_in, undisturbed
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a drop-path does in training: rows are 0 with P(drop), else multiplied. In eval mode it is the identity."""
+
+    kind: type[nn.Module]
+    forward: Any
+    size: int
+    """The number of entries in the `__dict__` of the module that was observed."""
+    constants: tuple[tuple[str, Any], ...]
+    """Attributes that are no numbers: where one changes, the module is observed anew."""
+    attribute: str | None
+    """The one that says how often it drops; None where it never does."""
+    keeps: bool = False
+    """The attribute is P(keep)."""
+    mode: str = "sample"
+    scale_by_keep: bool = True
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether `module` still is what was observed. Asked at each draw."""
+        kind, found = type(module), module.__dict__
+        if kind is not self.kind or len(found) != self.size or kind.forward is not self.forward:
+            return False
+        for name, value in self.constants:
+            now = found[name] if name in found else getattr(module, name, None)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        if self.attribute is None:
+            return True
+        rate = found.get(self.attribute)
+        return type(rate) is float or is_number(_number(module, self.attribute))
+
+    def drop_prob(self, module: nn.Module) -> float:
+        """P(drop), read from the module as it is now. Raises `ValueError` where it is no probability."""
+        if self.attribute is None:
+            return 0.0
+        value = module.__dict__.get(self.attribute)
+        if type(value) is not float:  # None among them: a buffer, or of a class
+            value = float(_number(module, self.attribute))
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{self.attribute} of a {self.kind.__name__} must be between 0 and 1, it is {value}")
+        return 1 - value if self.keeps else value
+
+    def __deepcopy__(self, memo: object) -> Law:
+        return self
+
+    def __reduce__(self) -> tuple:
+        # Functions can't always be pickled. Without one the law doesn't hold, and is looked up again.
+        fields = (self.kind, None, self.size, self.constants, self.attribute, self.keeps, self.mode, self.scale_by_keep)
+        return Law, fields
+
+
+_laws: dict[tuple, Law | str] = {}
+_drops: dict[tuple, bool | None] = {}
+
+
+def law_of(module: nn.Module, dims: int) -> Law | str:
+    """The law of a drop-path that is called with tensors of `dims` dimensions, or why it has none.
+
+    It doesn't depend on the module's numbers, so that modules which differ in these alone are observed once.
+    """
+    if _is_identity(module):
+        return Law(nn.Identity, nn.Identity.forward, len(module.__dict__), (), None)
+    try:
+        key = (*key_of(module), dims)
+    except NoLaw as reason:
+        return str(reason)
+    return _cached(_laws, key, lambda: _observe(module, dims))
+
+
+def known_law_of(module: nn.Module) -> Law | str:
+    """As `law_of`, where nobody says how many dimensions there are."""
+    try:
+        key = () if _is_identity(module) else key_of(module)
+    except NoLaw as reason:
+        return str(reason)
+    found: Law | str = "it can't be called with a tensor of 2 to 5 dimensions"
+    for dims in sorted((3, 4, 2, 5), key=lambda dims: (*key, dims) not in _laws):
+        found = law_of(module, dims)
+        if isinstance(found, Law):
+            return found
+    return found
+
+
+def drops_rows(module: nn.Module) -> bool | None:
+    """Whether `module` is seen to set whole rows to zero in training, now or with another number in an attribute.
+
+    False where it is a function of its input instead; None where it is neither, or can't be observed.
+    """
+    try:
+        key = key_of(module)
+    except NoLaw:
+        return None
+    return _cached(_drops, key, lambda: _seen_dropping(module))
+
+
+def drops_now(module: nn.Module) -> float | None:
+    """The fraction of rows that a module without a law is seen to drop, as it stands; None where it can't be seen."""
+    try:
+        numbers, _ = attributes_of(module)
+        check_code(type(module))
+    except NoLaw:
+        return None
+    with undisturbed(type(module)):
+        for dims in (3, 4, 2):
+            with contextlib.suppress(Exception):
+                probe = Probe(module, dims, numbers)
+                return sum(float((probe.run() == 0).flatten(1).all(1).sum()) for _ in range(256)) / (256 * 4)
+    return None
+
+
+def key_of(module: nn.Module) -> tuple:
+    """What modules with the same law have in common. Raises `NoLaw`."""
+    numbers, constants = attributes_of(module)
+    return type(module), type(module).forward, tuple(numbers), tuple((n, type(v), v) for n, v in constants.items())
+
+
+def kind_of(module: nn.Module) -> int:
+    """The same for drop-paths that do the same but for their numbers."""
+    try:
+        return hash(nn.Identity if _is_identity(module) else key_of(module))
+    except NoLaw:
+        return id(module)
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and "forward" not in module.__dict__
+
+
+def _cached(found: dict, key: tuple, make: Callable[[], Any]) -> Any:
+    if key not in found:
+        if len(found) >= 256:
+            found.clear()
+        found[key] = make()
+    return found[key]
+
+
+def _number(module: nn.Module, name: str) -> Any:
+    found = module.__dict__
+    return found[name] if name in found else getattr(module, name, None)
+
+
+def _observe(module: nn.Module, dims: int) -> Law | str:
+    kind = type(module)
+    try:
+        check_code(kind)
+        numbers, constants = attributes_of(module)
+        with undisturbed(kind):
+            seen = seen_in(Probe(module, dims, numbers))
+        return Law(kind, kind.forward, len(module.__dict__), tuple(constants.items()), *seen)
+    except NoLaw as reason:
+        return str(reason)
+    except Exception as error:
+        return f"it raises {type(error).__name__} when it is tried on a tensor of {dims} dimensions: {error}"
+
+
+def _seen_dropping(module: nn.Module) -> bool | None:
+    try:
+        numbers, _ = attributes_of(module)
+        check_code(type(module))
+    except NoLaw:
+        return None
+    with undisturbed(type(module)):
+        for dims in (3, 4, 2):
+            probe = Probe(module, dims, numbers)
+            settings: list[Any] = [contextlib.nullcontext(), *(probe.having(name, 0.5) for name in numbers)]
+            seen = []
+            for setting in settings:
+                with contextlib.suppress(Exception), setting:
+                    seen.append(rows_dropped(probe))
+            if any(s == "dropped" for s in seen):
+                return True
+            if seen and all(s == "a function" for s in seen):
+                return False
+    return None
