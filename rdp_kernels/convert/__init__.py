@@ -7,7 +7,8 @@
 | `carve.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `converted.py` | what runs then |
-| `check.py` | compares the converted block with the one it was |
+| `check.py` | compares the converted block with the one it was, children in eval mode |
+| `check_training.py`, `differences.py` | compare them as users run them: in training mode, under autocast |
 | `report.py` | says what was done |
 """
 
@@ -27,6 +28,7 @@ from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
+from .check_training import check_training
 from .converted import ConvertedPath
 from .report import ConversionError, ConversionReport, PathReport
 from .source import install, recipe_of, uninstall
@@ -252,6 +254,7 @@ class _Converter:
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
             self_check(block, carved, recipe, calls)
+            check_training(block, carved, recipe, calls[0])
         return recipe, carved
 
 

@@ -1,0 +1,121 @@
+"""What a model holds and the global generators' states, to be put back after its forward was run or traced."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def generator_states() -> dict[str, Any]:
+    """Of torch's, Python's and, where it is imported, numpy's global generators."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.cuda.is_initialized():
+        states["torch.cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state(legacy=False)
+    return states
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["random"])
+    if "torch.cuda" in states:
+        torch.cuda.set_rng_state_all(states["torch.cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
+
+
+def moved_generators(states: dict[str, Any]) -> list[str]:
+    """Those that were drawn from since `states` were taken."""
+    now = generator_states()
+    return [name for name, state in states.items() if repr_of(state) != repr_of(now[name])]
+
+
+def repr_of(state: Any) -> Any:
+    """Something that `==` compares."""
+    if isinstance(state, Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {name: repr_of(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [repr_of(value) for value in state]
+    return state.tobytes() if hasattr(state, "tobytes") else state
+
+
+@contextlib.contextmanager
+def preserved_generators() -> Iterator[None]:
+    states = generator_states()
+    try:
+        yield
+    finally:
+        set_generator_states(states)
+
+
+class Snapshot:
+    """The attributes of all modules of a model: which objects they are, what is in containers, numbers in buffers.
+
+    Parameters are taken as they are. Names that begin with `_rdp_` are left out.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._tensors: dict[int, tuple[Tensor, int, Tensor]] = {}
+        for _, attributes in self._attributes:
+            for name, value in attributes.items():
+                self._take(value, tensors=name != "_parameters")
+
+    def _take(self, value: Any, tensors: bool = True) -> None:
+        if isinstance(value, Tensor):
+            if tensors and not value.is_inference() and not isinstance(value, nn.Parameter):
+                self._tensors[id(value)] = (value, value._version, value.detach().clone())
+        elif isinstance(value, (list, dict, set)) and id(value) not in self._containers:
+            self._containers[id(value)] = (value, value.copy())
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._take(inner, tensors)
+
+    def restore(self) -> None:
+        for module, attributes in self._attributes:
+            now = module.__dict__
+            for name in [n for n in now if n not in attributes and not n.startswith("_rdp_")]:
+                del now[name]
+            for name, value in attributes.items():
+                if not name.startswith("_rdp_") and now.get(name, self) is not value:
+                    now[name] = value
+        for container, contents in self._containers.values():
+            if items_of(container) != items_of(contents):
+                fill(container, contents)
+        with torch.no_grad():
+            for tensor, version, copied in self._tensors.values():
+                if tensor._version != version:
+                    tensor.copy_(copied)
+
+
+def fill(container: Any, contents: Any) -> None:
+    """Gives a list, dict or set these contents."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(contents)
+
+
+def items_of(container: Any) -> list[Any]:
+    """What is in it, by identity."""
+    if isinstance(container, dict):
+        return [(name, id(value)) for name, value in container.items()]
+    return [id(value) for value in container]
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Puts back what the model holds, and the generators."""
+    snapshot = Snapshot(model)
+    with preserved_generators():
+        try:
+            yield
+        finally:
+            snapshot.restore()
