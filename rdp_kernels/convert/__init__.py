@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +29,7 @@ from .carve import Carved, carve
 from .check import check as self_check
 from .check_training import check_training
 from .converted import ConvertedPath
+from .differences import likeness
 from .report import ConversionError, ConversionReport, PathReport
 from .source import install, recipe_of, uninstall
 from .spec import Recipe
@@ -162,9 +162,6 @@ def revert(model: nn.Module) -> None:
         module.__dict__.pop(REFUSED, None)
 
 
-_RATE = re.compile(r"(drop_prob|p)=[\d.]+")
-
-
 def _may_convert(module: nn.Module) -> bool:
     """Whether its own forward may hold residual paths that are not paths of ours yet."""
     if CONVERTED in module.__dict__ or isinstance(getattr(module, "slot", None), PathSlot):
@@ -185,7 +182,7 @@ class _Converter:
         batch_sizes: tuple[int, ...],
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
+        self._carved: dict[tuple[Any, ...], tuple[Recipe, Carved] | Refused] = {}
         self._in_branches = in_branches
         self.done: list[nn.Module] = []
 
@@ -233,8 +230,7 @@ class _Converter:
             raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        same = (type(block), traced.signature, traced.attributes, shapes, _code(traced), _RATE.sub("", repr(block)))
-        key = repr(same)
+        key = (repr((traced.signature, traced.attributes, shapes, _code(traced))), likeness(block))
         if key not in self._carved:
             try:
                 self._carved[key] = self._carve(block, traced, calls)

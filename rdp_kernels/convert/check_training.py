@@ -1,33 +1,30 @@
 """The second self-check of a conversion: on copies in training mode, children too, as users run them.
 
-With all rows kept the same operations run in both, so that all is compared to the bit: what is returned, gradients, what
-is left on modules, the generators. With some rows or none, and with the branches frozen, dropout is switched off, the
-original's drop-paths are given masks, and numbers are compared within the error that the original has itself.
+With all rows kept the same operations run in both, so that all is compared to the bit: what is returned, gradients,
+what is left on modules, the generators. With some rows or none, and with the branches frozen, dropout is switched off,
+the original's drop-paths are given masks, and numbers are compared within the error that the original has itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..drop_paths import is_drop_path
 from ..frozen import tensors_of
 from ..paths import CONVERTED, Decision, parameters_of
 from .calls import Call, Refused, cloned
 from .carve import Carved
-from .check import _castable, _masking, _planning, _silence, _spread, _without_dropout
-from .differences import Differences, exactly, relative_difference
+from .check import SameForAllRows, _castable, _masking, _planning, _silence, _spread, _without_dropout, set_seed
+from .differences import Differences, relative_difference
 from .snapshot import generator_states, preserved_generators, repr_of
 from .source import install
 from .spec import Recipe
@@ -41,9 +38,45 @@ def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Call)
     with preserved_generators(), _quiet():
         block = _spread(block)
         device = next((t.device.type for t in [*block.parameters(), *call.flat()[0]] if isinstance(t, Tensor)), "cpu")
-        _Whole(block, recipe, call).check(None)
-        _Whole(block, recipe, call).check(device)
-        _Masked(block, carved, recipe, call, device).check()
+        autocast = _Setting(" under autocast to bfloat16", autocast=device)
+        stream = _Setting(" under autocast to bfloat16, called with bfloat16", torch.bfloat16, device)
+        _Whole(block, recipe, call).check([_Setting(), autocast, stream])
+        _Masked(block, carved, recipe, call).check([autocast, stream])
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How a step is run.
+
+    Args:
+        words: what reasons say of it.
+        dtype: of the inputs and, where it is float64, of the block; None for their own.
+        autocast: the device type of an autocast to bfloat16, or None.
+    """
+
+    words: str = ""
+    dtype: torch.dtype | None = None
+    autocast: str | None = None
+
+    def copy_of(self, block: nn.Module) -> nn.Module:
+        copied = copy.deepcopy(block)
+        copied = copied.double() if self.dtype == torch.float64 else copied
+        copied.train()
+        for module in copied.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # it would wait for other ranks, and needs a GPU
+                module.__class__ = _Local  # type: ignore[assignment]
+        return copied
+
+    def inputs(self, call: Call) -> Call:
+        return call.map_tensors(lambda t: t.to(self.dtype) if self.dtype and t.is_floating_point() else t)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.autocast is None else torch.autocast(self.autocast, torch.bfloat16)
+
+
+class _Local(_BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -74,22 +107,24 @@ class _Step:
         return found | (buffers if with_buffers else {})
 
 
-def _step(block: nn.Module, call: Call, run: Callable[[Call], Any], seed: int, autocast: str | None) -> _Step:
-    """`autocast`: of which device type, None for none."""
+def _step(
+    block: nn.Module, call: Call, run: Callable[[Call], Any], setting: _Setting, seed: int = 0, backward: bool = True
+) -> _Step:
     for parameter in block.parameters():
         parameter.grad = None
-    given = call.map_tensors(lambda t: cloned(t).requires_grad_() if t.is_floating_point() else cloned(t))
+    given = setting.inputs(call).map_tensors(
+        lambda t: cloned(t).requires_grad_() if t.is_floating_point() else cloned(t)
+    )
     leaves = {f"the gradient of input {i}": t for i, t in enumerate(given.flat()[0]) if _learns(t)}
-    passed = given.map_tensors(lambda t: t.view_as(t) if t.requires_grad else t)  # not leaves: works in place
-    context = contextlib.nullcontext() if autocast is None else torch.autocast(autocast, torch.bfloat16)
-    _seed(seed)
+    passed = given.map_tensors(lambda t: t.clone() if t.requires_grad else t)  # not leaves: works in place
+    set_seed(seed)
     with torch.enable_grad():
-        with context:
+        with setting.context():
             output = run(passed)
         learning = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
         weights = [(torch.rand(t.shape, generator=generator) + 0.5).to(t) for t in learning]
-        if learning:
+        if learning and backward:
             torch.autograd.backward(learning, weights)
     leaves |= {f"the gradient of {name}": p for name, p in block.named_parameters() if p.requires_grad}
     gradients = {name: t.grad for name, t in leaves.items()}
@@ -98,13 +133,6 @@ def _step(block: nn.Module, call: Call, run: Callable[[Call], Any], seed: int, a
 
 def _learns(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
 
 
 def _state_of(block: nn.Module) -> dict[str, Any]:
@@ -118,23 +146,10 @@ def _state_of(block: nn.Module) -> dict[str, Any]:
             if attribute.startswith("_rdp_") or attribute in _OWN:
                 continue
             hooks = attribute.endswith("hooks") or "_hooks_" in attribute
-            state[f"the attribute {prefix + attribute!r}"] = len(value) if hooks and hasattr(value, "__len__") else value
+            state[f"the attribute {prefix + attribute!r}"] = (
+                len(value) if hooks and hasattr(value, "__len__") else value
+            )
     return state
-
-
-def _in_training(block: nn.Module, double: bool = False) -> nn.Module:
-    copied = copy.deepcopy(block)
-    copied = copied.double() if double else copied
-    copied.train()
-    for module in copied.modules():
-        if isinstance(module, nn.SyncBatchNorm):  # it would wait for other ranks, and needs a GPU
-            module.__class__ = _Local
-    return copied
-
-
-class _Local(_BatchNorm):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
 
 
 class _Decided:
@@ -176,7 +191,8 @@ class _Whole:
     """The original with its drop-paths in eval mode, and the converted block that keeps all rows."""
 
     def __init__(self, block: nn.Module, recipe: Recipe, call: Call):
-        self._original, self._converted, self._call = _in_training(block), _in_training(block), call
+        self._original, self._converted = (_Setting().copy_of(block) for _ in range(2))
+        self._call = call
         install(self._converted, recipe, 0.5)
         _decide(self._converted, Decision())
         for copied in (self._original, self._converted):
@@ -184,33 +200,40 @@ class _Whole:
                 if is_drop_path(name.rpartition(".")[2], module):
                     module.eval()
 
-    def check(self, autocast: str | None) -> None:
-        """Two steps. Where the original fails under autocast, nobody will run it so."""
-        for seed in SEEDS:
-            when = f"in training mode{_under(autocast)} with all rows kept (seed {seed})"
-            try:
-                expected = _step(self._original, self._call, _called(self._original), seed, autocast)
-            except Exception as error:
-                if autocast is not None:
-                    return
-                raise Refused(f"in training mode its own forward raises {type(error).__name__}: {error}") from error
-            ours = self._converted
-            actual = _ours(ours, when, lambda: _step(ours, self._call, _called(ours), seed, autocast))
-            differences = Differences()
-            found = (
-                differences.between("what it returns", expected.output, actual.output)
-                or differences.between("its arguments", expected.inputs, actual.inputs)
-                or _of_states(differences, expected.state, actual.state)
-            )
-            for name, gradient in expected.gradients.items():
-                found = found or differences.between(name, gradient, actual.gradients.get(name))
-            found = found or _of_generators(expected.generators, actual.generators)
-            if found:
-                raise Refused(f"{when} {found}")
+    def check(self, settings: Sequence[_Setting]) -> None:
+        """Steps one after the other, so that what one leaves behind is there in the next. Where the original fails
+        under autocast, nobody will run it so."""
+        for setting in settings:
+            for seed in SEEDS:
+                draws = self._check(setting, seed)
+                if not draws and setting.autocast is not None:
+                    break
 
-
-def _under(autocast: str | None) -> str:
-    return "" if autocast is None else " under autocast to bfloat16"
+    def _check(self, setting: _Setting, seed: int) -> bool:
+        """Whether random numbers were drawn."""
+        when = f"in training mode{setting.words} with all rows kept (seed {seed})"
+        original, ours = self._original, self._converted
+        set_seed(seed)
+        before = generator_states()
+        try:
+            expected = _step(original, self._call, _called(original), setting, seed)
+        except Exception as error:
+            if setting.autocast is not None:
+                return False
+            raise Refused(f"in training mode its own forward raises {type(error).__name__}: {error}") from error
+        actual = _ours(ours, when, lambda: _step(ours, self._call, _called(ours), setting, seed))
+        differences = Differences()
+        found = (
+            differences.between("what it returns", expected.output, actual.output)
+            or differences.between("its arguments afterwards", expected.inputs, actual.inputs)
+            or _of_states(differences, expected.state, actual.state)
+        )
+        for name, gradient in expected.gradients.items():
+            found = found or differences.between(name, gradient, actual.gradients.get(name))
+        found = found or _of_generators(expected.generators, actual.generators)
+        if found:
+            raise Refused(f"{when} {found}")
+        return _of_generators(before, expected.generators) is not None
 
 
 def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
@@ -237,153 +260,145 @@ class _Masked:
     """The original whose drop-paths mask rows, and the converted block under decisions that say the same; dropout is
     off, and other random functions give all rows the same numbers."""
 
-    def __init__(self, block: nn.Module, carved: Carved, recipe: Recipe, call: Call, device: str):
-        self._block, self._carved, self._recipe, self._call, self._device = block, carved, recipe, call, device
-        self._double, self._tolerance = _castable(block, call)
+    def __init__(self, block: nn.Module, carved: Carved, recipe: Recipe, call: Call):
+        self._block, self._carved, self._recipe, self._call = block, carved, recipe, call
+        double, self._tolerance = _castable(block, call)
+        self._exact = _Setting(dtype=torch.float64 if double else None)
 
-    def check(self) -> None:
+    def check(self, settings: Sequence[_Setting]) -> None:
+        """`settings`: under autocast."""
         some, few, none = (1, 0, 1, 1, 0), (0, 0, 1, 0, 0), (0,)
-        for what, pattern in {"some rows dropped": some, "all rows but few dropped": few}.items():
-            exact = self._compare(what, pattern, "double") if self._double else None
-            if pattern is some or not self._double:
-                native = self._compare(what, pattern, "native", exact)
-                self._compare(what, pattern, "autocast", exact or native)
-        native = self._compare("all rows dropped", none, "native")
-        self._compare("all rows dropped", none, "autocast", native)
+        dtypes = {t.dtype for t in [*self._block.parameters(), *self._call.flat()[0]] if _is_float(t)}
+        if len(dtypes) > 1:  # which float64 would hide
+            settings = [_Setting(), *settings]
+        for pattern, what in (some, "some rows dropped"), (none, "all rows dropped"):
+            exact = self._compare(pattern, what, self._exact)
+            for number, setting in enumerate(settings):
+                self._compare(pattern, what, setting, exact, backward=number == 0 and pattern is some)
+        self._compare(few, "all rows but few dropped", self._exact, backward=False)
         self._check_frozen()
 
-    def _compare(self, what: str, pattern: tuple[int, ...], setting: str, exact: _Step | None = None) -> _Step | None:
+    def _compare(
+        self,
+        pattern: tuple[int, ...],
+        what: str,
+        setting: _Setting,
+        exact: _Step | None = None,
+        backward: bool = True,
+    ) -> _Step | None:
         """`exact`: what the original gave with more digits. Returns what it gives here."""
-        when = f"in training mode{_under(self._device if setting == 'autocast' else None)} with {what}"
-        expected, given = self._original(pattern, setting, when)
+        when = f"in training mode{setting.words} with {what}"
+        expected = self._original(pattern, setting, when, backward)
         if expected is None:
             return None
-        ours, call = given
-        run = _planning(ours, self._carved, pattern)
-        actual = self._ours(ours, when, call, run, setting)
+        ours = self._converted(setting)
+        actual = self._run(ours, when, _planning(ours, self._carved, pattern), setting, backward)
         found = Differences(lambda a, b: None).between("what it returns", expected.output, actual.output)
-        found = found or self._of_numbers(expected, actual, exact, setting, of_all=pattern != (0,))
+        found = found or self._of_numbers(expected, actual, exact, setting, with_buffers=pattern != (0,))
         if found:
             raise Refused(f"{when} {found}{_WHY if pattern != (0,) else ''}")
         return expected
 
-    def _original(self, pattern: tuple[int, ...] | None, setting: str, when: str) -> tuple[_Step | None, Any]:
-        """The original's step, with all rows kept as they are where there is no pattern; a converted copy and its
-        arguments."""
-        double = setting == "double"
-        call = self._call.map_tensors(lambda t: t.double() if double and t.is_floating_point() else t)
-        original, ours = (_in_training(self._block, double) for _ in range(2))
+    def _converted(self, setting: _Setting) -> nn.Module:
+        ours = setting.copy_of(self._block)
         install(ours, self._recipe, 0.5)
+        return ours
+
+    def _original(
+        self, pattern: tuple[int, ...] | None, setting: _Setting, when: str, backward: bool = True
+    ) -> _Step | None:
+        """The original's step; without a pattern nothing is masked. None where it fails under autocast."""
+        original = setting.copy_of(self._block)
         if pattern is None:
             _silence(original)
         run = _called(original) if pattern is None else _masking(original, self._carved, self._recipe, pattern)
         try:
-            with _without_dropout(), _SameForAllRows():
-                step = _step(original, call, run, 0, self._device if setting == "autocast" else None)
+            with _without_dropout(), SameForAllRows():
+                return _step(original, self._call, run, setting, backward=backward)
         except Exception as error:
-            if setting == "autocast":
-                return None, None
+            if setting.autocast is not None:
+                return None
             raise Refused(f"{when} its own forward raises {type(error).__name__}: {error}") from error
-        return step, (ours, call)
 
-    def _ours(self, ours: nn.Module, when: str, call: Call, run: Any, setting: str) -> _Step:
-        with _without_dropout(), _SameForAllRows():
-            autocast = self._device if setting == "autocast" else None
-            return _ours(ours, when, lambda: _step(ours, call, run, 0, autocast))
+    def _run(self, ours: nn.Module, when: str, run: Any, setting: _Setting, backward: bool = True) -> _Step:
+        with _without_dropout(), SameForAllRows():
+            return _ours(ours, when, lambda: _step(ours, self._call, run, setting, backward=backward))
 
     def _of_numbers(
-        self, expected: _Step, actual: _Step, exact: _Step | None, setting: str, of_all: bool = True
+        self, expected: _Step, actual: _Step, exact: _Step | None, setting: _Setting, with_buffers: bool
     ) -> str | None:
-        wanted, got = expected.numbers(of_all), actual.numbers(of_all)
-        best = wanted if exact is None else exact.numbers(of_all)
+        """Numbers may differ from the exact ones by twice what the original's do, which has rounded as often."""
+        wanted, got = expected.numbers(with_buffers), actual.numbers(with_buffers)
+        best = wanted if exact is None else exact.numbers(with_buffers)
         for name, value in wanted.items():
             ours = got.get(name, value.new_zeros(value.shape))  # no gradient where a branch wasn't run
             if not value.is_floating_point():
-                if setting == "double" and not torch.equal(value, ours):
+                if exact is None and not torch.equal(value, ours):
                     return f"{name} differs from the original's"
                 continue
             error = relative_difference(best[name], ours)
             budget = self._tolerance
-            if setting != "double":
-                budget = 2 * relative_difference(best[name], value) + _FLOOR.get(value.dtype, 2e-4)
-                if setting == "autocast":
-                    budget = max(budget, _FLOOR[torch.bfloat16])
+            if exact is not None:
+                dtype = torch.bfloat16 if setting.autocast is not None else value.dtype
+                budget = 2 * relative_difference(best[name], value) + _ROUNDINGS * torch.finfo(dtype).eps
             if not error <= budget:
                 return f"{name} differs from the original's by {error:.1e} of its largest element"
         return None
 
     def _check_frozen(self) -> None:
-        """A frozen branch computes what it computes, and leaves all that it has as it is; so does one that is dropped."""
-        setting = "double" if self._double else "native"
+        """A frozen branch computes what it computes, and leaves what it has as it is; so does one that is dropped."""
         when = "in training mode with its branches frozen"
-        expected, given = self._original(None, setting, when)
+        expected = self._original(None, self._exact, when)
         assert expected is not None
-        ours, call = given
-        dropped = _in_training(self._block, setting == "double")
-        install(dropped, self._recipe, 0.5)
-        moved = []
-        for block, decision in (ours, Decision(False, frozen=True)), (dropped, Decision(False)):
-            before = {name: cloned(b) for name, b in block.named_buffers()}
-            run = _planning(block, self._carved, ())
-            _decide(block, decision)
-            step = self._ours(block, when, call, run, setting)
-            moved.append([name for name, b in block.named_buffers() if not _equal(before.get(name), b)])
-            if block is ours:
-                actual = step
-        for name in moved[0]:
-            if name not in moved[1]:
-                raise Refused(
-                    f"its branch changes the buffer {name!r} in training, which a frozen or dropped branch has to leave "
-                    "as it is"
-                )
-        own = {id(p) for _, path in ours.__dict__[CONVERTED] for p in parameters_of(path)}
-        for name, parameter in ours.named_parameters():
+        frozen, dropped = self._converted(self._exact), self._converted(self._exact)
+        before = _tensors_held(frozen)
+        actual = self._decided(frozen, Decision(False, frozen=True), when)
+        after = _tensors_held(frozen)
+        self._decided(dropped, Decision(False), when)
+        moved = _changed(before, after) - _changed(before, _tensors_held(dropped))
+        if moved:  # an attribute that a call sets is no state of the branch, one that goes on moving is
+            self._decided(frozen, Decision(False, frozen=True), when)
+            again = _changed(after, _tensors_held(frozen))
+            for name in sorted(moved):
+                if name in again or not name.startswith("the attribute"):
+                    raise Refused(
+                        f"its branch changes {name} in training, and a frozen branch has to leave it as it is"
+                    )
+        own = {id(p) for _, path in frozen.__dict__[CONVERTED] for p in parameters_of(path)}
+        for name, parameter in frozen.named_parameters():
             gradient = f"the gradient of {name}"
             if id(parameter) in own and expected.gradients.pop(gradient, None) is not None:
-                if actual.gradients[gradient] is not None:
-                    raise Refused(f"{when} {name} gets a gradient")
-        found = self._of_numbers(expected, actual, None, setting, of_all=False)
+                self._refuse_gradient(actual.gradients[gradient], f"{when} {name}")
+        found = self._of_numbers(expected, actual, None, self._exact, with_buffers=False)
         if found:
             raise Refused(f"{when} {found}")
+
+    @staticmethod
+    def _refuse_gradient(gradient: Tensor | None, what: str) -> None:
+        if gradient is not None:
+            raise Refused(f"{what} gets a gradient")
+
+    def _decided(self, ours: nn.Module, decision: Decision, when: str) -> _Step:
+        run = _planning(ours, self._carved, ())
+        _decide(ours, decision)
+        return self._run(ours, when, run, self._exact)
+
+
+def _tensors_held(block: nn.Module) -> dict[str, list[Tensor]]:
+    """Copies of the tensors in parameters, buffers and other attributes."""
+    return {name: [cloned(t) for t in tensors_of(value)] for name, value in _state_of(block).items()}
+
+
+def _changed(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> set[str]:
+    return {name for name, value in after.items() if Differences().between("", before.get(name, []), value)}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 _WHY = (
     "; with all rows kept it doesn't, so that in training its branch computes for a sample what depends on the others: "
     "statistics of the batch, or a capacity"
 )
-_FLOOR = {torch.float32: 2e-5, torch.bfloat16: 4 * 2**-7, torch.float16: 4 * 2**-10}
-
-
-def _equal(before: Tensor | None, after: Tensor) -> bool:
-    return before is not None and before.shape == after.shape and exactly(before, after) is None
-
-
-class _SameForAllRows(TorchDispatchMode):
-    """Random functions give every row the same numbers, however many rows there are and whatever was drawn before."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        torch.manual_seed(0)
-        out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if not isinstance(out, Tensor) or out.dim() == 0:
-            return out
-        many = out.new_empty((_MANY, *out.shape[1:]))
-        torch.manual_seed(0)
-        if name in _FILL or (name == "bernoulli_" and not isinstance(args[1], Tensor)):
-            func(many, *args[1:], **kwargs)
-        elif name in ("rand_like", "randn_like", "randint_like"):
-            many = func(many, *args[1:], **kwargs)
-        elif name in ("rand", "randn", "randint"):
-            many = func(*([_MANY, *a[1:]] if isinstance(a, list) else a for a in args), **kwargs)
-        elif name == "bernoulli":
-            many = many.uniform_() < args[0]
-        else:
-            return out
-        return out.copy_(many[0].expand_as(out))
-
-
-_FILL = {"uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_"}
-_MANY = 33  # of few numbers, the last sixteen are made in another way
+_ROUNDINGS = 4  # of the largest element, beside those that the original has

@@ -1,4 +1,5 @@
-"""What differs between two values of any kind: what a forward returns, and what it leaves on modules."""
+"""What differs between two values of any kind, such as what forwards return and leave on modules; and which blocks are
+alike, so that one conversion serves them all."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..drop_paths import is_drop_path
 
 Close = Callable[[Tensor, Tensor], "str | None"]
 """Of two tensors of one shape and dtype: how they differ, as in "differs by 3", or None."""
@@ -77,9 +81,7 @@ class Differences:
         found = self._close(expected.detach(), actual.detach())
         return found and f"{name} {found}"
 
-    def _of_parts(
-        self, name: str, place: str, expected: Mapping[Any, Any], actual: Mapping[Any, Any]
-    ) -> str | None:
+    def _of_parts(self, name: str, place: str, expected: Mapping[Any, Any], actual: Mapping[Any, Any]) -> str | None:
         if list(expected) != list(actual):
             return f"{name} holds {list(actual)} instead of {list(expected)}"
         for part, value in expected.items():
@@ -91,3 +93,57 @@ class Differences:
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), set, frozenset, range, type, torch.dtype, torch.device)
 _CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+def likeness(block: nn.Module) -> tuple[Any, ...]:
+    """Hashable, and the same for blocks that are the same but for their weights and the rates of their drop-paths.
+
+    It has types, shapes, what is shared, what modules hold in attributes, and numbers in buffers but running
+    statistics.
+    """
+    parts: list[Any] = []
+    places: dict[int, int] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        parts.append((path, type(module), places.setdefault(id(module), len(places))))
+        is_rate = is_drop_path(path.rpartition(".")[2], module)
+        for name, value in module.__dict__.items():
+            if name in ("_parameters", "_buffers", "_modules") or name.startswith("_rdp_"):
+                continue
+            if "_hooks" in name and isinstance(value, dict):
+                parts.append((name, tuple(_seen(hook) for hook in value.values())))
+            elif not (is_rate and _is_number(value)):
+                parts.append((name, _seen(value)))
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                parts.append((name, None))
+                continue
+            place = places.setdefault(id(tensor), len(places))
+            parts.append((name, place, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad))
+            if name in module._buffers and not is_rate and not isinstance(module, _NormBase):
+                parts.append(_seen(tensor))
+    return tuple(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (float, Tensor)) or (hasattr(value, "__float__") and not isinstance(value, (int, bool)))
+
+
+def _seen(value: Any) -> Any:
+    """Something hashable that is equal where constants are, and containers and small tensors of them; elsewhere it is
+    the object's identity."""
+    if isinstance(value, Tensor):
+        if value.is_meta or value.numel() > _SMALL:
+            return Tensor, id(value)
+        return Tensor, value.dtype, tuple(value.shape), repr(value.detach().cpu().flatten().tolist())
+    if isinstance(value, dict):
+        return type(value), tuple((_seen(k), _seen(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_seen, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_seen, value))
+    if isinstance(value, _PLAIN):
+        return type(value), value if value == value else "nan"
+    return type(value), id(value)
+
+
+_SMALL = 100_000
