@@ -279,14 +279,14 @@ class Instance(Statistics):
 
 
 BRANCHES = {
-    Statistics: "with some rows dropped output 0 differs .* what depends on the others",
-    Noisy: "with some rows dropped output 0 differs .* what depends on the others",
-    Evo: "with some rows dropped",
-    Router: "output 0 differs .* what depends on the others: statistics of the batch, or a capacity",
+    Statistics: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
+    Noisy: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
+    Evo: "^in training mode with some rows dropped",
+    Router: "^in training mode with .* output 0 differs .* what depends on the others: statistics of the batch, or a capacity",
     Codebook: "buffer 'fn.code'",
     HiddenCodebook: "its branch changes the attribute 'fn.code' in training, and a frozen branch has to leave it",
     Clamps: "its branch changes the parameter 'fn.linear.weight' in training",
-    Instance: "with some rows dropped the buffer 'fn.norm.running_mean' differs",
+    Instance: "^in training mode with some rows dropped the buffer 'fn.norm.running_mean' differs",
 }
 
 
@@ -298,7 +298,11 @@ def test_a_branch_that_needs_the_batch_or_moves_in_training_is_refused(branch):
 
 class Noise(Statistics):
     def forward(self, x):
-        x = x + torch.randn_like(x) * torch.rand(len(x), 1, 1) + torch.randn(x.shape) * torch.rand(1)
+        x = (
+            x
+            + torch.randn_like(x) * torch.rand(len(x), 1, 1).to(x)
+            + torch.randn(x.shape).to(x) * torch.rand(()).item()
+        )
         x = self.linear(x) * torch.bernoulli(torch.full_like(x, 0.5))
         return F.rrelu(F.alpha_dropout(F.dropout(x, 0.1, self.training), 0.1, self.training)) * random.random()
 
