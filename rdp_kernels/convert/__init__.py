@@ -8,14 +8,14 @@
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `followed.py` | the functions whose code is in it: whether they are the same still |
 | `converted.py` | what runs then |
-| `check.py` | compares the converted block with the one it was |
+| `check.py` | compares the converted block with the one it was, children in eval mode |
+| `check_training.py`, `differences.py` | compare them as users run them: in training mode, under autocast |
 | `side_products.py` | what a branch leaves on its modules |
 | `report.py` | says what was done |
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,9 @@ from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
+from .check_training import check_training
 from .converted import ConvertedPath, class_among
+from .differences import likeness
 from .followed import Followed
 from .graphs import is_add
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
@@ -210,7 +212,6 @@ def revert(model: nn.Module) -> None:
 
 _LAYERS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Residual blocks of torch.nn."""
-_RATE = re.compile(r"(drop_prob|p)=[\d.]+")
 
 
 def _may_convert(module: nn.Module) -> bool:
@@ -235,7 +236,7 @@ class _Converter:
         batch_sizes: tuple[int, ...],
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._carved: dict[str, tuple[Recipe, Carved] | Refused] = {}
+        self._carved: dict[tuple[Any, ...], tuple[Recipe, Carved] | Refused] = {}
         self._in_branches = in_branches
         self._side_products: dict[int, tuple[str, ...]] = {}
         """By the recipe's id."""
@@ -301,8 +302,8 @@ class _Converter:
                 raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        same = (type(block), traced.signature, traced.guards, shapes, _code(traced), _RATE.sub("", repr(block)))
-        key = repr((same, [kind_of(module) for module in drop_paths_of(block).values()]))
+        drop_paths = [kind_of(module) for module in drop_paths_of(block).values()]
+        key = (repr((traced.signature, traced.guards, shapes, _code(traced), drop_paths)), likeness(block))
         if key not in self._carved:
             try:
                 self._carved[key] = self._carve(block, traced, calls)
@@ -327,6 +328,7 @@ class _Converter:
                     "load its weights), or call rdp.convert(model, check=False)"
                 )
             self_check(block, carved, recipe, calls)
+            check_training(block, carved, recipe, calls[0])
         if recipe.paths:
             self._side_products[id(recipe)] = side_products_of(block, calls[0])
         return recipe, carved

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..drop_paths import is_drop_path
+from ..frozen import tensors_of
 from ..observed import Law, known_law_of
 from ..paths import CONVERTED, Decision
 from ..rows import row_set
 from .calls import Call, Refused, cloned
 from .carve import Carved
 from .sites import mark
+from .snapshot import preserved_generators
 from .source import install
 from .spec import Recipe
 from .trace import run_node
@@ -35,7 +39,11 @@ _DROPOUTS = {
 
 def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call]) -> None:
     """Raises `Refused` with the first difference that is seen."""
-    block = _spread(block)
+    with preserved_generators():
+        _check(_spread(block), carved, recipe, calls)
+
+
+def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call]) -> None:
     _check_inputs_are_left_alone(block, calls[0])
     double, tolerance = _castable(block, calls[0])
     for number, (what, pattern) in itertools.product(range(len(calls)), PATTERNS.items()):
@@ -186,10 +194,10 @@ class _Fixed:
 def _run(block: nn.Module, call: Call, runner: Runner) -> dict[str, Tensor]:
     given = call.map_tensors(lambda t: cloned(t).requires_grad_() if t.is_floating_point() else cloned(t))
     inputs = {f"input {i}": t for i, t in enumerate(given.flat()[0]) if isinstance(t, Tensor) and t.requires_grad}
-    with torch.random.fork_rng(devices=[]), _without_dropout(), torch.enable_grad():
-        torch.manual_seed(0)
-        out = runner(given.map_tensors(lambda t: t.view_as(t) if t.requires_grad else t))  # not leaves: works in place
-        outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    set_seed(0)
+    with _without_dropout(), SameForAllRows(), torch.enable_grad():
+        out = runner(given.map_tensors(lambda t: t.clone() if t.requires_grad else t))  # not leaves: works in place
+        outputs = [t for t in tensors_of(out) if t.is_floating_point()]
         learning = [t for t in outputs if t.requires_grad]
         generator = torch.Generator().manual_seed(1)
         weights = [torch.rand(t.shape, generator=generator, dtype=t.dtype).to(t.device) + 0.5 for t in learning]
@@ -243,3 +251,48 @@ class _without_dropout(TorchFunctionMode):
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs |= {"dropout_p": 0.0} if len(args) <= 4 else {}
         return func(*args, **kwargs)
+
+
+class SameForAllRows(TorchDispatchMode):
+    """Random functions give every row the same numbers, however many rows there are and whatever was drawn before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        _seed_torch(0)
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if not isinstance(out, Tensor) or out.dim() == 0:
+            return out
+        many = out.new_empty((_MANY, *out.shape[1:]))
+        _seed_torch(0)
+        if name in _FILL or (name == "bernoulli_" and not isinstance(args[1], Tensor)):
+            func(many, *args[1:], **kwargs)
+        elif name in ("rand_like", "randn_like", "randint_like"):
+            many = func(many, *args[1:], **kwargs)
+        elif name in ("rand", "randn", "randint"):
+            many = func(*([_MANY, *a[1:]] if isinstance(a, list) else a for a in args), **kwargs)
+        elif name == "bernoulli":
+            return out.copy_(many.uniform_()[0] < args[0])
+        else:
+            return out
+        return out.copy_(many[0].expand_as(out))
+
+
+_FILL = {"uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_"}
+_MANY = 33  # of few numbers, the last sixteen are made in another way
+
+
+def set_seed(seed: int) -> None:
+    """Of the global generators. `torch.manual_seed` would also leave a seed for a CUDA that isn't initialised yet."""
+    _seed_torch(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _seed_torch(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)

@@ -1,0 +1,149 @@
+"""What differs between two values of any kind, such as what forwards return and leave on modules; and which blocks are
+alike, so that one conversion serves them all."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..drop_paths import is_drop_path
+
+Close = Callable[[Tensor, Tensor], "str | None"]
+"""Of two tensors of one shape and dtype: how they differ, as in "differs by 3", or None."""
+
+
+def exactly(expected: Tensor, actual: Tensor) -> str | None:
+    """To the bit but for the sign of zero; NaN is equal to NaN."""
+    if torch.equal(expected, actual) or expected.numel() == 0:
+        return None
+    if not expected.is_floating_point():
+        return f"differs from the original's in {int((expected != actual).sum())} elements"
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    return None if bool(same.all()) else f"differs from the original's by {relative_difference(expected, actual):.1e}"
+
+
+def relative_difference(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference of elements, over the largest element or 1."""
+    expected, actual = expected.detach().double(), actual.detach().double()
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    difference = (expected - actual).abs().masked_fill(same, 0.0)
+    return float(difference.max() / expected.nan_to_num().abs().max().clamp_min(1.0))
+
+
+class Differences:
+    """Finds the first difference between two values, types and Python values included.
+
+    Modules and functions are passed over, and so are objects of which nothing is known.
+    """
+
+    def __init__(self, close: Close = exactly):
+        self._close = close
+        self._seen: dict[tuple[int, int], Any] = {}
+
+    def between(self, name: str, expected: Any, actual: Any) -> str | None:
+        """A sentence about `name` or a part of it; None where there is no difference."""
+        key = (id(expected), id(actual))
+        if expected is actual or key in self._seen or isinstance(expected, nn.Module):
+            return None
+        self._seen[key] = (expected, actual)  # kept, so that no other object gets the id
+        if type(expected) is not type(actual):
+            return f"{name} is of type {type(actual).__name__} instead of {type(expected).__name__}"
+        if isinstance(expected, Tensor):
+            return self._of_tensors(name, expected, actual)
+        if isinstance(expected, torch.Generator):
+            return self._close(expected.get_state(), actual.get_state()) and f"{name} was drawn from differently"
+        if isinstance(expected, Mapping):
+            return self._of_parts(name, "['{}']", dict(expected), dict(actual))
+        if isinstance(expected, (list, tuple, deque)):
+            return self._of_parts(name, "[{}]", dict(enumerate(expected)), dict(enumerate(actual)))
+        if isinstance(expected, _CALLABLE):
+            return None
+        if hasattr(expected, "tobytes"):  # numpy's
+            same = expected.tobytes() == actual.tobytes() and str(expected.dtype) == str(actual.dtype)
+            return None if same else f"{name} differs from the original's"
+        if isinstance(expected, _PLAIN):
+            same = expected == actual or (expected != expected and actual != actual)
+            return None if same else f"{name} is {actual!r} instead of {expected!r}"
+        return self._of_parts(name, ".{}", *(getattr(value, "__dict__", {}) for value in (expected, actual)))
+
+    def _of_tensors(self, name: str, expected: Tensor, actual: Tensor) -> str | None:
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            wanted, got = getattr(expected, what), getattr(actual, what)
+            if wanted != got:
+                wanted, got = (list(v) if isinstance(v, torch.Size) else v for v in (wanted, got))
+                return f"{name} has {what} {got} instead of {wanted}"
+        found = self._close(expected.detach(), actual.detach())
+        return found and f"{name} {found}"
+
+    def _of_parts(self, name: str, place: str, expected: Mapping[Any, Any], actual: Mapping[Any, Any]) -> str | None:
+        if list(expected) != list(actual):
+            return f"{name} holds {list(actual)} instead of {list(expected)}"
+        for part, value in expected.items():
+            found = self.between(name + place.format(part), value, actual[part])
+            if found:
+                return found
+        return None
+
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), set, frozenset, range, type, torch.dtype, torch.device)
+_CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+def likeness(block: nn.Module) -> tuple[Any, ...]:
+    """Hashable, and the same for blocks that are the same but for their weights and the rates of their drop-paths.
+
+    It has types, shapes, what is shared, what modules hold in attributes, and numbers in buffers but running
+    statistics.
+    """
+    parts: list[Any] = []
+    places: dict[int, int] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        parts.append((path, type(module), places.setdefault(id(module), len(places))))
+        is_rate = is_drop_path(path.rpartition(".")[2], module)
+        for name, value in module.__dict__.items():
+            if name in ("_parameters", "_buffers", "_modules") or name.startswith("_rdp_"):
+                continue
+            if "_hooks" in name and isinstance(value, dict):
+                parts.append((name, tuple(_seen(hook) for hook in value.values())))
+            elif not (is_rate and _is_number(value)):
+                parts.append((name, _seen(value)))
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                parts.append((name, None))
+                continue
+            place = places.setdefault(id(tensor), len(places))
+            parts.append((name, place, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad))
+            if name in module._buffers and not is_rate and not isinstance(module, _NormBase):
+                parts.append(_seen(tensor))
+    return tuple(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (float, Tensor)) or (hasattr(value, "__float__") and not isinstance(value, (int, bool)))
+
+
+def _seen(value: Any) -> Any:
+    """Something hashable that is equal where constants are, and containers and small tensors of them; elsewhere it is
+    the object's identity."""
+    if isinstance(value, Tensor):
+        if value.is_meta or value.numel() > _SMALL:
+            return Tensor, id(value)
+        return Tensor, value.dtype, tuple(value.shape), repr(value.detach().cpu().flatten().tolist())
+    if isinstance(value, dict):
+        return type(value), tuple((_seen(k), _seen(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_seen, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_seen, value))
+    if isinstance(value, _PLAIN):
+        return type(value), value if value == value else "nan"
+    return type(value), id(value)
+
+
+_SMALL = 100_000
