@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
@@ -34,6 +33,7 @@ from .followed import Followed
 from .graphs import is_add
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
 from .side_products import side_products_of
+from .snapshot import preserved
 from .source import install, recipe_of, uninstall
 from .spec import Recipe
 from .trace import Trace, trace
@@ -84,11 +84,12 @@ def convert(
     done: list[nn.Module] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
-        calls = record_calls(model, [*with_drop_path, *without], example)
-        converter = _Converter(model, drop_prob, check, inside, *calls)
-        # Of blocks in blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
-        for block in [*with_drop_path, *reversed(without)]:
-            report.rows += converter.convert(block, names[id(block)])
+        with preserved(model):
+            calls = record_calls(model, [*with_drop_path, *without], example)
+            converter = _Converter(model, drop_prob, check, inside, *calls)
+            # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
+            for block in [*with_drop_path, *reversed(without)]:
+                report.rows += converter.convert(block, names[id(block)])
         done = converter.done
         report.without_paths = converter.without_paths
     elif not report.rows:
@@ -264,7 +265,7 @@ class _Converter:
                     f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only its class's can "
                     "be followed: convert before that"
                 )
-            with in_eval(block), torch.random.fork_rng(devices=[]):  # children are run
+            with in_eval(block):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
         except Exception as error:
             reason = str(error) if isinstance(error, Refused) else f"it raises {describe(error)}"

@@ -6,8 +6,9 @@ import copy
 import enum
 import importlib
 import numbers
+import pickle
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ class Missing(enum.Enum):
 
 
 MISSING = Missing.MISSING
+KINDS = {
+    "value": "{}",
+    "present": "({} is not None)",
+    "method": "({}.__func__ is {expected})",
+    "names": "tuple({}._modules)",
+}
+"""How each kind of guard reads what it compares; `expected`: a method as the block's class has it."""
 
 
 def is_constant(value: Any) -> bool:
@@ -48,45 +56,57 @@ class Guard:
         place: `"block"`; the name of a Python module; or `"closure"`, that of a function that the block's class holds.
         path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a closure: the
             function's qualified name and the variable.
+        kind: of `KINDS`. Of all but `"value"` and `"names"` the value is True.
     """
 
     place: str
     path: tuple[str, ...]
     value: Any
     num_modules: int = 0
+    kind: str = "value"
 
     @classmethod
-    def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0) -> Guard:
+    def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> Guard:
         """With a copy of the value, as lists and dicts may change in place."""
-        return cls(place, tuple(path), copy.deepcopy(value), num_modules)
+        return cls(place, tuple(path), copy.deepcopy(value), num_modules, kind)
 
     def __deepcopy__(self, memo: object) -> Guard:
         return self
 
-    @property
-    def described(self) -> str:
+    def difference(self, value: Any) -> str:
         name = ".".join(self.path)
-        if self.place == "block":
-            return f"its attribute {name!r}"
         if self.place == "closure":
-            return f"the variable {self.path[-1]!r} of an enclosing function"
-        return f"{self.place}.{name}"
-
-    def expression(self, names: dict[str, Any], cells: dict[tuple[str, str], types.CellType]) -> str:
-        """Python source that reads it; `names` takes what the source refers to."""
-        if self.place == "closure":
-            names[f"cell_{len(names)}"] = cells[self.path]  # type: ignore[index]
-            return f"{list(names)[-1]}.cell_contents"
-        text, rest = "self", self.path
-        if self.place == "block":
-            text += "".join(f"._modules[{name!r}]" for name in self.path[: self.num_modules])
-            rest = self.path[self.num_modules :]
+            name = f"the variable {self.path[-1]!r} of an enclosing function"
+        elif self.place == "block":
+            name = f"its {'method' if self.kind == 'method' else 'attribute'} {name!r}"
         else:
-            names[f"module_{len(names)}"] = importlib.import_module(self.place)
-            text = list(names)[-1]
+            name = f"{self.place}.{name}"
+        if self.kind == "names":
+            return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
+        if self.kind == "value":
+            return f"{name} was {self.value!r} when it was converted"
+        return f"{name} was another when it was converted"
+
+    def expression(self, base: type[nn.Module], names: dict[str, Any], cells: Mapping[Any, types.CellType]) -> str:
+        """Python source that reads it; `names` takes what the source refers to."""
+
+        def named(value: Any) -> str:
+            names[f"_{len(names)}"] = value
+            return list(names)[-1]
+
+        if self.place == "closure":
+            return f"{named(cells[self.path])}.cell_contents"
+        if self.place == "block":
+            text, rest = "self", self.path[self.num_modules :]
+            text += "".join(f"._modules[{name!r}]" for name in self.path[: self.num_modules])
+        else:
+            text, rest = named(importlib.import_module(self.place)), self.path
         for name in rest[:-1]:
             text += f".{name}"
-        return f"getattr({text}, {rest[-1]!r}, MISSING)" if self.value is MISSING else f"{text}.{rest[-1]}"
+        if self.value is MISSING:
+            return f"getattr({text}, {rest[-1]!r}, MISSING)"
+        expected = named(getattr(base, rest[-1])) if self.kind == "method" else ""
+        return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text, expected=expected)
 
 
 def reader_of(guards: Sequence[Guard], base: type[nn.Module]) -> Callable[[nn.Module], tuple]:
@@ -94,7 +114,7 @@ def reader_of(guards: Sequence[Guard], base: type[nn.Module]) -> Callable[[nn.Mo
     names: dict[str, Any] = {"MISSING": MISSING}
     closures = any(guard.place == "closure" for guard in guards)
     cells = dict(cells_of(base)) if closures else {}
-    values = "".join(f"{guard.expression(names, cells)}, " for guard in guards)
+    values = "".join(f"{guard.expression(base, names, cells)}, " for guard in guards)
     exec(f"def read(self):\n    return ({values})", names)
     return names["read"]  # type: ignore[no-any-return]
 
@@ -107,7 +127,7 @@ def first_difference(guards: Iterable[Guard], base: type[nn.Module], block: nn.M
         except (AttributeError, KeyError, ValueError):
             value = MISSING
         if value != guard.value:
-            return f"{guard.described} was {guard.value!r} when it was converted"
+            return guard.difference(value)
     raise AssertionError("all guards hold")
 
 
@@ -136,6 +156,14 @@ def cells_of(base: type) -> Iterator[tuple[tuple[str, str], types.CellType]]:
     for function in functions_of(base):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             yield (function.__qualname__, name), cell
+
+
+def can_be_pickled(value: Any) -> bool:
+    """Whether a function or class is found again by its name."""
+    try:
+        return pickle.loads(pickle.dumps(value)) is value
+    except Exception:
+        return False
 
 
 def contents_of(cell: types.CellType) -> Any:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..drop_paths import CONTAINERS
 from .calls import Refused
-from .guards import MISSING, Guard, cells_of, contents_of, functions_of, is_constant
+from .guards import MISSING, Guard, can_be_pickled, cells_of, contents_of, functions_of, is_constant
 from .snapshot import fill, generator_states, items_of, moved_generators, set_generator_states
 
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -81,7 +82,7 @@ class Watch:
         self._thread = threading.get_ident()
         self._swapped: dict[int, tuple[Any, type]] = {}
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
-        self._guards: dict[tuple[str, tuple[str, ...]], Guard] = {}
+        self._guards: dict[tuple[str, ...] | tuple[str, tuple[str, ...]] | Any, Guard] = {}
         self._refusals: list[str] = []
         self._containers = {id(value): (name, value, value.copy()) for name, value in _global_containers(type(block))}
         self._classes = [
@@ -99,9 +100,9 @@ class Watch:
         self._refusals.append(reason)
         return Refused(reason)
 
-    def guard(self, path: tuple[str, ...], value: Any, num_modules: int = 0) -> None:
+    def guard(self, path: tuple[str, ...], value: Any, num_modules: int = 0, kind: str = "value") -> None:
         """On an attribute of the block."""
-        self._guards.setdefault(("block", path), Guard.of("block", path, value, num_modules))
+        self._guards.setdefault(("block", path, kind), Guard.of("block", path, value, num_modules, kind))
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -217,7 +218,10 @@ class Watch:
         if name == "training" and module is not self._block:
             self.guard(path, True, len(modules))
             return True
-        if name.startswith("__") or name == "training" or _is_of_class(module, name):
+        if name.startswith("__") or name == "training":
+            return value
+        if _is_of_class(module, name):
+            self._see_method(module, name, value, path)
             return value
         if id(module) not in self._paths:
             if is_constant(value):
@@ -225,13 +229,32 @@ class Watch:
             return value
         return self._value(path, value, len(modules))
 
+    def _see_method(self, module: nn.Module, name: str, value: Any, path: tuple[str, ...]) -> None:
+        """A method that the own forward calls is one of those that may be replaced, on the block or on its class."""
+        function = getattr(value, "__func__", None)
+        if not isinstance(function, types.FunctionType) or not of_user(function.__code__):
+            return
+        if module is self._block:
+            self.guard(path, True, 0, "method")
+        elif can_be_pickled(function):
+            self.guard((*path, "__func__"), function, len(path) - 1)
+        else:
+            raise self.refuse(f"its forward calls the method {'.'.join(path)!r}, which can't be imported by name")
+
     def _read_registered(self, module: nn.Module, name: str, path: tuple[str, ...]) -> None:
         """What `nn.Module.__getattr__` will find."""
         kept = object.__getattribute__(module, "__dict__")
         for kind in ("_parameters", "_buffers", "_modules"):
             if name in kept[kind]:
-                if kept[kind][name] is None:
+                found = kept[kind][name]
+                if found is None:
                     self.guard(path, None, len(path) - 1)
+                elif kind != "_modules":
+                    self.guard((*path[:-1], f"{kind}[{name!r}]"), True, len(path) - 1, "present")
+                else:
+                    self.guard(path, True, len(path), "present")
+                    if type(found) in CONTAINERS:
+                        self.guard(path, tuple(found._modules), len(path), "names")
                 return
         if type(module).__getattr__ is not nn.Module.__getattr__:
             raise self.refuse(f"its forward reads {name!r}, which {type(module).__name__}.__getattr__ makes up")
@@ -247,7 +270,7 @@ class Watch:
             return self._tensor(".".join(path))
         elif isinstance(value, (nn.Module, Tensor, types.ModuleType)):
             pass
-        elif callable(value) and not isinstance(value, functools.partial) and _importable(value):
+        elif callable(value) and not isinstance(value, functools.partial) and can_be_pickled(value):
             self.guard(path, value, num_modules)
         elif not (
             (isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module))
@@ -349,11 +372,20 @@ class Watch:
     # Code
 
     def _read_codes(self) -> None:
+        for function in functions_of(type(self._block)):
+            self._see_defaults(function)
         for code, space in self._codes.items():
             if _is_numeric_library(code.co_filename):
                 continue
             self._read_globals(code, space)
             self._read_closure(code)
+
+    def _see_defaults(self, function: types.FunctionType) -> None:
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if function.__code__ in self._codes and any(isinstance(value, (list, dict, set)) for value in defaults):
+            self._refusals.append(
+                f"{function.__name__} has a list, dict or set as a default argument, which may change"
+            )
 
     def _read_globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
         instructions = list(dis.get_instructions(code))
@@ -373,6 +405,10 @@ class Watch:
         value, path = space[names[0]], names[:1]
         for name in names[1:]:
             if isinstance(value, types.ModuleType) and _is_library(value):
+                found = getattr(value, name, None)
+                if isinstance(found, types.BuiltinFunctionType | types.FunctionType):
+                    value, path = found, [*path, name]
+                    break
                 if value.__name__.partition(".")[0] in ("numpy", "os", "sys") and name in ("random", "environ", "argv"):
                     self._refusals.append(f"{code.co_name} reads {value.__name__}.{name}")
                 return
@@ -382,7 +418,9 @@ class Watch:
             value = getattr(value, name, None)
             path.append(name)
         module = space.get("__name__")
-        if isinstance(value, enum.Enum):
+        if isinstance(value, types.BuiltinFunctionType | types.FunctionType):
+            self._see_function(code, value, path, module)
+        elif isinstance(value, enum.Enum):
             pass
         elif is_constant(value):
             if not isinstance(module, str) or sys.modules.get(module) is None or vars(sys.modules[module]) is not space:
@@ -393,6 +431,17 @@ class Watch:
             self._guards.setdefault((module, tuple(path)), Guard.of(module, path, value))
         elif not (callable(value) or isinstance(value, (types.ModuleType, logging.Logger)) or value is torch):
             self._refusals.append(f"{code.co_name} reads the global {'.'.join(path)!r}, a {type(value).__name__}")
+
+    def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
+        """A function that the forward calls is one of those that may be replaced in their modules."""
+        if isinstance(function, types.FunctionType):
+            self._see_defaults(function)
+        if (
+            can_be_pickled(function)
+            and isinstance(module, str)
+            and vars(sys.modules.get(module, torch)).get(path[0]) is not None
+        ):
+            self._guards.setdefault((module, tuple(path)), Guard.of(module, path, function))
 
     def _read_closure(self, code: types.CodeType) -> None:
         names = [name for name in code.co_freevars if name != "__class__"]
@@ -440,9 +489,10 @@ def _global_containers(base: type) -> Iterator[tuple[str, Any]]:
             elif isinstance(value, (list, dict, set)):
                 yield name, value
         stack += [f for cell in function.__closure__ or () if isinstance(f := contents_of(cell), types.FunctionType)]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if isinstance(contents_of(cell), (list, dict, set)):
-                yield name, contents_of(cell)
+        held = zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
+        for name, value in (*held, *(("a default argument", value) for value in function.__defaults__ or ())):
+            if isinstance(value, (list, dict, set)):
+                yield name, value
 
 
 def _names_in(code: types.CodeType) -> set[str]:
@@ -487,14 +537,6 @@ def _is_of_class(module: nn.Module, name: str) -> bool:
         return False
     found = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
     return isinstance(found, (types.FunctionType, property, staticmethod, classmethod)) or found is None
-
-
-def _importable(value: Any) -> bool:
-    module = sys.modules.get(getattr(value, "__module__", None) or "")
-    found: Any = module
-    for name in getattr(value, "__qualname__", "<none>").split("."):
-        found = getattr(found, name, None)
-    return found is value
 
 
 def _class_of(frame: types.FrameType) -> str:

@@ -123,7 +123,7 @@ def each(change):
 # Randomness
 
 
-@refused("")
+@refused("draws random numbers")
 class LayerDropByTorch(Residual):
     """Skips itself by a number that torch draws."""
 
@@ -133,7 +133,7 @@ class LayerDropByTorch(Residual):
         return super().forward(x)
 
 
-@refused("")
+@refused("draws random numbers")
 class LayerDropByRandom(Residual):
     """Skips itself by a number of Python's generator, as fairseq's LayerDrop."""
 
@@ -141,7 +141,7 @@ class LayerDropByRandom(Residual):
         return x if self.training and random.random() < 0.5 else super().forward(x)
 
 
-@refused("")
+@refused("draws random numbers")
 class LayerDropByNumpy(Residual):
     """Skips itself by a number of numpy's generator."""
 
@@ -149,7 +149,7 @@ class LayerDropByNumpy(Residual):
         return x if self.training and np.random.uniform() < 0.5 else super().forward(x)
 
 
-@refused("")
+@refused("draws random numbers")
 class RandomChild(Residual):
     """Python's generator chooses which child is called."""
 
@@ -161,7 +161,7 @@ class RandomChild(Residual):
         return random.choice([self.fc, self.other])(x)
 
 
-@refused("")
+@refused("draws random numbers")
 class RandomNumber(Residual):
     """A random tensor without samples scales the branch, as in shake-shake."""
 
@@ -187,7 +187,7 @@ class RandomInChild(Residual):
         return self.noise(self.fc(x))
 
 
-@right
+@either
 class NoiseLikeInput(Residual):
     """Adds noise in the shape of a tensor."""
 
@@ -209,7 +209,7 @@ class NoiseOfSize(Residual):
         return y + 0.1 * torch.randn(x.shape[0], 1, DIM, device=x.device)
 
 
-@refused("")
+@refused("generator")
 class OwnGenerator(Residual):
     """Draws from a generator of its own."""
 
@@ -241,7 +241,7 @@ class DropoutChild(Residual):
         return self.dropout(self.fc(x))
 
 
-@right
+@either
 class BernoulliInPlace(Residual):
     """DropBlock's way to draw a mask: a new tensor, filled in place."""
 
@@ -252,7 +252,7 @@ class BernoulliInPlace(Residual):
         return y * torch.empty_like(y).bernoulli_(0.8)
 
 
-@refused("")
+@refused("can't be traced")
 class Shuffles(Residual):
     """Mixes samples by a random permutation, as manifold mixup."""
 
@@ -260,7 +260,7 @@ class Shuffles(Residual):
         return 0.7 * self.fc(x) + 0.3 * self.fc(x)[torch.randperm(len(x))]
 
 
-@refused("")
+@refused("draws random numbers")
 class SeedsItself(Residual):
     """Sets torch's seed in the forward."""
 
@@ -269,7 +269,7 @@ class SeedsItself(Residual):
         return self.fc(x)
 
 
-@refused("")
+@refused("context")
 class ForksTheGenerator(Residual):
     """Draws in a fork of the generator, as invertible networks do."""
 
@@ -282,7 +282,7 @@ class ForksTheGenerator(Residual):
 # Python values that change later
 
 
-@either
+@right
 class ModuleGlobal(Scaled):
     """Reads a global of its module."""
 
@@ -295,7 +295,7 @@ class ModuleGlobal(Scaled):
         number = 2.0
 
 
-@either
+@refused("reads 'act'")
 class ClosureFlag(Residual):
     """Calls a function whose closure holds a flag."""
 
@@ -326,7 +326,7 @@ class ClassAttribute(Scaled):
         ClassAttribute.scale = 2.0
 
 
-@either
+@right
 class ClassAttributeByName(Scaled):
     """Reads an attribute of its class by the class's name."""
 
@@ -340,7 +340,7 @@ class ClassAttributeByName(Scaled):
         ClassAttributeByName.scale = 2.0
 
 
-@either
+@refused("reads '(fc.)?config'")
 class ConfigObject(Scaled):
     """Reads an attribute of a configuration that all blocks share."""
 
@@ -356,7 +356,7 @@ class ConfigObject(Scaled):
         config.scale = 2.0
 
 
-@either
+@right
 class ConfigDict(Scaled):
     """Reads a dictionary that it owns."""
 
@@ -370,7 +370,7 @@ class ConfigDict(Scaled):
     later = each(lambda block: block.settings.update(scale=2.0))
 
 
-@either
+@right
 class ListOfNumbers(Scaled):
     """Reads a list, whose contents change."""
 
@@ -384,7 +384,7 @@ class ListOfNumbers(Scaled):
     later = each(lambda block: block.scales.__setitem__(0, 2.0))
 
 
-@either
+@right
 class SetOfNames(Scaled):
     """Asks whether a set holds a name."""
 
@@ -403,7 +403,7 @@ class Mode(enum.Enum):
     DOUBLE = 2.0
 
 
-@either
+@right
 class EnumAttribute(Scaled):
     """Reads an Enum."""
 
@@ -417,7 +417,7 @@ class EnumAttribute(Scaled):
     later = each(lambda block: setattr(block, "mode", Mode.DOUBLE))
 
 
-@either
+@right
 class NumpyNumber(Scaled):
     """Reads a number of numpy's."""
 
@@ -431,7 +431,7 @@ class NumpyNumber(Scaled):
     later = each(lambda block: setattr(block, "scale", np.float32(2.0)))
 
 
-@either
+@right
 class PrivateAttribute(Scaled):
     """Reads an attribute whose name begins with an underscore."""
 
@@ -463,7 +463,7 @@ class PropertyOfBlock(Scaled):
     later = each(lambda block: setattr(block, "_scale", 2.0))
 
 
-@either
+@right
 class MissingAttribute(Scaled):
     """Asks for an attribute that isn't there yet."""
 
@@ -473,7 +473,7 @@ class MissingAttribute(Scaled):
     later = each(lambda block: setattr(block, "scale", 2.0))
 
 
-@either
+@right
 class ChildAttribute(Scaled):
     """Reads a number from a child."""
 
@@ -487,7 +487,7 @@ class ChildAttribute(Scaled):
     later = each(lambda block: setattr(block.fc, "scale", 2.0))
 
 
-@either
+@refused("differs")
 class ChildTraining(Residual):
     """Asks whether a child is in training, as for frozen BatchNorm."""
 
@@ -507,7 +507,7 @@ class OwnTraining(Residual):
         return 2 * self.fc(x) if self.training else self.fc(x)
 
 
-@either
+@refused("reads (__dict__|_parameters)")
 class AttributeByGetattr(Scaled):
     """`__getattr__` finds settings in a dictionary."""
 
@@ -525,7 +525,7 @@ class AttributeByGetattr(Scaled):
     later = each(lambda block: block.settings.update(scale=2.0))
 
 
-@either
+@refused("os.environ")
 class Environment(Scaled):
     """Reads an environment variable."""
 
@@ -537,7 +537,7 @@ class Environment(Scaled):
         os.environ[ENVIRON] = "2"
 
 
-@either
+@refused("calls")
 class Clock(Scaled):
     """Asks what time it is."""
 
@@ -549,7 +549,7 @@ class Clock(Scaled):
         deadline[0] = 0.0
 
 
-@either
+@right
 class ThreadLocal(Scaled):
     """Reads a number that belongs to the thread."""
 
@@ -561,7 +561,7 @@ class ThreadLocal(Scaled):
         local.scale = 2.0
 
 
-@either
+@refused("calls")
 class ContextVariable(Scaled):
     """Reads a context variable."""
 
@@ -573,7 +573,7 @@ class ContextVariable(Scaled):
         context_scale.set(2.0)
 
 
-@either
+@right
 class ReplacedFunction(Residual):
     """Its activation is a function that is replaced later."""
 
@@ -587,7 +587,7 @@ class ReplacedFunction(Residual):
     later = each(lambda block: setattr(block, "act", F.gelu))
 
 
-@either
+@refused("reads 'act'")
 class ReplacedPartial(Residual):
     """Its activation is a partial function that is replaced later."""
 
@@ -601,7 +601,7 @@ class ReplacedPartial(Residual):
     later = each(lambda block: setattr(block, "act", functools.partial(F.leaky_relu, negative_slope=0.5)))
 
 
-@either
+@right
 class ReplacedMethod(Residual):
     """A method of the instance is replaced later, as monkey patches do."""
 
@@ -693,14 +693,14 @@ class ChildByName(Residual):
     later = each(lambda block: setattr(block, "which", "other"))
 
 
-@either
+@right
 class HookAddedLater(Residual):
     """A forward hook on a child, added later, changes its output."""
 
     later = each(lambda block: block.fc.register_forward_hook(lambda module, args, out: 2 * out))
 
 
-@either
+@right
 class ReplacedMethodOfClass(Residual):
     """A method of its class is replaced later, as libraries patch attention."""
 
@@ -712,7 +712,7 @@ class ReplacedMethodOfClass(Residual):
         ReplacedMethodOfClass.branch = lambda self, x: 2 * self.fc(x)
 
 
-@either
+@right
 class ReplacedForwardOfClass(Residual):
     """The forward of its class is replaced later."""
 
@@ -735,7 +735,7 @@ def decorated(forward):
     return call
 
 
-@either
+@refused("'(counts|log|ticks)'")
 class DecoratedForward(Residual):
     """A decorator around its forward has effects of its own."""
 
@@ -760,7 +760,7 @@ class DefaultArgument(Residual):
         return block(x)
 
 
-@either
+@right
 class NeighboursWeight(Residual):
     """Uses a weight of a module that isn't its own."""
 
@@ -772,7 +772,7 @@ class NeighboursWeight(Residual):
     later = each(lambda block: block.__dict__.update(neighbours=(nn.Linear(DIM, DIM),)))
 
 
-@either
+@refused("reads '(cache|history|tables|neighbours)'")
 class TellsNeighbour(Residual):
     """Leaves a tensor on a module that isn't its own, as UNets hand features over."""
 
@@ -786,7 +786,7 @@ class TellsNeighbour(Residual):
         return y
 
 
-@either
+@refused("reads '(fc.)?config'")
 class ConfigOfChild(Scaled):
     """Reads a configuration through a child."""
 
@@ -802,7 +802,7 @@ class ConfigOfChild(Scaled):
         config.scale = 2.0
 
 
-@either
+@refused("reads 'scales'")
 class TupleOfNumpy(Scaled):
     """Reads an array of numpy's."""
 
@@ -816,7 +816,7 @@ class TupleOfNumpy(Scaled):
     later = each(lambda block: block.scales.fill(2.0))
 
 
-@either
+@right
 class TensorAttribute(Scaled):
     """Reads a tensor that is no buffer."""
 
@@ -830,7 +830,7 @@ class TensorAttribute(Scaled):
     later = each(lambda block: setattr(block, "scale", torch.full((DIM,), 2.0)))
 
 
-@either
+@right
 class DtypeAttribute(Residual):
     """Casts to a dtype that is an attribute of a configuration."""
 
@@ -862,7 +862,7 @@ class ParametersAdded(Residual):
 # Values read from parameters, buffers and inputs
 
 
-@refused("")
+@refused("numbers in a tensor")
 class SignOfParameter(Residual):
     """A parameter's number decides."""
 
@@ -879,7 +879,7 @@ class SignOfParameter(Residual):
             block.gate.data.fill_(-1.0)
 
 
-@refused("")
+@refused("numbers in a tensor")
 class InitialisedByData(Residual):
     """Takes its scale from the first batch, as ActNorm."""
 
@@ -896,7 +896,7 @@ class InitialisedByData(Residual):
         return y * self.scale
 
 
-@either
+@right
 class NumberOfBuffer(Residual):
     """A buffer's number scales, read by item()."""
 
@@ -910,7 +910,7 @@ class NumberOfBuffer(Residual):
     later = each(lambda block: block.scale.fill_(2.0))
 
 
-@refused("")
+@refused("numbers in a tensor")
 class EpochInBuffer(Residual):
     """A schedule that a buffer's number decides."""
 
@@ -924,7 +924,7 @@ class EpochInBuffer(Residual):
     later = each(lambda block: block.epoch.fill_(5))
 
 
-@either
+@refused("requires_grad of a tensor")
 class FrozenOrNot(Residual):
     """Asks whether a weight learns."""
 
@@ -934,7 +934,7 @@ class FrozenOrNot(Residual):
     later = each(lambda block: block.fc.requires_grad_(False))
 
 
-@either
+@refused("requires_grad of a tensor")
 class InputLearns(Residual):
     """Asks whether its input requires grad, as reentrant checkpointing does."""
 
@@ -942,7 +942,7 @@ class InputLearns(Residual):
         return 2 * self.fc(x) if x.requires_grad else self.fc(x)
 
 
-@either
+@refused("calls")
 class GradEnabled(Residual):
     """Asks whether gradients are recorded."""
 
@@ -950,7 +950,7 @@ class GradEnabled(Residual):
         return 2 * self.fc(x) if torch.is_grad_enabled() else self.fc(x)
 
 
-@either
+@refused("calls")
 class AutocastEnabled(Residual):
     """Asks whether autocast is on."""
 
@@ -958,7 +958,7 @@ class AutocastEnabled(Residual):
         return 2 * self.fc(x) if torch.is_autocast_enabled("cpu") else self.fc(x)
 
 
-@either
+@refused("calls")
 class DefaultDtype(Scaled):
     """Asks for torch's default dtype."""
 
@@ -970,7 +970,7 @@ class DefaultDtype(Scaled):
         torch.set_default_dtype(torch.float64)
 
 
-@either
+@refused("calls")
 class ThreadsOfTorch(Scaled):
     """Asks for a setting of torch's backends."""
 
@@ -982,7 +982,7 @@ class ThreadsOfTorch(Scaled):
         torch.use_deterministic_algorithms(True)
 
 
-@either
+@right
 class DtypeOfParameters(Residual):
     """Casts its input to the dtype of its parameters, which changes."""
 
@@ -994,7 +994,7 @@ class DtypeOfParameters(Residual):
         model.double()
 
 
-@either
+@right
 class DeviceOfParameters(Residual):
     """Moves its input to the device of its parameters, which changes."""
 
@@ -1006,7 +1006,7 @@ class DeviceOfParameters(Residual):
         model.to("meta")
 
 
-@either
+@refused("depends on|differs")
 class DtypeOfInput(Residual):
     """Its input's dtype decides."""
 
@@ -1022,7 +1022,7 @@ class CastToInput(Residual):
         return self.fc(x).float().sigmoid().to(x.dtype)
 
 
-@either
+@refused("depends on|differs")
 class HalfOnly(Residual):
     """Clamps what could overflow in float16, as transformers' T5 does."""
 
@@ -1047,7 +1047,7 @@ class ShapeOfInput(Residual):
         return Residual.inputs(step)[:, : 3 if step in (2, 5) else 5]
 
 
-@either
+@refused("number of samples")
 class BatchOfInput(Residual):
     """The number of samples decides, beyond those of the conversion."""
 
@@ -1059,7 +1059,7 @@ class BatchOfInput(Residual):
         return Residual.inputs(step)[: 2 if step in (2, 5) else 6]
 
 
-@either
+@refused("is_contiguous")
 class StridesOfInput(Residual):
     """Contiguity decides."""
 
@@ -1071,7 +1071,7 @@ class StridesOfInput(Residual):
         return block(x.transpose(0, 1).contiguous().transpose(0, 1) if x.requires_grad else x)
 
 
-@either
+@right
 class DeviceOfInput(Residual):
     """The device decides."""
 
@@ -1083,7 +1083,7 @@ class DeviceOfInput(Residual):
         model.to("meta")
 
 
-@refused("")
+@refused("numbers in a tensor")
 class NumbersOfInput(Residual):
     """Numbers of the input decide."""
 
@@ -1091,7 +1091,7 @@ class NumbersOfInput(Residual):
         return self.fc(x) if x.sum() > 0 else 2 * self.fc(x)
 
 
-@refused("")
+@refused("numbers in a tensor")
 class NumbersAsPython(Residual):
     """Takes numbers out of a tensor."""
 
@@ -1099,7 +1099,7 @@ class NumbersAsPython(Residual):
         return self.fc(x) * max(x.detach().abs().flatten().tolist())
 
 
-@refused("")
+@refused("can't be traced")
 class ThroughNumpy(Residual):
     """Computes a part in numpy."""
 
@@ -1126,7 +1126,7 @@ class InstanceOfTensor(Residual):
         return [super().forward(t) for t in x]
 
 
-@either
+@refused("differs")
 class TypeOfInput(Residual):
     """Looks its input's type up."""
 
@@ -1134,7 +1134,7 @@ class TypeOfInput(Residual):
         return {Tensor: 2}.get(type(x), 1) * self.fc(x)
 
 
-@either
+@refused("differs")
 class HasAttribute(Residual):
     """Asks whether its input has an attribute."""
 
@@ -1142,7 +1142,7 @@ class HasAttribute(Residual):
         return 2 * self.fc(x) if hasattr(x, "mask") else self.fc(x)
 
 
-@either
+@refused("one batch size")
 class TriesAnAttribute(Residual):
     """Catches the error of a missing attribute."""
 
@@ -1153,7 +1153,7 @@ class TriesAnAttribute(Residual):
             return self.fc(x)
 
 
-@either
+@refused("one batch size")
 class CatchesErrors(Residual):
     """Catches the error of a wrong shape and goes on."""
 
@@ -1167,7 +1167,7 @@ class CatchesErrors(Residual):
 # Contexts
 
 
-@either
+@refused("context")
 class AutocastOff(Residual):
     """A part in float32 whatever autocast says."""
 
@@ -1176,7 +1176,7 @@ class AutocastOff(Residual):
             return self.fc(x.float())
 
 
-@either
+@refused("context")
 class AutocastOn(Residual):
     """A part in bfloat16 whatever is around."""
 
@@ -1195,7 +1195,7 @@ class DecoratedByAutocast(Residual):
         return x + self.drop_path(self.fc(x))
 
 
-@either
+@refused("context")
 class NoGrad(Residual):
     """Targets without gradients, as momentum encoders make them."""
 
@@ -1205,7 +1205,7 @@ class NoGrad(Residual):
         return scale * self.fc(x)
 
 
-@either
+@refused("context")
 class NoGradAfterwards(Residual):
     """The residual add is recorded, a part of the stream behind it isn't."""
 
@@ -1218,7 +1218,7 @@ class NoGradAfterwards(Residual):
         return x / scale
 
 
-@either
+@refused("context")
 class SetGradEnabled(Residual):
     """Turns gradients off and on again by calls."""
 
@@ -1230,7 +1230,7 @@ class SetGradEnabled(Residual):
         return scale * self.fc(x)
 
 
-@either
+@refused("context")
 class DecoratedHelper(Residual):
     """A helper method without gradients."""
 
@@ -1242,7 +1242,7 @@ class DecoratedHelper(Residual):
         return self.scale(x) * self.fc(x)
 
 
-@either
+@refused("context")
 class EnablesGrad(Residual):
     """Records gradients for a part, whatever is around."""
 
@@ -1251,7 +1251,7 @@ class EnablesGrad(Residual):
             return self.fc(x)
 
 
-@either
+@refused("context")
 class RecordFunction(Residual):
     """Labels a part for the profiler."""
 
@@ -1260,7 +1260,7 @@ class RecordFunction(Residual):
             return self.fc(x)
 
 
-@either
+@refused("context")
 class KernelsOfAttention(Residual):
     """Says which kernels of attention may serve."""
 
@@ -1287,7 +1287,7 @@ class Times(nn.Module):
         return number * x
 
 
-@either
+@refused("context")
 class OwnContext(Residual):
     """A context of its own that a child sees."""
 
@@ -1300,7 +1300,7 @@ class OwnContext(Residual):
             return self.times(self.fc(x))
 
 
-@either
+@refused("context")
 class StackOfContexts(Residual):
     """An ExitStack of contexts."""
 
@@ -1311,7 +1311,7 @@ class StackOfContexts(Residual):
             return self.fc(x.float())
 
 
-@either
+@refused("context")
 class CountsSavedTensors(Residual):
     """Looks on at what autograd saves."""
 
@@ -1332,7 +1332,7 @@ class Checkpointed(Residual):
         return checkpoint(self.fc, x, use_reentrant=False)
 
 
-@either
+@refused("requires_grad of a tensor")
 class CheckpointedReentrant(Residual):
     """Recomputes its branch in backward, in the old way, where it learns."""
 
@@ -1353,7 +1353,7 @@ class CheckpointedWhole(Residual):
 # Side effects
 
 
-@either
+@refused("sets")
 class KeepsOutput(Residual):
     """Leaves its branch's output on itself, as for attention maps."""
 
@@ -1366,7 +1366,7 @@ class KeepsOutput(Residual):
         return self.last
 
 
-@either
+@refused("sets")
 class KeepsSize(Residual):
     """Leaves a size on itself."""
 
@@ -1377,7 +1377,7 @@ class KeepsSize(Residual):
         return self.fc(x)
 
 
-@either
+@refused("numbers in a tensor")
 class KeepsPythonNumber(Residual):
     """Leaves a Python number on itself that the input decides."""
 
@@ -1388,7 +1388,7 @@ class KeepsPythonNumber(Residual):
         return super().forward(x)
 
 
-@either
+@refused("sets")
 class KeepsOnChild(Residual):
     """Leaves a tensor on a child."""
 
@@ -1398,7 +1398,7 @@ class KeepsOnChild(Residual):
         return y
 
 
-@either
+@refused("reads '(cache|history|tables|neighbours)'")
 class KeepsInDict(Residual):
     """Leaves a tensor in a dictionary of its own."""
 
@@ -1411,7 +1411,7 @@ class KeepsInDict(Residual):
         return self.cache["last"]
 
 
-@either
+@refused("reads (__dict__|_parameters)")
 class KeepsByDict(Residual):
     """Leaves a tensor on itself past `__setattr__`."""
 
@@ -1436,7 +1436,7 @@ class ChildKeeps(Residual):
         self.fc = self.Attention(DIM, DIM)
 
 
-@either
+@refused("sets")
 class AuxiliaryLoss(Residual):
     """Leaves a loss on itself that the training adds, as experts do."""
 
@@ -1446,7 +1446,7 @@ class AuxiliaryLoss(Residual):
         return y
 
 
-@either
+@refused("sets")
 class CountsCalls(Scaled):
     """Counts its calls, and warms up by that."""
 
@@ -1461,7 +1461,7 @@ class CountsCalls(Scaled):
         return min(self.calls / 3, 1.0)
 
 
-@either
+@refused("sets")
 class CountsWithoutUse(Residual):
     """Counts its calls, which changes nothing."""
 
@@ -1472,7 +1472,7 @@ class CountsWithoutUse(Residual):
         return self.fc(x)
 
 
-@either
+@refused("sets")
 class CountsOnClass(Residual):
     """Counts its calls on its class."""
 
@@ -1483,7 +1483,7 @@ class CountsOnClass(Residual):
         return self.fc(x)
 
 
-@either
+@refused("sets")
 class CountsInBuffer(Residual):
     """Counts its calls in a buffer by +=."""
 
@@ -1496,7 +1496,7 @@ class CountsInBuffer(Residual):
         return self.fc(x)
 
 
-@either
+@refused("in place")
 class CountsInBufferByAdd(CountsInBuffer):
     """Counts its calls in a buffer by a method."""
 
@@ -1515,7 +1515,7 @@ class CountsInBufferAndUses(CountsInBuffer):
         return self.fc(x) * self.calls.add_(1)
 
 
-@either
+@refused("sets")
 class CountsByAssignment(CountsInBuffer):
     """Counts its calls in a buffer that is assigned."""
 
@@ -1524,7 +1524,7 @@ class CountsByAssignment(CountsInBuffer):
         return self.fc(x)
 
 
-@either
+@refused("'(counts|log|ticks)'")
 class CountsInDict(Residual):
     """Counts calls in a dictionary of its module."""
 
@@ -1533,7 +1533,7 @@ class CountsInDict(Residual):
         return self.fc(x)
 
 
-@either
+@refused("'(counts|log|ticks)'")
 class CountsByIterator(Scaled):
     """Takes the next number of an iterator."""
 
@@ -1543,7 +1543,7 @@ class CountsByIterator(Scaled):
         return 1 + next(ticks[0]) % 2
 
 
-@either
+@refused("'(counts|log|ticks)'")
 class AppendsNumber(Residual):
     """Appends a size to a global list."""
 
@@ -1552,7 +1552,7 @@ class AppendsNumber(Residual):
         return self.fc(x)
 
 
-@either
+@refused("reads '(cache|history|tables|neighbours)'")
 class AppendsTensor(Residual):
     """Appends a tensor to a list of its own."""
 
@@ -1566,7 +1566,7 @@ class AppendsTensor(Residual):
         return y
 
 
-@either
+@refused("reads '(cache|history|tables|neighbours)'")
 class MemoisesByShape(Residual):
     """Keeps a table for each size that it meets, as rotary embeddings do."""
 
@@ -1632,7 +1632,9 @@ class LazyBuffer(Residual):
 class LazyChild(Residual):
     """Makes a child in its first forward."""
 
-    extra = None
+    def __init__(self):
+        super().__init__()
+        self.extra = None
 
     def branch(self, x):
         if self.extra is None:
@@ -1640,7 +1642,7 @@ class LazyChild(Residual):
         return self.extra(self.fc(x))
 
 
-@either
+@refused("reads (__dict__|_parameters)")
 class LazyParameter(Residual):
     """Makes a parameter in its first forward."""
 
@@ -1650,7 +1652,7 @@ class LazyParameter(Residual):
         return self.gamma * self.fc(x)
 
 
-@either
+@refused("in place")
 class AverageOfActivations(Residual):
     """Follows its activations by a moving average in a buffer."""
 
@@ -1665,7 +1667,7 @@ class AverageOfActivations(Residual):
         return y - self.average
 
 
-@either
+@refused("context")
 class AverageOfWeights(Residual):
     """A teacher's weights follow in the forward, as MoCo's."""
 
@@ -1680,7 +1682,7 @@ class AverageOfWeights(Residual):
         return self.fc(x) + self.teacher(x)
 
 
-@either
+@refused("in place")
 class ClampsWeights(Residual):
     """Clamps its weights in the forward."""
 
@@ -1689,7 +1691,7 @@ class ClampsWeights(Residual):
         return self.fc(x)
 
 
-@either
+@refused("sets")
 class MemoryBank(Residual):
     """Attends to a buffer of earlier activations."""
 
@@ -1703,7 +1705,7 @@ class MemoryBank(Residual):
         return y
 
 
-@either
+@refused("in place")
 class FreezesItself(Residual):
     """Sets requires_grad in the forward."""
 
@@ -1721,7 +1723,7 @@ class ChildToEval(DropoutChild):
         return super().branch(x)
 
 
-@either
+@refused("calls")
 class Prints(Residual):
     """Prints."""
 
@@ -1740,7 +1742,7 @@ logger.addHandler(LogsToList())
 logger.propagate = False
 
 
-@either
+@refused("calls")
 class Logs(Residual):
     """Logs."""
 
@@ -1749,7 +1751,7 @@ class Logs(Residual):
         return self.fc(x)
 
 
-@either
+@refused("calls")
 class Warns(Residual):
     """Warns."""
 
@@ -1758,7 +1760,7 @@ class Warns(Residual):
         return self.fc(x)
 
 
-@either
+@refused("sets")
 class Remembers(Residual):
     """Asks whether it is called with the same object again."""
 
@@ -1772,7 +1774,7 @@ class Remembers(Residual):
         return super().forward(x)
 
 
-@either
+@refused("can't be traced")
 class HooksInForward(Residual):
     """Registers a hook on a child for one call."""
 
@@ -1823,11 +1825,11 @@ class EvoNorm(nn.Module):
         var = self.var
         if self.training:
             var = x.var((0, 1))
-            self.var.lerp_(var.detach().float(), 0.1)
+            self.var.lerp_(var.detach().to(self.var.dtype), 0.1)
         return x / (var + 1e-5).sqrt()
 
 
-@either
+@refused("training|batch")
 class EvoNormChild(Residual):
     """A norm of another library's that uses the batch's statistics in training alone."""
 
@@ -1857,7 +1859,7 @@ class Router(nn.Module):
         )
 
 
-@refused("")
+@refused("differs")
 class Capacity(Residual):
     """Experts of a limited capacity: which tokens are served depends on the others."""
 
@@ -1874,16 +1876,16 @@ class Codebook(nn.Module):
         self.register_buffer("codes", torch.randn(4, DIM))
 
     def forward(self, x):
-        flat = x.detach().float().flatten(0, 1)
+        flat = x.detach().to(self.codes.dtype).flatten(0, 1)
         nearest = torch.cdist(flat, self.codes).argmin(-1)
         codes = self.codes[nearest]
         if self.training:
-            one_hot = F.one_hot(nearest, 4).float()
+            one_hot = F.one_hot(nearest, 4).to(flat.dtype)
             self.codes.lerp_((one_hot.T @ flat) / (one_hot.sum(0)[:, None] + 1), 0.1)
         return x + (codes.view_as(x) - x).detach()
 
 
-@either
+@refused("training|batch")
 class CodebookChild(Residual):
     """A codebook in the branch, as EnCodec's."""
 
@@ -1895,7 +1897,7 @@ class CodebookChild(Residual):
         return self.codebook(self.fc(x))
 
 
-@refused("")
+@refused("differs")
 class CentresBatch(Residual):
     """Subtracts the mean of the batch in training."""
 
@@ -1904,10 +1906,25 @@ class CentresBatch(Residual):
         return y - y.mean(0, keepdim=True) if self.training else y
 
 
+class LooksAlike(Residual):
+    """Its child mixes samples where an attribute says so, which no name or graph shows."""
+
+    class Mixes(nn.Linear):
+        mixes = False
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0, keepdim=True) if self.mixes else y
+
+    def __init__(self):
+        super().__init__()
+        self.fc = self.Mixes(DIM, DIM)
+
+
 # Arguments
 
 
-@either
+@right
 class DictArgument(Residual):
     """Is called with a dictionary."""
 
@@ -1919,7 +1936,7 @@ class DictArgument(Residual):
         return block({"x": x, "mask": None})
 
 
-@either
+@refused("list or dict that it is called with")
 class FillsDictArgument(Residual):
     """Adds an entry to the dictionary that it is called with."""
 
@@ -1938,7 +1955,7 @@ class FillsDictArgument(Residual):
         return out[0]
 
 
-@either
+@refused("list or dict that it is called with")
 class FillsListArgument(FillsDictArgument):
     """Appends to the list that it is called with."""
 
@@ -1977,19 +1994,20 @@ class AnyArguments(Residual):
         return block(x)
 
 
-@either
+@right
 class NumberArgument(Residual):
-    """A number that is another one in each step."""
-
-    plain = False
+    """A number that is another one later."""
 
     def forward(self, x, scale):
         return x + self.drop_path(scale * self.fc(x))
 
     @staticmethod
     def call(block, x):
-        counts["calls"] += 1
-        return block(x, counts["calls"] / 10)
+        return block(x, 2.0 if flags["double"] else 1.0)
+
+    @staticmethod
+    def later(model):
+        flags["double"] = True
 
 
 @right
@@ -2018,7 +2036,7 @@ class Output(collections.OrderedDict):
             raise AttributeError(name) from None
 
 
-@either
+@right
 class DictSubclass(Residual):
     """Returns a subclass of dict."""
 
@@ -2045,7 +2063,7 @@ class PlainDict(DictSubclass):
 Pair = collections.namedtuple("Pair", ["hidden", "size"])
 
 
-@either
+@right
 class NamedTuple(DictSubclass):
     """Returns a named tuple that holds a Python number too."""
 
@@ -2058,7 +2076,7 @@ class Record:
     hidden: Tensor
 
 
-@either
+@right
 class Dataclass(DictSubclass):
     """Returns a dataclass."""
 
@@ -2087,7 +2105,7 @@ class SameTwice(ListOutput):
         return x, x
 
 
-@either
+@right
 class OutputWithNumbers(ListOutput):
     """Returns Python numbers beside its tensor."""
 
@@ -2095,7 +2113,7 @@ class OutputWithNumbers(ListOutput):
         return Residual.forward(self, x), 3, "name", x.shape[1] // 2, self.training
 
 
-@either
+@right
 class InputItself(ListOutput):
     """Returns its input object beside the sum."""
 
@@ -2108,7 +2126,7 @@ class InputItself(ListOutput):
         return *out, out[1] is x
 
 
-@either
+@right
 class WeightAsOutput(Residual):
     """Returns a weight beside the sum."""
 
@@ -2131,7 +2149,7 @@ class SetsItem(Residual):
         return y
 
 
-@either
+@refused("in place")
 class InPlaceOnView(Residual):
     """Changes a view of its branch's output."""
 
@@ -2141,7 +2159,7 @@ class InPlaceOnView(Residual):
         return y
 
 
-@either
+@refused("nothing to skip")
 class InPlaceThroughName(Residual):
     """Changes a view by +=, whose result has a name of its own."""
 
@@ -2152,7 +2170,7 @@ class InPlaceThroughName(Residual):
         return y
 
 
-@either
+@refused("in place")
 class InPlaceOnInput(Residual):
     """Changes its input."""
 
@@ -2162,7 +2180,7 @@ class InPlaceOnInput(Residual):
         return self.fc(x.mul_(2))
 
 
-@either
+@refused("in place")
 class InPlaceOnViewOfInput(Residual):
     """Changes a view of its input by an operator."""
 
@@ -2183,7 +2201,7 @@ class AddsInPlace(Residual):
         return x
 
 
-@either
+@right
 class InPlaceActivation(Residual):
     """An activation in place behind the add."""
 
@@ -2193,7 +2211,7 @@ class InPlaceActivation(Residual):
         return F.relu_(super().forward(x))
 
 
-@either
+@refused("context")
 class WritesOut(Residual):
     """Writes into a tensor by out=."""
 
@@ -2205,7 +2223,7 @@ class WritesOut(Residual):
         return y * scale
 
 
-@either
+@refused("in place")
 class InPlaceInChild(Residual):
     """A child changes its input, which is the residual."""
 
@@ -2231,7 +2249,7 @@ class DetachedResidual(Residual):
         return x.detach() + self.drop_path(self.fc(x))
 
 
-@either
+@right
 class DetachedByData(Residual):
     """A part without gradients by `.data`."""
 
@@ -2239,7 +2257,7 @@ class DetachedByData(Residual):
         return self.fc(x) * x.data.sigmoid()
 
 
-@either
+@refused("requires_grad of a tensor")
 class HookOnTensor(Residual):
     """A hook on a tensor scales its gradient."""
 
@@ -2250,7 +2268,7 @@ class HookOnTensor(Residual):
         return y
 
 
-@either
+@refused("can't be traced")
 class HookOnInput(Residual):
     """A hook on its input scales the gradient of everything."""
 
@@ -2262,7 +2280,7 @@ class HookOnInput(Residual):
         return super().forward(x)
 
 
-@either
+@refused("sets")
 class RetainsGrad(Residual):
     """Keeps a tensor's gradient."""
 
@@ -2285,7 +2303,7 @@ class Halve(torch.autograd.Function):
         return 0.5 * grad
 
 
-@either
+@refused("context")
 class OwnFunction(Residual):
     """A custom autograd function."""
 
@@ -2309,7 +2327,7 @@ class OwnFunctionInChild(Residual):
         return self.halve(self.fc(x))
 
 
-@refused("")
+@refused("context")
 class GradientInForward(Residual):
     """Takes a gradient in its forward."""
 
@@ -2320,7 +2338,7 @@ class GradientInForward(Residual):
         return self.fc(x) - 0.1 * gradient.to(x.dtype)
 
 
-@either
+@refused("can't be traced")
 class Mapped(Residual):
     """Maps over samples by torch.func."""
 
@@ -2328,7 +2346,7 @@ class Mapped(Residual):
         return torch.func.vmap(self.fc)(x)
 
 
-@either
+@refused("can't be traced")
 class CalledFunctionally(Residual):
     """Calls a child with other weights."""
 
@@ -2357,7 +2375,7 @@ class ChildTwice(Residual):
         return self.fc(self.fc(x).relu())
 
 
-@either
+@right
 class ChildForward(Residual):
     """Calls a child's forward, past its hooks."""
 
@@ -2365,7 +2383,7 @@ class ChildForward(Residual):
         return self.fc.forward(x)
 
 
-@right
+@refused("reads 'layers'")
 class ChildInPlainList(Residual):
     """Children in a plain list, registered elsewhere."""
 
@@ -2377,7 +2395,7 @@ class ChildInPlainList(Residual):
         return self.layers[0](x)
 
 
-@either
+@refused("reads 'layers'")
 class ChildNobodyKnows(Residual):
     """A child in a plain list that is registered nowhere."""
 
@@ -2415,7 +2433,7 @@ class WeightNorm(Residual):
         self.fc = parametrizations.weight_norm(self.fc)
 
 
-@either
+@right
 class WeightOfParametrised(WeightNorm):
     """Reads the weight of a parametrised child."""
 
@@ -2423,7 +2441,7 @@ class WeightOfParametrised(WeightNorm):
         return F.linear(x, self.fc.weight)
 
 
-@either
+@refused("context")
 class CachedParametrisation(WeightNorm):
     """Computes a parametrised weight once for two calls."""
 
@@ -2506,7 +2524,7 @@ class WhileLoop(Residual):
         return x
 
 
-@either
+@refused("numbers in a tensor")
 class WhileNotConverged(Residual):
     """Iterates until numbers converge, as equilibrium models."""
 
@@ -2538,7 +2556,7 @@ class Yields(Residual):
         return sum(self.pieces(x))
 
 
-@either
+@refused("can't be traced")
 class CopiesChild(Residual):
     """Computes with a copy of a child."""
 
@@ -2563,7 +2581,7 @@ class Asserts(Residual):
         return super().forward(x)
 
 
-@either
+@right
 class EmptyPiece(Residual):
     """Splits its input and has an empty piece."""
 
@@ -2572,7 +2590,7 @@ class EmptyPiece(Residual):
         return self.fc(torch.cat([rest, first, empty], dim=-1))
 
 
-@either
+@right
 class ClassToken(Residual):
     """Prepends a token that is expanded to the batch."""
 
@@ -2585,7 +2603,7 @@ class ClassToken(Residual):
         return self.fc(y)[:, 1:] + self.fc(y)[:, :1]
 
 
-@either
+@refused("number of samples")
 class Windowed(Residual):
     """The original Swin's windows, whose number is divided by a float."""
 
@@ -2595,7 +2613,7 @@ class Windowed(Residual):
         return windows.reshape(batch, -1, DIM)
 
 
-@refused("")
+@refused("differs")
 class TemporalShift(Residual):
     """Shifts channels between neighbouring samples, which are frames."""
 
@@ -2603,7 +2621,7 @@ class TemporalShift(Residual):
         return self.fc(torch.cat([x[..., :4].roll(1, 0), x[..., 4:]], dim=-1))
 
 
-@either
+@right
 class HalvesOfBatch(Residual):
     """Runs the halves of the batch one after the other."""
 
@@ -2611,7 +2629,7 @@ class HalvesOfBatch(Residual):
         return torch.cat([self.fc(half) for half in x.chunk(2)])
 
 
-@either
+@right
 class SortsSamples(Residual):
     """Sorts samples, and puts them back, as packed sequences do."""
 
@@ -2659,7 +2677,7 @@ class RelativeBias(Residual):
         return self.table[self.index].softmax(-1) @ self.fc(x)
 
 
-@either
+@refused("context")
 class InferenceInside(Residual):
     """A part in inference mode."""
 
@@ -2685,7 +2703,7 @@ class ReadsLayersOfItself(Residual):
 # Drop-paths
 
 
-@either
+@refused("nothing to skip")
 class DropPathOnResidual(Residual):
     """Drops the residual."""
 
@@ -2695,7 +2713,7 @@ class DropPathOnResidual(Residual):
         return self.drop_path(x) + self.fc(x)
 
 
-@either
+@refused("nothing to skip")
 class DropPathOnHalf(Residual):
     """Drops one half of the channels."""
 
@@ -2706,7 +2724,7 @@ class DropPathOnHalf(Residual):
         return x + torch.cat([self.drop_path(first), second], dim=-1)
 
 
-@either
+@refused("nothing to skip")
 class DropPathInWhere(Residual):
     """What was dropped is replaced where it is positive."""
 
@@ -2748,7 +2766,7 @@ class CountingDropPath(DropPath):
         return super().forward(x)
 
 
-@either
+@refused("calls")
 class DropPathCounts(Residual):
     """Its drop-path counts its calls."""
 
@@ -2771,7 +2789,7 @@ class AlternatingDropPath(nn.Module):
         return x * (2.0 * (counts["calls"] % 2))
 
 
-@refused("")
+@refused("outside of the module")
 class DropPathWithState(Residual):
     """Its drop-path shares a state with others."""
 
@@ -2793,7 +2811,7 @@ class ChannelDropPath(nn.Module):
         return x * x.new_empty(1, 1, x.shape[-1]).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
 
 
-@refused("")
+@refused("parts of a row")
 class DropPathOfChannels(Residual):
     """Its drop-path drops channels."""
 
@@ -2807,7 +2825,7 @@ class AddingDropPath(DropPath):
         return residual + super().forward(y)
 
 
-@refused("")
+@refused("more than to drop")
 class DropPathAdds(Residual):
     """Its drop-path adds the residual itself."""
 
@@ -2828,7 +2846,7 @@ class LayerScaleDropPath(DropPath):
         return super().forward(self.scale * x)
 
 
-@refused("")
+@refused("isn't the identity")
 class DropPathScales(Residual):
     """Its drop-path scales what it keeps, in eval mode too."""
 
@@ -2837,7 +2855,7 @@ class DropPathScales(Residual):
         self.drop_path = LayerScaleDropPath(0.0)
 
 
-@either
+@right
 class DropPathShared(Residual):
     """All blocks have the same drop-path module."""
 
@@ -2859,7 +2877,7 @@ class DropPathDecided(Residual):
         return x + (self.drop_path(y) if self.drop_path.drop_prob > 0 else y)
 
 
-@either
+@refused("hooks|differs")
 class DropPathWithHook(Residual):
     """A hook on its drop-path scales what it returns."""
 
