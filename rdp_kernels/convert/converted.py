@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..observed import Law, law_of
 from ..path_call import run_path
@@ -126,16 +125,8 @@ class ConvertedPath:
         return [_child(self.block, name) for name in self.spec.modules]
 
     def own_parameters(self) -> list[tuple[nn.Module, str]]:
-        places = []
-        for full in self.spec.parameters:
-            owner, _, name = full.rpartition(".")
-            module = self.block.get_submodule(owner)
-            if name not in module._parameters and parametrize.is_parametrized(module, name):
-                made = module.parametrizations[name].modules()  # type: ignore[union-attr,index]
-                places += [(m, inner) for m in made for inner in m._parameters]
-            else:
-                places.append((module, name))
-        return places
+        split = [name.rpartition(".") for name in self.spec.parameters]
+        return [(self.block.get_submodule(module), name) for module, _, name in split]
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
         norm = self.norm
