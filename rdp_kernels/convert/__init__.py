@@ -65,7 +65,8 @@ def convert(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
             with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
         check: compare each converted block with the one it was, on copies: outputs and gradients with fixed masks, in
-            float64 where it can be cast. What differs is refused.
+            float64 where it can be cast; then in training mode, children too, in its own dtypes and under autocast to
+            bfloat16, with all that it returns and leaves behind. What differs is refused.
 
     The report names every path, and with `drop_prob` every block in which there is none, with the reason. On the meta
     device `check=False` has to be given.

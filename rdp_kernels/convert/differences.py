@@ -42,8 +42,9 @@ class Differences:
     Modules and functions are passed over, and so are objects of which nothing is known.
     """
 
-    def __init__(self, close: Close = exactly):
+    def __init__(self, close: Close = exactly, requires_grad: bool = True):
         self._close = close
+        self._asked = ("shape", "dtype", "device", *(["requires_grad"] if requires_grad else []))
         self._seen: dict[tuple[int, int], Any] = {}
 
     def between(self, name: str, expected: Any, actual: Any) -> str | None:
@@ -73,7 +74,7 @@ class Differences:
         return self._of_parts(name, ".{}", *(getattr(value, "__dict__", {}) for value in (expected, actual)))
 
     def _of_tensors(self, name: str, expected: Tensor, actual: Tensor) -> str | None:
-        for what in ("shape", "dtype", "device", "requires_grad"):
+        for what in self._asked:
             wanted, got = getattr(expected, what), getattr(actual, what)
             if wanted != got:
                 wanted, got = (list(v) if isinstance(v, torch.Size) else v for v in (wanted, got))

@@ -345,6 +345,17 @@ def test_what_is_random_or_a_batch_norm_passes(branch):
     checked(Residual(branch()))
 
 
+class Concatenated(Residual):
+    """Dropped, it is zeros, which require no gradient."""
+
+    def forward(self, x):
+        return self.drop_path(self.fn(x))
+
+
+def test_a_branch_without_a_residual_passes():
+    checked(Concatenated())
+
+
 def test_the_checks_are_made_when_converting():
     model = nets.tokens_net(Residual(), Residual(Statistics()))
     report = rdp.convert(model, example_inputs=nets.tokens())
