@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_is_hf_initialized"}
+_BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters", "_is_hf_initialized"}
 """Entries of a module's `__dict__` that say nothing of what it does."""
 _CONSTANTS = (bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _HARMLESS = (types.ModuleType, type, types.BuiltinFunctionType, types.BuiltinMethodType, torch.jit.ScriptFunction)

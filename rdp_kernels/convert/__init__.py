@@ -88,9 +88,8 @@ def convert(
     done: list[nn.Module] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
-        with preserved(model) as snapshot:
-            with snapshot.watching():
-                calls = record_calls(model, [*with_drop_path, *without], example)
+        with preserved(model):
+            calls = record_calls(model, [*with_drop_path, *without], example)
             converter = _Converter(model, drop_prob, check, inside, *calls)
             # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
             for block in [*with_drop_path, *reversed(without)]:

@@ -6,13 +6,11 @@ import contextlib
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 """What is put back: these types, not what is derived from them, which may copy and fill in ways of its own."""
@@ -64,16 +62,13 @@ def preserved_generators() -> Iterator[None]:
 
 
 class Snapshot:
-    """The attributes of all modules of a model: which objects they are, what is in containers, numbers in tensors.
-
-    Names that begin with `_rdp_` are left out.
-    """
+    """The attributes of all modules of a model: which objects they are, what is in containers, and in tensors but
+    parameters. Names that begin with `_rdp_` are left out."""
 
     def __init__(self, model: nn.Module):
         self._attributes: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
-        self._tensors: dict[Any, Tensor] = {}
-        self._written: dict[Any, Tensor] = {}
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
             self._take(module)
 
@@ -84,23 +79,13 @@ class Snapshot:
                 for inner in value.__dict__.values():
                     self._take(inner)
         elif isinstance(value, Tensor):
-            self._tensors.setdefault(storage_of(value), value)
+            if id(value) not in self._tensors and not isinstance(value, nn.Parameter) and not value.is_meta:
+                self._tensors[id(value)] = (value, value.detach().clone())
         elif type(value) in (*CONTAINERS, tuple) and id(value) not in self._containers:
             if type(value) is not tuple:
                 self._containers[id(value)] = (value, value.copy())
             for inner in value.values() if isinstance(value, dict) else value:
                 self._take(inner)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Keeps the numbers of tensors that are written to meanwhile."""
-        with _Writes(self._keep):
-            yield
-
-    def _keep(self, written: Tensor) -> None:
-        place = storage_of(written)
-        if place in self._tensors and place not in self._written:
-            self._written[place] = self._tensors[place].detach().clone()
 
     def restore(self) -> None:
         for module, attributes in self._attributes.values():
@@ -114,34 +99,9 @@ class Snapshot:
             if items_of(container) != items_of(contents):
                 fill(container, contents)
         with torch.no_grad():
-            for place, contents in self._written.items():
-                self._tensors[place].copy_(contents)
-
-
-class _Writes(TorchDispatchMode):
-    """Calls `before` with every tensor that an operation is about to write to."""
-
-    def __init__(self, before: Callable[[Tensor], None]):
-        super().__init__()
-        self._before = before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in pytree.tree_leaves(named.get(argument.name)):
-                        if isinstance(tensor, Tensor):
-                            self._before(tensor)
-        return func(*args, **kwargs)
-
-
-def storage_of(tensor: Tensor) -> Any:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # a wrapper without one
-        return id(tensor)
+            for tensor, copied in self._tensors.values():
+                if not torch.equal(tensor.detach(), copied):
+                    tensor.copy_(copied)
 
 
 def fill(container: Any, contents: Any) -> None:
@@ -159,11 +119,11 @@ def items_of(container: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[Snapshot]:
+def preserved(model: nn.Module) -> Iterator[None]:
     """Puts back what the model holds, and the generators."""
     snapshot = Snapshot(model)
     with preserved_generators():
         try:
-            yield snapshot
+            yield
         finally:
             snapshot.restore()
