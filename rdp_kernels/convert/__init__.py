@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
 from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
-from ..observed import kind_of
+from ..observed import Law, kind_of, law_of
 from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
@@ -236,7 +236,8 @@ class _Converter:
         batch_sizes: tuple[int, ...],
     ):
         self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._carved: dict[tuple[Any, ...], tuple[Recipe, Carved] | Refused] = {}
+        self._carved: dict[tuple[Any, ...], list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = {}
+        """What became of blocks that are alike, by the kinds of their drop-paths."""
         self._in_branches = in_branches
         self._side_products: dict[int, tuple[str, ...]] = {}
         """By the recipe's id."""
@@ -302,14 +303,18 @@ class _Converter:
                 raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
-        drop_paths = [kind_of(module) for module in drop_paths_of(block).values()]
-        key = (repr((traced.signature, traced.guards, shapes, _code(traced), drop_paths)), likeness(block))
-        if key not in self._carved:
+        drop_paths = drop_paths_of(block)
+        kinds = {name: kind_of(module) for name, module in drop_paths.items()}
+        key = (repr((traced.signature, traced.guards, shapes, _code(traced))), likeness(block, drop_paths))
+        carved = next(
+            (found for known, found in self._carved.get(key, ()) if _serves(found, known, kinds, block)), None
+        )
+        if carved is None:
             try:
-                self._carved[key] = self._carve(block, traced, calls)
+                carved = self._carve(block, traced, calls)
             except Refused as refused:
-                self._carved[key] = refused
-        carved = self._carved[key]
+                carved = refused
+            self._carved.setdefault(key, []).append((kinds, carved))
         if isinstance(carved, Refused):
             raise carved
         return carved
@@ -332,6 +337,19 @@ class _Converter:
         if recipe.paths:
             self._side_products[id(recipe)] = side_products_of(block, calls[0])
         return recipe, carved
+
+
+def _serves(
+    found: tuple[Recipe, Carved] | Refused, known: dict[str, int], kinds: dict[str, int], block: nn.Module
+) -> bool:
+    """Whether what was found for a block with drop-paths of the `known` kinds holds for one with these: an Identity
+    stands in the place of a drop-path where its rate is 0."""
+    if known == kinds:
+        return True
+    if isinstance(found, Refused) or found[1].refused or known.keys() != kinds.keys():
+        return False
+    named = [(path.drop_path, path.dims) for path in found[0].paths if path.drop_path is not None]
+    return all(isinstance(law_of(block.get_submodule(name), dims), Law) for name, dims in named)
 
 
 def _why_none(named: dict[str, nn.Module], carved: Carved) -> str:

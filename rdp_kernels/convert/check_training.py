@@ -1,8 +1,9 @@
 """The second self-check of a conversion: on copies in training mode, children too, as users run them.
 
-With all rows kept the same operations run in both, so that all is compared to the bit: what is returned, gradients,
-what is left on modules, the generators. With some rows or none, and with the branches frozen, dropout is switched off,
-the original's drop-paths are given masks, and numbers are compared within the error that the original has itself.
+With all rows kept the same operations run in both, so that what is returned, what is left on modules and the generators
+are compared to the bit, and gradients but for the order of sums. With some rows or none, and with the branches frozen,
+dropout is switched off, the original's drop-paths are given masks, and numbers are compared within the error that the
+original has itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..paths import CONVERTED, Decision, parameters_of
 from .calls import Call, Refused, cloned
 from .carve import Carved
 from .check import SameForAllRows, _castable, _masking, _planning, _silence, _spread, _without_dropout, set_seed
-from .differences import Differences, relative_difference
+from .differences import ROUNDINGS, Differences, relative_difference, rounded
 from .snapshot import generator_states, preserved_generators, repr_of
 from .source import install
 from .spec import Recipe
@@ -228,8 +229,9 @@ class _Whole:
             or differences.between("its arguments afterwards", expected.inputs, actual.inputs)
             or _of_states(differences, expected.state, actual.state)
         )
-        for name, gradient in expected.gradients.items():
-            found = found or differences.between(name, gradient, actual.gradients.get(name))
+        sums = Differences(rounded(torch.float32 if setting.autocast is None else torch.bfloat16))
+        for name, gradient in expected.gradients.items():  # autograd may sum in another order
+            found = found or sums.between(name, gradient, actual.gradients.get(name))
         found = found or _of_generators(expected.generators, actual.generators)
         if found:
             raise Refused(f"{when} {found}")
@@ -344,7 +346,7 @@ class _Masked:
                 if not name.startswith("output"):
                     continue
                 dtype = torch.bfloat16 if setting.autocast is not None else value.dtype
-                budget = 2 * relative_difference(best[name], value) + _ROUNDINGS * torch.finfo(dtype).eps
+                budget = 2 * relative_difference(best[name], value) + ROUNDINGS * torch.finfo(dtype).eps
             if not error <= budget:
                 return f"{name} differs from the original's by {error:.1e} of its largest element"
         return None
@@ -405,4 +407,3 @@ _WHY = (
     "; with all rows kept it doesn't, so that in training its branch computes for a sample what depends on the others: "
     "statistics of the batch, or a capacity"
 )
-_ROUNDINGS = 8  # of the largest element, beside those that the original has

@@ -1733,7 +1733,7 @@ class FreezesItself(Residual):
         return self.fc(x)
 
 
-@refused("differs|calls")
+@refused("sets 'dropout.training'")
 class ChildToEval(DropoutChild):
     """Puts a child into eval mode in the forward."""
 
@@ -1793,7 +1793,7 @@ class Remembers(Residual):
         return super().forward(x)
 
 
-@refused("can't be traced")
+@refused("calls register_forward_hook of a module, which changes it")
 class HooksInForward(Residual):
     """Registers a hook on a child for one call."""
 
@@ -2278,7 +2278,7 @@ class InPlaceInChild(Residual):
 # Gradients
 
 
-@refused("requires_grad")
+@right
 class DetachedResidual(Residual):
     """The residual gets no gradient."""
 
