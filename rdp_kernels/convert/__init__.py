@@ -86,6 +86,7 @@ def convert(
     without = [] if drop_prob is None else [m for m in model.modules() if _may_convert(m) and m not in with_drop_path]
     refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
     done: list[nn.Module] = []
+    settled: list[tuple[nn.Module, str, Any]] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
         with preserved(model):
@@ -94,7 +95,7 @@ def convert(
             # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
             for block in [*with_drop_path, *reversed(without)]:
                 report.rows += converter.convert(block, names[id(block)])
-        done = converter.done
+        done, settled = converter.done, converter.settled
         report.without_paths = converter.without_paths
     elif not report.rows:
         report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
@@ -117,6 +118,8 @@ def convert(
         for block, refused in refused_before.items():
             _Converter.note_refused(block, refused or [])
         raise error
+    for module, name, value in settled:
+        setattr(module, name, value)
     report.note_blocks()
     report.notes += _held_twice(model, {row.block for row in report.rows})
     if report.already:
@@ -242,6 +245,8 @@ class _Converter:
         self._side_products: dict[int, tuple[str, ...]] = {}
         """By the recipe's id."""
         self.done: list[nn.Module] = []
+        self.settled: list[tuple[nn.Module, str, Any]] = []
+        """Attributes to be set as every forward of a block that was converted sets them."""
         self.without_paths: list[BlockReport] = []
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
@@ -317,6 +322,7 @@ class _Converter:
             self._carved.setdefault(key, []).append((kinds, carved))
         if isinstance(carved, Refused):
             raise carved
+        self.settled += traced.settled
         return carved
 
     def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call]) -> tuple[Recipe, Carved]:

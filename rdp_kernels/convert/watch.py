@@ -8,6 +8,7 @@ at again, and what would not happen again in a converted forward, is a refusal.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dis
 import enum
 import functools
@@ -90,6 +91,8 @@ class Watch:
         self._classes = [
             (cls, dict(vars(cls))) for cls in {c for m in block.modules() for c in type(m).__mro__} if _of_user(cls)
         ]
+        self.settled: list[tuple[nn.Module, str, Any]] = []
+        """Attributes that the forward sets, to what it has set them to before: module, name and value."""
         self.paused = False
         """Set while children run for their values."""
 
@@ -162,7 +165,7 @@ class Watch:
             return object.__getattribute__(module, name)
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if watch._sees_change(sys._getframe(1)):
+            if watch._sees_change(sys._getframe(1)) and not watch._sets_again(module, name, value):
                 raise watch.refuse(f"its forward sets {watch._name(module, name)}")
             set_(module, name, value)
 
@@ -214,6 +217,18 @@ class Watch:
 
     def _sees(self, frame: types.FrameType) -> bool:
         return not self.paused and threading.get_ident() == self._thread and of_user(frame.f_code)
+
+    def _sets_again(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute is set to the constant that it is: calls before this one have done so."""
+        found = object.__getattribute__(module, "__dict__").get(name, MISSING)
+        if id(module) not in self._paths or name == "training" or not is_constant(value):
+            return False
+        if type(found) is not type(value) or found != value:
+            return False
+        path = tuple(part for part in self._dotted(module, name).split("."))
+        self.guard(path, value, len(path) - 1)
+        self.settled.append((module, name, copy.deepcopy(value)))
+        return True
 
     def _sees_change(self, frame: types.FrameType) -> bool:
         """Also where a method of `torch.nn.Module` makes it."""
@@ -329,7 +344,7 @@ class Watch:
 
         members = {"__getattribute__": read, "__setattr__": write, "__module__": original.__module__, "__slots__": ()}
         try:
-            value.__class__ = type(original.__name__, (original,), members)
+            object.__setattr__(value, "__class__", type(original.__name__, (original,), members))
         except TypeError:
             return False
         self._swapped[id(value)] = (value, original)

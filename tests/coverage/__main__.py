@@ -16,7 +16,7 @@ from .markdown import render
 from .models import cases
 from .rows import OUTCOMES, Row, groups, measure_group, read, summary, write
 
-GOALS = {"timm": 110, "torchvision": 7, "transformers": 40}
+GOALS = {"timm": 112, "torchvision": 7, "transformers": 41}
 """Classes with a drop-path that have to be converted fully."""
 
 
