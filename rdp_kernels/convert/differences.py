@@ -29,7 +29,7 @@ def exactly(expected: Tensor, actual: Tensor) -> str | None:
 
 
 def rounded(dtype: torch.dtype, largest: float) -> Close:
-    """Allows for another order of sums: a few roundings of `largest` in `dtype`, or in the tensor's if that is wider."""
+    """Allows for another order of sums: a few roundings of `largest`, in `dtype` or the tensor's if wider."""
 
     def close(expected: Tensor, actual: Tensor) -> str | None:
         if exactly(expected, actual) is None:
