@@ -133,22 +133,24 @@ def _other_rows_kept(monkeypatch):
     monkeypatch.setattr(rdp_kernels.iteration, "orders_of", lambda learns: orders_of(learns.roll(1, 1)))
 
 
-def _nothing_frozen(monkeypatch):
+def _nothing_frozen(model, monkeypatch):
     monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda *_: contextlib.nullcontext())
 
 
-def _frozen_batch_norm_learns(monkeypatch):
+def _frozen_batch_norm_learns(model, monkeypatch):
     original = rdp_kernels.path_call.freeze
     monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda parameters, *_: original(parameters))
 
 
 def _after_conversion(change):
+    """Its own checks would refuse what is broken before."""
+
     def break_it(monkeypatch):
         original = rdp.convert
 
         def convert(model, *args, **kwargs):
             report = original(model, *args, **kwargs)
-            change(model)
+            change(model, monkeypatch)
             return report
 
         monkeypatch.setattr(rdp, "convert", convert)
@@ -156,7 +158,7 @@ def _after_conversion(change):
     return break_it
 
 
-def _weights_move(model):
+def _weights_move(model, monkeypatch):
     with torch.no_grad():
         model[0].fn.weight.add_(1e-6)
 
@@ -165,11 +167,14 @@ BROKEN = {
     "nothing": (lambda monkeypatch: None, []),
     "scale": (_scale_forgotten, ["masks", "pair"]),
     "rows": (_other_rows_kept, ["masks"]),
-    "freezing": (_nothing_frozen, ["pair"]),
-    "BatchNorm": (_frozen_batch_norm_learns, ["pair"]),
+    "freezing": (_after_conversion(_nothing_frozen), ["pair"]),
+    "BatchNorm": (_after_conversion(_frozen_batch_norm_learns), ["pair"]),
     "evaluation": (_after_conversion(_weights_move), ["eval"]),
-    "keys": (_after_conversion(lambda model: model.register_buffer("more", torch.zeros(1))), ["keys", "masks", "pair"]),
-    "copies": (_after_conversion(lambda model: setattr(model[0], "hook", lambda: None)), ["copies"]),
+    "keys": (
+        _after_conversion(lambda model, _: model.register_buffer("more", torch.zeros(1))),
+        ["keys", "masks", "pair"],
+    ),
+    "copies": (_after_conversion(lambda model, _: setattr(model[0], "hook", lambda: None)), ["copies"]),
 }
 
 
