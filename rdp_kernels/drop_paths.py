@@ -6,6 +6,7 @@ weights that is seen to drop rows; and, at rate 0, the `nn.Identity` that stands
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -28,10 +29,10 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
         return _NAME.search(name) is not None
     if any(True for _ in module.parameters()):
         return False
-    if _TYPE.search(kind.__name__):
+    foreign = not kind.__module__.startswith("torch.")
+    if _TYPE.search(kind.__name__) or (foreign and _NAME.search(name)):
         return drops_rows(module) is not False
-    unknown = not module._modules and not kind.__module__.startswith("torch.") and reads_training(kind)
-    return unknown and drops_rows(module) is True
+    return foreign and not module._modules and reads_training(kind) and drops_rows(module) is True
 
 
 def owns_drop_path(module: nn.Module) -> bool:
@@ -55,7 +56,7 @@ def left_over(model: nn.Module) -> list[str]:
     found = []
     for name, block in model.named_modules():
         for path in dict.fromkeys(refused.partition(":")[0] for refused in block.__dict__.get(REFUSED, ())):
-            if rate_of(block.get_submodule(path)) > 0:
+            if rate_of(block.get_submodule(path)) != 0:  # nan too
                 found.append(f"{name}.{path}" if name else path)
     return found
 
@@ -72,7 +73,8 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names."""
+    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names; nan
+    where none of them tells."""
     law = known_law_of(module)
     if isinstance(law, Law):
         return law.drop_prob(module)
@@ -80,4 +82,4 @@ def rate_of(module: nn.Module) -> float:
     if seen is not None:
         return round(seen, 2)
     values = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
-    return next((float(value) for value in values if is_number(value)), 0.0)
+    return next((float(value) for value in values if is_number(value)), math.nan)
