@@ -73,8 +73,8 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names; nan
-    where none of them tells."""
+    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names;
+    nan where none of them tells."""
     law = known_law_of(module)
     if isinstance(law, Law):
         return law.drop_prob(module)
