@@ -29,10 +29,11 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
         return _NAME.search(name) is not None
     if any(True for _ in module.parameters()):
         return False
-    foreign = not kind.__module__.startswith("torch.")
-    if _TYPE.search(kind.__name__) or (foreign and _NAME.search(name)):
+    named = _NAME.search(name) and not kind.__module__.startswith("torch.nn.")
+    if named or _TYPE.search(kind.__name__):
         return drops_rows(module) is not False
-    return foreign and not module._modules and reads_training(kind) and drops_rows(module) is True
+    unknown = not module._modules and not kind.__module__.startswith("torch.") and reads_training(kind)
+    return unknown and drops_rows(module) is True
 
 
 def owns_drop_path(module: nn.Module) -> bool:
@@ -73,13 +74,12 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names;
-    nan where none of them tells."""
+    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, or by the usual names
+    where these agree or nothing is seen; nan where none of them tells."""
     law = known_law_of(module)
     if isinstance(law, Law):
         return law.drop_prob(module)
+    numbers = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
+    named = next((float(value) for value in numbers if is_number(value)), math.nan)
     seen = drops_now(module)
-    if seen is not None:
-        return round(seen, 2)
-    values = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
-    return next((float(value) for value in values if is_number(value)), math.nan)
+    return named if seen is None or abs(named - seen) < 0.05 else round(seen, 2)

@@ -631,11 +631,25 @@ class HoldsDropout(nn.Module):
         return x * self.dropout(torch.ones(len(x), 1))
 
 
-def test_a_module_that_is_named_as_a_drop_path_is_told_of():
+def test_the_rate_of_one_that_is_refused():
+    """An attribute's where that is what is seen, else what is seen."""
+    _, report = converted(ScaledInEval(0.3), Constant(0.3), ScaledInEval(0.0))
+    assert [row.drop_prob for row in report.refused] == [0.3, pytest.approx(0.5, abs=0.05), 0.0]
+
+
+NAMED = {
+    "modules": (HoldsDropout, "it holds other modules"),
+    "compiled": (lambda: torch.compile(Drops(), backend="eager"), "its forward was replaced on the instance"),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_module_that_is_named_as_a_drop_path_is_told_of(what):
     """Its rate can't be told, so that a scheme warns of it."""
-    model, report = converted(HoldsDropout())
+    make, reason = NAMED[what]
+    model, report = converted(make())
     (row,) = report.refused
-    assert (row.refused, math.isnan(row.drop_prob)) == ("it holds other modules", True)
+    assert (row.refused, math.isnan(row.drop_prob)) == (reason, True)
     assert left_over(model) == ["0.drop_path"]
 
 
