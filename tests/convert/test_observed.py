@@ -167,6 +167,13 @@ def test_what_can_be_followed(name, dims):
     assert (law.mode, law.scale_by_keep) == (mode, scale)
 
 
+def test_a_law_holds_for_modules_that_a_library_has_marked():
+    """Such a mark says nothing of what they do."""
+    plain, marked = Drops(), Drops()
+    marked._is_hf_initialized = True
+    assert [law_of(module, 3).holds_for(module) for module in (plain, marked)] == [True, True]
+
+
 # What is refused: how it is made, and the reason
 
 
