@@ -7,7 +7,7 @@ import enum
 import inspect
 import numbers
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,20 +90,26 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def check_code(kind: type[nn.Module]) -> None:
-    """Raises `NoLaw` where its forward, or a Python function that it calls, reads something that may change: a number
-    or an object of its file, of its class or of what encloses it. Code of torch's is trusted."""
+Places = tuple[tuple[Mapping[str, Any], str, Any], ...]
+"""Functions and where each is found: the names of a file or of a class, and its own."""
+
+
+def check_code(kind: type[nn.Module]) -> Places:
+    """What its forward calls of Python functions. Raises `NoLaw` where it, or one of these, reads something that may
+    change: a number or an object of its file, of its class or of what encloses it. Code of torch's is trusted."""
     if kind.__call__ is not nn.Module.__call__:
         raise NoLaw("its class has a __call__ of its own")
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not nn.Module.__getattribute__:
         raise NoLaw("its class makes attributes by a method of its own")
-    _check_value("its forward", kind.forward, kind, set())
+    seen: dict[Any, Any] = {}
+    _check_value("its forward", kind.forward, kind, seen)
+    return tuple(place for place in seen.values() if place is not None)
 
 
-def _check_function(function: types.FunctionType, kind: type, seen: set[Any]) -> None:
+def _check_function(function: types.FunctionType, kind: type, seen: dict[Any, Any]) -> None:
     if function in seen or function.__module__.partition(".")[0] in _TRUSTED:
         return
-    seen.add(function)
+    seen[function] = None
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         if not _is_constant(value) and not is_number(value):
             _check_value("a default of its arguments", value, kind, seen)
@@ -137,7 +143,7 @@ def _reads(code: types.CodeType) -> Iterator[list[str]]:
     yield names
 
 
-def _check_name(names: list[str], function: types.FunctionType, kind: type, seen: set[Any]) -> None:
+def _check_name(names: list[str], function: types.FunctionType, kind: type, seen: dict[Any, Any]) -> None:
     if not names:
         return
     first, *rest = names
@@ -145,19 +151,23 @@ def _check_name(names: list[str], function: types.FunctionType, kind: type, seen
         for cls in _classes(kind):
             value = vars(cls).get(rest[0])
             if value is not None and not is_number(value) and not _is_constant(value):
+                seen[cls, rest[0]] = vars(cls), rest[0], value
                 _check_value(f"{rest[0]!r} of its class", value, kind, seen)
         return
-    value = function.__globals__.get(first)
+    space, last = function.__globals__, first
+    value = space.get(first)
     for name in rest:
         if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] in _TRUSTED:
             return
         if not isinstance(value, (types.ModuleType, type)):
             break
-        value = getattr(value, name, None)
+        space, last, value = vars(value), name, getattr(value, name, None)
+    if isinstance(value, types.FunctionType) and space.get(last) is value:
+        seen[id(space), last] = space, last, value
     _check_value(repr(".".join(names)), value, kind, seen)
 
 
-def _check_value(what: str, value: Any, kind: type, seen: set[Any]) -> None:
+def _check_value(what: str, value: Any, kind: type, seen: dict[Any, Any]) -> None:
     while hasattr(value, "__wrapped__") and not isinstance(value, type):
         if isinstance(value, types.FunctionType):
             _check_function(value, kind, seen)

@@ -6,6 +6,7 @@ weights that is seen to drop rows; and, at rate 0, the `nn.Identity` that stands
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -28,7 +29,8 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
         return _NAME.search(name) is not None
     if any(True for _ in module.parameters()):
         return False
-    if _TYPE.search(kind.__name__):
+    named = _NAME.search(name) and not kind.__module__.startswith("torch.nn.")
+    if named or _TYPE.search(kind.__name__):
         return drops_rows(module) is not False
     unknown = not module._modules and not kind.__module__.startswith("torch.") and reads_training(kind)
     return unknown and drops_rows(module) is True
@@ -55,7 +57,7 @@ def left_over(model: nn.Module) -> list[str]:
     found = []
     for name, block in model.named_modules():
         for path in dict.fromkeys(refused.partition(":")[0] for refused in block.__dict__.get(REFUSED, ())):
-            if rate_of(block.get_submodule(path)) > 0:
+            if rate_of(block.get_submodule(path)) != 0:  # nan too
                 found.append(f"{name}.{path}" if name else path)
     return found
 
@@ -72,12 +74,12 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, else by its usual names."""
+    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, or by the usual names
+    where these agree or nothing is seen; nan where none of them tells."""
     law = known_law_of(module)
     if isinstance(law, Law):
         return law.drop_prob(module)
+    numbers = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
+    named = next((float(value) for value in numbers if is_number(value)), math.nan)
     seen = drops_now(module)
-    if seen is not None:
-        return round(seen, 2)
-    values = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
-    return next((float(value) for value in values if is_number(value)), 0.0)
+    return named if seen is None or abs(named - seen) < 0.05 else round(seen, 2)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from .drop_code import NoLaw, attributes_of, check_code, is_number
+from .drop_code import NoLaw, Places, attributes_of, check_code, is_number
 from .drop_probe import Probe, rows_dropped, seen_in, undisturbed
 
 
@@ -36,12 +37,18 @@ class Law:
     """The attribute is P(keep)."""
     mode: str = "sample"
     scale_by_keep: bool = True
+    code: Places = field(default=(), compare=False, repr=False)
+    """Of the functions behind its forward."""
 
     def holds_for(self, module: nn.Module) -> bool:
         """Whether `module` still is what was observed. Asked at each draw."""
         kind, found = type(module), module.__dict__
         if kind is not self.kind or len(found) != self.size or kind.forward is not self.forward:
             return False
+        if not torch.compiler.is_compiling():
+            for space, name, function in self.code:
+                if space.get(name) is not function:
+                    return False
         for name, value in self.constants:
             now = found[name] if name in found else getattr(module, name, None)
             if now is not value and (type(now) is not type(value) or now != value):
@@ -86,7 +93,8 @@ def law_of(module: nn.Module, dims: int) -> Law | str:
         key = (*key_of(module), dims)
     except NoLaw as reason:
         return str(reason)
-    return _cached(_laws, key, lambda: _observe(module, dims))
+    law = _cached(_laws, key, lambda: _observe(module, dims))
+    return replace(law, size=len(module.__dict__)) if isinstance(law, Law) else law
 
 
 def known_law_of(module: nn.Module) -> Law | str:
@@ -132,8 +140,19 @@ def drops_now(module: nn.Module) -> float | None:
 
 def key_of(module: nn.Module) -> tuple:
     """What modules with the same law have in common. Raises `NoLaw`."""
+    kind = type(module)
     numbers, constants = attributes_of(module)
-    return type(module), type(module).forward, tuple(numbers), tuple((n, type(v), v) for n, v in constants.items())
+    code = tuple(function for _, _, function in check_code(kind))
+    return kind, kind.forward, code, tuple(numbers), tuple((n, type(v), v) for n, v in constants.items())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of it run more than its forward."""
+    found = module.__dict__
+    return bool(
+        found["_forward_hooks"] or found["_forward_pre_hooks"] or found["_backward_hooks"]
+        or found["_backward_pre_hooks"]
+    )  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> int:
@@ -164,11 +183,11 @@ def _number(module: nn.Module, name: str) -> Any:
 def _observe(module: nn.Module, dims: int) -> Law | str:
     kind = type(module)
     try:
-        check_code(kind)
+        code = check_code(kind)
         numbers, constants = attributes_of(module)
         with undisturbed(kind):
             seen = seen_in(Probe(module, dims, numbers))
-        return Law(kind, kind.forward, len(module.__dict__), tuple(constants.items()), *seen)
+        return Law(kind, kind.forward, len(module.__dict__), tuple(constants.items()), *seen, code=code)
     except NoLaw as reason:
         return str(reason)
     except Exception as error:

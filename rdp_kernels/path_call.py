@@ -329,8 +329,12 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
     """Ordinary stochastic depth, drawn from torch's global CPU generator; in a graph, from the device's."""
     scale = kept_scale(drop_prob, scale_by_keep)
     device = x.device if torch.compiler.is_compiling() else None
-    keep = torch.rand(x.shape[0] if mode == "sample" else 1, device=device) >= drop_prob
-    if not host_has(keep):
+    drawn = torch.rand(x.shape[0] if mode == "sample" else 1, device=device)
+    on_host = host_has(drawn)
+    if on_host and len(drawn) and drawn.min().item() >= drop_prob:
+        return _kept(scale)  # without the time of a comparison
+    keep = drawn >= drop_prob
+    if not on_host:
         return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
     kept = int(keep.sum())
     if kept in (0, len(keep)):
@@ -338,6 +342,11 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
         absent = ("learning",) if kept == 0 and world_size() > 1 else ()
         return Decision(learning=kept > 0, scale=scale, absent=absent)
     return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)
+
+
+@functools.lru_cache(1024)
+def _kept(scale: float) -> Decision:
+    return Decision(scale=scale)
 
 
 def _select(argument: Tensor, rows: Tensor) -> Tensor:

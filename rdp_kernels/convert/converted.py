@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..observed import Law, law_of
+from ..observed import Law, has_hooks, law_of
 from ..path_call import run_path
 from ..paths import CONVERTED, PathSlot
 from ..promotion import Promotion
@@ -102,6 +102,8 @@ class ConvertedPath:
         if name is None:
             return None
         drop_path = _child(self.block, name)
+        if has_hooks(drop_path):
+            return "it has hooks, which wouldn't run"
         if law is not None:
             if law.holds_for(drop_path):
                 return law

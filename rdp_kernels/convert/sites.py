@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..drop_paths import is_drop_path
-from ..observed import law_of
+from ..observed import has_hooks, law_of
 from .graphs import Values, ancestors, computed_only_for, is_add, is_heavy, module_calls
 
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj|identity", re.IGNORECASE)
@@ -47,8 +47,7 @@ def _why_not(node: fx.Node, drop_path: nn.Module, values: Values) -> str | None:
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         given = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
         return f"it is called with ({', '.join(given)}) instead of one tensor, so that it does more than to drop"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(drop_path, name) for name in hooks):
+    if has_hooks(drop_path):
         return "it has hooks, which wouldn't run"
     x, out = values[node.args[0]], values[node]
     if not isinstance(x, Tensor):

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import math
 import pickle
 import random
 import re
@@ -107,6 +108,13 @@ class ByPython(Drops):
         return x * 0 if random.random() < self.p else x / (1 - self.p)
 
 
+class Zeros(Drops):
+    """Returns zeros that don't come from its input."""
+
+    def drop(self, x):
+        return torch.zeros_like(x) if random.random() < self.p else x
+
+
 class Skip(Drops):
     """Found by what it does alone."""
 
@@ -141,6 +149,7 @@ FOLLOWED = {
     "whole batches": (Whole, 0.2, "block", True),
     "whole batches, not scaled": (lambda: Whole(0.2, False), 0.2, "block", False),
     "Python's generator": (ByPython, 0.2, "block", True),
+    "zeros made anew": (Zeros, 0.2, "block", False),
     "unknown names": (Skip, 0.2, "sample", True),
     "nothing": (Nothing, 0.0, "sample", True),
     "ours": (lambda: rdp.DropPath(0.2), 0.2, "sample", True),
@@ -156,6 +165,13 @@ def test_what_can_be_followed(name, dims):
     assert law.holds_for(module)
     assert law.drop_prob(module) == pytest.approx(drop_prob)
     assert (law.mode, law.scale_by_keep) == (mode, scale)
+
+
+def test_a_law_holds_for_modules_that_a_library_has_marked():
+    """Such a mark says nothing of what they do."""
+    plain, marked = Drops(), Drops()
+    marked._is_hf_initialized = True
+    assert [law_of(module, 3).holds_for(module) for module in (plain, marked)] == [True, True]
 
 
 # What is refused: how it is made, and the reason
@@ -585,6 +601,63 @@ def test_a_drop_path_that_can_t_be_followed_is_put_in_later(make):
     if make is not Adds:
         with pytest.warns(UserWarning, match="Residual runs as before its conversion.*its 'drop_path' was changed"):
             assert dropped(model) == pytest.approx(0.2, abs=0.04)
+
+
+def doubled(self, x):
+    return 2 * x
+
+
+REPLACED_LATER = {
+    "a method": lambda patch, drop_path: patch.setattr(type(drop_path), "drop", doubled),
+    "the forward": lambda patch, drop_path: patch.setattr(type(drop_path), "forward", doubled),
+    "a function": lambda patch, _: patch.setitem(globals(), "per_sample", lambda x, p: 2 * x),
+    "a hook": lambda _, drop_path: drop_path.register_forward_hook(lambda module, args, out: 2 * args[0]),
+    "a hook before": lambda _, drop_path: drop_path.eval().register_forward_pre_hook(lambda module, x: (2 * x[0],)),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED_LATER)
+def test_what_a_drop_path_calls_is_replaced_later(what, monkeypatch):
+    """Also of a drop-path that was observed before: it runs as it does now, and again as it did."""
+    model, _ = converted(Drops())
+    x = torch.randn(5, nets.DIM)
+    with monkeypatch.context() as patch:
+        REPLACED_LATER[what](patch, model[0].drop_path)
+        with pytest.warns(UserWarning, match="Residual runs as before its conversion.*its 'drop_path' was changed"):
+            torch.testing.assert_close(model(x), x + 2 * model[0].fn(x))
+    if "hook" not in what:
+        assert dropped(model) == pytest.approx(0.2, abs=0.04)
+
+
+class HoldsDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x * self.dropout(torch.ones(len(x), 1))
+
+
+def test_the_rate_of_one_that_is_refused():
+    """An attribute's where that is what is seen, else what is seen."""
+    _, report = converted(ScaledInEval(0.3), Constant(0.3), ScaledInEval(0.0))
+    assert [row.drop_prob for row in report.refused] == [0.3, pytest.approx(0.5, abs=0.05), 0.0]
+
+
+NAMED = {
+    "modules": (HoldsDropout, "it holds other modules"),
+    "compiled": (lambda: torch.compile(Drops(), backend="eager"), "its forward was replaced on the instance"),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_module_that_is_named_as_a_drop_path_is_told_of(what):
+    """Its rate can't be told, so that a scheme warns of it."""
+    make, reason = NAMED[what]
+    model, report = converted(make())
+    (row,) = report.refused
+    assert (row.refused, math.isnan(row.drop_prob)) == (reason, True)
+    assert left_over(model) == ["0.drop_path"]
 
 
 @pytest.mark.parametrize("drop_prob", [None, 0.3])
