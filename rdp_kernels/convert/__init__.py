@@ -88,8 +88,9 @@ def convert(
     done: list[nn.Module] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
-        with preserved(model):
+        with preserved(model) as snapshot:
             calls = record_calls(model, [*with_drop_path, *without], example)
+            snapshot.restore()
             converter = _Converter(model, drop_prob, check, inside, *calls)
             # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
             for block in [*with_drop_path, *reversed(without)]:
@@ -299,13 +300,13 @@ class _Converter:
         traced = trace(block, calls[0])
         if traced.inputs is not None:
             other = trace(block, calls[1])
-            if _code(other) != _code(traced) or other.sizes != traced.sizes:
+            if _code(other) != _code(traced) or (other.sizes, other.sets) != (traced.sizes, traced.sets):
                 raise Refused("what its forward does depends on the number of samples")
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
         drop_paths = drop_paths_of(block)
         kinds = {name: kind_of(module) for name, module in drop_paths.items()}
-        key = (repr((traced.signature, traced.guards, shapes, _code(traced))), likeness(block, drop_paths))
+        key = (repr((traced.signature, traced.guards, traced.sets, shapes, _code(traced))), likeness(block, drop_paths))
         carved = next(
             (found for known, found in self._carved.get(key, ()) if _serves(found, known, kinds, block)), None
         )

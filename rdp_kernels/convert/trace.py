@@ -40,6 +40,8 @@ class Trace:
     value of what isn't a tensor. None where no input did."""
     sizes: tuple[Any, ...] = ()
     """Sizes with dimension 0 in them that decided something: of another number of samples they must be the same."""
+    sets: tuple[tuple[str, Any], ...] = ()
+    """Attributes of the block that the forward sets, to constants."""
 
 
 def trace(block: nn.Module, call: Call) -> Trace:
@@ -103,7 +105,8 @@ class _Tracer(fx.Tracer):
             raise Refused("its forward makes a tensor of constants, which would stay on this device and in this shape")
         graph.lint()
         inputs = tuple(map(self._what_decided, self._inputs)) if self._decided else None
-        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes))
+        sets = tuple(self._watch.sets.items())
+        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), sets)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _has_any_global_hook()

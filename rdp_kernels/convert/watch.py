@@ -41,6 +41,7 @@ _PURE = {
 _PURE_BUILT_IN = {
     "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
 }  # fmt: skip
+_SCALARS = (int, float, bool, str, type(None))
 _IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
 _AMBIENT = re.compile(
     r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
@@ -85,6 +86,10 @@ class Watch:
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
         self._guards: dict[tuple[str, ...] | tuple[str, tuple[str, ...]] | Any, Guard] = {}
         self._refusals: list[str] = []
+        self.sets: dict[str, Any] = {}
+        """Attributes that the forward sets on the block to the same constant in each call."""
+        self._held: dict[str, Any] = {}
+        """What these were before; MISSING where there was none."""
         self._children: list[tuple[str, ...]] = []
         self._containers = {id(value): (name, value, value.copy()) for name, value in _global_containers(type(block))}
         self._classes = [
@@ -138,7 +143,15 @@ class Watch:
             raise Refused(self._refusals[0])
 
     def _put_back(self) -> None:
-        """Containers and classes that the forward changed."""
+        """Attributes, containers and classes that the forward changed."""
+        for name, value in self._held.items():
+            read = self._guards.get(("block", (name,), "value"))
+            if read is not None and read.value != self.sets[name]:  # the next call would find another
+                self._refusals.append(f"its forward sets {name!r}")
+            if value is MISSING:
+                self._block.__dict__.pop(name, None)
+            else:
+                self._block.__dict__[name] = value
         for name, container, contents in self._containers.values():
             if items_of(container) != items_of(contents):
                 fill(container, contents)
@@ -162,7 +175,7 @@ class Watch:
             return object.__getattribute__(module, name)
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if watch._sees_change(sys._getframe(1)):
+            if watch._sees_change(sys._getframe(1)) and not watch._sets_constant(module, name, value):
                 raise watch.refuse(f"its forward sets {watch._name(module, name)}")
             set_(module, name, value)
 
@@ -237,6 +250,8 @@ class Watch:
         except AttributeError:
             self._read_registered(module, name, path)
             raise
+        if module is self._block and name in self.sets:
+            return value
         if name == "training" and module is not self._block:
             self.guard(path, True, len(modules))
             return True
@@ -250,6 +265,18 @@ class Watch:
                 raise self.refuse(f"its forward reads {name!r} of a module that isn't inside of it")
             return value
         return self._value(path, value, len(modules))
+
+    def _sets_constant(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute of the block gets a number or string that a converted forward can set as well."""
+        held = module.__dict__
+        registered = any(name in held[kind] for kind in ("_parameters", "_buffers", "_modules"))
+        if module is not self._block or name == "training" or registered:
+            return False
+        if type(value) not in _SCALARS or hasattr(getattr(type(module), name, None), "__set__"):
+            return False
+        self._held.setdefault(name, held.get(name, MISSING))
+        self.sets[name] = value
+        return True
 
     def _guard_names(self, module: nn.Module) -> None:
         """On which children a module has."""
@@ -329,7 +356,7 @@ class Watch:
 
         members = {"__getattribute__": read, "__setattr__": write, "__module__": original.__module__, "__slots__": ()}
         try:
-            value.__class__ = type(original.__name__, (original,), members)
+            object.__setattr__(value, "__class__", type(original.__name__, (original,), members))
         except TypeError:
             return False
         self._swapped[id(value)] = (value, original)

@@ -374,6 +374,37 @@ class ConfigObject(Scaled):
         config.scale = 2.0
 
 
+def strict(kind):
+    """Checks what is set, as the configurations of transformers do."""
+    original = kind.__setattr__
+
+    def checked(self, name, value):
+        original(self, name, float(value))
+
+    kind.__setattr__ = checked
+    return kind
+
+
+@strict
+class StrictConfig:
+    """Wrapped by a decorator."""
+
+
+@right
+class ConfigStrict(Scaled):
+    """Reads a configuration whose class checks what is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = StrictConfig()
+        self.config.scale = 1.0
+
+    def scale_now(self):
+        return self.config.scale
+
+    later = each(lambda block: setattr(block.config, "scale", 2.0))
+
+
 @right
 class ConfigDict(Scaled):
     """Reads a dictionary that it owns."""
@@ -1393,6 +1424,42 @@ class KeepsSize(Residual):
     def branch(self, x):
         self.tokens = x.shape[1]
         return self.fc(x)
+
+
+@right
+class ClampsWindow(Residual):
+    """Sets numbers on itself that are the same in every call, as Swin does where a window is as large as the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.window, self.shift, self.mode = DIM, DIM // 2, None
+
+    def branch(self, x):
+        if self.window >= DIM:
+            self.window, self.shift, self.mode = DIM, 0, "whole"
+        return self.fc(x) if self.shift == 0 else self.fc(x.roll(self.shift, -1))
+
+
+@refused("sets 'window'")
+class ClampsLargerWindow(ClampsWindow):
+    """Sets a number on itself in its first call that the next ones read."""
+
+    def __init__(self):
+        super().__init__()
+        self.window = 2 * DIM
+
+
+@refused("sets 'even'")
+class TakesTurns(Residual):
+    """Does another thing in every second call."""
+
+    plain = False
+
+    even = False
+
+    def branch(self, x):
+        self.even = not self.even
+        return self.fc(x) if self.even else -self.fc(x)
 
 
 @refused("numbers in a tensor")
