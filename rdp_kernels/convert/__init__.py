@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
@@ -29,6 +30,7 @@ from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
+from .check import device_type_of
 from .check_training import check_training
 from .converted import ConvertedPath, class_among
 from .differences import likeness
@@ -302,6 +304,11 @@ class _Converter:
             other = trace(block, calls[1])
             if _code(other) != _code(traced) or (other.sizes, other.sets) != (traced.sizes, traced.sets):
                 raise Refused("what its forward does depends on the number of samples")
+        for dtype in (torch.bfloat16, torch.float16) if traced.dtypes else ():
+            with torch.autocast(device_type_of(block, calls[0]), dtype):
+                other = trace(block, calls[0])
+            if _code(other) != _code(traced):
+                raise Refused(traced.dtypes[0])
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
         drop_paths = drop_paths_of(block)

@@ -45,7 +45,7 @@ def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call
 
 def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call]) -> None:
     _check_inputs_are_left_alone(block, calls[0])
-    double, tolerance = _castable(block, calls[0])
+    double, tolerance = precision_of(block, recipe, calls[0])
     for number, (what, pattern) in itertools.product(range(len(calls)), PATTERNS.items()):
         if number and what != "some rows dropped":
             continue
@@ -84,8 +84,23 @@ def _copy(block: nn.Module, double: bool) -> nn.Module:
     return copied
 
 
+def device_type_of(block: nn.Module, call: Call) -> str:
+    """Of the block's first parameter or, where it has none, of the first tensor that it is called with."""
+    return next((t.device.type for t in [*block.parameters(), *call.flat()[0]] if isinstance(t, Tensor)), "cpu")
+
+
+def depends_on_dtype(recipe: Recipe) -> bool:
+    """Whether a converted block of this recipe runs as before where its inputs have another dtype."""
+    return any(isinstance(wanted, tuple) and wanted[1] is not None for wanted in recipe.inputs or ())
+
+
+def precision_of(block: nn.Module, recipe: Recipe, call: Call) -> tuple[bool, float]:
+    """Whether blocks are compared in float64, and the tolerance, relative to the largest number that is compared."""
+    return (False, 2e-4) if depends_on_dtype(recipe) else _castable(block, call)
+
+
 def _castable(block: nn.Module, call: Call) -> tuple[bool, float]:
-    """Whether the block runs in float64, and the tolerance, relative to the largest number that is compared."""
+    """Whether the block runs in float64, and the tolerance."""
     wide = call.map_tensors(lambda t: t.double() if t.is_floating_point() else t)
     try:
         copied = copy.deepcopy(block).eval().double()

@@ -1055,7 +1055,7 @@ class DeviceOfParameters(Residual):
         model.to("meta")
 
 
-@refused("depends on|differs")
+@right
 class DtypeOfInput(Residual):
     """Its input's dtype decides."""
 
@@ -1071,7 +1071,7 @@ class CastToInput(Residual):
         return self.fc(x).float().sigmoid().to(x.dtype)
 
 
-@refused("depends on|differs")
+@right
 class HalfOnly(Residual):
     """Clamps what could overflow in float16, as transformers' T5 does."""
 
@@ -1424,6 +1424,15 @@ class KeepsSize(Residual):
     def branch(self, x):
         self.tokens = x.shape[1]
         return self.fc(x)
+
+
+@refused("depends on the dtype of fc, which is another under autocast")
+class DoublesNarrow(Residual):
+    """Does another thing in float32 than under autocast."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y if y.dtype == torch.float32 else y * 2
 
 
 @right
