@@ -4,12 +4,14 @@
 |---|---|
 | `calls.py` | runs the model on an example and records what each block is called with |
 | `trace.py`, `in_place.py` | makes a graph of one block's forward, children as leaves |
-| `carve.py` | cuts the branches out of the graph |
+| `watch.py`, `guards.py` | sees what a forward does that a graph doesn't show; Python values that are looked at again |
+| `carve.py`, `sites.py`, `graphs.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `followed.py` | the functions whose code is in it: whether they are the same still |
 | `converted.py` | what runs then |
 | `check.py` | compares the converted block with the one it was, children in eval mode |
 | `check_training.py`, `differences.py` | compare them as users run them: in training mode, under autocast |
+| `snapshot.py` | puts the model and the generators back |
 | `side_products.py` | what a branch leaves on its modules |
 | `report.py` | says what was done |
 """
