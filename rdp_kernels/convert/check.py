@@ -23,6 +23,7 @@ from ..paths import CONVERTED, Decision
 from ..rows import row_set
 from .calls import Call, Refused, cloned
 from .carve import Carved
+from .report import describe
 from .sites import mark
 from .snapshot import preserved_generators
 from .source import install
@@ -56,7 +57,7 @@ def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Cal
         try:
             actual = _run(ours, call, _planning(ours, carved, pattern))
         except Exception as error:
-            raise Refused(f"with {what} it raises {type(error).__name__}: {error}") from error
+            raise Refused(f"with {what} it raises {describe(error)}") from error
         _compare(expected, actual, tolerance, f"with {what}")
 
 
@@ -148,6 +149,12 @@ def _masked(x: Tensor, pattern: tuple[int, ...], path: int | None) -> Tensor:
 Runner = Callable[[Call], Any]
 
 
+def called(block: nn.Module) -> Runner:
+    """Calls its forward with hooks. What the block's class has around that in a `__call__` of its own is left out:
+    transformers' layers checkpoint there, and a recomputation would ask for masks again."""
+    return lambda call: nn.Module.__call__(block, *call.args, **call.kwargs)
+
+
 def _masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[int, ...]) -> Runner:
     """Runs the original forward with masks for its drop-paths; where there are none, its graph with them."""
     if any(name is None for name, _ in carved.called):
@@ -162,7 +169,7 @@ def _masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[in
         given = iter(order)
         module = block.get_submodule(name)
         module.forward = lambda x, *_, given=given, **__: _masked(x, pattern, next(given))  # type: ignore[method-assign]
-    return lambda call: block(*call.args, **call.kwargs)
+    return called(block)
 
 
 def _run_marked(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[int, ...], call: Call) -> Any:
@@ -186,7 +193,7 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
         path.slot = _Fixed(pattern, index)
         if path.drop_path is not None:
             path.drop_path.training = True
-    return lambda call: block(*call.args, **call.kwargs)
+    return called(block)
 
 
 class _Fixed:

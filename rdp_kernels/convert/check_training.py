@@ -31,12 +31,14 @@ from .check import (
     _silence,
     _spread,
     _without_dropout,
+    called,
     depends_on_dtype,
     device_type_of,
     precision_of,
     set_seed,
 )
 from .differences import ROUNDINGS, Differences, relative_difference, rounded
+from .report import describe
 from .snapshot import generator_states, preserved_generators, repr_of
 from .source import install
 from .spec import Recipe
@@ -182,16 +184,12 @@ def _decide(block: nn.Module, decision: Decision) -> None:
         path.slot = _Decided(decision)
 
 
-def _called(block: nn.Module) -> Callable[[Call], Any]:
-    return lambda call: block(*call.args, **call.kwargs)
-
-
 def _ours(ours: nn.Module, when: str, run: Callable[[], _Step]) -> _Step:
     """The converted block's step. Raises `Refused` where it doesn't run, or runs as before its conversion."""
     try:
         step = run()
     except Exception as error:
-        raise Refused(f"{when} it raises {type(error).__name__}: {error}") from error
+        raise Refused(f"{when} it raises {describe(error)}") from error
     for reason in ours.__dict__.get("_rdp_warned", ()):
         raise Refused(f"{when} it runs as before its conversion: {reason}")
     return step
@@ -231,12 +229,12 @@ class _Whole:
         set_seed(seed)
         before = generator_states()
         try:
-            expected = _step(original, self._call, _called(original), setting, seed)
+            expected = _step(original, self._call, called(original), setting, seed)
         except Exception as error:
             if setting.autocast is not None:
                 return False
-            raise Refused(f"in training mode its own forward raises {type(error).__name__}: {error}") from error
-        actual = _ours(ours, when, lambda: _step(ours, self._call, _called(ours), setting, seed))
+            raise Refused(f"in training mode its own forward raises {describe(error)}") from error
+        actual = _ours(ours, when, lambda: _step(ours, self._call, called(ours), setting, seed))
         differences = Differences()
         found = (
             differences.between("what it returns", expected.output, actual.output)
@@ -343,14 +341,14 @@ class _Masked:
         original = setting.copy_of(self._block)
         if pattern is None:
             _silence(original)
-        run = _called(original) if pattern is None else _masking(original, self._carved, self._recipe, pattern)
+        run = called(original) if pattern is None else _masking(original, self._carved, self._recipe, pattern)
         try:
             with _without_dropout(), SameForAllRows():
                 return _step(original, self._call, run, setting, backward=backward)
         except Exception as error:
             if setting.autocast is not None:
                 return None
-            raise Refused(f"{when} its own forward raises {type(error).__name__}: {error}") from error
+            raise Refused(f"{when} its own forward raises {describe(error)}") from error
 
     def _run(self, ours: nn.Module, when: str, run: Any, setting: _Setting, backward: bool = True) -> _Step:
         with _without_dropout(), SameForAllRows():

@@ -1373,6 +1373,16 @@ class CountsSavedTensors(Residual):
             return self.fc(x) ** 2
 
 
+@right
+class CheckpointsItself(Residual):
+    """Checkpoints around its forward, as transformers' layers do."""
+
+    def __call__(self, x):
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, x, use_reentrant=False)
+        return super().__call__(x)
+
+
 @either
 class Checkpointed(Residual):
     """Recomputes its branch in backward."""
