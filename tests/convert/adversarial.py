@@ -1656,7 +1656,7 @@ class AppendsNumber(Residual):
         return self.fc(x)
 
 
-@refused("reads '(cache|history|tables|neighbours)'")
+@refused("changes what is in 'history'")
 class AppendsTensor(Residual):
     """Appends a tensor to a list of its own."""
 
