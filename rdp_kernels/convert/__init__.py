@@ -4,12 +4,14 @@
 |---|---|
 | `calls.py` | runs the model on an example and records what each block is called with |
 | `trace.py`, `in_place.py` | makes a graph of one block's forward, children as leaves |
-| `carve.py` | cuts the branches out of the graph |
+| `watch.py`, `guards.py` | sees what a forward does that a graph doesn't show; Python values that are looked at again |
+| `carve.py`, `sites.py`, `graphs.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `followed.py` | the functions whose code is in it: whether they are the same still |
 | `converted.py` | what runs then |
 | `check.py` | compares the converted block with the one it was, children in eval mode |
 | `check_training.py`, `differences.py` | compare them as users run them: in training mode, under autocast |
+| `snapshot.py` | puts the model and the generators back |
 | `side_products.py` | what a branch leaves on its modules |
 | `report.py` | says what was done |
 """
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_probability
@@ -29,6 +32,7 @@ from ..paths import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
+from .check import device_type_of
 from .check_training import check_training
 from .converted import ConvertedPath, class_among
 from .differences import likeness
@@ -86,16 +90,16 @@ def convert(
     without = [] if drop_prob is None else [m for m in model.modules() if _may_convert(m) and m not in with_drop_path]
     refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
     done: list[nn.Module] = []
-    settled: list[tuple[nn.Module, str, Any]] = []
     if with_drop_path or without:
         example = example_inputs_of(model) if example_inputs is None else example_inputs
-        with preserved(model):
+        with preserved(model) as snapshot:
             calls = record_calls(model, [*with_drop_path, *without], example)
+            snapshot.restore()
             converter = _Converter(model, drop_prob, check, inside, *calls)
             # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
             for block in [*with_drop_path, *reversed(without)]:
                 report.rows += converter.convert(block, names[id(block)])
-        done, settled = converter.done, converter.settled
+        done = converter.done
         report.without_paths = converter.without_paths
     elif not report.rows:
         report.notes.append("no block has a drop-path; convert(model, drop_prob=…) finds residual blocks without")
@@ -118,8 +122,6 @@ def convert(
         for block, refused in refused_before.items():
             _Converter.note_refused(block, refused or [])
         raise error
-    for module, name, value in settled:
-        setattr(module, name, value)
     report.note_blocks()
     report.notes += _held_twice(model, {row.block for row in report.rows})
     if report.already:
@@ -245,8 +247,6 @@ class _Converter:
         self._side_products: dict[int, tuple[str, ...]] = {}
         """By the recipe's id."""
         self.done: list[nn.Module] = []
-        self.settled: list[tuple[nn.Module, str, Any]] = []
-        """Attributes to be set as every forward of a block that was converted sets them."""
         self.without_paths: list[BlockReport] = []
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
@@ -304,13 +304,18 @@ class _Converter:
         traced = trace(block, calls[0])
         if traced.inputs is not None:
             other = trace(block, calls[1])
-            if _code(other) != _code(traced) or other.sizes != traced.sizes:
+            if _code(other) != _code(traced) or (other.sizes, other.sets) != (traced.sizes, traced.sets):
                 raise Refused("what its forward does depends on the number of samples")
+        for dtype in (torch.bfloat16, torch.float16) if traced.dtypes else ():
+            with torch.autocast(device_type_of(block, calls[0]), dtype):
+                other = trace(block, calls[0])
+            if _code(other) != _code(traced):
+                raise Refused(traced.dtypes[0])
         # Blocks that are the same but for their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
         drop_paths = drop_paths_of(block)
         kinds = {name: kind_of(module) for name, module in drop_paths.items()}
-        key = (repr((traced.signature, traced.guards, shapes, _code(traced))), likeness(block, drop_paths))
+        key = (repr((traced.signature, traced.guards, traced.sets, shapes, _code(traced))), likeness(block, drop_paths))
         carved = next(
             (found for known, found in self._carved.get(key, ()) if _serves(found, known, kinds, block)), None
         )
@@ -322,7 +327,6 @@ class _Converter:
             self._carved.setdefault(key, []).append((kinds, carved))
         if isinstance(carved, Refused):
             raise carved
-        self.settled += traced.settled
         return carved
 
     def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call]) -> tuple[Recipe, Carved]:

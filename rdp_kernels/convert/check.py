@@ -23,6 +23,7 @@ from ..paths import CONVERTED, Decision
 from ..rows import row_set
 from .calls import Call, Refused, cloned
 from .carve import Carved
+from .report import describe
 from .sites import mark
 from .snapshot import preserved_generators
 from .source import install
@@ -45,7 +46,7 @@ def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call
 
 def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Call]) -> None:
     _check_inputs_are_left_alone(block, calls[0])
-    double, tolerance = _castable(block, calls[0])
+    double, tolerance = precision_of(block, recipe, calls[0])
     for number, (what, pattern) in itertools.product(range(len(calls)), PATTERNS.items()):
         if number and what != "some rows dropped":
             continue
@@ -56,7 +57,7 @@ def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Cal
         try:
             actual = _run(ours, call, _planning(ours, carved, pattern))
         except Exception as error:
-            raise Refused(f"with {what} it raises {type(error).__name__}: {error}") from error
+            raise Refused(f"with {what} it raises {describe(error)}") from error
         _compare(expected, actual, tolerance, f"with {what}")
 
 
@@ -84,8 +85,23 @@ def _copy(block: nn.Module, double: bool) -> nn.Module:
     return copied
 
 
+def device_type_of(block: nn.Module, call: Call) -> str:
+    """Of the block's first parameter or, where it has none, of the first tensor that it is called with."""
+    return next((t.device.type for t in [*block.parameters(), *call.flat()[0]] if isinstance(t, Tensor)), "cpu")
+
+
+def depends_on_dtype(recipe: Recipe) -> bool:
+    """Whether a converted block of this recipe runs as before where its inputs have another dtype."""
+    return any(isinstance(wanted, tuple) and wanted[1] is not None for wanted in recipe.inputs or ())
+
+
+def precision_of(block: nn.Module, recipe: Recipe, call: Call) -> tuple[bool, float]:
+    """Whether blocks are compared in float64, and the tolerance, relative to the largest number that is compared."""
+    return (False, 2e-4) if depends_on_dtype(recipe) else _castable(block, call)
+
+
 def _castable(block: nn.Module, call: Call) -> tuple[bool, float]:
-    """Whether the block runs in float64, and the tolerance, relative to the largest number that is compared."""
+    """Whether the block runs in float64, and the tolerance."""
     wide = call.map_tensors(lambda t: t.double() if t.is_floating_point() else t)
     try:
         copied = copy.deepcopy(block).eval().double()
@@ -133,6 +149,12 @@ def _masked(x: Tensor, pattern: tuple[int, ...], path: int | None) -> Tensor:
 Runner = Callable[[Call], Any]
 
 
+def called(block: nn.Module) -> Runner:
+    """Calls its forward with hooks. What the block's class has around that in a `__call__` of its own is left out:
+    transformers' layers checkpoint there, and a recomputation would ask for masks again."""
+    return lambda call: nn.Module.__call__(block, *call.args, **call.kwargs)
+
+
 def _masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[int, ...]) -> Runner:
     """Runs the original forward with masks for its drop-paths; where there are none, its graph with them."""
     if any(name is None for name, _ in carved.called):
@@ -147,7 +169,7 @@ def _masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[in
         given = iter(order)
         module = block.get_submodule(name)
         module.forward = lambda x, *_, given=given, **__: _masked(x, pattern, next(given))  # type: ignore[method-assign]
-    return lambda call: block(*call.args, **call.kwargs)
+    return called(block)
 
 
 def _run_marked(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[int, ...], call: Call) -> Any:
@@ -171,7 +193,7 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
         path.slot = _Fixed(pattern, index)
         if path.drop_path is not None:
             path.drop_path.training = True
-    return lambda call: block(*call.args, **call.kwargs)
+    return called(block)
 
 
 class _Fixed:

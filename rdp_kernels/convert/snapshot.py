@@ -119,11 +119,11 @@ def items_of(container: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[Snapshot]:
     """Puts back what the model holds, and the generators."""
     snapshot = Snapshot(model)
     with preserved_generators():
         try:
-            yield
+            yield snapshot
         finally:
             snapshot.restore()

@@ -40,8 +40,9 @@ def recipe_of(traced: Trace, carved: Carved) -> Recipe:
         parts.append(text)
         names |= used
     return Recipe(
-        "\n\n".join(parts), tuple(names.items()), traced.signature, traced.guards, traced.inputs, tuple(carved.paths)
-    )
+        "\n\n".join(parts), tuple(names.items()), traced.signature, traced.guards, traced.inputs, traced.sets,
+        tuple(carved.paths),
+    )  # fmt: skip
 
 
 def _function(name: str, graph: fx.Graph) -> tuple[str, dict[str, tuple[str, str]]]:
@@ -124,8 +125,11 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
                 return converted.fall_back(self, reason, args, kwargs)
         if wanted is not None and not _fit(inputs, wanted):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
-            what = "have no shape while torch.fx records it" if unknown else "had another shape when it was converted"
+            other = "had another shape, dtype or device when it was converted"
+            what = "have no shape while torch.fx records it" if unknown else other
             return converted.fall_back(self, f"its inputs {what}", args, kwargs)
+        for name, value in recipe.sets:
+            setattr(self, name, value)
         return traced(self, *inputs)
 
     members: Mapping[str, Any] = {

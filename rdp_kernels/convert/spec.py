@@ -52,6 +52,8 @@ class Recipe:
     guards: tuple[Guard, ...]
     inputs: tuple[Any, ...] | None
     """Of each input what decided something (`Trace.inputs`); None where no input did."""
+    sets: tuple[tuple[str, Any], ...]
+    """Attributes that every forward sets on the block, to constants."""
     paths: tuple[PathSpec, ...]
 
     def __deepcopy__(self, memo: object) -> Recipe:

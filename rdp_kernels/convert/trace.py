@@ -40,8 +40,10 @@ class Trace:
     value of what isn't a tensor. None where no input did."""
     sizes: tuple[Any, ...] = ()
     """Sizes with dimension 0 in them that decided something: of another number of samples they must be the same."""
-    settled: tuple[tuple[nn.Module, str, Any], ...] = ()
-    """As in `Watch`."""
+    sets: tuple[tuple[str, Any], ...] = ()
+    """Attributes of the block that the forward sets, to constants."""
+    dtypes: tuple[str, ...] = ()
+    """Sentences about dtypes that decided something and that autocast may change."""
 
 
 def trace(block: nn.Module, call: Call) -> Trace:
@@ -63,7 +65,8 @@ def trace(block: nn.Module, call: Call) -> Trace:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
                 reasons.append(describe(error))
-    raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(reasons))}")
+    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # of torch.fx, without values at hand
+    raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(own or reasons))}")
 
 
 _SIZES = {"shape", "size", "numel", "nelement", "ndim", "dim", "ndimension", "__len__"}
@@ -83,6 +86,7 @@ class _Tracer(fx.Tracer):
         self._running = False
         self._decided: set[str] = set()
         self._sizes: list[Any] = []
+        self._dtypes: list[str] = []
 
     def run(self, block: nn.Module) -> Trace:
         before = set(block.__dict__)
@@ -103,10 +107,18 @@ class _Tracer(fx.Tracer):
                 del block.__dict__[name]
         if constants:
             raise Refused("its forward makes a tensor of constants, which would stay on this device and in this shape")
+        if self._dtypes:
+            self._guard_dtypes(block)
         graph.lint()
         inputs = tuple(map(self._what_decided, self._inputs)) if self._decided else None
-        settled = tuple(self._watch.settled)
-        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), settled)
+        sets = tuple(self._watch.sets.items())
+        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
+
+    def _guard_dtypes(self, block: nn.Module) -> None:
+        """Of one parameter for each dtype there is: `half()` changes all of them."""
+        by_dtype = {p.dtype: name.split(".") for name, p in block.named_parameters() if p.is_floating_point()}
+        for dtype, path in by_dtype.items():
+            self._watch.guard((*path, "dtype"), dtype, len(path) - 1)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _has_any_global_hook()
@@ -231,7 +243,7 @@ class _Tracer(fx.Tracer):
                 value = getattr(self._values[tensor], kind)
                 self._watch.guard((*modules, attribute, kind), value, len(modules))
             elif kind == "dtype" and tensor.op != "placeholder":
-                raise Refused(f"what it does depends on the dtype of {tensor}, which is another under autocast")
+                self._dtypes.append(f"what it does depends on the dtype of {tensor}, which is another under autocast")
         elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
             raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
         else:

@@ -8,7 +8,6 @@ at again, and what would not happen again in a converted forward, is a refusal.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dis
 import enum
 import functools
@@ -42,6 +41,7 @@ _PURE = {
 _PURE_BUILT_IN = {
     "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
 }  # fmt: skip
+_SCALARS = (int, float, bool, str, type(None))
 _IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
 _AMBIENT = re.compile(
     r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
@@ -86,13 +86,15 @@ class Watch:
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
         self._guards: dict[tuple[str, ...] | tuple[str, tuple[str, ...]] | Any, Guard] = {}
         self._refusals: list[str] = []
+        self.sets: dict[str, Any] = {}
+        """Attributes that the forward sets on the block to the same constant in each call."""
+        self._held: dict[str, Any] = {}
+        """What these were before; MISSING where there was none."""
         self._children: list[tuple[str, ...]] = []
         self._containers = {id(value): (name, value, value.copy()) for name, value in _global_containers(type(block))}
         self._classes = [
             (cls, dict(vars(cls))) for cls in {c for m in block.modules() for c in type(m).__mro__} if _of_user(cls)
         ]
-        self.settled: list[tuple[nn.Module, str, Any]] = []
-        """Attributes that the forward sets, to what it has set them to before: module, name and value."""
         self.paused = False
         """Set while children run for their values."""
 
@@ -141,7 +143,15 @@ class Watch:
             raise Refused(self._refusals[0])
 
     def _put_back(self) -> None:
-        """Containers and classes that the forward changed."""
+        """Attributes, containers and classes that the forward changed."""
+        for name, value in self._held.items():
+            read = self._guards.get(("block", (name,), "value"))
+            if read is not None and read.value != self.sets[name]:  # the next call would find another
+                self._refusals.append(f"its forward sets {name!r}")
+            if value is MISSING:
+                self._block.__dict__.pop(name, None)
+            else:
+                self._block.__dict__[name] = value
         for name, container, contents in self._containers.values():
             if items_of(container) != items_of(contents):
                 fill(container, contents)
@@ -165,7 +175,7 @@ class Watch:
             return object.__getattribute__(module, name)
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if watch._sees_change(sys._getframe(1)) and not watch._sets_again(module, name, value):
+            if watch._sees_change(sys._getframe(1)) and not watch._sets_constant(module, name, value):
                 raise watch.refuse(f"its forward sets {watch._name(module, name)}")
             set_(module, name, value)
 
@@ -218,18 +228,6 @@ class Watch:
     def _sees(self, frame: types.FrameType) -> bool:
         return not self.paused and threading.get_ident() == self._thread and of_user(frame.f_code)
 
-    def _sets_again(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Whether an attribute is set to the constant that it is: calls before this one have done so."""
-        found = object.__getattribute__(module, "__dict__").get(name, MISSING)
-        if id(module) not in self._paths or name == "training" or not is_constant(value):
-            return False
-        if type(found) is not type(value) or found != value:
-            return False
-        path = tuple(part for part in self._dotted(module, name).split("."))
-        self.guard(path, value, len(path) - 1)
-        self.settled.append((module, name, copy.deepcopy(value)))
-        return True
-
     def _sees_change(self, frame: types.FrameType) -> bool:
         """Also where a method of `torch.nn.Module` makes it."""
         file = frame.f_code.co_filename
@@ -252,6 +250,8 @@ class Watch:
         except AttributeError:
             self._read_registered(module, name, path)
             raise
+        if module is self._block and name in self.sets:
+            return value
         if name == "training" and module is not self._block:
             self.guard(path, True, len(modules))
             return True
@@ -265,6 +265,18 @@ class Watch:
                 raise self.refuse(f"its forward reads {name!r} of a module that isn't inside of it")
             return value
         return self._value(path, value, len(modules))
+
+    def _sets_constant(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute of the block gets a number or string that a converted forward can set as well."""
+        held = module.__dict__
+        registered = any(name in held[kind] for kind in ("_parameters", "_buffers", "_modules"))
+        if module is not self._block or name == "training" or registered:
+            return False
+        if type(value) not in _SCALARS or hasattr(getattr(type(module), name, None), "__set__"):
+            return False
+        self._held.setdefault(name, held.get(name, MISSING))
+        self.sets[name] = value
+        return True
 
     def _guard_names(self, module: nn.Module) -> None:
         """On which children a module has."""

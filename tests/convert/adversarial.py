@@ -374,6 +374,37 @@ class ConfigObject(Scaled):
         config.scale = 2.0
 
 
+def strict(kind):
+    """Checks what is set, as the configurations of transformers do."""
+    original = kind.__setattr__
+
+    def checked(self, name, value):
+        original(self, name, float(value))
+
+    kind.__setattr__ = checked
+    return kind
+
+
+@strict
+class StrictConfig:
+    """Wrapped by a decorator."""
+
+
+@right
+class ConfigStrict(Scaled):
+    """Reads a configuration whose class checks what is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = StrictConfig()
+        self.config.scale = 1.0
+
+    def scale_now(self):
+        return self.config.scale
+
+    later = each(lambda block: setattr(block.config, "scale", 2.0))
+
+
 @right
 class ConfigDict(Scaled):
     """Reads a dictionary that it owns."""
@@ -1024,7 +1055,7 @@ class DeviceOfParameters(Residual):
         model.to("meta")
 
 
-@refused("depends on|differs")
+@right
 class DtypeOfInput(Residual):
     """Its input's dtype decides."""
 
@@ -1040,7 +1071,7 @@ class CastToInput(Residual):
         return self.fc(x).float().sigmoid().to(x.dtype)
 
 
-@refused("depends on|differs")
+@right
 class HalfOnly(Residual):
     """Clamps what could overflow in float16, as transformers' T5 does."""
 
@@ -1342,6 +1373,16 @@ class CountsSavedTensors(Residual):
             return self.fc(x) ** 2
 
 
+@right
+class CheckpointsItself(Residual):
+    """Checkpoints around its forward, as transformers' layers do."""
+
+    def __call__(self, x):
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, x, use_reentrant=False)
+        return super().__call__(x)
+
+
 @either
 class Checkpointed(Residual):
     """Recomputes its branch in backward."""
@@ -1414,6 +1455,51 @@ class SetsWhatIsSet(Residual):
     def later(model):
         for block in model.blocks:
             block.window, block.shift = 3, 1
+
+
+@refused("depends on the dtype of fc, which is another under autocast")
+class DoublesNarrow(Residual):
+    """Does another thing in float32 than under autocast."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y if y.dtype == torch.float32 else y * 2
+
+
+@right
+class ClampsWindow(Residual):
+    """Sets numbers on itself that are the same in every call, as Swin does where a window is as large as the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.window, self.shift, self.mode = DIM, DIM // 2, None
+
+    def branch(self, x):
+        if self.window >= DIM:
+            self.window, self.shift, self.mode = DIM, 0, "whole"
+        return self.fc(x) if self.shift == 0 else self.fc(x.roll(self.shift, -1))
+
+
+@refused("sets 'window'")
+class ClampsLargerWindow(ClampsWindow):
+    """Sets a number on itself in its first call that the next ones read."""
+
+    def __init__(self):
+        super().__init__()
+        self.window = 2 * DIM
+
+
+@refused("sets 'even'")
+class TakesTurns(Residual):
+    """Does another thing in every second call."""
+
+    plain = False
+
+    even = False
+
+    def branch(self, x):
+        self.even = not self.even
+        return self.fc(x) if self.even else -self.fc(x)
 
 
 @refused("numbers in a tensor")
@@ -1591,7 +1677,7 @@ class AppendsNumber(Residual):
         return self.fc(x)
 
 
-@refused("reads '(cache|history|tables|neighbours)'")
+@refused("changes what is in 'history'")
 class AppendsTensor(Residual):
     """Appends a tensor to a list of its own."""
 

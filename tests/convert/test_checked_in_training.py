@@ -15,7 +15,7 @@ import rdp_kernels as rdp
 from rdp_kernels.convert.calls import BATCH_SIZES, Call, Refused
 from rdp_kernels.convert.carve import carve
 from rdp_kernels.convert.check import check
-from rdp_kernels.convert.check_training import check_training
+from rdp_kernels.convert.check_training import _of_gradients, _Setting, check_training
 from rdp_kernels.convert.differences import likeness
 from rdp_kernels.convert.source import recipe_of
 from rdp_kernels.convert.trace import trace
@@ -398,3 +398,13 @@ def test_what_blocks_are_alike():
         other = nets.Block(0.1)
         change(other)
         assert likeness(other) != likeness(nets.Block(0.1))
+
+
+def test_gradients_under_autocast_may_differ_by_their_noise():
+    wide, expected = torch.zeros(3), torch.tensor([0.3, -0.2, 0.1])
+    autocast = _Setting("", autocast="cpu")
+    assert _of_gradients("g", wide, expected, -expected, autocast) is None
+    assert "g differs" in _of_gradients("g", expected, expected, -expected, autocast)
+    assert "g differs" in _of_gradients("g", wide, expected, -expected, _Setting())
+    assert "dtype" in _of_gradients("g", wide, expected, expected.bfloat16(), autocast)
+    assert "NoneType" in _of_gradients("g", wide, expected, None, autocast)

@@ -321,33 +321,6 @@ def test_a_drop_path_that_is_never_called_is_nobodys_business():
     rdp.ResidualDropPath(model, 0.5)
 
 
-class FitsItsWindow(Residual):
-    """As the Swin layers of transformers: the first call makes the window fit, and the others set it again."""
-
-    def __init__(self):
-        super().__init__()
-        self.window, self.shift = 8, 4
-
-    def forward(self, x):
-        if x.shape[1] <= self.window:
-            self.window, self.shift = int(x.shape[1]), 0
-        return x + self.drop_path(self.fn(x.roll(self.shift, 1)))
-
-
-def test_an_attribute_that_every_call_sets_to_the_same():
-    """It is set at conversion, as by any call; a size that asks for another value runs the original forward."""
-    model, plain = nets.tokens_net(FitsItsWindow), nets.tokens_net(FitsItsWindow)
-    assert rdp.convert(model, example_inputs=tokens()).converted
-    assert (model.blocks[0].window, model.blocks[0].shift) == (6, 0)
-    model.blocks[0].drop_path.drop_prob = plain.blocks[0].drop_path.drop_prob = 0.0
-    torch.testing.assert_close(model(tokens()), plain(tokens()))
-    fewer = tokens()[:, :5]
-    with pytest.warns(UserWarning, match="its inputs had another shape"):
-        out = model(fewer)
-    torch.testing.assert_close(out, plain(fewer))
-    assert (model.blocks[0].window, model.blocks[0].shift) == (5, 0)
-
-
 class SizeAsArgument(nn.Module):
     def __init__(self):
         super().__init__()
