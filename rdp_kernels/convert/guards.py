@@ -115,15 +115,17 @@ class Guards:
         self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)
         cells = dict(cells_of(base)) if any(guard.place == "closure" for guard in guards) else {}
         self._expressions = [guard.expression(self._names, cells) for guard in guards]
-        values = tuple(guard.value for guard in guards)
-        source = "".join(f"{text}, " for text in self._expressions)
-        exec(f"def holds(self, values):\n    return ({source}) == values", self._names)
-        self._holds: Callable[[nn.Module, tuple], bool] = self._names["holds"]
-        self._values = values
+        tests = []
+        for number, (guard, text) in enumerate(zip(guards, self._expressions, strict=True)):
+            self._names |= {f"was{number}": guard.value, f"kind{number}": type(guard.value)}
+            # With the type, as a tensor of one number equals that number.
+            tests.append(f"((v := {text}) is was{number} or type(v) is kind{number} and v == was{number})")
+        exec(f"def holds(self):\n    return {' and '.join(tests) or True}", self._names)
+        self._holds: Callable[[nn.Module], bool] = self._names["holds"]
 
     def hold(self, block: nn.Module) -> bool:
         try:
-            return not self._values or self._holds(block, self._values)
+            return self._holds(block)
         except (AttributeError, KeyError, ValueError):
             return False
 
@@ -133,7 +135,7 @@ class Guards:
                 value = eval(expression, self._names, {"self": block})
             except (AttributeError, KeyError, ValueError):
                 value = MISSING
-            if value != guard.value:
+            if type(value) is not type(guard.value) or value != guard.value:
                 return guard.difference(value)
         raise AssertionError("all guards hold")
 

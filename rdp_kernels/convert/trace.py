@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
 from .report import describe
 from .snapshot import preserved_generators
-from .watch import Watch, ambient
+from .watch import Watch, ambient, of_user
 
 LARGEST = 20_000
 """Nodes in a graph, after which a forward is taken to go on for ever."""
@@ -92,6 +93,7 @@ class _Tracer(fx.Tracer):
             with torch.enable_grad():
                 self._ambient = ambient()
                 self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}))
+                self._watch.several_inputs = sum(isinstance(value, Tensor) for value in self._inputs) > 1
                 with self._watch():
                     graph = self.trace(block)
         finally:
@@ -193,13 +195,20 @@ class _Tracer(fx.Tracer):
                 self._decide_by_tensor(current, tensors[0])
             elif current.target is operator.getitem and self._is_size_behind_rows(current):
                 pass
-            elif current.target in (operator.eq, operator.ne) and all(map(self._is_shape, current.all_input_nodes)):
-                pass  # both follow the batch
+            elif current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args):
+                pass
             else:
                 stack += current.all_input_nodes
 
     def _is_shape(self, node: fx.Node) -> bool:
         return isinstance(self._values[node], torch.Size)
+
+    def _are_alike_in_any_batch(self, a: Any, b: Any) -> bool:
+        """Whether two shapes are equal, as both follow the batch, or differ behind dimension 0."""
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and self._is_shape(a) and self._is_shape(b)):
+            return False
+        first, second = self._values[a], self._values[b]
+        return first == second or first[1:] != second[1:]
 
     def _is_size_behind_rows(self, node: fx.Node) -> bool:
         source, index = node.args
@@ -218,21 +227,25 @@ class _Tracer(fx.Tracer):
             name = ""
         if name in _SIZES:
             behind = name == "size" and len(node.args) > 1 and node.args[1] not in (0, -self._values[tensor].dim())
-            if not behind and tensor.op != "get_attr" and name not in ("ndim", "dim", "ndimension"):
+            if tensor.op == "get_attr":
+                self._guard_of_tensor(tensor, "shape")
+            elif not behind and name not in ("ndim", "dim", "ndimension"):
                 self._sizes.append(self._values[node])
         elif name in _DTYPES or name in _DEVICES:
             kind = "dtype" if name in _DTYPES else "device"
             self._decided.add(kind)
             if tensor.op == "get_attr":
-                *modules, attribute = str(tensor.target).split(".")
-                value = getattr(self._values[tensor], kind)
-                self._watch.guard((*modules, attribute, kind), value, len(modules))
+                self._guard_of_tensor(tensor, kind)
             elif kind == "dtype" and tensor.op != "placeholder":
                 raise Refused(f"what it does depends on the dtype of {tensor}, which is another under autocast")
         elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
             raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
         else:
             raise Refused(f"what it does depends on numbers in a tensor ({node})")
+
+    def _guard_of_tensor(self, tensor: fx.Node, what: str) -> None:
+        *modules, attribute = str(tensor.target).split(".")
+        self._watch.guard((*modules, attribute, what), getattr(self._values[tensor], what), len(modules))
 
     def _what_decided(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -248,6 +261,11 @@ class _Tracer(fx.Tracer):
         elif type(value) not in (tuple, list):  # what a child returned is looked at where it is taken apart
             self._decide(node)
         return len(value)
+
+    def hashed(self, proxy: fx.Proxy, by_user: bool) -> int:
+        """Of a number or size that user code looks up in a set or dict it is the value's."""
+        known = by_user and not isinstance(self._values[proxy.node], Tensor)
+        return hash(self.concrete(proxy)) if known else id(proxy)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.concrete(obj)) if self._guided else super().to_bool(obj)
@@ -289,6 +307,9 @@ class _Guided(in_place.Proxy):
 
     def __len__(self) -> int:
         return self.tracer.length(self.node)
+
+    def __hash__(self) -> int:
+        return self.tracer.hashed(self, of_user(sys._getframe(1).f_code))
 
 
 def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:

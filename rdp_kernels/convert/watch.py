@@ -92,6 +92,8 @@ class Watch:
         ]
         self.paused = False
         """Set while children run for their values."""
+        self.several_inputs = False
+        """Whether the forward is called with more than one tensor."""
 
     @property
     def guards(self) -> tuple[Guard, ...]:
@@ -230,12 +232,17 @@ class Watch:
     def _read(self, module: nn.Module, name: str) -> Any:
         if name in ("__dict__", "_parameters", "_buffers"):
             raise self.refuse(f"its forward reads {name} of a module")
+        if "Proxy(" in name:
+            raise self.refuse("its forward names an attribute by a number that it computes")
         modules = tuple(part for part in self._paths.get(id(module), "").split(".") if part)
         path = (*modules, name)
         try:
             value = object.__getattribute__(module, name)
         except AttributeError:
-            self._read_registered(module, name, path)
+            if id(module) in self._paths:
+                self._read_registered(module, name, path)
+            elif all(module.__dict__[kind].get(name) is None for kind in ("_parameters", "_buffers", "_modules")):
+                raise self.refuse(f"its forward reads {name!r} of a module that isn't inside of it") from None
             raise
         if name == "training" and module is not self._block:
             self.guard(path, True, len(modules))
@@ -424,6 +431,13 @@ class Watch:
                 name == "LOAD_SPECIAL" and "enter" in str(instruction.argrepr)
             ):
                 self._refusals.append(f"{code.co_name} has a with statement, which a graph doesn't have")
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in ("__setattr__", "__delattr__"):
+                self._refusals.append(f"{code.co_name} calls {instruction.argval}, which would not be called again")
+            elif name == "IS_OP" and self.several_inputs and _are_locals(instructions[max(place - 2, 0) : place]):
+                self._refusals.append(
+                    f"{code.co_name} compares two variables by `is`; whether two arguments are one object isn't looked "
+                    "at again"
+                )
             elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self._refusals.append(f"{code.co_name} assigns to the global {instruction.argval!r}")
             elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
@@ -545,6 +559,12 @@ def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
         if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
             return
         yield str(instruction.argval)
+
+
+def _are_locals(loads: list[dis.Instruction]) -> bool:
+    """Whether the last two values that are loaded are local variables; one instruction may load two."""
+    names = [i.opname for i in loads]
+    return names[-1].count("LOAD_FAST") > 1 or all(name.startswith("LOAD_FAST") for name in names)
 
 
 def _qualified(code: types.CodeType) -> str:
