@@ -1,5 +1,5 @@
-"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype. And what Python asks of
-a proxy itself, where torch.fx would let it answer for the value that it stands for."""
+"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype. And hashes,
+which torch.fx would give of the proxy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", itruediv, (self, other), {})
 
     def __hash__(self) -> int:
-        """In a set or dict of numbers it would never be found."""
+        """In a set or dict of numbers it is never found, so that what follows holds for one shape."""
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
             raise fx.proxy.TraceError("it looks something up by a value that has no number while it is recorded")
         return id(self)

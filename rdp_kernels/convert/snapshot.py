@@ -74,11 +74,16 @@ class Snapshot:
             self._take(module)
 
     def _take(self, value: Any) -> None:
-        if isinstance(value, nn.Module) or _is_plain(value):
+        if isinstance(value, nn.Module):
             if id(value) not in self._attributes:
                 self._attributes[id(value)] = (value, dict(value.__dict__))
                 for inner in value.__dict__.values():
                     self._take(inner)
+        elif _is_plain(value):  # not what it holds in turn, which may be a data set
+            self._attributes.setdefault(id(value), (value, dict(value.__dict__)))
+            for inner in value.__dict__.values():
+                if type(inner) in CONTAINERS:
+                    self._containers.setdefault(id(inner), (inner, inner.copy()))
         elif isinstance(value, Tensor):
             if id(value) not in self._tensors and not isinstance(value, nn.Parameter) and not value.is_meta:
                 self._tensors[id(value)] = (value, value.detach().clone())

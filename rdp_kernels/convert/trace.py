@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._signature, self._inputs, self._guided = signature, values, guided
         self._values: dict[fx.Node, Any] = {}
-        self._running = False
+        self._running, self._thread = False, threading.get_ident()
         self._decided: set[str] = set()
         self._sizes: list[Any] = []
 
@@ -169,10 +170,14 @@ class _Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._running else super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs) if self._is_running() else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self._is_running() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _is_running(self) -> bool:
+        """Whether a module is called for its values, as those of other threads are: torch.fx patches `nn.Module`."""
+        return self._running or threading.get_ident() != self._thread
 
     def concrete(self, proxy: fx.Proxy) -> Any:
         value = self._values[proxy.node]
@@ -193,11 +198,10 @@ class _Tracer(fx.Tracer):
             tensors = [n for n in current.all_input_nodes if isinstance(self._values[n], Tensor)]
             if tensors:
                 self._decide_by_tensor(current, tensors[0])
-            elif current.target is operator.getitem and self._is_size_behind_rows(current):
-                pass
-            elif current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args):
-                pass
-            else:
+            elif not (
+                (current.target is operator.getitem and self._is_size_behind_rows(current))
+                or (current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args))
+            ):
                 stack += current.all_input_nodes
 
     def _is_shape(self, node: fx.Node) -> bool:
@@ -263,9 +267,11 @@ class _Tracer(fx.Tracer):
         return len(value)
 
     def hashed(self, proxy: fx.Proxy, by_user: bool) -> int:
-        """Of a number or size that user code looks up in a set or dict it is the value's."""
-        known = by_user and not isinstance(self._values[proxy.node], Tensor)
-        return hash(self.concrete(proxy)) if known else id(proxy)
+        """Not that of a number, which a cache would go on holding with this proxy; so what is looked up isn't found,
+        which the checks see, and what it would be holds for this shape alone."""
+        if by_user and not isinstance(self._values[proxy.node], Tensor):
+            self.concrete(proxy)
+        return id(proxy)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.concrete(obj)) if self._guided else super().to_bool(obj)

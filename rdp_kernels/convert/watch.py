@@ -474,7 +474,8 @@ class Watch:
 
     def _guard_held(self, holder: Any, name: str, value: Any) -> None:
         if isinstance(holder, types.ModuleType):
-            place, path = holder.__name__, (name,)
+            place: str = holder.__name__
+            path: tuple[str, ...] = (name,)
             known = sys.modules.get(place) is holder
         elif holder in type(self._block).__mro__:
             place, path, known = "class", (holder.__qualname__, name), True
@@ -483,7 +484,7 @@ class Watch:
         if known:
             self._guards.setdefault((place, path), Guard.of(place, path, value))
         else:
-            self._refusals.append(f"its forward may read {name!r} of {holder.__name__}, which can't be imported by name")
+            self._refusals.append(f"it may read {name!r} of {holder.__name__}, which can't be imported by name")
 
     def _see_defaults(self, function: types.FunctionType) -> None:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -514,9 +515,7 @@ class Watch:
                 )
             elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
                 if not any(_holds(other, code) for other in self._codes if other is not code):
-                    self._refusals.append(
-                        f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function"
-                    )
+                    self._refusals.append(f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function")
             elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self._refusals.append(f"{code.co_name} assigns to the global {instruction.argval!r}")
             elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
@@ -659,13 +658,14 @@ def _is_holder(value: Any) -> bool:
 
 def _is_of_blocks(holder: Any, block: nn.Module) -> bool:
     """Whether it is a class of a module inside, whose attributes are compared before and after."""
-    return isinstance(holder, type) and issubclass(holder, nn.Module) and any(isinstance(m, holder) for m in block.modules())
+    return isinstance(holder, type) and any(isinstance(module, holder) for module in block.modules())
 
 
 def _attributes_in(code: types.CodeType) -> tuple[set[str], set[str]]:
     """The names of attributes that are read and set. Of `getattr` and the like they are strings."""
     found = list(dis.get_instructions(code))
-    read = {str(i.argval) for i in found if i.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT_FROM"))}
+    reads = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT_FROM")
+    read = {str(i.argval) for i in found if i.opname.startswith(reads)}
     written = {str(i.argval) for i in found if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
     strings = {constant for constant in code.co_consts if isinstance(constant, str)}
     if {"getattr", "hasattr", "attrgetter"} & set(code.co_names):

@@ -505,7 +505,7 @@ class ChildAttribute(Scaled):
     later = each(lambda block: setattr(block.fc, "scale", 2.0))
 
 
-@refused("differs")
+@refused("training")
 class ChildTraining(Residual):
     """Asks whether a child is in training, as for frozen BatchNorm."""
 
@@ -1024,7 +1024,7 @@ class DeviceOfParameters(Residual):
         model.to("meta")
 
 
-@refused("depends on|differs")
+@refused("depends on|another shape or dtype")
 class DtypeOfInput(Residual):
     """Its input's dtype decides."""
 
