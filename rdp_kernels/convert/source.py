@@ -124,7 +124,11 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
                 return converted.fall_back(self, reason, args, kwargs)
         if wanted is not None and not _fit(inputs, wanted):
             unknown = any(isinstance(value, fx.Proxy) for value in inputs)
-            what = "have no shape while torch.fx records it" if unknown else "had another shape or dtype when it was converted"
+            what = (
+                "have no shape while torch.fx records it"
+                if unknown
+                else "had another shape or dtype when it was converted"
+            )
             return converted.fall_back(self, f"its inputs {what}", args, kwargs)
         return traced(self, *inputs)
 
