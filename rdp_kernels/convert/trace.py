@@ -198,21 +198,28 @@ class _Tracer(fx.Tracer):
             tensors = [n for n in current.all_input_nodes if isinstance(self._values[n], Tensor)]
             if tensors:
                 self._decide_by_tensor(current, tensors[0])
-            elif not (
-                (current.target is operator.getitem and self._is_size_behind_rows(current))
-                or (current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args))
-            ):
+            elif current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args):
+                sizes = current.args[1] if isinstance(current.args[1], tuple) else ()
+                stack += [size for size in sizes[1:] if isinstance(size, fx.Node)]
+            elif not (current.target is operator.getitem and self._is_size_behind_rows(current)):
                 stack += current.all_input_nodes
 
     def _is_shape(self, node: fx.Node) -> bool:
         return isinstance(self._values[node], torch.Size)
 
-    def _are_alike_in_any_batch(self, a: Any, b: Any) -> bool:
-        """Whether two shapes are equal, as both follow the batch, or differ behind dimension 0."""
-        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and self._is_shape(a) and self._is_shape(b)):
+    def _are_alike_in_any_batch(self, shape: Any, other: Any) -> bool:
+        """Whether a shape and another, or sizes that were taken from one, are equal, as both follow the batch, or
+        differ behind dimension 0."""
+        if not (isinstance(shape, fx.Node) and self._is_shape(shape)):
             return False
-        first, second = self._values[a], self._values[b]
-        return first == second or first[1:] != second[1:]
+        first = self._values[shape]
+        if isinstance(other, fx.Node):
+            second = self._values[other]
+            follows = self._is_shape(other)
+        else:
+            follows = isinstance(other, tuple) and len(other) > 0 and isinstance(other[0], fx.Node)
+            second = tuple(self._values[n] if isinstance(n, fx.Node) else n for n in other) if follows else ()
+        return follows and (first == second or first[1:] != second[1:])
 
     def _is_size_behind_rows(self, node: fx.Node) -> bool:
         source, index = node.args
