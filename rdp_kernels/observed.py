@@ -43,7 +43,9 @@ class Law:
     def holds_for(self, module: nn.Module) -> bool:
         """Whether `module` still is what was observed. Asked at each draw."""
         kind, found = type(module), module.__dict__
-        if kind is not self.kind or len(found) != self.size or kind.forward is not self.forward:
+        if kind is not self.kind or kind.forward is not self.forward:
+            return False
+        if not torch.compiler.is_compiling() and len(found) != self.size:  # some versions of Dynamo know no length
             return False
         if not torch.compiler.is_compiling():
             for space, name, function in self.code:

@@ -58,6 +58,8 @@ def _check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Cal
             actual = _run(ours, call, _planning(ours, carved, pattern))
         except Exception as error:
             raise Refused(f"with {what} it raises {describe(error)}") from error
+        for reason in ours.__dict__.get("_rdp_warned", ()):
+            raise Refused(f"with {what} it runs as before its conversion: {reason}")
         _compare(expected, actual, tolerance, f"with {what}")
 
 

@@ -21,6 +21,11 @@ _HEAVY = {
     "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
 
+_CHEAP = {
+    operator.getitem, getattr, of_length, converted.this, "size", "dim", operator.mod, operator.floordiv,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+}  # fmt: skip
+
 
 class Values:
     """The value of every node in two calls, with batches of different sizes."""
@@ -106,9 +111,10 @@ def check_mutations(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Without what nobody uses and that computes nothing: taking apart of tuples, reads of shapes and attributes."""
+    """Without what nobody uses and that computes nothing: taking apart of tuples, reads of shapes and attributes, and
+    comparisons, which an `if` has had."""
     for node in reversed(list(graph.nodes)):
-        cheap = node.op == "get_attr" or node.target in (operator.getitem, getattr, of_length, converted.this)
+        cheap = node.op == "get_attr" or node.target in _CHEAP
         if cheap and not node.users:
             graph.erase_node(node)
 

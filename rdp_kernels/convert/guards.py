@@ -41,7 +41,8 @@ KINDS = {
 
 def is_constant(value: Any) -> bool:
     """Whether a value can be compared with `==` later and pickled: numbers, strings, types of torch, and containers."""
-    if type(value) in (tuple, list, set, frozenset, torch.Size):
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if named or type(value) in (tuple, list, set, frozenset, torch.Size):
         return all(map(is_constant, value))
     if type(value) is dict:
         return all(map(is_constant, value)) and all(map(is_constant, value.values()))
@@ -53,9 +54,10 @@ class Guard:
     """One value, where it is found and what it was.
 
     Args:
-        place: `"block"`; the name of a Python module; or `"closure"`, that of a function that the block's class holds.
-        path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a closure: the
-            function's qualified name and the variable.
+        place: `"block"`; the name of a Python module; `"class"`, one among the block's; or `"closure"`, that of a
+            function that the block's class holds.
+        path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a class: its
+            qualified name and the attribute. Of a closure: the function's qualified name and the variable.
         kind: of `KINDS`. Of `"present"` the value is True.
     """
 
@@ -77,6 +79,8 @@ class Guard:
         name = ".".join(self.path)
         if self.place == "closure":
             name = f"the variable {self.path[-1]!r} of an enclosing function"
+        elif self.place == "class":
+            pass
         elif self.place == "block":
             name = f"its attribute {name!r}"
         else:
@@ -87,7 +91,7 @@ class Guard:
             return f"{name} was {self.value!r} when it was converted"
         return f"{name} was another when it was converted"
 
-    def expression(self, names: dict[str, Any], cells: Mapping[Any, types.CellType]) -> str:
+    def expression(self, names: dict[str, Any], cells: Mapping[Any, types.CellType], base: type) -> str:
         """Python source that reads it; `names` takes what the source refers to."""
 
         def named(value: Any) -> str:
@@ -99,6 +103,8 @@ class Guard:
         if self.place == "block":
             text, rest = "self", self.path[self.num_modules :]
             text += "".join(f"._modules[{name!r}]" for name in self.path[: self.num_modules])
+        elif self.place == "class":
+            text, rest = named(next(kind for kind in base.__mro__ if kind.__qualname__ == self.path[0])), self.path[1:]
         else:
             text, rest = named(importlib.import_module(self.place)), self.path
         for name in rest[:-1]:
@@ -114,16 +120,18 @@ class Guards:
     def __init__(self, guards: Sequence[Guard], base: type[nn.Module]):
         self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)
         cells = dict(cells_of(base)) if any(guard.place == "closure" for guard in guards) else {}
-        self._expressions = [guard.expression(self._names, cells) for guard in guards]
-        values = tuple(guard.value for guard in guards)
-        source = "".join(f"{text}, " for text in self._expressions)
-        exec(f"def holds(self, values):\n    return ({source}) == values", self._names)
-        self._holds: Callable[[nn.Module, tuple], bool] = self._names["holds"]
-        self._values = values
+        self._expressions = [guard.expression(self._names, cells, base) for guard in guards]
+        tests = []
+        for number, (guard, text) in enumerate(zip(guards, self._expressions, strict=True)):
+            self._names |= {f"was{number}": guard.value, f"kind{number}": type(guard.value)}
+            # With the type, as a tensor of one number equals that number.
+            tests.append(f"((v := {text}) is was{number} or type(v) is kind{number} and v == was{number})")
+        exec(f"def holds(self):\n    return {' and '.join(tests) or True}", self._names)
+        self._holds: Callable[[nn.Module], bool] = self._names["holds"]
 
     def hold(self, block: nn.Module) -> bool:
         try:
-            return not self._values or self._holds(block, self._values)
+            return self._holds(block)
         except (AttributeError, KeyError, ValueError):
             return False
 
@@ -133,7 +141,7 @@ class Guards:
                 value = eval(expression, self._names, {"self": block})
             except (AttributeError, KeyError, ValueError):
                 value = MISSING
-            if value != guard.value:
+            if type(value) is not type(guard.value) or value != guard.value:
                 return guard.difference(value)
         raise AssertionError("all guards hold")
 
@@ -162,7 +170,7 @@ def functions_of(base: type) -> Iterator[types.FunctionType]:
 def cells_of(base: type) -> Iterator[tuple[tuple[str, str], types.CellType]]:
     for function in functions_of(base):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            yield (function.__qualname__, name), cell
+            yield (getattr(function.__code__, "co_qualname", function.__qualname__), name), cell
 
 
 def can_be_pickled(value: Any) -> bool:

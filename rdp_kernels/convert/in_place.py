@@ -1,10 +1,16 @@
-"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype."""
+"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype. And hashes,
+which torch.fx would give of the proxy."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
+import torch
 from torch import fx
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def iadd(x: Any, y: Any) -> Any:
@@ -41,3 +47,9 @@ class Proxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", itruediv, (self, other), {})
+
+    def __hash__(self) -> int:
+        """In a set or dict of numbers it is never found, so that what follows holds for one shape."""
+        if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            raise fx.proxy.TraceError("it looks something up by a value that has no number while it is recorded")
+        return id(self)

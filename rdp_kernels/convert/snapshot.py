@@ -7,6 +7,7 @@ import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,11 +63,11 @@ def preserved_generators() -> Iterator[None]:
 
 
 class Snapshot:
-    """The attributes of all modules of a model: which objects they are, what is in containers, and in tensors but
-    parameters. Names that begin with `_rdp_` are left out."""
+    """The attributes of all modules of a model, and of plain objects in them: which objects they are, what is in
+    containers, and in tensors but parameters. Names that begin with `_rdp_` are left out."""
 
     def __init__(self, model: nn.Module):
-        self._attributes: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
@@ -78,6 +79,11 @@ class Snapshot:
                 self._attributes[id(value)] = (value, dict(value.__dict__))
                 for inner in value.__dict__.values():
                     self._take(inner)
+        elif _is_plain(value):  # not what it holds in turn, which may be a data set
+            self._attributes.setdefault(id(value), (value, dict(value.__dict__)))
+            for inner in value.__dict__.values():
+                if type(inner) in CONTAINERS:
+                    self._containers.setdefault(id(inner), (inner, inner.copy()))
         elif isinstance(value, Tensor):
             if id(value) not in self._tensors and not isinstance(value, nn.Parameter) and not value.is_meta:
                 self._tensors[id(value)] = (value, value.detach().clone())
@@ -102,6 +108,17 @@ class Snapshot:
             for tensor, copied in self._tensors.values():
                 if not torch.equal(tensor.detach(), copied):
                     tensor.copy_(copied)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all that an object has is in its `__dict__`."""
+    kind = type(value)
+    return kind is SimpleNamespace or (
+        kind.__reduce_ex__ is object.__reduce_ex__
+        and hasattr(value, "__dict__")
+        and not isinstance(value, (type, Tensor, ModuleType, FunctionType, MethodType))
+        and kind.__module__.partition(".")[0] not in ("torch", "numpy", "rdp_kernels", "builtins")
+    )
 
 
 def fill(container: Any, contents: Any) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
 from .report import describe
 from .snapshot import preserved_generators
-from .watch import Watch, ambient
+from .watch import Watch, ambient, of_user
 
 LARGEST = 20_000
 """Nodes in a graph, after which a forward is taken to go on for ever."""
@@ -83,7 +85,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._signature, self._inputs, self._guided = signature, values, guided
         self._values: dict[fx.Node, Any] = {}
-        self._running = False
+        self._running, self._thread = False, threading.get_ident()
         self._decided: set[str] = set()
         self._sizes: list[Any] = []
         self._dtypes: list[str] = []
@@ -98,6 +100,7 @@ class _Tracer(fx.Tracer):
             with torch.enable_grad():
                 self._ambient = ambient()
                 self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}))
+                self._watch.several_inputs = sum(isinstance(value, Tensor) for value in self._inputs) > 1
                 with self._watch():
                     graph = self.trace(block)
         finally:
@@ -182,10 +185,14 @@ class _Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._running else super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs) if self._is_running() else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self._is_running() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _is_running(self) -> bool:
+        """Whether a module is called for its values, as those of other threads are: torch.fx patches `nn.Module`."""
+        return self._running or threading.get_ident() != self._thread
 
     def concrete(self, proxy: fx.Proxy) -> Any:
         value = self._values[proxy.node]
@@ -206,15 +213,28 @@ class _Tracer(fx.Tracer):
             tensors = [n for n in current.all_input_nodes if isinstance(self._values[n], Tensor)]
             if tensors:
                 self._decide_by_tensor(current, tensors[0])
-            elif current.target is operator.getitem and self._is_size_behind_rows(current):
-                pass
-            elif current.target in (operator.eq, operator.ne) and all(map(self._is_shape, current.all_input_nodes)):
-                pass  # both follow the batch
-            else:
+            elif current.target in (operator.eq, operator.ne) and self._are_alike_in_any_batch(*current.args):
+                sizes = current.args[1] if isinstance(current.args[1], tuple) else ()
+                stack += [size for size in sizes[1:] if isinstance(size, fx.Node)]
+            elif not (current.target is operator.getitem and self._is_size_behind_rows(current)):
                 stack += current.all_input_nodes
 
     def _is_shape(self, node: fx.Node) -> bool:
         return isinstance(self._values[node], torch.Size)
+
+    def _are_alike_in_any_batch(self, shape: Any, other: Any) -> bool:
+        """Whether a shape and another, or sizes that were taken from one, are equal, as both follow the batch, or
+        differ behind dimension 0."""
+        if not (isinstance(shape, fx.Node) and self._is_shape(shape)):
+            return False
+        first = self._values[shape]
+        if isinstance(other, fx.Node):
+            second = self._values[other]
+            follows = self._is_shape(other)
+        else:
+            follows = isinstance(other, tuple) and len(other) > 0 and isinstance(other[0], fx.Node)
+            second = tuple(self._values[n] if isinstance(n, fx.Node) else n for n in other) if follows else ()
+        return follows and (first == second or first[1:] != second[1:])
 
     def _is_size_behind_rows(self, node: fx.Node) -> bool:
         source, index = node.args
@@ -233,21 +253,25 @@ class _Tracer(fx.Tracer):
             name = ""
         if name in _SIZES:
             behind = name == "size" and len(node.args) > 1 and node.args[1] not in (0, -self._values[tensor].dim())
-            if not behind and tensor.op != "get_attr" and name not in ("ndim", "dim", "ndimension"):
+            if tensor.op == "get_attr":
+                self._guard_of_tensor(tensor, "shape")
+            elif not behind and name not in ("ndim", "dim", "ndimension"):
                 self._sizes.append(self._values[node])
         elif name in _DTYPES or name in _DEVICES:
             kind = "dtype" if name in _DTYPES else "device"
             self._decided.add(kind)
             if tensor.op == "get_attr":
-                *modules, attribute = str(tensor.target).split(".")
-                value = getattr(self._values[tensor], kind)
-                self._watch.guard((*modules, attribute, kind), value, len(modules))
+                self._guard_of_tensor(tensor, kind)
             elif kind == "dtype" and tensor.op != "placeholder":
                 self._dtypes.append(f"what it does depends on the dtype of {tensor}, which is another under autocast")
         elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
             raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
         else:
             raise Refused(f"what it does depends on numbers in a tensor ({node})")
+
+    def _guard_of_tensor(self, tensor: fx.Node, what: str) -> None:
+        *modules, attribute = str(tensor.target).split(".")
+        self._watch.guard((*modules, attribute, what), getattr(self._values[tensor], what), len(modules))
 
     def _what_decided(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -263,6 +287,13 @@ class _Tracer(fx.Tracer):
         elif type(value) not in (tuple, list):  # what a child returned is looked at where it is taken apart
             self._decide(node)
         return len(value)
+
+    def hashed(self, proxy: fx.Proxy, by_user: bool) -> int:
+        """Not that of a number, which a cache would go on holding with this proxy; so what is looked up isn't found,
+        which the checks see, and what it would be holds for this shape alone."""
+        if by_user and not isinstance(self._values[proxy.node], Tensor):
+            self.concrete(proxy)
+        return id(proxy)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.concrete(obj)) if self._guided else super().to_bool(obj)
@@ -304,6 +335,9 @@ class _Guided(in_place.Proxy):
 
     def __len__(self) -> int:
         return self.tracer.length(self.node)
+
+    def __hash__(self) -> int:
+        return self.tracer.hashed(self, of_user(sys._getframe(1).f_code))
 
 
 def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:

@@ -7,10 +7,12 @@ at again, and what would not happen again in a converted forward, is a refusal.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dis
 import enum
 import functools
+import importlib.util
 import logging
 import os
 import re
@@ -42,6 +44,7 @@ _PURE_BUILT_IN = {
     "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
 }  # fmt: skip
 _SCALARS = (int, float, bool, str, type(None))
+_HARMLESS = (type(None), types.ModuleType, logging.Logger, nn.Module, enum.Enum)
 _IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
 _AMBIENT = re.compile(
     r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
@@ -88,15 +91,21 @@ class Watch:
         self._refusals: list[str] = []
         self.sets: dict[str, Any] = {}
         """Attributes that the forward sets on the block to the same constant in each call."""
-        self._held: dict[str, Any] = {}
+        self._unset: dict[str, Any] = {}
         """What these were before; MISSING where there was none."""
         self._children: list[tuple[str, ...]] = []
+        self._held: list[tuple[types.CodeType, str, Any]] = []
+        """What functions read of those that enclose them."""
+        self._holders: list[Any] = []
+        """Classes, modules and functions whose attributes may be read."""
         self._containers = {id(value): (name, value, value.copy()) for name, value in _global_containers(type(block))}
         self._classes = [
             (cls, dict(vars(cls))) for cls in {c for m in block.modules() for c in type(m).__mro__} if _of_user(cls)
         ]
         self.paused = False
         """Set while children run for their values."""
+        self.several_inputs = False
+        """Whether the forward is called with more than one tensor."""
 
     @property
     def guards(self) -> tuple[Guard, ...]:
@@ -144,7 +153,7 @@ class Watch:
 
     def _put_back(self) -> None:
         """Attributes, containers and classes that the forward changed."""
-        for name, value in self._held.items():
+        for name, value in self._unset.items():
             read = self._guards.get(("block", (name,), "value"))
             if read is not None and read.value != self.sets[name]:  # the next call would find another
                 self._refusals.append(f"its forward sets {name!r}")
@@ -243,12 +252,17 @@ class Watch:
     def _read(self, module: nn.Module, name: str) -> Any:
         if name in ("__dict__", "_parameters", "_buffers"):
             raise self.refuse(f"its forward reads {name} of a module")
+        if "Proxy(" in name:
+            raise self.refuse("its forward names an attribute by a number that it computes")
         modules = tuple(part for part in self._paths.get(id(module), "").split(".") if part)
         path = (*modules, name)
         try:
             value = object.__getattribute__(module, name)
         except AttributeError:
-            self._read_registered(module, name, path)
+            if id(module) in self._paths:
+                self._read_registered(module, name, path)
+            elif all(module.__dict__[kind].get(name) is None for kind in ("_parameters", "_buffers", "_modules")):
+                raise self.refuse(f"its forward reads {name!r} of a module that isn't inside of it") from None
             raise
         if module is self._block and name in self.sets:
             return value
@@ -274,7 +288,7 @@ class Watch:
             return False
         if type(value) not in _SCALARS or hasattr(getattr(type(module), name, None), "__set__"):
             return False
-        self._held.setdefault(name, held.get(name, MISSING))
+        self._unset.setdefault(name, held.get(name, MISSING))
         self.sets[name] = value
         return True
 
@@ -316,8 +330,7 @@ class Watch:
 
     def _value(self, path: tuple[str, ...], value: Any, num_modules: int) -> Any:
         """The value of an attribute, guarded."""
-        if type(value) in COPIED:
-            self._containers.setdefault(id(value), (".".join(path), value, value.copy()))
+        self._keep(".".join(path), value)
         if is_constant(value):
             self.guard(path, value, num_modules)
         elif isinstance(value, Tensor) and len(path) == num_modules + 1:
@@ -334,6 +347,11 @@ class Watch:
             raise self.refuse(f"its forward reads {what}, whose contents may change without anybody's noticing")
         return value
 
+    def _keep(self, name: str, value: Any) -> None:
+        """To see whether what is in a list, dict or set changes."""
+        if type(value) in COPIED:
+            self._containers.setdefault(id(value), (name, value, value.copy()))
+
     def _swap(self, value: Any, path: tuple[str, ...], num_modules: int) -> bool:
         """Makes an object tell what is read from it. False where Python doesn't allow that."""
         if id(value) in self._swapped:
@@ -341,11 +359,17 @@ class Watch:
         original, watch = type(value), self
         if not hasattr(value, "__dict__") or original.__module__.startswith(("torch.", "numpy", "builtins")):
             return False
+        told = [kind for kind in original.__mro__ if kind.__module__ not in ("builtins", "typing")]
+        if type(original) not in (type, abc.ABCMeta) or any("__init_subclass__" in vars(kind) for kind in told):
+            return False  # it would note the class that is made here
 
         def read(thing: Any, name: str) -> Any:
+            if name == "__class__":
+                return original
             found = original.__getattribute__(thing, name)  # type: ignore[call-arg]
             kept = object.__getattribute__(thing, "__dict__")
-            if name.startswith("__") or not watch._sees(sys._getframe(1)) or (name not in kept and callable(found)):
+            seen = watch._sees(frame := sys._getframe(1)) or _library(frame.f_code.co_filename) == "stdlib"
+            if name.startswith("__") or watch.paused or not seen or (name not in kept and callable(found)):
                 return found
             return watch._value((*path, name), found, num_modules)
 
@@ -374,7 +398,13 @@ class Watch:
         code, caller = frame.f_code, frame.f_back
         library = _library(code.co_filename)
         if library == "user":
-            self._codes.setdefault(code, frame.f_globals)
+            if code not in self._codes:
+                self._codes[code] = frame.f_globals
+                for name in _names_in(code):
+                    self._keep(name, frame.f_globals.get(name))
+            held = frame.f_locals
+            self._held += [(code, name, held.get(name)) for name in code.co_freevars if name != "__class__"]
+            self._holders += [value for value in held.values() if isinstance(value, type)]
         if caller is None:
             return
         by_user = of_user(caller.f_code)
@@ -430,18 +460,70 @@ class Watch:
     def _read_codes(self) -> None:
         for function in functions_of(type(self._block)):
             self._see_defaults(function)
+        read, written = set[str](), set[str]()
         for code, space in self._codes.items():
             if _is_numeric_library(code.co_filename):
                 continue
             self._read_globals(code, space)
             self._read_closure(code)
+            names = _attributes_in(code)
+            read |= names[0]
+            written |= names[1]
+            self._holders += _imported_in(code, space)
+            self._holders += [space[name] for name in _names_in(code) if name in space]
+            if "__class__" in code.co_freevars or {"type", "__class__"} & set(code.co_names):
+                self._holders += [type(module) for module in self._block.modules()]
+        self._holders += [value for _, _, value in self._held]
+        self._read_holders(read, written)
+
+    def _read_holders(self, read: set[str], written: set[str]) -> None:
+        """Attributes of classes, modules and functions, by whatever variables they are reached."""
+        seen: set[int] = set()
+        while self._holders:
+            holder = self._holders.pop()
+            if id(holder) in seen or not _is_holder(holder):
+                continue
+            seen.add(id(holder))
+            if isinstance(holder, type):
+                self._holders += holder.__mro__
+            for name, value in list(vars(holder).items()):
+                if name in written and not _is_of_blocks(holder, self._block):
+                    self._refusals.append(f"its forward sets {name!r} of {holder.__name__}")
+                if name not in read or name.startswith("__"):
+                    continue
+                if _is_holder(value):
+                    self._holders.append(value)
+                elif is_constant(value) and not isinstance(value, enum.Enum):
+                    self._guard_held(holder, name, value)
+                elif not (callable(value) or hasattr(value, "__get__") or isinstance(value, _HARMLESS)):
+                    what = f"{name!r} of {holder.__name__}, a {type(value).__name__}"
+                    self._refusals.append(f"its forward may read {what}, whose contents may change")
+
+    def _guard_held(self, holder: Any, name: str, value: Any) -> None:
+        if isinstance(holder, types.ModuleType):
+            place: str = holder.__name__
+            path: tuple[str, ...] = (name,)
+            known = sys.modules.get(place) is holder
+        elif holder in type(self._block).__mro__:
+            place, path, known = "class", (holder.__qualname__, name), True
+        else:
+            place, path, known = holder.__module__, (*holder.__qualname__.split("."), name), can_be_pickled(holder)
+        if known:
+            self._guards.setdefault((place, path), Guard.of(place, path, value))
+        else:
+            self._refusals.append(f"it may read {name!r} of {holder.__name__}, which can't be imported by name")
 
     def _see_defaults(self, function: types.FunctionType) -> None:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        if function.__code__ in self._codes and any(isinstance(value, (list, dict, set)) for value in defaults):
-            self._refusals.append(
-                f"{function.__name__} has a list, dict or set as a default argument, which may change"
-            )
+        if function.__code__ not in self._codes:
+            return
+        for value in defaults:
+            if isinstance(value, (list, dict, set)) or not (
+                is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
+            ):
+                self._refusals.append(
+                    f"{function.__name__} has a {type(value).__name__} as a default argument, which may change"
+                )
 
     def _read_globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
         instructions = list(dis.get_instructions(code))
@@ -451,6 +533,16 @@ class Watch:
                 name == "LOAD_SPECIAL" and "enter" in str(instruction.argrepr)
             ):
                 self._refusals.append(f"{code.co_name} has a with statement, which a graph doesn't have")
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in ("__setattr__", "__delattr__"):
+                self._refusals.append(f"{code.co_name} calls {instruction.argval}, which would not be called again")
+            elif name == "IS_OP" and self.several_inputs and _are_locals(instructions[max(place - 2, 0) : place]):
+                self._refusals.append(
+                    f"{code.co_name} compares two variables by `is`; whether two arguments are one object isn't looked "
+                    "at again"
+                )
+            elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
+                if not any(_holds(other, code) for other in self._codes if other is not code):
+                    self._refusals.append(f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function")
             elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self._refusals.append(f"{code.co_name} assigns to the global {instruction.argval!r}")
             elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
@@ -506,12 +598,15 @@ class Watch:
             self._guards.setdefault((module, tuple(path)), Guard.of(module, path, function))
 
     def _read_closure(self, code: types.CodeType) -> None:
-        names = [name for name in code.co_freevars if name != "__class__"]
+        held = [(name, value) for other, name, value in self._held if other is code]
+        names = [name for name in code.co_freevars if any(n == name and not _is_fixed(value) for n, value in held)]
         if not names or any(_holds(other, code) for other in self._codes if other is not code):
             return  # the enclosing function ran too: its variables are the trace's own
         cells = dict(cells_of(type(self._block)))
         for name in names:
             path = next((p for p in cells if p == (_qualified(code), name)), None)
+            if path is not None and len({id(value) for n, value in held if n == name}) > 1:
+                path = None  # of several functions with this code
             value = None if path is None else contents_of(cells[path])
             if path is None:
                 self._refusals.append(f"{code.co_name} reads {name!r} of an enclosing function")
@@ -572,6 +667,57 @@ def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
         if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
             return
         yield str(instruction.argval)
+
+
+def _is_fixed(value: Any) -> bool:
+    """What an enclosing function's variable is not taken to change from."""
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
+
+
+def _is_holder(value: Any) -> bool:
+    """Classes, modules and functions of the user's."""
+    if isinstance(value, types.FunctionType):
+        return of_user(value.__code__)
+    if isinstance(value, types.ModuleType):
+        return not _is_library(value)
+    return isinstance(value, type) and _of_user(value) and not issubclass(value, (enum.Enum, tuple))
+
+
+def _is_of_blocks(holder: Any, block: nn.Module) -> bool:
+    """Whether it is a class of a module inside, whose attributes are compared before and after."""
+    return isinstance(holder, type) and any(isinstance(module, holder) for module in block.modules())
+
+
+def _attributes_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names of attributes that are read and set. Of `getattr` and the like they are strings."""
+    found = list(dis.get_instructions(code))
+    reads = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT_FROM")
+    read = {str(i.argval) for i in found if i.opname.startswith(reads)}
+    written = {str(i.argval) for i in found if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
+    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
+    if {"getattr", "hasattr", "attrgetter"} & set(code.co_names):
+        read |= strings
+    if {"setattr", "delattr"} & set(code.co_names):
+        written |= strings
+    return read, written
+
+
+def _imported_in(code: types.CodeType, space: dict[str, Any]) -> Iterator[Any]:
+    """The modules that a function imports when it is called."""
+    for place, instruction in enumerate(instructions := list(dis.get_instructions(code))):
+        if instruction.opname == "IMPORT_NAME":
+            level = instructions[place - 2].argval
+            name = "." * (level if isinstance(level, int) else 0) + str(instruction.argval)
+            with contextlib.suppress(ImportError):
+                full = importlib.util.resolve_name(name, space.get("__package__"))
+                yield sys.modules.get(full)
+                yield sys.modules.get(full.partition(".")[0])
+
+
+def _are_locals(loads: list[dis.Instruction]) -> bool:
+    """Whether the last two values that are loaded are local variables; one instruction may load two."""
+    names = [i.opname for i in loads]
+    return names[-1].count("LOAD_FAST") > 1 or all(name.startswith("LOAD_FAST") for name in names)
 
 
 def _qualified(code: types.CodeType) -> str:

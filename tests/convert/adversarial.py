@@ -536,7 +536,7 @@ class ChildAttribute(Scaled):
     later = each(lambda block: setattr(block.fc, "scale", 2.0))
 
 
-@refused("differs")
+@refused("training")
 class ChildTraining(Residual):
     """Asks whether a child is in training, as for frozen BatchNorm."""
 
@@ -3215,6 +3215,348 @@ class BareLoop(Bare):
         return x
 
 
+# Reached by other ways than `self` and globals
+
+
+class Settings:
+    """A class with state, which a class method reads."""
+
+    scale = 1.0
+    calls = 0
+
+    @classmethod
+    def get(cls):
+        return cls.scale
+
+
+def settings_doubled(model):
+    Settings.scale = 2.0
+
+
+@right
+class AliasOfClass(Scaled):
+    """Reads an attribute of a class through a local variable."""
+
+    later = staticmethod(settings_doubled)
+
+    def scale_now(self):
+        settings = Settings
+        return settings.scale
+
+
+@right
+class ClassMethodOfOther(AliasOfClass):
+    """Asks a class for what it holds."""
+
+    def scale_now(self):
+        return Settings.get()
+
+
+@refused("sets 'calls' of Settings")
+class CountsOnOtherClass(Residual):
+    """Counts its calls on a class that is no module's."""
+
+    def branch(self, x):
+        Settings.calls += 1
+        return self.fc(x)
+
+
+class HasScale(Scaled):
+    scale = 1.0
+
+
+@right
+class AttributeOfBase(HasScale):
+    """Reads an attribute of its base class by `super()`."""
+
+    def scale_now(self):
+        return super().scale
+
+    @staticmethod
+    def later(model):
+        HasScale.scale = 2.0
+
+
+@right
+class AttributeOfType(Scaled):
+    """Reads an attribute of the class that it is an instance of."""
+
+    scale = 1.0
+
+    def scale_now(self):
+        kind = type(self)
+        return kind.scale
+
+    @staticmethod
+    def later(model):
+        AttributeOfType.scale = 2.0
+
+
+@right
+class ImportsInside(Scaled):
+    """Imports a module in its forward and reads from it."""
+
+    def scale_now(self):
+        from . import adversarial
+
+        return adversarial.number
+
+    @staticmethod
+    def later(model):
+        global number
+        number = 2.0
+
+
+def scaled_by_attribute(x):
+    return x * scaled_by_attribute.scale
+
+
+scaled_by_attribute.scale = 1.0
+
+
+@right
+class AttributeOfFunction(Residual):
+    """A helper keeps its settings on itself."""
+
+    def branch(self, x):
+        return scaled_by_attribute(self.fc(x))
+
+    @staticmethod
+    def later(model):
+        scaled_by_attribute.scale = 2.0
+
+
+@dataclasses.dataclass
+class Options:
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedOptions:
+    scale: float = 1.0
+
+
+options = Options()
+
+
+@right
+class OptionsAsDict(Scaled):
+    """Reads a data class through the standard library."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = Options()
+
+    def scale_now(self):
+        return dataclasses.asdict(self.options)["scale"]
+
+    @staticmethod
+    def later(model):
+        for block in model.blocks:
+            block.options.scale = 2.0
+
+
+@right
+class OptionsCompared(OptionsAsDict):
+    """Compares a data class with another."""
+
+    def scale_now(self):
+        return 1.0 if self.options == Options() else 3.0
+
+
+@right
+class OptionsFixed(OptionsAsDict):
+    """Reads a frozen data class, which is replaced later."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = FixedOptions()
+
+    def scale_now(self):
+        return self.options.scale
+
+    later = each(lambda block: setattr(block, "options", FixedOptions(2.0)))
+
+
+@refused("default argument")
+class OptionsByDefault(Residual):
+    """An object is a default argument."""
+
+    def branch(self, x, by=options):
+        return by.scale * self.fc(x)
+
+    @staticmethod
+    def later(model):
+        options.scale = 2.0
+
+
+@refused("Namespace")
+class CountsOnObject(Residual):
+    """Counts its calls on an object that it holds; conversion leaves that as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.statistics = types.SimpleNamespace(calls=0)
+
+    def branch(self, x):
+        self.statistics.calls += 1
+        return self.fc(x)
+
+
+@refused("__setattr__")
+class SetsByObject(Residual):
+    """Sets an attribute past `nn.Module`."""
+
+    def branch(self, x):
+        object.__setattr__(self, "width", 5)
+        return self.fc(x)
+
+
+@right
+class NumberBecomesParameter(Scaled):
+    """A number is replaced by a parameter that equals it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def scale_now(self):
+        return self.scale
+
+    later = each(lambda block: setattr(block, "scale", nn.Parameter(torch.tensor(1.0))))
+
+
+@right
+class NumberBecomesVector(NumberBecomesParameter):
+    """A number is replaced by a tensor of several."""
+
+    later = each(lambda block: setattr(block, "scale", torch.full((DIM,), 2.0)))
+
+
+@either
+class SizeInSet(Residual):
+    """Looks a size up in a set."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y * 2 if x.shape[1] in {7, 9} else y
+
+    @staticmethod
+    def inputs(step):
+        return torch.randn(6, 5 + 2 * (step % 2), DIM, generator=torch.Generator().manual_seed(step))
+
+
+@either
+class SizeInDict(SizeInSet):
+    """Looks a size up in a dict, with a default."""
+
+    def branch(self, x):
+        return self.fc(x) * {7: 3.0}.get(x.shape[1], 1.0)
+
+
+@refused("names an attribute")
+class SizeInName(SizeInSet):
+    """Reads an attribute whose name a size is part of."""
+
+    scale_7 = 3.0
+
+    def branch(self, x):
+        return self.fc(x) * getattr(self, f"scale_{x.shape[1]}", 1.0)
+
+
+@refused("number of samples")
+class ShapeIsConstant(Residual):
+    """Compares its input's shape with one that it knows."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y * 2 if x.shape == (6, 5, DIM) else y
+
+
+@refused("number of samples")
+class ShapeOfOneSample(Residual):
+    """Compares two shapes, which are the same for one sample."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y * 2 if x.mean(0, keepdim=True).shape == x.shape else y
+
+    @staticmethod
+    def inputs(step):
+        return torch.randn(1 if step else 4, 5, DIM, generator=torch.Generator().manual_seed(step))
+
+
+@right
+class AssertsShape(Residual):
+    """Makes sure of a shape by the sizes that it took before."""
+
+    def branch(self, x):
+        samples, tokens, dim = x.shape
+        y = self.fc(x.reshape(samples * tokens, dim)).reshape(samples, tokens, dim)
+        if y.size() != (samples, tokens, dim):
+            raise ValueError("no such shape")
+        return y
+
+
+@right
+class ShapeOfParameter(Residual):
+    """Decides by the shape of a parameter, which is replaced later."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(2))
+
+    def branch(self, x):
+        y = self.fc(x)
+        return y * 2 if self.gate.shape[0] == 3 else y
+
+    later = each(lambda block: setattr(block, "gate", nn.Parameter(torch.ones(3))))
+
+
+@refused("`is`")
+class SameArgument(Residual):
+    """Asks whether two arguments are one tensor."""
+
+    def forward(self, x, context):
+        y = self.fc(x)
+        return x + self.drop_path(y * 2 if context is x else y + context)
+
+    @staticmethod
+    def call(block, x):
+        return block(x, x)
+
+
+@refused("isn't inside of it")
+class AsksNeighbour(Scaled):
+    """Asks another module whether it has an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["neighbour"] = nn.Identity()
+
+    def scale_now(self):
+        return 2.0 if hasattr(self.neighbour, "turbo") else 1.0
+
+    later = each(lambda block: setattr(block.neighbour, "turbo", True))
+
+
+def passed_on(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+
+    return inner
+
+
+@right
+class Wrapped(Residual):
+    """A decorator calls what it holds."""
+
+    @passed_on
+    def branch(self, x):
+        return self.fc(x)
+
+
 # The state that they share
 
 
@@ -3235,6 +3577,8 @@ def reset():
         for name, value in attributes.items():
             setattr(kind, name, value)
     DefaultArgument.forward.__defaults__[0]["calls"] = 0
+    Settings.scale, Settings.calls, HasScale.scale, options.scale = 1.0, 0, 1.0, 1.0
+    scaled_by_attribute.scale = 1.0
 
 
 def shared_state():
@@ -3242,7 +3586,7 @@ def shared_state():
     values = {"number": number, "activation": activation, "flags": dict(flags), "config": dict(vars(config))}
     values |= {"deadline": deadline[0], "local": local.scale, "context": context_scale.get(), "log": list(log)}
     values |= {"counts": dict(counts), "ticks": repr(ticks[0]), "generator": generator.get_state()}
-    values["feature"] = neighbour.feature
+    values["feature"], values["settings"] = neighbour.feature, Settings.calls
     values |= {"environment": os.environ.get(ENVIRON), "dtype": torch.get_default_dtype()}
     values |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
     return values | {kind.__name__: class_state(kind) for kind in KINDS.values()}
