@@ -4,7 +4,8 @@
 |---|---|
 | `calls.py` | runs the model on an example and records what each block is called with |
 | `trace.py`, `in_place.py` | makes a graph of one block's forward, children as leaves |
-| `watch.py`, `guards.py` | sees what a forward does that a graph doesn't show; Python values that are looked at again |
+| `watch.py`, `called.py`, `python_code.py` | see what a forward does that a graph doesn't show |
+| `guards.py` | Python values that are looked at again before each call |
 | `carve.py`, `sites.py`, `graphs.py` | cuts the branches out of the graph |
 | `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
 | `followed.py` | the functions whose code is in it: whether they are the same still |

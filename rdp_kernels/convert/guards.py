@@ -114,6 +114,30 @@ class Guard:
         return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text)
 
 
+class Found:
+    """What was seen of a forward: guards, and the reasons to refuse it."""
+
+    def __init__(self) -> None:
+        self._guards: dict[tuple[Any, ...], Guard] = {}
+        self.refusals: list[str] = []
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        return tuple(self._guards.values())
+
+    def guard(self, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> None:
+        """As `Guard.of`; the first value of a place counts."""
+        self._guards.setdefault((place, tuple(path), kind), Guard.of(place, path, value, num_modules, kind))
+
+    def guard_of(self, place: str, path: Sequence[str], kind: str = "value") -> Guard | None:
+        return self._guards.get((place, tuple(path), kind))
+
+    def refuse(self, reason: str | None) -> None:
+        """Notes a reason, if it is one."""
+        if reason is not None:
+            self.refusals.append(reason)
+
+
 class Guards:
     """Guards of a class of blocks, made to be looked at as fast as Python can."""
 

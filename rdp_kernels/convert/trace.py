@@ -21,11 +21,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..drop_paths import owns_drop_path
 from . import in_place
+from .called import ambient
 from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
 from .report import describe
 from .snapshot import preserved_generators
-from .watch import Watch, ambient, of_user
+from .watch import Watch, of_user
 
 LARGEST = 20_000
 """Nodes in a graph, after which a forward is taken to go on for ever."""

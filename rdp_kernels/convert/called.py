@@ -1,0 +1,119 @@
+"""Calls that a forward's own code makes: which of them a graph can't make again, and why."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sysconfig
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_STDLIB = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
+_PURE = {
+    "functools", "typing", "enum", "collections", "copy", "dataclasses", "abc", "numbers", "operator", "types", "re",
+    "math", "itertools", "inspect", "contextlib", "string", "_collections_abc", "_weakrefset",
+}  # fmt: skip
+"""Modules of the standard library whose functions depend on nothing but their arguments."""
+_PURE_BUILT_IN = {
+    "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
+}  # fmt: skip
+_IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
+_AMBIENT = re.compile(
+    r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
+    r"|^(set_|is_|manual_seed|seed|initial_seed)|deterministic|_enabled$"
+)
+_FUNCTIONS_OF_TENSORS = {
+    "is_tensor", "is_floating_point", "is_complex", "is_nonzero", "is_same_size", "is_signed", "is_conj", "is_neg",
+    "is_storage", "is_scripting", "is_tracing", "is_compiling", "is_dynamo_compiling", "is_exporting", "set_",
+    "is_distributed", "is_inference", "is_coalesced", "is_contiguous", "is_pinned", "is_set_to", "is_shared",
+}  # fmt: skip
+_IMPURE_TORCH = ("distributed", "random", "cuda", "backends", "amp", "autograd/graph", "autograd/grad_mode", "_C")
+
+
+@functools.cache
+def library_of(file: str) -> str:
+    """ "user", "torch", "ours", or "stdlib"."""
+    if file.startswith(_OURS) or file.startswith("<rdp.convert"):
+        return "ours"
+    if file.startswith(_TORCH):
+        return "torch"
+    if file.startswith(_STDLIB) and "site-packages" not in file and "dist-packages" not in file:
+        return "stdlib"
+    return "stdlib" if file.startswith(("<frozen", "<string")) else "user"
+
+
+def of_user(code: types.CodeType) -> bool:
+    return library_of(code.co_filename) == "user"
+
+
+def why_not_library(code: types.CodeType) -> str | None:
+    """Why a graph can't call a Python function of torch or of the standard library again; None where it can."""
+    file, name = code.co_filename, code.co_name
+    if file.startswith(_TORCH):
+        place = file[len(_TORCH) :].removesuffix(".py")
+        if place == "nn/modules/module" and name.startswith(("register_", "add_", "_apply", "load_", "zero_", "apply")):
+            return f"its forward calls {name} of a module, which changes it"
+        if place == "utils/checkpoint":
+            return (
+                "its forward checkpoints: leave that out inside the block, and checkpoint the call of the block "
+                "in the model around it"
+            )
+        if place == "autograd/function" and name == "apply":
+            return "its forward calls an autograd function, whose backward a graph doesn't have"
+        if place.startswith(_IMPURE_TORCH) or (_AMBIENT.search(name) and name not in _FUNCTIONS_OF_TENSORS):
+            return f"its forward calls {name} of torch, which depends on more than its tensors"
+        return None
+    module = os.path.basename(os.path.dirname(file) if file.endswith("__init__.py") else file).removesuffix(".py")
+    if not file.startswith("<") and module not in _PURE:
+        return f"its forward calls {name} of Python's {module}, which would not be called again"
+    return None
+
+
+def why_not_built_in(called: Any) -> str | None:
+    """As `why_not_library`, of a function in C."""
+    name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
+    module = getattr(called, "__module__", None) or getattr(owner, "__name__", None)
+    if isinstance(owner, types.ModuleType) or (module or "").startswith("torch"):
+        module = str(module)
+        if module.startswith("torch"):
+            if _AMBIENT.search(name) and name not in _FUNCTIONS_OF_TENSORS and not isinstance(owner, Tensor):
+                return f"its forward calls {name} of torch, which depends on more than its tensors"
+        elif module not in _PURE_BUILT_IN or name in _IMPURE:
+            return f"its forward calls {name} of {module}, which would not be called again"
+    elif (
+        owner is not None
+        and type(owner).__module__ not in ("builtins", "collections", "torch")
+        and not (isinstance(owner, (type, Tensor, nn.Module)))
+    ):
+        return f"its forward calls {name} of a {type(owner).__name__}, which would not be called again"
+    return None
+
+
+def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
+    """Whether a context of torch's, or one entered by Python's contextlib, is a forward's own, or a decorator of it."""
+    places = ("amp/autocast_mode.py", "autograd/grad_mode.py", "autograd/graph.py", "autograd/profiler.py", "random.py")
+    return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(
+        tuple(_TORCH + p for p in places)
+    )
+
+
+def context_name(frame: types.FrameType) -> str:
+    """Of a context whose `__enter__` is called."""
+    owner = frame.f_locals.get("self")
+    function = getattr(owner, "func", None)  # of contextlib's generators
+    return getattr(function, "__name__", None) or type(owner).__name__
+
+
+def ambient() -> tuple:
+    """What a forward may change around some of its operations."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    backends = torch.backends.cuda
+    attention = [backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled()]
+    grad = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    return (*autocast, *attention, *grad)

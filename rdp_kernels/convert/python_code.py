@@ -1,0 +1,317 @@
+"""What the code of a forward names besides its arguments: globals, variables of enclosing functions, attributes."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import enum
+import functools
+import importlib.util
+import logging
+import os
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .called import library_of, of_user
+from .guards import Found, can_be_pickled, cells_of, contents_of, functions_of, is_constant
+from .snapshot import CONTAINERS
+
+_HARMLESS = (type(None), types.ModuleType, logging.Logger, nn.Module, enum.Enum)
+
+
+@dataclass
+class Run:
+    """What ran while a forward was traced."""
+
+    codes: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    """The user's functions, with their globals."""
+    variables: list[tuple[types.CodeType, str, Any]] = field(default_factory=list)
+    """What they read of functions that enclose them."""
+    holders: list[Any] = field(default_factory=list)
+    """Classes, modules and functions whose attributes may be read."""
+    children: list[tuple[str, ...]] = field(default_factory=list)
+    """Paths of the block's modules that were read."""
+
+
+class CodeReader:
+    """Reads the code of all functions that ran. What may have another value later becomes a guard or a refusal.
+
+    Args:
+        several_inputs: whether the forward is called with more than one tensor.
+    """
+
+    def __init__(self, block: nn.Module, run: Run, found: Found, several_inputs: bool):
+        self._block, self._run, self._found, self._several_inputs = block, run, found, several_inputs
+
+    def read(self) -> None:
+        for function in functions_of(type(self._block)):
+            self._see_defaults(function)
+        read, written = set[str](), set[str]()
+        for code, space in self._run.codes.items():
+            if _is_numeric_library(code.co_filename):
+                continue
+            self._read_globals(code, space)
+            self._read_closure(code)
+            names = _attributes_in(code)
+            read |= names[0]
+            written |= names[1]
+            self._run.holders += _imported_in(code, space)
+            self._run.holders += [space[name] for name in names_in(code) if name in space]
+            if "__class__" in code.co_freevars or {"type", "__class__"} & set(code.co_names):
+                self._run.holders += [type(module) for module in self._block.modules()]
+        self._run.holders += [value for _, _, value in self._run.variables]
+        self._read_holders(read, written)
+
+    def _read_holders(self, read: set[str], written: set[str]) -> None:
+        """Attributes of classes, modules and functions, by whatever variables they are reached."""
+        seen: set[int] = set()
+        while self._run.holders:
+            holder = self._run.holders.pop()
+            if id(holder) in seen or not _is_holder(holder):
+                continue
+            seen.add(id(holder))
+            if isinstance(holder, type):
+                self._run.holders += holder.__mro__
+            for name, value in list(vars(holder).items()):
+                if name in written and not _is_of_blocks(holder, self._block):
+                    self._found.refuse(f"its forward sets {name!r} of {holder.__name__}")
+                if name not in read or name.startswith("__"):
+                    continue
+                if _is_holder(value):
+                    self._run.holders.append(value)
+                elif is_constant(value) and not isinstance(value, enum.Enum):
+                    self._guard_held(holder, name, value)
+                elif not (callable(value) or hasattr(value, "__get__") or isinstance(value, _HARMLESS)):
+                    what = f"{name!r} of {holder.__name__}, a {type(value).__name__}"
+                    self._found.refuse(f"its forward may read {what}, whose contents may change")
+
+    def _guard_held(self, holder: Any, name: str, value: Any) -> None:
+        if isinstance(holder, types.ModuleType):
+            place: str = holder.__name__
+            path: tuple[str, ...] = (name,)
+            known = sys.modules.get(place) is holder
+        elif holder in type(self._block).__mro__:
+            place, path, known = "class", (holder.__qualname__, name), True
+        else:
+            place, path, known = holder.__module__, (*holder.__qualname__.split("."), name), can_be_pickled(holder)
+        if known:
+            self._found.guard(place, path, value)
+        else:
+            self._found.refuse(f"it may read {name!r} of {holder.__name__}, which can't be imported by name")
+
+    def _see_defaults(self, function: types.FunctionType) -> None:
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if function.__code__ not in self._run.codes:
+            return
+        for value in defaults:
+            if isinstance(value, (list, dict, set)) or not (
+                is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
+            ):
+                self._found.refuse(
+                    f"{function.__name__} has a {type(value).__name__} as a default argument, which may change"
+                )
+
+    def _read_globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        instructions = list(dis.get_instructions(code))
+        for place, instruction in enumerate(instructions):
+            name = instruction.opname
+            if name in ("BEFORE_WITH", "SETUP_WITH") or (
+                name == "LOAD_SPECIAL" and "enter" in str(instruction.argrepr)
+            ):
+                self._found.refuse(f"{code.co_name} has a with statement, which a graph doesn't have")
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in ("__setattr__", "__delattr__"):
+                self._found.refuse(f"{code.co_name} calls {instruction.argval}, which would not be called again")
+            elif name == "IS_OP" and self._several_inputs and _are_locals(instructions[max(place - 2, 0) : place]):
+                self._found.refuse(
+                    f"{code.co_name} compares two variables by `is`; whether two arguments are one object isn't looked "
+                    "at again"
+                )
+            elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
+                if not any(_holds(other, code) for other in self._run.codes if other is not code):
+                    self._found.refuse(f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function")
+            elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                self._found.refuse(f"{code.co_name} assigns to the global {instruction.argval!r}")
+            elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
+                for path in self._run.children:
+                    child = self._block.get_submodule(".".join(path))
+                    self._found.guard("block", path, type(child).__qualname__, len(path), "type")
+            elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in space:
+                self._follow(code, space, [str(instruction.argval), *_attributes(instructions[place + 1 :])])
+
+    def _follow(self, code: types.CodeType, space: dict[str, Any], names: list[str]) -> None:
+        """A global and what is read from it."""
+        value, path = space[names[0]], names[:1]
+        for name in names[1:]:
+            if isinstance(value, types.ModuleType) and _is_library(value):
+                found = getattr(value, name, None)
+                if isinstance(found, types.BuiltinFunctionType | types.FunctionType):
+                    value, path = found, [*path, name]
+                    break
+                if value.__name__.partition(".")[0] in ("numpy", "os", "sys") and name in ("random", "environ", "argv"):
+                    self._found.refuse(f"{code.co_name} reads {value.__name__}.{name}")
+                return
+            kept = value if isinstance(value, (types.ModuleType, type)) else None
+            if kept is None and (isinstance(value, types.FunctionType) or name not in getattr(value, "__dict__", {})):
+                break
+            value = getattr(value, name, None)
+            path.append(name)
+        module = space.get("__name__")
+        if isinstance(value, types.BuiltinFunctionType | types.FunctionType):
+            self._see_function(code, value, path, module)
+        elif isinstance(value, enum.Enum):
+            pass
+        elif is_constant(value):
+            if not isinstance(module, str) or sys.modules.get(module) is None or vars(sys.modules[module]) is not space:
+                self._found.refuse(
+                    f"{code.co_name} reads the global {'.'.join(path)!r} of a module that isn't imported"
+                )
+                return
+            self._found.guard(module, path, value)
+        elif not (callable(value) or isinstance(value, (types.ModuleType, logging.Logger)) or value is torch):
+            self._found.refuse(f"{code.co_name} reads the global {'.'.join(path)!r}, a {type(value).__name__}")
+
+    def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
+        """A function may be replaced in its module; `followed.py` sees to those that a forward calls by one name."""
+        if isinstance(function, types.FunctionType):
+            self._see_defaults(function)
+            if len(path) == 1:
+                return
+        if (
+            can_be_pickled(function)
+            and isinstance(module, str)
+            and vars(sys.modules.get(module, torch)).get(path[0]) is not None
+        ):
+            self._found.guard(module, path, function)
+
+    def _read_closure(self, code: types.CodeType) -> None:
+        held = [(name, value) for other, name, value in self._run.variables if other is code]
+        names = [name for name in code.co_freevars if any(n == name and not _is_fixed(value) for n, value in held)]
+        if not names or any(_holds(other, code) for other in self._run.codes if other is not code):
+            return  # the enclosing function ran too: its variables are the trace's own
+        cells = dict(cells_of(type(self._block)))
+        for name in names:
+            path = next((p for p in cells if p == (_qualified(code), name)), None)
+            if path is not None and len({id(value) for n, value in held if n == name}) > 1:
+                path = None  # of several functions with this code
+            value = None if path is None else contents_of(cells[path])
+            if path is None:
+                self._found.refuse(f"{code.co_name} reads {name!r} of an enclosing function")
+            elif is_constant(value):
+                self._found.guard("closure", path, value)
+            elif not callable(value) and not isinstance(value, types.ModuleType):
+                self._found.refuse(f"{code.co_name} reads {name!r} of an enclosing function, a {type(value).__name__}")
+
+
+def global_containers(base: type) -> Iterator[tuple[str, Any]]:
+    """Lists, dicts and sets among the globals that functions of a class name, and those that these call."""
+    seen: set[types.CodeType] = set()
+    stack: list[types.FunctionType] = list(functions_of(base))
+    while stack:
+        function = stack.pop()
+        if function.__code__ in seen or not of_user(function.__code__):
+            continue
+        seen.add(function.__code__)
+        for name in names_in(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, types.FunctionType):
+                stack.append(value)
+            elif type(value) in CONTAINERS:
+                yield name, value
+        stack += [f for cell in function.__closure__ or () if isinstance(f := contents_of(cell), types.FunctionType)]
+        held = zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
+        for name, value in (*held, *(("a default argument", value) for value in function.__defaults__ or ())):
+            if type(value) in CONTAINERS:
+                yield name, value
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
+def class_of_user(cls: type) -> bool:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return cls.__module__ != "builtins" and (file is None or library_of(file) == "user")
+
+
+def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
+    """The attributes that are read one after the other."""
+    for instruction in instructions:
+        if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return
+        yield str(instruction.argval)
+
+
+def _is_fixed(value: Any) -> bool:
+    """What an enclosing function's variable is not taken to change from."""
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
+
+
+def _is_holder(value: Any) -> bool:
+    """Classes, modules and functions of the user's."""
+    if isinstance(value, types.FunctionType):
+        return of_user(value.__code__)
+    if isinstance(value, types.ModuleType):
+        return not _is_library(value)
+    return isinstance(value, type) and class_of_user(value) and not issubclass(value, (enum.Enum, tuple))
+
+
+def _is_of_blocks(holder: Any, block: nn.Module) -> bool:
+    """Whether it is a class of a module inside, whose attributes are compared before and after."""
+    return isinstance(holder, type) and any(isinstance(module, holder) for module in block.modules())
+
+
+def _attributes_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names of attributes that are read and set. Of `getattr` and the like they are strings."""
+    found = list(dis.get_instructions(code))
+    reads = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT_FROM")
+    read = {str(i.argval) for i in found if i.opname.startswith(reads)}
+    written = {str(i.argval) for i in found if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
+    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
+    if {"getattr", "hasattr", "attrgetter"} & set(code.co_names):
+        read |= strings
+    if {"setattr", "delattr"} & set(code.co_names):
+        written |= strings
+    return read, written
+
+
+def _imported_in(code: types.CodeType, space: dict[str, Any]) -> Iterator[Any]:
+    """The modules that a function imports when it is called."""
+    for place, instruction in enumerate(instructions := list(dis.get_instructions(code))):
+        if instruction.opname == "IMPORT_NAME":
+            level = instructions[place - 2].argval
+            name = "." * (level if isinstance(level, int) else 0) + str(instruction.argval)
+            with contextlib.suppress(ImportError):
+                full = importlib.util.resolve_name(name, space.get("__package__"))
+                yield sys.modules.get(full)
+                yield sys.modules.get(full.partition(".")[0])
+
+
+def _are_locals(loads: list[dis.Instruction]) -> bool:
+    """Whether the last two values that are loaded are local variables; one instruction may load two."""
+    names = [i.opname for i in loads]
+    return names[-1].count("LOAD_FAST") > 1 or all(name.startswith("LOAD_FAST") for name in names)
+
+
+def _qualified(code: types.CodeType) -> str:
+    return getattr(code, "co_qualname", code.co_name)
+
+
+def _holds(outer: types.CodeType, inner: types.CodeType) -> bool:
+    codes = [c for c in outer.co_consts if isinstance(c, types.CodeType)]
+    return any(code is inner or _holds(code, inner) for code in codes)
+
+
+def _is_library(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or library_of(file) != "user" or module.__name__.partition(".")[0] == "numpy"
+
+
+@functools.cache
+def _is_numeric_library(file: str) -> bool:
+    return f"{os.sep}numpy{os.sep}" in file
