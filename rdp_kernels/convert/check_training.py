@@ -204,8 +204,6 @@ class _Whole:
     def __init__(self, block: nn.Module, recipe: Recipe, call: Call):
         self._original, self._converted = (_Setting().copy_of(block) for _ in range(2))
         self._call = call
-        self._wide: dict[int, dict[str, Tensor | None]] = {}
-        """The original's gradients without autocast, by the seed."""
         install(self._converted, recipe, 0.5)
         _decide(self._converted, Decision())
         for copied in (self._original, self._converted):
@@ -241,9 +239,10 @@ class _Whole:
             or differences.between("its arguments afterwards", expected.inputs, actual.inputs)
             or _of_states(differences, expected.state, actual.state)
         )
-        wide = self._wide.setdefault(seed, expected.gradients)
+        gradients = [g for g in expected.gradients.values() if g is not None and g.numel()]
+        largest = max((float(g.abs().max()) for g in gradients), default=0.0)
         for name, gradient in expected.gradients.items():
-            found = found or _of_gradients(name, wide[name], gradient, actual.gradients.get(name), setting)
+            found = found or _of_gradients(name, gradient, actual.gradients.get(name), setting, largest)
         found = found or _of_generators(expected.generators, actual.generators)
         if found:
             raise Refused(f"{when} {found}")
@@ -251,18 +250,13 @@ class _Whole:
 
 
 def _of_gradients(
-    name: str, wide: Tensor | None, expected: Tensor | None, actual: Tensor | None, setting: _Setting
+    name: str, expected: Tensor | None, actual: Tensor | None, setting: _Setting, largest: float
 ) -> str | None:
     """Autograd may sum in another order. Where it rounds to bfloat16 and sums cancel out, as before a BatchNorm, what
-    remains is noise: there `wide`, the original's without autocast, vanishes."""
-    sums = Differences(rounded(torch.float32 if setting.autocast is None else torch.bfloat16))
-    found = sums.between(name, expected, actual)
-    if found is None or setting.autocast is None or wide is None or expected is None or actual is None:
-        return found
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-        return found
-    zero, noise = float(wide.abs().max()), float(expected.abs().max())
-    return None if zero <= noise / 100 and float(actual.abs().max()) <= 2 * noise else found
+    remains is noise of the size of the terms: there `largest` counts, the largest element of all gradients."""
+    if setting.autocast is None:
+        return Differences(rounded(torch.float32)).between(name, expected, actual)
+    return Differences(rounded(torch.bfloat16, largest)).between(name, expected, actual)
 
 
 def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[str, Any]) -> str | None:

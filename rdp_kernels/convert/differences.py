@@ -28,15 +28,17 @@ def exactly(expected: Tensor, actual: Tensor) -> str | None:
     return None if bool(same.all()) else f"differs from the original's by {relative_difference(expected, actual):.1e}"
 
 
-def rounded(dtype: torch.dtype) -> Close:
-    """Allows for another order of sums: a few roundings of the largest element, in `dtype` or its own if wider."""
+def rounded(dtype: torch.dtype, largest: float = 0.0) -> Close:
+    """Allows for another order of sums: a few roundings of the largest element, or of `largest` if that is more, in
+    `dtype` or the tensor's own if that is wider."""
 
     def close(expected: Tensor, actual: Tensor) -> str | None:
         if exactly(expected, actual) is None:
             return None
         eps = max(torch.finfo(t).eps for t in (dtype, expected.dtype)) if expected.is_floating_point() else 0.0
         difference = relative_difference(expected, actual)
-        return None if difference <= ROUNDINGS * eps else f"differs from the original's by {difference:.1e}"
+        allowed = ROUNDINGS * eps * max(1.0, largest / float(expected.abs().max().clamp_min(1.0)))
+        return None if difference <= allowed else f"differs from the original's by {difference:.1e}"
 
     return close
 

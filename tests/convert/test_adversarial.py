@@ -340,9 +340,13 @@ def check_masked(twin, inputs, outputs, keep):
 RIGHT = [name for name, kind in KINDS.items() if kind.outcome == "right"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_paths_are_dropped_as_masks_drop_them(name):
-    """Some rows; then a whole block, whose weights get no gradient. Buffers move as if all rows had been computed."""
+    """Some rows; then a whole block, whose weights get no gradient. Buffers move as if all rows had been computed.
+
+    Budget for all: a minute on two cores.
+    """
     kind = KINDS[name]
     rows = [True, False, True, True, False, False]
     with limit(LIMIT):

@@ -401,10 +401,11 @@ def test_what_blocks_are_alike():
 
 
 def test_gradients_under_autocast_may_differ_by_their_noise():
-    wide, expected = torch.zeros(3), torch.tensor([0.3, -0.2, 0.1])
+    """Sums of terms of size 20 that cancel out: noise of 0.3 is a rounding of them in bfloat16."""
+    expected = torch.tensor([0.3, -0.2, 0.1])
     autocast = _Setting("", autocast="cpu")
-    assert _of_gradients("g", wide, expected, -expected, autocast) is None
-    assert "g differs" in _of_gradients("g", expected, expected, -expected, autocast)
-    assert "g differs" in _of_gradients("g", wide, expected, -expected, _Setting())
-    assert "dtype" in _of_gradients("g", wide, expected, expected.bfloat16(), autocast)
-    assert "NoneType" in _of_gradients("g", wide, expected, None, autocast)
+    assert _of_gradients("g", expected, -expected, autocast, 20.0) is None
+    assert "g differs" in _of_gradients("g", expected, -expected, autocast, 2.0)
+    assert "g differs" in _of_gradients("g", expected, -expected, _Setting(), 20.0)
+    assert "dtype" in _of_gradients("g", expected, expected.bfloat16(), autocast, 20.0)
+    assert "NoneType" in _of_gradients("g", expected, None, autocast, 20.0)
