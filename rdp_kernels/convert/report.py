@@ -27,6 +27,7 @@ class PathReport:
     block_class: str
     name: str
     drop_prob: float
+    """nan where that of a refused drop-path can't be told."""
     refused: str | None = None
     """Why it stays as it was; None where it was converted."""
     nested: str | None = None

@@ -312,9 +312,8 @@ class Watch:
         original, watch = type(value), self
         if not hasattr(value, "__dict__") or original.__module__.startswith(("torch.", "numpy", "builtins")):
             return False
-        told = [kind for kind in original.__mro__ if kind.__module__ not in ("builtins", "typing")]
-        if type(original) not in (type, abc.ABCMeta) or any("__init_subclass__" in vars(kind) for kind in told):
-            return False  # it would note the class that is made here
+        if type(original) not in (type, abc.ABCMeta):
+            return False
 
         def read(thing: Any, name: str) -> Any:
             if name == "__class__":
@@ -333,7 +332,9 @@ class Watch:
 
         members = {"__getattribute__": read, "__setattr__": write, "__module__": original.__module__, "__slots__": ()}
         try:
-            object.__setattr__(value, "__class__", type(original.__name__, (original,), members))
+            kind = type(original.__name__, (_Nothing,), members)
+            kind.__bases__ = (original,)  # set later, so that `__init_subclass__` isn't told of it
+            object.__setattr__(value, "__class__", kind)
         except TypeError:
             return False
         self._swapped[id(value)] = (value, original)
@@ -365,6 +366,10 @@ class Watch:
             self._found.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
         elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
             self._found.refuse(why_not_library(code))
+
+
+class _Nothing:
+    """What the class of a watched object is made of at first."""
 
 
 _lock = threading.RLock()
