@@ -91,7 +91,7 @@ def why_not_built_in(called: Any) -> str | None:
         and type(owner).__module__ not in ("builtins", "collections", "torch")
         and not (isinstance(owner, (type, Tensor, nn.Module)))
     ):
-        return f"its forward calls {name} of a {type(owner).__name__}, which would not be called again"
+        return f"its forward calls {name} of an object of type {type(owner).__name__}, which would not be called again"
     return None
 
 

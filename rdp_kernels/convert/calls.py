@@ -64,7 +64,7 @@ class Signature:
             if not isinstance(value, (Tensor, *CONSTANTS)):
                 kind = type(value).__name__
                 hint = ": convert and train with use_cache=False" if "Cache" in kind else ""
-                raise Refused(f"it is called with a {kind}, which is neither a tensor nor a constant{hint}")
+                raise Refused(f"it is called with {kind}, which is neither a tensor nor a constant{hint}")
         is_input = tuple(isinstance(v, Tensor) or (type(v) is int and integers_are_inputs) for v in flat)
         constants = tuple(None if given else v for v, given in zip(flat, is_input, strict=True))
         is_flat = not call.kwargs and not any(map(_is_container, call.args))

@@ -263,7 +263,7 @@ class _Carving:
             multiples = [_multiple(a, b, rows) for a, b in zip(*leaves, strict=True)]
             if all(m is not None for m in multiples):
                 return (multiples, isinstance(first, int))
-        raise Refused(f"its branch takes {node.name!r}, a {type(first).__name__} that changes with the batch")
+        raise Refused(f"its branch takes {node.name!r} ({type(first).__name__}), which changes with the batch")
 
     def _stream(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
         rows = [node for node, kind in inputs if kind == "row" and is_float(self.values[node])]

@@ -88,7 +88,7 @@ class CodeReader:
                 elif is_constant(value) and not isinstance(value, enum.Enum):
                     self._guard_held(holder, name, value)
                 elif not (callable(value) or hasattr(value, "__get__") or isinstance(value, _HARMLESS)):
-                    what = f"{name!r} of {holder.__name__}, a {type(value).__name__}"
+                    what = f"{name!r} of {holder.__name__} ({type(value).__name__})"
                     self._found.refuse(f"its forward may read {what}, whose contents may change")
 
     def _guard_held(self, holder: Any, name: str, value: Any) -> None:
@@ -114,7 +114,7 @@ class CodeReader:
                 is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
             ):
                 self._found.refuse(
-                    f"{function.__name__} has a {type(value).__name__} as a default argument, which may change"
+                    f"{function.__name__} has a default argument of type {type(value).__name__}, which may change"
                 )
 
     def _read_globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
@@ -174,7 +174,9 @@ class CodeReader:
                 return
             self._found.guard(module, path, value)
         elif not (callable(value) or isinstance(value, (types.ModuleType, logging.Logger)) or value is torch):
-            self._found.refuse(f"{code.co_name} reads the global {'.'.join(path)!r}, a {type(value).__name__}")
+            self._found.refuse(
+                f"{code.co_name} reads the global {'.'.join(path)!r} ({type(value).__name__}), which may change"
+            )
 
     def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
         """A function may be replaced in its module; `followed.py` sees to those that a forward calls by one name."""
@@ -205,7 +207,9 @@ class CodeReader:
             elif is_constant(value):
                 self._found.guard("closure", path, value)
             elif not callable(value) and not isinstance(value, types.ModuleType):
-                self._found.refuse(f"{code.co_name} reads {name!r} of an enclosing function, a {type(value).__name__}")
+                self._found.refuse(
+                    f"{code.co_name} reads {name!r} of an enclosing function ({type(value).__name__}), which may change"
+                )
 
 
 def global_containers(base: type) -> Iterator[tuple[str, Any]]:

@@ -51,7 +51,7 @@ def _why_not(node: fx.Node, drop_path: nn.Module, values: Values) -> str | None:
         return "it has hooks, which wouldn't run"
     x, out = values[node.args[0]], values[node]
     if not isinstance(x, Tensor):
-        return f"it is called with a {type(x).__name__} instead of a tensor"
+        return f"it is called with {type(x).__name__} instead of a tensor"
     law = law_of(drop_path, x.dim())
     if isinstance(law, str):
         return law

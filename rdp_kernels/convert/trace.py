@@ -155,10 +155,10 @@ class _Tracer(fx.Tracer):
             if type(out) is dict:
                 return items
             if not all(isinstance(name, str) for name in items):
-                raise Refused(f"its forward returns a {type(out).__name__}, which can't be made again of its items")
+                raise Refused(f"its forward returns {type(out).__name__}, which can't be made again of its items")
             return self.create_proxy("call_function", type(out), (), items)
         if isinstance(out, (list, set, frozenset)) or (isinstance(out, tuple) and not hasattr(out, "_fields")):
-            raise Refused(f"its forward returns a {type(out).__name__}, which a graph doesn't return")
+            raise Refused(f"its forward returns {type(out).__name__}, which a graph doesn't return")
         return out
 
     # With values at hand

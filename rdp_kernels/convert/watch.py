@@ -296,8 +296,8 @@ class Watch:
             (isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module))
             or (not isinstance(value, (list, dict, set, tuple)) and self._swap(value, path, num_modules))
         ):
-            what = f"{'.'.join(path)!r}, a {type(value).__name__}"
-            raise self.refuse(f"its forward reads {what}, whose contents may change without anybody's noticing")
+            what = f"{'.'.join(path)!r} ({type(value).__name__})"
+            raise self.refuse(f"its forward reads {what}, whose contents may change unnoticed")
         return value
 
     def _keep(self, name: str, value: Any) -> None:

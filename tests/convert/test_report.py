@@ -72,7 +72,7 @@ def reasons(report):
 def test_blocks_without_a_path_are_grouped_by_class_and_reason():
     report = rdp.convert(CallsWithObjects().train(), 0.2, example_inputs=tokens())
     assert not report.rows
-    assert "no path in Cached (3): it is called with a object, which is neither a tensor nor a constant" in report.notes
+    assert "no path in Cached (3): it is called with object, which is neither a tensor nor a constant" in report.notes
     assert [b.block for b in report.without_paths] == ["", "blocks.0", "blocks.1", "blocks.2"]
     assert "Cached (3)" in str(report)
 
@@ -175,7 +175,7 @@ def test_language_models_of_transformers():
     ids = {"input_ids": torch.arange(12).reshape(2, 6)}
     for model, kind in ((gpt2, "GPT2Block"), (llama, "LlamaDecoderLayer")):
         report = rdp.convert(model, 0.2, example_inputs=ids)
-        wanted = f"no path in {kind} (2): it is called with a DynamicCache, .*: convert and train with use_cache=False"
+        wanted = f"no path in {kind} (2): it is called with DynamicCache, .*: convert and train with use_cache=False"
         assert any(re.match(re.escape(wanted).replace(r"\.\*", ".*"), note) for note in report.notes), str(report)
         assert len(rdp.convert(model, 0.2, example_inputs={**ids, "use_cache": False}).converted) == 4
     report = rdp.convert(bert, 0.2, example_inputs=ids)
