@@ -1,6 +1,7 @@
 """What can't be converted is refused with a reason, or runs as it did: never a wrong number."""
 
 import re
+import sys
 import threading
 import warnings
 
@@ -413,3 +414,11 @@ def test_a_block_in_the_branch_of_another_stays_as_it_was():
     assert [(row.block, row.nested) for row in report] == [("blocks.0", None), ("blocks.0.fn", "blocks.0.drop_path")]
     assert CONVERTED not in model.blocks[0].fn.__dict__
     rdp.ResidualDropPath(model, 0.5)
+
+
+def test_tracing_has_a_bound(monkeypatch):
+    """A forward that made operations for ever would otherwise fill the memory."""
+    monkeypatch.setattr(sys.modules["rdp_kernels.convert.trace"], "LARGEST", 5)
+    model = nets.tokens_net(nets.Block)
+    report = rdp.convert(model, example_inputs=tokens())
+    assert all("makes more than 5 operations" in row.refused for row in report)
