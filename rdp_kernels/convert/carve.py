@@ -35,6 +35,8 @@ from .sites import Site, drop_path_sites, unnamed_sites
 from .spec import PathSpec
 from .trace import Trace
 
+_COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+
 
 @dataclass
 class Carved:
@@ -135,6 +137,7 @@ class _Carving:
             raise Refused("all that is computed for it is used elsewhere too, so there is nothing to skip")
         if any(paths_of(m) for node in inside for m in self._modules_in(node)):
             raise HoldsPaths("its branch holds blocks with paths of their own, and nested paths can't be planned apart")
+        self._check_rows_are_not_numbered(inside, rows)
         add = self._add_of(site.node)
         inputs = self._inputs(inside, rows)
         residual = None if add is None else self._other(add, site.node)
@@ -170,6 +173,26 @@ class _Carving:
         for place, number in enumerate(numbers):
             call = self._calls[number]
             call.args = (call.args[0], place, *call.args[2:])
+
+    def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
+        """Raises `Refused` where a branch picks rows by number or compares their count: both change where rows drop."""
+        for node in inside:
+            pairs = [self.values.of(source) for source in node.all_input_nodes]
+            if node.target is operator.getitem:
+                index = node.args[1][0] if isinstance(node.args[1], tuple) and node.args[1] else node.args[1]
+                picks = isinstance(index, int) or (isinstance(index, slice) and index != slice(None))
+                first, second = pairs[0]
+                if (
+                    picks
+                    and isinstance(first, Tensor)
+                    and first.shape != second.shape
+                    and _follows(first, second, rows)
+                ):
+                    raise Refused(f"its branch picks rows by number ({node.name}), and of kept rows those are others")
+            elif node.target in _COMPARISONS and any(type(a) is int and a != b for a, b in pairs):
+                raise Refused(
+                    f"its branch compares the number of its rows ({node.name}), which is less where some drop"
+                )
 
     def _modules_in(self, node: fx.Node) -> list[nn.Module]:
         return list(self.modules[str(node.target)].modules()) if node.op == "call_module" else []

@@ -1840,6 +1840,23 @@ class FreezesItself(Residual):
         return self.fc(x)
 
 
+@refused("picks rows by number")
+class ScalesFirstRows(Residual):
+    """Treats the rows from the sixth on in another way; the checks' batches have fewer."""
+
+    def branch(self, x):
+        y = self.fc(x)
+        return torch.cat([2 * y[:5], y[5:]])
+
+
+@refused("compares the number of its rows")
+class ScalesOneBatchSize(Residual):
+    """Doubles its result for one number of samples."""
+
+    def branch(self, x):
+        return self.fc(x) * (1 + (x.shape[0] == 6))
+
+
 @refused("sets 'dropout.training'")
 class ChildToEval(DropoutChild):
     """Puts a child into eval mode in the forward."""
