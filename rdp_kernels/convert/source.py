@@ -104,30 +104,37 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
     guards = Guards(recipe.guards, base)
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
+    def why_not(self: nn.Module, inputs: list[Any] | None) -> str | None:
+        """Why what was traced doesn't hold for this call; None where it does."""
+        if out_of_date:
+            return "its class has other code than when it was converted"
+        replaced = followed.replaced() or followed.replaced_on(self)
+        if replaced is not None:
+            return f"{replaced} was replaced after its conversion"
+        if inputs is None:
+            return "it is called in another way than when it was converted"
+        if not guards.hold(self):
+            return guards.first_difference(self)
+        for _, path in self.__dict__[CONVERTED]:
+            reason: str | None = path.why_not()
+            if reason is not None:
+                return reason
+        if wanted is None or _fit(inputs, wanted):
+            return None
+        if any(isinstance(value, fx.Proxy) for value in inputs):
+            return "its inputs have no shape while torch.fx records it"
+        return "its inputs had another shape, dtype or device when it was converted"
+
     def call(self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not (self.training or converted.is_observed(self)):
             return base.forward(self, *args, **kwargs)
-        if out_of_date:
-            return converted.fall_back(self, "its class has other code than when it was converted", args, kwargs)
-        replaced = followed.replaced() or followed.replaced_on(self)
-        if replaced is not None:
-            return converted.fall_back(self, f"{replaced} was replaced after its conversion", args, kwargs)
         inputs = signature.inputs_of(args, kwargs)
         if inputs is None and not passed_on.isdisjoint(kwargs):
             inputs = signature.inputs_of(args, {name: v for name, v in kwargs.items() if name not in passed_on})
-        if inputs is None:
-            return converted.fall_back(self, "it is called in another way than when it was converted", args, kwargs)
-        if not guards.hold(self):
-            return converted.fall_back(self, guards.first_difference(self), args, kwargs)
-        for _, path in self.__dict__[CONVERTED]:
-            reason = path.why_not()
-            if reason is not None:
-                return converted.fall_back(self, reason, args, kwargs)
-        if wanted is not None and not _fit(inputs, wanted):
-            unknown = any(isinstance(value, fx.Proxy) for value in inputs)
-            other = "had another shape, dtype or device when it was converted"
-            what = "have no shape while torch.fx records it" if unknown else other
-            return converted.fall_back(self, f"its inputs {what}", args, kwargs)
+        reason = why_not(self, inputs)
+        if reason is not None:
+            return converted.fall_back(self, reason, args, kwargs)
+        assert inputs is not None
         for name, value in recipe.sets:
             setattr(self, name, value)
         return traced(self, *inputs)
