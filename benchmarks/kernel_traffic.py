@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import interpreter_builder
 
-from rdp_kernels._triton.launch import Launch
+from rdp_kernels.kernels.triton.launch import Launch
 
 SECTOR = 32  # bytes: the least that a GPU's memory moves
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rdp_kernels.rows import row_set
+from rdp_kernels.kernels.spec import row_set
 
 from .op_bytes import Moved
 

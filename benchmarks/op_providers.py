@@ -12,7 +12,7 @@ import torch._functorch.config
 from torch import Tensor
 
 import rdp_kernels as rdp
-from rdp_kernels._native.library import has_cuda
+from rdp_kernels.kernels.native.library import has_cuda
 
 from .harness import Capture, Check, Provider, told
 from .op_bytes import Moved, count_bytes

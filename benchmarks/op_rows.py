@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rdp_kernels as rdp
-from rdp_kernels.ops.tail import Tail, library_for, run_tail
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels.autograd import Tail, library_for, run_tail
+from rdp_kernels.kernels.spec import Add, Next, Operands
 
 from . import op_bytes
 from .op_bytes import Moved

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from rdp_kernels._triton.launch import CONFIGS
+from rdp_kernels.kernels.triton.launch import CONFIGS
 
 from .command import NO_GPU
 from .machine import ROOT

@@ -1,8 +1,8 @@
 """`python -m benchmarks tune`: the launch numbers of the Triton kernels, searched anew on this machine's GPU.
 
 Tries a grid of block sizes, warps and tiles for each kernel and width, checks that results stay what they are, and
-prints the table for this architecture: paste it into `CONFIGS` of `rdp_kernels/_triton/launch.py`. Takes minutes; most
-of them compile kernels, which --processes does for several at a time before any is timed.
+prints the table for this architecture: paste it into `CONFIGS` of `kernels/triton/launch.py`. Takes minutes;
+most of them compile kernels, which --processes does for several at a time before any is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._triton.launch import CONFIGS, Launch
+from rdp_kernels.kernels.triton.launch import CONFIGS, Launch
 
 from . import command
 from .harness import told

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rdp_kernels._triton.launch import CONFIGS, Launch, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launch import CONFIGS, Launch, LaunchConfig, architecture
 
 from .harness import told
 from .op_sets import relative_error

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from rdp_kernels._triton import kernels
-from rdp_kernels.rows import RowSet, row_set
-from rdp_kernels.tail import Add, Next, Operands, Results
+from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet, row_set
+from rdp_kernels.kernels.triton import kernels
 
 from .tuning import Work
 

@@ -12,7 +12,7 @@ import torch
 import rdp_kernels as rdp
 from examples.digits.seeds import seed_of
 from rdp_kernels.estimate import ModelCost, kept_fractions
-from rdp_kernels.frozen import FreezeBN
+from rdp_kernels.paths.freezing import FreezeBN
 
 PLAIN, DROP_PATH, EXACT, FROZEN = "plain", "drop-path", "ResidualDroppath", "branch-frozen"
 DROP_THEN_FULL, RANDOM = "drop, then full", "random paths frozen"

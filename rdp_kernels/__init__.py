@@ -1,11 +1,11 @@
 """Cheap stochastic depth and the two-iteration ResidualDroppath scheme (arXiv 2411.09475) for PyTorch."""
 
-from ._backend import available_backends, use_backend
 from .convert import ConversionError, ConversionReport, convert, revert
-from .modules import DropPath, ResidualBranch, ResidualSequence
+from .kernels.dispatch import available_backends, use_backend
 from .ops import drop_path, drop_path_add, gather_rows, residual_add, residual_add_norm
+from .paths.modules import DropPath, ResidualBranch, ResidualSequence
 from .plan import PathPlan, drop_path_rates
-from .scheme import ResidualDropPath
+from .scheme.scheme import ResidualDropPath
 
 __version__ = "0.1.0"
 

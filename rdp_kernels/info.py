@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import __version__, available_backends
-from ._native.library import PACKAGE, has_cuda
+from .kernels.native.library import PACKAGE, has_cuda
 
 
 def describe() -> str:

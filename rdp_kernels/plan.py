@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count, check_probability
+from ._utils.checks import check_choice, check_count, check_probability
 
 MODES = ("sample", "block")
 SCHEDULES = ("constant", "linear")

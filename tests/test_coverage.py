@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-import rdp_kernels.iteration
-import rdp_kernels.path_call
+import rdp_kernels.paths.call
+import rdp_kernels.scheme.iteration
 from examples.libraries import installed
-from rdp_kernels.rows import orders_of
+from rdp_kernels.kernels.spec import orders_of
 
 from .coverage.found import CHECKS
 from .coverage.markdown import render
@@ -126,20 +126,20 @@ class BatchNormBlock(Block):
 
 
 def _scale_forgotten(monkeypatch):
-    monkeypatch.setattr(rdp_kernels.iteration, "kept_scale", lambda p, scale_by_keep: 1.0)
+    monkeypatch.setattr(rdp_kernels.scheme.iteration, "kept_scale", lambda p, scale_by_keep: 1.0)
 
 
 def _other_rows_kept(monkeypatch):
-    monkeypatch.setattr(rdp_kernels.iteration, "orders_of", lambda learns: orders_of(learns.roll(1, 1)))
+    monkeypatch.setattr(rdp_kernels.scheme.iteration, "orders_of", lambda learns: orders_of(learns.roll(1, 1)))
 
 
 def _nothing_frozen(model, monkeypatch):
-    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(rdp_kernels.paths.call, "freeze", lambda *_: contextlib.nullcontext())
 
 
 def _frozen_batch_norm_learns(model, monkeypatch):
-    original = rdp_kernels.path_call.freeze
-    monkeypatch.setattr(rdp_kernels.path_call, "freeze", lambda parameters, *_: original(parameters))
+    original = rdp_kernels.paths.call.freeze
+    monkeypatch.setattr(rdp_kernels.paths.call, "freeze", lambda parameters, *_: original(parameters))
 
 
 def _after_conversion(change):

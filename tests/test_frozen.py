@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
-from rdp_kernels.frozen import bypass, freeze, lean_ops, lean_ops_pay
+from rdp_kernels.paths.freezing import bypass, freeze, lean_ops, lean_ops_pay
 
 CONVS = [
     (nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),

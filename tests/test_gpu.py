@@ -6,7 +6,7 @@ from torch import nn
 
 import rdp_kernels as rdp
 from examples.models import ViT
-from rdp_kernels._native.library import has_cuda
+from rdp_kernels.kernels.native.library import has_cuda
 
 pytestmark = pytest.mark.gpu
 

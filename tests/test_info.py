@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._native.library import has_cuda
 from rdp_kernels.info import describe
+from rdp_kernels.kernels.native.library import has_cuda
 
 
 def test_describe():

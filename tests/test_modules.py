@@ -103,7 +103,7 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
 @pytest.mark.parametrize("mask", [torch.empty(0, 4, 4).bool(), torch.empty(0, 4, 4)], ids=["bool", "float"])
 def test_an_empty_batch_takes_part_on_a_rank_among_others(mask, monkeypatch):
     """Its per-sample arguments have no row for the call that other ranks wait for."""
-    monkeypatch.setattr("rdp_kernels.path_call.world_size", lambda: 2)
+    monkeypatch.setattr("rdp_kernels.paths.call.world_size", lambda: 2)
 
     class Attention(nn.Linear):
         def forward(self, x, mask):

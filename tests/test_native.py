@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._native import support
-from rdp_kernels.layout import Layout
+from rdp_kernels.kernels.layout import Layout
+from rdp_kernels.kernels.native import support
 
 from .kernels import ops
 from .kernels.budget import check
@@ -247,7 +247,7 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 SCRIPT = """
 import hashlib, torch, rdp_kernels as rdp
-from rdp_kernels._native import library
+from rdp_kernels.kernels.native import library
 assert library.unavailable() is None
 torch.manual_seed(0)
 digest = hashlib.sha256()

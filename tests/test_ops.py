@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rdp_kernels as rdp
-from rdp_kernels import _backend, _native
-from rdp_kernels._checks import ACTIVATIONS
+from rdp_kernels._utils.checks import ACTIVATIONS
+from rdp_kernels.kernels import dispatch, native
+from rdp_kernels.kernels.eager import ForkRows
 from rdp_kernels.ops.residual_add_norm import NORMS
-from rdp_kernels.reference import ForkRows
 
 
 def naive_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation):
@@ -235,7 +235,7 @@ def test_type_checkers_know_the_options():
 
     assert options(rdp.residual_add, "activation") == set(ACTIVATIONS)
     assert options(rdp.residual_add_norm, "norm") == set(NORMS)
-    assert options(rdp.use_backend, "name") == set(_backend._CHOICES)
+    assert options(rdp.use_backend, "name") == set(dispatch._CHOICES)
 
 
 class TestBackend:
@@ -249,7 +249,7 @@ class TestBackend:
     def test_forcing(self, monkeypatch):
         with rdp.use_backend("eager"):
             rdp.residual_add(X, X)
-        monkeypatch.setattr(_native.library, "_reason", "it was not built")
+        monkeypatch.setattr(native.library, "_reason", "it was not built")
         with (
             pytest.raises(RuntimeError, match="'native' is not available: it was not built"),
             rdp.use_backend("native"),
@@ -258,10 +258,10 @@ class TestBackend:
         with pytest.raises(ValueError, match="name must be one of.*'cuda'"), rdp.use_backend("cuda"):
             pass
         monkeypatch.setenv("RDP_BACKEND", "native")
-        _backend._from_environment.cache_clear()
+        dispatch._from_environment.cache_clear()
         with pytest.raises(RuntimeError, match="RDP_BACKEND: backend 'native' is not available"):
             rdp.residual_add(X, X)
         with rdp.use_backend("auto"):
             rdp.residual_add(X, X)
         monkeypatch.undo()
-        _backend._from_environment.cache_clear()
+        dispatch._from_environment.cache_clear()

@@ -12,11 +12,10 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import rdp_kernels as rdp
-from rdp_kernels._triton.support import DTYPES
-from rdp_kernels.ops import registered
-from rdp_kernels.ops.tail import run_tail
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels import registered
+from rdp_kernels.kernels.autograd import run_tail
+from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
+from rdp_kernels.kernels.triton.support import DTYPES
 
 from .conftest import DEVICE
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels._triton import launch
-from rdp_kernels.ops import tail as tail_module
+from rdp_kernels.kernels import autograd as tail_module
+from rdp_kernels.kernels.triton import launch
 
 from .conftest import DEVICE
 

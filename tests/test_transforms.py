@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import rdp_kernels as rdp
-from rdp_kernels.frozen import bypass, lean_ops, take_part
+from rdp_kernels.paths.freezing import bypass, lean_ops, take_part
 
 DIM, SAMPLES = 4, 64
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._triton import support
-from rdp_kernels._triton.launch import CONFIGS, Tiles
-from rdp_kernels.ops import registered
-from rdp_kernels.ops.tail import library_for
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels import registered
+from rdp_kernels.kernels.autograd import library_for
+from rdp_kernels.kernels.spec import Add, Next, Operands
+from rdp_kernels.kernels.triton import support
+from rdp_kernels.kernels.triton.launch import CONFIGS, Tiles
 
 from .conftest import DEVICE, INTERPRETED
 

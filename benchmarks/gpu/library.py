@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from rdp_kernels._native.library import has_cuda, unavailable
+from rdp_kernels.kernels.native.library import has_cuda, unavailable
 
 from ..machine import ROOT
 

@@ -22,8 +22,8 @@ def set_up() -> set[str]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from rdp_kernels import _backend, _triton
-    from rdp_kernels._triton import launch
+    from rdp_kernels.kernels import dispatch, triton
+    from rdp_kernels.kernels.triton import launch
 
     asked: set[str] = set()
 
@@ -41,11 +41,11 @@ def set_up() -> set[str]:
     )
     knobs.runtime.jit_cache_hook = ask
     launch.architecture = lambda device: f"sm_{ARCHITECTURE}"  # type: ignore[assignment]
-    _backend._LIBRARIES["triton"] = SimpleNamespace(  # type: ignore[assignment]
+    dispatch._LIBRARIES["triton"] = SimpleNamespace(  # type: ignore[assignment]
         HAS_NORMS=True,
         unavailable=lambda: None,
         why_not=lambda *_: None,
         why_not_kind=lambda *_: None,
-        kernels=_triton.kernels,
+        kernels=triton.kernels,
     )
     return asked

@@ -26,10 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_probability
-from ..drop_paths import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
-from ..observed import Law, kind_of, law_of
-from ..paths import CONVERTED, PathSlot, paths_of
+from .._utils.checks import check_bool, check_probability
+from ..paths.path import CONVERTED, PathSlot, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
@@ -39,6 +37,8 @@ from .converted import ConvertedPath, class_among
 from .differences import likeness
 from .followed import Followed
 from .graphs import is_add
+from .libraries import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from .observed import Law, kind_of, law_of
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
 from .side_products import side_products_of
 from .snapshot import preserved

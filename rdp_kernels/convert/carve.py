@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..paths import paths_of
+from ..paths.path import paths_of
 from . import converted
 from .calls import HoldsPaths, Refused
 from .graphs import (

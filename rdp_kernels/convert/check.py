@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..drop_paths import is_drop_path
-from ..frozen import tensors_of
-from ..observed import Law, known_law_of
-from ..paths import CONVERTED, Decision
-from ..rows import row_set
+from ..kernels.spec import row_set
+from ..paths.freezing import tensors_of
+from ..paths.path import CONVERTED, Decision
 from .calls import Call, Refused, cloned
 from .carve import Carved
+from .libraries import is_drop_path
+from .observed import Law, known_law_of
 from .report import describe
 from .sites import mark
 from .snapshot import preserved_generators

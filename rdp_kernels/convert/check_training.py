@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..drop_paths import is_drop_path
-from ..frozen import tensors_of
-from ..paths import CONVERTED, Decision, parameters_of
+from ..paths.freezing import tensors_of
+from ..paths.path import CONVERTED, Decision, parameters_of
 from .calls import Call, Refused, cloned
 from .carve import Carved
 from .check import (
@@ -38,6 +37,7 @@ from .check import (
     set_seed,
 )
 from .differences import ROUNDINGS, Differences, relative_difference, rounded
+from .libraries import is_drop_path
 from .report import describe
 from .snapshot import generator_states, preserved_generators, repr_of
 from .source import install

@@ -11,10 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..observed import Law, has_hooks, law_of
-from ..path_call import run_path
-from ..paths import CONVERTED, PathSlot
-from ..promotion import Promotion
+from ..paths.call import run_path
+from ..paths.path import CONVERTED, PathSlot
+from ..paths.promotion import Promotion
+from .observed import Law, has_hooks, law_of
 from .spec import PathSpec
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..drop_paths import is_drop_path
+from .libraries import is_drop_path
 
 Close = Callable[[Tensor, Tensor], "str | None"]
 """Of two tensors of one shape and dtype: how they differ, as in "differs by 3", or None."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .._table import table
+from .._utils.table import table
 
 _NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 

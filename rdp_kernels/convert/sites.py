@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ..drop_paths import is_drop_path
-from ..observed import has_hooks, law_of
 from .graphs import Values, ancestors, computed_only_for, is_add, is_heavy, module_calls
+from .libraries import is_drop_path
+from .observed import has_hooks, law_of
 
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj|identity", re.IGNORECASE)
 # What these return is concatenated with what came before by who calls them: dropped, it is zeros.

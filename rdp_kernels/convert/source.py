@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..paths import CONVERTED
+from ..paths.path import CONVERTED
 from . import converted
 from .calls import Refused
 from .carve import Carved

@@ -19,11 +19,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..drop_paths import owns_drop_path
 from . import in_place
 from .called import ambient
 from .calls import Call, Refused, Signature, cloned
 from .guards import Guard
+from .libraries import owns_drop_path
 from .report import describe
 from .snapshot import preserved_generators
 from .watch import Watch, of_user

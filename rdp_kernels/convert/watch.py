@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..drop_paths import CONTAINERS
 from .called import ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
 from .calls import Refused
 from .guards import MISSING, Found, Guard, can_be_pickled, is_constant
+from .libraries import CONTAINERS
 from .python_code import CodeReader, Run, class_of_user, global_containers, names_in
 from .snapshot import CONTAINERS as COPIED
 from .snapshot import fill, generator_states, items_of, moved_generators, set_generator_states

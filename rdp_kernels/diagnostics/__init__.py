@@ -18,15 +18,7 @@ from .features import FeatureDistributions, feature_distributions
 from .gradients import GradientNormRecorder, GradientNorms, gradient_norms
 from .layers import LayerSimilarity, layer_similarity
 from .lesions import LesionStudy, Trials, lesion_study, swapped, without
-from .similarity import (
-    MinibatchCKA,
-    cosine_similarity,
-    heatmap_rebound,
-    hsic,
-    linear_cka,
-    pairwise_cka,
-    rebound,
-)
+from .similarity import MinibatchCKA, cosine_similarity, heatmap_rebound, hsic, linear_cka, pairwise_cka, rebound
 from .sizes import BranchSizes, branch_sizes
 
 __all__ = [

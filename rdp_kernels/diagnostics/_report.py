@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._table import table
+from .._utils.table import table
 from ._subject import Data, Problem, output_of
 from .effective_depth import EffectiveDepth, effective_depth, participation
 from .features import FeatureDistributions, feature_distributions

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..convert import convert
 from ..convert.calls import example_inputs_of
-from ..paths import find_owners
+from ..paths.path import find_owners
 from ..plan import plan_generator
 
 FEWEST = 4  # images in a batch: what unbiased CKA needs

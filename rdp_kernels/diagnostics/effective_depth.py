@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._checks import check_count
-from ..path_call import PathCall
+from .._utils.checks import check_count
+from ..paths.call import PathCall
 from ..plan import plan_generator
 from ._plots import axes_or_new
 from ._progress import track

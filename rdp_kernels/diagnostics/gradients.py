@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..path_call import PathCall
-from ..paths import PathOwner, find_owners, parameters_of
+from ..paths.call import PathCall
+from ..paths.path import PathOwner, find_owners, parameters_of
 from ._plots import axes_or_new, label_layers
 from .observe import standing_in, undisturbed
 

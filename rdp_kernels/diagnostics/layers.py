@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._utils.checks import check_choice
 from ._layers import OF, layers_of, none_given, same_labels
 from ._plots import axes_or_new, label_layers
 from ._progress import track

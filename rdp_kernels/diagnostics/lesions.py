@@ -17,10 +17,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_count
-from .._table import table
-from ..path_call import PathCall
-from ..paths import find_owners
+from .._utils.checks import check_bool, check_count
+from .._utils.table import table
+from ..paths.call import PathCall
+from ..paths.path import find_owners
 from ..plan import plan_generator
 from ._plots import axes_or_new, label_layers
 from ._progress import track

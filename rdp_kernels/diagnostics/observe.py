@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..path_call import PathCall
-from ..paths import find_owners
+from ..paths.call import PathCall
+from ..paths.path import find_owners
 
 StandIn = Callable[[int, PathCall, Tensor], Tensor]
 """Path (its row in `scheme.paths`), call and input; returns the path's output."""

@@ -12,12 +12,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .._utils.autograd import in_backward
 from ..convert.converted import ConvertedPath
-from ..frozen import FreezeBN
-from ..path_call import PathCall
-from ..paths import WHOLE, batch_norms_of, find_paths, parameters_of
-from ..rest import Rest
-from ..scheme import in_backward
+from ..paths.call import PathCall
+from ..paths.freezing import FreezeBN
+from ..paths.path import WHOLE, batch_norms_of, find_paths, parameters_of
+from ..scheme.rest import Rest
 from .meters import Clock, Flops, Saved
 from .pieces import REST, Pieces, Quantity, Streams
 from .site import REPEATS, Site, argument_grads

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..convert.calls import arguments_of, batch_size_of, described
-from ..frozen import FreezeBN
+from ..paths.freezing import FreezeBN
 from ..plan import PathPlan
 from .bench import Bench, Unmeasurable
 from .pieces import Pieces, Quantity

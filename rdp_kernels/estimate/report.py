@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool
-from .._table import table
-from ..paths import refuse_batch_norm
+from .._utils.checks import check_bool
+from .._utils.table import table
+from ..paths.path import refuse_batch_norm
 from ..plan import draw_keep, plan_generator
 from .compose import ModelCost
 
 if TYPE_CHECKING:
-    from ..scheme import ResidualDropPath
+    from ..scheme.scheme import ResidualDropPath
 
 PLANS = 256
 MODES, FREEZES = ("block", "sample"), ("parameters", "branch", "none")  # the exact and cheapest first

@@ -10,11 +10,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .._device import to_device
-from ..frozen import FreezeBN
-from ..path_call import PathCall
-from ..paths import Decision, PathOwner, batch_norms_of, modules_of, parameters_of
-from ..rows import RowSet, orders_of, row_set
+from .._utils.device import to_device
+from ..kernels.spec import RowSet, orders_of, row_set
+from ..paths.call import PathCall
+from ..paths.freezing import FreezeBN
+from ..paths.path import Decision, PathOwner, batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
 from .pieces import STATES
 

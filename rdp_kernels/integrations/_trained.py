@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .._ranks import world_size
-from ..paths import paths_of
-from ..scheme import ResidualDropPath
+from .._utils.ranks import world_size
+from ..paths.path import paths_of
+from ..scheme.scheme import ResidualDropPath
 from . import distributed
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
-from ..scheme import ResidualDropPath
+from ..scheme.scheme import ResidualDropPath
 from ._trained import check_trained
 
 

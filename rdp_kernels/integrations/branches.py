@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..frozen import freeze, keeps_statistics
-from ..paths import PathOwner, PathSlot, Runner, modules_of, parameters_of, paths_of, places_of
+from ..paths.freezing import freeze, keeps_statistics
+from ..paths.path import PathOwner, PathSlot, Runner, modules_of, parameters_of, paths_of, places_of
 
 
 def owners_of(model: nn.Module) -> dict[str, PathOwner]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
-from ..paths import PathOwner, own_parameters_of
+from ..paths.path import PathOwner, own_parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._device import to_device
-from ..frozen import keeps_statistics
-from ..paths import modules_of
-from ..scheme import ResidualDropPath
+from .._utils.device import to_device
+from ..paths.freezing import keeps_statistics
+from ..paths.path import modules_of
+from ..scheme.scheme import ResidualDropPath
 
 
 def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..paths import PathOwner, own_parameters_of, parameters_of
+from ..paths.path import PathOwner, own_parameters_of, parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from .._checks import check_bool
-from ..iteration import Iteration
-from ..scheme import ResidualDropPath
+from .._utils.checks import check_bool
+from ..scheme.iteration import Iteration
+from ..scheme.scheme import ResidualDropPath
 
 Facts = dict[str, Any]
 """What ranks have to agree on, by names that an error can use: "rank 1 has NAME VALUE"."""

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..paths import find_paths
-from ..scheme import ResidualDropPath
+from ..paths.path import find_paths
+from ..scheme.scheme import ResidualDropPath
 from .distributed import Agreement, agree
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..alternate import Alternation
-from ..scheme import ResidualDropPath
+from ..scheme.alternation import Alternation
+from ..scheme.scheme import ResidualDropPath
 from ._trained import check_trained
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..alternate import Alternation
-from ..scheme import ResidualDropPath
+from ..scheme.alternation import Alternation
+from ..scheme.scheme import ResidualDropPath
 
 KEY = "ResidualDropPath"
 """Under which the scheme's state stands in `optimizer.state_dict()`."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..alternate import Alternation
-from ..scheme import ResidualDropPath
+from ..scheme.alternation import Alternation
+from ..scheme.scheme import ResidualDropPath
 from ._trained import check_trained
 
 KEY = "ResidualDropPath"

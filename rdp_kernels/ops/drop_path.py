@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_probability, check_residual_add, check_stream
-from .._device import to_device
+from .._utils.checks import check_bool, check_probability, check_residual_add, check_stream
+from .._utils.device import to_device
+from ..kernels import direct
+from ..kernels.autograd import run_tail
+from ..kernels.recorded import drop_rows, is_recorded
+from ..kernels.spec import Add, Operands, compute_dtype
 from ..plan import kept_scale
-from ..recorded import drop_rows, is_recorded
-from ..reference import compute_dtype
-from ..tail import Add, Operands
-from . import direct
-from .tail import run_tail
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:

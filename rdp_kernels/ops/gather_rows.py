@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._checks import check_rows, check_stream
-from ..rows import RowSet
-from ..tail import Next, Operands
-from . import direct
-from .tail import run_tail
+from .._utils.checks import check_rows, check_stream
+from ..kernels import direct
+from ..kernels.autograd import run_tail
+from ..kernels.spec import Next, Operands, RowSet
 
 
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_residual_add, check_rows, check_stream
-from ..rows import RowSet
-from ..tail import Add, Operands
-from . import direct
-from .tail import run_tail, scale_of_rows
+from .._utils.checks import check_residual_add, check_rows, check_stream
+from ..kernels import direct
+from ..kernels.autograd import run_tail, scale_of_rows
+from ..kernels.spec import Add, Operands, RowSet
 
 
 def residual_add(

@@ -6,11 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from .._checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
-from ..rows import RowSet
-from ..tail import Next, Operands
+from .._utils.checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
+from ..kernels.autograd import run_tail
+from ..kernels.spec import Next, Operands, RowSet
 from .residual_add import add_of
-from .tail import run_tail
 
 NORMS = ("layer", "rms")
 

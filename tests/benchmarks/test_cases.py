@@ -15,7 +15,7 @@ from benchmarks.parts import Part, left_alone, parts_of
 from benchmarks.textbook import largest_difference
 from benchmarks.traffic import Traffic
 from examples.models import ResNet, ViT
-from rdp_kernels import iteration
+from rdp_kernels.scheme import iteration
 
 OURS = ("naive", "ours exact", "ours branch-frozen")
 

@@ -15,7 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import Tuned, Work, WrongResult, candidates, table_source
 from benchmarks.tuning_works import SHAPES, works_of
-from rdp_kernels._triton.launch import CONFIGS, Launch, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launch import CONFIGS, Launch, LaunchConfig, architecture
 from tests.conftest import DEVICE
 
 ON = torch.device(DEVICE)

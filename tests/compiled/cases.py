@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdp_kernels._triton import kernels
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next, Operands, Results
+from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet
+from rdp_kernels.kernels.triton import kernels
 
 
 def contiguous(x: Tensor) -> Tensor:

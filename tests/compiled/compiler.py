@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rdp_kernels._triton import launch as launching
-from rdp_kernels._triton.launch import Launch
+from rdp_kernels.kernels.triton import launch as launching
+from rdp_kernels.kernels.triton.launch import Launch
 
 CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
 TARGETS = CUDA | {"gfx942": GPUTarget("hip", "gfx942", 64)}

@@ -18,8 +18,8 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-import rdp_kernels._triton
-from rdp_kernels._triton.launch import CONFIGS, Launch
+import rdp_kernels.kernels.triton
+from rdp_kernels.kernels.triton.launch import CONFIGS, Launch
 
 from .cases import Case, after_class_token, channels_last, contiguous, one_element_apart, one_element_on
 from .compiler import CUDA, TARGETS, CudaCode, caught_launches, compile_launch, read_amd_facts, read_cuda_code
@@ -172,7 +172,7 @@ def test_the_cases_take_every_kernel_and_all_launch_numbers(architecture: str):
 
 
 def kernels_of_package() -> set[str]:
-    package = rdp_kernels._triton
+    package = rdp_kernels.kernels.triton
     modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
     functions = {x.__name__ for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     return {name for name in functions if re.fullmatch(r"_\w+_kernel", name)}

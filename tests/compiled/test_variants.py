@@ -7,7 +7,7 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rdp_kernels.rows import RowSet
+from rdp_kernels.kernels.spec import RowSet
 
 from .cases import Case
 from .compiler import CUDA, caught_launches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.paths.path import CONVERTED
 
 from . import adversarial
 from .adversarial import KINDS

@@ -8,8 +8,8 @@ from torch import nn
 
 import rdp_kernels as rdp
 from rdp_kernels.convert import ConversionError
-from rdp_kernels.drop_paths import left_over
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.convert.libraries import left_over
+from rdp_kernels.paths.path import CONVERTED
 
 from . import nets
 from .nets import tokens

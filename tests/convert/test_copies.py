@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import rdp_kernels as rdp
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.paths.path import CONVERTED
 
 from . import nets
 from .nets import DIM, DropPath, tokens

@@ -15,8 +15,8 @@ from torch.utils import checkpoint as ckpt
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision
 from rdp_kernels.integrations.compile_whole import compile_whole
-from rdp_kernels.path_call import PathCall
-from rdp_kernels.paths import Decision, paths_of
+from rdp_kernels.paths.call import PathCall
+from rdp_kernels.paths.path import Decision, paths_of
 
 from . import nets
 from .test_exact import masked

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.drop_paths import is_drop_path
+from rdp_kernels.convert.libraries import is_drop_path
 
 from . import nets
 

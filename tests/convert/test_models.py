@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import rdp_kernels as rdp
 from examples.libraries import installed
-from rdp_kernels.drop_paths import is_drop_path
+from rdp_kernels.convert.libraries import is_drop_path
 
 from ..coverage.models import Call, Case, cases
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision, installed
-from rdp_kernels.drop_paths import is_drop_path, left_over, rate_of
-from rdp_kernels.observed import Law, law_of
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.convert.libraries import is_drop_path, left_over, rate_of
+from rdp_kernels.convert.observed import Law, law_of
+from rdp_kernels.paths.path import CONVERTED
 
 from . import nets
 

@@ -12,7 +12,7 @@ from torch import nn
 import rdp_kernels as rdp
 from rdp_kernels.convert.calls import Call
 from rdp_kernels.convert.check import _castable
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.paths.path import CONVERTED
 
 from . import nets
 from .nets import DIM, DropPath, Net, mlp, tokens

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision, installed
-from rdp_kernels.paths import CONVERTED
+from rdp_kernels.paths.path import CONVERTED
 
 from . import nets
 from .nets import tokens

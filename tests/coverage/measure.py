@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.paths import paths_of
+from rdp_kernels.paths.path import paths_of
 
 from .found import Difference, Inputs, Measured, call, tensors_of
 from .twins import Twins

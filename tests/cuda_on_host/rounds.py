@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._native.library import has_cuda
+from rdp_kernels.kernels.native.library import has_cuda
 from tests.kernels import ops
 from tests.kernels.budget import check
 from tests.kernels.cases import Case

@@ -9,7 +9,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision, installed
 from examples.models import ResNet, ViT
-from rdp_kernels.paths import find_owners
+from rdp_kernels.paths.path import find_owners
 
 
 def own_vit():

@@ -10,7 +10,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.models import ViT
 from rdp_kernels.diagnostics import GradientNormRecorder, gradient_norms
-from rdp_kernels.paths import find_owners, parameters_of
+from rdp_kernels.paths.path import find_owners, parameters_of
 
 from .nets import EACH_MODEL, batch_norm_resnet, left_as_it_was, own_vit
 

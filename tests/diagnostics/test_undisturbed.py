@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import rdp_kernels as rdp
 from rdp_kernels import diagnostics
-from rdp_kernels.paths import find_owners
+from rdp_kernels.paths.path import find_owners
 
 from .models import converted, images, vit
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdp_kernels.ops.tail import library_for
-from rdp_kernels.tail import Next, Operands, Results
+from rdp_kernels.kernels.autograd import library_for
+from rdp_kernels.kernels.spec import Next, Operands, Results
 
 from . import formula
 from .cases import Case

@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from rdp_kernels._native.library import has_cuda
+from rdp_kernels.kernels.native.library import has_cuda
 from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]

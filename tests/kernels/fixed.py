@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rdp_kernels.tail import Operands, Results
+from rdp_kernels.kernels.spec import Operands, Results
 from tests.conftest import DEVICE
 
 from . import ops

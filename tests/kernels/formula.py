@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rdp_kernels.tail import Operands, Results
+from rdp_kernels.kernels.spec import Operands, Results
 from tests.conftest import DEVICE
 
 from .cases import Case

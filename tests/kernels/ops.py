@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels import reference
-from rdp_kernels.ops.tail import Tail, library_for, run_tail
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next, Operands, Results
+from rdp_kernels.kernels import eager
+from rdp_kernels.kernels.autograd import Tail, library_for, run_tail
+from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet
 from tests.conftest import DEVICE
 
 from .cases import Case
@@ -81,7 +80,7 @@ def in_place(t: Operands, case: Case) -> Results:
     tail.in_place = tail.node.owns_gradient = True
     results = tail(operands)
     assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
-    return results if fused is following else reference.normalised(results, t, following)
+    return results if fused is following else eager.normalised(results, t, following)
 
 
 def _parts(case: Case) -> tuple[Add | None, Next | None]:

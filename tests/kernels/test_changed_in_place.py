@@ -9,9 +9,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import rdp_kernels as rdp
-from rdp_kernels.ops.tail import run_tail
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels.autograd import run_tail
+from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
 from tests.conftest import DEVICE
 
 from .cases import BACKENDS

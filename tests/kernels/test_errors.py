@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels import _backend
-from rdp_kernels._triton import support
+from rdp_kernels.kernels import dispatch
+from rdp_kernels.kernels.triton import support
 from tests.conftest import DEVICE
 
 from .cases import BACKENDS
@@ -130,11 +130,11 @@ class TestChoice:
 
         def set_to(name):
             monkeypatch.setenv("RDP_BACKEND", name)
-            _backend._from_environment.cache_clear()
+            dispatch._from_environment.cache_clear()
 
         yield set_to
         monkeypatch.undo()
-        _backend._from_environment.cache_clear()
+        dispatch._from_environment.cache_clear()
 
     def test_by_environment(self, environment):
         for name in BACKENDS:
@@ -160,7 +160,7 @@ class TestChoice:
         assert runs_on_kernels(add)
 
     def test_auto_tells_the_log_once(self, monkeypatch, caplog):
-        monkeypatch.setattr(_backend, "_logged", set())
+        monkeypatch.setattr(dispatch, "_logged", set())
         stream = x().to("meta")
         with caplog.at_level(logging.DEBUG, logger="rdp_kernels"), rdp.use_backend("auto"):
             for _ in range(2):
@@ -175,7 +175,7 @@ class TestChoice:
             assert message.startswith(f"{op}: passing over backend 'triton': the tensors are on meta")
 
     def test_the_log_is_silent_by_default(self, monkeypatch, caplog):
-        monkeypatch.setattr(_backend, "_logged", set())
+        monkeypatch.setattr(dispatch, "_logged", set())
         with caplog.at_level(logging.INFO, logger="rdp_kernels"), rdp.use_backend("auto"):
             add(x().to("meta"))
         assert not caplog.records

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels._native.library import has_cuda
-from rdp_kernels.tail import Results
+from rdp_kernels.kernels.native.library import has_cuda
+from rdp_kernels.kernels.spec import Results
 from tests.conftest import DEVICE
 
 from . import fixed, ops

@@ -26,32 +26,32 @@ pytestmark = [
 # File, what stands there, and what breaks it. None of them makes kernels leave a tensor's memory.
 TRITON = {
     "mask: idle columns count in the variance": (
-        "rdp_kernels/_triton/residual_add_norm.py",
+        "rdp_kernels/kernels/triton/residual_add_norm.py",
         "x = tl.where(in_width, x - mean[:, None], 0.0)",
         "x = x - mean[:, None]",
     ),
     "norm: its backward takes the mean for 0": (
-        "rdp_kernels/_triton/parts.py",
+        "rdp_kernels/kernels/triton/parts.py",
         "tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]",
         "tl.where(mask, x, 0.0) * rstd[:, None]",
     ),
     "stride: the stream's rows follow each other": (
-        "rdp_kernels/_triton/residual_add.py",
+        "rdp_kernels/kernels/triton/residual_add.py",
         "x = tl.load(residual_ptr + place(b, p, n, residual_row_stride, width)",
         "x = tl.load(residual_ptr + place(b, p, n, sample_size, width)",
     ),
     "scale: not in the gradient": (
-        "rdp_kernels/_triton/residual_add.py",
+        "rdp_kernels/kernels/triton/residual_add.py",
         "d = tl.where(reads[:, None], factor[:, None] * d, 0.0)",
         "d = tl.where(reads[:, None], d, 0.0)",
     ),
     "γ: that of the next position": (
-        "rdp_kernels/_triton/parts.py",
+        "rdp_kernels/kernels/triton/parts.py",
         "gamma_ptr + p % channels",
         "gamma_ptr + (p + 1) % channels",
     ),
     "rows: inverted to themselves": (
-        "rdp_kernels/_triton/rows.py",
+        "rdp_kernels/kernels/triton/rows.py",
         "tl.store(inverse_ptr + b, k.to(tl.int64), mask=k < num_rows)",
         "tl.store(inverse_ptr + b, b, mask=k < num_rows)",
     ),

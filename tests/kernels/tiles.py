@@ -21,7 +21,7 @@ def cut(how: str) -> Iterator[None]:
     if how == "tuned":
         yield
         return
-    from rdp_kernels._triton import launch, tail
+    from rdp_kernels.kernels.triton import launch, tail
 
     widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
     times = 4 if how == "medium" else 1

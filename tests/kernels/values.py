@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rdp_kernels.kernels.spec import Operands, Results
 from rdp_kernels.plan import kept_scale
-from rdp_kernels.tail import Operands, Results
 from tests.conftest import DEVICE
 
 from . import formula

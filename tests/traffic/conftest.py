@@ -1,6 +1,6 @@
 import pytest
 
-from rdp_kernels._triton import launch
+from rdp_kernels.kernels.triton import launch
 from tests.traffic.tails import SMALL_TILES
 
 

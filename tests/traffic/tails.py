@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_traffic import SECTOR, Accesses, Counted, count_traffic
-from rdp_kernels._triton import kernels
-from rdp_kernels._triton.launch import LaunchConfig
-from rdp_kernels.ops.tail import Tail
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels.autograd import Tail
+from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
+from rdp_kernels.kernels.triton import kernels
+from rdp_kernels.kernels.triton.launch import LaunchConfig
 
 BATCH, TOKENS, CHANNELS = 6, 8, 64
 FLOAT, INDEX = 4, 8  # bytes

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from benchmarks.kernel_traffic import count_traffic
-from rdp_kernels._triton.launch import Launch, LaunchConfig
+from rdp_kernels.kernels.triton.launch import Launch, LaunchConfig
 from tests.traffic import needs_interpreter
 from tests.traffic.tails import ALL, check
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_traffic import SECTOR
-from rdp_kernels.tail import Add, Next
+from rdp_kernels.kernels.spec import Add, Next
 from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,

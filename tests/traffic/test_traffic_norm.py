@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks.kernel_traffic import SECTOR, count_traffic
-from rdp_kernels._triton import kernels, launch
-from rdp_kernels.ops.tail import Tail
-from rdp_kernels.tail import Add, Next, Operands
+from rdp_kernels.kernels.autograd import Tail
+from rdp_kernels.kernels.spec import Add, Next, Operands
+from rdp_kernels.kernels.triton import kernels, launch
 from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rdp_kernels.rows import RowSet
-from rdp_kernels.tail import Add, Next
+from rdp_kernels.kernels.spec import Add, Next, RowSet
 from tests.traffic import needs_interpreter
 from tests.traffic.tails import (
     ALL,

@@ -1,0 +1,203 @@
+"""Every op in a few lines of plain torch: the specification that kernels are tested against, and the eager backend.
+
+Arguments are taken as checked. Arithmetic runs in float32 (float64 where an argument is float64) and is cast once, at
+the end, to the residual's dtype. Double backward works.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._utils.checks import is_transformed
+from .spec import Add, Next, Operands, Results, compute_dtype
+
+
+def residual_add(
+    residual: Tensor,
+    branch: Tensor,
+    *,
+    rows: Tensor | None = None,
+    row_scale: Tensor | float | None = None,
+    gamma: Tensor | None = None,
+    channel_dim: int = -1,
+    activation: str | None = None,
+    frozen: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`act(residual + row_scale · γ · branch)`, the sum over `rows` only where these are given.
+
+    `frozen`: with `rows` and a number as `row_scale`, a second (rows, branch), other rows, for which γ is a constant.
+    A row whose scale is 0 is never read.
+    """
+    dtype = compute_dtype(residual, branch, gamma)
+    stream, update = residual.to(dtype), branch.to(dtype)
+    scale = 1.0 if row_scale is None else row_scale
+    if isinstance(scale, Tensor) or scale == 0:
+        update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(update.shape[0])), 1.0
+    elif frozen is None and torch.compiler.is_compiling() and scale != 1:
+        update, scale = update * scale, 1.0  # a graph for any number, where `alpha` and `value` are part of the graph
+    factor = None
+    if gamma is not None:
+        factor = gamma.to(dtype).view([-1 if d == channel_dim % branch.dim() else 1 for d in range(branch.dim())])
+    if rows is not None:
+        parts = [(rows, update if factor is None else update * factor)]
+        if frozen is not None:
+            constant = frozen[1].to(dtype)
+            parts.append((frozen[0], constant if factor is None else constant * factor.detach()))
+        out = _add_rows(stream, scale, parts)
+    elif factor is not None:
+        out = torch.addcmul(stream, update, factor, value=scale)
+    else:
+        out = torch.add(stream, update, alpha=scale)
+    return _activate(out, activation).to(residual.dtype)
+
+
+def _add_rows(stream: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum with updates of some rows: pairs of rows and update."""
+    if _wants_plain_ops():
+        for rows, update in parts:
+            stream = stream.index_add(0, rows, update, alpha=scale)
+        return stream
+    all_rows, updates = zip(*parts, strict=True)
+    return _AddRows.apply(stream, scale, all_rows, *updates)
+
+
+def _wants_plain_ops() -> bool:
+    """Whether autograd functions of Python's can't take part: in transforms, and in what `torch.jit.trace` records."""
+    return is_transformed() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+
+
+class _AddRows(torch.autograd.Function):
+    """`stream.index_add(0, rows, update, alpha=scale)` for each pair of rows and update, saving the rows alone.
+
+    Torch's own index_add keeps `update` alive until the backward, for its shape. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, stream, scale, rows, *updates):
+        ctx.save_for_backward(*rows)
+        ctx.scale = scale
+        out = stream.index_add(0, rows[0], updates[0], alpha=scale)
+        for more_rows, update in zip(rows[1:], updates[1:], strict=True):
+            out.index_add_(0, more_rows, update, alpha=scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        wanted = ctx.needs_input_grad[3:]
+        dupdates = [
+            dout.index_select(0, rows) if w else None for rows, w in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        if ctx.scale != 1:
+            dupdates = [None if dupdate is None else dupdate * ctx.scale for dupdate in dupdates]
+        return dout, None, None, *dupdates
+
+
+def _activate(x: Tensor, activation: str | None) -> Tensor:
+    return x.relu() if activation == "relu" else x
+
+
+def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
+    """`residual[rows]`."""
+    return residual.index_select(0, rows)
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, following: Next, dtype: torch.dtype) -> Tensor:
+    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension,
+    computed in `dtype`."""
+    norm, eps = following.norm, following.eps
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    if norm == "layer":
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
+    """A branch added to the stream, the next branch's rows, or both: the ops above, one after the other."""
+    residual, branch, frozen, gamma, *_ = operands
+    if add is not None:
+        scale = add.scale if add.row_scale is None else add.row_scale
+        if residual is None:
+            return Results(drop_path(branch, torch.as_tensor(scale, device=branch.device).expand(branch.shape[0])))
+        rows = add.rows
+        residual = residual_add(
+            residual,
+            branch,
+            rows=None if rows is None else rows.learning,
+            row_scale=scale,
+            gamma=gamma,
+            channel_dim=add.channel_dim,
+            activation=add.activation,
+            frozen=None if frozen is None or rows is None else (rows.frozen, frozen),
+        )
+    if following is None:
+        return Results(residual)
+    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following, add is not None)
+    return normalised(Results(*forked), operands, following)
+
+
+def normalised(results: Results, operands: Operands, following: Next) -> Results:
+    """With the norm, where `following` has one, over the next rows. Its weights are constants for frozen ones."""
+    if following.norm is None:
+        return results
+    weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
+    rows, frozen_rows = results.next, results.frozen_next
+    if following.constant == "all":
+        rows, weight, bias = rows.detach(), _detached(weight), _detached(bias)
+    rows = normalise(rows, weight, bias, following, dtype)
+    if frozen_rows is not None:
+        frozen_rows = normalise(frozen_rows, _detached(weight), _detached(bias), following, dtype)
+    return results._replace(next=rows, frozen_next=frozen_rows)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:
+    """The stream, and the next branch's rows. `owned`: nobody else ever sees `x`."""
+    rows = following.rows
+    assert rows is not None
+    parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
+    forked = (
+        (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
+    )
+    if rows.num_frozen == 0 or following.constant is None:
+        return forked
+    return *forked, x.detach().index_select(0, rows.frozen)
+
+
+class ForkRows(torch.autograd.Function):
+    """`(x, x[parts[0]], x[parts[1]], ...)`: the stream, and the rows that branches run on. `parts` are disjoint.
+
+    As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
+    separate gathers would each write a zero-filled `[B, ...]` for autograd to add. Saves the row indices only. The
+    backward is made of differentiable ops, so double backward works.
+
+    The stream that comes out may be changed in place where `x` is `owned`; autograd takes it for a view elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, x, owned, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.set_materialize_grads(False)
+        ctx.like = x.shape
+        return x.detach() if owned else x, *(x.index_select(0, rows) for rows in parts)
+
+    @staticmethod
+    def backward(ctx, dstream, *dparts):
+        pairs = [(rows, dpart) for rows, dpart in zip(ctx.saved_tensors, dparts, strict=True) if dpart is not None]
+        dx, owned = dstream, False
+        for rows, dpart in pairs:
+            if dx is None:
+                dx, owned = dpart.new_zeros(ctx.like), True
+            dx = dx.index_add_(0, rows, dpart) if owned else dx.index_add(0, rows, dpart)
+            owned = True
+        return dx, None, *(None for _ in dparts)
+
+
+def drop_path(x: Tensor, row_scale: Tensor) -> Tensor:
+    """`row_scale[b] · x[b]`; a row whose scale is 0 is never read."""
+    row_scale = row_scale.to(compute_dtype(x)).view(-1, *[1] * (x.dim() - 1))
+    return (torch.where(row_scale != 0, x, 0.0) * row_scale).to(x.dtype)

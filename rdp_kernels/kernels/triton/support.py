@@ -1,0 +1,114 @@
+"""Why the Triton kernels can't serve a call; one function, asked when choosing and when forced."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..._utils.checks import why_not_plain
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_NORM_WIDTH = 16384
+MIN_CAPABILITY = (8, 0)
+MAX_TILE_ROWS = 2**31 - 2**23
+"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
+2³¹."""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, in Python. It looks at the variable once, when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no call can be served, or None. Doesn't import triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreted():
+        return _why_not_interpreted()
+    if not torch.cuda.is_available():
+        return "there is no GPU (with TRITON_INTERPRET=1 in the environment it takes CPU tensors, slowly, for tests)"
+    return None
+
+
+def _why_not_interpreted() -> str | None:
+    """Triton before 3.7 converts one-element arrays to numbers implicitly; numpy 2.4 removed that."""
+    triton, numpy = _version_of("triton"), _version_of("numpy")
+    if triton and numpy and triton[:2] < (3, 7) and numpy[:2] >= (2, 4):
+        found = ".".join(map(str, triton))
+        return f"the interpreter of triton {found} fails with numpy 2.4 or later: pip install 'numpy<2.4'"
+    return None
+
+
+def _version_of(package: str) -> tuple[int, ...] | None:
+    """The numbers of a release; None where no package of that name is installed."""
+    try:
+        found = re.match(r"\d+(\.\d+)*", importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, found[0].split("."))) if found else None
+
+
+def why_not(
+    tensors: Sequence[Tensor | None],
+    norm_width: int | None = None,
+    forced: bool = False,
+    tile_rows: Callable[[], int] = lambda: 0,
+) -> str | None:
+    """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
+
+    The interpreter serves on request only (`forced`): it is for tests. `tile_rows`: asked of large tensors only.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, forced)
+    if reason is not None:
+        return reason
+    if given[0].numel() > MAX_TILE_ROWS:
+        reason = why_not_rows(tile_rows())
+    return why_not_plain(given) if reason is None else reason
+
+
+def why_not_kind(
+    device: torch.device, dtypes: Iterable[torch.dtype], norm_width: int | None = None, forced: bool = False
+) -> str | None:
+    """The part of `why_not` that asks for no values and sizes, for `torch.compile`."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if device.type == "cuda":
+        reason = _why_not_device(device)
+        if reason is not None:
+            return reason
+    elif not (device.type == "cpu" and interpreted()):
+        return f"the tensors are on {device}, the Triton kernels run on GPUs"
+    elif not forced:
+        return "on the CPU the Triton interpreter serves on request only"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"the Triton kernels have float32, bfloat16, float16 and float64, not {dtype}"
+    if norm_width is not None and norm_width > MAX_NORM_WIDTH:
+        return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
+    return None
+
+
+def why_not_rows(num_rows: int) -> str | None:
+    """Why not so many tile rows (`layout.Tiling`: positions of samples)."""
+    if num_rows <= MAX_TILE_ROWS:
+        return None
+    return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
+        return None
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {found}, the Triton kernels need 8.0 or more"

@@ -1,0 +1,121 @@
+"""What branches take behind x and what they return: which arguments go to which, and what is wrong where one fails."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .path import PathOwner
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class Takes(NamedTuple):
+    """What a forward takes behind x."""
+
+    positional: tuple[str, ...]
+    by_name: tuple[str, ...]
+    any_positional: bool
+    any_by_name: bool
+
+
+def taken_by(module: nn.Module) -> Takes:
+    """Of the module as it is now: of what `torch.compile` or a checkpoint wrapper holds, and else of a wrapper what its
+    own forward takes, which may be anything."""
+    while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
+        module = inner
+    if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
+        return _signature(module.forward, 1)  # scripted, compiled, or wrapped by another library's hooks
+    return _of_class(type(module))
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_known: dict[type, Takes] = {}
+
+
+def _of_class(kind: type[nn.Module]) -> Takes:
+    if kind not in _known:
+        _known[kind] = _signature(kind.forward, 2)
+    return _known[kind]
+
+
+def _signature(forward: Callable[..., Any], before: int) -> Takes:
+    """`before`: how many parameters are x, or self and x."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except ValueError:  # that of torch.jit.trace has none
+        return Takes((), (), True, True)
+    positional = [p.name for p in parameters if p.kind in _POSITIONAL]
+    by_name = [p.name for p in parameters if p.kind in _BY_NAME and p.name not in positional[:before]]
+    kinds = [p.kind for p in parameters]
+    return Takes(
+        tuple(positional[before:]),
+        tuple(by_name),
+        inspect.Parameter.VAR_POSITIONAL in kinds,
+        inspect.Parameter.VAR_KEYWORD in kinds,
+    )
+
+
+for _asked_in_graphs in (_of_class, _signature):  # as in `_backend`
+    _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
+
+
+def for_each(paths: Iterable[Any], args: tuple, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The keyword arguments that each path gets: those that its branch takes by name.
+
+    Raises `TypeError` for one that none takes, and for positional arguments that not every branch takes.
+    """
+    taken = [path.takes() for path in paths]
+    for number, takes in enumerate(taken):
+        if len(args) > len(takes.positional) and not takes.any_positional:
+            raise TypeError(
+                f"branch {number} of the sequence takes {len(takes.positional)} positional arguments behind x, got "
+                f"{len(args)}: pass by name what not every branch takes"
+            )
+    if any(takes.any_by_name for takes in taken):
+        unknown = []
+    else:
+        unknown = [name for name in kwargs if not any(name in takes.by_name for takes in taken)]
+    if unknown and taken:
+        names = sorted({name for takes in taken for name in takes.by_name})
+        raise TypeError(f"no branch of the sequence takes {', '.join(map(repr, unknown))}; by name they take {names}")
+    return [
+        kwargs if takes.any_by_name else {name: v for name, v in kwargs.items() if name in takes.by_name}
+        for takes in taken
+    ]
+
+
+def left_behind(
+    batch_size: int, args: tuple, kwargs: dict[str, Any], of_rows: tuple[tuple, dict[str, Any]], takes: Takes
+) -> list[str | int]:
+    """The arguments that hold a tensor of `batch_size` rows and that `of_rows`, what the branch got, has as they were:
+    by name, or by position where there is no name."""
+    positions = [takes.positional[i] if i < len(takes.positional) else i for i in range(len(args))]
+    given = [*zip(positions, args, of_rows[0], strict=True), *((k, v, of_rows[1][k]) for k, v in kwargs.items())]
+    return [name for name, before, after in given if before is after and _has_rows(before, batch_size)]
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    return any(isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == count for t in pytree.tree_leaves(value))
+
+
+def not_a_tensor(owner: PathOwner, what: str, out: object) -> TypeError:
+    advice = ""
+    if isinstance(out, (tuple, list)):
+        advice = "; wrap it in a module whose forward returns that tensor alone, as in `self.attention(...)[0]`"
+    return TypeError(f"the {what} of {name_of(owner)} must return a tensor, got {type(out).__name__}{advice}")
+
+
+def name_of(owner: PathOwner) -> str:
+    """For messages: by its name in a scheme, else by what it is of."""
+    scheme = owner.slot.scheme
+    if scheme is not None:
+        return f"path {scheme.paths[owner.slot._index].name!r}"
+    fn = getattr(owner, "fn", None)
+    return repr(owner) if fn is None else f"a {type(owner).__name__} of {type(fn).__name__}"

@@ -1,0 +1,328 @@
+"""Freezing: what makes a branch not learn, and the autograd functions that skip what freezing makes needless.
+
+Autograd already leaves out a frozen weight's gradient (wgrad), and for matmuls also the input that only the wgrad
+needs. What is left for this module:
+
+| function | of a frozen branch it skips |
+|---|---|
+| `freeze` | wgrad: parameters and running statistics stand still during one call |
+| `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
+| `lean_ops` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
+
+`refuse_second_derivatives` refuses those that freezing doesn't stop. `take_part` is the reverse of freezing: zeros for
+weights that learn on other ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
+
+from .._utils.checks import is_transformed
+
+Place = tuple[nn.Module, str]
+"""A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
+
+FreezeBN = Literal[True, False, "running"]
+"""As of `ResidualDropPath`."""
+
+
+def check_freeze_bn(value: object) -> FreezeBN:
+    """`value`; raises `ValueError` for what it may not be."""
+    if not isinstance(value, (bool, str)) or value not in (True, False, "running"):
+        raise ValueError(f'freeze_bn must be True, False or "running", got {value!r}')
+    return value  # type: ignore[return-value]
+
+
+class requires_grad:
+    """Context: the parameters in `places` require grad, or don't. Those that did so before are left alone.
+
+    On leaving the flags are put back whatever happened, of what was in these places then and of what is there now. A
+    weight that is computed, as `torch.func.functional_call` puts them there, has no flag to change: where it must not
+    require grad, it is detached for as long.
+    """
+
+    def __init__(self, places: Iterable[Place], flag: bool):
+        self._places, self._flag = places, flag
+        self._changed: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._detached: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def __enter__(self) -> requires_grad:
+        flag = self._flag
+        for module, name in self._places:
+            parameter = module._parameters.get(name)
+            if parameter is None or parameter.requires_grad == flag:  # a second mention of a tied one has it
+                continue
+            if parameter.is_leaf:
+                parameter.requires_grad_(flag)
+                self._changed.append((module, name, parameter))
+            elif not flag:
+                module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+                self._detached.append((module, name, parameter))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module, name, parameter in self._detached:
+            module._parameters[name] = parameter
+        for module, name, parameter in self._changed:
+            parameter.requires_grad_(not self._flag)
+            current = module._parameters.get(name)
+            if current is not None and current is not parameter:
+                current.requires_grad_(not self._flag)
+
+
+class freeze(requires_grad):
+    """Context: the parameters in `places` don't require grad, and no running statistics in `modules` move.
+
+    With `freeze_bn=True` norms in training mode still normalise by the batch. With `"running"` they are in eval mode.
+    With `False` they are left alone, and their statistics move.
+    """
+
+    def __init__(self, places: Iterable[Place], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
+        super().__init__(places, False)
+        self._switch = "training" if freeze_bn == "running" else "track_running_stats"
+        norms = [m for m in modules if isinstance(m, _NormBase)] if freeze_bn else []
+        self._norms = [(m, m._buffers) for m in norms if m.training and getattr(m, self._switch)]
+
+    def __enter__(self) -> freeze:
+        super().__enter__()
+        for norm, buffers in self._norms:
+            setattr(norm, self._switch, False)
+            if not norm.training or type(norm).forward in _READ_THE_SWITCH:
+                continue
+            if isinstance(norm, _InstanceNorm):  # it moves the statistics that it has all the same
+                norm._buffers = {**buffers, "running_mean": None, "running_var": None}
+            else:  # a forward of its own, as other libraries' BatchNorms have, may move them too: let it move copies
+                norm._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__()
+        for norm, buffers in self._norms:
+            setattr(norm, self._switch, True)
+            if norm._buffers is not buffers:
+                norm._buffers = buffers
+
+
+_READ_THE_SWITCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm or an InstanceNorm with running statistics."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def check_freezable(places: Iterable[Place]) -> None:
+    """Raises `RuntimeError` where a derivative is taken that `requires_grad` doesn't stop."""
+    if not is_transformed():
+        return
+    parameters = [module._parameters.get(name) for module, name in places]
+    if torch._C._are_functorch_transforms_active() or any(p is not None and _has_tangent(p) for p in parameters):
+        raise RuntimeError(
+            "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
+            'a reuse iteration by backward() or torch.autograd.grad, or take freeze="none"'
+        )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def refuse_second_derivatives(out: Tensor) -> Tensor:
+    """`out`, what a frozen call returned; a backward with `create_graph=True` that passes it raises `RuntimeError`.
+
+    Autograd saves a weight itself, not whether it required grad when it was saved. In the backward it does so again,
+    and a graph of the gradient would include it. A backward runs with grad enabled only where it makes such a graph.
+    """
+    if out.requires_grad and not torch.compiler.is_compiling():
+        node = out.grad_fn
+        if node is not None:  # a leaf is nothing that the call computed
+            node.register_prehook(_refuse)  # half the cost of a tensor's hook, and pickles of `out` know nothing of it
+    return out
+
+
+def _refuse(_: tuple[Tensor | None, ...]) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a backward with create_graph=True reached what a reuse iteration has frozen, and freezing stops first "
+            "derivatives only, so that second ones would give frozen weights gradients: take a gradient penalty and "
+            'the like in the drop iteration, or outside of iterations, or take freeze="none"'
+        )
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """The tensors in a module's output: in containers that pytrees know, and in dataclasses."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from tensors_of([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+
+
+def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
+    """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
+
+    `compute` returns a path's whole output, `act(residual + branch)`; it runs without recording anything.
+    """
+    if not is_transformed():
+        return _Bypass.apply(residual, compute, activation)
+    with torch.no_grad():
+        out = compute().detach()
+    passed = residual if activation is None else residual * (out > 0)
+    return out + (passed - passed.detach())  # the values of out
+
+
+class _Bypass(torch.autograd.Function):
+    """A path whose branch is constant: d residual = d out, with relu d out · [out > 0].
+
+    Saves nothing, with relu its output. Skips the branch's backward altogether: an autograd function's `forward` runs
+    without grad, so the branch's graph never exists. Double backward works, the gradient being linear in d out.
+    """
+
+    @staticmethod
+    def forward(ctx, residual, compute, activation):
+        out = compute()
+        if activation is not None:
+            ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        for out in ctx.saved_tensors:
+            dout = dout * (out > 0)
+        return dout, None, None
+
+
+def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
+    return _TakePart.apply(out, *others)
+
+
+class _TakePart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, *others):
+        ctx.like = [(t.shape, t.new_empty(())) for t in others]
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, *(like.new_zeros(shape) for shape, like in ctx.like)
+
+    @staticmethod
+    def jvp(ctx, dout, *_):
+        return dout.clone()
+
+
+class lean_ops(TorchFunctionMode):
+    """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
+
+    Autograd derives the gradients of a convolution's (or BatchNorm's) input, weight and bias by one formula and saves
+    the input for it even where only the input's gradient is wanted, which doesn't need it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LEAN and not is_transformed():
+            out = _LEAN[func](*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+
+def lean_ops_pay(modules: Iterable[nn.Module]) -> bool:
+    """Whether `lean_ops` would save anything: the mode costs a microsecond for every torch call within."""
+    return any(isinstance(m, _ConvNd) or (isinstance(m, _BatchNorm) and not m.training) for m in modules)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight and bias are constants.
+
+    Saves the weight; skips the wgrad and its input: the dgrad reads of the input its shape only. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        ctx.save_for_backward(weight.detach())  # the weight itself would require grad again in the backward
+        ctx.config = (stride, padding, dilation, groups)
+        ctx.shape = x.shape
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.config
+        shape_only = dout.new_empty(1).expand(ctx.shape)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dout,
+            shape_only,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [True, False, False],
+        )
+        return dx, None, None, None, None, None, None
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Eval-mode BatchNorm whose affine weights are constants: y = x · scale[c] + shift[c], dx = dy · scale[c].
+
+    Saves the [C] vectors; skips the input. The forward is torch's own, to the bit. Double backward works.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (scale,) = ctx.saved_tensors
+        return (dout * scale.view([-1 if d == 1 else 1 for d in range(dout.dim())])).to(dout.dtype), *[None] * 5
+
+
+def _lean_conv(num_dims: int):
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learns or not input.requires_grad or isinstance(padding, str) or input.dim() != num_dims + 2:
+            return None
+        if torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype:
+            return None  # autocast's casts happen in the dispatcher, below this function
+        stride, padding, dilation = (_per_dim(v, num_dims) for v in (stride, padding, dilation))
+        return _FrozenConv.apply(input, weight, bias, stride, padding, dilation, groups)
+
+    return conv
+
+
+def _lean_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    learns = any(p is not None and p.requires_grad for p in (weight, bias))
+    if training or running_mean is None or learns or not input.requires_grad:
+        return None
+    return _FrozenBatchNorm.apply(input, running_mean, running_var, weight, bias, eps)
+
+
+def _per_dim(value: int | tuple[int, ...], num_dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * num_dims if len(values) == 1 else values
+
+
+_LEAN: dict[Callable, Callable] = {
+    torch.conv1d: _lean_conv(1),
+    torch.conv2d: _lean_conv(2),
+    torch.conv3d: _lean_conv(3),
+    torch.nn.functional.batch_norm: _lean_batch_norm,
+}

@@ -1,0 +1,241 @@
+"""The modules that users build networks from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NoReturn
+
+from torch import Tensor, nn
+
+from .. import ops
+from .._utils.checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from ..plan import MODES
+from .arguments import Takes, taken_by
+from .call import run_path
+from .norms import has_hooks
+from .path import PathSlot
+from .sequence import run_sequence
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of a branch's output, per sample: timm's `DropPath`, same meaning and repr.
+
+    Args: as in `drop_path`. The branch is still computed for every sample; `ResidualBranch` skips the dropped ones.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
+        super().__init__()
+        self.drop_prob = check_probability("drop_prob", drop_prob)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={round(self.drop_prob, 3):0.3f}"
+
+
+class ResidualBranch(nn.Module):
+    """One residual path, `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
+
+    Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
+    `ResidualDropPath` scheme it does what the plan says of its path.
+
+    The output has the dtype of the residual, `shortcut(x)` or x, under autocast too, whatever that of the branch. A
+    bfloat16 residual loses updates that are small beside it, as behind a γ of 1e-6: cast the stream to float32.
+
+    Args:
+        fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
+        drop_prob: P(drop) in [0, 1].
+        mode: `"sample"` draws for each sample, `"block"` once for the batch. `"block"` holds under a scheme in sample
+            mode too: say it where the rows of x are not the samples (windows, patches).
+        scale_by_keep: kept rows are scaled by 1 / (1 − drop_prob) in training.
+        norm: a LayerNorm or RMSNorm before `fn`, given apart so that it can fuse with the gather of rows.
+        gamma: LayerScale vector `[C]`, a tensor that is copied or a Parameter that is kept; None for none.
+        shortcut: a module for the residual, for example a strided convolution; None for the identity.
+        activation: None or `"relu"`, after the sum.
+        channel_dim: γ's dimension: −1 for `[..., C]`, 1 for NCHW.
+        per_sample: names of keyword arguments, or positions among the arguments behind `x`, that carry a row per
+            sample and follow the rows of x. Other arguments are handed on as they are.
+
+    Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. Dropped samples' rows of `fn`'s input are not computed, so
+    forward hooks of `fn` see the kept rows only. A branch that is dropped for the whole batch returns x itself, without
+    a copy: what follows must not work on it in place. Raises `TypeError` or `ValueError` naming the argument.
+    """
+
+    promotion = None
+
+    def __init__(
+        self,
+        fn: nn.Module,
+        *,
+        drop_prob: float = 0.0,
+        mode: Literal["sample", "block"] = "sample",
+        scale_by_keep: bool = True,
+        norm: nn.LayerNorm | nn.RMSNorm | None = None,
+        gamma: Tensor | None = None,
+        shortcut: nn.Module | None = None,
+        activation: Literal["relu"] | None = None,
+        channel_dim: int = -1,
+        per_sample: Collection[str | int] = (),
+    ):
+        super().__init__()
+        _check_module("fn", fn, nn.Module, "a torch.nn.Module, so that its parameters are known")
+        _check_has_forward("fn", fn)
+        norms = (nn.LayerNorm, nn.RMSNorm, type(None))
+        _check_module("norm", norm, norms, "LayerNorm, RMSNorm or None; put others in fn")
+        _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
+        _check_has_forward("shortcut", shortcut)
+        check_choice("mode", mode, MODES)
+        check_choice("activation", activation, ACTIVATIONS)
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
+        if channel_dim == 0:
+            raise ValueError("channel_dim must name a dimension behind the rows, got 0, which is that of the rows")
+        self.fn, self.norm, self.shortcut = fn, norm, shortcut
+        self.gamma = _as_gamma(gamma)
+        self.drop_prob = check_probability("drop_prob", drop_prob)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+        self.mode: str = mode
+        self.activation: str | None = activation
+        self.channel_dim = channel_dim
+        self.per_sample = _check_per_sample(per_sample, fn)
+        self.slot = PathSlot()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return run_path(self, x, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
+
+    def is_plain(self) -> bool:
+        """Whether a call is nothing but `run_path` on the sum of stream and branch, and nobody looks on."""
+        calls_run_path = (
+            type(self).forward is ResidualBranch.forward and type(self).run_branch is ResidualBranch.run_branch
+        )
+        compiled = self._compiled_call_impl is not None
+        return (
+            calls_run_path
+            and not compiled
+            and self.slot.probe is None
+            and not has_hooks(self)
+            and self.shortcut is None
+            and self.activation is None
+        )
+
+    def branch_modules(self) -> list[nn.Module]:
+        return [self.fn] if self.norm is None else [self.norm, self.fn]
+
+    def own_parameters(self) -> list[tuple[nn.Module, str]]:
+        return [] if self.gamma is None else [(self, "gamma")]
+
+    def map_rows(
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        def apply(name: str | int, value: Any) -> Any:
+            if name not in self.per_sample or value is None:
+                return value
+            if not isinstance(value, Tensor):
+                raise TypeError(f"per_sample argument {name!r} must be a tensor, got {type(value).__name__}")
+            if value.dim() == 0 or batch_size not in (None, value.shape[0]):
+                raise ValueError(
+                    f"per_sample argument {name!r} must have a row for each of the {batch_size} samples, "
+                    f"got shape {list(value.shape)}"
+                )
+            return function(value)
+
+        return tuple(apply(i, v) for i, v in enumerate(args)), {name: apply(name, v) for name, v in kwargs.items()}
+
+    def takes(self) -> Takes:
+        """The further arguments of a call."""
+        if type(self).forward is not ResidualBranch.forward:
+            own = taken_by(self)
+            if not (own.any_positional or own.any_by_name):
+                return own
+        return taken_by(self.fn)
+
+    def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
+        return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]
+        if self.gamma is not None:
+            parts.append(f"gamma={list(self.gamma.shape)}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
+        return ", ".join(parts)
+
+
+class ResidualSequence(nn.Sequential):
+    """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
+
+    `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`, except that a branch
+    gets only those keyword arguments that its `fn.forward` takes by name, or all where that takes `**kwargs`: an
+    attention branch with a `mask` and an MLP without one stand in one sequence. Where kernels serve it, one kernel adds
+    a branch, normalises the sum and gathers the next branch's rows, and the stream between branches, which nobody else
+    sees, is updated in place, unless the backward of a norm reads it. A branch with hooks, a shortcut or an activation
+    is called as it is.
+
+    Raises `TypeError` for a module that is not a `ResidualBranch`, for a keyword argument that no branch takes, and for
+    positional arguments that a branch doesn't take.
+    """
+
+    def __init__(self, *branches: Any):
+        super().__init__(*branches)  # an OrderedDict is welcome too: slicing a Sequential passes one
+        for name, branch in self.named_children():
+            _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return run_sequence(self, x, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _cant_be_scripted(self)
+
+
+def _cant_be_scripted(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"torch.jit.script can't compile {type(module).__name__}, which decides in Python what runs: use "
+        "torch.export.export, or torch.jit.trace, on the model in eval mode"
+    )
+
+
+def _check_module(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
+def _check_has_forward(name: str, module: nn.Module | None) -> None:
+    forward = getattr(type(module), "forward", None)
+    if forward is nn.Module.forward and "forward" not in vars(module):
+        raise TypeError(f"{name} must be a module with a forward, but {type(module).__name__} has none")
+
+
+def _as_gamma(gamma: Tensor | None) -> nn.Parameter | None:
+    if gamma is None:
+        return None
+    if not isinstance(gamma, Tensor) or gamma.dim() != 1 or not gamma.is_floating_point():
+        came = f"{gamma.dtype} of shape {list(gamma.shape)}" if isinstance(gamma, Tensor) else repr(gamma)
+        raise TypeError(f"gamma must be a floating-point tensor of shape [C] or None, got {came}")
+    return gamma if isinstance(gamma, nn.Parameter) else nn.Parameter(gamma.detach().clone())
+
+
+def _check_per_sample(per_sample: Collection[str | int], fn: nn.Module) -> frozenset[str | int]:
+    """The names and positions, each argument under both where `fn.forward` tells, as users may pass it either way."""
+    if isinstance(per_sample, str) or not isinstance(per_sample, Collection):
+        raise TypeError(f"per_sample must be a collection of names and positions, got {per_sample!r}")
+    takes = taken_by(fn)
+    positional, open_ended = takes.positional, takes.any_positional or takes.any_by_name
+    named = list(dict.fromkeys([*positional, *takes.by_name]))
+    found: set[str | int] = set()
+    for entry in per_sample:
+        if isinstance(entry, bool) or not isinstance(entry, (str, int)):
+            raise TypeError(f"per_sample must hold names and positions, got {entry!r}")
+        known = entry in named if isinstance(entry, str) else 0 <= entry < len(positional)
+        if not known and not open_ended:
+            raise ValueError(f"per_sample names {entry!r}, but behind its input fn takes {named}")
+        found.add(entry)
+        if isinstance(entry, str) and entry in positional:
+            found.add(positional.index(entry))
+        elif isinstance(entry, int) and 0 <= entry < len(positional):
+            found.add(positional[entry])
+    return frozenset(found)

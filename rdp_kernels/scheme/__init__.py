@@ -1,0 +1,1 @@
+"""The two-iteration scheme: which paths are dropped, and what learns."""

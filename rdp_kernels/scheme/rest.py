@@ -1,0 +1,187 @@
+"""The rest of a model, everything outside of the branches, and how a reuse iteration freezes it.
+
+As with paths, freezing acts around calls: while a module of the rest runs, the rest's parameters don't require grad.
+Outside of forwards every flag is the user's own, so that copies, checkpoints, optimizers and callbacks see no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..paths.freezing import (
+    FreezeBN,
+    Place,
+    check_freezable,
+    freeze,
+    keeps_statistics,
+    refuse_second_derivatives,
+    tensors_of,
+)
+from ..paths.path import Path, PathOwner, owners_among, walk
+
+
+class Rest:
+    """Freezes the rest of `model` during calls for which `frozen()` is true.
+
+    Args:
+        model: the model of a scheme.
+        paths: its paths; what belongs to none of them is the rest.
+        frozen: asked when a module of the rest is called in training mode.
+        freeze_bn: as of the scheme.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: FreezeBN):
+        self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
+        self.in_graph = False
+        """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
+        self.modules: list[list[nn.Module]] = []
+        """For each path those of its branch."""
+        self.shared: list[list[Place]] = []
+        """For each path its parameters that the rest shares."""
+        self._outermost: nn.Module | None = None
+        self._freeze: freeze | None = None
+        self._hooked: dict[int, nn.Module] = {}
+        self.handles: dict[int, list[RemovableHandle]] = {}
+        """Of the hooks, by the module's id."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks up what the rest consists of now; users add heads, swap layers and put others in a branch's place."""
+        self._places: list[Place] = []
+        self._batch_norms: list[nn.Module] = []
+        self._names: set[str] = set()
+        self._holders: dict[int, str] = {}
+        branches = [path.module.branch_modules() for path in self.paths]
+        self._branches = {id(module) for modules in branches for module in modules}
+        self.modules = [
+            walk(modules[0]) if len(modules) == 1 else [inner for module in modules for inner in walk(module)]
+            for modules in branches
+        ]
+        inside = {id(module) for modules in self.modules for module in modules}
+        own_places = [path.module.own_parameters() for path in self.paths]
+        owned = {(id(module), name) for places in own_places for module, name in places}
+        walked = list(self._walk())
+        for name, module in walked:
+            named = module._parameters.items()
+            own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
+            batch_norm = keeps_statistics(module) and id(module) not in inside
+            self._places += own
+            self._batch_norms += [module] * batch_norm
+            if own or batch_norm:
+                self._names.add(name)
+            for owner in owners_among([module]):
+                self._holders[id(owner)] = name
+        self._hook(walked)
+        in_rest = {id(p) for p in self.parameters()}
+        self.shared = []
+        for modules, places in zip(self.modules, own_places, strict=True):
+            shared = [(m, k) for m in modules if m._parameters for k, p in m._parameters.items() if id(p) in in_rest]
+            shared += [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
+            self.shared.append(shared)
+
+    def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
+        """Puts hooks on the modules around what the rest owns, and takes them off others."""
+        around = {name for own in self._names for name in _around(own)}
+        wanted = {id(module): module for name, module in walked if name in around}
+        for key in self._hooked.keys() - wanted.keys():
+            for handle in self.handles.pop(key):
+                handle.remove()
+        for key, module in wanted.items():
+            if key not in self._hooked:
+                self.handles[key] = [
+                    module.register_forward_pre_hook(_Hook(self._enter)),
+                    module.register_forward_hook(_Hook(self._leave), always_call=True),
+                ]
+        self._hooked = wanted
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a module of it is running, frozen."""
+        return self._outermost is not None
+
+    def owners(self) -> list[PathOwner]:
+        """What stands for the model's paths now, outside of the branches that `refresh` found."""
+        return owners_among(walk(self.model, self._branches))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]
+
+    def check_entry(self, path: Path) -> None:
+        """Raises where `path` runs in a frozen rest although no module around it was called.
+
+        What then ran before it, a method of the model for example, may have used parameters that should be frozen.
+        """
+        if self._outermost is not None:
+            return
+        for around in reversed([*_around(self._holders.get(id(path.module), ""))]):
+            own = self.model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
+            if any(p.requires_grad for p in own):
+                raise RuntimeError(
+                    f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
+                    "own parameters are frozen during its calls: call the module itself rather than one of its "
+                    "methods, or let the rest learn with train_rest=True"
+                )
+
+    def release(self) -> None:
+        """Puts flags back where a call was left by something that runs no hooks, such as KeyboardInterrupt."""
+        if self._freeze is not None:
+            self._freeze.__exit__()
+        self._outermost = self._freeze = None
+
+    def _walk(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules outside of branches with their names, each once, parents first."""
+        seen: set[int] = set()
+        stack = [("", self.model)]
+        while stack:
+            name, module = stack.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield name, module
+            prefix = f"{name}." if name else ""
+            for child_name, child in reversed(module._modules.items()):
+                if child is not None and id(child) not in self._branches:
+                    stack.append((prefix + child_name, child))
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        if self.in_graph or self._outermost is not None:
+            return
+        # In eval mode with paths in training mode, which follow the plan, the rest follows it too.
+        training = module.training or any(path.module.training for path in self.paths)
+        if training and self._is_frozen():
+            check_freezable(self._places)
+            self._outermost = module
+            self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
+            self._freeze.__enter__()
+
+    def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
+        if not self.in_graph and self._outermost is module:
+            self.release()
+            for tensor in tensors_of(out):
+                refuse_second_derivatives(tensor)
+
+
+def _around(name: str) -> Iterator[str]:
+    """A module's name and those of the modules around it; that of the model is empty."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+class _Hook:
+    """A forward hook that does nothing in a copy or pickle of its module."""
+
+    def __init__(self, call: Callable[..., None] | None = None):
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
