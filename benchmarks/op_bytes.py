@@ -80,7 +80,7 @@ def chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Moved:
     that differs from the incoming one are written anew.
     """
     counts = [len(r) for r in rows]
-    touched = [len({*r, *following}) for r, following in itertools.pairwise(rows)]
+    touched = [len({*r, *next_input}) for r, next_input in itertools.pairwise(rows)]
     forward = 2 * counts[0]  # the gather before the first branch
     backward = 2 * counts[-1]  # of the last add: dout of its rows; dbranch
     backward += sum(counts) * gamma  # the branches, for dγ
@@ -92,11 +92,11 @@ def chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Moved:
             forward += (count if last else touched[path]) + count + count
         forward += 0 if last else counts[path + 1]  # the next branch's input
     for path in reversed(range(-1, len(counts) - 1)):  # the add of `path`, if there is one, with the gather of the next
-        following = counts[path + 1]
+        next_input = counts[path + 1]
         if path == len(counts) - 2:
-            backward += batch + following + batch  # dout, dnext; the first gradient of its own
+            backward += batch + next_input + batch  # dout, dnext; the first gradient of its own
         else:
-            backward += (following if path < 0 else touched[path]) + following + following
+            backward += (next_input if path < 0 else touched[path]) + next_input + next_input
         backward += 0 if path < 0 else counts[path]  # dbranch
     return Moved(forward, backward)
 
@@ -111,19 +111,19 @@ def compiled_chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Mo
     return Moved(forward, backward)
 
 
-def norm(batch: int, kept: int, dbranch: int, following: int, gamma: bool) -> Moved:
-    """Forward: the stream, the branch; the sum, the `following` normed rows. Backward: both gradients, what the norm
+def norm(batch: int, kept: int, dbranch: int, next_input: int, gamma: bool) -> Moved:
+    """Forward: the stream, the branch; the sum, the `next_input` normed rows. Backward: both gradients, what the norm
     saw, for dγ the branch; the gradients of stream and branch. The norm saw the sum, which is there: a kernel that
-    saves a copy of the `following` rows besides does more than it needs."""
-    forward = batch + kept + batch + following
-    return Moved(forward, batch + following + following + kept * gamma + batch + dbranch)
+    saves a copy of the `next_input` rows besides does more than it needs."""
+    forward = batch + kept + batch + next_input
+    return Moved(forward, batch + next_input + next_input + kept * gamma + batch + dbranch)
 
 
-def compiled_norm_rows(batch: int, kept: int, following: int, gamma: bool) -> Moved:
+def compiled_norm_rows(batch: int, kept: int, next_input: int, gamma: bool) -> Moved:
     """The add of rows; then the next rows read, normalised and written. Backward the gradient of these is added to
     zeros and then to the sum's."""
-    add, scatter = compiled_some_rows(batch, kept, gamma), compiled_gather(batch, following).backward
-    normed = Moved(2 * following, 3 * following)  # dnext, what the norm saw; the gradient of that
+    add, scatter = compiled_some_rows(batch, kept, gamma), compiled_gather(batch, next_input).backward
+    normed = Moved(2 * next_input, 3 * next_input)  # dnext, what the norm saw; the gradient of that
     return Moved(add.forward + normed.forward, add.backward + normed.backward + scatter + 3 * batch)
 
 

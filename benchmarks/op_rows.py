@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels.autograd import Tail, library_for, run_tail
-from rdp_kernels.kernels.spec import Add, Next, Operands
+from rdp_kernels.kernels.autograd import FusedCall, fused_add, library_for
+from rdp_kernels.kernels.spec import Add, NextInput, Operands
 
 from . import op_bytes
 from .op_bytes import Moved
@@ -114,20 +114,20 @@ class Path(Op):
     def _path_by_path(self, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
         gathered = []
         for rows, branch, gamma in self.paths(inputs):
-            entered = run_tail("path", Operands(x), following=Next(rows))
+            entered = fused_add("path", Operands(x), next_input=NextInput(rows))
             gathered.append(entered.next)
-            x = run_tail("path", Operands(entered.out, branch, gamma=gamma), Add(rows, self.scale)).out
+            x = fused_add("path", Operands(entered.out, branch, gamma=gamma), Add(rows, self.scale)).out
         return (*gathered, x)
 
     def _chain(self, kernels: ModuleType, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
         """The add of a path with the gather of the next one's rows is one tail, as in `ResidualSequence`."""
         gathered, update, add, tail = [], Operands(), None, None
         for rows, branch, gamma in self.paths(inputs):
-            tail = Tail(kernels, add, Next(rows), tail)
+            tail = FusedCall(kernels, add, NextInput(rows), tail)
             results = tail(update._replace(residual=x))
             gathered.append(results.next)
-            x, update, add = results.out, Operands(branch=branch, gamma=gamma), Add(rows, self.scale)
-        return (*gathered, Tail(kernels, add, None, tail)(update._replace(residual=x)).out)
+            x, update, add = results.out, Operands(update=branch, gamma=gamma), Add(rows, self.scale)
+        return (*gathered, FusedCall(kernels, add, None, tail)(update._replace(residual=x)).out)
 
     def reference(self, x, *inputs):
         gathered = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet, row_set
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet, row_set
 from rdp_kernels.kernels.triton import kernels
 
 from .tuning import Work
@@ -26,7 +26,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "invert_rows": (VIT,),
 }
 KEPT = 0.8
-NORM = Next(None, "layer", 1e-6)
+NORM = NextInput(None, "layer", 1e-6)
 
 
 def works_of(
@@ -80,21 +80,21 @@ class _Tensors:
     def norm_forward(self) -> Results:
         return self._forward(NORM)[0]
 
-    def backward(self, following: Next | None = None) -> Callable[[], Operands]:
-        results, context = self._forward(following)
-        saved = Operands(branch=self.branch, gamma=self.gamma, weight=self.weight)
-        gradients = Results(self.dout, None if following is None else self.dnext)
-        wanted = Operands(True, True, False, True, *[following is not None] * 2)
-        return lambda: kernels().tail_bwd(context, saved, results, gradients, self.add, following, wanted)
+    def backward(self, next_input: NextInput | None = None) -> Callable[[], Operands]:
+        results, context = self._forward(next_input)
+        saved = Operands(update=self.branch, gamma=self.gamma, weight=self.weight)
+        gradients = Results(self.dout, None if next_input is None else self.dnext)
+        wanted = Operands(True, True, False, True, *[next_input is not None] * 2)
+        return lambda: kernels().fused_add_bwd(context, saved, results, gradients, self.add, next_input, wanted)
 
-    def _forward(self, following: Next | None) -> tuple[Results, Any]:
+    def _forward(self, next_input: NextInput | None) -> tuple[Results, Any]:
         operands = Operands(self.residual, self.branch, None, self.gamma, self.weight, self.bias)
-        return kernels().tail_fwd(operands, self.add, following, 0 if following is None else self.batch)
+        return kernels().fused_add_fwd(operands, self.add, next_input, 0 if next_input is None else self.batch)
 
     def gather(self) -> Results:
-        return kernels().tail_fwd(Operands(self.residual), None, Next(self.rows))[0]
+        return kernels().fused_add_fwd(Operands(self.residual), None, NextInput(self.rows))[0]
 
     def invert(self) -> Results:
         """The inverse itself isn't returned; the sum at these rows tells."""
         add = Add(RowSet(self.rows.index, self.rows.num_rows))
-        return kernels().tail_fwd(Operands(self.residual, self.branch[: self.rows.num_rows]), add, None)[0]
+        return kernels().fused_add_fwd(Operands(self.residual, self.branch[: self.rows.num_rows]), add, None)[0]

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
-#include "cpu/tail.h"
+#include "cpu/fused_add.h"
 
 namespace rdp {
 namespace {
@@ -17,18 +17,18 @@ constexpr int64_t ALL = -1;
 
 const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
-void run(const TailForward& call, const SampleLayout& layout) {
+void run(const FusedAddForward& call, const SampleLayout& layout) {
 #ifdef RDP_CUDA
-  if (layout.is_cuda()) return cuda::tail_forward(call, layout.device());
+  if (layout.is_cuda()) return cuda::fused_add_forward(call, layout.device());
 #endif
-  cpu::tail_forward(call);
+  cpu::fused_add_forward(call);
 }
 
-void run(const TailBackward& call, const SampleLayout& layout) {
+void run(const FusedAddBackward& call, const SampleLayout& layout) {
 #ifdef RDP_CUDA
-  if (layout.is_cuda()) return cuda::tail_backward(call, layout.device());
+  if (layout.is_cuda()) return cuda::fused_add_backward(call, layout.device());
 #endif
-  cpu::tail_backward(call);
+  cpu::fused_add_backward(call);
 }
 
 // How the branch is added; null where there is none of it.
@@ -76,7 +76,7 @@ ForwardResults forward(const ForwardArguments& given) {
   STD_TORCH_CHECK(given.residual || !addend.rows, "residual must be given where rows are");
   const int64_t batch_size = layout.batch_size();
 
-  TailForward call;
+  FusedAddForward call;
   call.adds = given.branch != nullptr;
   call.relu = given.relu;
   STD_TORCH_CHECK(
@@ -129,7 +129,7 @@ BackwardResults backward(const BackwardArguments& given) {
   const int64_t batch_size = given.batch_size;
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
 
-  TailBackward call;
+  FusedAddBackward call;
   const InvertedRows inverted("rows", layout, addend.rows, addend.num_learning, batch_size);
   const InvertedRows next_inverted("next_rows", layout, given.next.rows, given.next.num_learning, batch_size);
   call.rows = inverted.rows();
@@ -171,7 +171,7 @@ BackwardResults backward(const BackwardArguments& given) {
   return results;
 }
 
-ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
+ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
                   const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
                   const MaybeTensor& row_scale, double scale, int64_t channel_dim, bool relu, bool gathers,
                   const MaybeTensor& next_rows, int64_t num_next_learning, const MaybeTensor& out) {
@@ -188,7 +188,7 @@ ThreeTensors tail(const MaybeTensor& residual, const MaybeTensor& branch, const 
   return {std::move(made), std::move(next), std::move(frozen_next)};
 }
 
-FourTensors tail_backward(const MaybeTensor& dout, const MaybeTensor& dnext, const MaybeTensor& dfrozen_next,
+FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext, const MaybeTensor& dfrozen_next,
                           const MaybeTensor& branch, const MaybeTensor& gamma, const MaybeTensor& out,
                           const MaybeTensor& rows, int64_t num_learning, const MaybeTensor& row_scale, double scale,
                           int64_t channel_dim, const MaybeTensor& next_rows, int64_t num_next_learning,
@@ -276,11 +276,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor");
   ops.def("native_gather_rows_backward(Tensor dout, Tensor rows, int batch_size) -> Tensor");
   ops.def(
-      "native_tail(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, int num_learning, "
+      "native_fused_add(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, int num_learning, "
       "Tensor? row_scale, float scale, int channel_dim, bool relu, bool gathers, Tensor? next_rows, "
       "int num_next_learning, Tensor(a!)? out) -> (Tensor?, Tensor?, Tensor?)");
   ops.def(
-      "native_tail_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
+      "native_fused_add_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
       "Tensor? out, Tensor? rows, int num_learning, Tensor? row_scale, float scale, int channel_dim, "
       "Tensor? next_rows, int num_next_learning, int batch_size, bool in_float64, bool wants_residual, "
       "ScalarType? branch_dtype, ScalarType? frozen_dtype, ScalarType? gamma_dtype, Tensor(a!)? dresidual) "
@@ -294,8 +294,8 @@ void implement(Library& ops) {
   ops.impl("native_residual_add_backward", TORCH_BOX(&rdp::residual_add_backward));
   ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
   ops.impl("native_gather_rows_backward", TORCH_BOX(&rdp::gather_rows_backward));
-  ops.impl("native_tail", TORCH_BOX(&rdp::tail));
-  ops.impl("native_tail_backward", TORCH_BOX(&rdp::tail_backward));
+  ops.impl("native_fused_add", TORCH_BOX(&rdp::fused_add));
+  ops.impl("native_fused_add_backward", TORCH_BOX(&rdp::fused_add_backward));
 }
 }  // namespace
 

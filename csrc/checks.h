@@ -1,4 +1,4 @@
-// Tensors as what `tail.h` takes. Every check that keeps a kernel inside its tensors is here; each error names the
+// Tensors as what `fused_add.h` takes. Every check that keeps a kernel inside its tensors is here; each error names the
 // argument, what came and what is wanted.
 #pragma once
 
@@ -13,9 +13,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "tail.h"
+#include "fused_add.h"
 #ifdef RDP_CUDA
-#include "cuda/tail.h"
+#include "cuda/fused_add.h"
 #endif
 
 namespace rdp {

@@ -29,9 +29,9 @@ def results(backend: str, dtype: torch.dtype, rows: list[int] | None) -> list[to
             row_scale=row_scale,
             gamma=gamma,
         )
-        following = rdp.gather_rows(out, torch.tensor(NEXT_ROWS))
-        (out.float().square().sum() + following.float().sum()).backward()
-    return [out.detach(), following.detach(), *(operand.grad for operand in (residual, branch, gamma))]
+        next_input = rdp.gather_rows(out, torch.tensor(NEXT_ROWS))
+        (out.float().square().sum() + next_input.float().sum()).backward()
+    return [out.detach(), next_input.detach(), *(operand.grad for operand in (residual, branch, gamma))]
 
 
 def main() -> None:

@@ -134,12 +134,12 @@ def _other_rows_kept(monkeypatch):
 
 
 def _nothing_frozen(model, monkeypatch):
-    monkeypatch.setattr(rdp_kernels.paths.call, "freeze", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(rdp_kernels.paths.call, "Frozen", lambda *_: contextlib.nullcontext())
 
 
 def _frozen_batch_norm_learns(model, monkeypatch):
-    original = rdp_kernels.paths.call.freeze
-    monkeypatch.setattr(rdp_kernels.paths.call, "freeze", lambda parameters, *_: original(parameters))
+    original = rdp_kernels.paths.call.Frozen
+    monkeypatch.setattr(rdp_kernels.paths.call, "Frozen", lambda parameters, *_: original(parameters))
 
 
 def _after_conversion(change):

@@ -238,14 +238,16 @@ def test_nothing_changes():
     model.stem.eval()
     model.head = nn.Sequential(nn.Dropout(0.5), model.head)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
-    runner = model.paths[0].slot.runner = lambda owner, x, args, kwargs, normed: owner.run_branch(x, args, kwargs)
+    runner = model.paths[0].binding.branch_runner = lambda owner, x, args, kwargs, normed: owner.run_branch(
+        x, args, kwargs
+    )
 
     def state():
         modules = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
         tensors = [t.clone() for t in model.state_dict().values()]
         grads = [p.grad.clone() for p in model.parameters()]
         flags = [p.requires_grad for p in model.parameters()]
-        slots = [(path.slot.scheme, path.slot.runner, path.slot.probe) for path in model.paths]
+        slots = [(path.binding.scheme, path.binding.branch_runner, path.binding.call_override) for path in model.paths]
         return modules, flags, slots, scheme.state_dict(), [*tensors, *grads, x, torch.get_rng_state()]
 
     before, given = state(), x.clone()
@@ -254,7 +256,7 @@ def test_nothing_changes():
     assert before[:-1] == after[:-1]
     assert all(torch.equal(a, b) for a, b in zip(before[-1], after[-1], strict=True))
     assert torch.equal(x, given)
-    assert model.paths[0].slot.runner is runner
+    assert model.paths[0].binding.branch_runner is runner
     assert first.rows == scheme.estimate(x, timed=False).rows, "the same plans every time"
 
 
@@ -503,8 +505,8 @@ def test_rates_of_zero_are_told():
 
 def test_copies_of_the_model_have_no_probe():
     model = ViT(dim=8, depth=1)
-    model.paths[0].slot.probe = lambda call, x: x
-    assert copy.deepcopy(model).paths[0].slot.probe is None
+    model.paths[0].binding.call_override = lambda call, x: x
+    assert copy.deepcopy(model).paths[0].binding.call_override is None
 
 
 def test_attention_counts_as_the_two_matmuls_that_it_is():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
-from rdp_kernels.paths.freezing import bypass, freeze, lean_ops, lean_ops_pay
+from rdp_kernels.paths.freezing import Frozen, SaveLess, bypass, save_less_pays
 
 CONVS = [
     (nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),
@@ -31,7 +31,7 @@ def test_lean_ops_change_no_bit_of_the_forward_and_no_gradient(module, shape):
             nn.init.uniform_(buffer, 0.5, 2)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     expected = module(x)
-    with lean_ops():
+    with SaveLess():
         out = module(x)
     assert torch.equal(out, expected)
     weights = torch.randn_like(out)
@@ -39,7 +39,7 @@ def test_lean_ops_change_no_bit_of_the_forward_and_no_gradient(module, shape):
     torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
     def run(x):
-        with lean_ops():
+        with SaveLess():
             return module(x)
 
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
@@ -47,17 +47,17 @@ def test_lean_ops_change_no_bit_of_the_forward_and_no_gradient(module, shape):
 
 def test_lean_ops_leave_learning_and_half_precision_alone():
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
-    with lean_ops():
+    with SaveLess():
         conv(x).sum().backward()
     assert conv.weight.grad is not None
     conv.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         expected = conv(x)
-        with lean_ops():
+        with SaveLess():
             out = conv(x)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
-    with lean_ops(), pytest.raises(RuntimeError, match="channels"):
+    with SaveLess(), pytest.raises(RuntimeError, match="channels"):
         conv(torch.randn(1, 5, 3, 3, requires_grad=True))
 
 
@@ -103,7 +103,7 @@ def test_freeze_puts_back_what_it_found(freeze_bn):
 
     before = state()
     places = [(m, name) for m in net for name in m._parameters]
-    with pytest.raises(KeyboardInterrupt), freeze([*places, places[0]], net.modules(), freeze_bn):
+    with pytest.raises(KeyboardInterrupt), Frozen([*places, places[0]], net.modules(), freeze_bn):
         assert not any(p.requires_grad for p in net.parameters())
         assert [m.training for m in norms] == [
             freeze_bn != "running",
@@ -124,9 +124,9 @@ def test_freeze_bn_is_checked(freeze_bn):
 
 def test_lean_ops_are_used_where_they_save_something():
     by_batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert not lean_ops_pay(by_batch.modules())
-    assert lean_ops_pay(by_batch.eval().modules())
-    assert lean_ops_pay([nn.Conv2d(2, 2, 1)])
+    assert not save_less_pays(by_batch.modules())
+    assert save_less_pays(by_batch.eval().modules())
+    assert save_less_pays([nn.Conv2d(2, 2, 1)])
 
 
 def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
@@ -140,7 +140,7 @@ def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
     norm, x = Own(4), torch.randn(8, 4)
     expected = nn.BatchNorm1d(4)(x)
     before, buffers = copy.deepcopy(norm.state_dict()), norm._buffers
-    with freeze([], [norm]):
+    with Frozen([], [norm]):
         torch.testing.assert_close(norm(x), expected)
     assert norm._buffers is buffers
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
@@ -152,7 +152,7 @@ def test_frozen_convolutions_get_nothing_of_a_second_derivative_and_notice_chang
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
 
     def run():
-        with freeze([(conv, "weight"), (conv, "bias")]), lean_ops():
+        with Frozen([(conv, "weight"), (conv, "bias")]), SaveLess():
             return conv(x)
 
     (grad,) = torch.autograd.grad(run().sin().sum(), x, create_graph=True)

@@ -23,14 +23,14 @@ SCALE, ROWS = torch.tensor([1.5, 0.0, 2.0, 1.0]), torch.tensor([2, 0])
 
 def tail(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
          gathers=False, next_rows=None, num_next_learning=-1, out=None):  # fmt: skip
-    return OPS.native_tail(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, False,
+    return OPS.native_fused_add(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, False,
                            gathers, next_rows, num_next_learning, out)  # fmt: skip
 
 
-def tail_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gamma=GAMMA, out=None, rows=None,
+def fused_add_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gamma=GAMMA, out=None, rows=None,
                   num_learning=-1, row_scale=None, channel_dim=-1, next_rows=None, num_next_learning=-1, batch_size=B,
                   gamma_dtype=torch.float32, dresidual=None, wants_residual=True):  # fmt: skip
-    return OPS.native_tail_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, num_learning, row_scale, 1.0,
+    return OPS.native_fused_add_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, num_learning, row_scale, 1.0,
                                     channel_dim, next_rows, num_next_learning, batch_size, False, wants_residual,
                                     torch.float32, None, gamma_dtype, dresidual)  # fmt: skip
 
@@ -74,15 +74,15 @@ BAD = {
     "out's shape": (lambda: tail(out=torch.empty(B, T, C + 1)), "out must have shape"),
     "out's dtype": (lambda: tail(out=torch.empty(B, T, C).half()), "out must have the dtype of the residual"),
     "out's strides": (lambda: tail(out=torch.empty(B, C, T).transpose(1, 2)), "out must be contiguous"),
-    "no gradient": (lambda: tail_backward(dout=None), "dout, dnext or dfrozen_next must be given"),
-    "its batch": (lambda: tail_backward(batch_size=3), r"dout must have shape \[3, 3, 5\], got \[4, 3, 5\]"),
-    "negative batch": (lambda: tail_backward(batch_size=-1), "batch_size must be at least 0, got -1"),
-    "dγ without branch": (lambda: tail_backward(branch=None), "branch must be given where the gradient of gamma"),
-    "dnext": (lambda: tail_backward(dnext=X, next_rows=ROWS), r"dnext must have shape \[2, 3, 5\], got \[4, 3, 5\]"),
-    "dnext's dtype": (lambda: tail_backward(dnext=X.half()), "must have the dtype of dout"),
-    "dresidual": (lambda: tail_backward(dresidual=torch.empty(B)), "dresidual must have shape"),
-    "dγ's dtype": (lambda: tail_backward(gamma_dtype=torch.int32), "gamma must be float32.*got Int"),
-    "strided dout": (lambda: tail_backward(dout=STRIDED), "dout must be contiguous"),
+    "no gradient": (lambda: fused_add_backward(dout=None), "dout, dnext or dfrozen_next must be given"),
+    "its batch": (lambda: fused_add_backward(batch_size=3), r"dout must have shape \[3, 3, 5\], got \[4, 3, 5\]"),
+    "negative batch": (lambda: fused_add_backward(batch_size=-1), "batch_size must be at least 0, got -1"),
+    "dγ without branch": (lambda: fused_add_backward(branch=None), "branch must be given where the gradient of gamma"),
+    "dnext": (lambda: fused_add_backward(dnext=X, next_rows=ROWS), r"dnext must have shape \[2, 3, 5\], got \[4, 3, 5\]"),
+    "dnext's dtype": (lambda: fused_add_backward(dnext=X.half()), "must have the dtype of dout"),
+    "dresidual": (lambda: fused_add_backward(dresidual=torch.empty(B)), "dresidual must have shape"),
+    "dγ's dtype": (lambda: fused_add_backward(gamma_dtype=torch.int32), "gamma must be float32.*got Int"),
+    "strided dout": (lambda: fused_add_backward(dout=STRIDED), "dout must be contiguous"),
     "gather, no rows": (lambda: OPS.native_gather_rows(X, torch.tensor([0.0])), "rows must be an int64 tensor"),
     "gathered": (lambda: OPS.native_gather_rows_backward(X[:2], torch.tensor([3, 9]), B), r"rows must be in \[0, 4\)"),
     "a gradient for γ": (lambda: OPS.native_residual_add_backward(X, BRANCH), "gamma must be given where its gradient"),

@@ -13,15 +13,15 @@ from torch.library import opcheck
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels import registered
-from rdp_kernels.kernels.autograd import run_tail
-from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
+from rdp_kernels.kernels.autograd import fused_add
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, RowSet
 from rdp_kernels.kernels.triton.support import DTYPES
 
 from .conftest import DEVICE
 
 BATCH, TOKENS, DIM = 5, 3, 8
 LIBRARIES = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
-OUR_OPS = ("rdp.tail", "rdp::tail")
+OUR_OPS = ("rdp.fused_add", "rdp::fused_add")
 
 
 def tensor(*shape, grad=True, dtype=None):
@@ -46,15 +46,15 @@ def calls():
         "rows": (Operands(x, update, gamma=gamma), Add(rows_of(4, 1), 1.5), None),
         "frozen rows, relu": (Operands(x, update, frozen, gamma), Add(parts, 1.5, activation="relu"), None),
         "channels_last": (Operands(image, tensor(2, 4, 3, 2), gamma=tensor(4)), Add(rows_of(0, 3), channel_dim=1), None),
-        "gather": (Operands(x), None, Next(next_parts)),
-        "gather and norm": (Operands(x, weight=weight), None, Next(None, "rms", 1e-6)),
+        "gather": (Operands(x), None, NextInput(next_parts)),
+        "gather and norm": (Operands(x, weight=weight), None, NextInput(None, "rms", 1e-6)),
         "norm of a transposed stream": (
-            Operands(tensor(BATCH, DIM, TOKENS, grad=False).mT.requires_grad_(), weight=weight), None, Next(None, "layer", 1e-6),
+            Operands(tensor(BATCH, DIM, TOKENS, grad=False).mT.requires_grad_(), weight=weight), None, NextInput(None, "layer", 1e-6),
         ),
-        "add, norm": (Operands(x, update, gamma=gamma, weight=weight, bias=bias), Add(rows_of(4, 1)), Next(None, "layer", 1e-6)),
-        "add, norm, gather": (Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6)),
-        "constant next rows": (
-            Operands(x, update, frozen, gamma, weight, bias), Add(parts), Next(next_parts, "layer", 1e-6, "frozen"),
+        "add, norm": (Operands(x, update, gamma=gamma, weight=weight, bias=bias), Add(rows_of(4, 1)), NextInput(None, "layer", 1e-6)),
+        "add, norm, gather": (Operands(x, update, frozen, gamma, weight, bias), Add(parts), NextInput(next_parts, "layer", 1e-6)),
+        "detached next rows": (
+            Operands(x, update, frozen, gamma, weight, bias), Add(parts), NextInput(next_parts, "layer", 1e-6, "frozen"),
         ),
         "bf16": (
             Operands(tensor(BATCH, DIM, dtype=torch.bfloat16), tensor(2, DIM), gamma=gamma), Add(rows_of(4, 1)), None,
@@ -65,24 +65,24 @@ def calls():
 @pytest.mark.parametrize("name", calls())
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_opcheck(library, name):
-    operands, add, following = calls()[name]
-    if library == "native" and following is not None and following.norm is not None:
-        following = replace(following, norm=None)
+    operands, add, next_input = calls()[name]
+    if library == "native" and next_input is not None and next_input.norm is not None:
+        next_input = replace(next_input, norm=None)
         operands = operands._replace(weight=None, bias=None)
-    if following == Next():
+    if next_input == NextInput():
         return  # the head of a path without rows and norm is the stream itself
-    opcheck(torch.ops.rdp.tail.default, (library, *operands, *registered._spell(add, following), True))
+    opcheck(torch.ops.rdp.fused_add.default, (library, *operands, *registered._spell(add, next_input), True))
 
 
 @pytest.mark.parametrize("name", [name for name in calls() if "dense" not in name])
 def test_equals_the_function(name):
     """To the bit: results and gradients."""
-    operands, add, following = calls()[name]
+    operands, add, next_input = calls()[name]
     leaves = [t for t in operands if t is not None]
     found = []
-    for call in (partial(registered.tail, "triton"), partial(run_tail, "path")):
+    for call in (partial(registered.fused_add, "triton"), partial(fused_add, "path")):
         with rdp.use_backend("triton"):
-            results = [t for t in call(operands, add, following) if t is not None]
+            results = [t for t in call(operands, add, next_input) if t is not None]
         torch.manual_seed(0)
         outs = [out for out in results if out.requires_grad]
         grads = torch.autograd.grad(outs, leaves, [torch.randn_like(out) for out in outs], allow_unused=True)
@@ -94,7 +94,7 @@ def test_equals_the_function(name):
 def test_no_schema_has_a_list_of_dtypes():
     """Torch 2.11 hands one over as plain numbers where an op runs on fake tensors."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rdp::")]
-    assert {"rdp::tail", "rdp::tail_backward"} <= set(names)
+    assert {"rdp::fused_add", "rdp::fused_add_backward"} <= set(names)
     for name in names:
         schema = torch._C._dispatch_find_schema_or_throw(*name.partition(".")[::2])
         assert "ScalarType[]" not in str(schema)

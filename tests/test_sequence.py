@@ -103,8 +103,8 @@ def test_one_kernel_between_two_branches(monkeypatch):
 def test_rows_are_touched_in_place_only(monkeypatch):
     """From the second add on the stream is one allocation, and so is its gradient up to the last path's."""
     seen = []
-    original = tail_module._Tail.apply
-    monkeypatch.setattr(tail_module._Tail, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    original = tail_module._FusedAdd.apply
+    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
     paths, x = sequence(drop_prob=0.5, mode="sample"), stream(requires_grad=True)
     before = x.detach().clone()
     out = paths(x)
@@ -122,8 +122,8 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     """Where all rows have a norm the sum is saved, and nothing else is; its gradient is one allocation all the same.
     Without a gradient nothing is saved, and where some rows have a norm these are copied."""
     seen = []
-    original = tail_module._Tail.apply
-    monkeypatch.setattr(tail_module._Tail, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    original = tail_module._FusedAdd.apply
+    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
     paths, x = sequence(), stream(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
     assert [tail.in_place for tail in seen] == [False] * (DEPTH + 1)
@@ -152,10 +152,10 @@ def test_where_nothing_is_fused_the_add_is_torchs_own(freeze, monkeypatch):
     plan = rdp.PathPlan(torch.tensor([True, False, True, False]), [0.5] * DEPTH, "block")
     with rdp.use_backend("eager"):
         expected = [gradients(lambda x: one_by_one(paths, x), x, paths) for _ in scheme.iterations(plan=plan)]
-    called = tail_module.Tail.__call__
+    called = tail_module.FusedCall.__call__
     tails = []
     monkeypatch.setattr(
-        tail_module.Tail, "__call__", lambda tail, operands: tails.append(tail) or called(tail, operands)
+        tail_module.FusedCall, "__call__", lambda tail, operands: tails.append(tail) or called(tail, operands)
     )
     with rdp.use_backend("auto"):
         actual = [gradients(paths, x, paths) for _ in scheme.iterations(plan=plan)]

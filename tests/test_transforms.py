@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import rdp_kernels as rdp
-from rdp_kernels.paths.freezing import bypass, lean_ops, take_part
+from rdp_kernels.paths.freezing import SaveLess, bypass, touch
 
 DIM, SAMPLES = 4, 64
 
@@ -167,7 +167,7 @@ def test_a_drop_iteration_by_vmap_is_a_loop(mode, batch_size):
 
 def test_a_plan_for_more_samples_than_a_vmap_shows_is_refused():
     model, _ = planned("sample")
-    scheme = model[1].slot.scheme
+    scheme = model[1].binding.scheme
     next(pair := scheme.iterations(5))
     with pytest.raises(ValueError, match="got 1 rows where .* has batch_size 5"):
         per_sample(model, torch.randn(5, DIM, dtype=torch.float64), "error")
@@ -249,7 +249,7 @@ def test_bypass(activation):
 def test_take_part():
     out, other, tangent = torch.randn(4), torch.randn(3, requires_grad=True), torch.randn(4)
     with forward_ad.dual_level():
-        found = take_part(forward_ad.make_dual(out, tangent), [other])
+        found = touch(forward_ad.make_dual(out, tangent), [other])
         assert torch.equal(forward_ad.unpack_dual(found).tangent, tangent)
         (grad,) = torch.autograd.grad(found.sum(), other)
     assert not grad.any()
@@ -262,7 +262,7 @@ def test_lean_ops(module):
     module.requires_grad_(False)
     x, tangent = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(2, 3, 5, 5)
     expected = func.jvp(module, (x.detach(),), (tangent,))
-    with lean_ops():
+    with SaveLess():
         torch.testing.assert_close(func.jvp(module, (x.detach(),), (tangent,)), expected)
         with forward_ad.dual_level():
             out = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent)))

@@ -8,7 +8,7 @@ import torch
 import rdp_kernels as rdp
 from rdp_kernels.kernels import registered
 from rdp_kernels.kernels.autograd import library_for
-from rdp_kernels.kernels.spec import Add, Next, Operands
+from rdp_kernels.kernels.spec import Add, NextInput, Operands
 from rdp_kernels.kernels.triton import support
 from rdp_kernels.kernels.triton.launch import CONFIGS, Tiles
 
@@ -58,7 +58,7 @@ def case(x, channel_dim=None, norm=None):
     """A stream, and how γ and a norm lie on it."""
     gamma = None if channel_dim is None else x.new_ones(x.shape[channel_dim])
     add = Add(channel_dim=-1 if channel_dim is None else channel_dim)
-    return Operands(x, x, gamma=gamma), add, None if norm is None else Next(norm=norm)
+    return Operands(x, x, gamma=gamma), add, None if norm is None else NextInput(norm=norm)
 
 
 TOO_MANY = {
@@ -78,15 +78,15 @@ FEW_ENOUGH = {
 @pytest.mark.parametrize("name", [*TOO_MANY, *FEW_ENOUGH])
 def test_rows_are_counted_as_they_are_cut(name):
     """The compiled library numbers rows in 64 bits."""
-    operands, add, following = (TOO_MANY | FEW_ENOUGH)[name]
+    operands, add, next_input = (TOO_MANY | FEW_ENOUGH)[name]
     with rdp.use_backend("triton"):
-        assert (library_for("op", operands, add, following, required=False) is None) == (name in TOO_MANY)
+        assert (library_for("op", operands, add, next_input, required=False) is None) == (name in TOO_MANY)
         if name in TOO_MANY:
             with pytest.raises(
                 RuntimeError, match="number up to 2139095040 rows of tiles, and this call has 2147483648"
             ):
-                library_for("op", operands, add, following)
-    if DEVICE == "cpu" and following is None and rdp.available_backends()["native"] is None:
+                library_for("op", operands, add, next_input)
+    if DEVICE == "cpu" and next_input is None and rdp.available_backends()["native"] is None:
         with rdp.use_backend("native"):
             assert library_for("op", operands, add, None) is not None
 

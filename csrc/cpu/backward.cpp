@@ -1,7 +1,7 @@
 #include <utility>
 
 #include "stored.h"
-#include "tail.h"
+#include "fused_add.h"
 
 namespace rdp::cpu {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 template <class Acc>
 class GammaSums {
  public:
-  GammaSums(const TailBackward& call, const Geometry& geometry, const Grid& grid, const Pieces<Acc>& pieces)
+  GammaSums(const FusedAddBackward& call, const Geometry& geometry, const Grid& grid, const Pieces<Acc>& pieces)
       : call_(call), grid_(grid), pieces_(pieces), geometry_(geometry) {
     if (call.dgamma) partials_.reset(new Acc[num_partials() * per_partial()]);
   }
@@ -91,7 +91,7 @@ class GammaSums {
   int64_t num_partials() const { return geometry_.gamma_per_position ? grid_.num_rows() : grid_.row_blocks(); }
   int64_t per_partial() const { return geometry_.gamma_per_position ? grid_.column_blocks() : geometry_.width; }
 
-  const TailBackward& call_;
+  const FusedAddBackward& call_;
   const Grid& grid_;
   const Pieces<Acc>& pieces_;
   const Geometry& geometry_;
@@ -99,7 +99,7 @@ class GammaSums {
 };
 
 template <class Acc>
-void run(const TailBackward& call) {
+void run(const FusedAddBackward& call) {
   const Pieces<Acc>& pieces = best_pieces<Acc>();
   const bool gathered = call.dnext || call.dfrozen_next;
   const Geometry geometry =
@@ -169,7 +169,7 @@ void run(const TailBackward& call) {
 
 }  // namespace
 
-void tail_backward(const TailBackward& call) {
+void fused_add_backward(const FusedAddBackward& call) {
   if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) {
     if (call.dgamma) {
       const int64_t channels = call.geometry.channels;

@@ -1,11 +1,11 @@
 #include "stored.h"
-#include "tail.h"
+#include "fused_add.h"
 
 namespace rdp::cpu {
 namespace {
 
 template <class Acc>
-void run(const TailForward& call) {
+void run(const FusedAddForward& call) {
   const Pieces<Acc>& pieces = best_pieces<Acc>();
   const bool gathers = bool(call.next) || bool(call.frozen_next);
   const Geometry geometry =
@@ -48,7 +48,7 @@ void run(const TailForward& call) {
 
 }  // namespace
 
-void tail_forward(const TailForward& call) {
+void fused_add_forward(const FusedAddForward& call) {
   if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) return;
   call.in_float64 ? run<double>(call) : run<float>(call);
 }

@@ -1,4 +1,4 @@
-// How a tail is cut into work items, and these into pieces. Both follow from shapes alone, so that sums over items are
+// How a fused add is cut into work items, and these into pieces. Both follow from shapes alone, so that sums over items are
 // the same bits for any number of threads.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../tail.h"
+#include "../fused_add.h"
 
 namespace rdp::cpu {
 

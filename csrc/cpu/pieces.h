@@ -1,7 +1,7 @@
 // The loops of `pieces.inl`, compiled for several instruction sets, as tables of functions.
 #pragma once
 
-#include "../tail.h"
+#include "../fused_add.h"
 
 namespace rdp::cpu {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../tail.h"
+#include "../fused_add.h"
 
 namespace rdp::cuda {
 

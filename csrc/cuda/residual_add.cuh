@@ -31,7 +31,7 @@ __device__ __forceinline__ float scale_of(const Scale& scale, const Place& place
 }
 
 template <class S, class U, int N>
-__global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailForward call) {
+__global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAddForward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
     const Place place = call.rows[sample];
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const TailFor
 
 // The gradient of the sum, before its activation. False where there is none.
 template <class S, int N>
-__device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call, const Place& next, int64_t sample,
+__device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& call, const Place& next, int64_t sample,
                                          int64_t offset) {
   const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
   const bool has_next = next.there() && from_next;
@@ -84,7 +84,7 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const TailBackward& call
 
 // One pack of all gradients but dγ, to whose sums it is added.
 template <class S, class U, int N>
-__device__ __forceinline__ void backward_pack(const TailBackward& call, const Place& place, float scale,
+__device__ __forceinline__ void backward_pack(const FusedAddBackward& call, const Place& place, float scale,
                                               const Place& next, int64_t sample, int64_t offset, int64_t column, float (&sums)[N]) {
   const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
   const bool updates = place.there() && dbranch, reads = scale != 0;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void backward_pack(const TailBackward& call, const Pl
 }
 
 template <class S, class U, int N>
-__global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const TailBackward call) {
+__global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const FusedAddBackward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
     const Place place = call.rows[sample], next = call.next_rows[sample];
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const TailBac
 // The same with the first stage of dγ: partials [chunks of rows, C], each a sum in a fixed order.
 template <class S, class U, int N>
 __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
-    residual_add_bwd_sums_kernel(const TailBackward call, float* partials) {
+    residual_add_bwd_sums_kernel(const FusedAddBackward call, float* partials) {
   __shared__ float shared[ROW_THREADS][COLUMN_THREADS * N];
   const int64_t width = call.geometry.width, positions = call.geometry.positions;
   const int64_t num_rows = call.geometry.batch_size * positions;

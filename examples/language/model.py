@@ -68,8 +68,8 @@ def sample(model: ByteGPT, count: int, temperature: float, seed: int) -> bytes:
     for _ in range(count):
         logits = model(text[:, -context:].to(device))[0, -1].float().cpu()
         if temperature == 0:
-            following = logits.argmax().view(1)
+            next_input = logits.argmax().view(1)
         else:
-            following = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
-        text = torch.cat([text, following.view(1, 1)], dim=1)
+            next_input = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+        text = torch.cat([text, next_input.view(1, 1)], dim=1)
     return bytes(text[0, len(FILE_START) :].tolist())

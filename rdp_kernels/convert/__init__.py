@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_probability
-from ..paths.path import CONVERTED, PathSlot, paths_of
+from ..paths.path import CONVERTED, PathBinding, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
@@ -132,7 +132,7 @@ def convert(
 
 def _busy_with(model: nn.Module) -> str | None:
     """What the schemes of a model's paths are in the middle of, if anything: they look for paths before a pair."""
-    for scheme in {owner.slot.scheme for m in model.modules() for _, owner in paths_of(m)}:
+    for scheme in {path_module.binding.scheme for m in model.modules() for _, path_module in paths_of(m)}:
         if scheme is not None and scheme.phase is not None:
             return f"has a {scheme.phase} iteration open"
         if scheme is not None and scheme.reuse_pending:
@@ -158,12 +158,12 @@ def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionR
     report, inside = ConversionReport(), dict[int, str]()
     for module in model.modules():
         name = names[id(module)]
-        for label, owner in paths_of(module):
-            if isinstance(owner, ConvertedPath):
-                label = owner.spec.name
-                report.rows.append(_row_of(name, module, owner, already=True))
+        for label, path_module in paths_of(module):
+            if isinstance(path_module, ConvertedPath):
+                label = path_module.spec.name
+                report.rows.append(_row_of(name, module, path_module, already=True))
             path = ".".join(part for part in (name, label) if part)
-            inside |= {id(m): path for inner in owner.branch_modules() for m in inner.modules()}
+            inside |= {id(m): path for inner in path_module.branch_modules() for m in inner.modules()}
         for label in module.__dict__.get(REFUSED, ()) if CONVERTED in module.__dict__ else ():
             reason = "it was when its block was converted; call rdp.revert(model) and convert again to see why"
             rate = rate_of(module.get_submodule(label.partition(":")[0]))
@@ -181,7 +181,7 @@ def _renew(model: nn.Module, done: list[nn.Module], drop_prob: float | None, rep
     for block in model.modules():
         for _, path in block.__dict__.get(CONVERTED, ()) if block not in done else ():
             path.drop_prob = drop_prob
-            schemes.add(path.slot.scheme)
+            schemes.add(path.binding.scheme)
     report.rows = [replace(row, drop_prob=drop_prob) if row.already else row for row in report.rows]
     ends = "; the scheme that has them reads it at its next draw, unless it was given a drop_prob of its own"
     return f"{note}; their drop_prob is {drop_prob:g} now{ends if schemes != {None} else ''}"
@@ -202,7 +202,7 @@ def revert(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = [m for m in model.modules() if CONVERTED in m.__dict__]
     for block in blocks:
-        if any(path.slot.scheme is not None for _, path in block.__dict__[CONVERTED]):
+        if any(path.binding.scheme is not None for _, path in block.__dict__[CONVERTED]):
             raise RuntimeError("a scheme has paths of this model: call its remove() first")
         kind = class_among(block)
         if kind is not None and kind is not type(block):
@@ -222,7 +222,7 @@ _LAYERS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 def _may_convert(module: nn.Module) -> bool:
     """Whether its own forward may hold residual paths that are not paths of ours yet."""
-    if CONVERTED in module.__dict__ or isinstance(getattr(module, "slot", None), PathSlot):
+    if CONVERTED in module.__dict__ or isinstance(getattr(module, "binding", None), PathBinding):
         return False
     if type(module) in CONTAINERS:
         return False

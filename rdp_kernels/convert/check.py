@@ -192,7 +192,7 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
     """Runs the converted forward under decisions that say the same."""
     _silence(block)
     for index, path in enumerate(path for _, path in block.__dict__[CONVERTED]):
-        path.slot = _Fixed(pattern, index)
+        path.binding = _Fixed(pattern, index)
         if path.drop_path is not None:
             path.drop_path.training = True
     return called(block)

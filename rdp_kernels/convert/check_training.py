@@ -168,7 +168,7 @@ def _state_of(block: nn.Module) -> dict[str, Any]:
 
 
 class _Decided:
-    """A slot that always decides the same."""
+    """A binding that always decides the same."""
 
     scheme = runner = probe = None
 
@@ -181,7 +181,7 @@ class _Decided:
 
 def _decide(block: nn.Module, decision: Decision) -> None:
     for _, path in block.__dict__[CONVERTED]:
-        path.slot = _Decided(decision)
+        path.binding = _Decided(decision)
 
 
 def _ours(ours: nn.Module, when: str, run: Callable[[], _Step]) -> _Step:

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..paths.call import run_path
-from ..paths.path import CONVERTED, PathSlot
+from ..paths.path import CONVERTED, PathBinding
 from ..paths.promotion import Promotion
 from .observed import Law, has_hooks, law_of
 from .spec import PathSpec
@@ -32,18 +32,18 @@ class ConvertedPath:
     """As in `PathReport`."""
 
     def __init__(self, block: nn.Module, index: int, spec: PathSpec, drop_prob: float | None):
-        self.block, self.index, self.spec, self.slot = block, index, spec, PathSlot()
+        self.block, self.index, self.spec, self.binding = block, index, spec, PathBinding()
         self._drop_prob = drop_prob
         found = None if spec.drop_path is None else law_of(_child(block, spec.drop_path), spec.dims)
         self._law = found if isinstance(found, Law) else None
         self.promotion = Promotion(spec.sum_dtype, spec.dtype)
-        self.origins: tuple[PathSlot, ...] = ()
-        """The slots of the paths that this one was copied from, where its block is a shallow copy."""
+        self.origins: tuple[PathBinding, ...] = ()
+        """The bindings of the paths that this one was copied from, where its block is a shallow copy."""
 
     def of(self, block: nn.Module) -> ConvertedPath:
         """The same path of a shallow copy of its block."""
         path = copy.copy(self)
-        path.block, path.slot, path.origins = block, PathSlot(), (*self.origins, self.slot)
+        path.block, path.binding, path.origins = block, PathBinding(), (*self.origins, self.binding)
         return path
 
     @property
@@ -90,7 +90,7 @@ class ConvertedPath:
         law = self._law_now()
         if not isinstance(law, str):
             return None
-        scheme, before = self.slot.scheme, self._law
+        scheme, before = self.binding.scheme, self._law
         decided = scheme is not None and scheme.phase is not None
         if decided and before is not None and type(_child(self.block, self.spec.drop_path)) is before.kind:
             return None
@@ -187,7 +187,7 @@ def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
     """Raises `RuntimeError` inside an iteration of the scheme of the block that was copied, unless the copy has one."""
     own_paths(block)
     name, path = block.__dict__[CONVERTED][index]
-    schemes = [slot.scheme for slot in path.origins] if path.slot.scheme is None else []
+    schemes = [binding.scheme for binding in path.origins] if path.binding.scheme is None else []
     if any(scheme is not None and scheme.phase is not None for scheme in schemes):
         raise RuntimeError(
             f"path {name!r} of {type(block).__name__} can't follow the plan: its block is a shallow copy of the "
@@ -211,7 +211,7 @@ def original_of(block: nn.Module) -> Any:
 
 def is_observed(block: nn.Module) -> bool:
     """Whether somebody stands in for a path of the block: then its calls are made in eval mode too."""
-    return any(path.slot.probe is not None for _, path in block.__dict__[CONVERTED])
+    return any(path.binding.call_override is not None for _, path in block.__dict__[CONVERTED])
 
 
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -219,7 +219,7 @@ def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]
     that forward would draw masks of its own."""
     original = original_of(block)
     for name, path in block.__dict__[CONVERTED]:
-        scheme = path.slot.scheme
+        scheme = path.binding.scheme
         if scheme is not None and scheme.phase is not None:
             raise RuntimeError(
                 f"path {name!r} of {original.__name__} can't follow the plan: {reason}; call rdp.revert(model) and "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..convert import convert
 from ..convert.calls import example_inputs_of
-from ..paths.path import find_owners
+from ..paths.path import find_path_modules
 from ..plan import plan_generator
 
 FEWEST = 4  # images in a batch: what unbiased CKA needs
@@ -119,7 +119,7 @@ def ensure_paths(model: nn.Module, images: Tensor) -> str | None:
         shape = list(images.shape[1:])
         raise Problem(f"the model can't run on images of shape {shape}: {told(error)}; try --image-size") from error
     try:
-        find_owners(model)
+        find_path_modules(model)
     except ValueError as without_paths:
         if "has no paths" not in str(without_paths):
             raise Problem(f"argument MODEL: {without_paths}") from without_paths

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..paths.call import PathCall
-from ..paths.path import PathOwner, find_owners, parameters_of
+from ..paths.path import PathModule, find_path_modules, parameters_of
 from ._plots import axes_or_new, label_layers
 from .observe import standing_in, undisturbed
 
@@ -60,9 +60,9 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
     all its calls. Raises `TypeError` where `loss` doesn't return a scalar that depends on the model by autograd, and
     `RuntimeError` for `training` inside an iteration of a scheme's, where a forward is the plan's.
     """
-    owners = find_owners(model)
-    for name, owner in owners.items():
-        scheme = owner.slot.scheme
+    path_modules = find_path_modules(model)
+    for name, path_module in path_modules.items():
+        scheme = path_module.binding.scheme
         if training and scheme is not None and scheme.phase is not None:
             raise RuntimeError(f"path {name!r} is in an open {scheme.phase} iteration: training must be False there")
     inputs: dict[int, list[GradientEdge]] = {}
@@ -74,17 +74,17 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
         return call.run(x, call.decide(x))
 
     parameters = [
-        [p for p in {id(p): p for p in parameters_of(o)}.values() if p.requires_grad] for o in owners.values()
+        [p for p in {id(p): p for p in parameters_of(o)}.values() if p.requires_grad] for o in path_modules.values()
     ]
     with undisturbed(model), _own_buffers(model) if training else contextlib.nullcontext():
         model.train(training)
         with torch.enable_grad(), standing_in(model, look):
             value = checked_loss(loss(model))
-        streams = [inputs.get(path, []) for path in range(len(owners))]
+        streams = [inputs.get(path, []) for path in range(len(path_modules))]
         groups: list[Sequence[Any]] = [*parameters, *streams]
         found = iter(torch.autograd.grad(value, [t for group in groups for t in group], allow_unused=True))
     norms = [_norm([next(found) for _ in group]) for group in groups]
-    return GradientNorms(list(owners), norms[: len(owners)], norms[len(owners) :])
+    return GradientNorms(list(path_modules), norms[: len(path_modules)], norms[len(path_modules) :])
 
 
 def checked_loss(value: object) -> Tensor:
@@ -105,8 +105,8 @@ def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
     return x.detach().requires_grad_(), call.given_residual is None
 
 
-def _parameters(owner: PathOwner) -> list[nn.Parameter]:
-    return list({id(p): p for p in parameters_of(owner)}.values())
+def _parameters(path_module: PathModule) -> list[nn.Parameter]:
+    return list({id(p): p for p in parameters_of(path_module)}.values())
 
 
 def _norm(grads: list[Tensor | None]) -> float:
@@ -141,11 +141,13 @@ class GradientNormRecorder:
     """
 
     def __init__(self, model: nn.Module):
-        owners = find_owners(model)
-        self.names = list(owners)
+        path_modules = find_path_modules(model)
+        self.names = list(path_modules)
         self.steps: list[int] = []
         self._parameters = [
-            (path, parameter) for path, owner in enumerate(owners.values()) for parameter in _parameters(owner)
+            (path, parameter)
+            for path, path_module in enumerate(path_modules.values())
+            for parameter in _parameters(path_module)
         ]
         self._recorded: list[tuple[list[int], Tensor]] = []  # of each gradient that was there: its path, its norm
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_bool, check_count
 from .._utils.table import table
 from ..paths.call import PathCall
-from ..paths.path import find_owners
+from ..paths.path import find_path_modules
 from ..plan import plan_generator
 from ._plots import axes_or_new, label_layers
 from ._progress import track
@@ -42,7 +42,7 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
     scheme's plan says of it is not followed. Contexts can be nested. Raises `ValueError` or `TypeError` for a path that
     isn't there.
     """
-    names = list(find_owners(model))
+    names = list(find_path_modules(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
     with standing_in(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
         yield
@@ -55,8 +55,8 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[
     Pairs that share a path are carried out one after the other. Raises as `without`; a forward in which the two map
     different shapes raises `ValueError`, or what the branch does.
     """
-    owners = find_owners(model)
-    names = list(owners)
+    path_modules = find_path_modules(model)
+    names = list(path_modules)
     order = list(range(len(names)))
     for pair in pairs:
         both = () if isinstance(pair, int | str) else [_index(names, path) for path in pair]
@@ -67,7 +67,7 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[
 
     def run_other(path: int, call: PathCall, x: Tensor) -> Tensor:
         other = names[order[path]]
-        residual, branch = call.residual(x), added(PathCall(owners[other], x.shape[0], call.args, call.kwargs), x)
+        residual, branch = call.residual(x), added(PathCall(path_modules[other], x.shape[0], call.args, call.kwargs), x)
         if branch.shape != residual.shape:
             shapes = f"{list(branch.shape)}, where the stream is {list(residual.shape)}"
             raise ValueError(f"path {names[path]!r} can't run the branch of {other!r}, which gives {shapes}")
@@ -199,7 +199,7 @@ def lesion_study(
 
     Raises `ValueError` or `TypeError` naming the argument.
     """
-    names = list(find_owners(model))
+    names = list(find_path_modules(model))
     check_bool("each", each)
     check_count("repeats", repeats, minimum=1)
     if counts is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..paths.call import PathCall
-from ..paths.path import find_owners
+from ..paths.path import find_path_modules
 
 StandIn = Callable[[int, PathCall, Tensor], Tensor]
 """Path (its row in `scheme.paths`), call and input; returns the path's output."""
@@ -59,16 +59,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def standing_in(model: nn.Module, stand_in: StandIn, only: Collection[int] | None = None) -> Iterator[list[str]]:
     """`stand_in` gives what the paths of `model`, or these of them, would within; yields all paths' names."""
-    owners = find_owners(model)
-    chosen = [(index, owner) for index, owner in enumerate(owners.values()) if only is None or index in only]
-    before = [owner.slot.probe for _, owner in chosen]
-    for index, owner in chosen:
-        owner.slot.probe = functools.partial(stand_in, index)
+    path_modules = find_path_modules(model)
+    chosen = [
+        (index, path_module) for index, path_module in enumerate(path_modules.values()) if only is None or index in only
+    ]
+    before = [path_module.binding.call_override for _, path_module in chosen]
+    for index, path_module in chosen:
+        path_module.binding.call_override = functools.partial(stand_in, index)
     try:
-        yield list(owners)
+        yield list(path_modules)
     finally:
-        for (_, owner), probe in zip(chosen, before, strict=True):
-            owner.slot.probe = probe
+        for (_, path_module), probe in zip(chosen, before, strict=True):
+            path_module.binding.call_override = probe
 
 
 @contextlib.contextmanager
@@ -89,16 +91,16 @@ def observing(model: nn.Module, on_call: Callable[[Pieces], None]) -> Iterator[l
 
 def added(call: PathCall, x: Tensor) -> Tensor:
     """What the path adds to its stream: `γ · fn(norm(x))`."""
-    owner, branch = call.owner, call.branch(x)
-    if owner.gamma is None:
+    path_module, branch = call.module, call.branch(x)
+    if path_module.gamma is None:
         return branch
-    dim = owner.channel_dim % branch.dim()
-    return branch * owner.gamma.view([-1 if d == dim else 1 for d in range(branch.dim())])
+    dim = path_module.channel_dim % branch.dim()
+    return branch * path_module.gamma.view([-1 if d == dim else 1 for d in range(branch.dim())])
 
 
 def finish(call: PathCall, out: Tensor) -> Tensor:
     """The path's activation after the add."""
-    return out.relu() if call.owner.activation == "relu" else out
+    return out.relu() if call.module.activation == "relu" else out
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

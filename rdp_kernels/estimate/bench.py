@@ -57,7 +57,7 @@ class Bench:
         self._freezes_rest = False
         self._rest = Rest(model, self._paths, lambda: self._freezes_rest, freeze_bn)
         for path in self._paths:
-            path.module.slot.probe = functools.partial(self._probe, path.index)
+            path.module.binding.call_override = functools.partial(self._probe, path.index)
         self._one = torch.ones(())
         self._own: list[Tensor] = [*model.parameters(), *model.buffers(), self._one]
         self._device = next(
@@ -95,11 +95,11 @@ class Bench:
                         timed_before[likeness] = site.seconds()
                     for state, (whole, fixed) in timed_before[likeness].items():
                         seconds.branch[state][number], seconds.fixed[state][number] = whole, fixed
-            out = PathCall(call.owner, call.batch_size, call.args, call.kwargs, residual).run_here(x, WHOLE)
+            out = PathCall(call.module, call.batch_size, call.args, call.kwargs, residual).run_here(x, WHOLE)
             _follow(streams, number, last, x, out)
-            streams.activation[number] = call.owner.activation is not None
-            copies = isinstance(call.owner, ConvertedPath)  # what follows in its block may write to what it gives
-            streams.passed_on[number] = residual is x and call.owner.activation is None and not copies
+            streams.activation[number] = call.module.activation is not None
+            copies = isinstance(call.module, ConvertedPath)  # what follows in its block may write to what it gives
+            streams.passed_on[number] = residual is x and call.module.activation is None and not copies
             last[:] = [x, out]
             return out
 
@@ -111,12 +111,14 @@ class Bench:
             )
         if seconds is not None:
             self._time_rest(seconds)
-        owners = [self._paths[path].module for path in first.paths]
+        path_modules = [self._paths[path].module for path in first.paths]
         return Pieces(
             num_paths=len(self._paths),
             path=torch.tensor(first.paths, dtype=torch.int64),
-            learns=torch.tensor([any(p.requires_grad for p in parameters_of(o)) for o in owners], dtype=torch.bool),
-            whole=torch.tensor([bool(batch_norms_of(o)) for o in owners], dtype=torch.bool),
+            learns=torch.tensor(
+                [any(p.requires_grad for p in parameters_of(o)) for o in path_modules], dtype=torch.bool
+            ),
+            whole=torch.tensor([bool(batch_norms_of(o)) for o in path_modules], dtype=torch.bool),
             follows={kind: torch.tensor(runs[kind, False].requires_grad, dtype=torch.bool) for kind in REST},
             flops=flops,
             saved=saved,
@@ -133,7 +135,7 @@ class Bench:
     def _probe(self, path: int, call: PathCall, x: Tensor) -> Tensor:
         if in_backward():
             raise Unmeasurable("the model recomputes calls of its paths: switch its checkpointing off to estimate")
-        return self._on_call(path, call, x) if call.owner.training else call.run(x, WHOLE)
+        return self._on_call(path, call, x) if call.module.training else call.run(x, WHOLE)
 
     def _run_rest(self, kind: str, passes: bool, meter: Flops | Clock) -> _Run:
         """A forward and backward with every path dropped. `passes`: what the first call gives requires grad."""
@@ -166,7 +168,7 @@ class Bench:
         """What a call gives without its branch; where nothing is timed, in a tensor of its own and by an operation that
         saves something, which has a checkpoint around it recompute the call, and be found out."""
         out = call.without_branch(x)
-        if out is not x and call.owner.shortcut is None:  # what is between the residual and x has a backward too
+        if out is not x and call.module.shortcut is None:  # what is between the residual and x has a backward too
             out = torch.add(out, x.sum().to(out.dtype), alpha=0)
         if not timed:
             out = out * self._one

@@ -14,7 +14,7 @@ from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of, row_set
 from ..paths.call import PathCall
 from ..paths.freezing import FreezeBN
-from ..paths.path import Decision, PathOwner, batch_norms_of, modules_of, parameters_of
+from ..paths.path import Decision, PathModule, batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
 from .pieces import STATES
 
@@ -38,15 +38,15 @@ class Site:
     argument_grads: Mapping[bool, Sequence[bool]]
 
     @property
-    def owner(self) -> PathOwner:
-        return self.call.owner
+    def path_module(self) -> PathModule:
+        return self.call.module
 
     def likeness(self, *counts: Hashable) -> Hashable:
         """Equal for calls that take the same time: the same modules on tensors of the same shapes that count the
         same."""
-        modules = tuple(type(module) for module in modules_of(self.owner))
-        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.owner))
-        return type(self.owner), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
+        modules = tuple(type(module) for module in modules_of(self.path_module))
+        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.path_module))
+        return type(self.path_module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
 
     def flops(self, state: str) -> float:
         """Forward and backward."""
@@ -72,7 +72,7 @@ class Site:
         size = self.call.batch_size
         keep = torch.arange(size) % 2 == 0
         share = int(keep.sum()) / size
-        splits = self.owner.mode == "sample" and size > 1 and not batch_norms_of(self.owner)
+        splits = self.path_module.mode == "sample" and size > 1 and not batch_norms_of(self.path_module)
         if splits:
             order, inverse = to_device(orders_of(keep), self.x.device)
             mixed = RowSet(order, int(keep.sum()), inverse)
@@ -103,7 +103,7 @@ class Site:
         entering = (_entering(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))
         args, kwargs = pytree.tree_unflatten(list(entering), structure)
         residual = None if self.residual is None else _entering(self.residual, passes)
-        call = PathCall(self.owner, self.call.batch_size, args, kwargs, residual)
+        call = PathCall(self.path_module, self.call.batch_size, args, kwargs, residual)
         return call, _entering(self.x, passes), decision
 
     def _seconds(self, state: str, rows: RowSet | None) -> float:
@@ -118,7 +118,7 @@ class Site:
         return seconds
 
     def _forget(self) -> None:
-        for parameter in parameters_of(self.owner):
+        for parameter in parameters_of(self.path_module):
             parameter.grad = None
 
 

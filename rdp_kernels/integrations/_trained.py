@@ -19,7 +19,9 @@ def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
     """
     if isinstance(model, DataParallel):
         raise ValueError("model must not be in DataParallel: run one process for each device (torchrun), or use one")
-    if not any(owner.slot.scheme is scheme for module in model.modules() for _, owner in paths_of(module)):
+    if not any(
+        path_module.binding.scheme is scheme for module in model.modules() for _, path_module in paths_of(module)
+    ):
         raise ValueError(
             "scheme must be of the model that is trained, but none of its paths is in that: was the model copied or "
             "made anew (model_init) after the scheme?"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
-from ..paths.path import PathOwner, own_parameters_of
+from ..paths.path import PathModule, own_parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 
@@ -39,8 +39,8 @@ def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options
     options = {"fullgraph": True, "dynamic": dynamic, **options}
     return Runners(
         [
-            (owner, shared.setdefault(_likeness(owner), _CompiledBranch(name, options)))
-            for name, owner in owners_of(model).items()
+            (path_module, shared.setdefault(_likeness(path_module), _CompiledBranch(name, options)))
+            for name, path_module in owners_of(model).items()
         ]
     )
 
@@ -55,14 +55,14 @@ class _CompiledBranch:
         self._name, self._options = name, options
         self._functions: dict[Hashable, Callable[..., Tensor]] = {}
 
-    def __call__(self, owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
-        call = BranchCall.of(owner, x, args, kwargs, normed)
+    def __call__(self, path_module: PathModule, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
+        call = BranchCall.of(path_module, x, args, kwargs, normed)
         if self._options["dynamic"] is not False:
             _mark_rows(call.x)
-            owner.map_rows(_mark_rows, None, call.args, call.kwargs)
+            path_module.map_rows(_mark_rows, None, call.args, call.kwargs)
         need_grad = [t.requires_grad for t in tensors_in(call.args, call.kwargs)]
         function = self._function(call.kind, *need_grad)
-        return call.run(function, owner, call.x, call.args, call.kwargs, normed)
+        return call.run(function, path_module, call.x, call.args, call.kwargs, normed)
 
     def _function(self, kind: tuple[Hashable, ...], *need_grad: bool) -> Callable[..., Tensor]:
         """Dynamo counts graphs by code object, and looks for sizes that change by name: each variant has its own."""
@@ -79,15 +79,15 @@ def _mark_rows(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _run_branch(owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
-    return owner.run_branch(x, args, kwargs, normed)
+def _run_branch(path_module: PathModule, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
+    return path_module.run_branch(x, args, kwargs, normed)
 
 
-def _likeness(owner: PathOwner) -> Hashable:
+def _likeness(path_module: PathModule) -> Hashable:
     """Equal for branches that a compiler can't tell apart: the same code, on modules of the same structure."""
-    code = (type(owner.block), owner.index) if isinstance(owner, ConvertedPath) else type(owner)
-    own = tuple(_metadata(p) for p in own_parameters_of(owner))
-    modules = [(name, m) for module in owner.branch_modules() for name, m in module.named_modules()]
+    code = (type(path_module.block), path_module.index) if isinstance(path_module, ConvertedPath) else type(path_module)
+    own = tuple(_metadata(p) for p in own_parameters_of(path_module))
+    modules = [(name, m) for module in path_module.branch_modules() for name, m in module.named_modules()]
     return code, own, tuple((name, type(m), _constants(m)) for name, m in modules)
 
 

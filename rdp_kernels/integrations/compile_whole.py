@@ -55,10 +55,10 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":
         raise ValueError('weights can\'t be frozen for single samples in a graph: use freeze="branch", or mode="block"')
-    owners = {id(p): "the rest" for p in scheme._rest.parameters()} if rules.freezes_rest else {}
+    path_modules = {id(p): "the rest" for p in scheme._rest.parameters()} if rules.freezes_rest else {}
     for path in scheme.paths:
         for parameter in path.parameters():
-            other = owners.setdefault(id(parameter), path.name)
+            other = path_modules.setdefault(id(parameter), path.name)
             if other != path.name and (rules.freeze == "parameters" or other == "the rest"):
                 raise ValueError(f"a graph can't freeze a parameter of path {path.name!r} that {other} shares")
 
@@ -87,16 +87,18 @@ class _PlanAsData:
         known = {id(p): p for p in [*rest, *(p for path in scheme.paths for p in path.parameters())]}
         self._gradients.ignored = known.keys() - {id(p) for p in learning}
         self._gradients.watch(known.values())
-        factors = to_device(iteration.factors(), next(iter(known.values())).device)
+        factors = to_device(iteration.graph_masks(), next(iter(known.values())).device)
         for path, learns, constant in zip(scheme.paths, *factors, strict=True):
-            path.module.slot.factors = (learns, constant) if scheme.freeze == "branch" else (learns + constant, None)
+            path.module.binding.graph_mask = (
+                (learns, constant) if scheme.freeze == "branch" else (learns + constant, None)
+            )
 
     def take_back(self, *_: Any) -> None:
         scheme = self._scheme()
         if scheme is not None:
             scheme._rest.in_graph = False
             for path in scheme.paths:
-                path.module.slot.factors = None
+                path.module.binding.graph_mask = None
 
 
 class _Gradients:

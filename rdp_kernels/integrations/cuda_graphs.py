@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..paths.path import PathOwner, own_parameters_of, parameters_of
+from ..paths.path import PathModule, own_parameters_of, parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 
@@ -31,12 +31,12 @@ def capture_branches(model: nn.Module) -> Runners:
     its cache has to be off. Checkpointing around captured branches is not supported. Raises `RuntimeError` without
     CUDA and `ValueError` for a model that is elsewhere or in sample mode.
     """
-    owners = owners_of(model)
-    _check(model, owners)
-    return Runners([(owner, _CapturedBranch(name)) for name, owner in owners.items()])
+    path_modules = owners_of(model)
+    _check(model, path_modules)
+    return Runners([(module, _CapturedBranch(name)) for name, module in path_modules.items()])
 
 
-def _check(model: nn.Module, owners: dict[str, PathOwner]) -> None:
+def _check(model: nn.Module, path_modules: dict[str, PathModule]) -> None:
     if not torch.cuda.is_available():
         raise RuntimeError(
             "CUDA graphs need a GPU, and torch.cuda.is_available() is False: compile_branches of "
@@ -45,8 +45,8 @@ def _check(model: nn.Module, owners: dict[str, PathOwner]) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_cuda:
             raise ValueError(f"model must be on a CUDA device, but its parameter {name!r} is on {parameter.device}")
-    for name, owner in owners.items():
-        if owner.slot.scheme is not None and owner.slot.scheme.mode == "sample":
+    for name, module in path_modules.items():
+        if module.binding.scheme is not None and module.binding.scheme.mode == "sample":
             raise ValueError(
                 f"path {name!r} has a scheme in sample mode, where the number of rows changes: use mode='block'"
             )
@@ -62,11 +62,11 @@ class _CapturedBranch:
         self._in_flight: weakref.ref[Any] | None = None
         """The autograd node of the last replay, whose backward needs the buffers as they are."""
 
-    def __call__(self, owner: PathOwner, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
-        call = BranchCall.of(owner, x, args, kwargs, normed)
+    def __call__(self, module: PathModule, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
+        call = BranchCall.of(module, x, args, kwargs, normed)
         graph = self._graph(call)
         if graph is None:
-            return call.run(owner.run_branch, call.x, call.args, call.kwargs, normed)
+            return call.run(module.run_branch, call.x, call.args, call.kwargs, normed)
         out = call.run(graph, call.x)
         if out.grad_fn is not None:
             self._in_flight = weakref.ref(out.grad_fn)
@@ -80,7 +80,7 @@ class _CapturedBranch:
         """None where the call has to run as it is."""
         if self._in_flight is not None and self._in_flight() is not None:
             return None
-        if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.owner)):
+        if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.module)):
             return None  # which may be the buffer that a replay overwrites
         kind = call.kind
         captured = self._graphs.get(kind)
@@ -117,14 +117,14 @@ class _Branch(nn.Module):
 
     def __init__(self, call: BranchCall):
         super().__init__()
-        self.parts = nn.ModuleList(call.owner.branch_modules())
-        self.own = nn.ParameterList(own_parameters_of(call.owner))
+        self.parts = nn.ModuleList(call.module.branch_modules())
+        self.own = nn.ParameterList(own_parameters_of(call.module))
         self.call: BranchCall | None = call
         """While it is captured."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.call is not None
-        return self.call.owner.run_branch(x, self.call.args, self.call.kwargs, self.call.normed)
+        return self.call.module.run_branch(x, self.call.args, self.call.kwargs, self.call.normed)
 
 
 def _make_graphed(branch: _Branch, sample: Tensor, pool: Any) -> Any:
@@ -135,5 +135,7 @@ def _fits(call: BranchCall) -> Hashable:
     """What has to be as it was at the capture."""
     x = call.x
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-    addresses = tuple((p.data_ptr(), call.variant == "learning" and p.requires_grad) for p in parameters_of(call.owner))
+    addresses = tuple(
+        (p.data_ptr(), call.variant == "learning" and p.requires_grad) for p in parameters_of(call.module)
+    )
     return len(tensors_in(call.args, call.kwargs)), x.shape, x.stride(), x.dtype, x.device, autocast, addresses

@@ -15,10 +15,10 @@ from torch import Tensor
 from .._utils.checks import is_transformed
 from . import dispatch, eager, registered
 from .buffers import context_of
-from .spec import Add, Next, Operands, Results
+from .spec import Add, NextInput, Operands, Results
 
 
-def run_tail(op: str, operands: Operands, add: Add | None = None, following: Next | None = None) -> Results:
+def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
     """One call on the backend of the moment; arguments are taken as checked. `op` is what errors and the log call it.
 
     Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
@@ -26,30 +26,30 @@ def run_tail(op: str, operands: Operands, add: Add | None = None, following: Nex
     """
     kernels = None
     if not torch.compiler.is_compiling():
-        kernels = library_for(op, operands, add, following)
+        kernels = library_for(op, operands, add, next_input)
         if kernels is not None:
-            return Tail(kernels, add, following)(operands)
-    elif following is not None or add is None or add.rows is not None:
-        stream = operands.branch if operands.residual is None else operands.residual
+            return FusedCall(kernels, add, next_input)(operands)
+    elif next_input is not None or add is None or add.rows is not None:
+        stream = operands.update if operands.residual is None else operands.residual
         dtypes = tuple(t.dtype for t in operands if t is not None)
-        width = _norm_width(stream, following)
+        width = _norm_width(stream, next_input)
         too_wide = width is not None and width > dispatch.WIDEST_NORM
         library = dispatch.compiled_kernels(op, stream.device, dtypes, width is not None, is_transformed())
         if library is not None and not too_wide:
-            return registered.tail(library, operands, _scaled_by_rows(operands, add), following)
-    if following is None or following.norm is None or (add is None and following.rows is None):
-        return eager.tail(operands, add, following)
+            return registered.fused_add(library, operands, _scaled_by_rows(operands, add), next_input)
+    if next_input is None or next_input.norm is None or (add is None and next_input.rows is None):
+        return eager.fused_add(operands, add, next_input)
     # No kernel has this norm: torch's, after what kernels there are for the rest.
-    rest = None if following.rows is None else Next(following.rows, constant=following.constant)
-    results = run_tail(op, operands._replace(weight=None, bias=None), add, rest)
+    rest = None if next_input.rows is None else NextInput(next_input.rows, detached=next_input.detached)
+    results = fused_add(op, operands._replace(weight=None, bias=None), add, rest)
     if rest is None:
         results = results._replace(next=results.out)
-    return eager.normalised(results, operands, following)
+    return eager.normalised(results, operands, next_input)
 
 
 def _scaled_by_rows(operands: Operands, add: Add | None) -> Add | None:
     """With a number other than 0 and 1 as a factor a row."""
-    if add is None or add.row_scale is not None or operands.frozen is not None or add.scale in (0.0, 1.0):
+    if add is None or add.row_scale is not None or operands.frozen_update is not None or add.scale in (0.0, 1.0):
         return add
     return replace(add, scale=1.0, row_scale=scale_of_rows(operands, add.scale))
 
@@ -58,53 +58,57 @@ def scale_of_rows(operands: Operands, scale: Tensor | float) -> Tensor:
     """A number as a factor for each row of the branch: data, for which any number has the same graph."""
     if isinstance(scale, Tensor):
         return scale
-    branch, dtype = operands.branch, eager.compute_dtype(operands.residual)
+    branch, dtype = operands.update, eager.compute_dtype(operands.residual)
     return torch.ones(branch.shape[0], dtype=dtype, device=branch.device) * scale
 
 
-def _norm_width(stream: Tensor, following: Next | None) -> int | None:
-    return None if following is None or following.norm is None else stream.shape[-1]
+def _norm_width(stream: Tensor, next_input: NextInput | None) -> int | None:
+    return None if next_input is None or next_input.norm is None else stream.shape[-1]
 
 
 def library_for(
-    op: str, operands: Operands, add: Add | None, following: Next | None, required: bool = True
+    op: str, operands: Operands, add: Add | None, next_input: NextInput | None, required: bool = True
 ) -> ModuleType | None:
     """The kernels that serve a call; None for the eager reference. Not `required`: None also where the backend that was
     asked for by name can't serve it."""
-    stream = operands.branch if operands.residual is None else operands.residual
+    stream = operands.update if operands.residual is None else operands.residual
     row_scale = None if add is None else add.row_scale
 
     def tile_rows() -> int:
-        context = context_of(operands, None if following is None else following.norm, None)
-        return context.shape[0] * context.tiling(add, following, operands.gamma is not None).positions
+        context = context_of(operands, None if next_input is None else next_input.norm, None)
+        return context.shape[0] * context.tiling(add, next_input, operands.gamma is not None).positions
 
     return dispatch.kernels_for(
         op,
         stream,
         *operands,
         row_scale,
-        norm_width=_norm_width(stream, following),
+        norm_width=_norm_width(stream, next_input),
         tile_rows=tile_rows,
         required=required,
     )
 
 
-class Tail:
+class FusedCall:
     """One call of kernels: what is computed, and who owns the stream.
 
     Args:
-        kernels: the library, with `tail_fwd` and `tail_bwd`.
+        kernels: the library, with `fused_add_fwd` and `fused_add_bwd`.
         add: how the branch is added; None if there is none.
-        following: what the next branch gets; None if there is none.
+        next_input: what the next branch gets; None if there is none.
         previous: the tail that the residual comes from, where nobody else ever sees it. If that tail allocated it and
             doesn't save it, the sum overwrites it; and if this one's backward allocates its gradient, that tail's
             overwrites it in turn.
     """
 
     def __init__(
-        self, kernels: ModuleType, add: Add | None, following: Next | None = None, previous: Tail | None = None
+        self,
+        kernels: ModuleType,
+        add: Add | None,
+        next_input: NextInput | None = None,
+        previous: FusedCall | None = None,
     ):
-        self.kernels, self.add, self.following = kernels, add, following
+        self.kernels, self.add, self.next_input = kernels, add, next_input
         self.saves_stream = False
         """Whether the stream that comes out is saved: where all its rows are normed, and a gradient is wanted."""
         owned = previous is not None and previous.add is not None and not previous.saves_stream
@@ -114,7 +118,7 @@ class Tail:
 
     def __call__(self, operands: Operands) -> Results:
         """Without what is there for the norm's backward."""
-        return Results(*_Tail.apply(self, *operands)[:3])
+        return Results(*_FusedAdd.apply(self, *operands)[:3])
 
 
 class Node:
@@ -126,7 +130,7 @@ class Node:
         self.owns_gradient = False
 
 
-class _Tail(torch.autograd.Function):
+class _FusedAdd(torch.autograd.Function):
     """Saves what the wanted gradients need: the branch's learning rows for dγ, γ and the norm's weight to pass through,
     what the norm saw with its statistics, the sum where there is an activation. Differentiable once: what the norm saw
     is an operand or a result, so that autograd knows that what the norm's backward makes of it depends on the operands.
@@ -135,21 +139,21 @@ class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tail, *tensors):
         operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
-        add, following = tail.add, tail.following
+        add, next_input = tail.add, tail.next_input
         num_saved = 0
-        if following is not None and following.norm is not None and tail.is_recorded and any(needed):
-            num_saved = following.num_with_gradient(operands.residual.shape[0])
-        results, ctx.context = tail.kernels.tail_fwd(operands, add, following, num_saved, tail.in_place)
+        if next_input is not None and next_input.norm is not None and tail.is_recorded and any(needed):
+            num_saved = next_input.num_with_gradient(operands.residual.shape[0])
+        results, ctx.context = tail.kernels.fused_add_fwd(operands, add, next_input, num_saved, tail.in_place)
         out = operands.residual if add is None else results.out
         norm_input = results.norm_input
         tail.saves_stream = norm_input is out
-        ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, following)
+        ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, next_input)
         if not tail.kernels.READS_INVERSES:
             data[1] = data[4] = None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            operands.branch if needed.gamma else None,
-            operands.gamma if needed.branch or needed.frozen else None,
+            operands.update if needed.gamma else None,
+            operands.gamma if needed.update or needed.frozen_update else None,
             operands.weight if num_saved else None,
             results.out if add is not None and add.activation is not None else None,
             norm_input,
@@ -159,25 +163,25 @@ class _Tail(torch.autograd.Function):
         )
         if tail.in_place:
             ctx.mark_dirty(operands.residual)
-        if following is not None and following.constant is not None:
-            constant = [results.frozen_next] if following.constant == "frozen" else [results.next, results.frozen_next]
-            ctx.mark_non_differentiable(*(t for t in constant if t is not None))
+        if next_input is not None and next_input.detached is not None:
+            detached = [results.frozen_next] if next_input.detached == "frozen" else [results.next, results.frozen_next]
+            ctx.mark_non_differentiable(*(t for t in detached if t is not None))
         return out, results.next, results.frozen_next, None if norm_input is out else norm_input
 
     @staticmethod
     def backward(ctx, *douts):
         branch, gamma, weight, out, norm_input, mean, rstd, *data = ctx.saved_tensors
-        node, (add, following) = ctx.node, registered.joined(ctx.constants, data)
+        node, (add, next_input) = ctx.node, registered.joined(ctx.constants, data)
         twice = torch.is_grad_enabled()
         check_untransformed(*douts)
         with torch.no_grad():
-            grads = node.kernels.tail_bwd(
+            grads = node.kernels.fused_add_bwd(
                 ctx.context,
-                Operands(branch=branch, gamma=gamma, weight=weight),
+                Operands(update=branch, gamma=gamma, weight=weight),
                 Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
                 Results(*douts[:3]),
                 add,
-                following,
+                next_input,
                 Operands(*ctx.needs_input_grad[1:]),
                 in_place=node.owns_gradient and not twice,
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, Tiling
-from .spec import Add, Next, Operands, Results, RowSet, compute_dtype
+from .spec import Add, NextInput, Operands, Results, RowSet, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Context:
         """`[num_rows, ...]` like the stream."""
         return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
 
-    def tiling(self, add: Add | None, following: Next | None, has_gamma: bool) -> Tiling:
+    def tiling(self, add: Add | None, next_input: NextInput | None, has_gamma: bool) -> Tiling:
         """Of the stream: a norm's tiles span the channels, others run along γ where there is one."""
-        if following is not None and following.norm is not None:
+        if next_input is not None and next_input.norm is not None:
             return self.layout.tiling(self.shape, -1)
         return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
 
 
 def context_of(operands: Operands, norm: str | None, batch_size: int | None) -> Context:
     """A norm wants the channels, the last dimension, innermost."""
-    stream = operands.branch if operands.residual is None else operands.residual
-    stream = operands.frozen if stream is None else stream
+    stream = operands.update if operands.residual is None else operands.residual
+    stream = operands.frozen_update if stream is None else stream
     assert stream is not None
     layout = Layout.of(stream)
     if norm is not None and layout.order[-1] != stream.dim() - 1:
@@ -55,24 +55,24 @@ def context_of(operands: Operands, norm: str | None, batch_size: int | None) -> 
 
 
 def empty_results(
-    context: Context, add: Add | None, following: Next | None, num_saved: int, out: Any = None
+    context: Context, add: Add | None, next_input: NextInput | None, num_saved: int, out: Any = None
 ) -> Results:
     """Of a forward; `out` is allocated where a branch is added, unless it is given. `norm_input` is allocated for some
     rows; that of all rows is the stream, and None here."""
     dtype = context.dtypes.residual
     if add is not None and out is None:
         out = context.empty(context.shape[0], dtype)
-    if following is None:
+    if next_input is None:
         return Results(out)
-    num_learning, num_frozen = part_sizes(context, following.rows)
+    num_learning, num_frozen = part_sizes(context, next_input.rows)
     results = Results(out, context.empty(num_learning, dtype), context.empty(num_frozen, dtype) if num_frozen else None)
-    if following.norm is None or num_saved == 0:
+    if next_input.norm is None or num_saved == 0:
         return results
     num_norms = num_saved * math.prod(context.shape[1:-1])
     statistic = partial(torch.empty, num_norms, dtype=context.compute, device=context.device)
     return results._replace(
-        norm_input=None if following.rows is None else context.empty(num_saved, dtype),
-        mean=statistic() if following.norm == "layer" else None,
+        norm_input=None if next_input.rows is None else context.empty(num_saved, dtype),
+        mean=statistic() if next_input.norm == "layer" else None,
         rstd=statistic(),
     )
 
@@ -86,8 +86,8 @@ def empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Oper
         return torch.empty(context.shape[dim], dtype=dtype, device=context.device)
 
     return Operands(
-        branch=context.empty(num_learning, dtypes.branch) if wanted.branch else None,
-        frozen=context.empty(num_frozen, dtypes.frozen) if wanted.frozen else None,
+        update=context.empty(num_learning, dtypes.update) if wanted.update else None,
+        frozen_update=context.empty(num_frozen, dtypes.frozen_update) if wanted.frozen_update else None,
         gamma=vector(dtypes.gamma, -1 if add is None else add.channel_dim) if wanted.gamma else None,
         weight=vector(dtypes.weight, -1) if wanted.weight else None,
         bias=vector(dtypes.bias, -1) if wanted.bias else None,

@@ -1,8 +1,8 @@
 """The one place that chooses which implementation serves a call, and that can say why not.
 
 A kernel library is a package with three functions that give a reason or None without importing a kernel,
-`unavailable()`, `why_not(...)` and `why_not_kind(...)`, and with `kernels()`, which gives the module with `tail_fwd`
-and `tail_bwd`. `HAS_NORMS` says whether these take a norm: after those of a library without, torch's own is called.
+`unavailable()`, `why_not(...)` and `why_not_kind(...)`, and with `kernels()`, which gives the module of its launchers,
+`fused_add_fwd` and `fused_add_bwd`. `HAS_NORMS` says whether these take a norm; where they don't, torch's own follows.
 `"auto"` takes the first one that can serve the call, else the eager reference; the logger `rdp_kernels` tells at level
 DEBUG what was passed over and why.
 """

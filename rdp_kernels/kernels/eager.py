@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._utils.checks import is_transformed
-from .spec import Add, Next, Operands, Results, compute_dtype
+from .spec import Add, NextInput, Operands, Results, compute_dtype
 
 
 def residual_add(
@@ -103,17 +103,19 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
     return residual.index_select(0, rows)
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, following: Next, dtype: torch.dtype) -> Tensor:
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, next_input: NextInput, dtype: torch.dtype
+) -> Tensor:
     """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension,
     computed in `dtype`."""
-    norm, eps = following.norm, following.eps
+    norm, eps = next_input.norm, next_input.eps
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     if norm == "layer":
         return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps).to(x.dtype)
 
 
-def tail(operands: Operands, add: Add | None, following: Next | None) -> Results:
+def fused_add(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results:
     """A branch added to the stream, the next branch's rows, or both: the ops above, one after the other."""
     residual, branch, frozen, gamma, *_ = operands
     if add is not None:
@@ -131,23 +133,23 @@ def tail(operands: Operands, add: Add | None, following: Next | None) -> Results
             activation=add.activation,
             frozen=None if frozen is None or rows is None else (rows.frozen, frozen),
         )
-    if following is None:
+    if next_input is None:
         return Results(residual)
-    forked = (residual, residual) if following.rows is None else _fork_rows(residual, following, add is not None)
-    return normalised(Results(*forked), operands, following)
+    forked = (residual, residual) if next_input.rows is None else _fork_rows(residual, next_input, add is not None)
+    return normalised(Results(*forked), operands, next_input)
 
 
-def normalised(results: Results, operands: Operands, following: Next) -> Results:
-    """With the norm, where `following` has one, over the next rows. Its weights are constants for frozen ones."""
-    if following.norm is None:
+def normalised(results: Results, operands: Operands, next_input: NextInput) -> Results:
+    """With the norm, where `next_input` has one, over the next rows. Its weights are constants for frozen ones."""
+    if next_input.norm is None:
         return results
     weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
     rows, frozen_rows = results.next, results.frozen_next
-    if following.constant == "all":
+    if next_input.detached == "all":
         rows, weight, bias = rows.detach(), _detached(weight), _detached(bias)
-    rows = normalise(rows, weight, bias, following, dtype)
+    rows = normalise(rows, weight, bias, next_input, dtype)
     if frozen_rows is not None:
-        frozen_rows = normalise(frozen_rows, _detached(weight), _detached(bias), following, dtype)
+        frozen_rows = normalise(frozen_rows, _detached(weight), _detached(bias), next_input, dtype)
     return results._replace(next=rows, frozen_next=frozen_rows)
 
 
@@ -155,15 +157,15 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _fork_rows(x: Tensor, following: Next, owned: bool) -> tuple[Tensor, ...]:
+def _fork_rows(x: Tensor, next_input: NextInput, owned: bool) -> tuple[Tensor, ...]:
     """The stream, and the next branch's rows. `owned`: nobody else ever sees `x`."""
-    rows = following.rows
+    rows = next_input.rows
     assert rows is not None
-    parts = [rows.learning] if rows.num_frozen == 0 or following.constant else [rows.learning, rows.frozen]
+    parts = [rows.learning] if rows.num_frozen == 0 or next_input.detached else [rows.learning, rows.frozen]
     forked = (
         (x, *(x.index_select(0, part) for part in parts)) if _wants_plain_ops() else ForkRows.apply(x, owned, *parts)
     )
-    if rows.num_frozen == 0 or following.constant is None:
+    if rows.num_frozen == 0 or next_input.detached is None:
         return forked
     return *forked, x.detach().index_select(0, rows.frozen)
 

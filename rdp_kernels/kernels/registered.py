@@ -1,4 +1,4 @@
-"""The kernels as registered ops, `rdp::tail` and its backward: what `torch.compile` and export put into a graph.
+"""The kernels as registered ops, `rdp::fused_add` and its backward: what `torch.compile` and export put into a graph.
 
 Schemas know no dataclasses: `_spell` and `_read` turn a call into a flat list of arguments and back. A tensor that
 there isn't is an empty one among the results. Dtypes go by name: torch 2.11 hands a `ScalarType[]` over as numbers,
@@ -17,17 +17,19 @@ from .._utils.checks import is_transformed
 from .buffers import Context, context_of, empty_gradients, empty_results
 from .dispatch import kernels_named
 from .layout import Layout
-from .spec import Add, Next, Operands, Results, RowSet
+from .spec import Add, NextInput, Operands, Results, RowSet
 
 _OPERANDS = "Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? weight, Tensor? bias"
 _SPEC = (
     "bool adds, Tensor? rows, Tensor? inverse, SymInt num_learning, Tensor? row_scale, float scale, int channel_dim, "
     "str? activation, bool follows, Tensor? next_rows, Tensor? next_inverse, SymInt num_next_learning, str? norm, "
-    "float eps, str? constant"
+    "float eps, str? detached"
 )
-_FORWARD = f"tail(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_FORWARD = (
+    f"fused_add(str library, {_OPERANDS}, {_SPEC}, bool saves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _BACKWARD = (
-    "tail_backward(str library, Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
+    "fused_add_backward(str library, Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
     f"Tensor? weight, Tensor? bias, Tensor? out, Tensor? norm_input, Tensor? mean, Tensor? rstd, {_SPEC}, "
     "SymInt[] shape, int[] order, str[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -46,20 +48,20 @@ DIFFERENTIABLE_ONCE = (
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def tail(library: str, operands: Operands, add: Add | None, following: Next | None) -> Results:
-    """As `run_tail`, on the kernels of a library."""
+def fused_add(library: str, operands: Operands, add: Add | None, next_input: NextInput | None) -> Results:
+    """As `fused_add`, on the kernels of a library."""
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    results = torch.ops.rdp.tail(library, *operands, *_spell(add, following), saves)
-    next_rows = None if following is None else following.rows
+    results = torch.ops.rdp.fused_add(library, *operands, *_spell(add, next_input), saves)
+    next_rows = None if next_input is None else next_input.rows
     return Results(
         out=operands.residual if add is None else results[0],
-        next=None if following is None else results[1],
+        next=None if next_input is None else results[1],
         frozen_next=None if next_rows is None or next_rows.num_frozen == 0 else results[2],
     )
 
 
-def _spell(add: Add | None, following: Next | None) -> tuple[Any, ...]:
-    given_add, given_next = add or Add(), following or Next()
+def _spell(add: Add | None, next_input: NextInput | None) -> tuple[Any, ...]:
+    given_add, given_next = add or Add(), next_input or NextInput()
     return (
         add is not None,
         *_spell_rows(given_add.rows),
@@ -67,11 +69,11 @@ def _spell(add: Add | None, following: Next | None) -> tuple[Any, ...]:
         given_add.scale,
         given_add.channel_dim,
         given_add.activation,
-        following is not None,
+        next_input is not None,
         *_spell_rows(given_next.rows),
         given_next.norm,
         given_next.eps,
-        given_next.constant,
+        given_next.detached,
     )
 
 
@@ -79,25 +81,25 @@ def _spell_rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]
     return (None, None, 0) if rows is None else (rows.index, rows.inverse, rows.num_learning)
 
 
-def _read(spec: Sequence[Any]) -> tuple[Add | None, Next | None]:
+def _read(spec: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
     adds, rows, inverse, num_learning, row_scale, scale, channel_dim, activation = spec[:8]
-    follows, next_rows, next_inverse, num_next_learning, norm, eps, constant = spec[8:]
+    follows, next_rows, next_inverse, num_next_learning, norm, eps, detached = spec[8:]
     row_set = None if rows is None else RowSet(rows, num_learning, inverse)
     next_row_set = None if next_rows is None else RowSet(next_rows, num_next_learning, next_inverse)
     add = Add(row_set, scale, row_scale, channel_dim, activation) if adds else None
-    return add, Next(next_row_set, norm, eps, constant) if follows else None
+    return add, NextInput(next_row_set, norm, eps, detached) if follows else None
 
 
-def parted(add: Add | None, following: Next | None) -> tuple[list[Any], list[Tensor | None]]:
+def parted(add: Add | None, next_input: NextInput | None) -> tuple[list[Any], list[Tensor | None]]:
     """The numbers of a call, and its tensors: rows, their inverse, row_scale; and of the next rows."""
-    spec = list(_spell(add, following))
+    spec = list(_spell(add, next_input))
     tensors = [spec[place] for place in _TENSORS]
     for place in _TENSORS:
         spec[place] = None
     return spec, tensors
 
 
-def joined(constants: list[Any], tensors: Sequence[Tensor | None]) -> tuple[Add | None, Next | None]:
+def joined(constants: list[Any], tensors: Sequence[Tensor | None]) -> tuple[Add | None, NextInput | None]:
     """The call that was `parted`."""
     spec = list(constants)
     for place, tensor in zip(_TENSORS, tensors, strict=True):
@@ -109,13 +111,13 @@ def _fill(results: tuple[Any, ...], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if t is None else t for t in results)
 
 
-def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None, Next | None, int, Tensor]:
+def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Add | None, NextInput | None, int, Tensor]:
     operands = Operands(*arguments[:_NUM_OPERANDS])
-    add, following = _read(arguments[_NUM_OPERANDS:-1])
-    stream = operands.branch if operands.residual is None else operands.residual
-    saves = arguments[-1] and following is not None and following.norm is not None
-    num_saved = following.num_with_gradient(stream.shape[0]) if saves and following is not None else 0
-    return operands, add, following, num_saved, stream
+    add, next_input = _read(arguments[_NUM_OPERANDS:-1])
+    stream = operands.update if operands.residual is None else operands.residual
+    saves = arguments[-1] and next_input is not None and next_input.norm is not None
+    num_saved = next_input.num_with_gradient(stream.shape[0]) if saves and next_input is not None else 0
+    return operands, add, next_input, num_saved, stream
 
 
 def _check_untransformed() -> None:
@@ -128,35 +130,35 @@ def _check_untransformed() -> None:
 
 def _forward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     _check_untransformed()
-    operands, add, following, num_saved, stream = _forward_arguments(arguments)
-    results, _ = kernels_named(library).tail_fwd(operands, add, following, num_saved)
-    if following is not None and following.rows is None:
+    operands, add, next_input, num_saved, stream = _forward_arguments(arguments)
+    results, _ = kernels_named(library).fused_add_fwd(operands, add, next_input, num_saved)
+    if next_input is not None and next_input.rows is None:
         results = results._replace(norm_input=None)  # it is the stream, and an op may not return a tensor twice
     return _fill(results, stream)
 
 
 def _forward_fake(library: str, *arguments: Any) -> tuple[Tensor, ...]:
-    operands, add, following, num_saved, stream = _forward_arguments(arguments)
-    context = context_of(operands, None if following is None else following.norm, None)
-    return _fill(empty_results(context, add, following, num_saved), stream)
+    operands, add, next_input, num_saved, stream = _forward_arguments(arguments)
+    context = context_of(operands, None if next_input is None else next_input.norm, None)
+    return _fill(empty_results(context, add, next_input, num_saved), stream)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.library, *arguments = inputs
-    operands, add, following, num_saved, stream = _forward_arguments(tuple(arguments))
-    context = context_of(operands, None if following is None else following.norm, None)
+    operands, add, next_input, num_saved, stream = _forward_arguments(tuple(arguments))
+    context = context_of(operands, None if next_input is None else next_input.norm, None)
     ctx.geometry = (
         list(context.shape),
         list(context.layout.order),
         [_NAMES[(stream if t is None else t).dtype] for t in operands],
     )
     norm_input, mean, rstd = output[3:]
-    if following is not None and following.rows is None:
+    if next_input is not None and next_input.rows is None:
         norm_input = stream if add is None else output[0]
     spec = arguments[_NUM_OPERANDS:-1]
     ctx.spec = [None if isinstance(value, Tensor) else value for value in spec]
     ctx.save_for_backward(
-        operands.branch if operands.gamma is not None and operands.gamma.requires_grad else None,
+        operands.update if operands.gamma is not None and operands.gamma.requires_grad else None,
         *operands[3:],
         output[0] if add is not None and add.activation is not None else None,
         *((norm_input, mean, rstd) if num_saved else (None, None, None)),
@@ -167,17 +169,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     branch, gamma, weight, bias, out, norm_input, mean, rstd, *spec_tensors = ctx.saved_tensors
     spec = tuple(value if t is None else t for value, t in zip(ctx.spec, spec_tensors, strict=True))
-    add, following = _read(spec)
+    add, next_input = _read(spec)
     wanted = list(ctx.needs_input_grad[1 : _NUM_OPERANDS + 1])
     dout, dnext, dfrozen_next = gradients[:3]
-    if following is None or following.constant == "all":
+    if next_input is None or next_input.detached == "all":
         dnext = dfrozen_next = None
-    elif following.constant == "frozen" or following.rows is None or following.rows.num_frozen == 0:
+    elif next_input.detached == "frozen" or next_input.rows is None or next_input.rows.num_frozen == 0:
         dfrozen_next = None
     if add is None:
         dout = None  # the stream went past the op
     passes = wanted[0] and out is None and dnext is None and dfrozen_next is None
-    grads = torch.ops.rdp.tail_backward(
+    grads = torch.ops.rdp.fused_add_backward(
         ctx.library, dout, dnext, dfrozen_next, branch, gamma, weight, bias, out, norm_input, mean, rstd,
         *spec, *ctx.geometry, [False, *wanted[1:]] if passes else wanted,
     )  # fmt: skip
@@ -190,19 +192,19 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 def _backward_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     gradients, operands = Results(*arguments[:3]), Operands(None, arguments[3], None, *arguments[4:7])
     results = Results(out=arguments[7], norm_input=arguments[8], mean=arguments[9], rstd=arguments[10])
-    add, following = _read(arguments[11:-4])
+    add, next_input = _read(arguments[11:-4])
     shape, order, names, wanted = arguments[-4:]
     dtypes = [_DTYPES[name] for name in names]
     like = next(t for t in (*gradients, *operands) if t is not None)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     context = Context(torch.Size(shape), like.device, Layout(tuple(order)), compute, Operands(*dtypes))
-    return context, operands, results, gradients, add, following, Operands(*wanted), like
+    return context, operands, results, gradients, add, next_input, Operands(*wanted), like
 
 
 def _run_backward(library: str, *arguments: Any) -> tuple[Tensor, ...]:
     _check_untransformed()
     *call, like = _backward_arguments(arguments)
-    grads = kernels_named(library).tail_bwd(*call)
+    grads = kernels_named(library).fused_add_bwd(*call)
     return _fill(tuple(g if w else None for g, w in zip(grads, call[-1], strict=True)), like)
 
 
@@ -221,9 +223,9 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor |
 _LIBRARY = torch.library.Library("rdp", "DEF")
 _LIBRARY.define(_FORWARD)
 _LIBRARY.define(_BACKWARD)
-_LIBRARY.impl("tail", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("tail_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("rdp::tail", _forward_fake)
-torch.library.register_fake("rdp::tail_backward", _backward_fake)
-torch.library.register_autograd("rdp::tail", _backward, setup_context=_setup_context)
-torch.library.register_autograd("rdp::tail_backward", _no_second_derivative)
+_LIBRARY.impl("fused_add", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("fused_add_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("rdp::fused_add", _forward_fake)
+torch.library.register_fake("rdp::fused_add_backward", _backward_fake)
+torch.library.register_autograd("rdp::fused_add", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rdp::fused_add_backward", _no_second_derivative)

@@ -1,6 +1,6 @@
 """One call of the kernels as data: how a branch is added to the residual, and what the next branch gets of the sum.
 
-A kernel library serves every op of this package through two functions on these, `tail_fwd` and `tail_bwd`.
+A kernel library serves every op of this package through two functions on these, `fused_add_fwd` and `fused_add_bwd`.
 """
 
 from __future__ import annotations
@@ -80,38 +80,38 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Next:
+class NextInput:
     """What the next branch gets: some rows (None for all), normalised over the last dimension where `norm` is given.
 
     Args:
         norm: `"layer"`, `"rms"` or None.
-        constant: no gradient comes back from its `"frozen"` rows, or from `"all"`, or None.
+        detached: no gradient comes back from its `"frozen"` rows, or from `"all"`, or None.
     """
 
     rows: RowSet | None = None
     norm: str | None = None
     eps: float = 0.0
-    constant: str | None = None
+    detached: str | None = None
 
     def num_with_gradient(self, batch_size: int) -> int:
         """How many leading rows a gradient may come back from."""
-        if self.constant == "all":
+        if self.detached == "all":
             return 0
         if self.rows is None:
             return batch_size
-        return self.rows.num_learning if self.constant == "frozen" else self.rows.num_rows
+        return self.rows.num_learning if self.detached == "frozen" else self.rows.num_rows
 
 
 class Operands(NamedTuple):
     """The tensors of a tail, or their gradients, dtypes, or whether they are wanted. What there isn't is None.
 
-    `residual`: `[B, ...]`; without it `branch` stands alone. `branch`: rows that learn, or all; `frozen`: those that
-    are frozen. `gamma`: `[C]`. `weight`, `bias`: of the norm, `[C]`.
+    `residual`: `[B, ...]`; without it `update` stands alone. `update`: rows that learn, or all; `frozen_update`: those
+    that are frozen. `gamma`: `[C]`. `weight`, `bias`: of the norm, `[C]`.
     """
 
     residual: Any = None
-    branch: Any = None
-    frozen: Any = None
+    update: Any = None
+    frozen_update: Any = None
     gamma: Any = None
     weight: Any = None
     bias: Any = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._utils.checks import check_bool, check_probability, check_residual_add, check_stream
 from .._utils.device import to_device
 from ..kernels import direct
-from ..kernels.autograd import run_tail
+from ..kernels.autograd import fused_add
 from ..kernels.recorded import drop_rows, is_recorded
 from ..kernels.spec import Add, Operands, compute_dtype
 from ..plan import kept_scale
@@ -42,7 +42,7 @@ def _drop_path(x: Tensor, drop_prob: float, training: bool, scale_by_keep: bool)
     if recorded:
         return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep))
     row_scale = draw_row_scale(x, drop_prob, scale_by_keep)
-    return run_tail("drop_path", Operands(branch=x), Add(row_scale=row_scale)).out
+    return fused_add("drop_path", Operands(update=x), Add(row_scale=row_scale)).out
 
 
 def drop_path_add(
@@ -64,7 +64,7 @@ def drop_path_add(
     if out is not None:
         return out
     operands = Operands(residual, branch, gamma=gamma)
-    return run_tail("drop_path_add", operands, Add(row_scale=row_scale)).out
+    return fused_add("drop_path_add", operands, Add(row_scale=row_scale)).out
 
 
 def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .._utils.checks import check_rows, check_stream
 from ..kernels import direct
-from ..kernels.autograd import run_tail
-from ..kernels.spec import Next, Operands, RowSet
+from ..kernels.autograd import fused_add
+from ..kernels.spec import NextInput, Operands, RowSet
 
 
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
@@ -24,4 +24,4 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
         return out
     check_stream("residual", residual)
     check_rows("rows", rows, residual.shape[0], residual.device)
-    return run_tail("gather_rows", Operands(residual), following=Next(RowSet(rows, rows.shape[0]))).next
+    return fused_add("gather_rows", Operands(residual), next_input=NextInput(RowSet(rows, rows.shape[0]))).next

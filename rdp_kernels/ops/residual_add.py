@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._utils.checks import check_residual_add, check_rows, check_stream
 from ..kernels import direct
-from ..kernels.autograd import run_tail, scale_of_rows
+from ..kernels.autograd import fused_add, scale_of_rows
 from ..kernels.spec import Add, Operands, RowSet
 
 
@@ -46,7 +46,7 @@ def residual_add(
         check_rows("rows", rows, stream.shape[0], stream.device)
     check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
     operands = Operands(residual, branch, gamma=gamma)
-    return run_tail("residual_add", operands, add_of(operands, rows, row_scale, channel_dim, activation)).out
+    return fused_add("residual_add", operands, add_of(operands, rows, row_scale, channel_dim, activation)).out
 
 
 def add_of(

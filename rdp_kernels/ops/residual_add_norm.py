@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from .._utils.checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
-from ..kernels.autograd import run_tail
-from ..kernels.spec import Next, Operands, RowSet
+from ..kernels.autograd import fused_add
+from ..kernels.spec import NextInput, Operands, RowSet
 from .residual_add import add_of
 
 NORMS = ("layer", "rms")
@@ -50,10 +50,10 @@ def residual_add_norm(
     check_choice("norm", norm, NORMS)
     check_norm(stream, weight, bias, norm, eps)
     operands = Operands(residual, branch, gamma=gamma, weight=weight, bias=bias)
-    results = run_tail(
+    results = fused_add(
         "residual_add_norm",
         operands,
         add_of(operands, rows, row_scale),
-        Next(None if next_rows is None else RowSet(next_rows, next_rows.shape[0]), norm, eps),
+        NextInput(None if next_rows is None else RowSet(next_rows, next_rows.shape[0]), norm, eps),
     )
     return results.out, results.next

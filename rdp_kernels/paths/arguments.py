@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .path import PathOwner
+    from .path import PathModule
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -105,17 +105,17 @@ def _has_rows(value: Any, count: int) -> bool:
     return any(isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == count for t in pytree.tree_leaves(value))
 
 
-def not_a_tensor(owner: PathOwner, what: str, out: object) -> TypeError:
+def not_a_tensor(module: PathModule, what: str, out: object) -> TypeError:
     advice = ""
     if isinstance(out, (tuple, list)):
         advice = "; wrap it in a module whose forward returns that tensor alone, as in `self.attention(...)[0]`"
-    return TypeError(f"the {what} of {name_of(owner)} must return a tensor, got {type(out).__name__}{advice}")
+    return TypeError(f"the {what} of {name_of(module)} must return a tensor, got {type(out).__name__}{advice}")
 
 
-def name_of(owner: PathOwner) -> str:
+def name_of(module: PathModule) -> str:
     """For messages: by its name in a scheme, else by what it is of."""
-    scheme = owner.slot.scheme
+    scheme = module.binding.scheme
     if scheme is not None:
-        return f"path {scheme.paths[owner.slot._index].name!r}"
-    fn = getattr(owner, "fn", None)
-    return repr(owner) if fn is None else f"a {type(owner).__name__} of {type(fn).__name__}"
+        return f"path {scheme.paths[module.binding._index].name!r}"
+    fn = getattr(module, "fn", None)
+    return repr(module) if fn is None else f"a {type(module).__name__} of {type(fn).__name__}"

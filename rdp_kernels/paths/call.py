@@ -19,7 +19,7 @@ from .._utils.checks import check_residual_add, check_stream, host_has
 from .._utils.device import to_device
 from .._utils.ranks import world_size
 from ..kernels import direct
-from ..kernels.autograd import run_tail
+from ..kernels.autograd import fused_add
 from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, Operands, RowSet, compute_dtype, row_set
@@ -27,35 +27,35 @@ from ..plan import kept_scale
 from . import recorded
 from .arguments import left_behind, name_of, not_a_tensor
 from .freezing import (
+    Frozen,
+    RequiresGrad,
+    SaveLess,
     bypass,
     check_freezable,
-    freeze,
-    lean_ops,
-    lean_ops_pay,
     refuse_second_derivatives,
-    requires_grad,
-    take_part,
+    save_less_pays,
+    touch,
 )
 from .norms import Norm
-from .path import ROWS_OF_BATCH_NORM, WHOLE, Decision, PathOwner, batch_norms_of, modules_of, places_of
+from .path import ROWS_OF_BATCH_NORM, WHOLE, Decision, PathModule, batch_norms_of, modules_of, places_of
 
 
 def run_path(
-    owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
+    module: PathModule, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
 ) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))` with the branch run on the rows that the decision asks for;
     `residual`: what the shortcut gave, where that was computed already."""
     compiling = torch.compiler.is_compiling()
     if not compiling and is_recorded(x):
-        return recorded.run_path(owner, x, args, kwargs, residual)
+        return recorded.run_path(module, x, args, kwargs, residual)
     check_stream("x", x)
-    call = PathCall(owner, x.shape[0], args, kwargs, residual)
-    if owner.slot.probe is not None:
-        return owner.slot.probe(call, x)
-    if compiling and owner.training:
-        if owner.slot.factors is not None:
-            return call.planned_in_graph(x, *owner.slot.factors)
-        if owner.slot.scheme is None or owner.slot.scheme.phase is None:
+    call = PathCall(module, x.shape[0], args, kwargs, residual)
+    if module.binding.call_override is not None:
+        return module.binding.call_override(call, x)
+    if compiling and module.training:
+        if module.binding.graph_mask is not None:
+            return call.planned_in_graph(x, *module.binding.graph_mask)
+        if module.binding.scheme is None or module.binding.scheme.phase is None:
             return call.run(x, call.draw(x))
     return call.run(x, call.decide(x))
 
@@ -64,45 +64,45 @@ class PathCall:
     """One call of a path with its further arguments."""
 
     def __init__(
-        self, owner: PathOwner, batch_size: int, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
+        self, module: PathModule, batch_size: int, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
     ):
-        self.owner, self.batch_size, self.args, self.kwargs = owner, batch_size, args, kwargs
+        self.module, self.batch_size, self.args, self.kwargs = module, batch_size, args, kwargs
         self.given_residual = residual
 
     @functools.cached_property
     def modules(self) -> list[nn.Module]:
         """Those of the branch. Looking them up costs as much as freezing them."""
-        return modules_of(self.owner)
+        return modules_of(self.module)
 
     def decide(self, x: Tensor) -> Decision:
-        owner = self.owner
-        if not owner.training:
+        module = self.module
+        if not module.training:
             return WHOLE
-        decision = owner.slot.decide(x)
+        decision = module.binding.decide(x)
         return self.draw(x) if decision is None else decision
 
     def draw(self, x: Tensor) -> Decision:
-        owner = self.owner
-        drop_prob = owner.drop_prob
-        return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, owner.mode, owner.scale_by_keep)
+        module = self.module
+        drop_prob = module.drop_prob
+        return WHOLE if drop_prob == 0 else draw_decision(x, drop_prob, module.mode, module.scale_by_keep)
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
-        if not decision.absent:
+        if not decision.dummy_calls:
             return self.run_here(x, decision)
         # In the order of the calls that other ranks make: collectives of theirs wait for ours.
-        others = [self.call_for_others(x, decision, learning=False)] if "frozen" in decision.absent else []
+        others = [self.run_dummy(x, decision, learning=False)] if "frozen" in decision.dummy_calls else []
         out = self.run_here(x, decision)
-        if "learning" in decision.absent:
-            gamma, branch = self.owner.gamma, self.call_for_others(x, decision, learning=True)
+        if "learning" in decision.dummy_calls:
+            gamma, branch = self.module.gamma, self.run_dummy(x, decision, learning=True)
             others += [branch, *([] if gamma is None else [gamma])]
             if not decision.runs:
                 out = self.promoted(out, branch.dtype)
-        return take_part(out, others)
+        return touch(out, others)
 
-    def call_for_others(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
+    def run_dummy(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
         """The branch on a row of zeros; with BatchNorm, whose statistics ranks may share, on the batch."""
         rows = None
-        if not batch_norms_of(self.owner):
+        if not batch_norms_of(self.module):
             rows = torch.zeros(1, dtype=torch.int64, device=x.device)
             x = x.new_zeros(1, *x.shape[1:]).requires_grad_(x.requires_grad)
         return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
@@ -117,22 +117,22 @@ class PathCall:
             return self.add(self.residual(x), self.learning_branch(x, decision), scale=decision.scale)
         if decision.frozen:
             return self.frozen(x, decision)
-        residual = self.residual(x) if decision.absent else self.without_branch(x)
-        return residual.relu() if self.owner.activation == "relu" else residual
+        residual = self.residual(x) if decision.dummy_calls else self.without_branch(x)
+        return residual.relu() if self.module.activation == "relu" else residual
 
     def without_branch(self, x: Tensor) -> Tensor:
         """The residual, in the dtype that its sum with the branch would have."""
-        residual, promotion = self.residual(x), self.owner.promotion
+        residual, promotion = self.residual(x), self.module.promotion
         return residual if promotion is None else residual.to(promotion.without_branch(self, x, residual.dtype))
 
     def promoted(self, residual: Tensor, branch: torch.dtype) -> Tensor:
         """The residual, in the dtype of its sum with a branch of dtype `branch`."""
-        promotion = self.owner.promotion
+        promotion = self.module.promotion
         return residual if promotion is None else residual.to(promotion.of(residual.dtype, branch))
 
     def widened(self, residual: Tensor, branch: torch.dtype) -> Tensor:
         """The residual, for a sum that may be cast to a narrower dtype later, and is rounded once."""
-        promotion = self.owner.promotion
+        promotion = self.module.promotion
         if promotion is None or branch == residual.dtype:
             return residual
         return residual.to(torch.promote_types(residual.dtype, promotion.of(residual.dtype, branch)))
@@ -140,43 +140,43 @@ class PathCall:
     def residual(self, x: Tensor) -> Tensor:
         if self.given_residual is not None:
             return self.given_residual
-        if self.owner.shortcut is None:
+        if self.module.shortcut is None:
             return x
-        out = self.owner.shortcut(x)
+        out = self.module.shortcut(x)
         if not isinstance(out, Tensor):
-            raise not_a_tensor(self.owner, "shortcut", out)
+            raise not_a_tensor(self.module, "shortcut", out)
         return out
 
     def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
         args, kwargs = self.args, self.kwargs
         if rows is not None:
-            args, kwargs = self.owner.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
-        runner = self.owner.slot.runner
+            args, kwargs = self.module.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
+        runner = self.module.binding.branch_runner
         single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
         try:
             if runner is None or single or torch.compiler.is_compiling():
-                out = self.owner.run_branch(x, args, kwargs, normed)
+                out = self.module.run_branch(x, args, kwargs, normed)
             else:
-                out = runner(self.owner, x, args, kwargs, normed)
+                out = runner(self.module, x, args, kwargs, normed)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if rows is not None and not isinstance(error, torch.OutOfMemoryError):
                 self._check_followed(x, args, kwargs, f"raises {type(error).__name__}: {error}", error)
             raise
         if not isinstance(out, Tensor):
-            raise not_a_tensor(self.owner, "branch", out)
+            raise not_a_tensor(self.module, "branch", out)
         if rows is not None and out.shape[:1] != x.shape[:1]:
             self._check_followed(x, args, kwargs, f"returns shape {list(out.shape)}")
         return out
 
     def _check_followed(self, x: Tensor, args: tuple, kwargs: dict, what: str, cause: Exception | None = None) -> None:
         """Raises `ValueError` where arguments kept all their rows although the branch got some rows of x, and fails."""
-        takes = getattr(self.owner, "takes", None)
+        takes = getattr(self.module, "takes", None)
         if takes is None or x.shape[0] == self.batch_size:
             return
         names = left_behind(self.batch_size, self.args, self.kwargs, (args, kwargs), takes())
         if names:
             raise ValueError(
-                f"the branch of {name_of(self.owner)} {what}. It was run on {x.shape[0]} of {self.batch_size} "
+                f"the branch of {name_of(self.module)} {what}. It was run on {x.shape[0]} of {self.batch_size} "
                 f"rows with all {self.batch_size} rows of {', '.join(map(repr, names))}: name in per_sample what has a "
                 f"row per sample, as per_sample={tuple(names)}"
             ) from cause
@@ -184,9 +184,9 @@ class PathCall:
     def learning_branch(
         self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
     ) -> Tensor:
-        if not decision.thaw:
+        if not decision.also_learns:
             return self.branch(x, rows, normed)
-        with requires_grad(decision.thaw, True):
+        with RequiresGrad(decision.also_learns, True):
             return self.branch(x, rows, normed)
 
     def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
@@ -197,13 +197,13 @@ class PathCall:
 
     def guarded(self, out: Tensor) -> Tensor:
         """A frozen call's output; second derivatives are refused here where the frozen rest around doesn't do so."""
-        scheme = self.owner.slot.scheme
+        scheme = self.module.binding.scheme
         return out if scheme is not None and scheme._rest.is_entered else refuse_second_derivatives(out)
 
     def needs_all_rows(self, rows: RowSet) -> bool:
         """A training BatchNorm: statistics of some rows would differ from those of the batch. And one in eval mode if a
         single row is left: torch 2.13's backward of that is wrong on CPUs for a gradient of strides (C, 1, W·C, C)."""
-        batch_norms = batch_norms_of(self.owner, self.modules)
+        batch_norms = batch_norms_of(self.module, self.modules)
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 
     def add(
@@ -215,7 +215,7 @@ class PathCall:
         scale: float = 1.0,
         row_scale: Tensor | None = None,
     ) -> Tensor:
-        if branch.dtype != residual.dtype and self.owner.promotion is not None:
+        if branch.dtype != residual.dtype and self.module.promotion is not None:
             wide = self.widened(residual, branch.dtype)
             return self.promoted(self._sum(wide, branch, frozen, rows, scale, row_scale), branch.dtype)
         return self._sum(residual, branch, frozen, rows, scale, row_scale)
@@ -229,37 +229,37 @@ class PathCall:
         scale: float,
         row_scale: Tensor | None,
     ) -> Tensor:
-        owner = self.owner
-        if frozen is None and rows is None and row_scale is None and _is_plain(owner):
+        module = self.module
+        if frozen is None and rows is None and row_scale is None and _is_plain(module):
             out = direct.plain_add(residual, branch, scale)
             if out is not None:
                 return out
         if frozen is None:
             index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
-            options = (owner.channel_dim, owner.activation)
-            out = direct.residual_add(residual, branch, owner.gamma, factor, index, *options)
+            options = (module.channel_dim, module.activation)
+            out = direct.residual_add(residual, branch, module.gamma, factor, index, *options)
             if out is not None:
                 return out
-        operands = Operands(residual, branch, frozen, owner.gamma)
-        return run_tail("path", operands, self.checked_add(operands, rows, scale, row_scale)).out
+        operands = Operands(residual, branch, frozen, module.gamma)
+        return fused_add("path", operands, self.checked_add(operands, rows, scale, row_scale)).out
 
     def checked_add(
         self, operands: Operands, rows: RowSet | None, scale: float = 1.0, row_scale: Tensor | None = None
     ) -> Add:
         """How the branch is added. Raises `ValueError` or `TypeError` where its output doesn't fit."""
-        owner, residual = self.owner, operands.residual
-        options = (row_scale, owner.gamma, owner.channel_dim, owner.activation)
-        check_residual_add(residual, operands.branch, None if rows is None else rows.learning, *options)
-        if operands.frozen is not None and rows is not None:
-            check_residual_add(residual, operands.frozen, rows.frozen, *options)
-        return Add(rows, scale, row_scale, owner.channel_dim, owner.activation)
+        module, residual = self.module, operands.residual
+        options = (row_scale, module.gamma, module.channel_dim, module.activation)
+        check_residual_add(residual, operands.update, None if rows is None else rows.learning, *options)
+        if operands.frozen_update is not None and rows is not None:
+            check_residual_add(residual, operands.frozen_update, rows.frozen, *options)
+        return Add(rows, scale, row_scale, module.channel_dim, module.activation)
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch whole, dropped rows masked."""
         rows = decision.rows
         assert rows is not None
         if rows.num_frozen:
-            raise RuntimeError(f"{name_of(self.owner)}: {ROWS_OF_BATCH_NORM}")
+            raise RuntimeError(f"{name_of(self.module)}: {ROWS_OF_BATCH_NORM}")
         row_scale = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
         row_scale.index_fill_(0, rows.learning, decision.scale)
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
@@ -267,12 +267,12 @@ class PathCall:
     def planned_in_graph(self, x: Tensor, learning: Tensor, constant: Tensor | None) -> Tensor:
         """Under `torch.compile`, where no plan may be part of the graph: the branch whole, its rows times `learning`
         and, as constants, times `constant`; one of the two is 0."""
-        owner, residual, branch = self.owner, self.residual(x), self.branch(x)
+        module, residual, branch = self.module, self.residual(x), self.branch(x)
         if constant is not None:
             residual = self.widened(residual, branch.dtype)
-            gamma, row_scale = None if owner.gamma is None else owner.gamma.detach(), self.for_rows(constant, x)
+            gamma, row_scale = None if module.gamma is None else module.gamma.detach(), self.for_rows(constant, x)
             residual = residual_add(
-                residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=owner.channel_dim
+                residual, branch.detach(), row_scale=row_scale, gamma=gamma, channel_dim=module.channel_dim
             )
         return self.add(residual, branch, row_scale=self.for_rows(learning, x))
 
@@ -283,9 +283,11 @@ class PathCall:
     def on_rows(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on learning and on frozen rows: two calls and one add."""
         # A runner takes the norm in, so that it makes one thing of a branch on all rows and on some.
-        norm = Norm.of(self.owner.norm, x, decision.thaw) if self.owner.slot.runner is None else Norm()
-        following = norm.following(decision.rows, "frozen" if decision.freeze == "branch" else None)
-        entered = run_tail("path", norm.operands()._replace(residual=x), following=following)
+        norm = (
+            Norm.of(self.module.norm, x, decision.also_learns) if self.module.binding.branch_runner is None else Norm()
+        )
+        next_input = norm.next_input(decision.rows, "frozen" if decision.freeze == "branch" else None)
+        entered = fused_add("path", norm.operands()._replace(residual=x), next_input=next_input)
         updates = self.updates(decision, entered.next, entered.frozen_next, norm.fused)
         return self.add(self.residual(entered.out), *updates, decision.rows, decision.scale)
 
@@ -299,7 +301,7 @@ class PathCall:
             return run(x, decision, None, normed), None
         if x_frozen is not None and parametrize._cache_enabled and any(map(parametrize.is_parametrized, self.modules)):
             raise RuntimeError(
-                f"{name_of(self.owner)} has parametrized weights, and parametrize.cached() would give its learning "
+                f"{name_of(self.module)} has parametrized weights, and parametrize.cached() would give its learning "
                 "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or take "
                 "mode='block'"
             )
@@ -311,17 +313,17 @@ class PathCall:
         residual = self.residual(x)
         with self._frozen(decision):
             if decision.freeze == "branch":
-                return bypass(residual, lambda: self.add(residual, self.branch(x)), self.owner.activation)
+                return bypass(residual, lambda: self.add(residual, self.branch(x)), self.module.activation)
             return self.guarded(self.add(residual, self.branch(x)))  # γ is frozen as well
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
         modules = self.modules if decision.modules is None else decision.modules
-        places = places_of(self.owner, modules)
+        places = places_of(self.module, modules)
         check_freezable(places)
-        with freeze(places, modules, decision.freeze_bn):
-            lean = decision.freeze == "parameters" and lean_ops_pay(modules)
-            with lean_ops() if lean else contextlib.nullcontext():
+        with Frozen(places, modules, decision.freeze_bn):
+            lean = decision.freeze == "parameters" and save_less_pays(modules)
+            with SaveLess() if lean else contextlib.nullcontext():
                 yield
 
 
@@ -339,8 +341,8 @@ def draw_decision(x: Tensor, drop_prob: float, mode: str, scale_by_keep: bool) -
     kept = int(keep.sum())
     if kept in (0, len(keep)):
         # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP average or scatter what all have.
-        absent = ("learning",) if kept == 0 and world_size() > 1 else ()
-        return Decision(learning=kept > 0, scale=scale, absent=absent)
+        dummy_calls = ("learning",) if kept == 0 and world_size() > 1 else ()
+        return Decision(learning=kept > 0, scale=scale, dummy_calls=dummy_calls)
     return Decision(learning=False, rows=row_set(keep, x.device), scale=scale)
 
 
@@ -350,11 +352,11 @@ def _kept(scale: float) -> Decision:
 
 
 def _select(argument: Tensor, rows: Tensor) -> Tensor:
-    """Its `rows`; of an empty batch, which `call_for_others` asks for a row, zeros, or true where it is a mask."""
+    """Its `rows`; of an empty batch, which `run_dummy` asks for a row, zeros, or true where it is a mask."""
     if argument.shape[0] == 0 and len(rows):
         return argument.new_full((len(rows), *argument.shape[1:]), argument.dtype == torch.bool)
     return argument.index_select(0, rows)
 
 
-def _is_plain(owner: PathOwner) -> bool:
-    return owner.gamma is None and owner.activation is None
+def _is_plain(module: PathModule) -> bool:
+    return module.gamma is None and module.activation is None

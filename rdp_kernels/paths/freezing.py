@@ -7,9 +7,9 @@ needs. What is left for this module:
 |---|---|
 | `freeze` | wgrad: parameters and running statistics stand still during one call |
 | `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
-| `lean_ops` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
+| `SaveLess` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
 
-`refuse_second_derivatives` refuses those that freezing doesn't stop. `take_part` is the reverse of freezing: zeros for
+`refuse_second_derivatives` refuses those that freezing doesn't stop. `touch` is the reverse of freezing: zeros for
 weights that learn on other ranks.
 """
 
@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._utils.checks import is_transformed
 
-Place = tuple[nn.Module, str]
+ParameterRef = tuple[nn.Module, str]
 """A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
 
 FreezeBN = Literal[True, False, "running"]
@@ -43,7 +43,7 @@ def check_freeze_bn(value: object) -> FreezeBN:
     return value  # type: ignore[return-value]
 
 
-class requires_grad:
+class RequiresGrad:
     """Context: the parameters in `places` require grad, or don't. Those that did so before are left alone.
 
     On leaving the flags are put back whatever happened, of what was in these places then and of what is there now. A
@@ -51,12 +51,12 @@ class requires_grad:
     require grad, it is detached for as long.
     """
 
-    def __init__(self, places: Iterable[Place], flag: bool):
+    def __init__(self, places: Iterable[ParameterRef], flag: bool):
         self._places, self._flag = places, flag
         self._changed: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._detached: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def __enter__(self) -> requires_grad:
+    def __enter__(self) -> RequiresGrad:
         flag = self._flag
         for module, name in self._places:
             parameter = module._parameters.get(name)
@@ -80,20 +80,20 @@ class requires_grad:
                 current.requires_grad_(not self._flag)
 
 
-class freeze(requires_grad):
+class Frozen(RequiresGrad):
     """Context: the parameters in `places` don't require grad, and no running statistics in `modules` move.
 
     With `freeze_bn=True` norms in training mode still normalise by the batch. With `"running"` they are in eval mode.
     With `False` they are left alone, and their statistics move.
     """
 
-    def __init__(self, places: Iterable[Place], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
+    def __init__(self, places: Iterable[ParameterRef], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
         super().__init__(places, False)
         self._switch = "training" if freeze_bn == "running" else "track_running_stats"
         norms = [m for m in modules if isinstance(m, _NormBase)] if freeze_bn else []
         self._norms = [(m, m._buffers) for m in norms if m.training and getattr(m, self._switch)]
 
-    def __enter__(self) -> freeze:
+    def __enter__(self) -> Frozen:
         super().__enter__()
         for norm, buffers in self._norms:
             setattr(norm, self._switch, False)
@@ -121,7 +121,7 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.running_mean is not None
 
 
-def check_freezable(places: Iterable[Place]) -> None:
+def check_freezable(places: Iterable[ParameterRef]) -> None:
     """Raises `RuntimeError` where a derivative is taken that `requires_grad` doesn't stop."""
     if not is_transformed():
         return
@@ -202,12 +202,12 @@ class _Bypass(torch.autograd.Function):
         return dout, None, None
 
 
-def take_part(out: Tensor, others: Iterable[Tensor]) -> Tensor:
+def touch(out: Tensor, others: Iterable[Tensor]) -> Tensor:
     """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
-    return _TakePart.apply(out, *others)
+    return _Touch.apply(out, *others)
 
 
-class _TakePart(torch.autograd.Function):
+class _Touch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, *others):
         ctx.like = [(t.shape, t.new_empty(())) for t in others]
@@ -222,7 +222,7 @@ class _TakePart(torch.autograd.Function):
         return dout.clone()
 
 
-class lean_ops(TorchFunctionMode):
+class SaveLess(TorchFunctionMode):
     """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
 
     Autograd derives the gradients of a convolution's (or BatchNorm's) input, weight and bias by one formula and saves
@@ -238,8 +238,8 @@ class lean_ops(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def lean_ops_pay(modules: Iterable[nn.Module]) -> bool:
-    """Whether `lean_ops` would save anything: the mode costs a microsecond for every torch call within."""
+def save_less_pays(modules: Iterable[nn.Module]) -> bool:
+    """Whether `SaveLess` would save anything: the mode costs a microsecond for every torch call within."""
     return any(isinstance(m, _ConvNd) or (isinstance(m, _BatchNorm) and not m.training) for m in modules)
 
 

@@ -13,7 +13,7 @@ from ..plan import MODES
 from .arguments import Takes, taken_by
 from .call import run_path
 from .norms import has_hooks
-from .path import PathSlot
+from .path import PathBinding
 from .sequence import run_sequence
 
 
@@ -100,7 +100,7 @@ class ResidualBranch(nn.Module):
         self.activation: str | None = activation
         self.channel_dim = channel_dim
         self.per_sample = _check_per_sample(per_sample, fn)
-        self.slot = PathSlot()
+        self.binding = PathBinding()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run_path(self, x, args, kwargs)
@@ -117,7 +117,7 @@ class ResidualBranch(nn.Module):
         return (
             calls_run_path
             and not compiled
-            and self.slot.probe is None
+            and self.binding.call_override is None
             and not has_hooks(self)
             and self.shortcut is None
             and self.activation is None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.autograd import library_for
-from ..kernels.spec import Next, Operands, RowSet
+from ..kernels.spec import NextInput, Operands, RowSet
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -28,21 +28,21 @@ class Norm:
     def fused(self) -> bool:
         return self.kind is not None
 
-    def operands(self, constant: bool = False) -> Operands:
-        """Weight and bias; `constant`: no gradient goes to them."""
-        weight, bias = (t.detach() if constant and t is not None else t for t in (self.weight, self.bias))
+    def operands(self, detached: bool = False) -> Operands:
+        """Weight and bias; `detached`: no gradient goes to them."""
+        weight, bias = (t.detach() if detached and t is not None else t for t in (self.weight, self.bias))
         return Operands(weight=weight, bias=bias)
 
-    def following(self, rows: RowSet | None, constant: str | None = None) -> Next:
-        return Next(rows, self.kind, self.eps, constant)
+    def next_input(self, rows: RowSet | None, detached: str | None = None) -> NextInput:
+        return NextInput(rows, self.kind, self.eps, detached)
 
     @classmethod
-    def of(cls, module: nn.Module | None, x: Tensor, thaw: Sequence[object] = ()) -> Norm:
+    def of(cls, module: nn.Module | None, x: Tensor, also_learns: Sequence[object] = ()) -> Norm:
         """Fused where that means exactly what calling `module` on `x` would, and kernels serve it.
 
-        `thaw`: parameters that learn although they don't require grad now; the module's own call sees to them.
+        `also_learns`: parameters that learn although they don't require grad now; the module's own call sees to them.
         """
-        if thaw or torch.compiler.is_compiling():
+        if also_learns or torch.compiler.is_compiling():
             return cls()
         if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _is_plain(module):
             return cls()
@@ -54,7 +54,7 @@ class Norm:
             eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
             norm = cls("rms", module.weight, None, eps)
         served = library_for(
-            "path", Operands(x, weight=norm.weight, bias=norm.bias), None, norm.following(None), required=False
+            "path", Operands(x, weight=norm.weight, bias=norm.bias), None, norm.next_input(None), required=False
         )
         return cls() if served is None else norm
 

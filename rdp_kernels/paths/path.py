@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..kernels.spec import RowSet
 from ..plan import drop_path_rates
-from .freezing import FreezeBN, Place
+from .freezing import FreezeBN, ParameterRef
 
 if TYPE_CHECKING:
     from ..scheme.scheme import ResidualDropPath
@@ -36,11 +36,11 @@ class Decision:
     freeze_bn: FreezeBN = True
     modules: Sequence[nn.Module] | None = None
     """Those of the branch, where somebody has looked them up."""
-    thaw: tuple[Place, ...] = ()
+    also_learns: tuple[ParameterRef, ...] = ()
     """Parameters of this path that the frozen rest shares: they learn inside the branch's call."""
     row_scale: Tensor | None = None
     """A factor a row, or one for all, where the host doesn't know which are 0: all rows are computed."""
-    absent: tuple[str, ...] = ()
+    dummy_calls: tuple[str, ...] = ()
     """"learning", "frozen": which calls of the branch other ranks make and this one has no rows for."""
 
     @property
@@ -59,17 +59,17 @@ ROWS_OF_BATCH_NORM = (
 )
 
 
-class PathSlot:
-    """Where a path's owner finds the scheme that decides for it. A copy or pickle of the owner has an empty one."""
+class PathBinding:
+    """What ties a path to the scheme that decides for it. A copy or pickle of the path's module has an empty one."""
 
     def __init__(self) -> None:
         self._scheme: weakref.ref[ResidualDropPath] | None = None
         self._index = -1
-        self.runner: Runner | None = None
-        """What runs the branch in the place of the owner's `run_branch`: compiled, or captured."""
-        self.factors: Factors | None = None
+        self.branch_runner: BranchRunner | None = None
+        """What runs the branch in the place of the path_module's `run_branch`: compiled, or captured."""
+        self.graph_mask: GraphMask | None = None
         """Where the whole model is compiled: what the plan says, as data."""
-        self.probe: Probe | None = None
+        self.call_override: CallOverride | None = None
         """Who looks on at every call, and decides what comes out (`estimate`)."""
 
     @property
@@ -80,7 +80,7 @@ class PathSlot:
         self._scheme, self._index = weakref.ref(scheme), index
 
     def clear(self) -> None:
-        self._scheme = self.factors = None
+        self._scheme = self.graph_mask = None
 
     def decide(self, x: Tensor) -> Decision | None:
         """The scheme's decision for a call on `x`; None without a scheme, or where no iteration is open."""
@@ -88,13 +88,13 @@ class PathSlot:
         return None if scheme is None else scheme._decide(self._index, x)
 
     def __reduce__(self) -> tuple:
-        return PathSlot, ()
+        return PathBinding, ()
 
 
-class PathOwner(Protocol):
+class PathModule(Protocol):
     """What `run_path` asks of what stands for a path: the module itself, or one of the paths of a converted block."""
 
-    slot: PathSlot
+    binding: PathBinding
     training: bool
     drop_prob: float
     mode: str
@@ -115,7 +115,7 @@ class PathOwner(Protocol):
     def branch_modules(self) -> list[nn.Module]:
         """The modules whose parameters are the path's."""
 
-    def own_parameters(self) -> list[Place]:
+    def own_parameters(self) -> list[ParameterRef]:
         """Parameters of the path outside of these modules, gamma among them."""
 
     def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
@@ -127,21 +127,21 @@ class PathOwner(Protocol):
         """The further arguments with `function` of those that carry a row per sample, `batch_size` of them if given."""
 
 
-Factors = tuple[Tensor, Tensor | None]
+GraphMask = tuple[Tensor, Tensor | None]
 """What a branch's rows are multiplied by where they learn, and where they are constants, float64 `[]` or `[B]`."""
 
-Runner = Callable[[PathOwner, Tensor, tuple, dict, bool], Tensor]
-"""`run_branch` of any owner: owner, x, args, kwargs, normed."""
+BranchRunner = Callable[[PathModule, Tensor, tuple, dict, bool], Tensor]
+"""`run_branch` of any path_module: path_module, x, args, kwargs, normed."""
 
 
-Probe = Callable[["PathCall", Tensor], Tensor]
+CallOverride = Callable[["PathCall", Tensor], Tensor]
 """The call, its input; returns the path's output."""
 
 
 class Path:
     """One residual path of a scheme's model: row `index` of `plan.keep` is about it."""
 
-    def __init__(self, index: int, name: str, module: PathOwner, drop_prob: float | None):
+    def __init__(self, index: int, name: str, module: PathModule, drop_prob: float | None):
         self.index, self.name, self.module = index, name, module
         self._drop_prob = drop_prob
 
@@ -161,43 +161,46 @@ class Path:
 def find_paths(
     model: nn.Module, drop_prob: float | None = None, schedule: str = "constant", known: Container[int] = ()
 ) -> list[Path]:
-    """The paths of `model` in registration order; `drop_prob` None keeps each its own. `known`: ids of owners whose
-    scheme is the one that asks.
+    """The paths of `model` in registration order; `drop_prob` None keeps each its own. `known`: ids of the modules
+    whose scheme is the one that asks.
 
     Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
     path that has a scheme.
     """
-    owners = find_owners(model)
-    for name, owner in owners.items():
-        if owner.slot.scheme is not None and id(owner) not in known:
+    path_modules = find_path_modules(model)
+    for name, path_module in path_modules.items():
+        if path_module.binding.scheme is not None and id(path_module) not in known:
             raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
-    rates: list[float | None] = [None] * len(owners)
+    rates: list[float | None] = [None] * len(path_modules)
     if drop_prob is not None:
-        rates = [*drop_path_rates(drop_prob, len(owners), schedule)]
-    return [Path(index, name, owners[name], rate) for index, (name, rate) in enumerate(zip(owners, rates, strict=True))]
+        rates = [*drop_path_rates(drop_prob, len(path_modules), schedule)]
+    return [
+        Path(index, name, path_modules[name], rate)
+        for index, (name, rate) in enumerate(zip(path_modules, rates, strict=True))
+    ]
 
 
-def find_owners(model: nn.Module) -> dict[str, PathOwner]:
+def find_path_modules(model: nn.Module) -> dict[str, PathModule]:
     """What stands for the paths of `model`, by name, in registration order. Raises as `find_paths`, but for schemes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    owners: dict[str, PathOwner] = {}
+    path_modules: dict[str, PathModule] = {}
     inside: dict[int, str] = {}
     for name, module in model.named_modules():
-        for label, owner in paths_of(module):
+        for label, path_module in paths_of(module):
             path = ".".join(part for part in (name, label) if part)
             if id(module) in inside:
                 raise ValueError(
                     f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
                 )
-            owners[path] = owner
-        for label, owner in paths_of(module):
+            path_modules[path] = path_module
+        for label, path_module in paths_of(module):
             path = ".".join(part for part in (name, label) if part)
-            around = [*owner.branch_modules(), owner.shortcut]
+            around = [*path_module.branch_modules(), path_module.shortcut]
             inside |= {id(m): path for inner in around if inner is not None for m in inner.modules()}
-    if not owners:
+    if not path_modules:
         raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
-    return owners
+    return path_modules
 
 
 def refuse_batch_norm(paths: Iterable[Path]) -> None:
@@ -207,9 +210,9 @@ def refuse_batch_norm(paths: Iterable[Path]) -> None:
             raise ValueError(f"path {path.name!r}: {ROWS_OF_BATCH_NORM}")
 
 
-def paths_of(module: nn.Module) -> list[tuple[str, PathOwner]]:
+def paths_of(module: nn.Module) -> list[tuple[str, PathModule]]:
     """What stands for the paths that `module` itself owns, each with its name within the module."""
-    if isinstance(module.__dict__.get("slot"), PathSlot):
+    if isinstance(module.__dict__.get("binding"), PathBinding):
         return [("", module)]  # type: ignore[list-item]
     return list(module.__dict__.get(CONVERTED, ()))
 
@@ -229,39 +232,39 @@ def walk(model: nn.Module, without: Iterable[int] = ()) -> list[nn.Module]:
     return [module for module in found.values() if module is not None]
 
 
-def owners_among(modules: Iterable[nn.Module]) -> list[PathOwner]:
+def path_modules_among(modules: Iterable[nn.Module]) -> list[PathModule]:
     """What stands for the paths that these modules themselves own. As `paths_of`, called for those that have some."""
     return [
-        owner
+        path_module
         for module in modules
-        if "slot" in module.__dict__ or CONVERTED in module.__dict__
-        for _, owner in paths_of(module)
+        if "binding" in module.__dict__ or CONVERTED in module.__dict__
+        for _, path_module in paths_of(module)
     ]
 
 
-def parameters_of(owner: PathOwner) -> Iterator[nn.Parameter]:
+def parameters_of(path_module: PathModule) -> Iterator[nn.Parameter]:
     """All that are a path's; those that modules share more than once."""
-    for module in owner.branch_modules():
+    for module in path_module.branch_modules():
         yield from module.parameters()
-    yield from own_parameters_of(owner)
+    yield from own_parameters_of(path_module)
 
 
-def own_parameters_of(owner: PathOwner) -> list[nn.Parameter]:
-    return [getattr(module, name) for module, name in owner.own_parameters()]
+def own_parameters_of(path_module: PathModule) -> list[nn.Parameter]:
+    return [getattr(module, name) for module, name in path_module.own_parameters()]
 
 
-def places_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> list[Place]:
+def places_of(path_module: PathModule, modules: Sequence[nn.Module] | None = None) -> list[ParameterRef]:
     """Where a path's parameters are; `modules`: those of its branch, where somebody has looked them up."""
-    modules = modules_of(owner) if modules is None else modules
-    return [(module, name) for module in modules for name in module._parameters] + owner.own_parameters()
+    modules = modules_of(path_module) if modules is None else modules
+    return [(module, name) for module in modules for name in module._parameters] + path_module.own_parameters()
 
 
-def modules_of(owner: PathOwner) -> list[nn.Module]:
+def modules_of(path_module: PathModule) -> list[nn.Module]:
     """All modules of a path's branch."""
-    return [m for module in owner.branch_modules() for m in walk(module)]
+    return [m for module in path_module.branch_modules() for m in walk(module)]
 
 
-def batch_norms_of(owner: PathOwner, modules: Sequence[nn.Module] | None = None) -> list[_BatchNorm]:
+def batch_norms_of(path_module: PathModule, modules: Sequence[nn.Module] | None = None) -> list[_BatchNorm]:
     """As `places_of`."""
-    modules = modules_of(owner) if modules is None else modules
+    modules = modules_of(path_module) if modules is None else modules
     return [m for m in modules if isinstance(m, _BatchNorm)]

@@ -48,8 +48,8 @@ class Promotion:
         """
         if self.whose == "residual" or (self.whose == "both" and residual == torch.float64):
             return residual
-        owner: Any = call.owner
-        dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(owner))]
+        module: Any = call.module
+        dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(module))]
         if self.whose == "both" and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
             return residual  # a branch that widens to float64 by itself did so in the conversion, and isn't added
         device = x.device.type
@@ -60,8 +60,8 @@ class Promotion:
         if key not in self._known:
             if len(self._known) == MOST_KNOWN:
                 self._known.clear()
-            with _unnoticed([*call.modules, owner.block], x):
-                self._known[key] = owner.run_branch(x, call.args, call.kwargs).dtype
+            with _unnoticed([*call.modules, module.block], x):
+                self._known[key] = module.run_branch(x, call.args, call.kwargs).dtype
         return self.of(residual, self._known[key])
 
 
@@ -69,10 +69,10 @@ def _tensors(args: tuple) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)] if args else []
 
 
-def _weights(owner: ConvertedPath) -> list[Tensor]:
+def _weights(path: ConvertedPath) -> list[Tensor]:
     """Parameters and buffers of a branch, shared ones more than once; and those that the block itself has."""
-    found = [*owner.block._parameters.values(), *owner.block._buffers.values()]
-    modules: list[nn.Module | None] = [*owner.branch_modules()]
+    found = [*path.block._parameters.values(), *path.block._buffers.values()]
+    modules: list[nn.Module | None] = [*path.branch_modules()]
     while modules:
         module = modules.pop()
         if module is not None:

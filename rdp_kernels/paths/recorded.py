@@ -15,44 +15,44 @@ from ..plan import kept_scale
 from .arguments import not_a_tensor
 
 if TYPE_CHECKING:
-    from .path import PathOwner
+    from .path import PathModule
 
 
-def check_arguments(owner: object, args: object, kwargs: object) -> None:
+def check_arguments(module: object, args: object, kwargs: object) -> None:
     if isinstance(args, fx.Proxy) or isinstance(kwargs, fx.Proxy):
         raise TypeError(
-            f"torch.fx can't record {type(owner).__name__} by itself, as its forward takes any further arguments: "
+            f"torch.fx can't record {type(module).__name__} by itself, as its forward takes any further arguments: "
             "record a module that calls it, such as torch.nn.Sequential(it)"
         )
 
 
 def run_path(
-    owner: PathOwner, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
+    module: PathModule, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
 ) -> Tensor:
     """As `path_call.run_path`, at the path's own drop probability.
 
     Raises `RuntimeError` inside an iteration, as what is recorded couldn't follow another plan, and `TypeError` where
     `torch.fx` hands over `*args` and `**kwargs` as proxies.
     """
-    check_arguments(owner, args, kwargs)
-    scheme = owner.slot.scheme
-    if owner.training and scheme is not None and scheme.phase is not None:
+    check_arguments(module, args, kwargs)
+    scheme = module.binding.scheme
+    if module.training and scheme is not None and scheme.phase is not None:
         raise RuntimeError(
             f"torch.fx and torch.jit.trace can't record the {scheme.phase} iteration that is open, as its plan would "
             "stay in the graph for ever: record the model in eval mode, or outside of iterations"
         )
-    branch = owner.run_branch(x, args, kwargs)
+    branch = module.run_branch(x, args, kwargs)
     if not isinstance(branch, (Tensor, fx.Proxy)):
-        raise not_a_tensor(owner, "branch", branch)
-    if owner.gamma is not None:
-        dim = owner.channel_dim
-        branch = branch * owner.gamma if dim == -1 else (branch.movedim(dim, -1) * owner.gamma).movedim(-1, dim)
-    if owner.training and owner.drop_prob > 0:
-        scale = kept_scale(owner.drop_prob, owner.scale_by_keep)
-        branch = drop_rows(branch, owner.drop_prob, scale, whole_batch=owner.mode == "block")
+        raise not_a_tensor(module, "branch", branch)
+    if module.gamma is not None:
+        dim = module.channel_dim
+        branch = branch * module.gamma if dim == -1 else (branch.movedim(dim, -1) * module.gamma).movedim(-1, dim)
+    if module.training and module.drop_prob > 0:
+        scale = kept_scale(module.drop_prob, module.scale_by_keep)
+        branch = drop_rows(branch, module.drop_prob, scale, whole_batch=module.mode == "block")
     if residual is None:
-        residual = x if owner.shortcut is None else owner.shortcut(x)
-    out, whose = residual + branch, "residual" if owner.promotion is None else owner.promotion.whose
+        residual = x if module.shortcut is None else module.shortcut(x)
+    out, whose = residual + branch, "residual" if module.promotion is None else module.promotion.whose
     if whose != "both":
         out = out.type_as(residual if whose == "residual" else branch)
-    return out.relu() if owner.activation == "relu" else out
+    return out.relu() if module.activation == "relu" else out

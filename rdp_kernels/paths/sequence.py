@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .._utils.checks import check_stream
 from ..kernels import direct
-from ..kernels.autograd import Tail, library_for
+from ..kernels.autograd import FusedCall, library_for
 from ..kernels.recorded import is_recorded
-from ..kernels.spec import Add, Next, Operands, Results
+from ..kernels.spec import Add, NextInput, Operands, Results
 from .arguments import for_each
 from .call import PathCall
 from .norms import Norm
@@ -59,7 +59,7 @@ class _Chain:
 
     def __init__(self, kernels: ModuleType, x: Tensor):
         self._kernels, self._stream = kernels, x
-        self._tail: Tail | None = None
+        self._tail: FusedCall | None = None
         """Where the stream comes from, if nobody else has it."""
         self._update: tuple[Operands, Add] | None = None
 
@@ -70,7 +70,7 @@ class _Chain:
     def finish(self) -> Tensor:
         """The stream with all that was to be added."""
         if self._update is not None and not self._add_plainly(*self._update):
-            self._run_tail(Operands(), None)
+            self._run_fused_add(Operands(), None)
         return self._stream
 
     def _add_plainly(self, operands: Operands, add: Add) -> bool:
@@ -78,7 +78,7 @@ class _Chain:
         no backward, where a kernel's would copy the gradient."""
         if self._tail is not None or add.rows is not None or operands.gamma is not None:
             return False
-        out = direct.plain_add(self._stream, operands.branch, add.scale)
+        out = direct.plain_add(self._stream, operands.update, add.scale)
         if out is None:
             return False
         self._update = None
@@ -89,19 +89,19 @@ class _Chain:
         """One path: takes its input from the last update's tail, and leaves an update of its own."""
         decision = call.decide(self._stream)
         whole = decision.row_scale is not None or (decision.rows is not None and call.needs_all_rows(decision.rows))
-        if decision.absent or whole:
+        if decision.dummy_calls or whole:
             self.expose(call.run(self.finish(), decision))
             return
         if not decision.runs:
             return
-        norm = Norm.of(call.owner.norm, self._stream, decision.thaw)
+        norm = Norm.of(call.module.norm, self._stream, decision.also_learns)
         if decision.rows is None and not norm.fused:
             inputs = Results(next=self.finish())
             self.expose(inputs.next)
         else:
             inputs = self._head(norm, decision)
         update, frozen = call.updates(decision, inputs.next, inputs.frozen_next, norm.fused)
-        gamma: Tensor | None = call.owner.gamma
+        gamma: Tensor | None = call.module.gamma
         if gamma is not None and decision.frozen:
             gamma = gamma.detach()
         operands = Operands(self._stream, update, frozen, gamma)
@@ -110,16 +110,16 @@ class _Chain:
 
     def _head(self, norm: Norm, decision: Decision) -> Results:
         """What the branch gets."""
-        constant = None
+        detached = None
         if decision.freeze == "branch":
-            constant = "all" if decision.frozen else "frozen"
+            detached = "all" if decision.frozen else "frozen"
         if norm.fused and self._update is not None and not _along_channels(*self._update, self._stream):
             self.finish()
-        return self._run_tail(norm.operands(constant=decision.frozen), norm.following(decision.rows, constant))
+        return self._run_fused_add(norm.operands(detached=decision.frozen), norm.next_input(decision.rows, detached))
 
-    def _run_tail(self, norm: Operands, following: Next | None) -> Results:
+    def _run_fused_add(self, norm: Operands, next_input: NextInput | None) -> Results:
         operands, add = self._update or (Operands(), None)
-        tail = Tail(self._kernels, add, following, self._tail)
+        tail = FusedCall(self._kernels, add, next_input, self._tail)
         operands = operands._replace(residual=self._stream, weight=norm.weight, bias=norm.bias)
         results = tail(operands)
         self._stream, self._tail, self._update = results.out, tail, None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of
-from ..paths.freezing import FreezeBN, Place
+from ..paths.freezing import FreezeBN, ParameterRef
 from ..paths.path import Decision, Path
 from ..plan import PathPlan, kept_scale
 
@@ -42,7 +42,7 @@ class Iteration:
     paths: Sequence[Path]
     rules: Rules
     forwards: tuple[int, ...] = ()
-    thaw: Sequence[tuple[Place, ...]] = ()
+    also_learns: Sequence[tuple[ParameterRef, ...]] = ()
     """For each path its parameters that the frozen rest shares."""
     modules: Sequence[Sequence[nn.Module]] = ()
     """For each path those of its branch."""
@@ -65,12 +65,12 @@ class Iteration:
         """By forward and path: how many rows learn."""
         self._presence: Tensor | None = None  # on any rank
         several = sample and len(self.forwards) > 1
-        self._absent = self._absent_among(self.presence()) if several else {}
-        self.look_up(self.thaw, self.modules)
+        self._dummy_calls = self._dummy_calls_among(self.presence()) if several else {}
+        self.look_up(self.also_learns, self.modules)
 
-    def look_up(self, thaw: Sequence[tuple[Place, ...]], modules: Sequence[Sequence[nn.Module]]) -> None:
-        """`thaw` and `modules` as they are now."""
-        self.thaw, self.modules = thaw, modules
+    def look_up(self, also_learns: Sequence[tuple[ParameterRef, ...]], modules: Sequence[Sequence[nn.Module]]) -> None:
+        """`also_learns` and `modules` as they are now."""
+        self.also_learns, self.modules = also_learns, modules
         flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
         # What holds for every row of a path; a path in block mode never mixes.
         self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
@@ -100,7 +100,7 @@ class Iteration:
         rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
         return self._decision(index, rows=rows)
 
-    def factors(self) -> Tensor:
+    def graph_masks(self) -> Tensor:
         """Float64 `[2, paths]` or `[2, paths, batch]`: what the plan multiplies branches by in a whole forward, where
         they learn and where they are frozen. Counts as a forward."""
         self._ran = [True] * len(self.paths)
@@ -161,18 +161,18 @@ class Iteration:
 
         All ranks then make the same calls, and have the same gradients to average or scatter. Before any forward.
         """
-        self._presence, self._absent = presence, self._absent_among(presence)
+        self._presence, self._dummy_calls = presence, self._dummy_calls_among(presence)
 
-    def _absent_among(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
+    def _dummy_calls_among(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
         """By forward and path: which calls of the branch, on rows that learn or on frozen ones, other ranks make, or
         other forwards, and this one has no rows for. It makes them too, with a row of zeros: every path that learns
         has a gradient from each forward, so that each has a backward."""
-        absent: dict[tuple[int, int], tuple[str, ...]] = {}
+        dummy_calls: dict[tuple[int, int], tuple[str, ...]] = {}
         here = self._branch_calls(self.presence())
         for kind, anywhere in self._branch_calls(presence).items():
             for forward, path in (anywhere.any(dim=0) & ~here[kind]).nonzero().tolist():
-                absent[forward, path] = (*absent.get((forward, path), ()), kind)
-        return absent
+                dummy_calls[forward, path] = (*dummy_calls.get((forward, path), ()), kind)
+        return dummy_calls
 
     def _branch_calls(self, presence: Tensor) -> dict[str, Tensor]:
         """Bool [forwards, paths]: which branches are called on rows that learn, and on frozen ones."""
@@ -237,8 +237,8 @@ class Iteration:
         return forward
 
     def _among_ranks(self, decision: Decision, index: int, forward: int) -> Decision:
-        absent = self._absent.get((forward, index))
-        return decision if absent is None else replace(decision, absent=absent)
+        dummy_calls = self._dummy_calls.get((forward, index))
+        return decision if dummy_calls is None else replace(decision, dummy_calls=dummy_calls)
 
     def _whole(self, index: int, learns: bool) -> Decision:
         return self._decision(index, learns, not learns and self.phase == "reuse")
@@ -247,9 +247,9 @@ class Iteration:
         self, index: int, learning: bool = False, frozen: bool = False, rows: RowSet | None = None
     ) -> Decision:
         scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
-        thaw = self.thaw[index] if self.thaw else ()
+        also_learns = self.also_learns[index] if self.also_learns else ()
         modules = self.modules[index] if self.modules else None
-        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, modules, thaw)
+        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, modules, also_learns)
 
     def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
         """int64 [2, paths, batch] on `device`: each path's learning rows, then the others, and where each row stands.
@@ -264,7 +264,7 @@ class Iteration:
         return self._orders[key]
 
 
-def trainable(place: Place) -> bool:
+def trainable(place: ParameterRef) -> bool:
     module, name = place
     parameter = module._parameters[name]
     return parameter is not None and parameter.requires_grad

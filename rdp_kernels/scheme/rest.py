@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..paths.freezing import (
     FreezeBN,
-    Place,
+    Frozen,
+    ParameterRef,
     check_freezable,
-    freeze,
     keeps_statistics,
     refuse_second_derivatives,
     tensors_of,
 )
-from ..paths.path import Path, PathOwner, owners_among, walk
+from ..paths.path import Path, PathModule, path_modules_among, walk
 
 
 class Rest:
@@ -40,10 +40,10 @@ class Rest:
         """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
         self.modules: list[list[nn.Module]] = []
         """For each path those of its branch."""
-        self.shared: list[list[Place]] = []
+        self.shared: list[list[ParameterRef]] = []
         """For each path its parameters that the rest shares."""
         self._outermost: nn.Module | None = None
-        self._freeze: freeze | None = None
+        self._freeze: Frozen | None = None
         self._hooked: dict[int, nn.Module] = {}
         self.handles: dict[int, list[RemovableHandle]] = {}
         """Of the hooks, by the module's id."""
@@ -51,7 +51,7 @@ class Rest:
 
     def refresh(self) -> None:
         """Looks up what the rest consists of now; users add heads, swap layers and put others in a branch's place."""
-        self._places: list[Place] = []
+        self._places: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._names: set[str] = set()
         self._holders: dict[int, str] = {}
@@ -73,8 +73,8 @@ class Rest:
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
                 self._names.add(name)
-            for owner in owners_among([module]):
-                self._holders[id(owner)] = name
+            for path_module in path_modules_among([module]):
+                self._holders[id(path_module)] = name
         self._hook(walked)
         in_rest = {id(p) for p in self.parameters()}
         self.shared = []
@@ -103,9 +103,9 @@ class Rest:
         """Whether a module of it is running, frozen."""
         return self._outermost is not None
 
-    def owners(self) -> list[PathOwner]:
+    def path_modules(self) -> list[PathModule]:
         """What stands for the model's paths now, outside of the branches that `refresh` found."""
-        return owners_among(walk(self.model, self._branches))
+        return path_modules_among(walk(self.model, self._branches))
 
     def parameters(self) -> list[nn.Parameter]:
         return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]
@@ -155,7 +155,7 @@ class Rest:
         if training and self._is_frozen():
             check_freezable(self._places)
             self._outermost = module
-            self._freeze = freeze(self._places, self._batch_norms, self._freeze_bn)
+            self._freeze = Frozen(self._places, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, _: Any, out: Any) -> None:

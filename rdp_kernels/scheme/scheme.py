@@ -18,8 +18,8 @@ from .._utils.autograd import in_backward
 from .._utils.checks import check_bool, check_choice, check_count, check_probability
 from .._utils.ranks import rank, world_size
 from ..convert.libraries import warn_left_over
-from ..paths.freezing import FreezeBN, Place, check_freeze_bn
-from ..paths.path import Decision, Path, PathOwner, PathSlot, find_paths, owners_among, refuse_batch_norm
+from ..paths.freezing import FreezeBN, ParameterRef, check_freeze_bn
+from ..paths.path import Decision, Path, PathBinding, PathModule, find_paths, path_modules_among, refuse_batch_norm
 from ..plan import MODES, SAMPLINGS, SCHEDULES, PathPlan, draw_keep, plan_generator
 from .alternation import Alternation, stepped_by
 from .iteration import Iteration, Rules, check_plan, trainable
@@ -114,9 +114,9 @@ class ResidualDropPath:
         itself = weakref.ref(self)
         self._rest = Rest(model, self.paths, lambda: _freezes_rest_now(itself()), freeze_bn)
         for path in self.paths:
-            path.module.slot.bind(self, path.index)
-        self._slots = [weakref.ref(path.module.slot) for path in self.paths]
-        self._remover = weakref.finalize(self, _remove, self._rest.handles, self._slots)
+            path.module.binding.bind(self, path.index)
+        self._bindings = [weakref.ref(path.module.binding) for path in self.paths]
+        self._remover = weakref.finalize(self, _remove, self._rest.handles, self._bindings)
         if not any(path.drop_prob for path in self.paths):
             self._warn(
                 "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
@@ -374,9 +374,9 @@ class ResidualDropPath:
         """Under `alternate` an iteration opens right after a step, and users may change the model before the next."""
         if self._alternation is not None and not iteration.begun and not self._rest.is_entered:
             self._rest.refresh()
-            iteration.look_up(self._thaw(), self._rest.modules)
+            iteration.look_up(self._also_learn(), self._rest.modules)
 
-    def _thaw(self) -> list[tuple[Place, ...]]:
+    def _also_learn(self) -> list[tuple[ParameterRef, ...]]:
         return [tuple(filter(trainable, shared)) for shared in self._rest.shared]
 
     def _current(self, recomputing: bool) -> Iteration | None:
@@ -417,7 +417,7 @@ class ResidualDropPath:
             self._refuse_reuse()
         self._look_up_paths()
         self._rest.refresh()
-        if owners_among(itertools.chain.from_iterable(self._rest.modules)):
+        if path_modules_among(itertools.chain.from_iterable(self._rest.modules)):
             find_paths(self._rest.model)  # raises: one lies inside another
         return self._iteration("reuse", self._pending.plan, self._pending.forwards)
 
@@ -430,13 +430,13 @@ class ResidualDropPath:
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
         if phase == "drop":
             return Iteration(phase, plan, self.paths, self._rules, forwards)
-        return Iteration(phase, plan, self.paths, self._rules, forwards, self._thaw(), self._rest.modules)
+        return Iteration(phase, plan, self.paths, self._rules, forwards, self._also_learn(), self._rest.modules)
 
     def _look_up_paths(self) -> None:
         """Finds the model's paths anew where they are others than before. Raises `RuntimeError` between two iterations
         of a pair, whose plan is about the paths as they were."""
-        owners = self._rest.owners()
-        if owners == [path.module for path in self.paths]:
+        path_modules = self._rest.path_modules()
+        if path_modules == [path.module for path in self.paths]:
             return
         if self._pending is not None:
             raise RuntimeError(
@@ -446,12 +446,12 @@ class ResidualDropPath:
         before = {id(path.module): path.module for path in self.paths}
         paths = find_paths(self._rest.model, *self._rates, known=before)
         self._check_paths(paths)
-        for owner in before.values():
-            owner.slot.clear()
+        for path_module in before.values():
+            path_module.binding.clear()
         self.paths = self._rest.paths = paths
-        self._slots[:] = [weakref.ref(path.module.slot) for path in paths]
+        self._bindings[:] = [weakref.ref(path.module.binding) for path in paths]
         for path in paths:
-            path.module.slot.bind(self, path.index)
+            path.module.binding.bind(self, path.index)
         self._rest.refresh()
 
     def _check_paths(self, paths: Sequence[Path]) -> None:
@@ -622,19 +622,19 @@ def _freezes_rest_now(scheme: ResidualDropPath | None) -> bool:
     return True
 
 
-def _remove(handles: dict[int, list[RemovableHandle]], slots: Iterable[weakref.ref[PathSlot]]) -> None:
+def _remove(handles: dict[int, list[RemovableHandle]], bindings: Iterable[weakref.ref[PathBinding]]) -> None:
     """Takes a scheme off its model. Holds neither of them, so that a model may own its scheme."""
     for handle in itertools.chain.from_iterable(handles.values()):
         handle.remove()
-    for reference in slots:
-        slot = reference()
-        if slot is not None:
-            slot.clear()
+    for reference in bindings:
+        binding = reference()
+        if binding is not None:
+            binding.clear()
 
 
-def _why_not_run(owner: PathOwner) -> str:
-    if not owner.training:
+def _why_not_run(path_module: PathModule) -> str:
+    if not path_module.training:
         return "it is in eval mode, in which a path follows no plan (call train(), or freeze its parameters)"
-    if "forward" in vars(getattr(owner, "block", owner)):
+    if "forward" in vars(getattr(path_module, "block", path_module)):
         return "its forward was replaced on the instance, which runs without its paths"
     return "the model skips layers by itself (switch off its LayerDrop), or doesn't use this one"

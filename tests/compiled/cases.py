@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
 from rdp_kernels.kernels.triton import kernels
 
 
@@ -78,26 +78,26 @@ class Case:
 
     def run(self) -> None:
         """Through the launchers, as autograd calls them."""
-        add, following, num_saved = None, None, 0
+        add, next_input, num_saved = None, None, 0
         if self.rows is not None:
             row_scale = torch.empty(self._num_rows(self.rows)) if self.row_scale else None
             add = Add(self._row_set(self.rows), 1.25, row_scale, self.channel_dim or -1, self.activation)
         if self.next_rows is not None:
-            following = Next(self._row_set(self.next_rows), self.norm, 1e-6)
+            next_input = NextInput(self._row_set(self.next_rows), self.norm, 1e-6)
             num_saved = 0 if self.norm is None else self._num_rows(self.next_rows)
         operands = self._operands()
-        results, context = kernels().tail_fwd(operands, add, following, num_saved, self.in_place)
+        results, context = kernels().fused_add_fwd(operands, add, next_input, num_saved, self.in_place)
         out = operands.residual if results.out is None else results.out
         saved = results._replace(out=None if self.activation is None else out, next=None, frozen_next=None)
         gradients = (None if x is None else torch.empty_like(x) for x in (out, results.next, results.frozen_next))
         wanted = Operands(*(x is not None for x in operands))
-        kernels().tail_bwd(
+        kernels().fused_add_bwd(
             context,
-            Operands(branch=operands.branch, gamma=operands.gamma, weight=operands.weight),
+            Operands(update=operands.update, gamma=operands.gamma, weight=operands.weight),
             saved,
             Results(*gradients),
             add,
-            following,
+            next_input,
             wanted._replace(gamma=wanted.gamma and self.gamma_learns),
             self.in_place,
         )

@@ -28,12 +28,12 @@ def nvcc():
 @pytest.fixture(scope="module", params=["80", "90", "100"])
 def code(request, tmp_path_factory):
     """What ptxas says of each kernel, and its accesses to memory, by (mangled name: instruction: count)."""
-    cubin = tmp_path_factory.mktemp("cuda") / "tail.cubin"
+    cubin = tmp_path_factory.mktemp("cuda") / "fused_add.cubin"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *cpp_extension.COMMON_NVCC_FLAGS]
     arch = f"arch=compute_{request.param},code=sm_{request.param}"
     command = [nvcc(), "-O3", "-std=c++17", "-gencode", arch, "-Xptxas=-v", "-w", *defines, *includes, "-cubin"]
-    done = subprocess.run([*command, "-o", cubin, ROOT / "csrc/cuda/tail.cu"], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", cubin, ROOT / "csrc/cuda/fused_add.cu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     frames = re.findall(
         r"properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr

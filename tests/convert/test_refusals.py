@@ -340,7 +340,7 @@ def test_a_size_is_a_tuple_of_numbers():
     model = nets.tokens_net(SizeAsArgument)
     assert not rdp.convert(model, example_inputs=tokens()).refused
     for path in rdp.ResidualDropPath(model, 0.5).paths:
-        path.module.slot.clear()
+        path.module.binding.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(tokens())

@@ -71,8 +71,8 @@ def test_copies_are_converted_and_have_no_scheme(model):
         assert type(other) is type(block)
         for (_, path), (_, twin) in zip(block.__dict__[CONVERTED], other.__dict__[CONVERTED], strict=True):
             assert twin.block is other
-            assert path.slot.scheme is scheme
-            assert twin.slot.scheme is None
+            assert path.binding.scheme is scheme
+            assert twin.binding.scheme is None
     with scheme.drop_iteration(plan=rdp.PathPlan(torch.zeros(5, dtype=torch.bool), [0.5] * 5, "block")):
         assert not torch.equal(seeded(copied, tokens()), model(tokens())), "a copy has masks of its own"
     with pytest.raises(RuntimeError, match="a scheme has paths of this model"):

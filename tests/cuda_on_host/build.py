@@ -22,13 +22,13 @@ LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS) = (\d+);"
 
 EDITS = (
     # file, pattern, replacement, how often it is found
-    ("cuda/tail.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 6),
+    ("cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 6),
     ("cuda/residual_add.cuh", KERNEL, COUNTED, 4),
     ("cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
     ("cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 1),
     # limits that only large tensors reach can be lowered
     ("cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 2),
-    ("cuda/tail.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
+    ("cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
     # CPU tensors go the way of a GPU's
     ("checks.h", r"(bool is_cuda\(\) const) \{ return is_cuda_; \}", r"\1 { return true; }", 1),
 )
@@ -77,10 +77,10 @@ def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> N
     if not again:
         _compiler(*flags, "-c", HOST / "host.cpp", "-o", "host.o", cwd=tree)
         _compiler(*flags, *exchanges, "-c", "csrc/bindings.cpp", "-o", "bindings.o", cwd=tree)
-    _compiler(*flags, *exchanges, "-c", "-x", "c++", "csrc/cuda/tail.cu", "-o", "tail.o", cwd=tree)
+    _compiler(*flags, *exchanges, "-c", "-x", "c++", "csrc/cuda/fused_add.cu", "-o", "fused_add.o", cwd=tree)
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     output = ["-o", "rdp_kernels/_C.abi3.so"]
-    _compiler("-shared", *sanitized, "host.o", "bindings.o", "tail.o", *libraries, *output, cwd=tree)
+    _compiler("-shared", *sanitized, "host.o", "bindings.o", "fused_add.o", *libraries, *output, cwd=tree)
 
 
 def _compiler(*arguments: object, cwd: Path | None = None) -> str:

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "cpu/tail.h"
+#include "cpu/fused_add.h"
 #include "cuda_runtime.h"
 
 extern "C" {
@@ -38,8 +38,8 @@ AOTITorchError host_empty_strided(int64_t dim, const int64_t* sizes, const int64
 
 namespace rdp::cpu {
 
-void tail_forward(const TailForward&) { host::fail("a CPU kernel was called"); }
-void tail_backward(const TailBackward&) { host::fail("a CPU kernel was called"); }
+void fused_add_forward(const FusedAddForward&) { host::fail("a CPU kernel was called"); }
+void fused_add_backward(const FusedAddBackward&) { host::fail("a CPU kernel was called"); }
 
 }  // namespace rdp::cpu
 

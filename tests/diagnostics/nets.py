@@ -9,7 +9,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.libraries import import_torchvision, installed
 from examples.models import ResNet, ViT
-from rdp_kernels.paths.path import find_owners
+from rdp_kernels.paths.path import find_path_modules
 
 
 def own_vit():
@@ -59,8 +59,8 @@ def left_as_it_was(model):
     parameters = list(model.parameters())
     for number, parameter in enumerate(parameters):
         parameter.grad = None if number % 2 else torch.full_like(parameter, number)
-    owners = find_owners(model).values()
-    probe = next(iter(owners)).slot.probe = lambda call, x: call.run(x, call.decide(x))
+    owners = find_path_modules(model).values()
+    probe = next(iter(owners)).binding.call_override = lambda call, x: call.run(x, call.decide(x))
 
     def state():
         return [
@@ -75,8 +75,8 @@ def left_as_it_was(model):
     yield
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
     assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
-    assert [owner.slot.probe for owner in owners] == [probe] + [None] * (len(owners) - 1)
-    next(iter(owners)).slot.probe = None
+    assert [owner.binding.call_override for owner in owners] == [probe] + [None] * (len(owners) - 1)
+    next(iter(owners)).binding.call_override = None
 
 
 # Factories for the command

@@ -10,7 +10,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.models import ViT
 from rdp_kernels.diagnostics import GradientNormRecorder, gradient_norms
-from rdp_kernels.paths.path import find_owners, parameters_of
+from rdp_kernels.paths.path import find_path_modules, parameters_of
 
 from .nets import EACH_MODEL, batch_norm_resnet, left_as_it_was, own_vit
 
@@ -189,7 +189,7 @@ def test_plots_show_the_norms():
     recorder = GradientNormRecorder(model)
     model(images).square().mean().backward()
     recorder.record(5)
-    for parameter in parameters_of(list(find_owners(model).values())[2]):
+    for parameter in parameters_of(list(find_path_modules(model).values())[2]):
         parameter.grad = None
     recorder.record(9)
     ax = recorder.plot()

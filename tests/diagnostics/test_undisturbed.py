@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import rdp_kernels as rdp
 from rdp_kernels import diagnostics
-from rdp_kernels.paths.path import find_owners
+from rdp_kernels.paths.path import find_path_modules
 
 from .models import converted, images, vit
 
@@ -44,7 +44,7 @@ def own():
 def of_timm():
     """BatchNorm in the branches of converted blocks."""
     model, x = converted("test_resnet")
-    block = next(iter(find_owners(model).values())).block
+    block = next(iter(find_path_modules(model).values())).block
     block.conv2 = nn.Sequential(block.conv2, Noise())
     return model, x
 
@@ -60,7 +60,7 @@ def snapshot(model):
     others = {
         "requires_grad": [p.requires_grad for p in parameters.values()],
         "modes": [m.training for m in modules],
-        "probes": [owner.slot.probe for owner in find_owners(model).values()],
+        "probes": [owner.binding.call_override for owner in find_path_modules(model).values()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
     }
     return tensors, others

@@ -237,7 +237,9 @@ def test_compiled_branches_learn_the_same(text, monkeypatch):
     wanted = config(drop_prob=0.5, steps=4)
     weights = wanted.build_model(0).double()
     runs = [begun(EXACT, text, replace(wanted, compile=compiled), weights=weights) for compiled in (False, True)]
-    assert [owner.slot.runner is not None for run in runs for owner in run.model.paths] == [False] * 4 + [True] * 4
+    assert [owner.binding.branch_runner is not None for run in runs for owner in run.model.paths] == [False] * 4 + [
+        True
+    ] * 4
     for _ in range(4):
         for run in runs:
             run.step()

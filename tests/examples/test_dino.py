@@ -139,7 +139,7 @@ def test_a_multi_crop_pair_equals_the_textbook(mode, monkeypatch):
 def test_the_teacher_is_an_average_without_a_scheme(options):
     """After a batch, once for a pair: w = 0.02 · (1 + cos π t/T) / 2 of the student, which is no teacher's business."""
     run = training(*options)
-    assert all(branch.slot.scheme is None for branch in run.teacher.paths)
+    assert all(branch.binding.scheme is None for branch in run.teacher.paths)
     expected, center = [p.clone() for p in run.teacher.parameters()], run.center.clone()
     for batch in range(3):
         logits, before = run.draw_batch()[3], weights_sha256(run.teacher)

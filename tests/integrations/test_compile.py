@@ -88,7 +88,7 @@ CASES = [
 def test_all_kinds_of_paths(name, mode, freeze):
     """Budget: 5 seconds."""
     net = compare(nets.NETS[name](), double(6, *nets.INPUTS[name]), mode=mode, freeze=freeze)
-    assert graphs() <= 3 * len({path.slot.runner for path in net.paths})
+    assert graphs() <= 3 * len({path.binding.branch_runner for path in net.paths})
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_sequence_hands_over_through_fused_kernels():
     """Budget: 15 seconds."""
     with rdp.use_backend("triton"):
         net = compare(nets.chain_net(), double(3, *nets.INPUTS["chain"]), 2, freeze="parameters")
-    assert graphs() <= 3 * len({path.slot.runner for path in net.paths}) + 3, "a norm may be fused or not"
+    assert graphs() <= 3 * len({path.binding.branch_runner for path in net.paths}) + 3, "a norm may be fused or not"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from .test_compile import double
 def graphed(branch, sample, pool):
     """On CPUs: what the last replay computed is what any backward sees, after a warm-up."""
     parameters = tuple(branch.parameters())
-    call, run = branch.call, branch.call.owner.run_branch
+    call, run = branch.call, branch.call.module.run_branch
     pool.append((call.variant, any(p.requires_grad for p in parameters)))
     wanted, addresses = [p for p in parameters if p.requires_grad], [p.data_ptr() for p in parameters]
     static_input, static = sample.detach().clone(), {}
@@ -225,7 +225,7 @@ def test_handles_copies_and_lifetimes(captures):
     net(double(4, 3)).sum().backward()
     assert captures
     runners.remove()
-    assert all(path.slot.runner is None for path in net.modules() if isinstance(path, rdp.ResidualBranch))
+    assert all(path.binding.branch_runner is None for path in net.modules() if isinstance(path, rdp.ResidualBranch))
     capture_branches(net)
     net(double(4, 3)).sum().backward()
     reference = weakref.ref(net)

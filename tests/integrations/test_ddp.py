@@ -111,7 +111,7 @@ def test_needs_a_process_group():
     scheme = rdp.ResidualDropPath(model := net(), 0.5)
     with pytest.raises(RuntimeError, match="init_process_group"):
         distributed.agree(scheme)
-    assert model[1].slot.scheme is scheme
+    assert model[1].binding.scheme is scheme
     assert not scheme._on_begin
 
 

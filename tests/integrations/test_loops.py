@@ -467,4 +467,4 @@ def test_an_average_of_weights_follows_every_step(mode):
     for name, value in tensors(average.module).items():
         if value.is_floating_point():  # not the number of batches that BatchNorm has seen
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
-    assert all(m.slot.scheme is None for m in average.modules() if isinstance(m, rdp.ResidualBranch))
+    assert all(m.binding.scheme is None for m in average.modules() if isinstance(m, rdp.ResidualBranch))

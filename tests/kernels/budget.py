@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rdp_kernels.kernels.autograd import library_for
-from rdp_kernels.kernels.spec import Next, Operands, Results
+from rdp_kernels.kernels.spec import NextInput, Operands, Results
 
 from . import formula
 from .cases import Case
@@ -67,7 +67,7 @@ def check(case: Case, op: Op, twice: bool = False) -> Used:
         truth = formula.tail(wide, case, wide_scale, _double(results.out).detach())
         on_stored = _named(truth, gradients(truth, wide, wide_douts))
     sizes = _named(*formula.magnitudes(wide, case, wide_scale, wide_douts))
-    handed_on = {"dresidual", "dbranch", "dfrozen", "dgamma"} if _norm_is_torchs(case, operands) else set()
+    handed_on = {"dresidual", "dupdate", "dfrozen_update", "dgamma"} if _norm_is_torchs(case, operands) else set()
     used = Used()
     for name, ours in _named(results, grads).items():
         if ours is None and exact[name] is None:
@@ -141,7 +141,7 @@ def _share(error: Tensor, allowed: Tensor) -> Tensor:
 def _norm_is_torchs(case: Case, operands: Operands) -> bool:
     if case.norm is None:
         return False
-    return library_for("path", operands, None, Next(norm=case.norm), required=False) is None
+    return library_for("path", operands, None, NextInput(norm=case.norm), required=False) is None
 
 
 def gradients(results: Results, operands: Operands, douts: Results) -> Operands:

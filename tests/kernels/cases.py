@@ -37,7 +37,7 @@ class Case:
         row_scale: None, a number, or `"tensor"`: some rows are dropped.
         drop_prob: with it, rows are dropped as `drop_path` does.
         num_learning, num_next_learning: how many of the rows learn, the others being frozen; None for all.
-        norm, eps, weight, bias, constant: of the next branch.
+        norm, eps, weight, bias, detached: of the next branch.
         wanted: the operands that require grad; None for all.
         used: the results that a gradient comes from; None for all.
         spread: of the stream's and the branch's values; small ones let eps matter.
@@ -66,7 +66,7 @@ class Case:
     eps: float = 1e-6
     weight: bool = False
     bias: bool = False
-    constant: str | None = None
+    detached: str | None = None
     wanted: tuple[str, ...] | None = None
     used: tuple[str, ...] | None = None
     spread: float = 1.0
@@ -96,8 +96,8 @@ class Case:
         """Names of those that there are."""
         there = {
             "residual": self.residual,
-            "branch": self.adds,
-            "frozen": self.adds and len(self.frozen) > 0,
+            "update": self.adds,
+            "frozen_update": self.adds and len(self.frozen) > 0,
             "gamma": self.gamma,
             "weight": self.weight,
             "bias": self.bias,
@@ -105,12 +105,12 @@ class Case:
         return [name for name, is_there in there.items() if is_there]
 
     def dtype_of(self, operand: str) -> torch.dtype:
-        of = {"residual": 0, "branch": 1, "frozen": 1, "gamma": 2, "weight": 3, "bias": 3}
+        of = {"residual": 0, "update": 1, "frozen_update": 1, "gamma": 2, "weight": 3, "bias": 3}
         return getattr(torch, self.dtypes[of[operand]])
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        return self.dtype_of("residual" if self.residual else "branch")
+        return self.dtype_of("residual" if self.residual else "update")
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -268,8 +268,8 @@ def joints(draw: st.DrawFn) -> Case:
         if rows is None and not normed:
             rows = tuple(range(batch_size))  # the head of a path without rows and norm is the stream itself
         count = None if rows is None else draw(st.integers(0, len(rows)))
-        constant = draw(st.sampled_from([None, None, "frozen", "all"]))
-        case = replace(case, next_rows=rows, num_next_learning=count, constant=constant)
+        detached = draw(st.sampled_from([None, None, "frozen", "all"]))
+        case = replace(case, next_rows=rows, num_next_learning=count, detached=detached)
         case = _with_norm(draw, case, ("layer", "rms")) if normed else case
     results = ["out", *(["next", "frozen_next"][: len(case.next_parts)] if case.follows else [])]
     return replace(case, wanted=_subsets(draw, case.operands), used=_subsets(draw, results))

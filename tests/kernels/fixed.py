@@ -132,7 +132,7 @@ TABLE = [
     # residual_add
     Row("add", ops.residual_add, SMALL_VIT, FP32, "nothing but a sum; its backward copies"),
     Row("add-gamma", ops.residual_add, SMALL_VIT, FP32, "a factor a column, sums over 12,608 rows", options=GAMMA),
-    Row("add-frozen-gamma", ops.residual_add, SMALL_VIT, FP32, "γ passes on, without sums", options=GAMMA | {"wanted": ("residual", "branch")}),
+    Row("add-frozen-gamma", ops.residual_add, SMALL_VIT, FP32, "γ passes on, without sums", options=GAMMA | {"wanted": ("residual", "update")}),
     Row("add-one-sample", ops.residual_add, (1, 197, 384), FP32, "B = 1", options=GAMMA),
     Row("add-of-a-loss", ops.residual_add, SMALL_VIT, FP32, "one branch row for all, one number for all gradients", layouts=EXPANDED, options=GAMMA),
     Row("add-strided", ops.residual_add, SMALL_VIT, FP32, "copied before a kernel sees it", layouts=STRIDED, options=GAMMA),
@@ -194,7 +194,7 @@ TABLE = [
     # The tail of a path and the head of the next
     Row("path", ops.joint, BASE_VIT, WIDE_VECTORS, "learning and frozen rows come, learning and frozen ones go", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
     Row("path-autocast", ops.joint, BASE_VIT, AUTOCAST, "the same under autocast", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
-    Row("path-constant", ops.joint, BASE_VIT, WIDE_VECTORS, "gradients bypass frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"constant": "frozen"}),
+    Row("path-detached", ops.joint, BASE_VIT, WIDE_VECTORS, "gradients bypass frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"detached": "frozen"}),
     Row("path-frozen", ops.joint, BASE_VIT, AUTOCAST, "no row learns", rows="frozen", next_rows="frozen", options=LAYER | SCALED),
     Row("path-no-norm", ops.joint, BASE_VIT, AUTOCAST, "rows are handed over as they are", rows="mixed", next_rows="mixed", options=HANDOVER),
     Row("path-images", ops.joint, STAGE_1, FP16, "a factor a position, over learning rows alone", rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION, refused=NO_GAMMA_PER_POSITION),

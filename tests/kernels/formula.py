@@ -28,7 +28,7 @@ def tail(t: Operands, case: Case, row_scale: Scale, stored: Tensor | None = None
     for number, rows in enumerate(case.next_parts):
         frozen = number == 1
         x = stream.index_select(0, _index(rows))
-        if case.constant == "all" or (case.constant == "frozen" and frozen):
+        if case.detached == "all" or (case.detached == "frozen" and frozen):
             x = x.detach()
         if case.norm is not None:
             weight, bias = (v.detach() if frozen and v is not None else v for v in (t.weight, t.bias))
@@ -39,10 +39,10 @@ def tail(t: Operands, case: Case, row_scale: Scale, stored: Tensor | None = None
 
 def add(t: Operands, case: Case, row_scale: Scale) -> Tensor:
     out = t.residual
-    num_learning = len(t.branch)
+    num_learning = len(t.update)
     for branch, rows, gamma, scale in (
-        (t.branch, case.learning, t.gamma, _part(row_scale, slice(None, num_learning))),
-        (t.frozen, case.frozen, None if t.gamma is None else t.gamma.detach(), _part(row_scale, slice(num_learning, None))),
+        (t.update, case.learning, t.gamma, _part(row_scale, slice(None, num_learning))),
+        (t.frozen_update, case.frozen, None if t.gamma is None else t.gamma.detach(), _part(row_scale, slice(num_learning, None))),
     ):  # fmt: skip
         if branch is None:
             continue

@@ -8,8 +8,8 @@ import torch
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels import eager
-from rdp_kernels.kernels.autograd import Tail, library_for, run_tail
-from rdp_kernels.kernels.spec import Add, Next, Operands, Results, RowSet
+from rdp_kernels.kernels.autograd import FusedCall, fused_add, library_for
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
 from tests.conftest import DEVICE
 
 from .cases import Case
@@ -19,7 +19,7 @@ from .values import index, row_scale_of
 def residual_add(t: Operands, case: Case) -> Results:
     out = rdp.residual_add(
         t.residual,
-        t.branch,
+        t.update,
         rows=index(case.rows, case),
         row_scale=row_scale_of(case),
         gamma=t.gamma,
@@ -37,7 +37,7 @@ def gather_rows(t: Operands, case: Case) -> Results:
 def residual_add_norm(t: Operands, case: Case) -> Results:
     out, normed = rdp.residual_add_norm(
         t.residual,
-        t.branch,
+        t.update,
         t.weight,
         t.bias,
         rows=index(case.rows, case),
@@ -52,39 +52,39 @@ def residual_add_norm(t: Operands, case: Case) -> Results:
 
 def drop_path(t: Operands, case: Case) -> Results:
     torch.manual_seed(case.seed)
-    return Results(rdp.drop_path(t.branch, case.drop_prob, True, case.scale_by_keep))
+    return Results(rdp.drop_path(t.update, case.drop_prob, True, case.scale_by_keep))
 
 
 def drop_path_add(t: Operands, case: Case) -> Results:
     torch.manual_seed(case.seed)
-    out = rdp.drop_path_add(t.residual, t.branch, case.drop_prob, True, gamma=t.gamma, scale_by_keep=case.scale_by_keep)
+    out = rdp.drop_path_add(t.residual, t.update, case.drop_prob, True, gamma=t.gamma, scale_by_keep=case.scale_by_keep)
     return Results(out)
 
 
 def joint(t: Operands, case: Case) -> Results:
     """The node of a path's tail and the next one's head, as a chain of paths runs it."""
-    return run_tail("path", t, *_parts(case))
+    return fused_add("path", t, *_parts(case))
 
 
 def in_place(t: Operands, case: Case) -> Results:
     """The same as an inner node of `ResidualSequence`: nobody else has the stream, which the sum overwrites, nor the
     sum's gradient, which the stream's overwrites."""
-    add, following = _parts(case)
+    add, next_input = _parts(case)
     stream = t.residual.clone()
-    operands, fused = t._replace(residual=stream), following
-    kernels = library_for("path", operands, add, following)
+    operands, fused = t._replace(residual=stream), next_input
+    kernels = library_for("path", operands, add, next_input)
     if kernels is None:  # a library without norms: torch's comes after it
-        operands, fused = operands._replace(weight=None, bias=None), replace(following, norm=None)
+        operands, fused = operands._replace(weight=None, bias=None), replace(next_input, norm=None)
         kernels = library_for("path", operands, add, fused)
-    tail = Tail(kernels, add, fused)
+    tail = FusedCall(kernels, add, fused)
     tail.in_place = tail.node.owns_gradient = True
     results = tail(operands)
     assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
-    return results if fused is following else eager.normalised(results, t, following)
+    return results if fused is next_input else eager.normalised(results, t, next_input)
 
 
-def _parts(case: Case) -> tuple[Add | None, Next | None]:
-    add = following = None
+def _parts(case: Case) -> tuple[Add | None, NextInput | None]:
+    add = next_input = None
     if case.adds:
         rows = None if case.rows is None else _row_set(case.rows, len(case.learning), case)
         scale = row_scale_of(case)
@@ -93,8 +93,8 @@ def _parts(case: Case) -> tuple[Add | None, Next | None]:
         add = Add(rows, number, scale if of_rows else None, case.channel_dim, case.activation)
     if case.follows:
         rows = None if case.next_rows is None else _row_set(case.next_rows, len(case.next_parts[0]), case)
-        following = Next(rows, case.norm, case.eps if case.norm else 0.0, case.constant)
-    return add, following
+        next_input = NextInput(rows, case.norm, case.eps if case.norm else 0.0, case.detached)
+    return add, next_input
 
 
 def _row_set(rows: tuple[int, ...], num_learning: int, case: Case) -> RowSet:

@@ -37,7 +37,7 @@ CALLS = {
     "joint, layer norm": (ops.joint, MIXED),
     "joint, rms norm": (ops.joint, replace(MIXED, norm="rms", bias=False, next_rows=None, num_next_learning=None)),
     "joint, no norm": (ops.joint, replace(MIXED, norm=None, weight=False, bias=False)),
-    "joint, constant": (ops.joint, replace(MIXED, constant="frozen")),
+    "joint, detached": (ops.joint, replace(MIXED, detached="frozen")),
     "joint, head": (ops.joint, replace(MIXED, adds=False, rows=None, num_learning=None, gamma=False)),
 }
 EACH = pytest.mark.parametrize(("op", "case"), CALLS.values(), ids=CALLS)
@@ -53,8 +53,8 @@ def run(op, case):
 
 # A difference sees what a frozen row does to a vector; its gradient doesn't.
 LEARNING = [call for call in CALLS if "joint" not in call]
-FROZEN = ["joint, layer norm", "joint, no norm", "joint, constant", "joint, head"]
-TENSORS = ("residual", "branch", "frozen")
+FROZEN = ["joint, layer norm", "joint, no norm", "joint, detached", "joint, head"]
+TENSORS = ("residual", "update", "frozen_update")
 
 
 @pytest.mark.parametrize("call", [*LEARNING, *FROZEN, "layer norm, wide"])
@@ -227,18 +227,18 @@ def test_double_backward_of_the_incoming_gradient(backend, op, case):
                 raises_or_is_right(*seconds, backend, case)
 
 
-# Each gradient with the operands that it depends on, where the incoming gradient is a constant.
+# Each gradient with the operands that it depends on, where the incoming gradient is a detached.
 DEPENDS = [
-    ("residual_add of rows", "branch", ["gamma"]),
-    ("residual_add of rows", "gamma", ["branch"]),
-    ("residual_add of images, relu", "gamma", ["branch"]),
-    ("drop_path_add", "branch", ["gamma"]),
-    ("layer norm", "residual", ["residual", "branch", "gamma", "weight"]),
-    ("layer norm", "branch", ["residual", "branch", "gamma", "weight"]),
-    ("layer norm", "gamma", ["residual", "branch", "gamma", "weight"]),
-    ("layer norm", "weight", ["residual", "branch", "gamma"]),
-    ("norm without vectors", "residual", ["residual", "branch"]),
-    ("joint, layer norm", "frozen", ["residual", "frozen", "gamma", "weight"]),
+    ("residual_add of rows", "update", ["gamma"]),
+    ("residual_add of rows", "gamma", ["update"]),
+    ("residual_add of images, relu", "gamma", ["update"]),
+    ("drop_path_add", "update", ["gamma"]),
+    ("layer norm", "residual", ["residual", "update", "gamma", "weight"]),
+    ("layer norm", "update", ["residual", "update", "gamma", "weight"]),
+    ("layer norm", "gamma", ["residual", "update", "gamma", "weight"]),
+    ("layer norm", "weight", ["residual", "update", "gamma"]),
+    ("norm without vectors", "residual", ["residual", "update"]),
+    ("joint, layer norm", "frozen_update", ["residual", "frozen_update", "gamma", "weight"]),
     ("joint, head", "residual", ["residual", "weight"]),
 ]
 PAIRS = [(call, grad_of, by) for call, grad_of, operands in DEPENDS for by in operands]

@@ -9,8 +9,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels.autograd import run_tail
-from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
+from rdp_kernels.kernels.autograd import fused_add
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, RowSet
 from tests.conftest import DEVICE
 
 from .cases import BACKENDS
@@ -40,7 +40,8 @@ def joint(leaf, changed, **by_name):
     sets[changed] = replace(sets[changed], **by_name)
     operands = Operands(leaf(4, 3), leaf(2, 3), leaf(1, 3), leaf(3), leaf(3))
     return sum(
-        r.sin().sum() for r in run_tail("path", operands, Add(sets["rows"], 1.5), Next(sets["next_rows"], "rms"))[:3]
+        r.sin().sum()
+        for r in fused_add("path", operands, Add(sets["rows"], 1.5), NextInput(sets["next_rows"], "rms"))[:3]
     )
 
 

@@ -36,7 +36,7 @@ GOES_ON = {
     "all rows": {},
     "some rows": dict(next_rows=(4, 1, 3)),
     "frozen rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2),
-    "constant rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2, constant="frozen"),
+    "detached rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2, detached="frozen"),
 }
 
 
@@ -59,12 +59,12 @@ def test_a_norm_sees_a_narrow_stream_exactly(backend, how, tiles, goes_on, norm,
 
 
 @pytest.mark.parametrize("norm", [None, "rms"])
-@pytest.mark.parametrize("constant", ["frozen", "all"])
-def test_constant_rows_have_no_gradient(backend, constant, norm):
-    case = replace(MIXED, norm=norm, weight=norm is not None, bias=False, constant=constant)
+@pytest.mark.parametrize("detached", ["frozen", "all"])
+def test_constant_rows_have_no_gradient(backend, detached, norm):
+    case = replace(MIXED, norm=norm, weight=norm is not None, bias=False, detached=detached)
     results = ops.joint(operands_of(case), case)
     assert results.out.requires_grad
-    assert results.next.requires_grad == (constant == "frozen")
+    assert results.next.requires_grad == (detached == "frozen")
     assert not results.frozen_next.requires_grad
     check(case, ops.joint)
 

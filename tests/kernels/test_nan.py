@@ -30,8 +30,8 @@ def test_nan_stays_in_its_rows(backend, case):
         operands = operands_of(case)
         with torch.no_grad():
             operands.residual[stays] = poison
-            if operands.frozen is not None and case.row_scale != 0 and case.layouts[1] != "expanded":
-                operands.frozen[frozen] = poison
+            if operands.frozen_update is not None and case.row_scale != 0 and case.layouts[1] != "expanded":
+                operands.frozen_update[frozen] = poison
         with cut(case.tiles):
             results = ops.joint(operands, case)
             douts = douts_of(case, results)

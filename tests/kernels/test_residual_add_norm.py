@@ -48,7 +48,7 @@ def test_a_row_that_registers_do_not_hold(backend, width, norm):
         next_rows=(1, 2),
         norm=norm,
         weight=True,
-        wanted=("residual", "branch", "weight"),
+        wanted=("residual", "update", "weight"),
     )
     check(case, ops.residual_add_norm)
 
@@ -67,7 +67,7 @@ def test_eps_and_scale(backend, norm, spread, offset, eps):
 
 @pytest.mark.parametrize("width", [1, 6])
 def test_rows_without_variance(backend, width):
-    """LayerNorm of a constant row is the bias, with a finite gradient; with one channel every row is constant."""
+    """LayerNorm of a detached row is the bias, with a finite gradient; with one channel every row is detached."""
     draw = partial(torch.randn, dtype=torch.float64, device=DEVICE)
     x, weight, bias, dnext = (
         draw(2, 1).expand(2, width).clone().requires_grad_(),

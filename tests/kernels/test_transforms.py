@@ -85,7 +85,7 @@ def test_tangents_against_differences(backend, call):
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("call", CALLS)
 def test_transforms_agree_with_the_backward(backend, call):
-    """Which sees frozen rows and constant ones as such."""
+    """Which sees frozen rows and detached ones as such."""
     function, tensors = function_of(call)
 
     def loss(*tensors):

@@ -21,7 +21,7 @@ def cut(how: str) -> Iterator[None]:
     if how == "tuned":
         yield
         return
-    from rdp_kernels.kernels.triton import launch, tail
+    from rdp_kernels.kernels.triton import launch, launchers
 
     widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
     times = 4 if how == "medium" else 1
@@ -34,6 +34,9 @@ def cut(how: str) -> Iterator[None]:
         "residual_add_norm_bwd_wide": in_pieces,
     }
     table = {op: {"default": ((2**31, special.get(op, cut_columns)),)} for op in launch.CONFIGS}
-    in_registers = 0 if how == "wide" else tail.WIDEST_SUM_IN_REGISTERS
-    with mock.patch.object(launch, "CONFIGS", table), mock.patch.object(tail, "WIDEST_SUM_IN_REGISTERS", in_registers):
+    in_registers = 0 if how == "wide" else launchers.WIDEST_SUM_IN_REGISTERS
+    with (
+        mock.patch.object(launch, "CONFIGS", table),
+        mock.patch.object(launchers, "WIDEST_SUM_IN_REGISTERS", in_registers),
+    ):
         yield

@@ -24,20 +24,20 @@ def operands_of(case: Case) -> Operands:
     inner = case.shape[1:]
     values = Operands(
         residual=case.spread * (draw(case.shape) + case.offset) if case.residual else None,
-        branch=case.spread * draw(num_rows, *inner) if case.adds else None,
-        frozen=case.spread * draw(len(case.frozen), *inner) if case.adds and case.frozen else None,
+        update=case.spread * draw(num_rows, *inner) if case.adds else None,
+        frozen_update=case.spread * draw(len(case.frozen), *inner) if case.adds and case.frozen else None,
         gamma=draw(case.shape[case.channel_dim]) if case.gamma else None,
         weight=draw(case.shape[-1]) if case.weight else None,
         bias=draw(case.shape[-1]) if case.bias else None,
     )
     values = values._replace(**{name: getattr(values, name).to(case.dtype_of(name)) for name in case.operands})
-    if of_branch == "expanded" and values.branch is not None:
-        values = values._replace(branch=values.branch[:1].expand(values.branch.shape))
+    if of_branch == "expanded" and values.update is not None:
+        values = values._replace(update=values.update[:1].expand(values.update.shape))
     if case.activation == "relu":
         values = _away_from_zero(values, case, generator)
     values = values._replace(
-        branch=_dropped_rows_are_nan(values.branch, case, slice(None, num_rows)),
-        frozen=_dropped_rows_are_nan(values.frozen, case, slice(num_rows, None)),
+        update=_dropped_rows_are_nan(values.update, case, slice(None, num_rows)),
+        frozen_update=_dropped_rows_are_nan(values.frozen_update, case, slice(num_rows, None)),
     )
 
     wanted = case.operands if case.wanted is None else case.wanted
@@ -130,7 +130,7 @@ def _away_from_zero(values: Operands, case: Case, generator: torch.Generator) ->
     """Sums that rounding could carry across zero, where relu jumps, are moved; some are exactly zero."""
     zero = torch.rand(case.shape, generator=generator) < 0.1
     values = values._replace(residual=values.residual.masked_fill(zero, 0.0))
-    for name, rows in (("branch", case.learning), ("frozen", case.frozen)):
+    for name, rows in (("update", case.learning), ("frozen_update", case.frozen)):
         part = getattr(values, name)
         if part is not None:
             of_part = zero if rows is None else zero[list(rows)]

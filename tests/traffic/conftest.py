@@ -1,7 +1,7 @@
 import pytest
 
 from rdp_kernels.kernels.triton import launch
-from tests.traffic.tails import SMALL_TILES
+from tests.traffic.fused_adds import SMALL_TILES
 
 
 @pytest.fixture(params=[None, SMALL_TILES], ids=["", "small"])

@@ -9,7 +9,7 @@ from triton.runtime.errors import InterpreterError
 from benchmarks.kernel_traffic import count_traffic
 from rdp_kernels.kernels.triton.launch import Launch, LaunchConfig
 from tests.traffic import needs_interpreter
-from tests.traffic.tails import ALL, check
+from tests.traffic.fused_adds import ALL, check
 
 pytestmark = needs_interpreter
 FLOAT = 4

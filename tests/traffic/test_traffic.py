@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.kernel_traffic import SECTOR
-from rdp_kernels.kernels.spec import Add, Next
+from rdp_kernels.kernels.spec import Add, NextInput
 from tests.traffic import needs_interpreter
-from tests.traffic.tails import (
+from tests.traffic.fused_adds import (
     ALL,
     BATCH,
     CHANNELS,
@@ -41,12 +41,12 @@ each_p = pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_dense(p, dtype):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept))
-    forward, backward = run(add, residual=stream(dtype=dtype), branch=stream(dtype=dtype))
+    forward, backward = run(add, residual=stream(dtype=dtype), update=stream(dtype=dtype))
     row = TOKENS * CHANNELS * dtype.itemsize
     minimum = (BATCH + len(kept) + BATCH) * row  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL})
-    minimum = (len(kept) + BATCH) * row  # dout; dbranch, where dropped rows are zeros. dresidual is dout itself
-    check(backward, minimum, {"dout_ptr": kept}, {"dbranch_ptr": ALL})
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
+    minimum = (len(kept) + BATCH) * row  # dout; dupdate, where dropped rows are zeros. dresidual is dout itself
+    check(backward, minimum, {"dout_ptr": kept}, {"dupdate_ptr": ALL})
 
 
 @each_p
@@ -54,13 +54,13 @@ def test_dense(p, dtype):
 def test_dense_with_gamma(p, gamma_learns):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept))
-    forward, backward = run(add, residual=stream(), branch=stream(), gamma=vector(learns=gamma_learns))
+    forward, backward = run(add, residual=stream(), update=stream(), gamma=vector(learns=gamma_learns))
     minimum = (BATCH + len(kept) + BATCH) * ROW  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL})
-    reads, minimum = {"dout_ptr": kept}, (len(kept) + BATCH) * ROW  # dout; dbranch
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
+    reads, minimum = {"dout_ptr": kept}, (len(kept) + BATCH) * ROW  # dout; dupdate
     if gamma_learns:
-        reads, minimum = reads | {"branch_ptr": kept}, minimum + len(kept) * ROW
-    check(backward, minimum, reads, {"dbranch_ptr": ALL})
+        reads, minimum = reads | {"update_ptr": kept}, minimum + len(kept) * ROW
+    check(backward, minimum, reads, {"dupdate_ptr": ALL})
 
 
 @each_p
@@ -68,23 +68,23 @@ def test_dense_with_gamma(p, gamma_learns):
 def test_dense_relu(p, gamma):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept), activation="relu")
-    forward, backward = run(add, residual=stream(), branch=stream(), gamma=vector() if gamma else None)
+    forward, backward = run(add, residual=stream(), update=stream(), gamma=vector() if gamma else None)
     minimum = (BATCH + len(kept) + BATCH) * ROW  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL})
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
     reads = {"dout_ptr": ALL, "out_ptr": ALL}  # where the sum was positive the gradient passes
-    minimum = (BATCH + BATCH + BATCH + BATCH) * ROW  # dout, out; dresidual, dbranch
+    minimum = (BATCH + BATCH + BATCH + BATCH) * ROW  # dout, out; dresidual, dupdate
     if gamma:
-        reads, minimum = reads | {"branch_ptr": kept}, minimum + len(kept) * ROW
-    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
+        reads, minimum = reads | {"update_ptr": kept}, minimum + len(kept) * ROW
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dupdate_ptr": ALL})
 
 
 @each_p
 def test_dense_in_place(p):
     kept = ROWS[p]
-    forward, backward = run(Add(row_scale=row_scale(kept)), in_place=True, residual=stream(), branch=stream())
+    forward, backward = run(Add(row_scale=row_scale(kept)), in_place=True, residual=stream(), update=stream())
     minimum = (len(kept) + len(kept) + len(kept)) * ROW  # residual, branch; out: dropped rows are what they should be
-    check(forward, minimum, {"residual_ptr": kept, "branch_ptr": kept}, {"out_ptr": kept})
-    check(backward, (len(kept) + BATCH) * ROW, {"dout_ptr": kept}, {"dbranch_ptr": ALL})
+    check(forward, minimum, {"residual_ptr": kept, "update_ptr": kept}, {"out_ptr": kept})
+    check(backward, (len(kept) + BATCH) * ROW, {"dout_ptr": kept}, {"dupdate_ptr": ALL})
 
 
 # Some rows
@@ -94,22 +94,22 @@ def test_dense_in_place(p):
 @pytest.mark.parametrize("gamma", [False, True])
 def test_rows(p, gamma):
     rows = ROWS[p]
-    tensors = dict(residual=stream(), branch=stream(len(rows)), gamma=vector() if gamma else None)
+    tensors = dict(residual=stream(), update=stream(len(rows)), gamma=vector() if gamma else None)
     forward, backward = run(Add(row_set(rows)), **tensors)
     minimum = (BATCH + len(rows) + BATCH) * ROW  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": ALL})
-    reads, minimum = {"dout_ptr": rows}, (len(rows) + len(rows)) * ROW  # dout; dbranch
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL})
+    reads, minimum = {"dout_ptr": rows}, (len(rows) + len(rows)) * ROW  # dout; dupdate
     if gamma:
-        reads, minimum = reads | {"branch_ptr": ALL}, minimum + len(rows) * ROW
-    check(backward, minimum, reads, {"dbranch_ptr": ALL})
+        reads, minimum = reads | {"update_ptr": ALL}, minimum + len(rows) * ROW
+    check(backward, minimum, reads, {"dupdate_ptr": ALL})
 
 
 @each_p
 def test_rows_in_place(p):
     rows = ROWS[p]
-    forward, _ = run(Add(row_set(rows), 1.25), in_place=True, residual=stream(), branch=stream(len(rows)))
+    forward, _ = run(Add(row_set(rows), 1.25), in_place=True, residual=stream(), update=stream(len(rows)))
     minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": rows, "branch_ptr": ALL}, {"out_ptr": rows})
+    check(forward, minimum, {"residual_ptr": rows, "update_ptr": ALL}, {"out_ptr": rows})
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -117,29 +117,29 @@ def test_rows_of_which_some_are_dropped(in_place):
     rows, kept = [4, 0, 3, 1], [0, 2]  # `kept` are places in `rows`
     kept_rows = [rows[k] for k in kept]
     add = Add(row_set(rows), row_scale=row_scale(kept, 4))
-    forward, backward = run(add, in_place=in_place, residual=stream(), branch=stream(4), gamma=vector())
+    forward, backward = run(add, in_place=in_place, residual=stream(), update=stream(4), gamma=vector())
     touched = kept_rows if in_place else list(range(BATCH))
     minimum = (len(touched) + 2 + len(touched)) * ROW  # residual, branch; out
-    check(forward, minimum, {"residual_ptr": touched, "branch_ptr": kept}, {"out_ptr": touched})
-    minimum = (2 + 2 + 4) * ROW  # dout, branch for dγ; dbranch
-    check(backward, minimum, {"dout_ptr": kept_rows, "branch_ptr": kept}, {"dbranch_ptr": ALL})
+    check(forward, minimum, {"residual_ptr": touched, "update_ptr": kept}, {"out_ptr": touched})
+    minimum = (2 + 2 + 4) * ROW  # dout, branch for dγ; dupdate
+    check(backward, minimum, {"dout_ptr": kept_rows, "update_ptr": kept}, {"dupdate_ptr": ALL})
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_learning_and_frozen_rows(in_place):
     """Both parts pass gradients on; γ learns from the first only, so that is all of the branch that is read."""
-    rows, following = row_set([4, 0, 3], 2), row_set([5, 4, 1, 2], 1)
-    tensors = dict(residual=stream(), branch=stream(2), frozen=stream(1), gamma=vector())
-    forward, backward = run(Add(rows), Next(following), in_place, **tensors)
+    rows, next_input = row_set([4, 0, 3], 2), row_set([5, 4, 1, 2], 1)
+    tensors = dict(residual=stream(), update=stream(2), frozen_update=stream(1), gamma=vector())
+    forward, backward = run(Add(rows), NextInput(next_input), in_place, **tensors)
     written = [0, 3, 4] if in_place else ALL
     minimum = (6 + 2 + 1 + (3 if in_place else 6) + 1 + 3) * ROW  # residual, branch, frozen; out, next, frozen_next
-    reads = {"residual_ptr": ALL, "branch_ptr": ALL, "frozen_ptr": ALL}  # each row is in one of the lists
+    reads = {"residual_ptr": ALL, "update_ptr": ALL, "frozen_update_ptr": ALL}  # each row is in one of the lists
     check(forward, minimum, reads, {"out_ptr": written, "next_ptr": ALL, "frozen_next_ptr": ALL})
     written = [1, 2, 4, 5] if in_place else ALL
-    # dout, dnext, dfrozen_next, branch for dγ; dresidual, dbranch, dfrozen
+    # dout, dnext, dfrozen_next, branch for dγ; dresidual, dupdate, dfrozen_update
     minimum = (6 + 1 + 3 + 2 + (4 if in_place else 6) + 2 + 1) * ROW
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "branch_ptr": ALL}
-    check(backward, minimum, reads, {"dresidual_ptr": written, "dbranch_ptr": ALL, "dfrozen_ptr": ALL})
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "update_ptr": ALL}
+    check(backward, minimum, reads, {"dresidual_ptr": written, "dupdate_ptr": ALL, "dfrozen_update_ptr": ALL})
 
 
 # The gather
@@ -149,7 +149,7 @@ def test_learning_and_frozen_rows(in_place):
 def test_gather(p):
     """The stream goes on as it is, so its backward is a node of both: the rows' gradients on top of the stream's."""
     rows = NEXT_ROWS[p]
-    forward, backward = run(None, Next(row_set(rows)), residual=stream())
+    forward, backward = run(None, NextInput(row_set(rows)), residual=stream())
     if not rows:
         check(forward, 0)
         check(backward, 0)  # the gradient goes on as it is too
@@ -157,15 +157,15 @@ def test_gather(p):
     minimum = (len(rows) + len(rows)) * ROW
     check(forward, minimum, {"x_ptr": rows}, {"out_ptr": ALL})
     minimum = (BATCH + len(rows) + BATCH) * ROW  # dout, dnext; dresidual
-    check(backward, minimum, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": ALL})
+    check(backward, minimum, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL})
 
 
 def test_gather_whose_gradient_is_owned():
     rows = NEXT_ROWS[0.5]
-    forward, backward = run(None, Next(row_set(rows, 2)), in_place=True, residual=stream())
+    forward, backward = run(None, NextInput(row_set(rows, 2)), in_place=True, residual=stream())
     check(forward, (3 + 3) * ROW, {"x_ptr": rows}, {"out_ptr": ALL, "frozen_out_ptr": ALL})
     minimum = (3 + 2 + 1 + 3) * ROW  # dout, dnext, dfrozen_next; dresidual
-    reads = {"residual_ptr": rows, "branch_ptr": ALL, "frozen_ptr": ALL}
+    reads = {"residual_ptr": rows, "update_ptr": ALL, "frozen_update_ptr": ALL}
     check(backward, minimum, reads, {"out_ptr": rows})
 
 
@@ -191,13 +191,13 @@ def test_layouts(shape, channel_dim, memory_format, aligned):
     batch, kept = shape[0], [1, 3]
     row = torch.Size(shape[1:]).numel() * FLOAT
     add = Add(row_scale=row_scale(kept, batch), channel_dim=channel_dim)
-    forward, backward = run(add, residual=make(), branch=make(), gamma=vector(shape[channel_dim]))
+    forward, backward = run(add, residual=make(), update=make(), gamma=vector(shape[channel_dim]))
     rows = batch + len(kept) + batch
     sectors = 1.0 if aligned else misaligned_sectors(forward, rows, row)
-    check(forward, rows * row, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL}, sectors)
+    check(forward, rows * row, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL}, sectors)
     rows = len(kept) + len(kept) + batch
     sectors = 1.0 if aligned else misaligned_sectors(backward, rows, row)
-    check(backward, rows * row, {"dout_ptr": kept, "branch_ptr": kept}, {"dbranch_ptr": ALL}, sectors)
+    check(backward, rows * row, {"dout_ptr": kept, "update_ptr": kept}, {"dupdate_ptr": ALL}, sectors)
 
 
 @pytest.mark.parametrize("shape", [(6, 7, 13), (4, 13, 7, 7)])
@@ -208,12 +208,12 @@ def test_odd_rows(shape):
     width = torch.Size(shape[1:]).numel()
     pieces = -(-width // 64)
     sectors = 1 + 2 * (SECTOR - FLOAT) * pieces / (width * FLOAT)  # 1.31 and 1.22; why: see `misaligned_sectors`
-    forward, backward = run(Add(rows), Next(next_rows), residual=residual, branch=branch)
+    forward, backward = run(Add(rows), NextInput(next_rows), residual=residual, update=branch)
     size = (shape[0] + 2 + shape[0] + 3) * width * FLOAT  # residual, branch; out, next
-    check(forward, size, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": ALL, "next_ptr": ALL}, sectors)
-    size = (shape[0] + 3 + shape[0] + 2) * width * FLOAT  # dout, dnext; dresidual, dbranch
-    check(backward, size, {"dout_ptr": ALL, "dnext_ptr": ALL}, {"dresidual_ptr": ALL, "dbranch_ptr": ALL}, sectors)
-    forward, _ = run(None, Next(next_rows), residual=residual)
+    check(forward, size, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL, "next_ptr": ALL}, sectors)
+    size = (shape[0] + 3 + shape[0] + 2) * width * FLOAT  # dout, dnext; dresidual, dupdate
+    check(backward, size, {"dout_ptr": ALL, "dnext_ptr": ALL}, {"dresidual_ptr": ALL, "dupdate_ptr": ALL}, sectors)
+    forward, _ = run(None, NextInput(next_rows), residual=residual)
     check(forward, (3 + 3) * width * FLOAT, {"x_ptr": [2, 3, 1]}, {"out_ptr": ALL}, sectors)
 
 
@@ -228,10 +228,10 @@ def misaligned_sectors(counted, rows, row):
 def test_rows_at_a_distance():
     """Samples lie apart, as a slice leaves them: what lies between isn't touched."""
     residual, branch = (stream().detach()[:, :5].requires_grad_() for _ in range(2))
-    forward, backward = run(Add(), residual=residual, branch=branch, gamma=vector())
+    forward, backward = run(Add(), residual=residual, update=branch, gamma=vector())
     row = 5 * CHANNELS * FLOAT
-    check(forward, 3 * BATCH * row, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": ALL})
-    check(backward, 3 * BATCH * row, {"dout_ptr": ALL, "branch_ptr": ALL}, {"dbranch_ptr": ALL})
+    check(forward, 3 * BATCH * row, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL})
+    check(backward, 3 * BATCH * row, {"dout_ptr": ALL, "update_ptr": ALL}, {"dupdate_ptr": ALL})
 
 
 # What isn't big, and what isn't a kernel
@@ -242,8 +242,8 @@ def test_vectors_lists_and_sums():
     """γ is loaded once a tile, an entry of a list once a tile row; a partial sum is written once and read once."""
     num_tiles, programs = 6, 3  # a tile is 8 positions of 64 channels; programs where it sums
     add = Add(row_set(ROWS[0.5], inverted=False), row_scale=row_scale([0, 2], 3))
-    following = Next(row_set(NEXT_ROWS[0.5], inverted=False))
-    forward, backward = run(add, following, residual=stream(), branch=stream(3), gamma=vector())
+    next_input = NextInput(row_set(NEXT_ROWS[0.5], inverted=False))
+    forward, backward = run(add, next_input, residual=stream(), update=stream(3), gamma=vector())
     one, positions = CHANNELS * FLOAT, BATCH * TOKENS
     lists = {"inverse_ptr": positions * INDEX, "next_inverse_ptr": positions * INDEX}
     read = {"gamma_ptr": num_tiles * one, "row_scale_ptr": 3 * TOKENS * FLOAT, **lists}
@@ -263,14 +263,14 @@ def small_bytes(launch):
 def test_one_copy_of_a_tensor_that_is_not_dense():
     """What a kernel can't address it gets a copy of: torch reads and writes that once."""
     branch = torch.randn(BATCH, CHANNELS, TOKENS).mT.requires_grad_()
-    forward, backward = run(Add(), residual=stream(), branch=branch)
+    forward, backward = run(Add(), residual=stream(), update=branch)
     assert forward.torch_ops == ["aten.copy_.default"]
-    check(backward, (BATCH + BATCH) * ROW, {"dout_ptr": ALL}, {"dbranch_ptr": ALL})
+    check(backward, (BATCH + BATCH) * ROW, {"dout_ptr": ALL}, {"dupdate_ptr": ALL})
 
 
 def test_a_scale_of_zero():
     """A number drops the whole branch: it isn't an argument any more, and its gradient is filled with zeros."""
-    forward, backward = run(Add(scale=0.0), residual=stream(), branch=stream(), gamma=vector())
+    forward, backward = run(Add(scale=0.0), residual=stream(), update=stream(), gamma=vector())
     check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"out_ptr": ALL})
     assert backward.launches == []
     assert backward.torch_ops == ["aten.zero_.default"]

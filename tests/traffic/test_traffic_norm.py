@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.kernel_traffic import SECTOR, count_traffic
-from rdp_kernels.kernels.autograd import Tail
-from rdp_kernels.kernels.spec import Add, Next, Operands
+from rdp_kernels.kernels.autograd import FusedCall
+from rdp_kernels.kernels.spec import Add, NextInput, Operands
 from rdp_kernels.kernels.triton import kernels, launch
 from tests.traffic import needs_interpreter
-from tests.traffic.tails import (
+from tests.traffic.fused_adds import (
     ALL,
     BATCH,
     CHANNELS,
@@ -41,8 +41,8 @@ def weights(norm):
     return dict(weight=vector(), bias=vector() if norm == "layer" else None)
 
 
-def following(norm, rows=None, **how):
-    return Next(rows, norm, 1e-6, **how)
+def next_input(norm, rows=None, **how):
+    return NextInput(rows, norm, 1e-6, **how)
 
 
 # One call
@@ -53,15 +53,15 @@ def following(norm, rows=None, **how):
 @each_p
 def test_dense(p, norm):
     kept = ROWS[p]
-    tensors = dict(residual=stream(), branch=stream(), gamma=vector(), **weights(norm))
-    forward, backward = run(Add(row_scale=row_scale(kept)), following(norm), **tensors)
+    tensors = dict(residual=stream(), update=stream(), gamma=vector(), **weights(norm))
+    forward, backward = run(Add(row_scale=row_scale(kept)), next_input(norm), **tensors)
     # residual, branch; out, next
     minimum = (BATCH + len(kept) + BATCH + BATCH) * ROW
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": kept}, {"out_ptr": ALL, "next_ptr": ALL})
-    # dout, dnext, the sum, branch for dγ; dresidual, dbranch
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL, "next_ptr": ALL})
+    # dout, dnext, the sum, branch for dγ; dresidual, dupdate
     minimum = (BATCH + BATCH + BATCH + len(kept) + BATCH + BATCH) * ROW
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": kept}
-    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL, "update_ptr": kept}
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dupdate_ptr": ALL})
 
 
 @all_tiles
@@ -70,31 +70,31 @@ def test_dense(p, norm):
 @each_dtype
 def test_rows(norm, in_place, dtype):
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]  # row 3 is in both
-    tensors = dict(residual=stream(dtype=dtype), branch=stream(3, dtype), **weights(norm))
-    forward, backward = run(Add(row_set(rows)), following(norm, row_set(next_rows)), in_place, **tensors)
+    tensors = dict(residual=stream(dtype=dtype), update=stream(3, dtype), **weights(norm))
+    forward, backward = run(Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place, **tensors)
     row = TOKENS * CHANNELS * dtype.itemsize
     touched, added, changed = ([0, 1, 3, 4, 5], rows, next_rows) if in_place else (ALL, ALL, ALL)
     minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # residual, out; branch; next, norm_input
     writes = {"out_ptr": added, "next_ptr": ALL, "norm_input_ptr": ALL}
-    check(forward, minimum, {"residual_ptr": touched, "branch_ptr": ALL}, writes)
-    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # dout, dresidual; dnext, norm_input; dbranch
+    check(forward, minimum, {"residual_ptr": touched, "update_ptr": ALL}, writes)
+    minimum = ((5 + 3 if in_place else 6 + 6) + 3 + 3 + 3) * row  # dout, dresidual; dnext, norm_input; dupdate
     reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL}
-    check(backward, minimum, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL})
+    check(backward, minimum, reads, {"dresidual_ptr": changed, "dupdate_ptr": ALL})
 
 
 @all_tiles
 @each_norm
 def test_learning_and_frozen_rows(norm):
     """Both parts of the next rows pass gradients on, of which the second learns nothing from."""
-    tensors = dict(residual=stream(), branch=stream(2), frozen=stream(1), gamma=vector(), **weights(norm))
-    forward, backward = run(Add(row_set([4, 0, 3], 2)), following(norm, row_set([5, 4, 1, 2], 1)), **tensors)
+    tensors = dict(residual=stream(), update=stream(2), frozen_update=stream(1), gamma=vector(), **weights(norm))
+    forward, backward = run(Add(row_set([4, 0, 3], 2)), next_input(norm, row_set([5, 4, 1, 2], 1)), **tensors)
     minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, norm_input
-    reads = {"residual_ptr": ALL, "branch_ptr": ALL, "frozen_ptr": ALL}
+    reads = {"residual_ptr": ALL, "update_ptr": ALL, "frozen_update_ptr": ALL}
     check(forward, minimum, reads, {"out_ptr": ALL, "next_ptr": ALL, "frozen_next_ptr": ALL, "norm_input_ptr": ALL})
     # dout, dnext, dfrozen_next, norm_input, branch for dγ; all gradients
     minimum = (6 + 1 + 3 + 4 + 2 + 6 + 2 + 1) * ROW
-    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": ALL}
-    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL, "dfrozen_ptr": ALL})
+    reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "dfrozen_next_ptr": ALL, "norm_input_ptr": ALL, "update_ptr": ALL}
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dupdate_ptr": ALL, "dfrozen_update_ptr": ALL})
 
 
 @all_tiles
@@ -103,7 +103,7 @@ def test_learning_and_frozen_rows(norm):
 def test_gather(norm, next_p):
     """Without an add there is no sum to write, and of the stream only the next rows are read."""
     rows = NEXT_ROWS[next_p]
-    forward, backward = run(None, following(norm, row_set(rows)), residual=stream(), **weights(norm))
+    forward, backward = run(None, next_input(norm, row_set(rows)), residual=stream(), **weights(norm))
     minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, norm_input
     check(forward, minimum, {"residual_ptr": rows}, {"next_ptr": ALL, "norm_input_ptr": ALL})
     minimum = (BATCH + len(rows) + len(rows) + BATCH) * ROW  # dout, dnext, norm_input; dresidual
@@ -115,7 +115,7 @@ def test_gather(norm, next_p):
 @pytest.mark.parametrize("learns", [False, True])
 def test_head_on_all_rows(norm, learns):
     """The stream is read, and read again in the backward: it isn't copied."""
-    forward, backward = run(None, following(norm), residual=stream(learns=learns), **weights(norm))
+    forward, backward = run(None, next_input(norm), residual=stream(learns=learns), **weights(norm))
     check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"next_ptr": ALL})
     reads, writes = {"dnext_ptr": ALL, "norm_input_ptr": ALL}, {}
     if learns:
@@ -128,13 +128,13 @@ def test_head_on_all_rows(norm, learns):
 def test_all_rows_in_place(norm):
     """Of the sum, which the norm's backward reads, the samples are written that a branch is added to."""
     rows = ROWS[0.5]
-    tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
-    forward, backward = run(Add(row_set(rows)), following(norm), in_place=True, **tensors)
+    tensors = dict(residual=stream(), update=stream(3), **weights(norm))
+    forward, backward = run(Add(row_set(rows)), next_input(norm), in_place=True, **tensors)
     minimum = (6 + 3 + 3 + 6) * ROW  # residual, out; branch; next
-    check(forward, minimum, {"residual_ptr": ALL, "branch_ptr": ALL}, {"out_ptr": rows, "next_ptr": ALL})
-    minimum = (6 + 6 + 6 + 6 + 3) * ROW  # dout, dresidual; dnext, the sum; dbranch
+    check(forward, minimum, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": rows, "next_ptr": ALL})
+    minimum = (6 + 6 + 6 + 6 + 3) * ROW  # dout, dresidual; dnext, the sum; dupdate
     reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL}
-    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dbranch_ptr": ALL})
+    check(backward, minimum, reads, {"dresidual_ptr": ALL, "dupdate_ptr": ALL})
 
 
 @each_norm
@@ -143,8 +143,8 @@ def test_all_rows_in_place(norm):
 def test_statistics(norm, rows, dtype):
     """Of a position with a norm 8 bytes are kept, rstd's alone by RMSNorm, in float32 whatever the stream's dtype."""
     positions = TOKENS * (BATCH if rows is None else len(rows))
-    tensors = dict(residual=stream(dtype=dtype), branch=stream(dtype=dtype), **weights(norm))
-    forward, backward = run(Add(), following(norm, rows and row_set(rows)), **tensors)
+    tensors = dict(residual=stream(dtype=dtype), update=stream(dtype=dtype), **weights(norm))
+    forward, backward = run(Add(), next_input(norm, rows and row_set(rows)), **tensors)
     expected = dict.fromkeys(["mean_ptr", "rstd_ptr"][norm == "rms" :], FLOAT * positions)
     for counted, how in ((forward, "written"), (backward, "read")):
         small = next(launched.small for launched in counted.launches if launched.big)
@@ -157,13 +157,13 @@ def test_statistics(norm, rows, dtype):
 @pytest.mark.parametrize("learn", [False, True], ids=["", "no_grad"])
 def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
     """Because nothing requires one, or because autograd doesn't record."""
-    tensors = dict(residual=stream(), branch=stream(3), **weights(norm))
+    tensors = dict(residual=stream(), update=stream(3), **weights(norm))
     tensors = {name: t if t is None or learn else t.detach() for name, t in tensors.items()}
     with torch.set_grad_enabled(not learn):
-        forward, _ = run(Add(row_set(ROWS[0.5])), following(norm, rows and row_set(rows)), **tensors)
+        forward, _ = run(Add(row_set(ROWS[0.5])), next_input(norm, rows and row_set(rows)), **tensors)
     goes_on = BATCH if rows is None else len(rows)
     writes = {"out_ptr": ALL, "next_ptr": ALL}
-    check(forward, (6 + 3 + 6 + goes_on) * ROW, {"residual_ptr": ALL, "branch_ptr": ALL}, writes)
+    check(forward, (6 + 3 + 6 + goes_on) * ROW, {"residual_ptr": ALL, "update_ptr": ALL}, writes)
     assert not {"mean_ptr", "rstd_ptr"} & {*forward.launches[0].tensors}
 
 
@@ -181,16 +181,16 @@ def test_wide_backward(monkeypatch, norm, in_place):
         return torch.randn(num_rows, 2, width).requires_grad_()
 
     _, backward = run(
-        Add(row_set(rows)), following(norm, row_set(next_rows)), in_place,
-        residual=make(4), branch=make(2), gamma=vector(width),
+        Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place,
+        residual=make(4), update=make(2), gamma=vector(width),
         weight=vector(width), bias=vector(width) if norm == "layer" else None,
     )  # fmt: skip
     assert "_residual_add_norm_bwd_wide_kernel" in [launched.kernel for launched in backward.launches]
     touched, changed = ([0, 1, 3], next_rows) if in_place else (ALL, ALL)
     minimum = ((3 + 2 if in_place else 4 + 4) + 2 * (2 + 2) + 2 + 2) * 2 * width * FLOAT
-    #          dout, dresidual                  dnext, norm_input branch for dγ, dbranch
-    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL, "branch_ptr": ALL}
-    writes = {"dresidual_ptr": changed, "dbranch_ptr": ALL}
+    #          dout, dresidual                  dnext, norm_input branch for dγ, dupdate
+    reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL, "update_ptr": ALL}
+    writes = {"dresidual_ptr": changed, "dupdate_ptr": ALL}
     check(backward, minimum, reads, writes, twice={"dnext_ptr", "norm_input_ptr"})
 
 
@@ -205,8 +205,8 @@ def test_odd_channels(norm, dtype, in_place):
         return torch.randn(num_rows, tokens, channels).to(dtype).requires_grad_()
 
     forward, backward = run(
-        Add(row_set([4, 1])), following(norm, row_set([2, 1, 0])), in_place,
-        residual=make(batch), branch=make(2),
+        Add(row_set([4, 1])), next_input(norm, row_set([2, 1, 0])), in_place,
+        residual=make(batch), update=make(2),
         weight=vector(channels), bias=vector(channels) if norm == "layer" else None,
     )  # fmt: skip
     row = tokens * channels * dtype.itemsize
@@ -215,10 +215,10 @@ def test_odd_channels(norm, dtype, in_place):
     sectors = 1 + 2 * (SECTOR - dtype.itemsize) / row
     rows = (4 + 2 if in_place else 5 + 5) + 2 + 3 + 3  # residual, out; branch; next, norm_input
     writes = {"out_ptr": added, "next_ptr": ALL, "norm_input_ptr": ALL}
-    check(forward, rows * row, {"residual_ptr": touched, "branch_ptr": ALL}, writes, sectors)
-    rows = (4 + 3 if in_place else 5 + 5) + 3 + 3 + 2  # dout, dresidual; dnext, norm_input; dbranch
+    check(forward, rows * row, {"residual_ptr": touched, "update_ptr": ALL}, writes, sectors)
+    rows = (4 + 3 if in_place else 5 + 5) + 3 + 3 + 2  # dout, dresidual; dnext, norm_input; dupdate
     reads = {"dout_ptr": touched, "dnext_ptr": ALL, "norm_input_ptr": ALL}
-    check(backward, rows * row, reads, {"dresidual_ptr": changed, "dbranch_ptr": ALL}, sectors)
+    check(backward, rows * row, reads, {"dresidual_ptr": changed, "dupdate_ptr": ALL}, sectors)
 
 
 # A path: its tail with the gather of the next path's rows, forward and backward
@@ -231,8 +231,8 @@ def test_odd_channels(norm, dtype, in_place):
 def test_path(p, next_p, norm, in_place):
     rows, next_rows = ROWS[p], NEXT_ROWS[next_p]
     forward, backward = run(
-        Add(row_set(rows)), following(norm, row_set(next_rows)), in_place,
-        residual=stream(), branch=stream(len(rows)), gamma=vector(), **weights(norm),
+        Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place,
+        residual=stream(), update=stream(len(rows)), gamma=vector(), **weights(norm),
     )  # fmt: skip
     kept, goes_on = len(rows), len(next_rows)
     either = len({*rows, *next_rows})
@@ -244,7 +244,7 @@ def test_path(p, next_p, norm, in_place):
     if goes_on == 0:
         dsums = kept  # dresidual is dout
     there = sums + kept + goes_on + seen  # branch; next, norm_input
-    back = dsums + goes_on + seen + kept + kept  # dnext, norm_input, branch for dγ; dbranch
+    back = dsums + goes_on + seen + kept + kept  # dnext, norm_input, branch for dγ; dupdate
     check_total(forward + backward, (there + back) * ROW)
 
 
@@ -255,14 +255,14 @@ def test_path_with_scales(p, norm, dtype):
     """Every row goes on, as where rows are dropped by their scale: without a norm the stream is the next rows."""
     kept = len(ROWS[p])
     forward, backward = run(
-        Add(row_scale=row_scale(ROWS[p])), following(norm) if norm else None,
-        residual=stream(dtype=dtype), branch=stream(dtype=dtype), **weights(norm),
+        Add(row_scale=row_scale(ROWS[p])), next_input(norm) if norm else None,
+        residual=stream(dtype=dtype), update=stream(dtype=dtype), **weights(norm),
     )  # fmt: skip
     there = BATCH + kept + BATCH  # residual, branch; out
-    back = kept + BATCH  # dout; dbranch
+    back = kept + BATCH  # dout; dupdate
     if norm:
         there += BATCH  # next
-        back = BATCH + BATCH + BATCH + BATCH + BATCH  # dout, dnext, the sum; dresidual, dbranch
+        back = BATCH + BATCH + BATCH + BATCH + BATCH  # dout, dnext, the sum; dresidual, dupdate
     check_total(forward + backward, (there + back) * TOKENS * CHANNELS * dtype.itemsize)
 
 
@@ -271,8 +271,8 @@ def test_two_paths(norm):
     """The sum is handed from tail to tail and overwritten, and so is its gradient on the way back; the branch between
     is the identity. Autograd adds nothing up: torch touches no tensor."""
     rows, next_rows, last_rows = row_set([4, 0, 3]), row_set([3, 1, 5]), row_set([2, 5])
-    first = Tail(kernels(), Add(rows), following(norm, next_rows))
-    second = Tail(kernels(), Add(next_rows), following(norm, last_rows), previous=first)
+    first = FusedCall(kernels(), Add(rows), next_input(norm, next_rows))
+    second = FusedCall(kernels(), Add(next_rows), next_input(norm, last_rows), previous=first)
     x, branch = stream(), stream(3)
     with count_traffic() as forward:
         results = first(Operands(x, branch, **weights(norm)))
@@ -284,7 +284,7 @@ def test_two_paths(norm):
     there = (6 + 3 + 6 + 3) + (4 + 3 + 3 + 2)  # residual, branch; out, next; of the second rows 1, 2, 3, 5 and 1, 3, 5
     back = (6 + 2 + 6 + 3) + (
         5 + 3 + 3 + 3
-    )  # dout, dnext; dresidual, dbranch; of the first rows 0, 1, 3, 4, 5 and 1, 3, 5
+    )  # dout, dnext; dresidual, dupdate; of the first rows 0, 1, 3, 4, 5 and 1, 3, 5
     if norm:
         there, back = there + 3 + 2, back + 2 + 3  # norm_input
     check_total(forward + backward, (there + back) * ROW)
@@ -294,16 +294,16 @@ def test_two_paths(norm):
 def test_two_paths_on_all_rows(norm):
     """A sum that is kept for the norm's backward isn't overwritten by the next: to write that elsewhere moves no more
     bytes, and nothing is copied. The gradient is overwritten all the same."""
-    first = Tail(kernels(), Add(), following(norm))
+    first = FusedCall(kernels(), Add(), next_input(norm))
     x, branch = stream(), stream()
     with count_traffic() as forward:
         results = first(Operands(x, branch, **weights(norm)))
-        second = Tail(kernels(), Add(), following(norm), previous=first)
+        second = FusedCall(kernels(), Add(), next_input(norm), previous=first)
         results = second(Operands(results.out, results.next, **weights(norm)))
     outs = [results.out, results.next]
     douts = [torch.randn_like(out) for out in outs]
     with count_traffic() as backward:
         torch.autograd.grad(outs, [x, branch], douts)
     assert (first.node.owns_gradient, second.in_place) == (True, False)
-    there, back = 4 * BATCH, 5 * BATCH  # residual, branch; out, next. dout, dnext, the sum; dresidual, dbranch
+    there, back = 4 * BATCH, 5 * BATCH  # residual, branch; out, next. dout, dnext, the sum; dresidual, dupdate
     check_total(forward + backward, 2 * (there + back) * ROW)

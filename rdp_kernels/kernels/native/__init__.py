@@ -5,7 +5,7 @@ with a CUDA toolkit, for NVIDIA GPUs.
 |---|---|
 | `library.py` | loads it, and remembers why it is missing |
 | `support.py` | why a call can't be served |
-| `tail.py` | the calls of its ops |
+| `launchers.py` | the calls of its ops |
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["HAS_NORMS", "kernels", "unavailable", "why_not", "why_not_kind"]
 
 
 def kernels() -> ModuleType:
-    """The launchers `tail_fwd` and `tail_bwd`."""
-    from . import tail
+    """The launchers `fused_add_fwd` and `fused_add_bwd`."""
+    from . import launchers
 
-    return tail
+    return launchers

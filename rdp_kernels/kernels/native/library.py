@@ -61,4 +61,4 @@ def unavailable() -> str | None:
 
 def has_cuda() -> bool:
     """Whether the library was built with CUDA kernels."""
-    return _reason is None and torch._C._dispatch_has_kernel_for_dispatch_key("rdp::native_tail", "CUDA")
+    return _reason is None and torch._C._dispatch_has_kernel_for_dispatch_key("rdp::native_fused_add", "CUDA")

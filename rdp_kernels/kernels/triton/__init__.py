@@ -6,7 +6,7 @@
 | `residual_add_norm.py` | the same with LayerNorm or RMSNorm over the next branch's rows |
 | `residual_add_norm_wide.py` | its backward for rows that don't fit in registers |
 | `rows.py` | rows gathered; a list of rows inverted |
-| `tail.py` | the launchers: which kernel serves a call |
+| `launchers.py` | the launchers: which kernel serves a call |
 | `parts.py` | what the kernels have in common |
 | `reduce.py` | the second stage of sums over rows |
 | `launch.py` | a launch as data, and every block size and number of warps |
@@ -27,7 +27,7 @@ __all__ = ["HAS_NORMS", "MAX_NORM_WIDTH", "kernels", "unavailable", "why_not", "
 
 
 def kernels() -> ModuleType:
-    """The launchers `tail_fwd` and `tail_bwd`."""
-    from . import tail
+    """The launchers `fused_add_fwd` and `fused_add_bwd`."""
+    from . import launchers
 
-    return tail
+    return launchers

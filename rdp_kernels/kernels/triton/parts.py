@@ -39,7 +39,7 @@ def standing(inverse_ptr, b, exists, num_rows):
 
 
 @triton.jit
-def branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE: tl.constexpr):
+def update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE: tl.constexpr):
     """Of samples b: where they stand among a branch's rows, whether they do, whether that row is read, its scale."""
     k = standing(inverse_ptr, b, exists, num_rows)
     takes_part = exists & (k < num_rows)

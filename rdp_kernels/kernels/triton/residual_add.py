@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import branch_rows, kernel, load_gamma, load_parts, place, standing, store_parts
+from .parts import kernel, load_gamma, load_parts, place, standing, store_parts, update_rows
 
 
 @kernel
@@ -17,8 +17,8 @@ def _residual_add_fwd_kernel(
     next_ptr,
     frozen_next_ptr,
     residual_ptr,
-    branch_ptr,
-    frozen_ptr,
+    update_ptr,
+    frozen_update_ptr,
     gamma_ptr,
     row_scale_ptr,
     inverse_ptr,
@@ -35,8 +35,8 @@ def _residual_add_fwd_kernel(
     num_next_learning,
     out_row_stride,
     residual_row_stride,
-    branch_row_stride,
-    frozen_row_stride,
+    update_row_stride,
+    frozen_update_row_stride,
     GAMMA_PER_POSITION: tl.constexpr,
     RELU: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -51,7 +51,7 @@ def _residual_add_fwd_kernel(
     exists, in_width = m < num_positions, (n < width)[None, :]
     b, p = m // positions, m % positions
 
-    k, _, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+    k, _, reads, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
     touched = exists
     if next_inverse_ptr is not None or next_ptr is not None or frozen_next_ptr is not None:
         j = standing(next_inverse_ptr, b, exists, num_next_rows)
@@ -67,8 +67,8 @@ def _residual_add_fwd_kernel(
     else:
         x = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     update = load_parts(
-        branch_ptr, frozen_ptr, k, p, n, reads, in_width,
-        num_learning, branch_row_stride, frozen_row_stride, width, COMPUTE,
+        update_ptr, frozen_update_ptr, k, p, n, reads, in_width,
+        num_learning, update_row_stride, frozen_update_row_stride, width, COMPUTE,
     )  # fmt: skip
     if gamma_ptr is not None:
         update *= load_gamma(gamma_ptr, p, n, exists, in_width, channels, GAMMA_PER_POSITION, COMPUTE)
@@ -85,14 +85,14 @@ def _residual_add_fwd_kernel(
 @kernel
 def _residual_add_bwd_kernel(
     dresidual_ptr,
-    dbranch_ptr,
-    dfrozen_ptr,
+    dupdate_ptr,
+    dfrozen_update_ptr,
     dgamma_ptr,
     dout_ptr,
     dnext_ptr,
     dfrozen_next_ptr,
     out_ptr,
-    branch_ptr,
+    update_ptr,
     gamma_ptr,
     row_scale_ptr,
     inverse_ptr,
@@ -111,7 +111,7 @@ def _residual_add_bwd_kernel(
     dnext_row_stride,
     dfrozen_next_row_stride,
     out_row_stride,
-    branch_row_stride,
+    update_row_stride,
     tiles,
     GAMMA_PER_POSITION: tl.constexpr,
     RELU: tl.constexpr,
@@ -133,7 +133,7 @@ def _residual_add_bwd_kernel(
         m = (row_block * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = m < num_positions
         b, p = m // positions, m % positions
-        k, takes_part, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        k, takes_part, reads, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         changed = reads
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
             j = standing(next_inverse_ptr, b, exists, num_next_rows)
@@ -168,7 +168,7 @@ def _residual_add_bwd_kernel(
         if dgamma_ptr is not None:
             counts = reads & (k < num_learning)
             update = load_parts(
-                branch_ptr, None, k, p, n, counts, in_width, num_learning, branch_row_stride, 0, width, COMPUTE
+                update_ptr, None, k, p, n, counts, in_width, num_learning, update_row_stride, 0, width, COMPUTE
             )
             product = tl.where(counts[:, None], d * update, 0.0)
             if GAMMA_PER_POSITION:
@@ -176,10 +176,12 @@ def _residual_add_bwd_kernel(
                 tl.store(dgamma_ptr + cell, tl.sum(product, axis=1), mask=exists)
             else:
                 total += product
-        if dbranch_ptr is not None or dfrozen_ptr is not None:
+        if dupdate_ptr is not None or dfrozen_update_ptr is not None:
             if gamma_ptr is not None:
                 gamma = load_gamma(gamma_ptr, p, n, exists, in_width, channels, GAMMA_PER_POSITION, COMPUTE)
                 d = tl.where(reads[:, None], d * gamma, 0.0)
-            store_parts(dbranch_ptr, dfrozen_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width)
+            store_parts(
+                dupdate_ptr, dfrozen_update_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width
+            )
     if dgamma_ptr is not None and not GAMMA_PER_POSITION:
         tl.store(dgamma_ptr + row_block.to(tl.int64) * width + n, tl.sum(total, axis=0), mask=n < width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import branch_rows, kernel, load_normed, load_parts, load_statistics, place, standing, store_parts
+from .parts import kernel, load_normed, load_parts, load_statistics, place, standing, store_parts, update_rows
 
 
 @kernel
@@ -20,8 +20,8 @@ def _residual_add_norm_fwd_kernel(
     mean_ptr,
     rstd_ptr,
     residual_ptr,
-    branch_ptr,
-    frozen_ptr,
+    update_ptr,
+    frozen_update_ptr,
     gamma_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -40,8 +40,8 @@ def _residual_add_norm_fwd_kernel(
     num_saved,
     out_row_stride,
     residual_row_stride,
-    branch_row_stride,
-    frozen_row_stride,
+    update_row_stride,
+    frozen_update_row_stride,
     LAYER_NORM: tl.constexpr,
     EPS: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -61,7 +61,7 @@ def _residual_add_norm_fwd_kernel(
     goes_on = exists & (j < num_next_rows)
     touched, reads = goes_on, goes_on
     if out_ptr is not None:
-        k, _, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        k, _, reads, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         touched = exists
         if IN_PLACE:
             touched = reads | goes_on
@@ -70,8 +70,8 @@ def _residual_add_norm_fwd_kernel(
     x = tl.load(residual_ptr + at, mask=touched[:, None] & in_width, other=0.0).to(COMPUTE)
     if out_ptr is not None:
         update = load_parts(
-            branch_ptr, frozen_ptr, k, p, n, reads, in_width,
-            num_learning, branch_row_stride, frozen_row_stride, width, COMPUTE,
+            update_ptr, frozen_update_ptr, k, p, n, reads, in_width,
+            num_learning, update_row_stride, frozen_update_row_stride, width, COMPUTE,
         )  # fmt: skip
         if gamma_ptr is not None:
             update *= tl.load(gamma_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
@@ -104,8 +104,8 @@ def _residual_add_norm_fwd_kernel(
 @kernel
 def _residual_add_norm_bwd_kernel(
     dresidual_ptr,
-    dbranch_ptr,
-    dfrozen_ptr,
+    dupdate_ptr,
+    dfrozen_update_ptr,
     dgamma_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -115,7 +115,7 @@ def _residual_add_norm_bwd_kernel(
     norm_input_ptr,
     mean_ptr,
     rstd_ptr,
-    branch_ptr,
+    update_ptr,
     gamma_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -133,7 +133,7 @@ def _residual_add_norm_bwd_kernel(
     dout_row_stride,
     dnext_row_stride,
     dfrozen_next_row_stride,
-    branch_row_stride,
+    update_row_stride,
     norm_input_row_stride,
     tiles,
     LAYER_NORM: tl.constexpr,
@@ -158,7 +158,7 @@ def _residual_add_norm_bwd_kernel(
         b, p = m // positions, m % positions
         j = standing(next_inverse_ptr, b, exists, num_saved)
         has_norm = exists & (j < num_saved)
-        k, takes_part, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        k, takes_part, reads, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             has_norm = has_norm & reads
 
@@ -195,19 +195,21 @@ def _residual_add_norm_bwd_kernel(
             if IN_PLACE:
                 written = has_norm
             tl.store(dresidual_ptr + place(b, p, n, sample_size, width), d, mask=written[:, None] & in_width)
-        if branch_ptr is not None or dbranch_ptr is not None or dfrozen_ptr is not None:
+        if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
             d = tl.where(reads[:, None], factor[:, None] * d, 0.0)
-        if branch_ptr is not None:
+        if update_ptr is not None:
             learns = reads & (k < num_learning)
             update = load_parts(
-                branch_ptr, None, k, p, n, learns, in_width, num_learning, branch_row_stride, 0, width, COMPUTE
+                update_ptr, None, k, p, n, learns, in_width, num_learning, update_row_stride, 0, width, COMPUTE
             )
             gamma_total += tl.where(learns[:, None], d * update, 0.0)
-        if dbranch_ptr is not None or dfrozen_ptr is not None:
+        if dupdate_ptr is not None or dfrozen_update_ptr is not None:
             if gamma_ptr is not None:
                 gamma = tl.load(gamma_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
                 d = tl.where(reads[:, None], d * gamma, 0.0)
-            store_parts(dbranch_ptr, dfrozen_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width)
+            store_parts(
+                dupdate_ptr, dfrozen_update_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width
+            )
     if dgamma_ptr is not None:
         tl.store(dgamma_ptr + cell, tl.sum(gamma_total, axis=0), mask=n < width)
     if dweight_ptr is not None:

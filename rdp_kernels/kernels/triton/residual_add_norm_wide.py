@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import branch_rows, kernel, load_normed, load_parts, load_statistics, place, standing, store_parts
+from .parts import kernel, load_normed, load_parts, load_statistics, place, standing, store_parts, update_rows
 
 
 @kernel
 def _residual_add_norm_bwd_wide_kernel(
     dresidual_ptr,
-    dbranch_ptr,
-    dfrozen_ptr,
+    dupdate_ptr,
+    dfrozen_update_ptr,
     dgamma_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -26,7 +26,7 @@ def _residual_add_norm_bwd_wide_kernel(
     norm_input_ptr,
     mean_ptr,
     rstd_ptr,
-    branch_ptr,
+    update_ptr,
     gamma_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -44,7 +44,7 @@ def _residual_add_norm_bwd_wide_kernel(
     dout_row_stride,
     dnext_row_stride,
     dfrozen_next_row_stride,
-    branch_row_stride,
+    update_row_stride,
     norm_input_row_stride,
     tiles,
     LAYER_NORM: tl.constexpr,
@@ -70,7 +70,7 @@ def _residual_add_norm_bwd_wide_kernel(
         b, p = m // positions, m % positions
         j = standing(next_inverse_ptr, b, exists, num_saved)
         has_norm = exists & (j < num_saved)
-        k, takes_part, reads, factor = branch_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        k, takes_part, reads, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             has_norm = has_norm & reads
         counts = has_norm & (j < num_next_learning)
@@ -124,22 +124,22 @@ def _residual_add_norm_bwd_wide_kernel(
                 if IN_PLACE:
                     written = has_norm
                 tl.store(dresidual_ptr + place(b, p, n, sample_size, width), d, mask=written[:, None] & in_width)
-            if branch_ptr is not None or dbranch_ptr is not None or dfrozen_ptr is not None:
+            if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 d = tl.where(reads[:, None], factor[:, None] * d, 0.0)
-            if branch_ptr is not None:
+            if update_ptr is not None:
                 learns = reads & (k < num_learning)
                 update = load_parts(
-                    branch_ptr, None, k, p, n, learns, in_width, num_learning, branch_row_stride, 0, width, COMPUTE
+                    update_ptr, None, k, p, n, learns, in_width, num_learning, update_row_stride, 0, width, COMPUTE
                 )
                 product = tl.where(learns[:, None], d * update, 0.0)
                 cell = tl.program_id(0).to(tl.int64) * width + n
                 _add_to(dgamma_ptr + cell, tl.sum(product, axis=0), n < width)
-            if dbranch_ptr is not None or dfrozen_ptr is not None:
+            if dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 if gamma_ptr is not None:
                     gamma = tl.load(gamma_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
                     d = tl.where(reads[:, None], d * gamma, 0.0)
                 store_parts(
-                    dbranch_ptr, dfrozen_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width
+                    dupdate_ptr, dfrozen_update_ptr, d, k, p, n, takes_part, in_width, num_learning, sample_size, width
                 )
 
 

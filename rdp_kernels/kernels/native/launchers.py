@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..buffers import Context, context_of
 from ..layout import Layout
-from ..spec import Add, Next, Operands, Results, RowSet
+from ..spec import Add, NextInput, Operands, Results, RowSet
 
 
 def _without_python(op: Callable) -> Callable:
@@ -21,18 +21,18 @@ residual_add = _without_python(torch.ops.rdp.native_residual_add.default)
 residual_add_backward = _without_python(torch.ops.rdp.native_residual_add_backward.default)
 gather_rows = _without_python(torch.ops.rdp.native_gather_rows.default)
 gather_rows_backward = _without_python(torch.ops.rdp.native_gather_rows_backward.default)
-_forward = torch.ops.rdp.native_tail.default
-_backward = torch.ops.rdp.native_tail_backward.default
+_forward = torch.ops.rdp.native_fused_add.default
+_backward = torch.ops.rdp.native_fused_add_backward.default
 
 
 READS_INVERSES = False
 """Of `RowSet.inverse`."""
 
 
-def tail_fwd(
+def fused_add_fwd(
     operands: Operands,
     add: Add | None,
-    following: Next | None,
+    next_input: NextInput | None,
     num_saved: int = 0,
     in_place: bool = False,
     batch_size: int | None = None,
@@ -56,20 +56,20 @@ def tail_fwd(
         spec.scale,
         spec.channel_dim,
         spec.activation == "relu",
-        following is not None,
-        *_rows(None if following is None else following.rows),
+        next_input is not None,
+        *_rows(None if next_input is None else next_input.rows),
         residual if in_place else None,
     )
     return Results(residual if in_place else out, following_rows, frozen_rows), context
 
 
-def tail_bwd(
+def fused_add_bwd(
     context: Context,
     operands: Operands,
     results: Results,
     gradients: Results,
     add: Add | None,
-    following: Next | None,
+    next_input: NextInput | None,
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
@@ -91,19 +91,19 @@ def tail_bwd(
         dout,
         dnext,
         dfrozen_next,
-        _conform(context.layout, operands.branch),
+        _conform(context.layout, operands.update),
         _contiguous(operands.gamma),
         results.out,
         *_rows(spec.rows),
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
-        *_rows(None if following is None else following.rows),
+        *_rows(None if next_input is None else next_input.rows),
         context.shape[0],
         context.compute == torch.float64,
         bool(wanted.residual) and stream_changes,
-        dtypes.branch if wanted.branch else None,
-        dtypes.frozen if wanted.frozen else None,
+        dtypes.update if wanted.update else None,
+        dtypes.frozen_update if wanted.frozen_update else None,
         dtypes.gamma if wanted.gamma else None,
         dout if in_place and stream_changes else None,
     )

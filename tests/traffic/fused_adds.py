@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_traffic import SECTOR, Accesses, Counted, count_traffic
-from rdp_kernels.kernels.autograd import Tail
-from rdp_kernels.kernels.spec import Add, Next, Operands, RowSet
+from rdp_kernels.kernels.autograd import FusedCall
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, RowSet
 from rdp_kernels.kernels.triton import kernels
 from rdp_kernels.kernels.triton.launch import LaunchConfig
 
@@ -50,7 +50,7 @@ def vector(size: int = CHANNELS, learns: bool = True) -> Tensor:
 
 
 def run(
-    add: Add | None, following: Next | None = None, in_place: bool = False, **tensors: Tensor | None
+    add: Add | None, next_input: NextInput | None = None, in_place: bool = False, **tensors: Tensor | None
 ) -> tuple[Counted, Counted]:
     """The traffic of a forward and of the backward to all operands that learn.
 
@@ -61,10 +61,10 @@ def run(
     learning = [t for t in operands if t is not None and t.requires_grad]
     if in_place:
         operands = operands._replace(residual=operands.residual.clone())
-    tail = Tail(kernels(), add, following)
-    tail.in_place = tail.node.owns_gradient = in_place  # as if there were a tail before and one after it
+    fused = FusedCall(kernels(), add, next_input)
+    fused.in_place = fused.node.owns_gradient = in_place  # as if there were a fused before and one after it
     with count_traffic() as forward:
-        results = tail(operands)
+        results = fused(operands)
     outs = [result for result in results if result is not None and result.requires_grad]
     douts = [torch.randn_like(out) for out in outs]
     with count_traffic() as backward:

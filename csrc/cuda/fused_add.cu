@@ -1,4 +1,4 @@
-#include "tail.h"
+#include "fused_add.h"
 
 #include <cuda_runtime.h>
 
@@ -97,7 +97,7 @@ Dtype branch_dtype(const Samples& learning, const Samples& frozen, Dtype otherwi
   return learning ? learning.dtype : frozen ? frozen.dtype : otherwise;
 }
 
-void gather(const TailForward& call, const Samples& stream, cudaStream_t cuda_stream) {
+void gather(const FusedAddForward& call, const Samples& stream, cudaStream_t cuda_stream) {
   const int64_t bytes = call.geometry.sample_size() * size_of(stream.dtype);
   const auto run = [&](auto word) {
     const int64_t words = bytes / sizeof(word);
@@ -113,7 +113,7 @@ void gather(const TailForward& call, const Samples& stream, cudaStream_t cuda_st
 
 }  // namespace
 
-void tail_forward(const TailForward& call, int32_t device) {
+void fused_add_forward(const FusedAddForward& call, int32_t device) {
   if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) return;
   check_served(call.geometry, call.in_float64, call.gamma, call.scale);
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -134,7 +134,7 @@ void tail_forward(const TailForward& call, int32_t device) {
   if (call.next || call.frozen_next) gather(call, call.adds ? call.out : call.residual, stream);
 }
 
-void tail_backward(const TailBackward& call, int32_t device) {
+void fused_add_backward(const FusedAddBackward& call, int32_t device) {
   const Geometry& geometry = call.geometry;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);

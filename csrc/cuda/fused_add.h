@@ -4,13 +4,13 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "../tail.h"
+#include "../fused_add.h"
 
 namespace rdp::cuda {
 
 // All on the device and current stream of `device`. Raise where a call isn't served, or a launch fails.
-void tail_forward(const TailForward& call, int32_t device);
-void tail_backward(const TailBackward& call, int32_t device);
+void fused_add_forward(const FusedAddForward& call, int32_t device);
+void fused_add_backward(const FusedAddBackward& call, int32_t device);
 
 // inverse [batch_size] of rows [num_rows], both int64. Rows out of range are left out.
 void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device);

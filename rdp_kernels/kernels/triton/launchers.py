@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..buffers import Context, context_of, empty_gradients, empty_results, part_sizes
 from ..layout import Tiling
-from ..spec import Add, Next, Operands, Results, RowSet
+from ..spec import Add, NextInput, Operands, Results, RowSet
 from .launch import Tiles
 from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
@@ -25,10 +25,10 @@ WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""
 
 
-def tail_fwd(
+def fused_add_fwd(
     operands: Operands,
     add: Add | None,
-    following: Next | None,
+    next_input: NextInput | None,
     num_saved: int = 0,
     in_place: bool = False,
     batch_size: int | None = None,
@@ -41,33 +41,33 @@ def tail_fwd(
         in_place: the sum overwrites `operands.residual`, which must be dense; without activation.
         batch_size: of the result, where there is no residual to tell.
     """
-    context = context_of(operands, None if following is None else following.norm, batch_size)
+    context = context_of(operands, None if next_input is None else next_input.norm, batch_size)
     residual, branch, frozen = (None if t is None else context.layout.conform(t) for t in operands[:3])
     gamma, weight, bias = map(_contiguous, operands[3:])
     if add is not None and add.scale == 0:
         branch = frozen = gamma = None
-    results = empty_results(context, add, following, num_saved, out=residual if in_place else None)
-    if add is None and following is not None and following.norm is None:
-        _gather(context, residual, results, following)
+    results = empty_results(context, add, next_input, num_saved, out=residual if in_place else None)
+    if add is None and next_input is not None and next_input.norm is None:
+        _gather(context, residual, results, next_input)
         return results, context
     arguments: dict[str, Any] = dict(
         out_ptr=results.out,
         next_ptr=results.next,
         frozen_next_ptr=results.frozen_next,
         residual_ptr=residual,
-        branch_ptr=branch,
-        frozen_ptr=frozen,
+        update_ptr=branch,
+        frozen_update_ptr=frozen,
         gamma_ptr=gamma,
         out_row_stride=_row_stride(results.out),
         residual_row_stride=_row_stride(residual),
-        branch_row_stride=_row_stride(branch),
-        frozen_row_stride=_row_stride(frozen),
+        update_row_stride=_row_stride(branch),
+        frozen_update_row_stride=_row_stride(frozen),
         IN_PLACE=in_place,
-        **_branch_rows(context, add, branch, frozen),
-        **_next_rows(context, following, results.frozen_next),
+        **_update_rows(context, add, branch, frozen),
+        **_next_rows(context, next_input, results.frozen_next),
     )
-    tiling = context.tiling(add, following, gamma is not None)
-    if following is None or following.norm is None:
+    tiling = context.tiling(add, next_input, gamma is not None)
+    if next_input is None or next_input.norm is None:
         tiles = _tiles("residual_add_fwd", context, tiling)
         kernel, more = _residual_add_fwd_kernel, _gamma_arguments(tiling)
         more |= {"RELU": add is not None and add.activation == "relu"}
@@ -81,8 +81,8 @@ def tail_fwd(
             weight_ptr=weight,
             bias_ptr=bias,
             num_saved=num_saved,
-            LAYER_NORM=following.norm == "layer",
-            EPS=following.eps,
+            LAYER_NORM=next_input.norm == "layer",
+            EPS=next_input.eps,
         )
     tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
     if results.rstd is not None and results.norm_input is None:
@@ -90,13 +90,13 @@ def tail_fwd(
     return results, context
 
 
-def tail_bwd(
+def fused_add_bwd(
     context: Context,
     operands: Operands,
     results: Results,
     gradients: Results,
     add: Add | None,
-    following: Next | None,
+    next_input: NextInput | None,
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
@@ -112,29 +112,29 @@ def tail_bwd(
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
     if dnext is None and dfrozen_next is None:
-        following = None
+        next_input = None
         wanted = wanted._replace(weight=False, bias=False)
     dnext, dfrozen_next = (None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next))
     if dnext is None and dfrozen_next is None:
-        following = None
+        next_input = None
     relu = add is not None and add.activation == "relu"
     in_place = in_place and dout is not None and dout is gradients.out and not relu
     grads = empty_gradients(context, add, wanted)
-    if following is None:  # and there are weights: of a norm of no rows
+    if next_input is None:  # and there are weights: of a norm of no rows
         grads = grads._replace(weight=_zeroed(grads.weight), bias=_zeroed(grads.bias))
-    if add is None and (following is None or following.norm is None):
-        if following is None:
+    if add is None and (next_input is None or next_input.norm is None):
+        if next_input is None:
             return grads._replace(residual=dout)
-        scattered, _ = tail_fwd(
+        scattered, _ = fused_add_fwd(
             Operands(dout, dnext, dfrozen_next),
-            Add(following.rows),
+            Add(next_input.rows),
             None,
             in_place=in_place,
             batch_size=context.shape[0],
         )
         return Operands(scattered.out)
 
-    stream_changes = relu or following is not None
+    stream_changes = relu or next_input is not None
     if wanted.residual:
         fresh = stream_changes and not in_place
         grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual) if fresh else dout)
@@ -143,8 +143,8 @@ def tail_bwd(
         add = Add(activation=add.activation)
         branch = dbranch = dfrozen = gamma = None
     else:
-        branch = context.layout.conform(operands.branch) if wanted.gamma else None
-        dbranch, dfrozen, gamma = grads.branch, grads.frozen, _contiguous(operands.gamma)
+        branch = context.layout.conform(operands.update) if wanted.gamma else None
+        dbranch, dfrozen, gamma = grads.update, grads.frozen_update, _contiguous(operands.gamma)
     if branch is None and dbranch is None and dfrozen is None:
         if not stream_changes:
             return grads
@@ -152,23 +152,23 @@ def tail_bwd(
             dout = dfrozen_next = None  # what is left are sums over the learning next rows
     arguments: dict[str, Any] = dict(
         dresidual_ptr=grads.residual if stream_changes else None,
-        dbranch_ptr=dbranch,
-        dfrozen_ptr=dfrozen,
+        dupdate_ptr=dbranch,
+        dfrozen_update_ptr=dfrozen,
         dout_ptr=dout,
         dnext_ptr=dnext,
         dfrozen_next_ptr=dfrozen_next,
-        branch_ptr=branch,
+        update_ptr=branch,
         gamma_ptr=gamma,
         dout_row_stride=_row_stride(dout),
         dnext_row_stride=_row_stride(dnext),
         dfrozen_next_row_stride=_row_stride(dfrozen_next),
-        branch_row_stride=_row_stride(branch),
+        update_row_stride=_row_stride(branch),
         IN_PLACE=in_place,
-        **_branch_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
-        **_next_rows(context, following, dfrozen_next),
+        **_update_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
+        **_next_rows(context, next_input, dfrozen_next),
     )
-    tiling = context.tiling(add, following, branch is not None or gamma is not None)
-    if following is None or following.norm is None:
+    tiling = context.tiling(add, next_input, branch is not None or gamma is not None)
+    if next_input is None or next_input.norm is None:
         tiles = _tiles("residual_add_bwd", context, tiling, sums=branch is not None)
         num_partials = tiles.row_blocks
         if tiling.gamma_per == "position":
@@ -191,12 +191,12 @@ def tail_bwd(
             dweight_ptr=sums["weight"],
             dbias_ptr=sums["bias"],
             norm_input_ptr=norm_input,
-            mean_ptr=results.mean if following.norm == "layer" else None,
+            mean_ptr=results.mean if next_input.norm == "layer" else None,
             rstd_ptr=results.rstd,
             weight_ptr=_contiguous(operands.weight),
             norm_input_row_stride=_row_stride(norm_input),
             num_saved=norm_input.shape[0] if dfrozen_next is not None else arguments["num_next_learning"],
-            LAYER_NORM=following.norm == "layer",
+            LAYER_NORM=next_input.norm == "layer",
         )
     more |= dict(dgamma_ptr=sums["gamma"], tiles=tiles.tiles)
     tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
@@ -206,9 +206,9 @@ def tail_bwd(
     return grads
 
 
-def _gather(context: Context, x: Tensor | None, results: Results, following: Next) -> None:
-    assert following.rows is not None
-    rows, width = following.rows, math.prod(context.shape[1:])
+def _gather(context: Context, x: Tensor | None, results: Results, next_input: NextInput) -> None:
+    assert next_input.rows is not None
+    rows, width = next_input.rows, math.prod(context.shape[1:])
     Tiles.of("gather_rows", context.device, rows.num_rows, width).run(
         _gather_rows_kernel,
         context.device,
@@ -259,7 +259,7 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
     return inverse
 
 
-def _branch_rows(context: Context, add: Add | None, branch: Tensor | None, frozen: Tensor | None) -> dict[str, Any]:
+def _update_rows(context: Context, add: Add | None, branch: Tensor | None, frozen: Tensor | None) -> dict[str, Any]:
     """Which samples have a branch, and its scale. Float numbers reach a kernel in 32 bits: float64 gets a tensor."""
     if add is None or (branch is None and frozen is None):
         return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
@@ -276,12 +276,12 @@ def _branch_rows(context: Context, add: Add | None, branch: Tensor | None, froze
     )
 
 
-def _next_rows(context: Context, following: Next | None, frozen: Tensor | None) -> dict[str, Any]:
-    if following is None:
+def _next_rows(context: Context, next_input: NextInput | None, frozen: Tensor | None) -> dict[str, Any]:
+    if next_input is None:
         return dict(next_inverse_ptr=None, num_next_rows=0, num_next_learning=0)
-    num_learning, num_frozen = part_sizes(context, following.rows)
+    num_learning, num_frozen = part_sizes(context, next_input.rows)
     return dict(
-        next_inverse_ptr=_inverse(context, following.rows),
+        next_inverse_ptr=_inverse(context, next_input.rows),
         num_next_rows=num_learning + (0 if frozen is None else num_frozen),
         num_next_learning=num_learning,
     )

@@ -1,4 +1,4 @@
-// The tail of a path in raw pointers: a branch added to the stream, and the rows of the next branch gathered.
+// One fused add in raw pointers: an update added to the residual, and the rows of the next branch gathered.
 // No torch: `checks.h` makes these from tensors, `cpu/` computes them.
 #pragma once
 
@@ -73,7 +73,7 @@ struct Scale {
 
 // out = act(residual + scale · γ · branch), next = out[next rows]. Unless it `adds`, the stream is only read.
 // Arithmetic is in float32, or in float64.
-struct TailForward {
+struct FusedAddForward {
   Geometry geometry;
   bool in_float64 = false, adds = false, relu = false;
   Rows rows, next_rows;
@@ -83,7 +83,7 @@ struct TailForward {
 };
 
 // The gradients of the above. `dresidual` may be `dout`. What isn't wanted has no data.
-struct TailBackward {
+struct FusedAddBackward {
   Geometry geometry;
   bool in_float64 = false;
   Rows rows, next_rows;
