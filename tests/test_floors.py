@@ -1,0 +1,111 @@
+"""The package's folders stand in floors: each imports only what stands below it, and no files import each other.
+
+Imports for types alone and those inside of functions count. `python tests/test_floors.py` prints the picture of
+docs/architecture.md.
+"""
+
+import ast
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = (  # from the ground up; those of one floor don't import each other
+    ("_utils",),
+    ("plan",),
+    ("kernels",),
+    ("ops",),
+    ("paths",),
+    ("convert",),
+    ("scheme",),
+    ("estimate", "diagnostics", "integrations"),
+    ("__init__",),
+    ("info",),
+)
+HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
+ALLOWED = {("rdp_kernels.scheme.scheme", "rdp_kernels.estimate")}
+"""`ResidualDropPath.estimate` imports what it calls when it is called: most trainings don't ask."""
+
+
+def files() -> dict[str, Path]:
+    """The modules of the package by their dotted names."""
+    found = {}
+    for path in sorted((ROOT / "rdp_kernels").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports() -> dict[str, set[str]]:
+    """Which modules of the package each of them imports."""
+    known, found = files(), defaultdict(set)
+    for module, path in known.items():
+        package = path.relative_to(ROOT).parts[:-1]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names} & known.keys()
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else ()
+                source = ".".join((*base, *(node.module or "").split("."))).strip(".")
+                targets = (f"{source}.{alias.name}" for alias in node.names)
+                found[module] |= {target if target in known else source for target in targets} & known.keys()
+        found[module].discard(module)
+    return found
+
+
+def wing(module: str) -> str:
+    return (*module.split("."), "__init__")[1]
+
+
+def arrows() -> set[tuple[str, str]]:
+    """From each wing to those that its files import."""
+    pairs = itertools.chain.from_iterable(((a, b) for b in targets) for a, targets in imports().items())
+    found = {(wing(a), wing(b)) for a, b in pairs if (a, b) not in ALLOWED}
+    return {(a, b) for a, b in found if a != b}
+
+
+def picture() -> str:
+    """Mermaid: an arrow for each import between wings that doesn't follow from others."""
+    drawn = {(a, b) for a, b in arrows() if a not in ("__init__", "info")}
+
+    def reached(start: str, skipped: tuple[str, str]) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            at = todo.pop()
+            new = {b for a, b in drawn if a == at and (a, b) != skipped} - seen
+            seen |= new
+            todo += new
+        return seen
+
+    kept = sorted((a, b) for a, b in drawn if b not in reached(a, (a, b)))
+    return "\n".join(["graph TD", *(f"    {a} --> {b}" for a, b in kept)])
+
+
+def test_every_module_is_in_a_wing():
+    assert {wing(module) for module in files()} == HEIGHT.keys()
+
+
+def test_imports_run_downward():
+    upward = [
+        f"{module} imports {target}"
+        for module, targets in imports().items()
+        for target in targets
+        if wing(module) != wing(target) and HEIGHT[wing(module)] <= HEIGHT[wing(target)]
+        if (module, target) not in ALLOWED
+    ]
+    assert upward == []
+
+
+def test_no_files_import_each_other():
+    targets = {module: {t for t in found if (module, t) not in ALLOWED} for module, found in imports().items()}
+    while leaves := {module for module, found in targets.items() if not found & targets.keys()}:
+        targets = {module: found for module, found in targets.items() if module not in leaves}
+    assert targets == {}, "these import each other, or what does"
+
+
+def test_the_picture_is_current():
+    assert picture() in (ROOT / "docs" / "architecture.md").read_text()
+
+
+if __name__ == "__main__":
+    print(picture())
