@@ -1,10 +1,10 @@
-"""The second stage of sums over rows: `[R, C]` partial sums to `[C]`, in an order that depends on the shape alone."""
+"""The second stage of sums over rows: adds partial sums `[R, C]` up to `[C]`, in an order that only the shape decides."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import kernel
+from .common import kernel
 
 
 @kernel
