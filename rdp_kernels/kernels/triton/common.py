@@ -1,9 +1,9 @@
 """What the kernels have in common: how rows are found, tensors that come in two parts, activations and norms.
 
-Names in all kernels: tile row `m` is position `p` = m mod `positions` of sample `b` = m // `positions`; `n` are columns.
-`inverse[b]` is the number of sample b's row in a list of K rows, and K or more if the sample has none. `k` is that number
-for the update, `j` for the next branch. The first `num_learning` rows lie in one tensor, the frozen ones in a second.
-A mask `x_mask` guards the loads or stores of `x`.
+In all kernels tile row `m` is position `p` = m mod `positions` of sample `b` = m // `positions`; `n` are columns.
+`inverse[b]` is the number of sample b's row in a list of K rows, and K or more if the sample has none. That number is
+`k` for the update and `j` for the next branch. The first `num_learning` rows lie in one tensor, the frozen ones in a
+second. A mask `x_mask` guards the loads or stores of `x`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Triton compiles a kernel anew for arguments that are 1 or divisible by 16. That pays for strides and widths. It doesn't
+# Triton compiles a kernel anew for arguments that are 1 or divisible by 16. That pays for strides and widths, but not
 # for arguments that vary from call to call with the number of kept rows.
 _VARYING = ("num_positions", "num_rows", "num_learning", "num_next_rows", "num_next_learning", "num_saved", "tiles")
 _INDICES = ("inverse_ptr", "next_inverse_ptr", "index_ptr", "row_scale_ptr")
@@ -62,19 +62,9 @@ def offsets(b, p, n, row_stride, width):
 
 @triton.jit
 def load_rows(
-    learning_ptr,
-    frozen_ptr,
-    k,
-    p,
-    n,
-    mask,
-    in_width,
-    num_learning,
-    learning_stride,
-    frozen_stride,
-    width,
+    learning_ptr, frozen_ptr, k, p, n, mask, in_width, num_learning, learning_stride, frozen_stride, width,
     COMPUTE: tl.constexpr,
-):
+):  # fmt: skip
     """Rows k of a tensor in two parts, either of which may be absent; what is masked isn't read, and is 0."""
     x = tl.zeros([k.shape[0], n.shape[0]], COMPUTE)
     if learning_ptr is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,138 +100,173 @@ def fused_add_bwd(
     """
     if all(gradient is None for gradient in gradients[:3]):
         return Operands()
-    activation = None if add is None else add.activation
-    in_place = in_place and gradients.out is not None and context.layout.fits(gradients.out) and activation is None
-    gradients, next_input, wanted = _with_rows(context, gradients, next_input, wanted)
-    norm = None if next_input is None else next_input.norm
-
-    grads = empty_gradients(context, add, wanted)
-    if next_input is None:
-        _zero(grads.weight, grads.bias)  # if they are wanted, the norm had no rows
-    if add is None and norm is None:
-        return grads._replace(residual=_scattered(context, gradients, next_input, in_place))
-    differs = activation is not None or next_input is not None  # else the residual's gradient is that of `out` itself
-    if wanted.residual:
-        fresh = differs and not in_place
-        dresidual = context.empty(context.shape[0], context.dtypes.residual) if fresh else gradients.out
-        grads = grads._replace(residual=dresidual)
-
-    read = _read_operands(context, operands, wanted)
-    stored = grads if differs else grads._replace(residual=None)
-    if add is not None and add.scale == 0:
-        _zero(grads.update, grads.frozen_update, grads.gamma)
-        add = Add(activation=activation)
-        read = read._replace(update=None, gamma=None)
-        stored = stored._replace(update=None, frozen_update=None, gamma=None)
-    if stored.update is None and stored.frozen_update is None and stored.gamma is None:
-        if not differs:
-            return grads
-        if not wanted.residual:  # what is left are sums over the next branch's learning rows
-            gradients = gradients._replace(out=None, frozen_next=None)
-
-    tiling = context.tiling(add, next_input, read.update is not None or read.gamma is not None)
-    arguments = _bwd_arguments(context, tiling, read, gradients, stored, add, next_input) | {"IN_PLACE": in_place}
-    if norm is None:
-        partials = _run_add_bwd(context, tiling, arguments, results.out, add, stored)
-    else:
-        partials = _run_norm_bwd(context, tiling, arguments, results, read.weight, norm, stored)
+    given = _given(context, gradients)
+    in_place = in_place and given.out is not None and given.out is gradients.out
+    if add is None and (next_input is None or next_input.norm is None):
+        return Operands(residual=_scattered(context, given, next_input, in_place))
+    if gradients.next is None and gradients.frozen_next is None:
+        wanted = wanted._replace(weight=False, bias=False)
+    call = _Backward.of(context, operands, given, add, next_input, wanted, in_place)
+    grads = call.grads
+    for grad, stored in zip(grads[1:], call.stored[1:], strict=True):
+        if grad is not None and stored is None:
+            grad.zero_()
+    if all(stored is None for stored in call.stored):
+        return grads
+    partials = _run_add_bwd(call, results.out) if call.norm is None else _run_norm_bwd(call, results)
     for name, sums in partials.items():
         _sum(context, sums, getattr(grads, name))
     return grads
 
 
-def _with_rows(
-    context: Context, gradients: Results, next_input: NextInput | None, wanted: Operands
-) -> tuple[Results, NextInput | None, Operands]:
-    """The gradients as the kernels take them, without those of no rows; no `next_input` where none reaches it, and no
-    wish for its norm's vectors where none was given."""
-    dout, dnext, dfrozen_next = (_conformed(context, t) for t in gradients[:3])
-    if dnext is None and dfrozen_next is None:
-        wanted = wanted._replace(weight=False, bias=False)
-    dnext, dfrozen_next = (None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next))
-    if dnext is None and dfrozen_next is None:
-        next_input = None
-    return Results(dout, dnext, dfrozen_next), next_input, wanted
+def _given(context: Context, gradients: Results) -> Results:
+    """The gradients as the kernels take them; None for next rows that there are none of."""
+    dout, dnext, dfrozen_next = (_conformed(context, gradient) for gradient in gradients[:3])
+    return Results(dout, *(None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next)))
 
 
-def _read_operands(context: Context, operands: Operands, wanted: Operands) -> Operands:
-    return Operands(
-        update=_conformed(context, operands.update) if wanted.gamma else None,
-        gamma=_contiguous(operands.gamma),
-        weight=_contiguous(operands.weight),
-    )
-
-
-def _scattered(context: Context, gradients: Results, next_input: NextInput | None, in_place: bool) -> Tensor | None:
-    """The gradient of a residual from which rows were gathered: it is the forward of an add."""
-    if next_input is None:
-        return gradients.out
+def _scattered(context: Context, given: Results, next_input: NextInput | None, in_place: bool) -> Tensor | None:
+    """The gradient of a residual from which rows were gathered: the forward of an add."""
+    if next_input is None or (given.next is None and given.frozen_next is None):
+        return given.out
     add, batch_size = Add(next_input.rows), context.shape[0]
-    scattered, _ = fused_add_fwd(Operands(*gradients[:3]), add, None, in_place=in_place, batch_size=batch_size)
-    return scattered.out
+    return fused_add_fwd(Operands(*given[:3]), add, None, in_place=in_place, batch_size=batch_size)[0].out
 
 
-def _run_add_bwd(
-    context: Context, tiling: Tiling, arguments: dict[str, Any], out: Tensor | None, add: Add | None, stored: Operands
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Backward:
+    """A backward as the kernels see it.
+
+    Args:
+        next_input: None unless a gradient comes back from some of its rows.
+        gradients: those of the results, None where they have no rows.
+        read: the operands that the kernel reads.
+        grads: the gradients of the operands.
+        stored: the ones among them that the kernel computes. The residual's may be that of `out` itself, the others are
+            zero.
+        in_place: the kernel writes the residual's gradient over that of `out`.
+    """
+
+    context: Context
+    add: Add | None
+    next_input: NextInput | None
+    gradients: Results
+    read: Operands
+    grads: Operands
+    stored: Operands
+    in_place: bool
+
+    @classmethod
+    def of(
+        cls,
+        context: Context,
+        operands: Operands,
+        gradients: Results,
+        add: Add | None,
+        next_input: NextInput | None,
+        wanted: Operands,
+        in_place: bool,
+    ) -> _Backward:
+        dout, dnext, dfrozen_next = gradients[:3]
+        if dnext is None and dfrozen_next is None:
+            next_input = None
+        activation = None if add is None else add.activation
+        in_place = in_place and activation is None
+        grads = stored = empty_gradients(context, add, wanted)
+        if next_input is None:
+            stored = stored._replace(weight=None, bias=None)
+        update, gamma = operands.update if wanted.gamma else None, operands.gamma
+        if add is not None and add.scale == 0:
+            stored = stored._replace(update=None, frozen_update=None, gamma=None)
+            update = gamma = None
+        read = Operands(None, _conformed(context, update), None, *map(_contiguous, (gamma, operands.weight)))
+        if wanted.residual and activation is None and next_input is None:
+            grads = grads._replace(residual=dout)
+        elif wanted.residual:
+            dresidual = dout if in_place else context.empty(context.shape[0], context.dtypes.residual)
+            grads, stored = grads._replace(residual=dresidual), stored._replace(residual=dresidual)
+        elif stored.update is None and stored.frozen_update is None and stored.gamma is None:
+            dout = dfrozen_next = None  # only sums over the next branch's learning rows are wanted
+        return cls(context, add, next_input, Results(dout, dnext, dfrozen_next), read, grads, stored, in_place)
+
+    @property
+    def norm(self) -> str | None:
+        return None if self.next_input is None else self.next_input.norm
+
+    @property
+    def tiling(self) -> Tiling:
+        has_gamma = self.read.update is not None or self.read.gamma is not None
+        return self.context.tiling(self.add, self.next_input, has_gamma)
+
+    def arguments(self, tiling: Tiling) -> dict[str, Any]:
+        """The arguments that all backward kernels take."""
+        (dout, dnext, dfrozen_next), read, stored = self.gradients[:3], self.read, self.stored
+        update = read.update if stored.update is None else stored.update
+        return dict(
+            **_with_strides(dout=dout, dnext=dnext, dfrozen_next=dfrozen_next, update=read.update),
+            dresidual_ptr=stored.residual,
+            dupdate_ptr=stored.update,
+            dfrozen_update_ptr=stored.frozen_update,
+            gamma_ptr=read.gamma,
+            **_update_rows(self.context, self.add, update, stored.frozen_update),
+            **_next_rows(self.context, self.next_input, dfrozen_next),
+            **_tile_arguments(self.context, tiling),
+            IN_PLACE=self.in_place,
+        )
+
+
+def _run_add_bwd(call: _Backward, out: Tensor | None) -> dict[str, Tensor]:
     """Runs the backward of an add without norm. Returns partial sums by the name of the gradient."""
-    partials = {}
-    tiles = _tiles("residual_add_bwd", context, tiling, sums=stored.gamma is not None)
-    if stored.gamma is not None:
+    tiling, partials = call.tiling, {}
+    tiles = _tiles("residual_add_bwd", call.context, tiling, sums=call.stored.gamma is not None)
+    if call.stored.gamma is not None:
         num_partials, width = tiles.row_blocks, tiling.width
         if tiling.gamma_per == "position":
             width = tiling.channels
             num_partials = tiles.num_rows // max(width, 1) * tiles.column_blocks
-        partials["gamma"] = _empty_partials(context, num_partials, width)
+        partials["gamma"] = _empty_partials(call.context, num_partials, width)
     tiles.run(
         _residual_add_bwd_kernel,
-        context.device,
-        **arguments,
-        **_add_arguments(tiling, add),
-        out_ptr=out,
-        out_row_stride=_row_stride(out),
+        call.context.device,
+        **call.arguments(tiling),
+        **_add_arguments(tiling, call.add),
+        **_with_strides(out=out),
         dgamma_ptr=partials.get("gamma"),
         tiles=tiles.tiles,
     )
     return partials
 
 
-def _run_norm_bwd(
-    context: Context,
-    tiling: Tiling,
-    arguments: dict[str, Any],
-    results: Results,
-    weight: Tensor | None,
-    norm: str,
-    stored: Operands,
-) -> dict[str, Tensor]:
+def _run_norm_bwd(call: _Backward, results: Results) -> dict[str, Tensor]:
     """Runs the backward of an add with a norm. Returns partial sums by the name of the gradient."""
+    tiling = call.tiling
     wide = tiling.width > WIDEST_SUM_IN_REGISTERS
     op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
-    tiles = _tiles(op, context, tiling, whole_rows=True, sums=True)
+    tiles = _tiles(op, call.context, tiling, whole_rows=True, sums=True)
     partials = {
-        name: _empty_partials(context, tiles.row_blocks, tiling.width)
+        name: _empty_partials(call.context, tiles.row_blocks, tiling.width)
         for name in ("gamma", "weight", "bias")
-        if getattr(stored, name) is not None
+        if getattr(call.stored, name) is not None
     }
-    arguments.pop("num_next_rows")  # `num_saved` stands for it
-    norm_input = context.layout.conform(results.norm_input)
-    only_learning = arguments["dfrozen_next_ptr"] is None
+    arguments = call.arguments(tiling)
+    arguments.pop("num_next_rows")  # `num_saved` takes its place
+    norm_input = call.context.layout.conform(results.norm_input)
+    only_learning = call.gradients.frozen_next is None
+    assert call.norm is not None
     tiles.run(
         _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel,
-        context.device,
+        call.context.device,
         **arguments,
+        **_with_strides(norm_input=norm_input),
         dgamma_ptr=partials.get("gamma"),
         dweight_ptr=partials.get("weight"),
         dbias_ptr=partials.get("bias"),
-        norm_input_ptr=norm_input,
-        mean_ptr=results.mean if NORMS[norm].centers else None,
+        mean_ptr=results.mean if NORMS[call.norm].centers else None,
         rstd_ptr=results.rstd,
-        weight_ptr=weight,
-        norm_input_row_stride=_row_stride(norm_input),
+        weight_ptr=call.read.weight,
         num_saved=arguments["num_next_learning"] if only_learning else norm_input.shape[0],
         tiles=tiles.tiles,
-        CENTERS=NORMS[norm].centers,
+        CENTERS=NORMS[call.norm].centers,
     )
     return partials
 
@@ -246,51 +282,20 @@ def _fwd_arguments(
     """The arguments that both forward kernels take."""
     residual, update, frozen_update = operands[:3]
     return dict(
-        out_ptr=results.out,
+        **_with_strides(out=results.out, residual=residual, update=update, frozen_update=frozen_update),
         next_ptr=results.next,
         frozen_next_ptr=results.frozen_next,
-        residual_ptr=residual,
-        update_ptr=update,
-        frozen_update_ptr=frozen_update,
         gamma_ptr=operands.gamma,
-        out_row_stride=_row_stride(results.out),
-        residual_row_stride=_row_stride(residual),
-        update_row_stride=_row_stride(update),
-        frozen_update_row_stride=_row_stride(frozen_update),
         **_update_rows(context, add, update, frozen_update),
         **_next_rows(context, next_input, results.frozen_next),
         **_tile_arguments(context, tiling),
     )
 
 
-def _bwd_arguments(
-    context: Context,
-    tiling: Tiling,
-    read: Operands,
-    gradients: Results,
-    stored: Operands,
-    add: Add | None,
-    next_input: NextInput | None,
-) -> dict[str, Any]:
-    """The arguments that all backward kernels take: the operands that are read, and the gradients that are stored."""
-    dout, dnext, dfrozen_next = gradients[:3]
-    return dict(
-        dresidual_ptr=stored.residual,
-        dupdate_ptr=stored.update,
-        dfrozen_update_ptr=stored.frozen_update,
-        dout_ptr=dout,
-        dnext_ptr=dnext,
-        dfrozen_next_ptr=dfrozen_next,
-        update_ptr=read.update,
-        gamma_ptr=read.gamma,
-        dout_row_stride=_row_stride(dout),
-        dnext_row_stride=_row_stride(dnext),
-        dfrozen_next_row_stride=_row_stride(dfrozen_next),
-        update_row_stride=_row_stride(read.update),
-        **_update_rows(context, add, read.update if stored.update is None else stored.update, stored.frozen_update),
-        **_next_rows(context, next_input, dfrozen_next),
-        **_tile_arguments(context, tiling),
-    )
+def _with_strides(**tensors: Tensor | None) -> dict[str, Any]:
+    """The arguments `<name>_ptr` and `<name>_row_stride` of tensors."""
+    pointers = {f"{name}_ptr": x for name, x in tensors.items()}
+    return pointers | {f"{name}_row_stride": 0 if x is None else x.stride(0) for name, x in tensors.items()}
 
 
 def _add_arguments(tiling: Tiling, add: Add | None) -> dict[str, Any]:
@@ -320,12 +325,11 @@ def _gather(context: Context, x: Tensor | None, results: Results, next_input: Ne
         context.device,
         out_ptr=results.next,
         frozen_out_ptr=results.frozen_next,
-        x_ptr=x,
+        **_with_strides(x=x),
         index_ptr=rows.index.contiguous(),
         num_rows=rows.num_rows,
         num_learning=rows.num_learning,
         width=width,
-        x_row_stride=_row_stride(x),
     )
 
 
@@ -411,7 +415,3 @@ def _zero(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor.zero_()
-
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

@@ -1,4 +1,4 @@
-"""The second stage of sums over rows: adds partial sums `[R, C]` up to `[C]`, in an order that only the shape decides."""
+"""The second stage of sums over rows: `[R, C]` partial sums to `[C]`, in an order that only the shape decides."""
 
 from __future__ import annotations
 

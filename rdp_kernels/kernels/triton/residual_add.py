@@ -8,43 +8,29 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .common import activate, activation_gradient, kernel, load_gamma, load_rows, offsets, row_number, store_rows
-from .common import update_rows
+from .common import (
+    activate,
+    activation_gradient,
+    kernel,
+    load_gamma,
+    load_rows,
+    offsets,
+    row_number,
+    store_rows,
+    update_rows,
+)
 
 
 @kernel
 def _residual_add_fwd_kernel(
-    out_ptr,
-    next_ptr,
-    frozen_next_ptr,
-    residual_ptr,
-    update_ptr,
-    frozen_update_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    inverse_ptr,
-    next_inverse_ptr,
-    scale,
-    num_positions,
-    positions,
-    width,
-    sample_size,
-    channels,
-    num_rows,
-    num_learning,
-    num_next_rows,
+    out_ptr, next_ptr, frozen_next_ptr, residual_ptr, update_ptr, frozen_update_ptr, gamma_ptr, row_scale_ptr,
+    inverse_ptr, next_inverse_ptr,
+    scale, num_positions, positions, width, sample_size, channels, num_rows, num_learning, num_next_rows,
     num_next_learning,
-    out_row_stride,
-    residual_row_stride,
-    update_row_stride,
-    frozen_update_row_stride,
-    GAMMA_PER_POSITION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    out_row_stride, residual_row_stride, update_row_stride, frozen_update_row_stride,
+    GAMMA_PER_POSITION: tl.constexpr, ACTIVATION: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """IN_PLACE: `out` is `residual`, and samples without an update aren't written."""
     column_blocks = tl.cdiv(width, BLOCK_N)
     m = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,42 +69,14 @@ def _residual_add_fwd_kernel(
 
 @kernel
 def _residual_add_bwd_kernel(
-    dresidual_ptr,
-    dupdate_ptr,
-    dfrozen_update_ptr,
-    dgamma_ptr,
-    dout_ptr,
-    dnext_ptr,
-    dfrozen_next_ptr,
-    out_ptr,
-    update_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    inverse_ptr,
-    next_inverse_ptr,
-    scale,
-    num_positions,
-    positions,
-    width,
-    sample_size,
-    channels,
-    num_rows,
-    num_learning,
-    num_next_rows,
+    dresidual_ptr, dupdate_ptr, dfrozen_update_ptr, dgamma_ptr, dout_ptr, dnext_ptr, dfrozen_next_ptr, out_ptr,
+    update_ptr, gamma_ptr, row_scale_ptr, inverse_ptr, next_inverse_ptr,
+    scale, num_positions, positions, width, sample_size, channels, num_rows, num_learning, num_next_rows,
     num_next_learning,
-    dout_row_stride,
-    dnext_row_stride,
-    dfrozen_next_row_stride,
-    out_row_stride,
-    update_row_stride,
-    tiles,
-    GAMMA_PER_POSITION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, out_row_stride, update_row_stride, tiles,
+    GAMMA_PER_POSITION: tl.constexpr, ACTIVATION: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """With d = act'(out) · (dout + dnext): dresidual = d, dupdate = scale · γ · d, and sums of scale · d · update over
     the learning rows for dγ. `dgamma` gets one row for each program if γ has a factor for each column, else one number
     for each tile row. IN_PLACE: `dresidual` is `dout`, and samples that get nothing from dnext aren't written.

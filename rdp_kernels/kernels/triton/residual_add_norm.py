@@ -8,49 +8,31 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .common import kernel, load_columns, load_normalized, load_rows, load_statistics, normalize, offsets, row_number
-from .common import store_rows, update_rows
+from .common import (
+    kernel,
+    load_columns,
+    load_normalized,
+    load_rows,
+    load_statistics,
+    normalize,
+    offsets,
+    row_number,
+    store_rows,
+    update_rows,
+)
 
 
 @kernel
 def _residual_add_norm_fwd_kernel(
-    out_ptr,
-    next_ptr,
-    frozen_next_ptr,
-    norm_input_ptr,
-    mean_ptr,
-    rstd_ptr,
-    residual_ptr,
-    update_ptr,
-    frozen_update_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    weight_ptr,
-    bias_ptr,
-    inverse_ptr,
-    next_inverse_ptr,
-    scale,
-    num_positions,
-    positions,
-    width,
-    sample_size,
-    num_rows,
-    num_learning,
-    num_next_rows,
-    num_next_learning,
+    out_ptr, next_ptr, frozen_next_ptr, norm_input_ptr, mean_ptr, rstd_ptr, residual_ptr, update_ptr,
+    frozen_update_ptr, gamma_ptr, row_scale_ptr, weight_ptr, bias_ptr, inverse_ptr, next_inverse_ptr,
+    scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_rows, num_next_learning,
     num_saved,
-    out_row_stride,
-    residual_row_stride,
-    update_row_stride,
-    frozen_update_row_stride,
-    CENTERS: tl.constexpr,
-    EPS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out_row_stride, residual_row_stride, update_row_stride, frozen_update_row_stride,
+    CENTERS: tl.constexpr, EPS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
-    """Saves mean and rstd of the first `num_saved` next rows and, where `norm_input` is given, the rows before the norm.
+):  # fmt: skip
+    """Saves mean and rstd of the first `num_saved` next rows and, given `norm_input`, the rows before the norm.
 
     IN_PLACE: `out` is `residual`, and samples without an update aren't written. Without `out` nothing is added: the
     next rows are rows of `residual`.
@@ -100,45 +82,14 @@ def _residual_add_norm_fwd_kernel(
 
 @kernel
 def _residual_add_norm_bwd_kernel(
-    dresidual_ptr,
-    dupdate_ptr,
-    dfrozen_update_ptr,
-    dgamma_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dout_ptr,
-    dnext_ptr,
-    dfrozen_next_ptr,
-    norm_input_ptr,
-    mean_ptr,
-    rstd_ptr,
-    update_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    weight_ptr,
-    inverse_ptr,
-    next_inverse_ptr,
-    scale,
-    num_positions,
-    positions,
-    width,
-    sample_size,
-    num_rows,
-    num_learning,
-    num_next_learning,
-    num_saved,
-    dout_row_stride,
-    dnext_row_stride,
-    dfrozen_next_row_stride,
-    update_row_stride,
-    norm_input_row_stride,
-    tiles,
-    CENTERS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    dresidual_ptr, dupdate_ptr, dfrozen_update_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, dout_ptr, dnext_ptr,
+    dfrozen_next_ptr, norm_input_ptr, mean_ptr, rstd_ptr, update_ptr, gamma_ptr, row_scale_ptr, weight_ptr,
+    inverse_ptr, next_inverse_ptr,
+    scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
+    dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """dresidual = dout + the norm's gradient, dupdate = scale · γ · dresidual, and one row of sums for each program: of
     scale · dresidual · update for dγ, dnext · x̂ for dweight and dnext for dbias, over the learning rows.
 

@@ -9,51 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import kernel, load_columns, load_normalized, load_rows, load_statistics, offsets, row_number, store_rows
-from .common import update_rows
+from .common import (
+    kernel,
+    load_columns,
+    load_normalized,
+    load_rows,
+    load_statistics,
+    offsets,
+    row_number,
+    store_rows,
+    update_rows,
+)
 
 
 @kernel
 def _residual_add_norm_bwd_wide_kernel(
-    dresidual_ptr,
-    dupdate_ptr,
-    dfrozen_update_ptr,
-    dgamma_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dout_ptr,
-    dnext_ptr,
-    dfrozen_next_ptr,
-    norm_input_ptr,
-    mean_ptr,
-    rstd_ptr,
-    update_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    weight_ptr,
-    inverse_ptr,
-    next_inverse_ptr,
-    scale,
-    num_positions,
-    positions,
-    width,
-    sample_size,
-    num_rows,
-    num_learning,
-    num_next_learning,
-    num_saved,
-    dout_row_stride,
-    dnext_row_stride,
-    dfrozen_next_row_stride,
-    update_row_stride,
-    norm_input_row_stride,
-    tiles,
-    CENTERS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    dresidual_ptr, dupdate_ptr, dfrozen_update_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, dout_ptr, dnext_ptr,
+    dfrozen_next_ptr, norm_input_ptr, mean_ptr, rstd_ptr, update_ptr, gamma_ptr, row_scale_ptr, weight_ptr,
+    inverse_ptr, next_inverse_ptr,
+    scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
+    dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """As `_residual_add_norm_bwd_kernel`, in pieces of BLOCK_N columns; BLOCK_M is 1."""
     for start in range(0, width, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)

@@ -9,17 +9,10 @@ from .common import kernel, offsets, store_rows
 
 @kernel
 def _gather_rows_kernel(
-    out_ptr,
-    frozen_out_ptr,
-    x_ptr,
-    index_ptr,
-    num_rows,
-    num_learning,
-    width,
-    x_row_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    out_ptr, frozen_out_ptr, x_ptr, index_ptr,
+    num_rows, num_learning, width, x_row_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """out[k] = x[index[k]]; rows from number `num_learning` on go to frozen_out instead."""
     column_blocks = tl.cdiv(width, BLOCK_N)
     k = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
