@@ -10,15 +10,15 @@ namespace {
 template <class Acc>
 class GammaSums {
  public:
-  GammaSums(const FusedAddBackward& call, const Geometry& geometry, const Grid& grid, const Pieces<Acc>& pieces)
-      : call_(call), grid_(grid), pieces_(pieces), geometry_(geometry) {
+  GammaSums(const FusedAddBackward& call, const Geometry& geometry, const Grid& grid, const RowLoops<Acc>& loops)
+      : call_(call), grid_(grid), loops_(loops), geometry_(geometry) {
     if (call.dgamma) partials_.reset(new Acc[num_partials() * per_partial()]);
   }
 
-  // The sums of one work item.
-  class OfItem {
+  // The partial sums of one work item.
+  class ItemSums {
    public:
-    OfItem(GammaSums& all, int64_t row_block, int64_t column_block)
+    ItemSums(GammaSums& all, int64_t row_block, int64_t column_block)
         : all_(all), row_block_(row_block), column_block_(column_block) {
       if (!all.call_.dgamma) return;
       const Grid& grid = all.grid_;
@@ -31,17 +31,17 @@ class GammaSums {
       }
     }
 
-    // Where a piece is added to, column by column.
+    // The sums that a piece is added to, column by column.
     Acc* sums_of(const Piece& piece) { return repeated() ? repeats_.elements : columns() + piece.column; }
 
-    void add(const Piece& piece, const Acc* d, const Acc* branch, Acc scale) {
+    void add(const Piece& piece, const Acc* d, const Acc* update, Acc scale) {
       const int64_t width = all_.geometry_.width;
       if (all_.geometry_.gamma_per_position) {
         for (int64_t start = 0, row = piece.row; start < piece.n; start += width, ++row) {
-          *of_row(row) += all_.pieces_.total(d + start, branch + start, scale, std::min(width, piece.n - start));
+          *of_row(row) += all_.loops_.total(d + start, update + start, scale, std::min(width, piece.n - start));
         }
       } else {
-        all_.pieces_.accumulate(sums_of(piece), d, branch, scale, piece.n);
+        all_.loops_.accumulate(sums_of(piece), d, update, scale, piece.n);
       }
     }
 
@@ -79,10 +79,10 @@ class GammaSums {
         }
       } else {
         for (int64_t i = 0; i < num_partials(); ++i) {
-          pieces_.add_partials(sums, partials_.get() + i * channels + from, n);
+          loops_.add_partials(sums, partials_.get() + i * channels + from, n);
         }
       }
-      best_pieces<double>().store[int(call_.dgamma.dtype)](
+      best_row_loops<double>().store[int(call_.dgamma.dtype)](
           sums, static_cast<char*>(call_.dgamma.data) + from * size_of(call_.dgamma.dtype), n);
     });
   }
@@ -93,74 +93,75 @@ class GammaSums {
 
   const FusedAddBackward& call_;
   const Grid& grid_;
-  const Pieces<Acc>& pieces_;
+  const RowLoops<Acc>& loops_;
   const Geometry& geometry_;
   std::unique_ptr<Acc[]> partials_;
 };
 
 template <class Acc>
 void run(const FusedAddBackward& call) {
-  const Pieces<Acc>& pieces = best_pieces<Acc>();
+  const RowLoops<Acc>& loops = best_row_loops<Acc>();
   const bool gathered = call.dnext || call.dfrozen_next;
   const Geometry geometry =
       gathered ? call.geometry
                : merged(call.geometry, call.rows, call.scale,
-                        {&call.dout, &call.out, &call.branch, &call.dresidual, &call.dbranch});
-  const Grid grid(geometry, converts<Acc>({&call.dout, &call.dnext, &call.branch, &call.dbranch, &call.dfrozen}),
+                        {&call.dout, &call.out, &call.update, &call.dresidual, &call.dupdate});
+  const Grid grid(geometry, converts<Acc>({&call.dout, &call.dnext, &call.update, &call.dupdate, &call.dfrozen_update}),
                   bool(call.dgamma) && !geometry.gamma_per_position);
-  const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
-  GammaSums<Acc> sums(call, geometry, grid, pieces);
+  const Gamma<Acc> gamma(loops, call.gamma, geometry, grid);
+  GammaSums<Acc> sums(call, geometry, grid, loops);
 
   grid.for_each_item([&](int64_t row_block, int64_t column_block) {
-    typename GammaSums<Acc>::OfItem item(sums, row_block, column_block);
-    Buffer<Acc> x, y, z, combined, result, factors;
+    typename GammaSums<Acc>::ItemSums item(sums, row_block, column_block);
+    Buffer<Acc> dout_buffer, dnext_buffer, buffer, combined, result, factors;
     grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
       const int64_t sample = piece.sample;
-      const Place place = call.rows[sample];
-      const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-      Acc scale = place.there() ? scale_of<Acc>(call.scale, place) : Acc(0);
-      const bool wants_update = place.there() && dbranch, wants_sum = place.learns && call.dgamma && scale != 0;
-      if (wants_update && scale == 0) fill_zero(dbranch, place.row, piece);
-      const bool reads = scale != 0 && (wants_update || wants_sum);
-      if (!call.dresidual && !reads) return;
+      const RowPosition update_row = call.rows[sample];
+      const Samples& dupdate = update_row.learns ? call.dupdate : call.dfrozen_update;
+      Acc scale = update_row.exists() ? scale_of<Acc>(call.scale, update_row) : Acc(0);
+      const bool wants_dupdate = update_row.exists() && dupdate;
+      const bool wants_dgamma = update_row.learns && call.dgamma && scale != 0;
+      if (wants_dupdate && scale == 0) fill_zero(dupdate, update_row.part_index, piece);
+      const bool needs_gradient = scale != 0 && (wants_dupdate || wants_dgamma);
+      if (!call.dresidual && !needs_gradient) return;
 
-      const Place next = call.next_rows[sample];
-      const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
-      const bool has_next = next.there() && from_next;
+      const RowPosition next_row = call.next_rows[sample];
+      const Samples& from_next = next_row.learns ? call.dnext : call.dfrozen_next;
+      const bool has_next = next_row.exists() && from_next;
       if (!call.dout && !has_next) {
         if (call.dresidual) fill_zero(call.dresidual, sample, piece);
-        if (reads && wants_update) fill_zero(dbranch, place.row, piece);
+        if (needs_gradient && wants_dupdate) fill_zero(dupdate, update_row.part_index, piece);
         return;
       }
       const bool changes = call.out || (call.dout && has_next);
       if (call.dresidual && !changes) {
         call.dout ? copy(call.dresidual, sample, call.dout, sample, piece)
-                  : copy(call.dresidual, sample, from_next, next.row, piece);
-        if (!reads) return;
+                  : copy(call.dresidual, sample, from_next, next_row.part_index, piece);
+        if (!needs_gradient) return;
       }
-      const Acc* d = call.dout ? x.read(pieces, call.dout, sample, piece) : nullptr;
-      const Acc* dnext = has_next ? y.read(pieces, from_next, next.row, piece) : nullptr;
+      const Acc* d = call.dout ? dout_buffer.read(loops, call.dout, sample, piece) : nullptr;
+      const Acc* dnext = has_next ? dnext_buffer.read(loops, from_next, next_row.part_index, piece) : nullptr;
       if (d == nullptr) d = std::exchange(dnext, nullptr);
       if (changes) {
-        const Acc* out = call.out ? z.read(pieces, call.out, sample, piece) : nullptr;
+        const Acc* out = call.out ? buffer.read(loops, call.out, sample, piece) : nullptr;
         Acc* to = call.dresidual ? combined.target(call.dresidual, sample, piece) : combined.elements;
-        pieces.combine(to, d, dnext, out, piece.n);
-        if (call.dresidual) combined.store(pieces, call.dresidual, sample, piece);
+        loops.combine(to, d, dnext, out, piece.n);
+        if (call.dresidual) combined.store(loops, call.dresidual, sample, piece);
         d = to;
       }
-      if (!reads) return;
-      const Acc* update = wants_sum ? z.read(pieces, call.branch, place.row, piece) : nullptr;
-      if (!wants_update) return item.add(piece, d, update, scale);
-      Acc* to = result.target(dbranch, place.row, piece);
-      if (wants_sum && call.gamma && !geometry.gamma_per_position) {
+      if (!needs_gradient) return;
+      const Acc* update = wants_dgamma ? buffer.read(loops, call.update, update_row.part_index, piece) : nullptr;
+      if (!wants_dupdate) return item.add(piece, d, update, scale);
+      Acc* to = result.target(dupdate, update_row.part_index, piece);
+      if (wants_dgamma && call.gamma && !geometry.gamma_per_position) {
         const Acc* factor = gamma.of(piece, scale, factors);
-        pieces.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
+        loops.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
       } else {
-        if (wants_sum) item.add(piece, d, update, scale);
+        if (wants_dgamma) item.add(piece, d, update, scale);
         const Acc* factor = gamma.of(piece, scale, factors);
-        pieces.scaled(to, d, factor, scale, piece.n);
+        loops.scaled(to, d, factor, scale, piece.n);
       }
-      result.store(pieces, dbranch, place.row, piece);
+      result.store(loops, dupdate, update_row.part_index, piece);
     });
     item.finish();
   });
