@@ -121,17 +121,6 @@ def activation_gradient(d, out, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, in_width, width, CENTERS: tl.constexpr, EPS: tl.constexpr):
-    """x̂ of whole rows, their mean (0 unless the norm CENTERS) and the reciprocal of their standard deviation."""
-    mean = tl.zeros([x.shape[0]], x.dtype)
-    if CENTERS:
-        mean = tl.sum(x, axis=1) / width
-        x = tl.where(in_width, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + EPS)
-    return x * rstd[:, None], mean, rstd
-
-
-@triton.jit
 def load_statistics(mean_ptr, rstd_ptr, at, mask):
     """The saved mean and rstd of rows; the mean is 0 for a norm that doesn't save it."""
     rstd = tl.load(rstd_ptr + at, mask=mask, other=0.0)

@@ -14,7 +14,6 @@ from .common import (
     load_normalized,
     load_rows,
     load_statistics,
-    normalize,
     offsets,
     row_number,
     store_rows,
@@ -68,11 +67,15 @@ def _residual_add_norm_fwd_kernel(
     saved_mask = next_mask & (j < num_saved)
     if norm_input_ptr is not None:
         tl.store(norm_input_ptr + offsets(j, p, n, sample_size, width), x, mask=saved_mask[:, None] & in_width)
-    y, mean, rstd = normalize(x, in_width, width, CENTERS, EPS)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + j * positions + p, mean, mask=saved_mask)
+    if CENTERS:
+        mean = tl.sum(x, axis=1) / width
+        if mean_ptr is not None:
+            tl.store(mean_ptr + j * positions + p, mean, mask=saved_mask)
+        x = tl.where(in_width, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + EPS)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + j * positions + p, rstd, mask=saved_mask)
+    y = x * rstd[:, None]
     if weight_ptr is not None:
         y *= load_columns(weight_ptr, n, in_width, COMPUTE)
     if bias_ptr is not None:
@@ -104,11 +107,11 @@ def _residual_add_norm_bwd_kernel(
         m = (tl.program_id(0) * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = m < num_positions
         b, p = m // positions, m % positions
+        j = row_number(next_inverse_ptr, b, exists, num_saved)
+        norm_mask = exists & (j < num_saved)
         k, dupdate_mask, update_mask, factor = update_rows(
             inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE
         )
-        j = row_number(next_inverse_ptr, b, exists, num_saved)
-        norm_mask = exists & (j < num_saved)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
         if dresidual_ptr is None:

@@ -47,11 +47,11 @@ def _residual_add_norm_bwd_wide_kernel(
         m = (tl.program_id(0) * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = m < num_positions
         b, p = m // positions, m % positions
+        j = row_number(next_inverse_ptr, b, exists, num_saved)
+        norm_mask = exists & (j < num_saved)
         k, dupdate_mask, update_mask, factor = update_rows(
             inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE
         )
-        j = row_number(next_inverse_ptr, b, exists, num_saved)
-        norm_mask = exists & (j < num_saved)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
         if dresidual_ptr is None:
