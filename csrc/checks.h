@@ -1,5 +1,5 @@
-// Makes the structs of `fused_add.h` from tensors. Every check that keeps a kernel inside its tensors is here; each error
-// names the argument, what it got and what it must be.
+// Makes the structs of `fused_add.h` from tensors. Every check that keeps a kernel inside its tensors is here; each
+// error names the argument, what it got and what it must be.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t MAX_DIMS = 16;  // fixed arrays hold sizes and strides; no op of torch makes more
+constexpr int64_t MAX_DIMS = 16;  // arrays of a fixed size hold sizes and strides; no model has so many
 
 inline std::string shown(const int64_t* values, int64_t count) {
   std::string text = "[";
@@ -57,8 +57,8 @@ inline ScalarType scalar_type_of(Dtype dtype) {
   return types[int(dtype)];
 }
 
-// The shape of a sample and the order of its dimensions in memory. They are the first tensor's; all others of a call have
-// to agree. A sample lies in one piece; samples may be any distance apart.
+// The shape of a sample and the order of its dimensions in memory. They are the first tensor's; all others of a call
+// have to agree. A sample lies in one piece; samples may be any distance apart.
 class SampleLayout {
  public:
   SampleLayout(const char* name, const Tensor& like) : dim_(like.dim()), device_(like.get_device_index()) {
@@ -192,8 +192,8 @@ class SampleLayout {
   std::array<int64_t, MAX_DIMS> sizes_, order_;
 };
 
-// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only; a GPU isn't waited for, and
-// its kernel leaves out values out of range. A negative `num_learning` stands for all rows.
+// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only; a GPU isn't waited for,
+// and its kernel leaves out values out of range. A negative `num_learning` stands for all rows.
 class InvertedRows {
  public:
   InvertedRows(const char* name, const SampleLayout& layout, const Tensor* rows, int64_t num_learning,

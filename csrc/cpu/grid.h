@@ -17,11 +17,11 @@ namespace rdp::cpu {
 constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few pieces fit the L1 cache
 constexpr int64_t CONVERTED_PIECE = 1024;  // the same where dtypes are converted, which adds a copy of each piece
 constexpr int64_t ITEM = 65536;            // elements of a work item: tens of microseconds, so that threads can share
-constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is at most so wide: tall ones make few partial sums
+constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is no wider: tall ones make few partial sums
 constexpr int64_t SERIAL = 32768;          // elements below which a second thread doesn't pay, as in torch
 
-// `n` elements of a sample, from `offset` on. They lie in row `row` = sample · positions + position from `column` on, or
-// they are that row and whole rows after it.
+// `n` elements of a sample, from `offset` on. They lie in row `row` = sample · positions + position from `column` on,
+// or they are that row and whole rows after it.
 struct Piece {
   int64_t sample, offset, row, column, n;
 };

@@ -1,6 +1,6 @@
-// Loops over a piece of a row, short enough for the L1 cache. Included once for each instruction set, inside a namespace
-// and a `#pragma GCC target` of its own: plain loops that the compiler vectorises, and no header, so that no function of
-// the standard library is compiled for an instruction set that a machine lacks.
+// Loops over a piece of a row, short enough for the L1 cache. The file is included once for each instruction set, inside
+// a namespace and a `#pragma GCC target` of its own. It holds plain loops that the compiler vectorises, and includes no
+// header: no function of the standard library may be compiled for an instruction set that a machine lacks.
 
 #define RDP_VECTORISED _Pragma("GCC ivdep")  // an in-update_row sum reads and writes the same element only
 
@@ -16,7 +16,7 @@ inline __attribute__((always_inline)) float float_of(uint32_t bits) {
   return x;
 }
 
-// bfloat16 is the upper half of a float32; to the nearest, ties to even.
+// bfloat16 is the upper half of a float32. Rounds to the nearest, ties to even.
 struct BFloat16 {
   uint16_t bits;
   inline __attribute__((always_inline)) float value() const { return float_of(uint32_t(bits) << 16); }
@@ -34,8 +34,8 @@ struct Half {
   static inline __attribute__((always_inline)) Half of(float x) { return {_Float16(x)}; }
 };
 #else
-// In integers and float32, without conditional jumps. A float16 shifted into position is 2^112 times too small; subnormals too come
-// out right, the multiplication being exact.
+// In integers and float32, without conditional jumps. The bits of a float16, shifted into position, are a float32 that is
+// 2^112 times too small. Subnormals come out right as well, because the multiplication is exact.
 struct Half {
   uint16_t bits;
   inline __attribute__((always_inline)) float value() const {
@@ -46,7 +46,7 @@ struct Half {
   }
   static inline __attribute__((always_inline)) Half of(float x) {
     const uint32_t all = bits_of(x), sign = (all >> 16) & 0x8000u, rest = all & 0x7fffffffu;
-    // normal: ties to even, the exponent rebased; subnormal: an addition that leaves the wanted bits at the end
+    // Normal: round to even with the exponent rebased. Subnormal: an addition leaves the wanted bits at the end.
     const uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
     const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
     uint32_t half = rest < 0x38800000u ? subnormal : normal;
@@ -171,7 +171,8 @@ void accumulate(Acc* sums, const Acc* d, const Acc* update, Acc scale, int64_t n
 
 // `scaled` and `accumulate` in one loop, which reads `d` once.
 template <class Acc>
-void scaled_and_accumulated(Acc* to, Acc* sums, const Acc* d, const Acc* update, const Acc* gamma, Acc scale, int64_t n) {
+void scaled_and_accumulated(Acc* to, Acc* sums, const Acc* d, const Acc* update, const Acc* gamma, Acc scale,
+                            int64_t n) {
   RDP_VECTORISED
   for (int64_t i = 0; i < n; ++i) {
     sums[i] += dgamma_term(d[i], scale, update[i]);
@@ -208,7 +209,8 @@ constexpr RowLoops<Acc> row_loops() {
   return {
       {load<Acc, float>, load<Acc, double>, load<Acc, BFloat16>, load<Acc, Half>},
       {store<Acc, float>, store<Acc, double>, store<Acc, BFloat16>, store<Acc, Half>},
-      add<Acc>, activate<Acc>, combine<Acc>, scaled<Acc>, accumulate<Acc>, scaled_and_accumulated<Acc>, total<Acc>, add_partials<Acc>,
+      add<Acc>, activate<Acc>, combine<Acc>, scaled<Acc>, accumulate<Acc>, scaled_and_accumulated<Acc>, total<Acc>,
+      add_partials<Acc>,
   };
 }
 

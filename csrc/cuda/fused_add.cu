@@ -47,6 +47,7 @@ class Scratch {
   torch::stable::Tensor memory_;
 };
 
+// A block for each THREADS steps of a sample, up to 1024: beyond that threads loop, and a GPU is full long before.
 dim3 grid_of(const Geometry& geometry, int64_t steps) {
   const int64_t x = std::clamp<int64_t>((steps + THREADS - 1) / THREADS, 1, 1024);
   return dim3(x, std::min(geometry.batch_size, MAX_BLOCKS_Y));
@@ -73,8 +74,8 @@ void with_types(Dtype residual, Dtype update, bool packed, const Run& run) {
   if (residual == Dtype::float32 && update == Dtype::float16) return with(Float(), Half(), Size<8>());
   if (residual == Dtype::bfloat16 && update == Dtype::bfloat16) return with(BFloat16(), BFloat16(), Size<8>());
   if (residual == Dtype::float16 && update == Dtype::float16) return with(Half(), Half(), Size<8>());
-  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library take a branch of the residual's dtype, or a bfloat16 "
-                         "or float16 one with a float32 residual, and no float64");
+  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library take a branch of the residual's dtype, or a "
+                         "bfloat16 or float16 one with a float32 residual, and no float64");
 }
 
 int pack_size(Dtype residual, Dtype update) { return residual == Dtype::float32 && update == Dtype::float32 ? 4 : 8; }
@@ -157,8 +158,8 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
   STD_TORCH_CHECK(call.dgamma.dtype != Dtype::float64, "dgamma must not be float64");
   const Dtype update = update_dtype(learning, call.dfrozen_update, source.dtype);
   const int n = pack_size(source.dtype, update);
-  const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out, call.update,
-                                 call.dresidual, call.dupdate, call.dfrozen_update);
+  const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out,
+                                 call.update, call.dresidual, call.dupdate, call.dfrozen_update);
   with_types(source.dtype, update, packed, [&](auto s, auto u, auto size) {
     using S = typename decltype(s)::type;
     using U = typename decltype(u)::type;

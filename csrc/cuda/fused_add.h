@@ -1,5 +1,5 @@
-// The CUDA kernels. They take γ along the columns, and float32, bfloat16 and float16: the update has the residual's dtype,
-// or a narrower one with a float32 residual.
+// The CUDA kernels. They take γ along the columns, and float32, bfloat16 and float16: the update has the residual's
+// dtype, or a narrower one with a float32 residual.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,8 +8,8 @@
 
 namespace rdp::cuda {
 
-// All tensors are on `device`; the kernels run on its current CUDA stream. Raises for a call that the kernels don't serve,
-// and where a launch fails.
+// All tensors are on `device`; the kernels run on its current CUDA stream. Raises for a call that the kernels don't
+// serve, and where a launch fails.
 void fused_add_forward(const FusedAddForward& call, int32_t device);
 void fused_add_backward(const FusedAddBackward& call, int32_t device);
 

@@ -7,9 +7,10 @@
 
 namespace rdp::cuda {
 
-constexpr int THREADS = 256;  // of a block: several blocks fit a multiprocessor
+constexpr int THREADS = 256;             // of a block; several blocks fit a multiprocessor
 constexpr int64_t MAX_BLOCKS_Y = 65535;  // CUDA's limit
-// Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time, of CHUNK_ROWS in all.
+// Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time,
+// CHUNK_ROWS in all: few enough that there are many blocks, enough that partial sums are few beside the rows.
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 constexpr int64_t CHUNK_ROWS = 128;

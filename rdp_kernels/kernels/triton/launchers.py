@@ -23,8 +23,8 @@ from .rows import _gather_rows_kernel, _invert_rows_kernel
 READS_INVERSES = True
 """The kernels read `RowSet.inverse`."""
 WIDEST_SUM_IN_REGISTERS = 4096
-"""A program of the norm's backward keeps up to three float32 rows of sums: at this width 96 registers for each of its
-512 threads, which have 128."""
+"""A program of the norm's backward keeps up to three rows of sums: at this width 24 of a thread's 128 registers, beside
+the tile that it works on."""
 
 
 def fused_add_fwd(
