@@ -55,6 +55,18 @@ def update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE:
 
 
 @triton.jit
+def sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE: tl.constexpr):
+    """Masks of the samples for which a backward loads `dout`, and of those for which it stores `dresidual`."""
+    if dresidual_ptr is None:
+        dout_mask, dresidual_mask = update_mask, update_mask
+    elif IN_PLACE:  # `dresidual` is `dout`: samples that get nothing from the next branch stay as they are
+        dout_mask, dresidual_mask = update_mask | next_mask, next_mask
+    else:
+        dout_mask, dresidual_mask = exists, exists
+    return dout_mask, dresidual_mask
+
+
+@triton.jit
 def offsets(b, p, n, row_stride, width):
     """64-bit offsets of columns n at positions p of rows b."""
     return (b.to(tl.int64) * row_stride + p.to(tl.int64) * width)[:, None] + n[None, :]

@@ -14,7 +14,7 @@ from ..buffers import Context, context_of, empty_gradients, empty_results, part_
 from ..layout import Tiling
 from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
 from .launch import Tiles
-from .reduce import _sum_partials_kernel
+from .reduce import empty_partials, sum_partials
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
@@ -115,12 +115,12 @@ def fused_add_bwd(
         return grads
     partials = _run_add_bwd(call, results.out) if call.norm is None else _run_norm_bwd(call, results)
     for name, sums in partials.items():
-        _sum(context, sums, getattr(grads, name))
+        sum_partials(sums, getattr(grads, name))
     return grads
 
 
 def _given(context: Context, gradients: Results) -> Results:
-    """The gradients as the kernels take them; None for next rows that there are none of."""
+    """The gradients in the layout of the call. A gradient of no rows of the next branch is None."""
     dout, dnext, dfrozen_next = (_conformed(context, gradient) for gradient in gradients[:3])
     return Results(dout, *(None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next)))
 
@@ -138,13 +138,13 @@ class _Backward:
     """A backward as the kernels see it.
 
     Args:
-        next_input: None unless a gradient comes back from some of its rows.
-        gradients: those of the results, None where they have no rows.
+        next_input: the next branch's input; None if no gradient comes back from it.
+        gradients: the gradients of the results.
         read: the operands that the kernel reads.
         grads: the gradients of the operands.
-        stored: the ones among them that the kernel computes. The residual's may be that of `out` itself, the others are
-            zero.
-        in_place: the kernel writes the residual's gradient over that of `out`.
+        stored: the gradients among them that the kernel stores. Of the others, the residual's is the gradient of `out`
+            itself, and the rest are zero.
+        in_place: the kernel writes the residual's gradient over the gradient of `out`.
     """
 
     context: Context
@@ -224,7 +224,7 @@ def _run_add_bwd(call: _Backward, out: Tensor | None) -> dict[str, Tensor]:
         if tiling.gamma_per == "position":
             width = tiling.channels
             num_partials = tiles.num_rows // max(width, 1) * tiles.column_blocks
-        partials["gamma"] = _empty_partials(call.context, num_partials, width)
+        partials["gamma"] = empty_partials(call.context, num_partials, width)
     tiles.run(
         _residual_add_bwd_kernel,
         call.context.device,
@@ -244,7 +244,7 @@ def _run_norm_bwd(call: _Backward, results: Results) -> dict[str, Tensor]:
     op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
     tiles = _tiles(op, call.context, tiling, whole_rows=True, sums=True)
     partials = {
-        name: _empty_partials(call.context, tiles.row_blocks, tiling.width)
+        name: empty_partials(call.context, tiles.row_blocks, tiling.width)
         for name in ("gamma", "weight", "bias")
         if getattr(call.stored, name) is not None
     }
@@ -333,24 +333,6 @@ def _gather(context: Context, x: Tensor | None, results: Results, next_input: Ne
     )
 
 
-def _empty_partials(context: Context, num_rows: int, width: int) -> Tensor:
-    return torch.empty(num_rows, width, dtype=context.compute, device=context.device)
-
-
-def _sum(context: Context, partials: Tensor, out: Tensor) -> None:
-    num_rows, width = partials.shape
-    tiles = Tiles.of("sum_partials", context.device, 1, width)
-    tiles.run(
-        _sum_partials_kernel,
-        context.device,
-        out_ptr=out,
-        partials_ptr=partials,
-        num_rows=num_rows,
-        width=width,
-        BLOCK_R=tiles.config.tile // tiles.block_n,
-    )
-
-
 def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
     """int64 [B]: the number of each sample's row in the list; K or more for samples without one."""
     if rows is None or rows.inverse is not None:
@@ -409,9 +391,3 @@ def _conformed(context: Context, x: Tensor | None) -> Tensor | None:
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     """Kernels take vectors without strides."""
     return None if vector is None else vector.contiguous()
-
-
-def _zero(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.zero_()

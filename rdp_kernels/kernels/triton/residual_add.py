@@ -17,6 +17,7 @@ from .common import (
     offsets,
     row_number,
     store_rows,
+    sum_masks,
     update_rows,
 )
 
@@ -99,12 +100,7 @@ def _residual_add_bwd_kernel(
             next_mask = exists & (j < num_next_rows)
             if dresidual_ptr is None:
                 next_mask = next_mask & update_mask
-        if dresidual_ptr is None:
-            dout_mask, dresidual_mask = update_mask, update_mask
-        elif IN_PLACE:
-            dout_mask, dresidual_mask = update_mask | next_mask, next_mask
-        else:
-            dout_mask, dresidual_mask = exists, exists
+        dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE)
 
         if dout_ptr is not None:
             mask = dout_mask[:, None] & in_width

@@ -17,6 +17,7 @@ from .common import (
     offsets,
     row_number,
     store_rows,
+    sum_masks,
     update_rows,
 )
 
@@ -32,7 +33,6 @@ def _residual_add_norm_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Saves mean and rstd of the first `num_saved` next rows and, given `norm_input`, the rows before the norm.
-
     IN_PLACE: `out` is `residual`, and samples without an update aren't written. Without `out` nothing is added: the
     next rows are rows of `residual`.
     """
@@ -114,12 +114,7 @@ def _residual_add_norm_bwd_kernel(
         )
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
-        if dresidual_ptr is None:
-            dout_mask, dresidual_mask = update_mask, update_mask
-        elif IN_PLACE:
-            dout_mask, dresidual_mask = update_mask | norm_mask, norm_mask
-        else:
-            dout_mask, dresidual_mask = exists, exists
+        dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
 
         dy = load_rows(
             dnext_ptr, dfrozen_next_ptr, j, p, n, norm_mask, in_width,

@@ -18,6 +18,7 @@ from .common import (
     offsets,
     row_number,
     store_rows,
+    sum_masks,
     update_rows,
 )
 
@@ -54,12 +55,7 @@ def _residual_add_norm_bwd_wide_kernel(
         )
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
-        if dresidual_ptr is None:
-            dout_mask, dresidual_mask = update_mask, update_mask
-        elif IN_PLACE:
-            dout_mask, dresidual_mask = update_mask | norm_mask, norm_mask
-        else:
-            dout_mask, dresidual_mask = exists, exists
+        dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
         dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
 
