@@ -98,6 +98,79 @@ class GammaSums {
   std::unique_ptr<Acc[]> partials_;
 };
 
+// The gradients of the pieces of one work item.
+template <class Acc>
+class ItemBackward {
+ public:
+  ItemBackward(const FusedAddBackward& call, const Gamma<Acc>& gamma, bool gamma_per_position, GammaSums<Acc>& sums,
+               int64_t row_block, int64_t column_block)
+      : call_(call), gamma_(gamma), gamma_per_position_(gamma_per_position), sums_(sums, row_block, column_block) {}
+
+  void process(const Piece& piece) {
+    const RowPosition update_row = call_.rows[piece.sample];
+    const Samples& dupdate = update_row.learns ? call_.dupdate : call_.dfrozen_update;
+    const Acc scale = update_row.exists() ? scale_of<Acc>(call_.scale, update_row) : Acc(0);
+    const bool wants_dupdate = update_row.exists() && dupdate;
+    const bool wants_dgamma = update_row.learns && call_.dgamma && scale != 0;
+    const bool needs_gradient = scale != 0 && (wants_dupdate || wants_dgamma);
+    const Acc* d = call_.dresidual || needs_gradient ? gradient_of_sum(piece, needs_gradient) : nullptr;
+    if (d == nullptr || !needs_gradient) {
+      if (wants_dupdate) fill_zero(dupdate, update_row.part_index, piece);
+      return;
+    }
+    const Acc* update = wants_dgamma ? buffer_.read(loops_, call_.update, update_row.part_index, piece) : nullptr;
+    if (!wants_dupdate) return sums_.add(piece, d, update, scale);
+    Acc* to = result_.target(dupdate, update_row.part_index, piece);
+    Acc scaled = scale;
+    const Acc* factor = gamma_.of(piece, scaled, factors_);
+    if (wants_dgamma && call_.gamma && !gamma_per_position_) {
+      loops_.scaled_and_accumulated(to, sums_.sums_of(piece), d, update, factor, scale, piece.n);
+    } else {
+      if (wants_dgamma) sums_.add(piece, d, update, scale);
+      loops_.scaled(to, d, factor, scaled, piece.n);
+    }
+    result_.store(loops_, dupdate, update_row.part_index, piece);
+  }
+
+  void finish() { sums_.finish(); }
+
+ private:
+  // Computes the gradient of the sum before its activation, and stores it in `dresidual` if that is wanted. Null where
+  // the gradient is zero, or where it was copied and nothing else needs it.
+  const Acc* gradient_of_sum(const Piece& piece, bool needed) {
+    const int64_t sample = piece.sample;
+    const RowPosition next_row = call_.next_rows[sample];
+    const Samples& from_next = next_row.learns ? call_.dnext : call_.dfrozen_next;
+    const bool has_next = next_row.exists() && from_next;
+    if (!call_.dout && !has_next) {
+      if (call_.dresidual) fill_zero(call_.dresidual, sample, piece);
+      return nullptr;
+    }
+    const bool changes = call_.out || (call_.dout && has_next);
+    if (call_.dresidual && !changes) {
+      call_.dout ? copy(call_.dresidual, sample, call_.dout, sample, piece)
+                 : copy(call_.dresidual, sample, from_next, next_row.part_index, piece);
+      if (!needed) return nullptr;
+    }
+    const Acc* d = call_.dout ? dout_.read(loops_, call_.dout, sample, piece) : nullptr;
+    const Acc* dnext = has_next ? dnext_.read(loops_, from_next, next_row.part_index, piece) : nullptr;
+    if (d == nullptr) d = std::exchange(dnext, nullptr);
+    if (!changes) return d;
+    const Acc* out = call_.out ? buffer_.read(loops_, call_.out, sample, piece) : nullptr;
+    Acc* to = call_.dresidual ? combined_.target(call_.dresidual, sample, piece) : combined_.elements;
+    loops_.combine(to, d, dnext, out, piece.n);
+    if (call_.dresidual) combined_.store(loops_, call_.dresidual, sample, piece);
+    return to;
+  }
+
+  const FusedAddBackward& call_;
+  const RowLoops<Acc>& loops_ = best_row_loops<Acc>();
+  const Gamma<Acc>& gamma_;
+  bool gamma_per_position_;
+  typename GammaSums<Acc>::ItemSums sums_;
+  Buffer<Acc> dout_, dnext_, buffer_, combined_, result_, factors_;
+};
+
 template <class Acc>
 void run(const FusedAddBackward& call) {
   const RowLoops<Acc>& loops = best_row_loops<Acc>();
@@ -110,59 +183,9 @@ void run(const FusedAddBackward& call) {
                   bool(call.dgamma) && !geometry.gamma_per_position);
   const Gamma<Acc> gamma(loops, call.gamma, geometry, grid);
   GammaSums<Acc> sums(call, geometry, grid, loops);
-
   grid.for_each_item([&](int64_t row_block, int64_t column_block) {
-    typename GammaSums<Acc>::ItemSums item(sums, row_block, column_block);
-    Buffer<Acc> dout_buffer, dnext_buffer, buffer, combined, result, factors;
-    grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
-      const int64_t sample = piece.sample;
-      const RowPosition update_row = call.rows[sample];
-      const Samples& dupdate = update_row.learns ? call.dupdate : call.dfrozen_update;
-      Acc scale = update_row.exists() ? scale_of<Acc>(call.scale, update_row) : Acc(0);
-      const bool wants_dupdate = update_row.exists() && dupdate;
-      const bool wants_dgamma = update_row.learns && call.dgamma && scale != 0;
-      if (wants_dupdate && scale == 0) fill_zero(dupdate, update_row.part_index, piece);
-      const bool needs_gradient = scale != 0 && (wants_dupdate || wants_dgamma);
-      if (!call.dresidual && !needs_gradient) return;
-
-      const RowPosition next_row = call.next_rows[sample];
-      const Samples& from_next = next_row.learns ? call.dnext : call.dfrozen_next;
-      const bool has_next = next_row.exists() && from_next;
-      if (!call.dout && !has_next) {
-        if (call.dresidual) fill_zero(call.dresidual, sample, piece);
-        if (needs_gradient && wants_dupdate) fill_zero(dupdate, update_row.part_index, piece);
-        return;
-      }
-      const bool changes = call.out || (call.dout && has_next);
-      if (call.dresidual && !changes) {
-        call.dout ? copy(call.dresidual, sample, call.dout, sample, piece)
-                  : copy(call.dresidual, sample, from_next, next_row.part_index, piece);
-        if (!needs_gradient) return;
-      }
-      const Acc* d = call.dout ? dout_buffer.read(loops, call.dout, sample, piece) : nullptr;
-      const Acc* dnext = has_next ? dnext_buffer.read(loops, from_next, next_row.part_index, piece) : nullptr;
-      if (d == nullptr) d = std::exchange(dnext, nullptr);
-      if (changes) {
-        const Acc* out = call.out ? buffer.read(loops, call.out, sample, piece) : nullptr;
-        Acc* to = call.dresidual ? combined.target(call.dresidual, sample, piece) : combined.elements;
-        loops.combine(to, d, dnext, out, piece.n);
-        if (call.dresidual) combined.store(loops, call.dresidual, sample, piece);
-        d = to;
-      }
-      if (!needs_gradient) return;
-      const Acc* update = wants_dgamma ? buffer.read(loops, call.update, update_row.part_index, piece) : nullptr;
-      if (!wants_dupdate) return item.add(piece, d, update, scale);
-      Acc* to = result.target(dupdate, update_row.part_index, piece);
-      if (wants_dgamma && call.gamma && !geometry.gamma_per_position) {
-        const Acc* factor = gamma.of(piece, scale, factors);
-        loops.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
-      } else {
-        if (wants_dgamma) item.add(piece, d, update, scale);
-        const Acc* factor = gamma.of(piece, scale, factors);
-        loops.scaled(to, d, factor, scale, piece.n);
-      }
-      result.store(loops, dupdate, update_row.part_index, piece);
-    });
+    ItemBackward<Acc> item(call, gamma, geometry.gamma_per_position, sums, row_block, column_block);
+    grid.for_each_piece(row_block, column_block, [&](const Piece& piece) { item.process(piece); });
     item.finish();
   });
   sums.write();

@@ -69,8 +69,8 @@ CPU = {
     ),
     "scale: not in the gradient": (
         "csrc/cpu/backward.cpp",
-        "loops.scaled(to, d, factor, scale, piece.n);",
-        "loops.scaled(to, d, factor, Acc(1), piece.n);",
+        "loops_.scaled(to, d, factor, scaled, piece.n);",
+        "loops_.scaled(to, d, factor, Acc(1), piece.n);",
     ),
     "γ: of the row's begin": (
         "csrc/cpu/stored.h",
