@@ -15,6 +15,10 @@ RDP_ELEMENT int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
+// The codes of `ACTIVATIONS` in rdp_kernels/kernels/spec.py.
+enum class Activation : int8_t { none, relu };
+constexpr int NUM_ACTIVATIONS = 2;
+
 // Samples that each lie in one piece, `row_stride` elements apart. `data` is null where there is no such tensor.
 struct Samples {
   void* data = nullptr;
@@ -75,7 +79,8 @@ struct Scale {
 // Arithmetic is in float32, or in float64.
 struct FusedAddForward {
   Geometry geometry;
-  bool in_float64 = false, adds = false, relu = false;
+  bool in_float64 = false, adds = false;
+  Activation activation = Activation::none;
   Rows rows, next_rows;
   Scale scale;
   Samples residual, branch, frozen, out, next, frozen_next;

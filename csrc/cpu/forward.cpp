@@ -23,14 +23,15 @@ void run(const FusedAddForward& call) {
     const Acc* residual = nullptr;
     if (scale == 0) {  // the branch is not read
       if (!call.residual) return fill_zero(call.out, sample, piece);
-      if (!call.relu) return copy(call.out, sample, call.residual, sample, piece);
+      if (call.activation == Activation::none) return copy(call.out, sample, call.residual, sample, piece);
       residual = x.read(pieces, call.residual, sample, piece);
       pieces.activate(result.target(call.out, sample, piece), residual, piece.n);
     } else {
       if (call.residual) residual = x.read(pieces, call.residual, sample, piece);
       const Acc* update = y.read(pieces, branch, place.row, piece);
       const Acc* factor = gamma.of(piece, scale, factors);
-      pieces.add(result.target(call.out, sample, piece), residual, update, factor, scale, call.relu, piece.n);
+      const bool relus = call.activation == Activation::relu;
+      pieces.add(result.target(call.out, sample, piece), residual, update, factor, scale, relus, piece.n);
     }
     result.store(pieces, call.out, sample, piece);
   };

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
           sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
         }
       }
-      if (call.relu) {
+      if (call.activation == Activation::relu) {
 #pragma unroll
         for (int i = 0; i < N; ++i) sum[i] = relu(sum[i]);
       }
