@@ -304,9 +304,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
 namespace {
 template <class Library>
 void implement(Library& ops) {
-  ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
   ops.impl("native_residual_add_backward", TORCH_BOX(&rdp::residual_add_backward));
-  ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
   ops.impl("native_gather_rows_backward", TORCH_BOX(&rdp::gather_rows_backward));
   ops.impl("native_fused_add", TORCH_BOX(&rdp::fused_add));
   ops.impl("native_fused_add_backward", TORCH_BOX(&rdp::fused_add_backward));
@@ -314,6 +312,11 @@ void implement(Library& ops) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rdp, CPU, ops) { implement(ops); }
+// These two refuse tensors of other devices by a null, where the dispatcher would raise.
+STABLE_TORCH_LIBRARY_IMPL(rdp, CompositeExplicitAutograd, ops) {
+  ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
+  ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
+}
 #ifdef RDP_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rdp, CUDA, ops) { implement(ops); }
 #endif

@@ -191,25 +191,30 @@ class SpecNumbers(NamedTuple):
     detached: Any = None
 
 
-_NO_ADD, _NO_NEXT_INPUT = Add(), NextInput()
-
-
-def parted(add: Add | None, next_input: NextInput | None) -> tuple[SpecTensors, SpecNumbers]:
-    """Takes a call apart: its tensors, and all else."""
-    a, n = add or _NO_ADD, next_input or _NO_NEXT_INPUT
-    rows, inverse, num_learning = (None, None, 0) if a.rows is None else _fields_of(a.rows)
-    next_rows, next_inverse, num_next_learning = (None, None, 0) if n.rows is None else _fields_of(n.rows)
+def parted(add: Add | None, next_input: NextInput | None, inverses: bool = True) -> tuple[SpecTensors, SpecNumbers]:
+    """Takes a call apart: its tensors, and all else. `inverses`: whether those of row sets are wanted."""
+    rows = inverse = row_scale = next_rows = next_inverse = activation = norm = detached = None
+    num_learning, num_next_learning, scale, channel_dim, eps = 0, 0, 1.0, -1, 0.0
+    if add is not None:
+        scale, row_scale, channel_dim, activation = add.scale, add.row_scale, add.channel_dim, add.activation
+        if add.rows is not None:
+            rows, num_learning = add.rows.index, add.rows.num_learning
+            inverse = add.rows.inverse if inverses else None
+    if next_input is not None:
+        norm, eps, detached, some = next_input.norm, next_input.eps, next_input.detached, next_input.rows
+        if some is not None:
+            next_rows, next_inverse, num_next_learning = (
+                some.index,
+                some.inverse if inverses else None,
+                some.num_learning,
+            )
     return (
-        SpecTensors(rows, inverse, a.row_scale, next_rows, next_inverse),
+        SpecTensors(rows, inverse, row_scale, next_rows, next_inverse),
         SpecNumbers(
-            add is not None, num_learning, a.scale, a.channel_dim, a.activation,
-            next_input is not None, num_next_learning, n.norm, n.eps, n.detached,
+            add is not None, num_learning, scale, channel_dim, activation,
+            next_input is not None, num_next_learning, norm, eps, detached,
         ),
     )  # fmt: skip
-
-
-def _fields_of(rows: RowSet) -> tuple[Tensor, Tensor | None, int]:
-    return rows.index, rows.inverse, rows.num_learning
 
 
 def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:

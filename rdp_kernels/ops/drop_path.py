@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .._utils.checks import check_bool, check_probability, check_residual_add, check_stream
 from .._utils.device import to_device
-from ..kernels import direct
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, unchecked_add
 from ..kernels.recorded import drop_rows, is_recorded
 from ..kernels.spec import Add, Operands, compute_dtype
 from ..plan import kept_scale
@@ -60,7 +59,7 @@ def drop_path_add(
     check_residual_add(residual, branch, None, None, gamma, -1, None)
     dropping = training and drop_prob > 0
     row_scale = draw_row_scale(residual, drop_prob, scale_by_keep) if dropping else None
-    out = direct.residual_add(residual, branch, gamma, row_scale)
+    out = unchecked_add(residual, branch, gamma, row_scale)
     if out is not None:
         return out
     operands = Operands(residual, branch, gamma=gamma)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._utils.checks import check_rows, check_stream
-from ..kernels import direct
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, unchecked_gather
 from ..kernels.spec import NextInput, Operands, RowSet
 
 
@@ -19,7 +18,7 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
 
     Raises `ValueError` or `TypeError` naming the argument; values of `rows` are checked where they are on the CPU.
     """
-    out = direct.gather_rows(residual, rows)
+    out = unchecked_gather(residual, rows)
     if out is not None:
         return out
     check_stream("residual", residual)

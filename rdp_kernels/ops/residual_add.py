@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import check_residual_add, check_rows, check_stream
-from ..kernels import direct
-from ..kernels.autograd import fused_add, scale_of_rows
+from ..kernels.autograd import fused_add, scale_of_rows, unchecked_add
 from ..kernels.spec import Add, Operands, RowSet
 
 
@@ -38,7 +37,7 @@ def residual_add(
     Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or `TypeError` naming the
     argument; values of `rows` are checked where they are on the CPU.
     """
-    out = direct.residual_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
+    out = unchecked_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
     if out is not None:
         return out
     if rows is not None:

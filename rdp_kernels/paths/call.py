@@ -18,8 +18,7 @@ from torch.nn.utils import parametrize
 from .._utils.checks import check_residual_add, check_stream, host_has
 from .._utils.device import to_device
 from .._utils.ranks import world_size
-from ..kernels import direct
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, plain_add, unchecked_add
 from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, Operands, RowSet, compute_dtype, row_set
@@ -231,13 +230,13 @@ class PathCall:
     ) -> Tensor:
         module = self.module
         if frozen is None and rows is None and row_scale is None and _is_plain(module):
-            out = direct.plain_add(residual, branch, scale)
+            out = plain_add(residual, branch, scale)
             if out is not None:
                 return out
         if frozen is None:
             index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
             options = (module.channel_dim, module.activation)
-            out = direct.residual_add(residual, branch, module.gamma, factor, index, *options)
+            out = unchecked_add(residual, branch, module.gamma, factor, index, *options)
             if out is not None:
                 return out
         operands = Operands(residual, branch, frozen, module.gamma)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels.autograd import library_for
-from ..kernels.spec import NextInput, Operands, RowSet
+from ..kernels.dispatch import resolve
+from ..kernels.spec import NORMS, Detached, NextInput, Operands, RowSet
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,7 +33,7 @@ class Norm:
         weight, bias = (t.detach() if detached and t is not None else t for t in (self.weight, self.bias))
         return Operands(weight=weight, bias=bias)
 
-    def next_input(self, rows: RowSet | None, detached: str | None = None) -> NextInput:
+    def next_input(self, rows: RowSet | None, detached: Detached | None = None) -> NextInput:
         return NextInput(rows, self.kind, self.eps, detached)
 
     @classmethod
@@ -44,19 +44,16 @@ class Norm:
         """
         if also_learns or torch.compiler.is_compiling():
             return cls()
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _is_plain(module):
+        kind = next((name for name, norm in NORMS.items() if type(module) is norm.module), None)
+        if kind is None or module is None or not _is_plain(module):
             return cls()
         if list(module.normalized_shape) != [x.shape[-1]] or x.dim() < 2 or not _keeps_dtype(module, x):
             return cls()
-        if isinstance(module, nn.LayerNorm):
-            norm = cls("layer", module.weight, module.bias, module.eps)
-        else:
-            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-            norm = cls("rms", module.weight, None, eps)
-        served = library_for(
-            "path", Operands(x, weight=norm.weight, bias=norm.bias), None, norm.next_input(None), required=False
-        )
-        return cls() if served is None else norm
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps  # RMSNorm's default
+        norm = cls(kind, module.weight, module.bias if NORMS[kind].has_bias else None, eps)
+        operands = Operands(x, weight=norm.weight, bias=norm.bias)
+        served = resolve("path", operands, None, norm.next_input(None), required=False)
+        return norm if served.library is not None and served.takes_norm else cls()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -64,12 +61,12 @@ def has_hooks(module: nn.Module) -> bool:
     return _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS)
 
 
-def _is_plain(module: nn.LayerNorm | nn.RMSNorm) -> bool:
-    """Its call does what its class says, and nobody looks on."""
-    return type(module) in (nn.LayerNorm, nn.RMSNorm) and not has_hooks(module) and module._compiled_call_impl is None
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module does what its class says, and nobody observes it."""
+    return not has_hooks(module) and module._compiled_call_impl is None
 
 
-def _keeps_dtype(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
+def _keeps_dtype(module: nn.Module, x: Tensor) -> bool:
     """Whether torch, too, would compute in float32 and return the dtype of `x`."""
     if x.dtype not in (torch.float32, torch.float64) and torch.is_autocast_enabled(x.device.type):
         return False

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._utils.checks import check_stream
-from ..kernels import direct
-from ..kernels.autograd import FusedCall, library_for
+from ..kernels.autograd import FusedCall, plain_add
+from ..kernels.dispatch import Kernels, resolve
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, NextInput, Operands, Results
 from .arguments import for_each
@@ -39,7 +38,7 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> 
     else:
         check_stream("x", x)
     if not (recorded or compiling):
-        kernels = library_for("path", Operands(x), None, None, required=False)
+        kernels = resolve("path", Operands(x), required=False).kernels
     given: Iterable[dict] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
     if kernels is None:
         for path, named in zip(paths, given):  # noqa: B905 (without arguments one dict serves all)
@@ -57,7 +56,7 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> 
 class _Chain:
     """The stream, and the update that is still to be added to it."""
 
-    def __init__(self, kernels: ModuleType, x: Tensor):
+    def __init__(self, kernels: Kernels, x: Tensor):
         self._kernels, self._stream = kernels, x
         self._tail: FusedCall | None = None
         """Where the stream comes from, if nobody else has it."""
@@ -78,7 +77,7 @@ class _Chain:
         no backward, where a kernel's would copy the gradient."""
         if self._tail is not None or add.rows is not None or operands.gamma is not None:
             return False
-        out = direct.plain_add(self._stream, operands.update, add.scale)
+        out = plain_add(self._stream, operands.update, add.scale)
         if out is None:
             return False
         self._update = None
