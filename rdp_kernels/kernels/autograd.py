@@ -10,16 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
+from torch import Tensor, is_grad_enabled
 
 from .._utils.checks import LARGEST_FLOAT32, is_transformed
 from . import dispatch, eager, registered
-from .dispatch import Kernels
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, joined, parted, residual_of
-
-_PLAIN = (Tensor, Parameter)
+from .dispatch import PLAIN, Kernels, checking_kernels
+from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, joined, parted, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -111,8 +107,8 @@ def unchecked_add(
     Only types and flags are looked at here. Returns None where these kernels don't serve the call, where a tensor has
     to be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
     """
-    kernels = _checking_kernels(residual)
-    if kernels is None or type(update) not in _PLAIN:
+    kernels = checking_kernels(residual)
+    if kernels is None or type(update) not in PLAIN:
         return None
     scale, factors = 1.0, None
     if row_scale is not None:
@@ -122,46 +118,27 @@ def unchecked_add(
             factors = row_scale
         else:
             return None
-    if gamma is not None and (type(gamma) not in _PLAIN or type(channel_dim) is not int):
+    if gamma is not None and (type(gamma) not in PLAIN or type(channel_dim) is not int):
         return None
-    usual = rows is None and scale == 1.0 and channel_dim == -1 and activation is None
-    if not usual and not ((rows is None or type(rows) is Tensor) and (activation is None or activation in ACTIVATIONS)):
-        return None
+    options: tuple = ()
+    if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
+        if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
+            return None
+        options = rows, scale, channel_dim, activation_code(activation)
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
-    if learns and torch.is_grad_enabled():
-        add = Add(None if rows is None else RowSet(rows, ALL), scale, factors, channel_dim, activation)
-        return _run(FusedCall(kernels, add), residual, update, None, gamma, None, None)
-    if usual:
-        return kernels.residual_add(residual, update, gamma, factors)
-    code = 0 if activation is None else ACTIVATIONS[activation].code
-    return kernels.residual_add(residual, update, gamma, factors, rows, scale, channel_dim, code)
+    if learns and is_grad_enabled():
+        return _run(kernels.ShortAdd(factors, options), residual, update, gamma)
+    return kernels.residual_add(residual, update, gamma, factors, *options)
 
 
 def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
     """The gather of rows, as `unchecked_add`."""
-    kernels = _checking_kernels(residual)
+    kernels = checking_kernels(residual)
     if kernels is None or type(rows) is not Tensor:
         return None
-    if residual.requires_grad and torch.is_grad_enabled():
-        return _run(FusedCall(kernels, None, NextInput(RowSet(rows, ALL))), residual, None, None, None, None, None)
+    if residual.requires_grad and is_grad_enabled():
+        return _run(kernels.ShortGather(rows), residual)
     return kernels.gather_rows(residual, rows)
-
-
-ALL = -1
-"""Stands for the number of unchecked rows, which may have no length: all of them learn."""
-
-
-def _checking_kernels(residual: Tensor) -> Any:
-    if (
-        torch.compiler.is_compiling()
-        or type(residual) not in _PLAIN
-        or not residual.is_cpu
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
-        return None
-    return dispatch.checking_kernels()
 
 
 class FusedCall:
@@ -177,11 +154,6 @@ class FusedCall:
             the previous call's backward overwrites that in turn.
     """
 
-    __slots__ = (
-        "add", "context", "in_place", "is_recorded", "kernels", "next_input", "numbers", "owns_gradient", "owns_out",
-        "previous",
-    )  # fmt: skip
-
     def __init__(
         self,
         kernels: Kernels | None,
@@ -189,94 +161,91 @@ class FusedCall:
         next_input: NextInput | None = None,
         previous: FusedCall | None = None,
     ):
-        self.kernels: Any = kernels
-        self.add, self.next_input, self.previous = add, next_input, previous
+        assert kernels is not None
+        self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
         self.in_place = add is not None and previous is not None and previous.owns_out
         self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
-        self.owns_gradient = False
+        self.owns_out = self.owns_gradient = False
 
     def __call__(self, operands: Operands) -> Results:
         """The results, except for what the norm's backward needs."""
         return Results(*_FusedAdd.apply(self, *operands)[:3])
 
+    def forward(self, ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass
+        through, what the norm saw with its statistics, and the sum where there is an activation."""
+        operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
+        add, next_input, num_saved = self.add, self.next_input, 0
+        if next_input is not None and next_input.norm is not None and self.is_recorded and any(needed):
+            num_saved = next_input.num_with_gradient(operands.residual.shape[0])
+        results, self.context = self.kernels.fused_add_fwd(operands, add, next_input, num_saved, self.in_place)
+        out = operands.residual if add is None else results.out
+        norm_input = results.norm_input
+        spec_tensors, self.numbers = parted(add, next_input, self.kernels.READS_INVERSES)
+        self.add = self.next_input = None
+        self.owns_out = add is not None and norm_input is not out
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            operands.update if needed.gamma else None,
+            operands.gamma if needed.update or needed.frozen_update else None,
+            operands.weight if num_saved else None,
+            results.out if add is not None and add.activation is not None else None,
+            norm_input,
+            results.mean,
+            results.rstd,
+            *spec_tensors,
+        )
+        if self.in_place:
+            ctx.mark_dirty(operands.residual)
+        if next_input is not None and next_input.detached is not None:
+            detached = [results.frozen_next] if next_input.detached == "frozen" else [results.next, results.frozen_next]
+            ctx.mark_non_differentiable(*(t for t in detached if t is not None))
+        return out, results.next, results.frozen_next, None if norm_input is out else norm_input
+
+    def passes_on(self, saved: tuple, needs: tuple) -> bool:
+        return False
+
+    def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
+        update, gamma, weight, out, norm_input, mean, rstd, *spec_tensors = saved
+        add, next_input = joined(spec_tensors, self.numbers)
+        grads = self.kernels.fused_add_bwd(
+            self.context,
+            Operands(update=update, gamma=gamma, weight=weight),
+            Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
+            Results(*gradients[:3]),
+            add,
+            next_input,
+            Operands(*needs[1:]),
+            in_place=self.owns_gradient and not twice,
+        )
+        if self.previous is not None:
+            self.previous.owns_gradient = self.owns_gradient or grads.residual is not gradients[0]
+        return grads
+
 
 class _FusedAdd(torch.autograd.Function):
-    """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass through,
-    what the norm saw with its statistics, the sum where there is an activation. Differentiable once: what the norm saw
-    is an operand or a result, so that autograd knows that what the norm's backward makes of it depends on the operands.
+    """The one node over all kernels. `call` saves what its backward needs, and runs the kernels.
+
+    Differentiable once: what a call saves is an operand or a result, so that autograd knows that the gradients depend
+    on the operands.
     """
 
     @staticmethod
-    def forward(ctx, call, residual, update, frozen_update, gamma, weight, bias):
-        add, next_input, kernels, num_saved = call.add, call.next_input, call.kernels, 0
-        _, _, wants_update, wants_frozen_update, wants_gamma, _, _ = wanted = ctx.needs_input_grad
-        if next_input is not None and next_input.norm is not None and call.is_recorded and any(wanted):
-            num_saved = next_input.num_with_gradient(residual.shape[0])
-        operands = Operands(residual, update, frozen_update, gamma, weight, bias)
-        results, call.context = kernels.fused_add_fwd(operands, add, next_input, num_saved, call.in_place)
-        if results is None:
-            return None
-        out, next_rows, frozen_next, norm_input, mean, rstd = results
-        tensors, call.numbers = parted(add, next_input, kernels.READS_INVERSES)
-        ctx.call, call.add, call.next_input = call, None, None
-        ctx.save_for_backward(
-            update if wants_gamma else None,
-            gamma if wants_update or wants_frozen_update else None,
-            weight if num_saved else None,
-            out if add is not None and add.activation is not None else None,
-            norm_input,
-            mean,
-            rstd,
-            *tensors,
-        )
-        if kernels.ONE_RESULT:
-            return next_rows if add is None else out
-        ctx.set_materialize_grads(False)
-        if add is None:
-            out = residual
-        call.owns_out = add is not None and norm_input is not out
-        if call.in_place:
-            ctx.mark_dirty(residual)
-        if next_input is not None and next_input.detached is not None:
-            detached = [frozen_next] if next_input.detached == "frozen" else [next_rows, frozen_next]
-            ctx.mark_non_differentiable(*(t for t in detached if t is not None))
-        return out, next_rows, frozen_next, None if norm_input is out else norm_input
+    def forward(ctx, call, *operands):
+        ctx.call = call
+        return call.forward(ctx, *operands)
 
     @staticmethod
-    def backward(ctx, *douts):
-        update, gamma, weight, out, norm_input, mean, rstd, *tensors = ctx.saved_tensors
-        call, wanted = ctx.call, Operands(*ctx.needs_input_grad[1:])
-        dout, previous, numbers = douts[0], call.previous, call.numbers
-        if not numbers.gives_next and out is None:
-            rows, _, row_scale, _, _ = tensors
-            scaled = gamma is not None or row_scale is not None or numbers.scale != 1.0
-            if not (wanted.gamma or (wanted.update and (scaled or rows is not None)) or wanted.frozen_update):
-                if previous is not None:
-                    previous.owns_gradient = call.owns_gradient and not wanted.update
-                passed = (dout if is_wanted else None for is_wanted in wanted)
-                return None, *passed
-        add, next_input = joined(tensors, numbers)
-        check_untransformed(*douts)
-        gradients = Results(*douts[:3]) if add is not None or not call.kernels.ONE_RESULT else Results(next=dout)
-        arguments = (
-            call.context,
-            Operands(update=update, gamma=gamma, weight=weight),
-            Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
-            gradients,
-            add,
-            next_input,
-            wanted,
-        )
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                grads = call.kernels.fused_add_bwd(*arguments)
-        else:
-            grads = call.kernels.fused_add_bwd(*arguments, call.owns_gradient)
-        if previous is not None:
-            previous.owns_gradient = call.owns_gradient or grads.residual is not dout
-        if torch.is_grad_enabled():
-            grads = differentiable_once(grads, (*douts, update, gamma, weight, out, norm_input))
-        return None, *grads
+    def backward(ctx, *gradients):
+        call, saved, needs, twice = ctx.call, ctx.saved_tensors, ctx.needs_input_grad, torch.is_grad_enabled()
+        if call.passes_on(saved, needs):
+            return tuple(gradients[0] if needed else None for needed in needs)
+        check_untransformed(*gradients)
+        if not twice:
+            return None, *call.backward(saved, gradients, needs, False)
+        with torch.no_grad():
+            grads = call.backward(saved, gradients, needs, True)
+        return None, *differentiable_once(grads, (*gradients, *saved))
 
 
 # `Function.apply` without its look for functorch, which isn't active here: a quarter of what it costs.

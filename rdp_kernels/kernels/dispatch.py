@@ -15,6 +15,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from .._utils.checks import NO_RULE, check_choice
 from . import native, triton
@@ -27,8 +31,6 @@ class Kernels(Protocol):
 
     READS_INVERSES: bool
     """Whether the kernels read `RowSet.inverse`."""
-    ONE_RESULT: bool
-    """Whether a call gives either the sum or the next branch's rows, never both."""
 
     def fused_add_fwd(
         self,
@@ -37,7 +39,7 @@ class Kernels(Protocol):
         next_input: NextInput | None,
         num_saved: int = 0,
         in_place: bool = False,
-    ) -> tuple[Results | None, Any]:
+    ) -> tuple[Results, Any]:
         """Returns the results, and a context for the backward."""
 
     def fused_add_bwd(
@@ -92,6 +94,8 @@ class Served(NamedTuple):
 
 _LIBRARIES: dict[str, Library] = {"native": native, "triton": triton}
 _CHOICES = ("auto", "eager", *_LIBRARIES)
+PLAIN = (Tensor, Parameter)
+"""The types of tensors whose values lie where kernels look for them."""
 WIDEST_NORM = triton.MAX_NORM_WIDTH
 _CHECKING = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.short_kernels())
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
@@ -159,9 +163,18 @@ def resolve_in_graph(
     return served.library if served.takes_norm else None
 
 
-def checking_kernels() -> Any:
-    """The compiled library's kernels that check their arguments (`native.short`), where it comes first for CPU tensors:
-    asked at every call."""
+def checking_kernels(residual: Tensor) -> Any:
+    """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
+    a call on this residual. Only types and flags are looked at, since this is asked at every call."""
+    if (
+        is_compiling()
+        or type(residual) not in PLAIN
+        or not residual.is_cpu
+        or forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+    ):
+        return None
     return _CHECKING.get(_from_environment() if _chosen is None else _chosen)
 
 

@@ -22,7 +22,6 @@ _forward = torch.ops.rdp.native_fused_add.default
 _backward = torch.ops.rdp.native_fused_add_backward.default
 
 READS_INVERSES = False
-ONE_RESULT = False
 
 
 def fused_add_fwd(

@@ -1,17 +1,18 @@
 """The residual add and the gather of rows on CPU tensors whose arguments nobody has checked: the ops check them.
 
-On small tensors, checks and copies in Python would cost more than the work. Each function gives None where an argument
-is wrong, or has to be copied first; the caller then takes the long way.
+On small tensors, checks and copies in Python would cost more than the work. The ops give None where an argument is
+wrong, or has to be copied first; the caller then takes the long way. `ShortAdd` and `ShortGather` are their calls
+within the autograd function, as `autograd.FusedCall` is for all others.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..layout import Layout
-from ..spec import Add, NextInput, Operands, Results, activation_code
 from .launchers import without_python
 
 residual_add = without_python(torch.ops.rdp.native_residual_add.default)
@@ -19,75 +20,78 @@ gather_rows = without_python(torch.ops.rdp.native_gather_rows.default)
 _residual_add_backward = without_python(torch.ops.rdp.native_residual_add_backward.default)
 _gather_rows_backward = without_python(torch.ops.rdp.native_gather_rows_backward.default)
 
-READS_INVERSES = False
-ONE_RESULT = True
+
+class ShortAdd:
+    """A residual add. `options` are rows, scale, channel_dim and the activation's code; or nothing where all of them
+    are the usual ones, since each argument of an op costs time. The tensors leave with the forward: autograd has them.
+    """
+
+    __slots__ = ("layout", "options", "row_scale", "update_dtype")
+
+    def __init__(self, row_scale: Tensor | None, options: tuple):
+        self.row_scale, self.options = row_scale, options
+
+    def forward(self, ctx: Any, residual: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor | None:
+        row_scale, options = self.row_scale, self.options
+        out = residual_add(residual, update, gamma, row_scale, *options)
+        if out is None:
+            return None
+        kept = update if ctx.needs_input_grad[3] else None
+        if options:
+            rows, *self.options = options
+            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None)
+        else:
+            ctx.save_for_backward(kept, gamma, row_scale)
+        self.row_scale = None
+        self.update_dtype = None if update.dtype is residual.dtype else update.dtype
+        self.layout = None if residual.is_contiguous() else Layout.of(residual)
+        return out
+
+    def passes_on(self, saved: tuple, needs: tuple) -> bool:
+        """Whether the gradient of the sum is the gradient of every operand."""
+        _, gamma, row_scale, *further = saved
+        if not (needs[2] or needs[3]):
+            return not further or further[1] is None
+        return gamma is None and row_scale is None and not further and self.update_dtype is None
+
+    def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> tuple[Tensor | None, ...]:
+        (dout,) = gradients
+        update, gamma, row_scale, *further = saved
+        wants_update, out, options = needs[2], None, ()
+        if further:
+            rows, out = further
+            scale, channel_dim, _ = self.options
+            options = wants_update, out, rows, scale, channel_dim, self.update_dtype
+        elif not wants_update or self.update_dtype is not None:
+            options = wants_update, None, None, 1.0, -1, self.update_dtype
+        dresidual, dupdate, dgamma = _residual_add_backward(
+            _conformed(dout, self.layout), update, gamma, row_scale, *options
+        )
+        return dout if out is None else dresidual, dupdate, dgamma
 
 
-class ShortContext(NamedTuple):
-    """What the backward needs to know of the forward."""
+class ShortGather:
+    """A gather of rows."""
 
-    batch_size: int
-    layout: Layout | None
-    """None: contiguous."""
-    update_dtype: torch.dtype | None
-    """None: the residual's."""
+    __slots__ = ("batch_size", "layout", "rows")
 
+    def __init__(self, rows: Tensor):
+        self.rows: Tensor | None = rows
 
-def fused_add_fwd(
-    operands: Operands,
-    add: Add | None,
-    next_input: NextInput | None,
-    num_saved: int = 0,
-    in_place: bool = False,
-) -> tuple[Results | None, ShortContext | None]:
-    """Adds an update to the residual, or gathers the next branch's rows."""
-    residual, update, _, gamma, _, _ = operands
-    if add is not None:
-        out = residual_add(residual, update, gamma, add.row_scale, *_options(add))
-        results = Results(out)
-    elif next_input is not None and next_input.rows is not None:
-        out = gather_rows(residual, next_input.rows.index)
-        results = Results(next=out)
-    if out is None:
-        return None, None
-    layout = None if residual.is_contiguous() else Layout.of(residual)
-    same = update is None or update.dtype == residual.dtype
-    return results, ShortContext(residual.shape[0], layout, None if same else update.dtype)
+    def forward(self, ctx: Any, residual: Tensor) -> Tensor | None:
+        out = gather_rows(residual, self.rows)
+        if out is not None:
+            ctx.save_for_backward(self.rows)
+            self.rows, self.batch_size = None, residual.shape[0]
+            self.layout = None if residual.is_contiguous() else Layout.of(residual)
+        return out
+
+    def passes_on(self, saved: tuple, needs: tuple) -> bool:
+        return False
+
+    def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> tuple[Tensor]:
+        return (_gather_rows_backward(_conformed(gradients[0], self.layout), *saved, self.batch_size),)
 
 
-def fused_add_bwd(
-    context: ShortContext,
-    operands: Operands,
-    results: Results,
-    gradients: Results,
-    add: Add | None,
-    next_input: NextInput | None,
-    wanted: Operands,
-    in_place: bool = False,
-) -> Operands:
-    """The gradients of the wanted operands."""
-    given = gradients.next if add is None else gradients.out
-    if given is None:
-        return Operands()
-    gradient = given.contiguous() if context.layout is None else context.layout.conform(given)
-    if add is None:
-        assert next_input is not None
-        assert next_input.rows is not None
-        return Operands(_gather_rows_backward(gradient, next_input.rows.index, context.batch_size))
-    out, options = results.out, _options(add)
-    further: tuple = ()
-    if options or context.update_dtype is not None or not wanted.update:
-        rows, scale, channel_dim, _ = options or (None, 1.0, -1, 0)
-        further = (bool(wanted.update), out, rows, scale, channel_dim, context.update_dtype)
-    dresidual, dupdate, dgamma = _residual_add_backward(
-        gradient, operands.update, operands.gamma, add.row_scale, *further
-    )
-    return Operands(given if out is None else dresidual, dupdate, None, dgamma)
-
-
-def _options(add: Add) -> tuple:
-    """The further arguments of the ops; none where they are the usual ones, since each costs time."""
-    if add.rows is None and add.scale == 1.0 and add.channel_dim == -1 and add.activation is None:
-        return ()
-    rows = None if add.rows is None else add.rows.index
-    return rows, add.scale, add.channel_dim, activation_code(add.activation)
+def _conformed(gradient: Tensor, layout: Layout | None) -> Tensor:
+    return gradient.contiguous() if layout is None else layout.conform(gradient)

@@ -20,7 +20,6 @@ from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 from .rows import _gather_rows_kernel, _invert_rows_kernel
 
 READS_INVERSES = True
-ONE_RESULT = False
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums."""
 
