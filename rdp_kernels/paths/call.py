@@ -21,7 +21,7 @@ from .._utils.ranks import world_size
 from ..kernels.autograd import fused_add, plain_add, unchecked_add
 from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
-from ..kernels.spec import Add, Operands, RowSet, compute_dtype, row_set
+from ..kernels.spec import Add, Operands, RowSet, activated, compute_dtype, row_set
 from ..plan import kept_scale
 from . import recorded
 from .arguments import left_behind, name_of, not_a_tensor
@@ -117,7 +117,7 @@ class PathCall:
         if decision.frozen:
             return self.frozen(x, decision)
         residual = self.residual(x) if decision.dummy_calls else self.without_branch(x)
-        return residual.relu() if self.module.activation == "relu" else residual
+        return activated(residual, self.module.activation)
 
     def without_branch(self, x: Tensor) -> Tensor:
         """The residual, in the dtype that its sum with the branch would have."""
@@ -247,7 +247,7 @@ class PathCall:
     ) -> Add:
         """How the branch is added. Raises `ValueError` or `TypeError` where its output doesn't fit."""
         module, residual = self.module, operands.residual
-        options = (row_scale, module.gamma, module.channel_dim, module.activation)
+        options = (row_scale, module.gamma, module.channel_dim)
         check_residual_add(residual, operands.update, None if rows is None else rows.learning, *options)
         if operands.frozen_update is not None and rows is not None:
             check_residual_add(residual, operands.frozen_update, rows.frozen, *options)

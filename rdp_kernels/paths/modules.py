@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 
 from .. import ops
-from .._utils.checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from .._utils.checks import check_bool, check_choice, check_probability
 from ..plan import MODES
 from .arguments import Takes, taken_by
 from .call import run_path
@@ -87,7 +87,7 @@ class ResidualBranch(nn.Module):
         _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
         _check_has_forward("shortcut", shortcut)
         check_choice("mode", mode, MODES)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, (None, *ACTIVATIONS))
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
         if channel_dim == 0:
