@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .binding import PathModule
-
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -25,11 +25,8 @@ class Takes(NamedTuple):
 
 
 def taken_by(module: nn.Module) -> Takes:
-    """What the forward of `module`, as it is now, takes.
-
-    `torch.compile` and checkpoint wrappers are looked into. Of any other wrapper it is what its own forward takes,
-    which may be anything.
-    """
+    """What the forward of `module` takes now. Looks into `torch.compile`'s and checkpoint wrappers; of others it tells
+    what their own forward takes, which may be anything."""
     while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
         module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
@@ -68,7 +65,7 @@ for _asked_in_graphs in (_of_class, _signature):  # as in `_backend`
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def for_each(paths: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
     """The keyword arguments for each path: those that its branch takes by name.
 
     Raises `TypeError` for one that no branch takes, and for positional arguments that not every branch takes.
@@ -94,17 +91,10 @@ def for_each(paths: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def left_behind(
-    batch_size: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    of_rows: tuple[tuple[Any, ...], dict[str, Any]],
-    takes: Takes,
+    batch_size: int, args: Args, kwargs: Kwargs, of_rows: tuple[Args, Kwargs], takes: Takes
 ) -> list[str | int]:
-    """The arguments that kept all their rows although the branch got only some rows of x.
-
-    These arguments hold a tensor of `batch_size` rows and are unchanged in `of_rows`, the arguments that the branch
-    got. Each is given by its name, or by its position where it has no name.
-    """
+    """The arguments, by name or else position, that hold a tensor of `batch_size` rows and are unchanged in `of_rows`,
+    what the branch got with only some rows of x."""
     positions = [takes.positional[i] if i < len(takes.positional) else i for i in range(len(args))]
     given = [*zip(positions, args, of_rows[0], strict=True), *((k, v, of_rows[1][k]) for k, v in kwargs.items())]
     return [name for name, before, after in given if before is after and _has_rows(before, batch_size)]
@@ -112,18 +102,3 @@ def left_behind(
 
 def _has_rows(value: Any, count: int) -> bool:
     return any(isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == count for t in pytree.tree_leaves(value))
-
-
-def not_a_tensor(module: PathModule, what: str, out: object) -> TypeError:
-    advice = ""
-    if isinstance(out, (tuple, list)):
-        advice = "; wrap it in a module whose forward returns that tensor alone, as in `self.attention(...)[0]`"
-    return TypeError(f"the {what} of {name_of(module)} must return a tensor, got {type(out).__name__}{advice}")
-
-
-def name_of(module: PathModule) -> str:
-    """A path's name for messages: its name in a scheme, else what its module is."""
-    if module.binding.scheme is not None:
-        return f"path {module.binding.name!r}"
-    fn = getattr(module, "fn", None)
-    return repr(module) if fn is None else f"a {type(module).__name__} of {type(fn).__name__}"

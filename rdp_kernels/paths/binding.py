@@ -15,6 +15,7 @@ from .._utils.device import to_device
 from .._utils.ranks import world_size
 from ..kernels.spec import compute_dtype, row_set
 from ..plan import kept_scale
+from .arguments import Args, Kwargs
 from .decision import ALL_ROWS, ROWS, SKIP, Decision
 from .freezing import ParameterRef
 from .promotion import Promotion
@@ -52,16 +53,12 @@ class PathModule(Protocol):
     def own_parameters(self) -> list[ParameterRef]:
         """The path's parameters outside of these modules, gamma among them."""
 
-    def run_branch(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], normed: bool = False) -> Tensor:
+    def run_branch(self, x: Tensor, args: Args, kwargs: Kwargs, normed: bool = False) -> Tensor:
         """The branch's output, before γ. With `normed`, x is the norm's output already."""
 
     def map_rows(
-        self,
-        function: Callable[[Tensor], Tensor],
-        batch_size: int | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         """The further arguments, with `function` applied to those that have a row for each sample. Raises `ValueError`
         where such an argument doesn't have `batch_size` rows; None skips that check."""
 
@@ -79,17 +76,6 @@ class Decider(Protocol):
 
     def decide(self, module: PathModule, x: Tensor) -> Decision:
         """The decision for a call of `module`, in training mode, on `x`."""
-
-
-class Scheme(Protocol):
-    """What is asked of the scheme that a path belongs to."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def phase(self) -> str | None: ...
-    @property
-    def reuse_pending(self) -> bool: ...
 
 
 class StochasticDepth:
@@ -146,10 +132,11 @@ class PathBinding:
         """A `CallOverride`: replaces the whole call."""
 
     @property
-    def scheme(self) -> Scheme | None:
+    def scheme(self) -> Any:
+        """The `ResidualDropPath`, or None."""
         return None if self._scheme is None else self._scheme()
 
-    def bind(self, scheme: Scheme, decider: Decider, index: int, name: str) -> None:
+    def bind(self, scheme: object, decider: Decider, index: int, name: str) -> None:
         self._scheme, self.decider = weakref.ref(scheme), decider
         self.index, self.name = index, name
 
@@ -161,5 +148,20 @@ class PathBinding:
         return PathBinding, ()
 
 
-BranchRunner = Callable[[PathModule, Tensor, tuple[Any, ...], dict[str, Any], bool], Tensor]
+BranchRunner = Callable[[PathModule, Tensor, Args, Kwargs, bool], Tensor]
 """`run_branch` of any path: path_module, x, args, kwargs, normed."""
+
+
+def not_a_tensor(module: PathModule, what: str, out: object) -> TypeError:
+    advice = ""
+    if isinstance(out, (tuple, list)):
+        advice = "; wrap it in a module whose forward returns that tensor alone, as in `self.attention(...)[0]`"
+    return TypeError(f"the {what} of {name_of(module)} must return a tensor, got {type(out).__name__}{advice}")
+
+
+def name_of(module: PathModule) -> str:
+    """A path's name for messages: its name in a scheme, else what its module is."""
+    if module.binding.scheme is not None:
+        return f"path {module.binding.name!r}"
+    fn = getattr(module, "fn", None)
+    return repr(module) if fn is None else f"a {type(module).__name__} of {type(fn).__name__}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, Operands, RowSet, activated, compute_dtype
 from . import recorded
-from .arguments import left_behind, name_of, not_a_tensor
-from .binding import STOCHASTIC_DEPTH, PathModule
+from .arguments import Args, Kwargs, left_behind
+from .binding import STOCHASTIC_DEPTH, PathModule, name_of, not_a_tensor
 from .decision import ALL_ROWS, FROZEN, LEARN, ROWS, SKIP, Decision
 from .freezing import (
     Frozen,
@@ -38,9 +37,7 @@ from .norms import Norm
 from .path import ROWS_OF_BATCH_NORM, batch_norms_of, modules_of, parameter_refs_of
 
 
-def run_path(
-    module: PathModule, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], residual: Tensor | None = None
-) -> Tensor:
+def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual: Tensor | None = None) -> Tensor:
     """`act(shortcut(x) + row_scale · γ · branch(x))`, with the branch run on the rows that the decision asks for.
 
     `residual` is the shortcut's output, where that was computed before.
@@ -63,14 +60,7 @@ def run_path(
 class PathCall:
     """One call of a path with its further arguments. `residual` is the shortcut's output, if that is known already."""
 
-    def __init__(
-        self,
-        module: PathModule,
-        batch_size: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        residual: Tensor | None = None,
-    ):
+    def __init__(self, module: PathModule, batch_size: int, args: Args, kwargs: Kwargs, residual: Tensor | None = None):
         self.module, self.batch_size, self.args, self.kwargs = module, batch_size, args, kwargs
         self.known_residual = residual
 
@@ -167,7 +157,7 @@ class PathCall:
         return out
 
     def _check_left_behind(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], what: str, cause: Exception | None = None
+        self, x: Tensor, args: Args, kwargs: Kwargs, what: str, cause: Exception | None = None
     ) -> None:
         """Raises `ValueError` where the branch failed on some rows of x and arguments kept all their rows."""
         takes = getattr(self.module, "takes", None)

@@ -13,16 +13,10 @@ from .freezing import FreezeBN, ParameterRef
 
 
 class Kind(enum.Enum):
-    """What a call does with its branch."""
+    """What a call does with its branch. It skips it, or runs it on all rows, which learn or are frozen, or runs it on
+    some rows, `Decision.rows`, some of which may be frozen."""
 
-    SKIP = "skip"
-    """The branch doesn't run."""
-    LEARN = "learn"
-    """It runs on all rows, and its weights get gradients."""
-    FROZEN = "frozen"
-    """It runs on all rows, and its weights get no gradients."""
-    ROWS = "rows"
-    """It runs on `Decision.rows`. Its weights get gradients from those that learn, and none from those that don't."""
+    SKIP, LEARN, FROZEN, ROWS = range(4)
 
 
 SKIP, LEARN, FROZEN, ROWS = Kind  # reading an attribute of an enum's class runs Python code before Python 3.12
@@ -39,10 +33,9 @@ class Decision:
         freeze, freeze_bn: as in `ResidualDropPath`.
         modules: the modules of the branch, where they were looked up before.
         also_learns: parameters of this path that the frozen rest shares. They learn inside the branch's call.
-        row_scale: for `LEARN`, a factor for each row, or one for all. It is given where the host doesn't know which
-            factors are 0, so that the branch runs on all rows.
-        dummy_calls: `"learning"`, `"frozen"`: the calls of the branch that other ranks make on rows of their own, and
-            that this rank has no rows for.
+        row_scale: for `LEARN`, a factor for each row or one for all, where the host doesn't know which are 0.
+        dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and this one has no rows
+            for.
     """
 
     kind: Kind = LEARN

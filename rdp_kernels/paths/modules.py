@@ -11,7 +11,7 @@ from .. import ops
 from .._utils.checks import check_bool, check_choice, check_probability
 from ..kernels.spec import ACTIVATIONS, NORMS, ActivationName
 from ..plan import MODES
-from .arguments import Takes, taken_by
+from .arguments import Args, Kwargs, Takes, taken_by
 from .binding import PathBinding
 from .call import run_path
 from .freezing import ParameterRef
@@ -131,12 +131,8 @@ class ResidualBranch(nn.Module):
         return [] if self.gamma is None else [(self, "gamma")]
 
     def map_rows(
-        self,
-        function: Callable[[Tensor], Tensor],
-        batch_size: int | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         def apply(name: str | int, value: Any) -> Any:
             if name not in self.per_sample or value is None:
                 return value
@@ -159,8 +155,9 @@ class ResidualBranch(nn.Module):
                 return own
         return taken_by(self.fn)
 
-    def run_branch(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], normed: bool = False) -> Tensor:
-        return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+    def run_branch(self, x: Tensor, args: Args, kwargs: Kwargs, normed: bool = False) -> Tensor:
+        out: Tensor = self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+        return out
 
     def extra_repr(self) -> str:
         parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]

@@ -12,37 +12,27 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .arguments import Args, Kwargs
+
 MOST_KNOWN = 32
 """How many dtypes a path remembers. A training meets a few; the bound is for a program that meets ever new ones."""
 
 
-class BlockPath(Protocol):
-    """A path of a converted block."""
-
-    block: nn.Module
-
-    def branch_modules(self) -> list[nn.Module]: ...
-    def run_branch(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], normed: bool = False) -> Tensor: ...
-
-
 class SkippedCall(Protocol):
-    """A call of a path whose branch isn't to run: a `PathCall`."""
+    """What is asked of a `PathCall` whose branch isn't to run. Its `module` is a path of a converted block."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def module(self) -> Any:
-        """A `BlockPath`: only these have a `Promotion`."""
+    args: Args
+    kwargs: Kwargs
 
     @property
-    def modules(self) -> list[nn.Module]:
-        """All modules of the branch."""
+    def module(self) -> Any: ...
+    @property
+    def modules(self) -> list[nn.Module]: ...
 
 
 class Promotion:
-    """The dtype of one converted path's sum. Under autocast, or with weights of several dtypes, it may be wider than
-    that of the residual.
+    """The dtype of a converted path's sum, which under autocast or with weights of several dtypes may be wider than the
+    residual's.
 
     Args:
         whose: whose dtype the sum has. `"both"`: torch promotes the two. `"branch"`, `"residual"`: the sum has the
@@ -69,7 +59,7 @@ class Promotion:
         """
         if self.whose == "residual" or (self.whose == "both" and residual == torch.float64):
             return residual
-        path: BlockPath = call.module
+        path = call.module
         dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(path))]
         if self.whose == "both" and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
             return residual  # a branch that widens to float64 by itself was seen in the conversion, and isn't added
@@ -86,11 +76,11 @@ class Promotion:
         return self.of(residual, self._known[key])
 
 
-def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+def _tensors(args: Args) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)] if args else []
 
 
-def _weights(path: BlockPath) -> list[Tensor]:
+def _weights(path: Any) -> list[Tensor]:
     """Parameters and buffers of a branch, and those of the block itself. Shared ones are listed more than once."""
     found = [*path.block._parameters.values(), *path.block._buffers.values()]
     modules: list[nn.Module | None] = [*path.branch_modules()]

@@ -5,15 +5,13 @@ What is recorded runs later, without the host's decisions: as under `torch.compi
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, fx
 
 from ..kernels.recorded import drop_rows
 from ..kernels.spec import activated
 from ..plan import kept_scale
-from .arguments import not_a_tensor
-from .binding import PathModule
+from .arguments import Args, Kwargs
+from .binding import PathModule, not_a_tensor
 
 
 def check_arguments(module: object, args: object, kwargs: object) -> None:
@@ -24,9 +22,7 @@ def check_arguments(module: object, args: object, kwargs: object) -> None:
         )
 
 
-def run_path(
-    module: PathModule, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
-) -> Tensor:
+def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual: Tensor | None = None) -> Tensor:
     """As `call.run_path`, at the path's own drop probability.
 
     Raises `RuntimeError` inside an iteration, because the recording couldn't follow another plan, and `TypeError` where

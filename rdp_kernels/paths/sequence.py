@@ -20,14 +20,14 @@ from ..kernels import direct
 from ..kernels.autograd import FusedCall, library_for
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, NextInput, Operands, Results
-from .arguments import for_each
+from .arguments import Args, Kwargs, for_each
 from .call import PathCall
 from .decision import ALL_ROWS, FROZEN, SKIP, Decision
 from .norms import Norm
 from .recorded import check_arguments
 
 
-def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
     """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes.
 
     A path is a `PathModule` that is a module itself. Its `takes()` says which arguments it takes, and its `is_plain()`
@@ -41,7 +41,7 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple[Any, ...], kwargs:
         check_stream("x", x)
     if not (recorded or compiling):
         kernels = library_for("path", Operands(x), None, None, required=False)
-    given: Iterable[dict[str, Any]] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
+    given: Iterable[Kwargs] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
     if kernels is None:
         for path, named in zip(paths, given):  # noqa: B905 (without arguments one dict serves all)
             x = path(x, *args, **named)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .._utils.ranks import rank, world_size
-from ..paths.binding import Decider, PathBinding, Scheme
+from ..paths.binding import Decider, PathBinding
 from ..paths.path import Path, find_paths, path_modules_among, refuse_batch_norm
 from ..plan import PathPlan, draw_keep, plan_generator
 from .history import History
@@ -26,26 +26,17 @@ class Pairs:
 
     Args:
         scheme: the owner, held weakly. Paths are bound to it, and released when it dies.
-        paths: the paths of `model`, found with the drop probability and the schedule in `rates`.
-        mode, sampling, seed: as in `ResidualDropPath`.
+        rates: the drop probability and the schedule.
     """
 
     def __init__(
-        self,
-        scheme: Scheme,
-        model: nn.Module,
-        paths: list[Path],
-        rules: Rules,
-        rates: tuple[float | None, str],
-        mode: str,
-        sampling: str,
-        seed: int,
+        self, scheme: object, model: nn.Module, rules: Rules, rates: tuple[float | None, str], mode: str, sampling: str
     ):
-        self.rules, self._rates, self.mode, self.sampling, self.seed = rules, rates, mode, sampling, seed
-        self.paths = paths
-        self._check_paths(paths)
-        self.drawn = 0
-        """The number of plans drawn."""
+        self.rules, self._rates, self.mode, self.sampling = rules, rates, mode, sampling
+        self.paths = find_paths(model, *rates)
+        self._check_paths(self.paths)
+        self.seed, self.drawn = 0, 0
+        """Of the plans, and how many of them have been drawn."""
         self.completed = dict.fromkeys(PHASES, 0)
         self.pending: Iteration | None = None
         """A finished drop iteration whose complement is to learn."""
@@ -54,7 +45,7 @@ class Pairs:
         self.trains_more: Callable[[], bool] | None = None
         """Under `alternate`: whether the optimizer has parameters of other models that can learn."""
         self.notices = Notices()
-        self.history = History(model, paths, rules)
+        self.history = History(model, self.paths, rules)
         self.rest = self.history.rest
         self._scheme = weakref.ref(scheme)
         self._bindings: list[weakref.ref[PathBinding]] = []

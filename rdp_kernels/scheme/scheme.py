@@ -13,7 +13,7 @@ from torch import nn
 from .._utils.checks import check_bool, check_choice, check_count, check_probability
 from ..convert.libraries import warn_left_over
 from ..paths.freezing import FreezeBN, check_freeze_bn
-from ..paths.path import Path, find_paths
+from ..paths.path import Path
 from ..plan import MODES, SAMPLINGS, SCHEDULES, PathPlan
 from .alternation import Alternation, stepped_by
 from .iteration import Rules, check_plan
@@ -81,18 +81,13 @@ class ResidualDropPath:
         self.freeze: Final = freeze
         self.sampling: Final = sampling
         seed = check_count("seed", seed, minimum=-(2**63))
-        rules = Rules(
-            freeze,
-            check_bool("scale_by_keep", scale_by_keep),
-            check_bool("train_rest", train_rest),
-            check_freeze_bn(freeze_bn),
-        )
-        paths = find_paths(model, drop_prob, schedule)
-        warn_left_over(model)
-        self._pairs = Pairs(self, model, paths, rules, (drop_prob, schedule), mode, sampling, seed)
-        self._rules, self._rest, self._on_begin = rules, self._pairs.rest, self._pairs.on_begin
+        flags = check_bool("scale_by_keep", scale_by_keep), check_bool("train_rest", train_rest)
+        self._rules = Rules(freeze, *flags, check_freeze_bn(freeze_bn))
+        self._pairs = Pairs(self, model, self._rules, (drop_prob, schedule), mode, sampling)
+        self._rest, self._on_begin, self.seed = self._pairs.rest, self._pairs.on_begin, seed
         self._alternation: Alternation | None = None
-        if not any(path.drop_prob for path in paths):
+        warn_left_over(model)
+        if not any(path.drop_prob for path in self.paths):
             self._pairs.notices.warn(
                 "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
                 "training"
@@ -341,7 +336,7 @@ class ResidualDropPath:
             raise TypeError(COPIED)
         return NoScheme()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[NoScheme], tuple[()]]:
         warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
