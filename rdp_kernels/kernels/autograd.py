@@ -165,7 +165,8 @@ class FusedCall:
         self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
         self.in_place = add is not None and previous is not None and previous.owns_out
         self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
-        self.owns_out = self.owns_gradient = False
+        self.owns_out: bool = False
+        self.owns_gradient: bool = False
 
     def __call__(self, operands: Operands) -> Results:
         """The results, except for what the norm's backward needs."""

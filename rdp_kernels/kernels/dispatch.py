@@ -185,7 +185,7 @@ def is_free() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
 for _asked_in_graphs in (resolve_in_graph, is_free):
-    _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def kernels_named(name: str) -> Kernels:

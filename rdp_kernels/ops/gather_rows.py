@@ -23,4 +23,6 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
         return out
     check_stream("residual", residual)
     check_rows("rows", rows, residual.shape[0], residual.device)
-    return fused_add("gather_rows", Operands(residual), next_input=NextInput(RowSet(rows, rows.shape[0]))).next
+    next_input = NextInput(RowSet(rows, rows.shape[0]))
+    gathered: Tensor = fused_add("gather_rows", Operands(residual), next_input=next_input).next
+    return gathered

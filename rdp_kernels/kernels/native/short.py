@@ -7,6 +7,7 @@ within the autograd function, as `autograd.FusedCall` is for all others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class ShortAdd:
     """
 
     __slots__ = ("layout", "options", "row_scale", "update_dtype")
+    options: Sequence[Any]
 
     def __init__(self, row_scale: Tensor | None, options: tuple):
         self.row_scale, self.options = row_scale, options
@@ -57,7 +59,8 @@ class ShortAdd:
     def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> tuple[Tensor | None, ...]:
         (dout,) = gradients
         update, gamma, row_scale, *further = saved
-        wants_update, out, options = needs[2], None, ()
+        wants_update, out = needs[2], None
+        options: tuple = ()
         if further:
             rows, out = further
             scale, channel_dim, _ = self.options
