@@ -1,6 +1,8 @@
 // The arithmetic of one element, which CPU and CUDA kernels share.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define RDP_ELEMENT __host__ __device__ __forceinline__
 #else
@@ -15,10 +17,14 @@ RDP_ELEMENT T added(T residual, T factor, T update) {
   return residual + factor * update;
 }
 
+// The codes of `ACTIVATIONS` in rdp_kernels/kernels/spec.py.
+enum class Activation : int8_t { none, relu };
+constexpr int NUM_ACTIVATIONS = 2;
+
 // NaN stays NaN, as in torch.
-template <class T>
-RDP_ELEMENT T relu(T x) {
-  return x < T(0) ? T(0) : x;
+template <Activation KIND, class T>
+RDP_ELEMENT T activated(T x) {
+  return KIND == Activation::relu && x < T(0) ? T(0) : x;
 }
 
 // The gradient of a ReLU's argument; `out` is its result. NaN passes, as in torch.

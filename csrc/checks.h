@@ -57,6 +57,12 @@ inline ScalarType scalar_type_of(Dtype dtype) {
   return types[int(dtype)];
 }
 
+inline Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code < NUM_ACTIVATIONS, "activation must be from 0 to ", NUM_ACTIVATIONS - 1, ", got ",
+                  code);
+  return Activation(code);
+}
+
 // The shape of a sample and the order of its dimensions in memory. They are the first tensor's; all others of a call
 // have to agree. A sample lies in one piece; samples may be any distance apart.
 class SampleLayout {

@@ -75,7 +75,8 @@ struct Scale {
 // Arithmetic is in float32, or in float64.
 struct FusedAddForward {
   Geometry geometry;
-  bool in_float64 = false, adds = false, relu = false;
+  bool in_float64 = false, adds = false;
+  Activation activation = Activation::none;
   RowSet rows, next_rows;
   Scale scale;
   Samples residual, update, frozen_update, out, next, frozen_next;

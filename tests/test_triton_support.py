@@ -7,7 +7,7 @@ import torch
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels import registered
-from rdp_kernels.kernels.autograd import library_for
+from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
 from rdp_kernels.kernels.triton import support
 from rdp_kernels.kernels.triton.launch import CONFIGS, Tiles
@@ -80,15 +80,15 @@ def test_rows_are_counted_as_they_are_cut(name):
     """The compiled library numbers rows in 64 bits."""
     operands, add, next_input = (TOO_MANY | FEW_ENOUGH)[name]
     with rdp.use_backend("triton"):
-        assert (library_for("op", operands, add, next_input, required=False) is None) == (name in TOO_MANY)
+        assert (resolve("op", operands, add, next_input, required=False).library is None) == (name in TOO_MANY)
         if name in TOO_MANY:
             with pytest.raises(
                 RuntimeError, match="number up to 2139095040 rows of tiles, and this call has 2147483648"
             ):
-                library_for("op", operands, add, next_input)
+                resolve("op", operands, add, next_input)
     if DEVICE == "cpu" and next_input is None and rdp.available_backends()["native"] is None:
         with rdp.use_backend("native"):
-            assert library_for("op", operands, add, None) is not None
+            assert resolve("op", operands, add).library == "native"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="meta tensors are on no GPU")
@@ -97,7 +97,7 @@ def test_a_compiled_graph_refuses_when_it_runs():
     x = expanded(2**30, 2, 2, device="meta")
     operands, add, _ = case(x, -1)
     with pytest.raises(RuntimeError, match="residual_add_fwd: .* split the batch, or take another backend"):
-        registered._forward("triton", *operands, *registered._spell(add, None), False)
+        registered._forward("triton", *operands, *registered.spell(add, None), False)
 
 
 @pytest.mark.parametrize("op", CONFIGS)

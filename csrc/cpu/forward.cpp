@@ -23,14 +23,14 @@ void run(const FusedAddForward& call) {
     const Acc* residual = nullptr;
     if (scale == 0) {  // the update is not read
       if (!call.residual) return fill_zero(call.out, sample, piece);
-      if (!call.relu) return copy(call.out, sample, call.residual, sample, piece);
+      if (call.activation == Activation::none) return copy(call.out, sample, call.residual, sample, piece);
       residual = residual_buffer.read(loops, call.residual, sample, piece);
-      loops.activate(result.target(call.out, sample, piece), residual, piece.n);
+      loops.activate(result.target(call.out, sample, piece), residual, call.activation, piece.n);
     } else {
       if (call.residual) residual = residual_buffer.read(loops, call.residual, sample, piece);
       const Acc* update = update_buffer.read(loops, learning_or_frozen, update_row.part_index, piece);
       const Acc* factor = gamma.of(piece, scale, factors);
-      loops.add(result.target(call.out, sample, piece), residual, update, factor, scale, call.relu, piece.n);
+      loops.add(result.target(call.out, sample, piece), residual, update, factor, scale, call.activation, piece.n);
     }
     result.store(loops, call.out, sample, piece);
   };

@@ -10,8 +10,9 @@ template <class Acc>
 struct RowLoops {
   void (*load[NUM_DTYPES])(const void* from, Acc* to, int64_t n);
   void (*store[NUM_DTYPES])(const Acc* from, void* to, int64_t n);
-  void (*add)(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, bool relus, int64_t n);
-  void (*activate)(Acc* out, const Acc* x, int64_t n);
+  void (*add)(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, Activation activation,
+              int64_t n);
+  void (*activate)(Acc* out, const Acc* x, Activation activation, int64_t n);
   void (*combine)(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, int64_t n);
   void (*scaled)(Acc* to, const Acc* d, const Acc* gamma, Acc scale, int64_t n);
   void (*accumulate)(Acc* sums, const Acc* d, const Acc* update, Acc scale, int64_t n);

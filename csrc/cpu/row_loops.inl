@@ -105,36 +105,37 @@ void store(const Acc* from, void* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) stored[i] = Rounded<Stored, Acc>::of(from[i]);
 }
 
-template <class Acc, bool RELU>
-inline __attribute__((always_inline)) Acc activated(Acc x) {
-  return RELU ? relu(x) : x;
-}
-
 // A null `residual` stands for zeros, a null `gamma` for ones.
-template <class Acc, bool RELU>
+template <class Acc, Activation KIND>
 void add_to(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, int64_t n) {
   if (residual == nullptr) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(scale * update[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(scale * update[i]);
   } else if (gamma == nullptr) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(added(residual[i], scale, update[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(added(residual[i], scale, update[i]));
   } else {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(added(residual[i], scale * gamma[i], update[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(added(residual[i], scale * gamma[i], update[i]));
   }
 }
 
 template <class Acc>
-void add(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, bool relus, int64_t n) {
-  relus ? add_to<Acc, true>(out, residual, update, gamma, scale, n)
-        : add_to<Acc, false>(out, residual, update, gamma, scale, n);
+void add(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, Activation activation,
+         int64_t n) {
+  switch (activation) {
+    case Activation::none:
+      return add_to<Acc, Activation::none>(out, residual, update, gamma, scale, n);
+    case Activation::relu:
+      return add_to<Acc, Activation::relu>(out, residual, update, gamma, scale, n);
+  }
 }
 
 template <class Acc>
-void activate(Acc* out, const Acc* x, int64_t n) {
+void activate(Acc* out, const Acc* x, Activation activation, int64_t n) {
+  if (activation != Activation::relu) return;
   RDP_VECTORISED
-  for (int64_t i = 0; i < n; ++i) out[i] = relu(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = activated<Activation::relu>(x[i]);
 }
 
 // The gradient of the sum before its activation. A null `dnext` stands for zeros, a null `out` for no activation.

@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
           sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
         }
       }
-      if (call.relu) {
+      if (call.activation == Activation::relu) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] = relu(sum[i]);
+        for (int i = 0; i < N; ++i) sum[i] = activated<Activation::relu>(sum[i]);
       }
       store<S, N>(at<S>(call.out, sample, offset), sum);
     }

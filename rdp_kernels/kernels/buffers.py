@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, Tiling
-from .spec import Add, NextInput, Operands, Results, RowSet, compute_dtype
+from .spec import NORMS, Add, NextInput, Operands, Results, RowSet, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def empty_results(
     statistic = partial(torch.empty, num_norms, dtype=context.compute, device=context.device)
     return results._replace(
         norm_input=None if next_input.rows is None else context.empty(num_saved, dtype),
-        mean=statistic() if next_input.norm == "layer" else None,
+        mean=statistic() if NORMS[next_input.norm].centers else None,
         rstd=statistic(),
     )
 
@@ -95,4 +95,4 @@ def empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Oper
 
 
 def part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
-    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.num_frozen)
+    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.index.shape[0] - rows.num_learning)

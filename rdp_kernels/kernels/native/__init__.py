@@ -6,6 +6,7 @@ with a CUDA toolkit, for NVIDIA GPUs.
 | `library.py` | loads it, and remembers why it is missing |
 | `support.py` | why a call can't be served |
 | `launchers.py` | the calls of its ops |
+| `short.py` | the same for the simplest calls, with as little Python as possible |
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .support import why_not, why_not_kind
 
 HAS_NORMS = False
 
-__all__ = ["HAS_NORMS", "kernels", "unavailable", "why_not", "why_not_kind"]
+__all__ = ["HAS_NORMS", "kernels", "short_kernels", "unavailable", "why_not", "why_not_kind"]
 
 
 def kernels() -> ModuleType:
@@ -25,3 +26,10 @@ def kernels() -> ModuleType:
     from . import launchers
 
     return launchers
+
+
+def short_kernels() -> ModuleType:
+    """The same for calls on CPU tensors with unchecked arguments."""
+    from . import short
+
+    return short
