@@ -1,4 +1,4 @@
-// The ops, as torch sees them: raw, without autograd, which `rdp_kernels` puts over them.
+// The ops as torch sees them, without autograd: `rdp_kernels` adds it. Names are those of the ops' arguments.
 #include <exception>
 #include <tuple>
 #include <utility>
@@ -32,7 +32,7 @@ void run(const FusedAddBackward& call, const SampleLayout& layout) {
   cpu::fused_add_backward(call);
 }
 
-// How the branch is added; null where there is none of it.
+// How the branch is added; absent tensors are null.
 struct Addend {
   const Tensor *gamma = nullptr, *rows = nullptr, *row_scale = nullptr;
   int64_t num_learning = ALL;
@@ -64,7 +64,7 @@ struct BackwardArguments {
   NextRows next;
   int64_t batch_size = 0;
   bool in_float64 = false, wants_residual = false;
-  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of the gradients that are wanted
+  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of wanted gradients
 };
 
 struct BackwardResults {
@@ -87,15 +87,15 @@ ForwardResults forward(const ForwardArguments& given) {
   const InvertedRows inverted("rows", layout, addend.rows, addend.num_learning, batch_size);
   call.rows = inverted.rows();
   call.residual = layout.samples("residual", given.residual, batch_size);
-  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
-  call.frozen = layout.samples("frozen", given.frozen, inverted.num_frozen());
+  call.update = layout.samples("branch", given.branch, inverted.num_learning());
+  call.frozen_update = layout.samples("frozen", given.frozen, inverted.num_frozen());
   STD_TORCH_CHECK(given.frozen || inverted.num_frozen() == 0, "frozen must be given where rows are frozen");
-  const Dtype dtype = given.residual ? call.residual.dtype : call.branch.dtype;
+  const Dtype dtype = given.residual ? call.residual.dtype : call.update.dtype;
   call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
   const int64_t channel_dim = channel_dim_of(layout, addend.gamma != nullptr, addend.channel_dim);
   call.geometry = layout.geometry(batch_size, channel_dim);
   call.gamma = layout.vector("gamma", addend.gamma, layout.size(channel_dim));
-  for (const Dtype each : {call.residual.dtype, call.branch.dtype, call.frozen.dtype, call.gamma.dtype}) {
+  for (const Dtype each : {call.residual.dtype, call.update.dtype, call.frozen_update.dtype, call.gamma.dtype}) {
     call.in_float64 |= each == Dtype::float64;
   }
 
@@ -122,7 +122,7 @@ ForwardResults forward(const ForwardArguments& given) {
 BackwardResults backward(const BackwardArguments& given) {
   const Addend& addend = given.addend;
   STD_TORCH_CHECK(given.dout || given.dnext || given.dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  // A tensor without rows has no order of its own.
+  // A tensor without rows doesn't tell the order of its dimensions.
   const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
   const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
   const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
@@ -140,7 +140,7 @@ BackwardResults backward(const BackwardArguments& given) {
   call.dnext = layout.samples("dnext", given.dnext, next_inverted.num_learning());
   call.dfrozen_next = layout.samples("dfrozen_next", given.dfrozen_next, next_inverted.num_frozen());
   call.out = layout.samples("out", given.out, batch_size);
-  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
+  call.update = layout.samples("branch", given.branch, inverted.num_learning());
   STD_TORCH_CHECK(given.branch || !given.gamma_dtype, "branch must be given where the gradient of gamma is wanted");
   const Dtype dtype = given.dout ? call.dout.dtype : from_next ? call.dnext.dtype : call.dfrozen_next.dtype;
   call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
@@ -163,8 +163,8 @@ BackwardResults backward(const BackwardArguments& given) {
     made = layout.empty(num_rows, dtype_of(name, *wanted));
     return layout.samples(name, *made, num_rows);
   };
-  call.dbranch = make("dbranch", results.dbranch, inverted.num_learning(), given.branch_dtype);
-  call.dfrozen = make("dfrozen", results.dfrozen, inverted.num_frozen(), given.frozen_dtype);
+  call.dupdate = make("dbranch", results.dbranch, inverted.num_learning(), given.branch_dtype);
+  call.dfrozen_update = make("dfrozen", results.dfrozen, inverted.num_frozen(), given.frozen_dtype);
   if (given.gamma_dtype) {
     results.dgamma = layout.empty_vector(layout.size(channel_dim), dtype_of("gamma", *given.gamma_dtype));
     call.dgamma = layout.vector("dgamma", *results.dgamma, layout.size(channel_dim));
@@ -278,7 +278,7 @@ Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batc
 }  // namespace
 }  // namespace rdp
 
-// The most usual arguments stand first: those that are left out cost less.
+// The most usual arguments stand first, because arguments that are left out cost less.
 STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add(Tensor residual, Tensor branch, Tensor? gamma=None, Tensor? row_scale=None, "

@@ -58,7 +58,7 @@ BAD = {
     "scales": (lambda: tail(row_scale=SCALE[:3]), r"row_scale must have shape \[4\], got \[3\]"),
     "scales of rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS, row_scale=SCALE), r"row_scale must have shape \[2\]"),
     "narrow scales": (lambda: tail(row_scale=SCALE.half()), "row_scale must be float32"),
-    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the stream is"),
+    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the residual is"),
     "too far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 4])), r"rows must be in \[0, 4\), got 4"),
     "negative": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, -1])), r"rows must be in \[0, 4\), got -1"),
     "very far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 2**62])), r"rows must be in \[0, 4\)"),
