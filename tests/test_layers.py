@@ -15,14 +15,16 @@ MOST_FILES = 9
 
 
 def files_crossed(call):
-    """The files of the package in which a function runs during `call`. Kernels, which only the interpreter runs in
-    Python, don't count."""
+    """The files of the package in which a function runs during `call`. What kernels call doesn't count: only the
+    interpreter runs them in Python."""
     call()  # some things happen once
-    files = set()
+    files, inside = set(), []
 
     def on_event(frame, event, _):
+        if frame.f_code.co_name.endswith("_kernel"):
+            inside.append(frame) if event == "call" else inside.remove(frame)
         path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE) and not frame.f_code.co_name.endswith("_kernel"):
+        if event == "call" and not inside and path.is_relative_to(PACKAGE):
             files.add(str(path.relative_to(PACKAGE)))
 
     sys.setprofile(on_event)
