@@ -9,7 +9,7 @@ import rdp_kernels as rdp
 from rdp_kernels.kernels import registered
 from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
-from rdp_kernels.kernels.triton import support
+from rdp_kernels.kernels.triton import launch, support
 from rdp_kernels.kernels.triton.launch import CONFIGS, Tiles
 
 from .conftest import DEVICE, INTERPRETED
@@ -93,7 +93,7 @@ def test_rows_are_counted_as_they_are_cut(name):
 
 @pytest.mark.skipif(not INTERPRETED, reason="meta tensors are on no GPU")
 def test_a_compiled_graph_refuses_when_it_runs():
-    """It doesn't ask `why_not`, which would have to know sizes: the launcher does."""
+    """It isn't asked for sizes: the launcher does."""
     x = expanded(2**30, 2, 2, device="meta")
     operands, add, _ = case(x, -1)
     with pytest.raises(RuntimeError, match="residual_add_fwd: .* split the batch, or take another backend"):
@@ -105,7 +105,7 @@ def test_a_compiled_graph_refuses_when_it_runs():
 def test_the_last_program_stays_below_31_bits(op, width):
     for sums in (False, True):
         for whole_rows in (False, True):
-            tiles = Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS, width, whole_rows, sums)
+            tiles = Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS, width, whole_rows, sums)
             assert tiles.row_blocks * tiles.tiles * tiles.block_m < 2**31
     with pytest.raises(RuntimeError, match=f"{op}: "):
-        Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS + 1, width)
+        Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS + 1, width)

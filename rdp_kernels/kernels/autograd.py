@@ -14,8 +14,9 @@ from torch import Tensor, is_grad_enabled
 
 from .._utils.checks import LARGEST_FLOAT32, is_transformed
 from . import dispatch, eager, registered
+from .buffers import joined, parted
 from .dispatch import PLAIN, Kernels, checking_kernels
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, joined, parted, residual_of
+from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -77,7 +78,7 @@ def scale_of_rows(operands: Operands, scale: Tensor | float) -> Tensor:
     """A factor for each row of the update. As a tensor it is data, so that any number has the same graph."""
     if isinstance(scale, Tensor):
         return scale
-    update, dtype = operands.update, eager.compute_dtype(operands.residual)
+    update, dtype = operands.update, compute_dtype(operands.residual)
     return torch.ones(update.shape[0], dtype=dtype, device=update.device) * scale
 
 

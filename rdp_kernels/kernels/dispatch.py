@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from .._utils.checks import NO_RULE, check_choice
+from .._utils.checks import NO_RULE, check_choice, why_not_plain
 from . import native, triton
 from .buffers import context_of
 from .spec import Add, NextInput, Operands, Results
@@ -62,18 +62,17 @@ class Library(Protocol):
     HAS_NORMS: bool
     """Whether its kernels take norms. Without them torch's norm follows the kernel."""
 
+    @property
+    def MAX_TILE_ROWS(self) -> int | None:
+        """The most rows that all tiles of a call may have (see `layout.Tiling`); None if there is no limit."""
+
     def unavailable(self) -> str | None:
         """Why no call can be served, or None."""
 
-    def why_not(
-        self, tensors: Sequence[Tensor | None], norm_width: int | None, forced: bool, tile_rows: Callable[[], int]
-    ) -> str | None:
-        """Why a call on `tensors` can't be served, or None. `tile_rows` counts the rows of all tiles."""
-
     def why_not_kind(
-        self, device: torch.device, dtypes: Iterable[torch.dtype], norm_width: int | None, forced: bool
+        self, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
     ) -> str | None:
-        """The part of `why_not` that depends on neither values nor sizes."""
+        """Why calls on such tensors can't be served, or None. `forced`: the backend was asked for by name."""
 
     def kernels(self) -> Any:
         """Imports the `Kernels`."""
@@ -136,18 +135,21 @@ def resolve(
     Raises `RuntimeError` where a backend that was asked for by name can't serve the call, if that is `required`; else
     the eager reference serves it.
     """
-    residual = operands.update if operands.residual is None else operands.residual
-    norm_width = None if next_input is None or next_input.norm is None else residual.shape[-1]
-    tensors = (residual, *operands, None if add is None else add.row_scale)
+    tensors = [t for t in (*operands, None if add is None else add.row_scale) if t is not None]
+    residual = tensors[0]
+    normed = next_input is not None and next_input.norm is not None
+    dtypes = tuple(t.dtype for t in tensors)
 
-    def tile_rows() -> int:
-        context = context_of(operands, None if next_input is None else next_input.norm, None)
-        return context.shape[0] * context.tiling(add, next_input, operands.gamma is not None).positions
+    def why_not(name: str, forced: bool, norm_width: int | None) -> str | None:
+        reason = _why_not_kind(name, residual.device, dtypes, norm_width, forced)
+        most = _LIBRARIES[name].MAX_TILE_ROWS
+        if reason is None and most is not None and residual.numel() > most:
+            context = context_of(operands, None if next_input is None else next_input.norm, None)
+            tiling = context.tiling(add, next_input, operands.gamma is not None)
+            reason = triton.why_not_rows(context.shape[0] * tiling.positions)
+        return why_not_plain(tensors) if reason is None else reason
 
-    def why_not(library: Library, forced: bool, norm_width: int | None) -> str | None:
-        return library.why_not(tensors, norm_width, forced, tile_rows)
-
-    return _first(op, norm_width, required, why_not)
+    return _first(op, residual.shape[-1] if normed else None, required, why_not)
 
 
 def resolve_in_graph(
@@ -156,8 +158,8 @@ def resolve_in_graph(
     """As `resolve`, under `torch.compile`, once for a graph: the library that serves the call with its norm, or None.
     A norm, if there is one, is no wider than `WIDEST_NORM`."""
 
-    def why_not(library: Library, forced: bool, _: int | None) -> str | None:
-        return library.why_not_kind(device, dtypes, None, forced) or (NO_RULE if transformed else None)
+    def why_not(name: str, forced: bool, _: int | None) -> str | None:
+        return _why_not_kind(name, device, dtypes, None, forced) or (NO_RULE if transformed else None)
 
     served = _first(op, 1 if normed else None, True, why_not)
     return served.library if served.takes_norm else None
@@ -188,6 +190,7 @@ for _asked_in_graphs in (resolve_in_graph, is_free):
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
+@functools.cache
 def kernels_named(name: str) -> Kernels:
     """The kernels of a library."""
     kernels: Kernels = _LIBRARIES[name].kernels()
@@ -199,8 +202,15 @@ def choice() -> str:
     return _from_environment() if _chosen is None else _chosen
 
 
+@functools.lru_cache(1024)
+def _why_not_kind(
+    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
+) -> str | None:
+    return _LIBRARIES[name].why_not_kind(device, dtypes, norm_width, forced)
+
+
 def _first(
-    op: str, norm_width: int | None, required: bool, why_not: Callable[[Library, bool, int | None], str | None]
+    op: str, norm_width: int | None, required: bool, why_not: Callable[[str, bool, int | None], str | None]
 ) -> Served:
     """The first library that serves the call with its norm; else the first one that serves it without."""
     chosen, without_norm = choice(), Served(None)
@@ -208,15 +218,14 @@ def _first(
         return without_norm
     forced = chosen != "auto"
     for name in (chosen,) if forced else _LIBRARIES:
-        library = _LIBRARIES[name]
-        reason = why_not(library, forced, norm_width)
+        reason = why_not(name, forced, norm_width)
         if reason is None:
-            if norm_width is None or library.HAS_NORMS:
+            if norm_width is None or _LIBRARIES[name].HAS_NORMS:
                 return Served(name)
             reason = "it has no norms"
         elif forced and required:
             raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
-        if norm_width is not None and without_norm.library is None and why_not(library, forced, None) is None:
+        if norm_width is not None and without_norm.library is None and why_not(name, forced, None) is None:
             without_norm = Served(name, takes_norm=False)
         if _log.isEnabledFor(logging.DEBUG) and (op, name, reason) not in _logged:
             _logged.add((op, name, reason))

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import is_transformed
-from .buffers import Context, context_of, empty_gradients, empty_results
+from .buffers import (
+    Context,
+    SpecNumbers,
+    SpecTensors,
+    context_of,
+    empty_gradients,
+    empty_results,
+    joined,
+    parted,
+)
 from .dispatch import kernels_named
 from .layout import Layout
-from .spec import Add, NextInput, Operands, Results, SpecNumbers, SpecTensors, joined, parted, residual_of
+from .spec import Add, NextInput, Operands, Results, residual_of
 
 _TYPES = dict.fromkeys((*Operands._fields, *Results._fields, *SpecTensors._fields), "Tensor?") | {
     "library": "str",

@@ -6,7 +6,7 @@ The kinds of activations and of norms stand in one table each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -164,70 +164,6 @@ class NextInput:
         if self.rows is None:
             return batch_size
         return self.rows.num_learning if self.detached == "frozen" else self.rows.num_rows
-
-
-class SpecTensors(NamedTuple):
-    """The tensors in an `Add` and a `NextInput`. Autograd saves them, to notice changes in place and to free them."""
-
-    rows: Any = None
-    inverse: Any = None
-    row_scale: Any = None
-    next_rows: Any = None
-    next_inverse: Any = None
-
-
-class SpecNumbers(NamedTuple):
-    """All else in an `Add` and a `NextInput`, with whether each of the two is given."""
-
-    adds: Any = False
-    num_learning: Any = 0
-    scale: Any = 1.0
-    channel_dim: Any = -1
-    activation: Any = None
-    gives_next: Any = False
-    num_next_learning: Any = 0
-    norm: Any = None
-    eps: Any = 0.0
-    detached: Any = None
-
-
-def parted(add: Add | None, next_input: NextInput | None, inverses: bool = True) -> tuple[SpecTensors, SpecNumbers]:
-    """Takes a call apart: its tensors, and all else. `inverses`: whether those of row sets are wanted."""
-    rows = inverse = row_scale = next_rows = next_inverse = activation = norm = detached = None
-    num_learning, num_next_learning, scale, channel_dim, eps = 0, 0, 1.0, -1, 0.0
-    if add is not None:
-        scale, row_scale, channel_dim, activation = add.scale, add.row_scale, add.channel_dim, add.activation
-        if add.rows is not None:
-            rows, num_learning = add.rows.index, add.rows.num_learning
-            inverse = add.rows.inverse if inverses else None
-    if next_input is not None:
-        norm, eps, detached, some = next_input.norm, next_input.eps, next_input.detached, next_input.rows
-        if some is not None:
-            next_rows, next_inverse, num_next_learning = (
-                some.index,
-                some.inverse if inverses else None,
-                some.num_learning,
-            )
-    return (
-        SpecTensors(rows, inverse, row_scale, next_rows, next_inverse),
-        SpecNumbers(
-            add is not None, num_learning, scale, channel_dim, activation,
-            next_input is not None, num_next_learning, norm, eps, detached,
-        ),
-    )  # fmt: skip
-
-
-def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
-    """Makes a call of what `parted` made of it."""
-    t, n = SpecTensors(*tensors), SpecNumbers(*numbers)
-    add = next_input = None
-    if n.adds:
-        rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
-        add = Add(rows, n.scale, t.row_scale, n.channel_dim, n.activation)
-    if n.gives_next:
-        next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)
-        next_input = NextInput(next_rows, n.norm, n.eps, n.detached)
-    return add, next_input
 
 
 class Operands(NamedTuple):

@@ -189,9 +189,11 @@ class TestWithoutTriton:
             importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
         )
         support.unavailable.cache_clear()
+        dispatch._why_not_kind.cache_clear()
         yield
         monkeypatch.undo()
         support.unavailable.cache_clear()
+        dispatch._why_not_kind.cache_clear()
 
     def test_says_so(self):
         assert "pip install triton" in rdp.available_backends()["triton"]

@@ -19,11 +19,20 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from .support import MAX_NORM_WIDTH, unavailable, why_not, why_not_kind
+from .launch import MAX_TILE_ROWS, why_not_rows
+from .support import MAX_NORM_WIDTH, unavailable, why_not_kind
 
 HAS_NORMS = True
 
-__all__ = ["HAS_NORMS", "MAX_NORM_WIDTH", "kernels", "unavailable", "why_not", "why_not_kind"]
+__all__ = [
+    "HAS_NORMS",
+    "MAX_NORM_WIDTH",
+    "MAX_TILE_ROWS",
+    "kernels",
+    "unavailable",
+    "why_not_kind",
+    "why_not_rows",
+]
 
 
 def kernels() -> ModuleType:

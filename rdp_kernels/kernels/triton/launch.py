@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .support import interpreted, why_not_rows
+from .support import interpreted
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
 MAX_PARTIALS = 1024
 """The most rows of partial sums: enough programs to fill any GPU, few enough to be summed in microseconds."""
+
+
+MAX_TILE_ROWS = 2**31 - 2**23
+"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
+2³¹."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,13 @@ class Tiles:
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         grid = (self.row_blocks * self.column_blocks,)
         Launch(kernel, grid, arguments | blocks, self.config, architecture(device)).run(device)
+
+
+def why_not_rows(num_rows: int) -> str | None:
+    """Why a call can't have so many tile rows, which are positions of samples (see `layout.Tiling`)."""
+    if num_rows <= MAX_TILE_ROWS:
+        return None
+    return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
 
 
 def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:

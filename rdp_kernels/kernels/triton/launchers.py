@@ -320,14 +320,14 @@ def _tile_arguments(context: Context, tiling: Tiling) -> dict[str, Any]:
 def _gather(context: Context, x: Tensor | None, results: Results, next_input: NextInput) -> None:
     assert next_input.rows is not None
     rows, width = next_input.rows, math.prod(context.shape[1:])
-    Tiles.of("gather_rows", context.device, rows.num_rows, width).run(
+    Tiles.of("gather_rows", context.device, rows.index.shape[0], width).run(
         _gather_rows_kernel,
         context.device,
         out_ptr=results.next,
         frozen_out_ptr=results.frozen_next,
         **_with_strides(x=x),
         index_ptr=rows.index.contiguous(),
-        num_rows=rows.num_rows,
+        num_rows=rows.index.shape[0],
         num_learning=rows.num_learning,
         width=width,
     )
@@ -345,7 +345,7 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
         inverse_ptr=inverse,
         index_ptr=rows.index.contiguous(),
         batch_size=batch_size,
-        num_rows=rows.num_rows,
+        num_rows=rows.index.shape[0],
     )
     return inverse
 
