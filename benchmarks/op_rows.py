@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels.autograd import FusedCall, fused_add, library_for
+from rdp_kernels.kernels.autograd import FusedCall, fused_add
+from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
 
 from . import op_bytes
@@ -108,7 +109,7 @@ class Path(Op):
         return (*gathered, x)
 
     def ours(self, x, *inputs):
-        kernels = library_for("path", Operands(x), None, None)
+        kernels = resolve("path", Operands(x)).kernels
         return self._path_by_path(x, inputs) if kernels is None else self._chain(kernels, x, inputs)
 
     def _path_by_path(self, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:

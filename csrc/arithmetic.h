@@ -1,6 +1,8 @@
 // The arithmetic of one element, which CPU and CUDA kernels share.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define RDP_ELEMENT __host__ __device__ __forceinline__
 #else
@@ -9,28 +11,32 @@
 
 namespace rdp {
 
-// residual + row_scale · γ · branch; `factor` is row_scale · γ.
+// residual + row_scale · γ · update; `factor` is row_scale · γ.
 template <class T>
-RDP_ELEMENT T added(T residual, T factor, T branch) {
-  return residual + factor * branch;
+RDP_ELEMENT T added(T residual, T factor, T update) {
+  return residual + factor * update;
 }
+
+// The codes of `ACTIVATIONS` in rdp_kernels/kernels/spec.py.
+enum class Activation : int8_t { none, relu };
+constexpr int NUM_ACTIVATIONS = 2;
 
 // NaN stays NaN, as in torch.
-template <class T>
-RDP_ELEMENT T relu(T x) {
-  return x < T(0) ? T(0) : x;
+template <Activation KIND, class T>
+RDP_ELEMENT T activated(T x) {
+  return KIND == Activation::relu && x < T(0) ? T(0) : x;
 }
 
-// The gradient that passes a ReLU whose result was `out`; it passes NaN, as in torch.
+// The gradient of a ReLU's argument; `out` is its result. NaN passes, as in torch.
 template <class T>
-RDP_ELEMENT T through_relu(T dout, T out) {
+RDP_ELEMENT T relu_gradient(T dout, T out) {
   return out <= T(0) ? T(0) : dout;
 }
 
-// What one element adds to dγ.
+// The term of one element in the sum for dγ.
 template <class T>
-RDP_ELEMENT T of_dgamma(T dout, T row_scale, T branch) {
-  return row_scale * dout * branch;
+RDP_ELEMENT T dgamma_term(T dout, T row_scale, T update) {
+  return row_scale * dout * update;
 }
 
 }  // namespace rdp

@@ -1,4 +1,5 @@
-// The ops, as torch sees them: raw, without autograd, which `rdp_kernels` puts over them.
+// The ops as torch sees them, without autograd: `rdp_kernels` adds it. Names are those of the ops' arguments.
+#include <exception>
 #include <tuple>
 #include <utility>
 
@@ -31,7 +32,7 @@ void run(const FusedAddBackward& call, const SampleLayout& layout) {
   cpu::fused_add_backward(call);
 }
 
-// How the branch is added; null where there is none of it.
+// How the branch is added; absent tensors are null.
 struct Addend {
   const Tensor *gamma = nullptr, *rows = nullptr, *row_scale = nullptr;
   int64_t num_learning = ALL;
@@ -47,7 +48,8 @@ struct NextRows {
 struct ForwardArguments {
   const Tensor *residual = nullptr, *branch = nullptr, *frozen = nullptr, *out = nullptr;
   Addend addend;
-  bool relu = false, gathers = false;
+  Activation activation = Activation::none;
+  bool gathers = false;
   NextRows next;
 };
 
@@ -62,7 +64,7 @@ struct BackwardArguments {
   NextRows next;
   int64_t batch_size = 0;
   bool in_float64 = false, wants_residual = false;
-  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of the gradients that are wanted
+  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of wanted gradients
 };
 
 struct BackwardResults {
@@ -78,22 +80,22 @@ ForwardResults forward(const ForwardArguments& given) {
 
   FusedAddForward call;
   call.adds = given.branch != nullptr;
-  call.relu = given.relu;
+  call.activation = given.activation;
   STD_TORCH_CHECK(
       call.adds || !(given.frozen || addend.gamma || addend.rows || addend.row_scale || given.out),
       "branch must be given where frozen, gamma, rows, row_scale or out is");
   const InvertedRows inverted("rows", layout, addend.rows, addend.num_learning, batch_size);
   call.rows = inverted.rows();
   call.residual = layout.samples("residual", given.residual, batch_size);
-  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
-  call.frozen = layout.samples("frozen", given.frozen, inverted.num_frozen());
+  call.update = layout.samples("branch", given.branch, inverted.num_learning());
+  call.frozen_update = layout.samples("frozen", given.frozen, inverted.num_frozen());
   STD_TORCH_CHECK(given.frozen || inverted.num_frozen() == 0, "frozen must be given where rows are frozen");
-  const Dtype dtype = given.residual ? call.residual.dtype : call.branch.dtype;
+  const Dtype dtype = given.residual ? call.residual.dtype : call.update.dtype;
   call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
   const int64_t channel_dim = channel_dim_of(layout, addend.gamma != nullptr, addend.channel_dim);
   call.geometry = layout.geometry(batch_size, channel_dim);
   call.gamma = layout.vector("gamma", addend.gamma, layout.size(channel_dim));
-  for (const Dtype each : {call.residual.dtype, call.branch.dtype, call.frozen.dtype, call.gamma.dtype}) {
+  for (const Dtype each : {call.residual.dtype, call.update.dtype, call.frozen_update.dtype, call.gamma.dtype}) {
     call.in_float64 |= each == Dtype::float64;
   }
 
@@ -120,7 +122,7 @@ ForwardResults forward(const ForwardArguments& given) {
 BackwardResults backward(const BackwardArguments& given) {
   const Addend& addend = given.addend;
   STD_TORCH_CHECK(given.dout || given.dnext || given.dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  // A tensor without rows has no order of its own.
+  // A tensor without rows doesn't tell the order of its dimensions.
   const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
   const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
   const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
@@ -138,7 +140,7 @@ BackwardResults backward(const BackwardArguments& given) {
   call.dnext = layout.samples("dnext", given.dnext, next_inverted.num_learning());
   call.dfrozen_next = layout.samples("dfrozen_next", given.dfrozen_next, next_inverted.num_frozen());
   call.out = layout.samples("out", given.out, batch_size);
-  call.branch = layout.samples("branch", given.branch, inverted.num_learning());
+  call.update = layout.samples("branch", given.branch, inverted.num_learning());
   STD_TORCH_CHECK(given.branch || !given.gamma_dtype, "branch must be given where the gradient of gamma is wanted");
   const Dtype dtype = given.dout ? call.dout.dtype : from_next ? call.dnext.dtype : call.dfrozen_next.dtype;
   call.scale = scale_of(layout, addend.row_scale, addend.scale, inverted.num_rows(), dtype);
@@ -161,8 +163,8 @@ BackwardResults backward(const BackwardArguments& given) {
     made = layout.empty(num_rows, dtype_of(name, *wanted));
     return layout.samples(name, *made, num_rows);
   };
-  call.dbranch = make("dbranch", results.dbranch, inverted.num_learning(), given.branch_dtype);
-  call.dfrozen = make("dfrozen", results.dfrozen, inverted.num_frozen(), given.frozen_dtype);
+  call.dupdate = make("dbranch", results.dbranch, inverted.num_learning(), given.branch_dtype);
+  call.dfrozen_update = make("dfrozen", results.dfrozen, inverted.num_frozen(), given.frozen_dtype);
   if (given.gamma_dtype) {
     results.dgamma = layout.empty_vector(layout.size(channel_dim), dtype_of("gamma", *given.gamma_dtype));
     call.dgamma = layout.vector("dgamma", *results.dgamma, layout.size(channel_dim));
@@ -173,7 +175,7 @@ BackwardResults backward(const BackwardArguments& given) {
 
 ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
                   const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
-                  const MaybeTensor& row_scale, double scale, int64_t channel_dim, bool relu, bool gathers,
+                  const MaybeTensor& row_scale, double scale, int64_t channel_dim, int64_t activation, bool gathers,
                   const MaybeTensor& next_rows, int64_t num_next_learning, const MaybeTensor& out) {
   auto [made, next, frozen_next] = forward({
       .residual = pointer(residual),
@@ -181,7 +183,7 @@ ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, c
       .frozen = pointer(frozen),
       .out = pointer(out),
       .addend = {pointer(gamma), pointer(rows), pointer(row_scale), num_learning, scale, channel_dim},
-      .relu = relu,
+      .activation = activation_of(activation),
       .gathers = gathers,
       .next = {pointer(next_rows), num_next_learning},
   });
@@ -213,15 +215,27 @@ FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext
   return {std::move(made), std::move(dbranch), std::move(dfrozen), std::move(dgamma)};
 }
 
-Tensor residual_add(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
-                    const MaybeTensor& row_scale, const MaybeTensor& rows, double scale, int64_t channel_dim,
-                    bool relu) {
-  return *forward({
-      .residual = &residual,
-      .branch = &branch,
-      .addend = {pointer(gamma), pointer(rows), pointer(row_scale), ALL, scale, channel_dim},
-      .relu = relu,
-  }).out;
+// Null where an argument doesn't fit. The caller then checks the arguments itself and words the error.
+template <class Call>
+MaybeTensor unless_refused(Call call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
+MaybeTensor residual_add(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
+                         const MaybeTensor& row_scale, const MaybeTensor& rows, double scale, int64_t channel_dim,
+                         int64_t activation) {
+  return unless_refused([&] {
+    return forward({
+        .residual = &residual,
+        .branch = &branch,
+        .addend = {pointer(gamma), pointer(rows), pointer(row_scale), ALL, scale, channel_dim},
+        .activation = activation_of(activation),
+    }).out;
+  });
 }
 
 ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch, const MaybeTensor& gamma,
@@ -247,8 +261,8 @@ ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch
   return {std::move(dresidual), std::move(dbranch), std::move(dgamma)};
 }
 
-Tensor gather_rows(const Tensor& residual, const Tensor& rows) {
-  return *forward({.residual = &residual, .gathers = true, .next = {&rows}}).next;
+MaybeTensor gather_rows(const Tensor& residual, const Tensor& rows) {
+  return unless_refused([&] { return forward({.residual = &residual, .gathers = true, .next = {&rows}}).next; });
 }
 
 Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batch_size) {
@@ -264,20 +278,20 @@ Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batc
 }  // namespace
 }  // namespace rdp
 
-// The most usual arguments stand first: those that are left out cost less.
+// The most usual arguments stand first, because arguments that are left out cost less.
 STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add(Tensor residual, Tensor branch, Tensor? gamma=None, Tensor? row_scale=None, "
-      "Tensor? rows=None, float scale=1.0, int channel_dim=-1, bool relu=False) -> Tensor");
+      "Tensor? rows=None, float scale=1.0, int channel_dim=-1, int activation=0) -> Tensor?");
   ops.def(
       "native_residual_add_backward(Tensor dout, Tensor? branch=None, Tensor? gamma=None, Tensor? row_scale=None, "
       "bool wants_branch=True, Tensor? out=None, Tensor? rows=None, float scale=1.0, int channel_dim=-1, "
       "ScalarType? branch_dtype=None) -> (Tensor?, Tensor?, Tensor?)");
-  ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor");
+  ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor?");
   ops.def("native_gather_rows_backward(Tensor dout, Tensor rows, int batch_size) -> Tensor");
   ops.def(
       "native_fused_add(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, int num_learning, "
-      "Tensor? row_scale, float scale, int channel_dim, bool relu, bool gathers, Tensor? next_rows, "
+      "Tensor? row_scale, float scale, int channel_dim, int activation, bool gathers, Tensor? next_rows, "
       "int num_next_learning, Tensor(a!)? out) -> (Tensor?, Tensor?, Tensor?)");
   ops.def(
       "native_fused_add_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
@@ -290,9 +304,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
 namespace {
 template <class Library>
 void implement(Library& ops) {
-  ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
   ops.impl("native_residual_add_backward", TORCH_BOX(&rdp::residual_add_backward));
-  ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
   ops.impl("native_gather_rows_backward", TORCH_BOX(&rdp::gather_rows_backward));
   ops.impl("native_fused_add", TORCH_BOX(&rdp::fused_add));
   ops.impl("native_fused_add_backward", TORCH_BOX(&rdp::fused_add_backward));
@@ -300,6 +312,11 @@ void implement(Library& ops) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rdp, CPU, ops) { implement(ops); }
+// These two refuse tensors of other devices by a null, where the dispatcher would raise.
+STABLE_TORCH_LIBRARY_IMPL(rdp, CompositeExplicitAutograd, ops) {
+  ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
+  ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));
+}
 #ifdef RDP_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rdp, CUDA, ops) { implement(ops); }
 #endif

@@ -1,5 +1,5 @@
-// Tensors as what `fused_add.h` takes. Every check that keeps a kernel inside its tensors is here; each error names the
-// argument, what came and what is wanted.
+// Makes the structs of `fused_add.h` from tensors. Every check that keeps a kernel inside its tensors is here; each
+// error names the argument, what it got and what it must be.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t MAX_DIMS = 16;
+constexpr int64_t MAX_DIMS = 16;  // arrays of a fixed size hold sizes and strides; no model has so many
 
 inline std::string shown(const int64_t* values, int64_t count) {
   std::string text = "[";
@@ -57,7 +57,13 @@ inline ScalarType scalar_type_of(Dtype dtype) {
   return types[int(dtype)];
 }
 
-// The shape of a sample and the order of its dimensions in memory, taken from the first tensor of a call: all others
+inline Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code < NUM_ACTIVATIONS, "activation must be from 0 to ", NUM_ACTIVATIONS - 1, ", got ",
+                  code);
+  return Activation(code);
+}
+
+// The shape of a sample and the order of its dimensions in memory. They are the first tensor's; all others of a call
 // have to agree. A sample lies in one piece; samples may be any distance apart.
 class SampleLayout {
  public:
@@ -68,7 +74,7 @@ class SampleLayout {
     const int64_t *sizes = like.sizes().data(), *strides = like.strides().data();
     std::copy_n(sizes, dim_, sizes_.begin());
     for (int64_t d = 0; d < dim_; ++d) order_[d] = d;
-    for (int64_t d = 2; d < dim_; ++d) {  // by falling stride; equal ones, as of size 1, stay as they are
+    for (int64_t d = 2; d < dim_; ++d) {  // by falling stride; dimensions of equal stride stay in order
       const int64_t moved = order_[d];
       int64_t at = d;
       for (; at > 1 && strides[order_[at - 1]] < strides[moved]; --at) order_[at] = order_[at - 1];
@@ -84,7 +90,7 @@ class SampleLayout {
   bool is_cuda() const { return is_cuda_; }
   int32_t device() const { return device_; }
 
-  // `channel_dim`: that of γ, or 0 where there is none; then a sample is one long row.
+  // `channel_dim` is the dimension of γ. Without γ it is 0, and a sample is one long row.
   Geometry geometry(int64_t batch_size, int64_t channel_dim) const {
     Geometry geometry;
     geometry.batch_size = batch_size;
@@ -141,9 +147,9 @@ class SampleLayout {
     std::array<int64_t, MAX_DIMS> sizes = sizes_, strides;
     sizes[0] = num_rows;
     int64_t stride = 1;
-    for (int64_t place = dim_ - 1; place >= 0; --place) {
-      strides[order_[place]] = stride;
-      stride *= std::max<int64_t>(sizes[order_[place]], 1);
+    for (int64_t at = dim_ - 1; at >= 0; --at) {
+      strides[order_[at]] = stride;
+      stride *= std::max<int64_t>(sizes[order_[at]], 1);
     }
     return empty_strided(sizes.data(), strides.data(), dim_, scalar_type_of(dtype));
   }
@@ -177,8 +183,8 @@ class SampleLayout {
     const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
     int64_t stride = 1;
     if (sample_size_ == 0 || tensor.size(0) == 0) return;
-    for (int64_t place = dim_ - 1; place >= 1; --place) {
-      const int64_t d = order_[place];
+    for (int64_t at = dim_ - 1; at >= 1; --at) {
+      const int64_t d = order_[at];
       STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == stride, name,
                       " must be contiguous, or each of its samples in the order of the first tensor's: got shape ",
                       shape_of(tensor), " with strides ", shown(strides, dim_));
@@ -192,8 +198,8 @@ class SampleLayout {
   std::array<int64_t, MAX_DIMS> sizes_, order_;
 };
 
-// `rows` int64 [K], unique, in [0, batch_size), inverted. Values are checked on the CPU only: on a GPU nobody waits for
-// them, and those out of range are left out. `num_learning` negative: all of them.
+// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only; a GPU isn't waited for,
+// and its kernel leaves out values out of range. A negative `num_learning` stands for all rows.
 class InvertedRows {
  public:
   InvertedRows(const char* name, const SampleLayout& layout, const Tensor* rows, int64_t num_learning,
@@ -242,14 +248,14 @@ class InvertedRows {
     return rows.size(0);
   }
 
-  const Rows& rows() const { return rows_; }
+  const RowSet& rows() const { return rows_; }
   int64_t num_learning() const { return rows_.num_learning; }
   int64_t num_frozen() const { return num_rows_ - rows_.num_learning; }
   int64_t num_rows() const { return num_rows_; }
 
  private:
-  static constexpr int64_t FEW = 64;
-  Rows rows_;
+  static constexpr int64_t FEW = 64;  // batches up to here need no allocation
+  RowSet rows_;
   int64_t num_rows_;
   int64_t few_[FEW];
   std::vector<int64_t> many_;
@@ -257,19 +263,19 @@ class InvertedRows {
 };
 
 inline Scale scale_of(const SampleLayout& layout, const Tensor* row_scale, double number, int64_t num_rows,
-                      Dtype stream) {
+                      Dtype residual) {
   Scale scale;
   scale.number = number;
   if (row_scale) {
     scale.per_row = layout.vector("row_scale", *row_scale, num_rows);
     STD_TORCH_CHECK(scale.per_row.dtype == Dtype::float32 ||
-                        (scale.per_row.dtype == Dtype::float64 && stream == Dtype::float64),
-                    "row_scale must be float32, or float64 where the stream is");
+                        (scale.per_row.dtype == Dtype::float64 && residual == Dtype::float64),
+                    "row_scale must be float32, or float64 where the residual is");
   }
   return scale;
 }
 
-// That of γ as a positive number; 0 without γ.
+// The dimension of γ as a positive number; 0 without γ.
 inline int64_t channel_dim_of(const SampleLayout& layout, bool has_gamma, int64_t channel_dim) {
   if (!has_gamma) return 0;
   const int64_t positive = channel_dim < 0 ? channel_dim + layout.dim() : channel_dim;

@@ -1,5 +1,5 @@
 // One fused add in raw pointers: an update added to the residual, and the rows of the next branch gathered.
-// No torch: `checks.h` makes these from tensors, `cpu/` computes them.
+// Without torch: `checks.h` makes these structs from tensors, `cpu/` and `cuda/` compute them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ RDP_ELEMENT int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Samples that each lie in one piece, `row_stride` elements apart. `data` is null where there is no such tensor.
+// A tensor [B, ...] whose samples each lie in one piece, `row_stride` elements apart. `data` is null if it is absent.
 struct Samples {
   void* data = nullptr;
   int64_t row_stride = 0;
@@ -43,53 +43,54 @@ struct Geometry {
   RDP_ELEMENT int64_t sample_size() const { return positions * width; }
 };
 
-// Where a sample stands among a branch's rows.
-struct Place {
-  int64_t index = -1;  // among all of them
-  int64_t row = -1;    // among those that learn, or among those that are frozen
+// Where a list of rows has the row of a sample.
+struct RowPosition {
+  int64_t index = -1;       // among all rows; -1: the sample has none
+  int64_t part_index = -1;  // among the rows that learn, or among those that are frozen
   bool learns = false;
 
-  RDP_ELEMENT bool there() const { return index >= 0; }
+  RDP_ELEMENT bool exists() const { return index >= 0; }
 };
 
-// The samples that a branch has rows for: those that learn, then those that are frozen.
-struct Rows {
-  const int64_t* inverse = nullptr;  // where sample b stands among the rows, or -1; null: sample b is row b
+// The samples that have a row in an update or in the next input: those that learn, then those that are frozen.
+struct RowSet {
+  const int64_t* inverse = nullptr;  // the index of sample b's row, or -1; null: sample b is row b
   int64_t num_learning = 0;
 
-  RDP_ELEMENT Place operator[](int64_t sample) const {
-    Place place;
-    place.index = inverse == nullptr ? sample : inverse[sample];
-    place.learns = place.there() && place.index < num_learning;
-    place.row = place.learns ? place.index : place.index - num_learning;
-    return place;
+  RDP_ELEMENT RowPosition operator[](int64_t sample) const {
+    RowPosition row;
+    row.index = inverse == nullptr ? sample : inverse[sample];
+    row.learns = row.exists() && row.index < num_learning;
+    row.part_index = row.learns ? row.index : row.index - num_learning;
+    return row;
   }
 };
 
 struct Scale {
-  Vector per_row;  // by the place's index
+  Vector per_row;  // by `RowPosition::index`
   double number = 1.0;
 };
 
-// out = act(residual + scale · γ · branch), next = out[next rows]. Unless it `adds`, the stream is only read.
+// out = act(residual + scale · γ · update), next = out[next rows]. Unless it `adds`, the residual is only read.
 // Arithmetic is in float32, or in float64.
 struct FusedAddForward {
   Geometry geometry;
-  bool in_float64 = false, adds = false, relu = false;
-  Rows rows, next_rows;
+  bool in_float64 = false, adds = false;
+  Activation activation = Activation::none;
+  RowSet rows, next_rows;
   Scale scale;
-  Samples residual, branch, frozen, out, next, frozen_next;
+  Samples residual, update, frozen_update, out, next, frozen_next;
   Vector gamma;
 };
 
-// The gradients of the above. `dresidual` may be `dout`. What isn't wanted has no data.
+// The gradients of the above. `dresidual` may be `dout`. A gradient that isn't wanted has no data.
 struct FusedAddBackward {
   Geometry geometry;
   bool in_float64 = false;
-  Rows rows, next_rows;
+  RowSet rows, next_rows;
   Scale scale;
-  Samples dout, dnext, dfrozen_next, out, branch;
-  Samples dresidual, dbranch, dfrozen;
+  Samples dout, dnext, dfrozen_next, out, update;
+  Samples dresidual, dupdate, dfrozen_update;
   Vector gamma, dgamma;
 };
 

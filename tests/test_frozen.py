@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rdp_kernels as rdp
-from rdp_kernels.paths.freezing import Frozen, SaveLess, bypass, save_less_pays
+from rdp_kernels.paths.freezing import Frozen, SaveLess, add_detached, save_less_pays
 
 CONVS = [
     (nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),
@@ -62,18 +62,18 @@ def test_lean_ops_leave_learning_and_half_precision_alone():
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_bypass_is_linear_in_the_gradient(activation):
+def test_add_detached_is_linear_in_the_gradient(activation):
     constant = torch.randn(4, 3, dtype=torch.float64)
 
     def run(x):
-        return bypass(x, lambda: (x + constant).relu() if activation else x + constant, activation)
+        return add_detached(x, lambda: (x + constant).relu() if activation else x + constant, activation)
 
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, x)
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
-def test_bypass_runs_without_grad():
+def test_add_detached_runs_without_grad():
     weight = torch.randn(3, requires_grad=True)
     seen = []
 
@@ -83,7 +83,7 @@ def test_bypass_runs_without_grad():
         return x + update
 
     x = torch.randn(3, requires_grad=True)
-    bypass(x, compute).sum().backward()
+    add_detached(x, compute).sum().backward()
     assert seen == [False]
     assert weight.grad is None
     assert torch.equal(x.grad, torch.ones(3))

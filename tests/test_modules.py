@@ -103,7 +103,7 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
 @pytest.mark.parametrize("mask", [torch.empty(0, 4, 4).bool(), torch.empty(0, 4, 4)], ids=["bool", "float"])
 def test_an_empty_batch_takes_part_on_a_rank_among_others(mask, monkeypatch):
     """Its per-sample arguments have no row for the call that other ranks wait for."""
-    monkeypatch.setattr("rdp_kernels.paths.call.world_size", lambda: 2)
+    monkeypatch.setattr("rdp_kernels.paths.binding.world_size", lambda: 2)
 
     class Attention(nn.Linear):
         def forward(self, x, mask):
@@ -212,7 +212,7 @@ L = nn.Linear(2, 2)
             "shortcut must be a module with a forward",
         ),
         (lambda: rdp.ResidualBranch(L, gamma=nn.Parameter(torch.ones(2, 2))), TypeError, r"gamma.*\[C\].*\[2, 2\]"),
-        (lambda: rdp.ResidualBranch(L, channel_dim=0), ValueError, "channel_dim must name a dimension behind the rows"),
+        (lambda: rdp.ResidualBranch(L, channel_dim=0), ValueError, "channel_dim must name a dimension other than 0"),
         (lambda: rdp.ResidualBranch(L, per_sample=None), TypeError, "per_sample must be a collection"),
         (lambda: rdp.ResidualBranch(L, per_sample=["mask"]), ValueError, "per_sample names 'mask'"),
         (lambda: rdp.ResidualBranch(L, per_sample=[0]), ValueError, "per_sample names 0"),

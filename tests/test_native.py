@@ -23,7 +23,7 @@ SCALE, ROWS = torch.tensor([1.5, 0.0, 2.0, 1.0]), torch.tensor([2, 0])
 
 def tail(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
          gathers=False, next_rows=None, num_next_learning=-1, out=None):  # fmt: skip
-    return OPS.native_fused_add(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, False,
+    return OPS.native_fused_add(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, 0,
                            gathers, next_rows, num_next_learning, out)  # fmt: skip
 
 
@@ -58,7 +58,7 @@ BAD = {
     "scales": (lambda: tail(row_scale=SCALE[:3]), r"row_scale must have shape \[4\], got \[3\]"),
     "scales of rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS, row_scale=SCALE), r"row_scale must have shape \[2\]"),
     "narrow scales": (lambda: tail(row_scale=SCALE.half()), "row_scale must be float32"),
-    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the stream is"),
+    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the residual is"),
     "too far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 4])), r"rows must be in \[0, 4\), got 4"),
     "negative": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, -1])), r"rows must be in \[0, 4\), got -1"),
     "very far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 2**62])), r"rows must be in \[0, 4\)"),
@@ -83,7 +83,7 @@ BAD = {
     "dresidual": (lambda: fused_add_backward(dresidual=torch.empty(B)), "dresidual must have shape"),
     "dγ's dtype": (lambda: fused_add_backward(gamma_dtype=torch.int32), "gamma must be float32.*got Int"),
     "strided dout": (lambda: fused_add_backward(dout=STRIDED), "dout must be contiguous"),
-    "gather, no rows": (lambda: OPS.native_gather_rows(X, torch.tensor([0.0])), "rows must be an int64 tensor"),
+    "gather, no rows": (lambda: OPS.native_gather_rows_backward(X, torch.tensor([0.0]), B), "rows must be an int64 tensor"),
     "gathered": (lambda: OPS.native_gather_rows_backward(X[:2], torch.tensor([3, 9]), B), r"rows must be in \[0, 4\)"),
     "a gradient for γ": (lambda: OPS.native_residual_add_backward(X, BRANCH), "gamma must be given where its gradient"),
     "a number's gradient": (lambda: OPS.native_residual_add_backward(torch.tensor(1.0)), "dout must have its rows"),

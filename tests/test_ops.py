@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rdp_kernels as rdp
-from rdp_kernels._utils.checks import ACTIVATIONS
 from rdp_kernels.kernels import dispatch, native
 from rdp_kernels.kernels.eager import ForkRows
-from rdp_kernels.ops.residual_add_norm import NORMS
+from rdp_kernels.kernels.spec import ACTIVATIONS, NORMS
 
 
 def naive_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation):
@@ -233,7 +232,7 @@ def test_type_checkers_know_the_options():
         parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
         return {choice for part in parts for choice in (typing.get_args(part) or (None,))}
 
-    assert options(rdp.residual_add, "activation") == set(ACTIVATIONS)
+    assert options(rdp.residual_add, "activation") == {None, *ACTIVATIONS}
     assert options(rdp.residual_add_norm, "norm") == set(NORMS)
     assert options(rdp.use_backend, "name") == set(dispatch._CHOICES)
 

@@ -71,7 +71,7 @@ def test_opcheck(library, name):
         operands = operands._replace(weight=None, bias=None)
     if next_input == NextInput():
         return  # the head of a path without rows and norm is the stream itself
-    opcheck(torch.ops.rdp.fused_add.default, (library, *operands, *registered._spell(add, next_input), True))
+    opcheck(torch.ops.rdp.fused_add.default, (library, *operands, *registered.spell(add, next_input), True))
 
 
 @pytest.mark.parametrize("name", [name for name in calls() if "dense" not in name])

@@ -642,7 +642,7 @@ def test_no_warnings_and_no_growth():
         warnings.simplefilter("error")
         for _ in range(1000):
             run(scheme, net)
-    assert len(scheme._closed) <= 16
+    assert len(scheme._pairs.history.closed) <= 16
 
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])

@@ -113,7 +113,7 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     dout_before = dout.clone()
     out.backward(dout)
     # The last tail's incoming gradient is the caller's, and its own is that one: the tail before it has to allocate.
-    assert [tail.node.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
     assert torch.equal(dout, dout_before)
     assert torch.equal(x, before)
 
@@ -127,7 +127,7 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     paths, x = sequence(), stream(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
     assert [tail.in_place for tail in seen] == [False] * (DEPTH + 1)
-    assert [tail.node.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
     seen.clear()
     with torch.no_grad():
         paths(x)

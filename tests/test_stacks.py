@@ -175,7 +175,7 @@ def test_resuming_is_bit_identical(mode, stop, tmp_path):
     def train(net, optimizer, scheme, steps):
         for _ in range(steps):
             with scheme.reuse_iteration() if scheme.reuse_pending else scheme.drop_iteration(5):
-                batch = torch.Generator().manual_seed(scheme._drawn)
+                batch = torch.Generator().manual_seed(scheme._pairs.drawn)
                 net(torch.randn(5, 3, generator=batch)).square().sum().backward()
                 optimizer.step(), optimizer.zero_grad()
 

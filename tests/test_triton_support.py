@@ -7,9 +7,9 @@ import torch
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels import registered
-from rdp_kernels.kernels.autograd import library_for
+from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
-from rdp_kernels.kernels.triton import support
+from rdp_kernels.kernels.triton import launch, support
 from rdp_kernels.kernels.triton.launch import CONFIGS, Tiles
 
 from .conftest import DEVICE, INTERPRETED
@@ -80,24 +80,24 @@ def test_rows_are_counted_as_they_are_cut(name):
     """The compiled library numbers rows in 64 bits."""
     operands, add, next_input = (TOO_MANY | FEW_ENOUGH)[name]
     with rdp.use_backend("triton"):
-        assert (library_for("op", operands, add, next_input, required=False) is None) == (name in TOO_MANY)
+        assert (resolve("op", operands, add, next_input, required=False).library is None) == (name in TOO_MANY)
         if name in TOO_MANY:
             with pytest.raises(
                 RuntimeError, match="number up to 2139095040 rows of tiles, and this call has 2147483648"
             ):
-                library_for("op", operands, add, next_input)
+                resolve("op", operands, add, next_input)
     if DEVICE == "cpu" and next_input is None and rdp.available_backends()["native"] is None:
         with rdp.use_backend("native"):
-            assert library_for("op", operands, add, None) is not None
+            assert resolve("op", operands, add).library == "native"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="meta tensors are on no GPU")
 def test_a_compiled_graph_refuses_when_it_runs():
-    """It doesn't ask `why_not`, which would have to know sizes: the launcher does."""
+    """It isn't asked for sizes: the launcher does."""
     x = expanded(2**30, 2, 2, device="meta")
     operands, add, _ = case(x, -1)
     with pytest.raises(RuntimeError, match="residual_add_fwd: .* split the batch, or take another backend"):
-        registered._forward("triton", *operands, *registered._spell(add, None), False)
+        registered._forward("triton", *operands, *registered.spell(add, None), False)
 
 
 @pytest.mark.parametrize("op", CONFIGS)
@@ -105,7 +105,7 @@ def test_a_compiled_graph_refuses_when_it_runs():
 def test_the_last_program_stays_below_31_bits(op, width):
     for sums in (False, True):
         for whole_rows in (False, True):
-            tiles = Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS, width, whole_rows, sums)
+            tiles = Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS, width, whole_rows, sums)
             assert tiles.row_blocks * tiles.tiles * tiles.block_m < 2**31
     with pytest.raises(RuntimeError, match=f"{op}: "):
-        Tiles.of(op, torch.device(DEVICE), support.MAX_TILE_ROWS + 1, width)
+        Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS + 1, width)

@@ -44,7 +44,7 @@ def set_up() -> set[str]:
     dispatch._LIBRARIES["triton"] = SimpleNamespace(  # type: ignore[assignment]
         HAS_NORMS=True,
         unavailable=lambda: None,
-        why_not=lambda *_: None,
+        MAX_TILE_ROWS=None,
         why_not_kind=lambda *_: None,
         kernels=triton.kernels,
     )

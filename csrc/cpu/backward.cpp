@@ -10,15 +10,15 @@ namespace {
 template <class Acc>
 class GammaSums {
  public:
-  GammaSums(const FusedAddBackward& call, const Geometry& geometry, const Grid& grid, const Pieces<Acc>& pieces)
-      : call_(call), grid_(grid), pieces_(pieces), geometry_(geometry) {
+  GammaSums(const FusedAddBackward& call, const Geometry& geometry, const Grid& grid, const RowLoops<Acc>& loops)
+      : call_(call), grid_(grid), loops_(loops), geometry_(geometry) {
     if (call.dgamma) partials_.reset(new Acc[num_partials() * per_partial()]);
   }
 
-  // The sums of one work item.
-  class OfItem {
+  // The partial sums of one work item.
+  class ItemSums {
    public:
-    OfItem(GammaSums& all, int64_t row_block, int64_t column_block)
+    ItemSums(GammaSums& all, int64_t row_block, int64_t column_block)
         : all_(all), row_block_(row_block), column_block_(column_block) {
       if (!all.call_.dgamma) return;
       const Grid& grid = all.grid_;
@@ -31,17 +31,17 @@ class GammaSums {
       }
     }
 
-    // Where a piece is added to, column by column.
+    // The sums that a piece is added to, column by column.
     Acc* sums_of(const Piece& piece) { return repeated() ? repeats_.elements : columns() + piece.column; }
 
-    void add(const Piece& piece, const Acc* d, const Acc* branch, Acc scale) {
+    void add(const Piece& piece, const Acc* d, const Acc* update, Acc scale) {
       const int64_t width = all_.geometry_.width;
       if (all_.geometry_.gamma_per_position) {
         for (int64_t start = 0, row = piece.row; start < piece.n; start += width, ++row) {
-          *of_row(row) += all_.pieces_.total(d + start, branch + start, scale, std::min(width, piece.n - start));
+          *of_row(row) += all_.loops_.total(d + start, update + start, scale, std::min(width, piece.n - start));
         }
       } else {
-        all_.pieces_.accumulate(sums_of(piece), d, branch, scale, piece.n);
+        all_.loops_.accumulate(sums_of(piece), d, update, scale, piece.n);
       }
     }
 
@@ -79,10 +79,10 @@ class GammaSums {
         }
       } else {
         for (int64_t i = 0; i < num_partials(); ++i) {
-          pieces_.add_partials(sums, partials_.get() + i * channels + from, n);
+          loops_.add_partials(sums, partials_.get() + i * channels + from, n);
         }
       }
-      best_pieces<double>().store[int(call_.dgamma.dtype)](
+      best_row_loops<double>().store[int(call_.dgamma.dtype)](
           sums, static_cast<char*>(call_.dgamma.data) + from * size_of(call_.dgamma.dtype), n);
     });
   }
@@ -93,75 +93,99 @@ class GammaSums {
 
   const FusedAddBackward& call_;
   const Grid& grid_;
-  const Pieces<Acc>& pieces_;
+  const RowLoops<Acc>& loops_;
   const Geometry& geometry_;
   std::unique_ptr<Acc[]> partials_;
 };
 
+// The gradients of the pieces of one work item.
+template <class Acc>
+class ItemBackward {
+ public:
+  ItemBackward(const FusedAddBackward& call, const Gamma<Acc>& gamma, bool gamma_per_position, GammaSums<Acc>& sums,
+               int64_t row_block, int64_t column_block)
+      : call_(call), gamma_(gamma), gamma_per_position_(gamma_per_position), sums_(sums, row_block, column_block) {}
+
+  void process(const Piece& piece) {
+    const RowPosition update_row = call_.rows[piece.sample];
+    const Samples& dupdate = update_row.learns ? call_.dupdate : call_.dfrozen_update;
+    const Acc scale = update_row.exists() ? scale_of<Acc>(call_.scale, update_row) : Acc(0);
+    const bool wants_dupdate = update_row.exists() && dupdate;
+    const bool wants_dgamma = update_row.learns && call_.dgamma && scale != 0;
+    const bool needs_gradient = scale != 0 && (wants_dupdate || wants_dgamma);
+    const Acc* d = call_.dresidual || needs_gradient ? gradient_of_sum(piece, needs_gradient) : nullptr;
+    if (d == nullptr || !needs_gradient) {
+      if (wants_dupdate) fill_zero(dupdate, update_row.part_index, piece);
+      return;
+    }
+    const Acc* update = wants_dgamma ? buffer_.read(loops_, call_.update, update_row.part_index, piece) : nullptr;
+    if (!wants_dupdate) return sums_.add(piece, d, update, scale);
+    Acc* to = result_.target(dupdate, update_row.part_index, piece);
+    Acc scaled = scale;
+    const Acc* factor = gamma_.of(piece, scaled, factors_);
+    if (wants_dgamma && call_.gamma && !gamma_per_position_) {
+      loops_.scaled_and_accumulated(to, sums_.sums_of(piece), d, update, factor, scale, piece.n);
+    } else {
+      if (wants_dgamma) sums_.add(piece, d, update, scale);
+      loops_.scaled(to, d, factor, scaled, piece.n);
+    }
+    result_.store(loops_, dupdate, update_row.part_index, piece);
+  }
+
+  void finish() { sums_.finish(); }
+
+ private:
+  // Computes the gradient of the sum before its activation, and stores it in `dresidual` if that is wanted. Null where
+  // the gradient is zero, or where it was copied and nothing else needs it.
+  const Acc* gradient_of_sum(const Piece& piece, bool needed) {
+    const int64_t sample = piece.sample;
+    const RowPosition next_row = call_.next_rows[sample];
+    const Samples& from_next = next_row.learns ? call_.dnext : call_.dfrozen_next;
+    const bool has_next = next_row.exists() && from_next;
+    if (!call_.dout && !has_next) {
+      if (call_.dresidual) fill_zero(call_.dresidual, sample, piece);
+      return nullptr;
+    }
+    const bool changes = call_.out || (call_.dout && has_next);
+    if (call_.dresidual && !changes) {
+      call_.dout ? copy(call_.dresidual, sample, call_.dout, sample, piece)
+                 : copy(call_.dresidual, sample, from_next, next_row.part_index, piece);
+      if (!needed) return nullptr;
+    }
+    const Acc* d = call_.dout ? dout_.read(loops_, call_.dout, sample, piece) : nullptr;
+    const Acc* dnext = has_next ? dnext_.read(loops_, from_next, next_row.part_index, piece) : nullptr;
+    if (d == nullptr) d = std::exchange(dnext, nullptr);
+    if (!changes) return d;
+    const Acc* out = call_.out ? buffer_.read(loops_, call_.out, sample, piece) : nullptr;
+    Acc* to = call_.dresidual ? combined_.target(call_.dresidual, sample, piece) : combined_.elements;
+    loops_.combine(to, d, dnext, out, piece.n);
+    if (call_.dresidual) combined_.store(loops_, call_.dresidual, sample, piece);
+    return to;
+  }
+
+  const FusedAddBackward& call_;
+  const RowLoops<Acc>& loops_ = best_row_loops<Acc>();
+  const Gamma<Acc>& gamma_;
+  bool gamma_per_position_;
+  typename GammaSums<Acc>::ItemSums sums_;
+  Buffer<Acc> dout_, dnext_, buffer_, combined_, result_, factors_;
+};
+
 template <class Acc>
 void run(const FusedAddBackward& call) {
-  const Pieces<Acc>& pieces = best_pieces<Acc>();
+  const RowLoops<Acc>& loops = best_row_loops<Acc>();
   const bool gathered = call.dnext || call.dfrozen_next;
   const Geometry geometry =
       gathered ? call.geometry
                : merged(call.geometry, call.rows, call.scale,
-                        {&call.dout, &call.out, &call.branch, &call.dresidual, &call.dbranch});
-  const Grid grid(geometry, converts<Acc>({&call.dout, &call.dnext, &call.branch, &call.dbranch, &call.dfrozen}),
+                        {&call.dout, &call.out, &call.update, &call.dresidual, &call.dupdate});
+  const Grid grid(geometry, converts<Acc>({&call.dout, &call.dnext, &call.update, &call.dupdate, &call.dfrozen_update}),
                   bool(call.dgamma) && !geometry.gamma_per_position);
-  const Gamma<Acc> gamma(pieces, call.gamma, geometry, grid);
-  GammaSums<Acc> sums(call, geometry, grid, pieces);
-
+  const Gamma<Acc> gamma(loops, call.gamma, geometry, grid);
+  GammaSums<Acc> sums(call, geometry, grid, loops);
   grid.for_each_item([&](int64_t row_block, int64_t column_block) {
-    typename GammaSums<Acc>::OfItem item(sums, row_block, column_block);
-    Buffer<Acc> x, y, z, combined, result, factors;
-    grid.for_each_piece(row_block, column_block, [&](const Piece& piece) {
-      const int64_t sample = piece.sample;
-      const Place place = call.rows[sample];
-      const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-      Acc scale = place.there() ? scale_of<Acc>(call.scale, place) : Acc(0);
-      const bool wants_update = place.there() && dbranch, wants_sum = place.learns && call.dgamma && scale != 0;
-      if (wants_update && scale == 0) fill_zero(dbranch, place.row, piece);
-      const bool reads = scale != 0 && (wants_update || wants_sum);
-      if (!call.dresidual && !reads) return;
-
-      const Place next = call.next_rows[sample];
-      const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
-      const bool has_next = next.there() && from_next;
-      if (!call.dout && !has_next) {
-        if (call.dresidual) fill_zero(call.dresidual, sample, piece);
-        if (reads && wants_update) fill_zero(dbranch, place.row, piece);
-        return;
-      }
-      const bool changes = call.out || (call.dout && has_next);
-      if (call.dresidual && !changes) {
-        call.dout ? copy(call.dresidual, sample, call.dout, sample, piece)
-                  : copy(call.dresidual, sample, from_next, next.row, piece);
-        if (!reads) return;
-      }
-      const Acc* d = call.dout ? x.read(pieces, call.dout, sample, piece) : nullptr;
-      const Acc* dnext = has_next ? y.read(pieces, from_next, next.row, piece) : nullptr;
-      if (d == nullptr) d = std::exchange(dnext, nullptr);
-      if (changes) {
-        const Acc* out = call.out ? z.read(pieces, call.out, sample, piece) : nullptr;
-        Acc* to = call.dresidual ? combined.target(call.dresidual, sample, piece) : combined.elements;
-        pieces.combine(to, d, dnext, out, piece.n);
-        if (call.dresidual) combined.store(pieces, call.dresidual, sample, piece);
-        d = to;
-      }
-      if (!reads) return;
-      const Acc* update = wants_sum ? z.read(pieces, call.branch, place.row, piece) : nullptr;
-      if (!wants_update) return item.add(piece, d, update, scale);
-      Acc* to = result.target(dbranch, place.row, piece);
-      if (wants_sum && call.gamma && !geometry.gamma_per_position) {
-        const Acc* factor = gamma.of(piece, scale, factors);
-        pieces.scaled_and_accumulated(to, item.sums_of(piece), d, update, factor, scale, piece.n);
-      } else {
-        if (wants_sum) item.add(piece, d, update, scale);
-        const Acc* factor = gamma.of(piece, scale, factors);
-        pieces.scaled(to, d, factor, scale, piece.n);
-      }
-      result.store(pieces, dbranch, place.row, piece);
-    });
+    ItemBackward<Acc> item(call, gamma, geometry.gamma_per_position, sums, row_block, column_block);
+    grid.for_each_piece(row_block, column_block, [&](const Piece& piece) { item.process(piece); });
     item.finish();
   });
   sums.write();

@@ -1,4 +1,4 @@
-// How a fused add is cut into work items, and these into pieces. Both follow from shapes alone, so that sums over items are
+// Cuts a fused add into work items, and these into pieces. Both follow from shapes alone, so that sums over items are
 // the same bits for any number of threads.
 #pragma once
 
@@ -14,21 +14,21 @@
 
 namespace rdp::cpu {
 
-constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few such fit the L1 cache,
-constexpr int64_t CONVERTED_PIECE = 1024;  // and of these twice as many, where some are copies in another dtype
-constexpr int64_t ITEM = 65536;            // elements of a work item
-constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is rather tall, that there be few partial sums
+constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few pieces fit the L1 cache
+constexpr int64_t CONVERTED_PIECE = 1024;  // the same where dtypes are converted, which adds a copy of each piece
+constexpr int64_t ITEM = 65536;            // elements of a work item: tens of microseconds, so that threads can share
+constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is no wider: tall ones make few partial sums
 constexpr int64_t SERIAL = 32768;          // elements below which a second thread doesn't pay, as in torch
 
-// `n` elements from `offset` on in a sample; they are part of row `row` = sample · positions + position from `column`
-// on, or that row and whole ones after it.
+// `n` elements of a sample, from `offset` on. They lie in row `row` = sample · positions + position from `column` on,
+// or they are that row and whole rows after it.
 struct Piece {
   int64_t sample, offset, row, column, n;
 };
 
-// The geometry of a call that treats all samples alike and finds them one behind the other: they are one sample then,
-// and pieces needn't end where a short one does.
-inline Geometry merged(Geometry geometry, const Rows& rows, const Scale& scale,
+// Where a call treats all samples alike and they follow each other in memory, they are merged into one sample: pieces
+// then needn't end where a short sample ends.
+inline Geometry merged(Geometry geometry, const RowSet& rows, const Scale& scale,
                        std::initializer_list<const Samples*> tensors) {
   bool merges = rows.inverse == nullptr && !scale.per_row;
   for (const Samples* samples : tensors) {

@@ -1,18 +1,18 @@
-// Tensors of any dtype as pieces of `Acc`: in place where that is their dtype, else through a buffer.
+// Reads and writes tensors of any dtype in pieces of `Acc`: directly where that is their dtype, else through a buffer.
 #pragma once
 
 #include <cstring>
 #include <memory>
 
 #include "grid.h"
-#include "pieces.h"
+#include "row_loops.h"
 
 namespace rdp::cpu {
 
 template <class Acc>
 constexpr Dtype DTYPE_OF = sizeof(Acc) == 8 ? Dtype::float64 : Dtype::float32;
 
-// Whether a tensor of a call has to be converted.
+// Whether any of a call's tensors has to be converted.
 template <class Acc>
 bool converts(std::initializer_list<const Samples*> tensors) {
   return std::any_of(tensors.begin(), tensors.end(),
@@ -27,7 +27,7 @@ inline void fill_zero(const Samples& samples, int64_t row, const Piece& piece) {
   std::memset(address(samples, row, piece), 0, piece.n * size_of(samples.dtype));
 }
 
-// Both of the same dtype.
+// Both tensors have the same dtype.
 inline void copy(const Samples& to, int64_t to_row, const Samples& from, int64_t from_row, const Piece& piece) {
   char *target = address(to, to_row, piece), *source = address(from, from_row, piece);
   if (target != source) std::memcpy(target, source, piece.n * size_of(to.dtype));
@@ -37,38 +37,38 @@ template <class Acc>
 struct Buffer {
   alignas(64) Acc elements[PIECE];
 
-  const Acc* read(const Pieces<Acc>& pieces, const Samples& samples, int64_t row, const Piece& piece) {
+  const Acc* read(const RowLoops<Acc>& loops, const Samples& samples, int64_t row, const Piece& piece) {
     const char* from = address(samples, row, piece);
     if (samples.dtype == DTYPE_OF<Acc>) return reinterpret_cast<const Acc*>(from);
-    pieces.load[int(samples.dtype)](from, elements, piece.n);
+    loops.load[int(samples.dtype)](from, elements, piece.n);
     return elements;
   }
 
-  // Where to write a piece, which `store` then brings to its place.
+  // Where to write a piece, which `store` then moves to its tensor.
   Acc* target(const Samples& samples, int64_t row, const Piece& piece) {
     return samples.dtype == DTYPE_OF<Acc> ? reinterpret_cast<Acc*>(address(samples, row, piece)) : elements;
   }
 
-  void store(const Pieces<Acc>& pieces, const Samples& samples, int64_t row, const Piece& piece) {
+  void store(const RowLoops<Acc>& loops, const Samples& samples, int64_t row, const Piece& piece) {
     if (samples.dtype == DTYPE_OF<Acc>) return;
-    pieces.store[int(samples.dtype)](elements, address(samples, row, piece), piece.n);
+    loops.store[int(samples.dtype)](elements, address(samples, row, piece), piece.n);
   }
 };
 
 template <class Acc>
-Acc scale_of(const Scale& scale, const Place& place) {
+Acc scale_of(const Scale& scale, const RowPosition& row) {
   if (!scale.per_row) return Acc(scale.number);
-  return scale.per_row.dtype == Dtype::float64 ? Acc(static_cast<const double*>(scale.per_row.data)[place.index])
-                                               : Acc(static_cast<const float*>(scale.per_row.data)[place.index]);
+  return scale.per_row.dtype == Dtype::float64 ? Acc(static_cast<const double*>(scale.per_row.data)[row.index])
+                                               : Acc(static_cast<const float*>(scale.per_row.data)[row.index]);
 }
 
-// γ as `Acc`, repeated as often as whole rows fit a piece.
+// γ as `Acc`, repeated for each of the whole rows that fit a piece.
 template <class Acc>
 class Gamma {
  public:
-  Gamma(const Pieces<Acc>& pieces, const Vector& gamma, const Geometry& geometry, const Grid& grid)
-      : geometry_(geometry), there_(bool(gamma)) {
-    if (!there_) return;
+  Gamma(const RowLoops<Acc>& loops, const Vector& gamma, const Geometry& geometry, const Grid& grid)
+      : geometry_(geometry), given_(bool(gamma)) {
+    if (!given_) return;
     const int64_t channels = geometry.channels;
     const int64_t repeats = geometry.gamma_per_position ? 1 : grid.rows_of_piece();
     if (gamma.dtype == DTYPE_OF<Acc> && repeats == 1) {
@@ -80,14 +80,14 @@ class Gamma {
       many_.reset(new Acc[channels * repeats]);
       factors = many_.get();
     }
-    pieces.load[int(gamma.dtype)](gamma.data, factors, channels);
+    loops.load[int(gamma.dtype)](gamma.data, factors, channels);
     for (int64_t i = channels; i < channels * repeats; ++i) factors[i] = factors[i - channels];
     factors_ = factors;
   }
 
-  // A factor for each element of a piece, or null and one number, by which `scale` is multiplied.
+  // A factor for each element of a piece; or null, and `scale` is multiplied by the one factor of all its elements.
   const Acc* of(const Piece& piece, Acc& scale, Buffer<Acc>& buffer) const {
-    if (!there_) return nullptr;
+    if (!given_) return nullptr;
     if (!geometry_.gamma_per_position) return factors_ + piece.column;
     if (piece.n <= geometry_.width) {
       scale *= factors_[channel_of(piece.row)];
@@ -102,9 +102,9 @@ class Gamma {
  private:
   int64_t channel_of(int64_t row) const { return row % geometry_.positions % geometry_.channels; }
 
-  static constexpr int64_t FEW = 64;
+  static constexpr int64_t FEW = 64;  // up to here γ is kept without an allocation
   Geometry geometry_;
-  bool there_;
+  bool given_;
   const Acc* factors_ = nullptr;
   Acc few_[FEW];
   std::unique_ptr<Acc[]> many_;

@@ -12,7 +12,7 @@
 #include "gather_rows.cuh"
 #include "residual_add.cuh"
 
-// It lives in torch's CUDA library: absent where a library built for both is loaded by a CPU torch.
+// It lives in torch's CUDA library, and is absent where a CPU-only torch loads a library that was built with CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace rdp::cuda {
@@ -30,7 +30,7 @@ void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel couldn't be launched: ", cudaGetErrorString(error));
 }
 
-// Memory for the time until all that the stream holds now has run.
+// Memory that lives until everything in the CUDA stream so far has run.
 template <class T>
 class Scratch {
  public:
@@ -47,12 +47,13 @@ class Scratch {
   torch::stable::Tensor memory_;
 };
 
+// A block for each THREADS steps of a sample, up to 1024: beyond that threads loop, and a GPU is full long before.
 dim3 grid_of(const Geometry& geometry, int64_t steps) {
   const int64_t x = std::clamp<int64_t>((steps + THREADS - 1) / THREADS, 1, 1024);
   return dim3(x, std::min(geometry.batch_size, MAX_BLOCKS_Y));
 }
 
-// Calls run(stream, branch, pack) with two dtypes and the number of elements of a pack as types.
+// Calls run(residual, update, pack) with two dtypes and the number of elements of a pack as types.
 template <int N>
 struct Size {
   static constexpr int value = N;
@@ -63,21 +64,21 @@ struct Type {
 };
 
 template <class Run>
-void with_types(Dtype stream, Dtype branch, bool packed, const Run& run) {
+void with_types(Dtype residual, Dtype update, bool packed, const Run& run) {
   const auto with = [&](auto s, auto u, auto n) { packed ? run(s, u, n) : run(s, u, Size<1>()); };
   using Float = Type<float>;
   using BFloat16 = Type<__nv_bfloat16>;
   using Half = Type<__half>;
-  if (stream == Dtype::float32 && branch == Dtype::float32) return with(Float(), Float(), Size<4>());
-  if (stream == Dtype::float32 && branch == Dtype::bfloat16) return with(Float(), BFloat16(), Size<8>());
-  if (stream == Dtype::float32 && branch == Dtype::float16) return with(Float(), Half(), Size<8>());
-  if (stream == Dtype::bfloat16 && branch == Dtype::bfloat16) return with(BFloat16(), BFloat16(), Size<8>());
-  if (stream == Dtype::float16 && branch == Dtype::float16) return with(Half(), Half(), Size<8>());
-  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library have a branch of the stream's dtype, or a bfloat16 "
-                         "or float16 one on a float32 stream, and no float64");
+  if (residual == Dtype::float32 && update == Dtype::float32) return with(Float(), Float(), Size<4>());
+  if (residual == Dtype::float32 && update == Dtype::bfloat16) return with(Float(), BFloat16(), Size<8>());
+  if (residual == Dtype::float32 && update == Dtype::float16) return with(Float(), Half(), Size<8>());
+  if (residual == Dtype::bfloat16 && update == Dtype::bfloat16) return with(BFloat16(), BFloat16(), Size<8>());
+  if (residual == Dtype::float16 && update == Dtype::float16) return with(Half(), Half(), Size<8>());
+  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library take a branch of the residual's dtype, or a "
+                         "bfloat16 or float16 one with a float32 residual, and no float64");
 }
 
-int pack_size(Dtype stream, Dtype branch) { return stream == Dtype::float32 && branch == Dtype::float32 ? 4 : 8; }
+int pack_size(Dtype residual, Dtype update) { return residual == Dtype::float32 && update == Dtype::float32 ? 4 : 8; }
 
 template <class... Tensors>
 bool fits_packs(const Geometry& geometry, int n, const Vector& gamma, const Tensors&... tensors) {
@@ -91,24 +92,24 @@ void check_served(const Geometry& geometry, bool in_float64, const Vector& gamma
                   "the CUDA kernels of the compiled library have no float64");
 }
 
-// The branch's dtype; learning and frozen rows have the same.
-Dtype branch_dtype(const Samples& learning, const Samples& frozen, Dtype otherwise) {
+// The dtype of the update; its learning and frozen rows share it.
+Dtype update_dtype(const Samples& learning, const Samples& frozen, Dtype otherwise) {
   STD_TORCH_CHECK(!learning || !frozen || learning.dtype == frozen.dtype, "frozen must have the dtype of branch");
   return learning ? learning.dtype : frozen ? frozen.dtype : otherwise;
 }
 
-void gather(const FusedAddForward& call, const Samples& stream, cudaStream_t cuda_stream) {
-  const int64_t bytes = call.geometry.sample_size() * size_of(stream.dtype);
+void gather(const FusedAddForward& call, const Samples& x, cudaStream_t stream) {
+  const int64_t bytes = call.geometry.sample_size() * size_of(x.dtype);
   const auto run = [&](auto word) {
     const int64_t words = bytes / sizeof(word);
-    gather_rows_kernel<decltype(word)><<<grid_of(call.geometry, words), THREADS, 0, cuda_stream>>>(
-        stream, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
+    gather_rows_kernel<decltype(word)><<<grid_of(call.geometry, words), THREADS, 0, stream>>>(
+        x, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
     check_launch();
   };
-  const bool wide = bytes % PACK_BYTES == 0 && samples_are_aligned(stream) && samples_are_aligned(call.next) &&
+  const bool wide = bytes % PACK_BYTES == 0 && samples_are_aligned(x) && samples_are_aligned(call.next) &&
                     samples_are_aligned(call.frozen_next);
   if (wide) return run(int4());
-  stream.dtype == Dtype::float32 ? run(int32_t()) : run(int16_t());
+  x.dtype == Dtype::float32 ? run(int32_t()) : run(int16_t());
 }
 
 }  // namespace
@@ -119,11 +120,11 @@ void fused_add_forward(const FusedAddForward& call, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   if (call.adds) {
-    const Dtype branch = branch_dtype(call.branch, call.frozen, call.out.dtype);
-    const int n = pack_size(call.out.dtype, branch);
+    const Dtype update = update_dtype(call.update, call.frozen_update, call.out.dtype);
+    const int n = pack_size(call.out.dtype, update);
     const bool packed =
-        fits_packs(call.geometry, n, call.gamma, call.residual, call.branch, call.frozen, call.out);
-    with_types(call.out.dtype, branch, packed, [&](auto s, auto u, auto size) {
+        fits_packs(call.geometry, n, call.gamma, call.residual, call.update, call.frozen_update, call.out);
+    with_types(call.out.dtype, update, packed, [&](auto s, auto u, auto size) {
       constexpr int N = decltype(size)::value;
       const dim3 grid = grid_of(call.geometry, call.geometry.sample_size() / N);
       residual_add_fwd_kernel<typename decltype(s)::type, typename decltype(u)::type, N>
@@ -146,20 +147,20 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     return;
   }
   check_served(geometry, call.in_float64, call.gamma, call.scale);
-  // The stream's dtype; gradients without rows have no data, and there may be no others.
+  // The tensor that has the residual's dtype. Gradients without rows have no data, and there may be no others.
   const Samples& source = call.dresidual ? call.dresidual
                           : call.dout    ? call.dout
                           : call.dnext   ? call.dnext
                                          : call.dfrozen_next;
-  const Samples& update = call.branch ? call.branch : call.dbranch;
-  STD_TORCH_CHECK(!call.branch || !call.dbranch || call.branch.dtype == call.dbranch.dtype,
+  const Samples& learning = call.update ? call.update : call.dupdate;
+  STD_TORCH_CHECK(!call.update || !call.dupdate || call.update.dtype == call.dupdate.dtype,
                   "dbranch must have the dtype of branch");
   STD_TORCH_CHECK(call.dgamma.dtype != Dtype::float64, "dgamma must not be float64");
-  const Dtype branch = branch_dtype(update, call.dfrozen, source.dtype);
-  const int n = pack_size(source.dtype, branch);
-  const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out, call.branch,
-                                 call.dresidual, call.dbranch, call.dfrozen);
-  with_types(source.dtype, branch, packed, [&](auto s, auto u, auto size) {
+  const Dtype update = update_dtype(learning, call.dfrozen_update, source.dtype);
+  const int n = pack_size(source.dtype, update);
+  const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out,
+                                 call.update, call.dresidual, call.dupdate, call.dfrozen_update);
+  with_types(source.dtype, update, packed, [&](auto s, auto u, auto size) {
     using S = typename decltype(s)::type;
     using U = typename decltype(u)::type;
     constexpr int N = decltype(size)::value;

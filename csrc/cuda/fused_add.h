@@ -1,5 +1,5 @@
-// What the CUDA kernels serve: γ along the columns; float32, bfloat16 and float16, the branch in the stream's dtype or
-// narrower than a float32 stream.
+// The CUDA kernels. They take γ along the columns, and float32, bfloat16 and float16: the update has the residual's
+// dtype, or a narrower one with a float32 residual.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,11 +8,12 @@
 
 namespace rdp::cuda {
 
-// All on the device and current stream of `device`. Raise where a call isn't served, or a launch fails.
+// All tensors are on `device`; the kernels run on its current CUDA stream. Raises for a call that the kernels don't
+// serve, and where a launch fails.
 void fused_add_forward(const FusedAddForward& call, int32_t device);
 void fused_add_backward(const FusedAddBackward& call, int32_t device);
 
-// inverse [batch_size] of rows [num_rows], both int64. Rows out of range are left out.
+// inverse [batch_size] of rows [num_rows], both int64. RowSet out of range are left out.
 void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device);
 
 }  // namespace rdp::cuda

@@ -1,30 +1,31 @@
-// Rows gathered, and a list of rows inverted, on raw pointers. The gather's backward is an add: `residual_add.cuh`.
+// Kernels that gather rows and that invert a list of rows, on raw pointers. The gather's backward is an add, in
+// `residual_add.cuh`.
 #pragma once
 
 #include "residual_add.cuh"
 
 namespace rdp::cuda {
 
-// Words of 16 bytes, or the elements themselves, are moved as they are.
+// Moves words of 16 bytes, or single elements, without looking at their values.
 template <class Word>
 __global__ void __launch_bounds__(THREADS)
-    gather_rows_kernel(const Samples stream, const Samples next, const Samples frozen_next, const Rows rows,
+    gather_rows_kernel(const Samples x, const Samples next, const Samples frozen_next, const RowSet rows,
                        int64_t batch_size, int64_t words) {
   const int64_t step = int64_t(gridDim.x) * THREADS;
-  const int64_t element = size_of(stream.dtype);
+  const int64_t element = size_of(x.dtype);
   for (int64_t sample = blockIdx.y; sample < batch_size; sample += gridDim.y) {
-    const Place place = rows[sample];
-    void* const data = place.learns ? next.data : frozen_next.data;
-    if (!place.there() || data == nullptr) continue;
-    const int64_t stride = place.learns ? next.row_stride : frozen_next.row_stride;
-    const char* from = static_cast<const char*>(stream.data) + sample * stream.row_stride * element;
+    const RowPosition next_row = rows[sample];
+    void* const data = next_row.learns ? next.data : frozen_next.data;
+    if (!next_row.exists() || data == nullptr) continue;
+    const int64_t stride = next_row.learns ? next.row_stride : frozen_next.row_stride;
+    const char* from = static_cast<const char*>(x.data) + sample * x.row_stride * element;
     const Word* source = reinterpret_cast<const Word*>(from);
-    Word* target = reinterpret_cast<Word*>(static_cast<char*>(data) + place.row * stride * element);
+    Word* target = reinterpret_cast<Word*>(static_cast<char*>(data) + next_row.part_index * stride * element);
     for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
   }
 }
 
-// inverse[rows[i]] = i, -1 where there is none. Indices out of range are left out: nothing is written outside.
+// inverse[rows[i]] = i, and -1 elsewhere. Indices out of range are left out, so that nothing outside is written.
 __global__ void __launch_bounds__(1024)
     invert_rows_kernel(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size) {
   for (int64_t sample = threadIdx.x; sample < batch_size; sample += blockDim.x) inverse[sample] = -1;

@@ -1,5 +1,5 @@
 // The masked residual add, forward and backward, on raw pointers. A pack of elements per thread and step; samples are
-// blocks of the grid's y, so that whether a sample has a branch is asked once a block.
+// blocks of the grid's y, so that a block asks only once whether a sample has an update.
 #pragma once
 
 #include "../arithmetic.h"
@@ -7,9 +7,10 @@
 
 namespace rdp::cuda {
 
-constexpr int THREADS = 256;
-constexpr int64_t MAX_BLOCKS_Y = 65535;
-// The sums for dγ: a block has COLUMN_THREADS packs of columns and ROW_THREADS rows at a time, of CHUNK_ROWS in all.
+constexpr int THREADS = 256;             // of a block; several blocks fit a multiprocessor
+constexpr int64_t MAX_BLOCKS_Y = 65535;  // CUDA's limit
+// Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time,
+// CHUNK_ROWS in all: few enough that there are many blocks, enough that partial sums are few beside the rows.
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 constexpr int64_t CHUNK_ROWS = 128;
@@ -24,35 +25,35 @@ __device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
   return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
 }
 
-// The scale of a sample's branch; 0 where it is dropped, and then it is never read.
-__device__ __forceinline__ float scale_of(const Scale& scale, const Place& place) {
-  if (!place.there()) return 0.0f;
-  return scale.per_row ? static_cast<const float*>(scale.per_row.data)[place.index] : float(scale.number);
+// The scale of a sample's update; 0 where it is dropped, and then it is never read.
+__device__ __forceinline__ float scale_of(const Scale& scale, const RowPosition& row) {
+  if (!row.exists()) return 0.0f;
+  return scale.per_row ? static_cast<const float*>(scale.per_row.data)[row.index] : float(scale.number);
 }
 
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAddForward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
-    const Place place = call.rows[sample];
-    const float scale = scale_of(call.scale, place);
-    const Samples& branch = place.learns ? call.branch : call.frozen;
+    const RowPosition update_row = call.rows[sample];
+    const float scale = scale_of(call.scale, update_row);
+    const Samples& learning_or_frozen = update_row.learns ? call.update : call.frozen_update;
     const bool adds = scale != 0;
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float sum[N] = {};
       if (call.residual) load<S, N>(sum, at<const S>(call.residual, sample, offset));
       if (adds) {
         float update[N], gamma[N];
-        load<U, N>(update, at<const U>(branch, place.row, offset));
+        load<U, N>(update, at<const U>(learning_or_frozen, update_row.part_index, offset));
         if (call.gamma) load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
         }
       }
-      if (call.relu) {
+      if (call.activation == Activation::relu) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] = relu(sum[i]);
+        for (int i = 0; i < N; ++i) sum[i] = activated<Activation::relu>(sum[i]);
       }
       store<S, N>(at<S>(call.out, sample, offset), sum);
     }
@@ -61,15 +62,15 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
 
 // The gradient of the sum, before its activation. False where there is none.
 template <class S, int N>
-__device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& call, const Place& next, int64_t sample,
-                                         int64_t offset) {
-  const Samples& from_next = next.learns ? call.dnext : call.dfrozen_next;
-  const bool has_next = next.there() && from_next;
+__device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& call, const RowPosition& next_row,
+                                         int64_t sample, int64_t offset) {
+  const Samples& from_next = next_row.learns ? call.dnext : call.dfrozen_next;
+  const bool has_next = next_row.exists() && from_next;
   if (!call.dout && !has_next) return false;
   if (call.dout) load<S, N>(d, at<const S>(call.dout, sample, offset));
   if (has_next) {
     float dnext[N];
-    load<S, N>(dnext, at<const S>(from_next, next.row, offset));
+    load<S, N>(dnext, at<const S>(from_next, next_row.part_index, offset));
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] = call.dout ? d[i] + dnext[i] : dnext[i];
   }
@@ -77,49 +78,52 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& 
     float out[N];
     load<S, N>(out, at<const S>(call.out, sample, offset));
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] = through_relu(d[i], out[i]);
+    for (int i = 0; i < N; ++i) d[i] = relu_gradient(d[i], out[i]);
   }
   return true;
 }
 
-// One pack of all gradients but dγ, to whose sums it is added.
+// Writes one pack of every gradient but dγ, and adds to the sums for dγ.
 template <class S, class U, int N>
-__device__ __forceinline__ void backward_pack(const FusedAddBackward& call, const Place& place, float scale,
-                                              const Place& next, int64_t sample, int64_t offset, int64_t column, float (&sums)[N]) {
-  const Samples& dbranch = place.learns ? call.dbranch : call.dfrozen;
-  const bool updates = place.there() && dbranch, reads = scale != 0;
-  const bool summed = place.learns && reads && call.dgamma;
+__device__ __forceinline__ void backward_pack(const FusedAddBackward& call, const RowPosition& update_row, float scale,
+                                              const RowPosition& next_row, int64_t sample, int64_t offset,
+                                              int64_t column, float (&sums)[N]) {
+  const Samples& dupdate = update_row.learns ? call.dupdate : call.dfrozen_update;
+  const bool wants_dupdate = update_row.exists() && dupdate, kept = scale != 0;
+  const bool wants_dgamma = update_row.learns && kept && call.dgamma;
   float d[N] = {};
-  const bool has_gradient = (call.dresidual || (reads && (updates || summed))) && gradient<S, N>(d, call, next, sample, offset);
+  const bool needs_gradient = call.dresidual || (kept && (wants_dupdate || wants_dgamma));
+  const bool has_gradient = needs_gradient && gradient<S, N>(d, call, next_row, sample, offset);
   if (call.dresidual) store<S, N>(at<S>(call.dresidual, sample, offset), d);
-  if (summed && has_gradient) {
+  if (wants_dgamma && has_gradient) {
     float update[N];
-    load<U, N>(update, at<const U>(call.branch, place.row, offset));
+    load<U, N>(update, at<const U>(call.update, update_row.part_index, offset));
 #pragma unroll
-    for (int i = 0; i < N; ++i) sums[i] += of_dgamma(d[i], scale, update[i]);
+    for (int i = 0; i < N; ++i) sums[i] += dgamma_term(d[i], scale, update[i]);
   }
-  if (!updates) return;
+  if (!wants_dupdate) return;
   float gamma[N];
-  if (call.gamma && reads) load_gamma(gamma, call.gamma, column);
+  if (call.gamma && kept) load_gamma(gamma, call.gamma, column);
 #pragma unroll
-  for (int i = 0; i < N; ++i) d[i] = reads ? (call.gamma ? scale * gamma[i] : scale) * d[i] : 0.0f;
-  store<U, N>(at<U>(dbranch, place.row, offset), d);
+  for (int i = 0; i < N; ++i) d[i] = kept ? (call.gamma ? scale * gamma[i] : scale) * d[i] : 0.0f;
+  store<U, N>(at<U>(dupdate, update_row.part_index, offset), d);
 }
 
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const FusedAddBackward call) {
   const int64_t size = call.geometry.sample_size(), step = int64_t(gridDim.x) * THREADS * N;
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
-    const Place place = call.rows[sample], next = call.next_rows[sample];
-    const float scale = scale_of(call.scale, place);
+    const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
+    const float scale = scale_of(call.scale, update_row);
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float nothing[N];
-      backward_pack<S, U, N>(call, place, scale, next, sample, offset, column_of(offset, call.geometry.width), nothing);
+      backward_pack<S, U, N>(call, update_row, scale, next_row, sample, offset,
+                             column_of(offset, call.geometry.width), nothing);
     }
   }
 }
 
-// The same with the first stage of dγ: partials [chunks of rows, C], each a sum in a fixed order.
+// The same with the first stage of dγ: partials [chunks of rows, C]; each is summed in a fixed order.
 template <class S, class U, int N>
 __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
     residual_add_bwd_sums_kernel(const FusedAddBackward call, float* partials) {
@@ -132,9 +136,10 @@ __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
     const int64_t end = min((chunk + 1) * CHUNK_ROWS, num_rows);
     for (int64_t row = chunk * CHUNK_ROWS + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
       const int64_t sample = row / positions;
-      const Place place = call.rows[sample], next = call.next_rows[sample];
-      const float scale = scale_of(call.scale, place);
-      backward_pack<S, U, N>(call, place, scale, next, sample, (row - sample * positions) * width + column, column, sums);
+      const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
+      const float scale = scale_of(call.scale, update_row);
+      backward_pack<S, U, N>(call, update_row, scale, next_row, sample,
+                             (row - sample * positions) * width + column, column, sums);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
@@ -151,7 +156,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
   }
 }
 
-// The second stage, a thread a column.
+// The second stage: one thread for each column.
 template <class G>
 __global__ void __launch_bounds__(THREADS)
     sum_partials_kernel(G* dgamma, const float* partials, int64_t num_chunks, int64_t width) {

@@ -2,7 +2,10 @@
 
 import torch
 
+NO_BACKWARD = -1
+"""What `torch._C._current_graph_task_id()` returns outside of a backward."""
+
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward: a forward in there is checkpointing's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is running a backward. A forward inside of one is checkpointing's recomputation."""
+    return torch._C._current_graph_task_id() != NO_BACKWARD

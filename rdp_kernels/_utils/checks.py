@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: each error names the argument, what came and what is wanted."""
+"""Argument checks that the public functions share. Each error names the argument, what was given and what is wanted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-ACTIVATIONS = (None, "relu")
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
@@ -22,7 +21,7 @@ def check_choice(name: str, value: object, choices: Collection) -> None:
 
 
 def check_probability(name: str, value: object) -> float:
-    """A real number in [0, 1] as a float; NaN, bools, tensors and strings are refused."""
+    """Returns a real number in [0, 1] as a float. Refuses NaN, bools, tensors and strings."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
     if not 0.0 <= float(value) <= 1.0:  # NaN fails this too
@@ -45,7 +44,7 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
 
 
 def check_stream(name: str, value: object) -> Tensor:
-    """A floating-point tensor with rows in dimension 0."""
+    """Returns a floating-point tensor with rows in dimension 0."""
     if not isinstance(value, Tensor):
         hint = ""
         if isinstance(value, fx.Proxy):
@@ -61,7 +60,7 @@ def check_stream(name: str, value: object) -> Tensor:
 
 
 def check_rows(name: str, rows: object, num_rows: int, device: torch.device) -> None:
-    """int64 [K] on `device`; range and uniqueness are checked where the host has the values (a CPU tensor)."""
+    """Checks for int64 `[K]` on `device`; and the range and uniqueness of the values of a CPU tensor."""
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name} must be an int64 tensor, got {type(rows).__name__}")
     if rows.dtype != torch.int64 or rows.dim() != 1:
@@ -83,12 +82,10 @@ def check_residual_add(
     rows: Tensor | None,
     row_scale: Tensor | float | None,
     gamma: Tensor | None,
-    channel_dim: int,
-    activation: str | None,
+    channel_dim: int = -1,
 ) -> None:
-    """The arguments of `residual_add`, except for what costs a pass over `rows`."""
+    """Checks the arguments of `residual_add`, except for the values of `rows`, which cost a pass over them."""
     residual, branch = check_stream("residual", residual), check_stream("branch", branch)
-    check_choice("activation", activation, ACTIVATIONS)
     num_rows = residual.shape[0] if rows is None else rows.shape[0]
     wanted = [num_rows, *residual.shape[1:]]
     if list(branch.shape) != wanted:
@@ -104,7 +101,7 @@ def check_residual_add(
 def _check_row_scale(row_scale: object, num_rows: int, residual: Tensor) -> None:
     if row_scale is None:
         return
-    # float64 only where the stream is: elsewhere the kernels compute in float32.
+    # float64 only where the residual is float64: elsewhere the kernels compute in float32.
     dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
     if not isinstance(row_scale, Tensor):
         if isinstance(row_scale, bool) or not isinstance(row_scale, Real):
@@ -144,12 +141,10 @@ def _check_gamma(gamma: object, residual: Tensor, channel_dim: int) -> None:
         raise ValueError(f"gamma must be on {residual.device} like the residual, got {gamma.device}")
 
 
-def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: object) -> None:
-    """The arguments of a norm over the residual's last dimension."""
+def check_norm(residual: Tensor, weight: object, bias: object, eps: object) -> None:
+    """Checks the arguments of a norm over the residual's last dimension."""
     if residual.dim() < 2:
         raise ValueError(f"residual must have rows and channels, got {residual.dim()} dimension")
-    if norm == "rms" and bias is not None:
-        raise ValueError("bias must be None: RMSNorm has none")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
@@ -166,8 +161,8 @@ def check_norm(residual: Tensor, weight: object, bias: object, norm: str, eps: o
 
 
 def why_not_plain(tensors: Collection[Tensor]) -> str | None:
-    """Why compiled kernels can't take these as they are: their values may lie elsewhere, or a derivative is taken that
-    kernels have no rule for."""
+    """Why compiled kernels can't take these tensors, or None: their values may lie elsewhere, or a derivative is asked
+    for that the kernels have no rule for."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__}, a subclass of Tensor, may hold its values elsewhere"
@@ -183,14 +178,14 @@ NO_RULE = (
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode AD or a `torch.func` transform is active. They take torch's own ops, but neither kernels nor
-    autograd functions that have a backward alone."""
+    """Whether forward-mode AD or a `torch.func` transform is active. These work with torch's own ops, but neither with
+    kernels nor with autograd functions that only have a backward."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def host_has(tensor: Tensor) -> bool:
-    """Whether Python may ask for the values of a CPU tensor: not under `torch.compile`, of a fake tensor, or under
-    `vmap`, where there are many."""
+    """Whether Python may read the values of a CPU tensor. It may not under `torch.compile`, of a fake tensor, and under
+    `vmap`, where each value stands for many."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_probability
-from ..paths.path import CONVERTED, PathBinding, paths_of
+from ..paths.binding import PathBinding
+from ..paths.path import CONVERTED, paths_of
 from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check

@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.spec import row_set
+from ..paths.binding import Decider, PathBinding, PathModule, StochasticDepth
+from ..paths.decision import ROWS, SKIP, Decision
 from ..paths.freezing import tensors_of
-from ..paths.path import CONVERTED, Decision
+from ..paths.path import CONVERTED
 from .calls import Call, Refused, cloned
 from .carve import Carved
 from .libraries import is_drop_path
@@ -192,24 +194,30 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
     """Runs the converted forward under decisions that say the same."""
     _silence(block)
     for index, path in enumerate(path for _, path in block.__dict__[CONVERTED]):
-        path.binding = _Fixed(pattern, index)
+        path.binding = decided_by(_Fixed(pattern, index))
         if path.drop_path is not None:
             path.drop_path.training = True
     return called(block)
 
 
-class _Fixed:
-    scheme = branch_runner = call_override = graph_mask = None
+def decided_by(decider: Decider) -> PathBinding:
+    binding = PathBinding()
+    binding.decider = decider
+    return binding
+
+
+class _Fixed(StochasticDepth):
+    """Decides by a pattern of rows."""
 
     def __init__(self, pattern: tuple[int, ...], path: int):
         self._pattern, self._path = pattern, path
 
-    def decide(self, x: Tensor) -> Decision:
+    def decide(self, module: PathModule, x: Tensor) -> Decision:
         keep = _mask(self._pattern, self._path, x).cpu()
         count = int(keep.sum())
         if count in (0, len(keep)):
-            return Decision(learning=count > 0, scale=SCALE)
-        return Decision(learning=False, rows=row_set(keep, x.device), scale=SCALE)
+            return Decision(scale=SCALE) if count else Decision(SKIP)
+        return Decision(ROWS, row_set(keep, x.device), SCALE)
 
 
 # Outputs and gradients

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..paths.binding import PathModule, StochasticDepth
+from ..paths.decision import FROZEN, SKIP, Decision
 from ..paths.freezing import tensors_of
-from ..paths.path import CONVERTED, Decision, parameters_of
+from ..paths.path import CONVERTED, parameters_of
 from .calls import Call, Refused, cloned
 from .carve import Carved
 from .check import (
@@ -31,6 +33,7 @@ from .check import (
     _spread,
     _without_dropout,
     called,
+    decided_by,
     depends_on_dtype,
     device_type_of,
     precision_of,
@@ -167,21 +170,19 @@ def _state_of(block: nn.Module) -> dict[str, Any]:
     return state
 
 
-class _Decided:
-    """A binding that always decides the same."""
-
-    scheme = branch_runner = call_override = graph_mask = None
+class _Decided(StochasticDepth):
+    """Always decides the same."""
 
     def __init__(self, decision: Decision):
         self._decision = decision
 
-    def decide(self, x: Tensor) -> Decision:
+    def decide(self, module: PathModule, x: Tensor) -> Decision:
         return self._decision
 
 
 def _decide(block: nn.Module, decision: Decision) -> None:
     for _, path in block.__dict__[CONVERTED]:
-        path.binding = _Decided(decision)
+        path.binding = decided_by(_Decided(decision))
 
 
 def _ours(ours: nn.Module, when: str, run: Callable[[], _Step]) -> _Step:
@@ -379,12 +380,12 @@ class _Masked:
         assert expected is not None
         frozen, dropped = self._converted(self._exact), self._converted(self._exact)
         before = _tensors_held(frozen)
-        actual = self._decided(frozen, Decision(False, frozen=True), when)
+        actual = self._decided(frozen, Decision(FROZEN), when)
         after = _tensors_held(frozen)
-        self._decided(dropped, Decision(False), when)
+        self._decided(dropped, Decision(SKIP), when)
         moved = _changed(before, after) - _changed(before, _tensors_held(dropped))
         if moved:  # an attribute that a call sets is no state of the branch, one that goes on moving is
-            self._decided(frozen, Decision(False, frozen=True), when)
+            self._decided(frozen, Decision(FROZEN), when)
             again = _changed(after, _tensors_held(frozen))
             for name in sorted(moved):
                 if name in again or not name.startswith("the attribute"):

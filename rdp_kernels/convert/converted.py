@@ -11,8 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..paths.binding import PathBinding
 from ..paths.call import run_path
-from ..paths.path import CONVERTED, PathBinding
+from ..paths.path import CONVERTED
 from ..paths.promotion import Promotion
 from .observed import Law, has_hooks, law_of
 from .spec import PathSpec

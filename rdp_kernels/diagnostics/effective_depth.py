@@ -123,7 +123,7 @@ class _Backward:
 
         def look(path: int, call: PathCall, x: Tensor) -> Tensor:
             paths[path] = None
-            return call.run(x, call.decide(x))
+            return call.run(x)
 
         with undisturbed(self._model), torch.no_grad(), standing_in(self._model, look):
             self._loss(self._model)

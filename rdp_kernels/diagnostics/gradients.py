@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..paths.binding import PathModule
 from ..paths.call import PathCall
-from ..paths.path import PathModule, find_path_modules, parameters_of
+from ..paths.path import find_path_modules, parameters_of
 from ._plots import axes_or_new, label_layers
 from .observe import standing_in, undisturbed
 
@@ -71,7 +72,7 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
         x, whole = requiring_grad(x, call)
         if whole:  # the edge stays that of this value, also if something behind writes to the tensor
             inputs.setdefault(path, []).append(get_gradient_edge(x))
-        return call.run(x, call.decide(x))
+        return call.run(x)
 
     parameters = [
         [p for p in {id(p): p for p in parameters_of(o)}.values() if p.requires_grad] for o in path_modules.values()
@@ -102,7 +103,7 @@ def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
     all that comes through the path. It is not where the shortcut was computed before, from what it was instead."""
     if x.requires_grad:
         return x, True
-    return x.detach().requires_grad_(), call.given_residual is None
+    return x.detach().requires_grad_(), call.known_residual is None
 
 
 def _parameters(path_module: PathModule) -> list[nn.Parameter]:

@@ -242,7 +242,7 @@ def _swappable(model: nn.Module, evaluate: Callable[[Any], float], adjacent: boo
     seen: dict[int, set[str]] = {}
 
     def look(path: int, call: PathCall, x: Tensor) -> Tensor:
-        out = call.run(x, call.decide(x))
+        out = call.run(x)
         shapes = pytree.tree_map(_shape, (x, out, call.args, call.kwargs))
         seen.setdefault(path, set()).add(repr(shapes))
         return out

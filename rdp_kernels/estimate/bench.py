@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .._utils.autograd import in_backward
 from ..convert.converted import ConvertedPath
 from ..paths.call import PathCall
+from ..paths.decision import ALL_ROWS
 from ..paths.freezing import FreezeBN
-from ..paths.path import WHOLE, batch_norms_of, find_paths, parameters_of
+from ..paths.path import batch_norms_of, find_paths, parameters_of
 from ..scheme.rest import Rest
 from .meters import Clock, Flops, Saved
 from .pieces import REST, Pieces, Quantity, Streams
@@ -95,7 +96,7 @@ class Bench:
                         timed_before[likeness] = site.seconds()
                     for state, (whole, fixed) in timed_before[likeness].items():
                         seconds.branch[state][number], seconds.fixed[state][number] = whole, fixed
-            out = PathCall(call.module, call.batch_size, call.args, call.kwargs, residual).run_here(x, WHOLE)
+            out = PathCall(call.module, call.batch_size, call.args, call.kwargs, residual).run_here(x, ALL_ROWS)
             _follow(streams, number, last, x, out)
             streams.activation[number] = call.module.activation is not None
             copies = isinstance(call.module, ConvertedPath)  # what follows in its block may write to what it gives
@@ -135,7 +136,7 @@ class Bench:
     def _probe(self, path: int, call: PathCall, x: Tensor) -> Tensor:
         if in_backward():
             raise Unmeasurable("the model recomputes calls of its paths: switch its checkpointing off to estimate")
-        return self._on_call(path, call, x) if call.module.training else call.run(x, WHOLE)
+        return self._on_call(path, call, x) if call.module.training else call.run(x, ALL_ROWS)
 
     def _run_rest(self, kind: str, passes: bool, meter: Flops | Clock) -> _Run:
         """A forward and backward with every path dropped. `passes`: what the first call gives requires grad."""

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of, row_set
+from ..paths.binding import PathModule
 from ..paths.call import PathCall
+from ..paths.decision import FROZEN, LEARN, ROWS, Decision
 from ..paths.freezing import FreezeBN
-from ..paths.path import Decision, PathModule, batch_norms_of, modules_of, parameters_of
+from ..paths.path import batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
 from .pieces import STATES
 
@@ -97,7 +99,8 @@ class Site:
         passes = rows is not None or state in ("learn", "frozen")
         frozen = state in ("frozen", "still")
         freeze = "branch" if state == "still" else "parameters"
-        decision = Decision(rows is None and not frozen, rows is None and frozen, rows, 1.0, freeze, self.freeze_bn)
+        kind = ROWS if rows is not None else FROZEN if frozen else LEARN
+        decision = Decision(kind, rows, freeze=freeze, freeze_bn=self.freeze_bn)
         arguments, structure = pytree.tree_flatten((self.call.args, self.call.kwargs))
         flags = self.argument_grads[frozen]
         entering = (_entering(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))

@@ -13,8 +13,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..paths.binding import BranchRunner, PathBinding, PathModule
 from ..paths.freezing import Frozen, keeps_statistics
-from ..paths.path import BranchRunner, PathBinding, PathModule, modules_of, parameters_of, paths_of, places_of
+from ..paths.path import modules_of, parameter_refs_of, parameters_of, paths_of
 
 
 def owners_of(model: nn.Module) -> dict[str, PathModule]:
@@ -84,7 +85,7 @@ class BranchCall:
         """`function(*args)`, which runs the branch, under the flags of the variant."""
         if self.variant != "detached":
             return function(*args)
-        with torch.no_grad(), Frozen(places_of(self.module)):
+        with torch.no_grad(), Frozen(parameter_refs_of(self.module)):
             return function(*args)
 
 

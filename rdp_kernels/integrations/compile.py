@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.converted import ConvertedPath
-from ..paths.path import PathModule, own_parameters_of
+from ..paths.binding import PathModule
+from ..paths.path import own_parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 

@@ -76,7 +76,7 @@ class _PlanAsData:
         if scheme is None:
             return
         scheme._rest.in_graph = True
-        iteration = scheme._open if module.training else None
+        iteration = scheme._pairs.open if module.training else None
         if iteration is None:
             return
         scheme._rest.refresh()

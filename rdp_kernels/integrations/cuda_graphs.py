@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..paths.path import PathModule, own_parameters_of, parameters_of
+from ..paths.binding import PathModule
+from ..paths.path import own_parameters_of, parameters_of
 from .branches import BranchCall, Runners, owners_of, tensors_in
 
 

@@ -173,7 +173,7 @@ def facts_of(scheme: ResidualDropPath) -> Facts:
         "number of paths": len(scheme.paths),
         "mode": scheme.mode,
         "seed": scheme.seed,
-        "plans drawn": scheme._drawn,
+        "plans drawn": scheme._pairs.drawn,
         "iteration": scheme.phase or ("reuse pending" if scheme.reuse_pending else "none open"),
         "sampling": scheme.sampling,
         "options": scheme._rules,
@@ -191,7 +191,7 @@ def facts_of(scheme: ResidualDropPath) -> Facts:
 def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
     """What ranks have to have in common in an iteration."""
     plan = iteration.plan
-    facts = {"seed": scheme.seed, "plans drawn": scheme._drawn, "iteration": iteration.phase}
+    facts = {"seed": scheme.seed, "plans drawn": scheme._pairs.drawn, "iteration": iteration.phase}
     if plan.mode == "block":
         facts["plan that drops paths"] = plan.dropped_paths
     else:

@@ -1,155 +1,191 @@
-"""The autograd function over the kernels: the tail of one path and the head of the next are one node of the graph.
+"""The autograd function over the kernels: the add of one path and the input of the next are one node of the graph.
 
-Its backward adds the gradient of the next branch's rows into the stream's; as separate functions each would write a
+Its backward adds the gradient of the next branch's rows into the residual's; as separate functions each would write a
 `[B, ...]` of its own for autograd to add.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from .._utils.checks import is_transformed
+from .._utils.checks import LARGEST_FLOAT32, is_transformed
 from . import dispatch, eager, registered
-from .buffers import context_of
-from .spec import Add, NextInput, Operands, Results
+from .buffers import joined, parted
+from .dispatch import PLAIN, Kernels, checking_kernels
+from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
-    """One call on the backend of the moment; arguments are taken as checked. `op` is what errors and the log call it.
+    """One call on the backend of the moment. Arguments must have been checked. `op` is its name in errors and the log.
 
     Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
     way; an op of ours would stand in its way. Rows and norms stay ours there, as registered ops.
     """
-    kernels = None
-    if not torch.compiler.is_compiling():
-        kernels = library_for(op, operands, add, next_input)
-        if kernels is not None:
-            return FusedCall(kernels, add, next_input)(operands)
-    elif next_input is not None or add is None or add.rows is not None:
-        stream = operands.update if operands.residual is None else operands.residual
-        dtypes = tuple(t.dtype for t in operands if t is not None)
-        width = _norm_width(stream, next_input)
-        too_wide = width is not None and width > dispatch.WIDEST_NORM
-        library = dispatch.compiled_kernels(op, stream.device, dtypes, width is not None, is_transformed())
-        if library is not None and not too_wide:
-            return registered.fused_add(library, operands, _scaled_by_rows(operands, add), next_input)
-    if next_input is None or next_input.norm is None or (add is None and next_input.rows is None):
+    if torch.compiler.is_compiling():
+        return _in_graph(op, operands, add, next_input)
+    served = dispatch.resolve(op, operands, add, next_input)
+    if served.takes_norm and served.library is not None:
+        return FusedCall(served.kernels, add, next_input)(operands)
+    rest = _without_norm(next_input)
+    if served.library is None or (add is None and rest is None):
         return eager.fused_add(operands, add, next_input)
-    # No kernel has this norm: torch's, after what kernels there are for the rest.
-    rest = None if next_input.rows is None else NextInput(next_input.rows, detached=next_input.detached)
-    results = fused_add(op, operands._replace(weight=None, bias=None), add, rest)
-    if rest is None:
+    results = FusedCall(served.kernels, add, rest)(operands._replace(weight=None, bias=None))
+    return _norm_after(results, operands, next_input)
+
+
+def _in_graph(op: str, operands: Operands, add: Add | None, next_input: NextInput | None) -> Results:
+    if next_input is None and add is not None and add.rows is None:
+        return eager.fused_add(operands, add, next_input)
+    residual = residual_of(operands)
+    normed = next_input is not None and next_input.norm is not None
+    dtypes = tuple(t.dtype for t in operands if t is not None)
+    library = dispatch.resolve_in_graph(op, residual.device, dtypes, normed, is_transformed())
+    if library is not None and not (normed and residual.shape[-1] > dispatch.WIDEST_NORM):
+        return registered.fused_add(library, operands, _scaled_by_rows(operands, add), next_input)
+    rest = _without_norm(next_input)
+    if not normed or (add is None and rest is None):
+        return eager.fused_add(operands, add, next_input)
+    return _norm_after(_in_graph(op, operands._replace(weight=None, bias=None), add, rest), operands, next_input)
+
+
+def _without_norm(next_input: NextInput | None) -> NextInput | None:
+    """The gather that is left without the norm; None where the next branch gets all rows."""
+    if next_input is None or next_input.rows is None:
+        return None
+    return NextInput(next_input.rows, detached=next_input.detached)
+
+
+def _norm_after(results: Results, operands: Operands, next_input: NextInput | None) -> Results:
+    """Torch's norm of what kernels gave."""
+    assert next_input is not None
+    if next_input.rows is None:
         results = results._replace(next=results.out)
     return eager.normalised(results, operands, next_input)
 
 
 def _scaled_by_rows(operands: Operands, add: Add | None) -> Add | None:
-    """With a number other than 0 and 1 as a factor a row."""
+    """Turns a scale other than 0 and 1 into a factor for each row."""
     if add is None or add.row_scale is not None or operands.frozen_update is not None or add.scale in (0.0, 1.0):
         return add
     return replace(add, scale=1.0, row_scale=scale_of_rows(operands, add.scale))
 
 
 def scale_of_rows(operands: Operands, scale: Tensor | float) -> Tensor:
-    """A number as a factor for each row of the branch: data, for which any number has the same graph."""
+    """A factor for each row of the update. As a tensor it is data, so that any number has the same graph."""
     if isinstance(scale, Tensor):
         return scale
-    branch, dtype = operands.update, eager.compute_dtype(operands.residual)
-    return torch.ones(branch.shape[0], dtype=dtype, device=branch.device) * scale
+    update, dtype = operands.update, compute_dtype(operands.residual)
+    return torch.ones(update.shape[0], dtype=dtype, device=update.device) * scale
 
 
-def _norm_width(stream: Tensor, next_input: NextInput | None) -> int | None:
-    return None if next_input is None or next_input.norm is None else stream.shape[-1]
+def plain_add(residual: Tensor, update: Tensor, scale: float) -> Tensor | None:
+    """`residual + scale · update` by torch's own add, on any device: one kernel each way too, and no Python in its
+    backward. None where a backend was asked for by name, and where that add would broadcast or promote.
+
+    None for images as well: with a scale it rounds once where kernels, and other libraries' drop-path and add, round
+    twice, and BatchNorm over few pixels magnifies the difference.
+    """
+    if update.dim() > 3 or update.shape != residual.shape or update.dtype != residual.dtype:
+        return None
+    return torch.add(residual, update, alpha=scale) if dispatch.is_free() else None
 
 
-def library_for(
-    op: str, operands: Operands, add: Add | None, next_input: NextInput | None, required: bool = True
-) -> ModuleType | None:
-    """The kernels that serve a call; None for the eager reference. Not `required`: None also where the backend that was
-    asked for by name can't serve it."""
-    stream = operands.update if operands.residual is None else operands.residual
-    row_scale = None if add is None else add.row_scale
+def unchecked_add(
+    residual: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | float | None,
+    rows: Tensor | None = None,
+    channel_dim: int = -1,
+    activation: str | None = None,
+) -> Tensor | None:
+    """The residual add on CPU tensors by kernels that check their arguments themselves.
 
-    def tile_rows() -> int:
-        context = context_of(operands, None if next_input is None else next_input.norm, None)
-        return context.shape[0] * context.tiling(add, next_input, operands.gamma is not None).positions
+    Only types and flags are looked at here. Returns None where these kernels don't serve the call, where a tensor has
+    to be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
+    """
+    kernels = checking_kernels(residual)
+    if kernels is None or type(update) not in PLAIN:
+        return None
+    scale, factors = 1.0, None
+    if row_scale is not None:
+        if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
+            scale = row_scale
+        elif type(row_scale) is Tensor and not row_scale.requires_grad:
+            factors = row_scale
+        else:
+            return None
+    if gamma is not None and (type(gamma) not in PLAIN or type(channel_dim) is not int):
+        return None
+    options: tuple = ()
+    if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
+        if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
+            return None
+        options = rows, scale, channel_dim, activation_code(activation)
+    learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
+    if learns and is_grad_enabled():
+        return _run(kernels.ShortAdd(factors, options), residual, update, gamma)
+    return kernels.residual_add(residual, update, gamma, factors, *options)
 
-    return dispatch.kernels_for(
-        op,
-        stream,
-        *operands,
-        row_scale,
-        norm_width=_norm_width(stream, next_input),
-        tile_rows=tile_rows,
-        required=required,
-    )
+
+def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
+    """The gather of rows, as `unchecked_add`."""
+    kernels = checking_kernels(residual)
+    if kernels is None or type(rows) is not Tensor:
+        return None
+    if residual.requires_grad and is_grad_enabled():
+        return _run(kernels.ShortGather(rows), residual)
+    return kernels.gather_rows(residual, rows)
 
 
 class FusedCall:
-    """One call of kernels: what is computed, and who owns the stream.
+    """One call of kernels: what is computed, and who owns the residual. Its node of the graph keeps it, without its
+    tensors: those autograd saves, which raises where they are changed in place meanwhile, and frees them in the end.
 
     Args:
-        kernels: the library, with `fused_add_fwd` and `fused_add_bwd`.
-        add: how the branch is added; None if there is none.
+        kernels: the library's launchers.
+        add: how the update is added; None if nothing is added.
         next_input: what the next branch gets; None if there is none.
-        previous: the tail that the residual comes from, where nobody else ever sees it. If that tail allocated it and
-            doesn't save it, the sum overwrites it; and if this one's backward allocates its gradient, that tail's
-            overwrites it in turn.
+        previous: the call that the residual comes from, where nobody else ever sees that residual. If that call
+            allocated it and doesn't save it, the sum overwrites it; and if this call's backward allocates its gradient,
+            the previous call's backward overwrites that in turn.
     """
 
     def __init__(
         self,
-        kernels: ModuleType,
+        kernels: Kernels | None,
         add: Add | None,
         next_input: NextInput | None = None,
         previous: FusedCall | None = None,
     ):
-        self.kernels, self.add, self.next_input = kernels, add, next_input
-        self.saves_stream = False
-        """Whether the stream that comes out is saved: where all its rows are normed, and a gradient is wanted."""
-        owned = previous is not None and previous.add is not None and not previous.saves_stream
-        self.in_place = add is not None and owned
+        assert kernels is not None
+        self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
+        self.in_place = add is not None and previous is not None and previous.owns_out
         self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
-        self.node: Node = Node(kernels, None if previous is None else previous.node)
+        self.owns_out: bool = False
+        self.owns_gradient: bool = False
 
     def __call__(self, operands: Operands) -> Results:
-        """Without what is there for the norm's backward."""
+        """The results, except for what the norm's backward needs."""
         return Results(*_FusedAdd.apply(self, *operands)[:3])
 
-
-class Node:
-    """What a tail's backward has to know beside its tensors, which autograd keeps: where they are changed in place
-    meanwhile it raises, and when the backward is done it lets them go."""
-
-    def __init__(self, kernels: ModuleType, previous: Node | None):
-        self.kernels, self.previous = kernels, previous
-        self.owns_gradient = False
-
-
-class _FusedAdd(torch.autograd.Function):
-    """Saves what the wanted gradients need: the branch's learning rows for dγ, γ and the norm's weight to pass through,
-    what the norm saw with its statistics, the sum where there is an activation. Differentiable once: what the norm saw
-    is an operand or a result, so that autograd knows that what the norm's backward makes of it depends on the operands.
-    """
-
-    @staticmethod
-    def forward(ctx, tail, *tensors):
+    def forward(self, ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass
+        through, what the norm saw with its statistics, and the sum where there is an activation."""
         operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
-        add, next_input = tail.add, tail.next_input
-        num_saved = 0
-        if next_input is not None and next_input.norm is not None and tail.is_recorded and any(needed):
+        add, next_input, num_saved = self.add, self.next_input, 0
+        if next_input is not None and next_input.norm is not None and self.is_recorded and any(needed):
             num_saved = next_input.num_with_gradient(operands.residual.shape[0])
-        results, ctx.context = tail.kernels.fused_add_fwd(operands, add, next_input, num_saved, tail.in_place)
+        results, self.context = self.kernels.fused_add_fwd(operands, add, next_input, num_saved, self.in_place)
         out = operands.residual if add is None else results.out
         norm_input = results.norm_input
-        tail.saves_stream = norm_input is out
-        ctx.node, (ctx.constants, data) = tail.node, registered.parted(add, next_input)
-        if not tail.kernels.READS_INVERSES:
-            data[1] = data[4] = None
+        spec_tensors, self.numbers = parted(add, next_input, self.kernels.READS_INVERSES)
+        self.add = self.next_input = None
+        self.owns_out = add is not None and norm_input is not out
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             operands.update if needed.gamma else None,
@@ -159,38 +195,63 @@ class _FusedAdd(torch.autograd.Function):
             norm_input,
             results.mean,
             results.rstd,
-            *data,
+            *spec_tensors,
         )
-        if tail.in_place:
+        if self.in_place:
             ctx.mark_dirty(operands.residual)
         if next_input is not None and next_input.detached is not None:
             detached = [results.frozen_next] if next_input.detached == "frozen" else [results.next, results.frozen_next]
             ctx.mark_non_differentiable(*(t for t in detached if t is not None))
         return out, results.next, results.frozen_next, None if norm_input is out else norm_input
 
-    @staticmethod
-    def backward(ctx, *douts):
-        branch, gamma, weight, out, norm_input, mean, rstd, *data = ctx.saved_tensors
-        node, (add, next_input) = ctx.node, registered.joined(ctx.constants, data)
-        twice = torch.is_grad_enabled()
-        check_untransformed(*douts)
-        with torch.no_grad():
-            grads = node.kernels.fused_add_bwd(
-                ctx.context,
-                Operands(update=branch, gamma=gamma, weight=weight),
-                Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
-                Results(*douts[:3]),
-                add,
-                next_input,
-                Operands(*ctx.needs_input_grad[1:]),
-                in_place=node.owns_gradient and not twice,
-            )
-        if node.previous is not None:
-            node.previous.owns_gradient = node.owns_gradient or grads.residual is not douts[0]
-        if twice:
-            grads = differentiable_once(grads, (*douts, branch, gamma, weight, out, norm_input))
-        return None, *grads
+    def passes_on(self, saved: tuple, needs: tuple) -> bool:
+        return False
 
+    def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
+        update, gamma, weight, out, norm_input, mean, rstd, *spec_tensors = saved
+        add, next_input = joined(spec_tensors, self.numbers)
+        grads = self.kernels.fused_add_bwd(
+            self.context,
+            Operands(update=update, gamma=gamma, weight=weight),
+            Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
+            Results(*gradients[:3]),
+            add,
+            next_input,
+            Operands(*needs[1:]),
+            in_place=self.owns_gradient and not twice,
+        )
+        if self.previous is not None:
+            self.previous.owns_gradient = self.owns_gradient or grads.residual is not gradients[0]
+        return grads
+
+
+class _FusedAdd(torch.autograd.Function):
+    """The one node over all kernels. `call` saves what its backward needs, and runs the kernels.
+
+    Differentiable once: what a call saves is an operand or a result, so that autograd knows that the gradients depend
+    on the operands.
+    """
+
+    @staticmethod
+    def forward(ctx, call, *operands):
+        ctx.call = call
+        return call.forward(ctx, *operands)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        call, saved, needs, twice = ctx.call, ctx.saved_tensors, ctx.needs_input_grad, torch.is_grad_enabled()
+        if call.passes_on(saved, needs):
+            return tuple(gradients[0] if needed else None for needed in needs)
+        check_untransformed(*gradients)
+        if not twice:
+            return None, *call.backward(saved, gradients, needs, False)
+        with torch.no_grad():
+            grads = call.backward(saved, gradients, needs, True)
+        return None, *differentiable_once(grads, (*gradients, *saved))
+
+
+# `Function.apply` without its look for functorch, which isn't active here: a quarter of what it costs.
+_run = super(torch.autograd.Function, _FusedAdd).apply
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 

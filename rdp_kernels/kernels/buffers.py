@@ -1,64 +1,68 @@
-"""What a call allocates: its results, and the gradients of its operands. Plain torch."""
+"""What a call allocates, its results and the gradients of its operands; and what it keeps for its backward."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import Layout, Tiling
-from .spec import Add, NextInput, Operands, Results, RowSet, compute_dtype
+from .spec import NORMS, Add, NextInput, Operands, Results, RowSet
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a backward needs to know of its forward beside tensors."""
+    """What a backward needs to know of its forward beside tensors.
+
+    Args:
+        shape: the residual's.
+        compute: the dtype of the arithmetic.
+        dtypes: the operands'.
+    """
 
     shape: torch.Size
-    """Of the stream."""
     device: torch.device
     layout: Layout
     compute: torch.dtype
     dtypes: Operands
-    """Of the operands."""
 
     def empty(self, num_rows: int, dtype: torch.dtype | None) -> Tensor:
-        """`[num_rows, ...]` like the stream."""
+        """Allocates `[num_rows, ...]` like the residual."""
         return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
 
     def tiling(self, add: Add | None, next_input: NextInput | None, has_gamma: bool) -> Tiling:
-        """Of the stream: a norm's tiles span the channels, others run along γ where there is one."""
+        """The tiling of the residual. A norm's tiles span the channels; other tiles run along γ, if there is one."""
         if next_input is not None and next_input.norm is not None:
             return self.layout.tiling(self.shape, -1)
         return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
 
 
 def context_of(operands: Operands, norm: str | None, batch_size: int | None) -> Context:
-    """A norm wants the channels, the last dimension, innermost."""
-    stream = operands.update if operands.residual is None else operands.residual
-    stream = operands.frozen_update if stream is None else stream
-    assert stream is not None
-    layout = Layout.of(stream)
-    if norm is not None and layout.order[-1] != stream.dim() - 1:
-        layout = Layout(tuple(range(stream.dim())))
+    """The context of a call. A norm needs the channels, the last dimension, innermost."""
+    like = next(t for t in operands if t is not None)
+    layout = Layout.of(like)
+    if norm is not None and layout.order[-1] != like.dim() - 1:
+        layout = Layout(tuple(range(like.dim())))
+    dtypes = Operands(*(None if t is None else t.dtype for t in operands))
     return Context(
-        shape=torch.Size([batch_size or stream.shape[0], *stream.shape[1:]]),
-        device=stream.device,
+        shape=torch.Size([batch_size or like.shape[0], *like.shape[1:]]),
+        device=like.device,
         layout=layout,
-        compute=compute_dtype(*operands),
-        dtypes=Operands(*(None if t is None else t.dtype for t in operands))._replace(residual=stream.dtype),
+        compute=torch.float64 if torch.float64 in dtypes else torch.float32,
+        dtypes=dtypes._replace(residual=like.dtype),
     )
 
 
 def empty_results(
     context: Context, add: Add | None, next_input: NextInput | None, num_saved: int, out: Any = None
 ) -> Results:
-    """Of a forward; `out` is allocated where a branch is added, unless it is given. `norm_input` is allocated for some
-    rows; that of all rows is the stream, and None here."""
+    """Allocates the results of a forward: `out` where an update is added, unless it is given; `norm_input` where some
+    rows are normed. For all rows it is the sum itself, and None here."""
     dtype = context.dtypes.residual
     if add is not None and out is None:
         out = context.empty(context.shape[0], dtype)
@@ -72,13 +76,13 @@ def empty_results(
     statistic = partial(torch.empty, num_norms, dtype=context.compute, device=context.device)
     return results._replace(
         norm_input=None if next_input.rows is None else context.empty(num_saved, dtype),
-        mean=statistic() if next_input.norm == "layer" else None,
+        mean=statistic() if NORMS[next_input.norm].centers else None,
         rstd=statistic(),
     )
 
 
 def empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Operands:
-    """Of the operands that are wanted, except the residual's."""
+    """Allocates the wanted gradients, except the residual's."""
     num_learning, num_frozen = part_sizes(context, None if add is None else add.rows)
     dtypes = context.dtypes
 
@@ -95,4 +99,69 @@ def empty_gradients(context: Context, add: Add | None, wanted: Operands) -> Oper
 
 
 def part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
-    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.num_frozen)
+    """How many rows learn, and how many are frozen."""
+    return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.index.shape[0] - rows.num_learning)
+
+
+class SpecTensors(NamedTuple):
+    """The tensors in an `Add` and a `NextInput`. Autograd saves them, to notice changes in place and to free them."""
+
+    rows: Any = None
+    inverse: Any = None
+    row_scale: Any = None
+    next_rows: Any = None
+    next_inverse: Any = None
+
+
+class SpecNumbers(NamedTuple):
+    """All else in an `Add` and a `NextInput`, with whether each of the two is given."""
+
+    adds: Any = False
+    num_learning: Any = 0
+    scale: Any = 1.0
+    channel_dim: Any = -1
+    activation: Any = None
+    gives_next: Any = False
+    num_next_learning: Any = 0
+    norm: Any = None
+    eps: Any = 0.0
+    detached: Any = None
+
+
+def parted(add: Add | None, next_input: NextInput | None, inverses: bool = True) -> tuple[SpecTensors, SpecNumbers]:
+    """Takes a call apart: its tensors, and all else. `inverses`: whether those of row sets are wanted."""
+    rows = inverse = row_scale = next_rows = next_inverse = activation = norm = detached = None
+    num_learning, num_next_learning, scale, channel_dim, eps = 0, 0, 1.0, -1, 0.0
+    if add is not None:
+        scale, row_scale, channel_dim, activation = add.scale, add.row_scale, add.channel_dim, add.activation
+        if add.rows is not None:
+            rows, num_learning = add.rows.index, add.rows.num_learning
+            inverse = add.rows.inverse if inverses else None
+    if next_input is not None:
+        norm, eps, detached, some = next_input.norm, next_input.eps, next_input.detached, next_input.rows
+        if some is not None:
+            next_rows, next_inverse, num_next_learning = (
+                some.index,
+                some.inverse if inverses else None,
+                some.num_learning,
+            )
+    return (
+        SpecTensors(rows, inverse, row_scale, next_rows, next_inverse),
+        SpecNumbers(
+            add is not None, num_learning, scale, channel_dim, activation,
+            next_input is not None, num_next_learning, norm, eps, detached,
+        ),
+    )  # fmt: skip
+
+
+def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
+    """Makes a call of what `parted` made of it."""
+    t, n = SpecTensors(*tensors), SpecNumbers(*numbers)
+    add = next_input = None
+    if n.adds:
+        rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
+        add = Add(rows, n.scale, t.row_scale, n.channel_dim, n.activation)
+    if n.gives_next:
+        next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)
+        next_input = NextInput(next_rows, n.norm, n.eps, n.detached)
+    return add, next_input

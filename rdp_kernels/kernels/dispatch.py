@@ -1,10 +1,7 @@
-"""The one place that chooses which implementation serves a call, and that can say why not.
+"""Chooses the kernel library that serves a call, and can say why a library can't.
 
-A kernel library is a package with three functions that give a reason or None without importing a kernel,
-`unavailable()`, `why_not(...)` and `why_not_kind(...)`, and with `kernels()`, which gives the module of its launchers,
-`fused_add_fwd` and `fused_add_bwd`. `HAS_NORMS` says whether these take a norm; where they don't, torch's own follows.
-`"auto"` takes the first one that can serve the call, else the eager reference; the logger `rdp_kernels` tells at level
-DEBUG what was passed over and why.
+`"auto"` takes the first library that can serve the call, else the eager reference. The logger `rdp_kernels` reports at
+level DEBUG which libraries were passed over, and why.
 """
 
 from __future__ import annotations
@@ -14,19 +11,92 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
-from .._utils.checks import NO_RULE, check_choice
+from .._utils.checks import NO_RULE, check_choice, why_not_plain
 from . import native, triton
+from .buffers import context_of
+from .spec import Add, NextInput, Operands, Results
 
-_LIBRARIES = {"native": native, "triton": triton}
+
+class Kernels(Protocol):
+    """The launchers of a kernel library: a module of functions."""
+
+    READS_INVERSES: bool
+    """Whether the kernels read `RowSet.inverse`."""
+
+    def fused_add_fwd(
+        self,
+        operands: Operands,
+        add: Add | None,
+        next_input: NextInput | None,
+        num_saved: int = 0,
+        in_place: bool = False,
+    ) -> tuple[Results, Any]:
+        """Returns the results, and a context for the backward."""
+
+    def fused_add_bwd(
+        self,
+        context: Any,
+        operands: Operands,
+        results: Results,
+        gradients: Results,
+        add: Add | None,
+        next_input: NextInput | None,
+        wanted: Operands,
+        in_place: bool = False,
+    ) -> Operands:
+        """Returns the wanted gradients."""
+
+
+class Library(Protocol):
+    """A kernel library: a package that says what it can serve without importing a kernel."""
+
+    HAS_NORMS: bool
+    """Whether its kernels take norms. Without them torch's norm follows the kernel."""
+
+    @property
+    def MAX_TILE_ROWS(self) -> int | None:
+        """The most rows that all tiles of a call may have (see `layout.Tiling`); None if there is no limit."""
+
+    def unavailable(self) -> str | None:
+        """Why no call can be served, or None."""
+
+    def why_not_kind(
+        self, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
+    ) -> str | None:
+        """Why calls on such tensors can't be served, or None. `forced`: the backend was asked for by name."""
+
+    def kernels(self) -> Any:
+        """Imports the `Kernels`."""
+
+
+class Served(NamedTuple):
+    """Who serves a call."""
+
+    library: str | None
+    """None stands for the eager reference."""
+    takes_norm: bool = True
+    """Whether the kernels take the norm of the call, if it has one. If not, torch's norm follows."""
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return None if self.library is None else kernels_named(self.library)
+
+
+_LIBRARIES: dict[str, Library] = {"native": native, "triton": triton}
 _CHOICES = ("auto", "eager", *_LIBRARIES)
+PLAIN = (Tensor, Parameter)
+"""The types of tensors whose values lie where kernels look for them."""
 WIDEST_NORM = triton.MAX_NORM_WIDTH
-_FIRST_ON_CPU = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.kernels())
+_CHECKING = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.short_kernels())
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
 _log = logging.getLogger("rdp_kernels")
@@ -57,80 +127,110 @@ def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[
         _chosen = before
 
 
-def kernels_for(
-    op: str,
-    *tensors: Tensor | None,
-    norm_width: int | None = None,
-    tile_rows: Callable[[], int] = lambda: 0,
-    required: bool = True,
-) -> ModuleType | None:
-    """The kernels that serve `op` on `tensors`, the first of which is the stream; None for the eager reference.
+def resolve(
+    op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None, required: bool = True
+) -> Served:
+    """Who serves a call. `op` is the name of the call in errors and in the log.
 
-    `norm_width`: how many elements the norm is over; None too where the library has no norms. `tile_rows`: counts the
-    rows of all tiles (`layout.Tiling`). Raises `RuntimeError` where the backend was asked for by name and can't serve
-    the call, if that is `required`; else None.
+    Raises `RuntimeError` where a backend that was asked for by name can't serve the call, if that is `required`; else
+    the eager reference serves it.
     """
-    name = _serving(
-        op,
-        required,
-        norm_width is not None,
-        lambda library, forced: library.why_not(tensors, norm_width, forced, tile_rows),
-    )
-    return None if name is None else _LIBRARIES[name].kernels()
+    tensors = [t for t in (*operands, None if add is None else add.row_scale) if t is not None]
+    residual = tensors[0]
+    normed = next_input is not None and next_input.norm is not None
+    dtypes = tuple(t.dtype for t in tensors)
+
+    def why_not(name: str, forced: bool, norm_width: int | None) -> str | None:
+        reason = _why_not_kind(name, residual.device, dtypes, norm_width, forced)
+        most = _LIBRARIES[name].MAX_TILE_ROWS
+        if reason is None and most is not None and residual.numel() > most:
+            context = context_of(operands, None if next_input is None else next_input.norm, None)
+            tiling = context.tiling(add, next_input, operands.gamma is not None)
+            reason = triton.why_not_rows(context.shape[0] * tiling.positions)
+        return why_not_plain(tensors) if reason is None else reason
+
+    return _first(op, residual.shape[-1] if normed else None, required, why_not)
 
 
-def compiled_kernels(
+def resolve_in_graph(
     op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool, transformed: bool
 ) -> str | None:
-    """As `kernels_for`, under `torch.compile`, once for a graph: the library's name. Its calls become registered ops.
+    """As `resolve`, under `torch.compile`, once for a graph: the library that serves the call with its norm, or None.
     A norm, if there is one, is no wider than `WIDEST_NORM`."""
 
-    def why_not(library: ModuleType, forced: bool) -> str | None:
-        return library.why_not_kind(device, dtypes, None, forced) or (NO_RULE if transformed else None)
+    def why_not(name: str, forced: bool, _: int | None) -> str | None:
+        return _why_not_kind(name, device, dtypes, None, forced) or (NO_RULE if transformed else None)
 
-    return _serving(op, True, normed, why_not)
+    served = _first(op, 1 if normed else None, True, why_not)
+    return served.library if served.takes_norm else None
+
+
+def checking_kernels(residual: Tensor) -> Any:
+    """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
+    a call on this residual. Only types and flags are looked at, since this is asked at every call."""
+    if (
+        is_compiling()
+        or type(residual) not in PLAIN
+        or not residual.is_cpu
+        or forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+    ):
+        return None
+    return _CHECKING.get(_from_environment() if _chosen is None else _chosen)
 
 
 def is_free() -> bool:
     """Whether no backend was asked for by name."""
-    return _choice() == "auto"
+    return choice() == "auto"
 
 
 # What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
-for _asked_in_graphs in (compiled_kernels, is_free):
+for _asked_in_graphs in (resolve_in_graph, is_free):
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def kernels_named(name: str) -> ModuleType:
-    """Those of a library."""
-    return _LIBRARIES[name].kernels()
+@functools.cache
+def kernels_named(name: str) -> Kernels:
+    """The kernels of a library."""
+    kernels: Kernels = _LIBRARIES[name].kernels()
+    return kernels
 
 
-def cpu_kernels() -> ModuleType | None:
-    """The compiled library's, where it comes first for CPU tensors: asked before all else, at every call."""
-    return _FIRST_ON_CPU.get(_from_environment() if _chosen is None else _chosen)
+def choice() -> str:
+    """The backend that was asked for."""
+    return _from_environment() if _chosen is None else _chosen
 
 
-def _serving(op: str, required: bool, normed: bool, why_not: Callable[[ModuleType, bool], str | None]) -> str | None:
-    """The library that serves a call, by the choice of the moment."""
-    chosen = _choice()
+@functools.lru_cache(1024)
+def _why_not_kind(
+    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
+) -> str | None:
+    return _LIBRARIES[name].why_not_kind(device, dtypes, norm_width, forced)
+
+
+def _first(
+    op: str, norm_width: int | None, required: bool, why_not: Callable[[str, bool, int | None], str | None]
+) -> Served:
+    """The first library that serves the call with its norm; else the first one that serves it without."""
+    chosen, without_norm = choice(), Served(None)
     if chosen == "eager":
-        return None
-    for name, library in _LIBRARIES.items() if chosen == "auto" else [(chosen, _LIBRARIES[chosen])]:
-        reason = why_not(library, chosen != "auto")
-        if reason is None and (library.HAS_NORMS or not normed):
-            return name
-        if reason is not None and chosen != "auto" and required:
+        return without_norm
+    forced = chosen != "auto"
+    for name in (chosen,) if forced else _LIBRARIES:
+        reason = why_not(name, forced, norm_width)
+        if reason is None:
+            if norm_width is None or _LIBRARIES[name].HAS_NORMS:
+                return Served(name)
+            reason = "it has no norms"
+        elif forced and required:
             raise RuntimeError(f"{op}: backend {chosen!r} can't serve this call: {reason}")
-        reason = reason or "it has no norms"
+        if norm_width is not None and without_norm.library is None and why_not(name, forced, None) is None:
+            without_norm = Served(name, takes_norm=False)
         if _log.isEnabledFor(logging.DEBUG) and (op, name, reason) not in _logged:
             _logged.add((op, name, reason))
             _log.debug("%s: passing over backend %r: %s", op, name, reason)
-    return None
-
-
-def _choice() -> str:
-    return _from_environment() if _chosen is None else _chosen
+    return without_norm
 
 
 @functools.cache

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._utils.checks import is_transformed
-from .spec import Add, NextInput, Operands, Results, compute_dtype
+from .spec import NORMS, Add, NextInput, Operands, Results, activated, compute_dtype
 
 
 def residual_add(
@@ -50,7 +49,7 @@ def residual_add(
         out = torch.addcmul(stream, update, factor, value=scale)
     else:
         out = torch.add(stream, update, alpha=scale)
-    return _activate(out, activation).to(residual.dtype)
+    return activated(out, activation).to(residual.dtype)
 
 
 def _add_rows(stream: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -94,10 +93,6 @@ class _AddRows(torch.autograd.Function):
         return dout, None, None, *dupdates
 
 
-def _activate(x: Tensor, activation: str | None) -> Tensor:
-    return x.relu() if activation == "relu" else x
-
-
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
     """`residual[rows]`."""
     return residual.index_select(0, rows)
@@ -106,13 +101,10 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
 def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, next_input: NextInput, dtype: torch.dtype
 ) -> Tensor:
-    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of the last dimension,
-    computed in `dtype`."""
-    norm, eps = next_input.norm, next_input.eps
+    """A norm of the last dimension, computed in `dtype`."""
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    if norm == "layer":
-        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
-    return F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps).to(x.dtype)
+    assert next_input.norm is not None
+    return NORMS[next_input.norm].formula(x.to(dtype), weight, bias, next_input.eps).to(x.dtype)
 
 
 def fused_add(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results:

@@ -1,4 +1,8 @@
-"""The public functional ops: arguments are checked, then the backend that `_backend` chooses computes."""
+"""The public functional ops: an op checks its arguments, then the backend that `kernels.dispatch` chooses computes.
+
+On small CPU tensors the checks would cost more than the work. There the compiled library checks (`unchecked_add` and
+`unchecked_gather`), and the checks here run only where it refuses.
+"""
 
 from .drop_path import drop_path, drop_path_add
 from .gather_rows import gather_rows

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .._utils.checks import check_bool, check_probability, check_residual_add, check_stream
 from .._utils.device import to_device
-from ..kernels import direct
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, unchecked_add
 from ..kernels.recorded import drop_rows, is_recorded
 from ..kernels.spec import Add, Operands, compute_dtype
 from ..plan import kept_scale
@@ -18,7 +17,7 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
     """Drops each sample of `x` with probability `drop_prob` in training; timm's function, same meaning.
 
     Args:
-        x: `[B, ...]`, any floating dtype; returned as it is when not training or `drop_prob` is 0.
+        x: `[B, ...]`, any floating dtype. Returned as it is when not training, and where `drop_prob` is 0.
         drop_prob: P(drop), in [0, 1].
         scale_by_keep: kept samples are scaled by 1 / (1 − drop_prob).
 
@@ -42,7 +41,8 @@ def _drop_path(x: Tensor, drop_prob: float, training: bool, scale_by_keep: bool)
     if recorded:
         return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep))
     row_scale = draw_row_scale(x, drop_prob, scale_by_keep)
-    return fused_add("drop_path", Operands(update=x), Add(row_scale=row_scale)).out
+    dropped: Tensor = fused_add("drop_path", Operands(update=x), Add(row_scale=row_scale)).out
+    return dropped
 
 
 def drop_path_add(
@@ -57,14 +57,15 @@ def drop_path_add(
     """`residual + drop_path(γ · branch)` in one op; arguments as in `drop_path` and `residual_add`."""
     drop_prob = check_probability("drop_prob", drop_prob)
     check_bool("scale_by_keep", scale_by_keep)
-    check_residual_add(residual, branch, None, None, gamma, -1, None)
+    check_residual_add(residual, branch, None, None, gamma)
     dropping = training and drop_prob > 0
     row_scale = draw_row_scale(residual, drop_prob, scale_by_keep) if dropping else None
-    out = direct.residual_add(residual, branch, gamma, row_scale)
+    out = unchecked_add(residual, branch, gamma, row_scale)
     if out is not None:
         return out
     operands = Operands(residual, branch, gamma=gamma)
-    return fused_add("drop_path_add", operands, Add(row_scale=row_scale)).out
+    added: Tensor = fused_add("drop_path_add", operands, Add(row_scale=row_scale)).out
+    return added
 
 
 def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:

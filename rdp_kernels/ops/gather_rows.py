@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._utils.checks import check_rows, check_stream
-from ..kernels import direct
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, unchecked_gather
 from ..kernels.spec import NextInput, Operands, RowSet
 
 
@@ -19,9 +18,11 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
 
     Raises `ValueError` or `TypeError` naming the argument; values of `rows` are checked where they are on the CPU.
     """
-    out = direct.gather_rows(residual, rows)
+    out = unchecked_gather(residual, rows)
     if out is not None:
         return out
     check_stream("residual", residual)
     check_rows("rows", rows, residual.shape[0], residual.device)
-    return fused_add("gather_rows", Operands(residual), next_input=NextInput(RowSet(rows, rows.shape[0]))).next
+    next_input = NextInput(RowSet(rows, rows.shape[0]))
+    gathered: Tensor = fused_add("gather_rows", Operands(residual), next_input=next_input).next
+    return gathered

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_residual_add, check_rows, check_stream
-from ..kernels import direct
-from ..kernels.autograd import fused_add, scale_of_rows
-from ..kernels.spec import Add, Operands, RowSet
+from .._utils.checks import check_choice, check_residual_add, check_rows, check_stream
+from ..kernels.autograd import fused_add, scale_of_rows, unchecked_add
+from ..kernels.spec import ACTIVATIONS, ActivationName, Add, Operands, RowSet
 
 
 def residual_add(
@@ -21,12 +18,12 @@ def residual_add(
     row_scale: Tensor | float | None = None,
     gamma: Tensor | None = None,
     channel_dim: int = -1,
-    activation: Literal["relu"] | None = None,
+    activation: ActivationName | None = None,
 ) -> Tensor:
     """`act(residual + row_scale[b] · γ[c] · branch)`, out of place.
 
     Args:
-        residual: `[B, ...]`, the stream; the result has its dtype.
+        residual: `[B, ...]`; the result has its dtype.
         branch: the residual's shape, or `[K, ...]` when `rows` is given; any floating dtype.
         rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to.
         row_scale: float32 `[B]` (`[K]` with rows) or a finite number. A row whose scale is 0 is dropped: its branch is
@@ -38,15 +35,17 @@ def residual_add(
     Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or `TypeError` naming the
     argument; values of `rows` are checked where they are on the CPU.
     """
-    out = direct.residual_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
+    out = unchecked_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
     if out is not None:
         return out
     if rows is not None:
-        stream = check_stream("residual", residual)
-        check_rows("rows", rows, stream.shape[0], stream.device)
-    check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
+        check_stream("residual", residual)
+        check_rows("rows", rows, residual.shape[0], residual.device)
+    check_choice("activation", activation, (None, *ACTIVATIONS))
+    check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim)
     operands = Operands(residual, branch, gamma=gamma)
-    return fused_add("residual_add", operands, add_of(operands, rows, row_scale, channel_dim, activation)).out
+    added: Tensor = fused_add("residual_add", operands, add_of(operands, rows, row_scale, channel_dim, activation)).out
+    return added
 
 
 def add_of(
@@ -56,6 +55,7 @@ def add_of(
     channel_dim: int = -1,
     activation: str | None = None,
 ) -> Add:
+    """The checked options of `residual_add`. Under `torch.compile` a number becomes data: see `scale_of_rows`."""
     if row_scale is not None and torch.compiler.is_compiling():
         row_scale = scale_of_rows(operands, row_scale)
     row_set = None if rows is None else RowSet(rows, rows.shape[0])

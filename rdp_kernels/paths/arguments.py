@@ -1,23 +1,22 @@
-"""What branches take behind x and what they return: which arguments go to which, and what is wrong where one fails."""
+"""The arguments that branches take besides x, and the errors about arguments and outputs that don't fit."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .path import PathModule
-
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Takes(NamedTuple):
-    """What a forward takes behind x."""
+    """What a forward takes besides x."""
 
     positional: tuple[str, ...]
     by_name: tuple[str, ...]
@@ -26,8 +25,8 @@ class Takes(NamedTuple):
 
 
 def taken_by(module: nn.Module) -> Takes:
-    """Of the module as it is now: of what `torch.compile` or a checkpoint wrapper holds, and else of a wrapper what its
-    own forward takes, which may be anything."""
+    """What the forward of `module` takes now. Looks into `torch.compile`'s and checkpoint wrappers; of others it tells
+    what their own forward takes, which may be anything."""
     while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
         module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
@@ -46,10 +45,10 @@ def _of_class(kind: type[nn.Module]) -> Takes:
 
 
 def _signature(forward: Callable[..., Any], before: int) -> Takes:
-    """`before`: how many parameters are x, or self and x."""
+    """`before` is the number of leading parameters that are left out: x, or self and x."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())
-    except ValueError:  # that of torch.jit.trace has none
+    except ValueError:  # torch.jit.trace makes forwards without a signature
         return Takes((), (), True, True)
     positional = [p.name for p in parameters if p.kind in _POSITIONAL]
     by_name = [p.name for p in parameters if p.kind in _BY_NAME and p.name not in positional[:before]]
@@ -66,10 +65,10 @@ for _asked_in_graphs in (_of_class, _signature):  # as in `_backend`
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def for_each(paths: Iterable[Any], args: tuple, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The keyword arguments that each path gets: those that its branch takes by name.
+def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
+    """The keyword arguments for each path: those that its branch takes by name.
 
-    Raises `TypeError` for one that none takes, and for positional arguments that not every branch takes.
+    Raises `TypeError` for one that no branch takes, and for positional arguments that not every branch takes.
     """
     taken = [path.takes() for path in paths]
     for number, takes in enumerate(taken):
@@ -92,10 +91,10 @@ def for_each(paths: Iterable[Any], args: tuple, kwargs: dict[str, Any]) -> list[
 
 
 def left_behind(
-    batch_size: int, args: tuple, kwargs: dict[str, Any], of_rows: tuple[tuple, dict[str, Any]], takes: Takes
+    batch_size: int, args: Args, kwargs: Kwargs, of_rows: tuple[Args, Kwargs], takes: Takes
 ) -> list[str | int]:
-    """The arguments that hold a tensor of `batch_size` rows and that `of_rows`, what the branch got, has as they were:
-    by name, or by position where there is no name."""
+    """The arguments, by name or else position, that hold a tensor of `batch_size` rows and are unchanged in `of_rows`,
+    what the branch got with only some rows of x."""
     positions = [takes.positional[i] if i < len(takes.positional) else i for i in range(len(args))]
     given = [*zip(positions, args, of_rows[0], strict=True), *((k, v, of_rows[1][k]) for k, v in kwargs.items())]
     return [name for name, before, after in given if before is after and _has_rows(before, batch_size)]
@@ -103,19 +102,3 @@ def left_behind(
 
 def _has_rows(value: Any, count: int) -> bool:
     return any(isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == count for t in pytree.tree_leaves(value))
-
-
-def not_a_tensor(module: PathModule, what: str, out: object) -> TypeError:
-    advice = ""
-    if isinstance(out, (tuple, list)):
-        advice = "; wrap it in a module whose forward returns that tensor alone, as in `self.attention(...)[0]`"
-    return TypeError(f"the {what} of {name_of(module)} must return a tensor, got {type(out).__name__}{advice}")
-
-
-def name_of(module: PathModule) -> str:
-    """For messages: by its name in a scheme, else by what it is of."""
-    scheme = module.binding.scheme
-    if scheme is not None:
-        return f"path {scheme.paths[module.binding._index].name!r}"
-    fn = getattr(module, "fn", None)
-    return repr(module) if fn is None else f"a {type(module).__name__} of {type(fn).__name__}"

@@ -1,16 +1,16 @@
-"""Freezing: what makes a branch not learn, and the autograd functions that skip what freezing makes needless.
+"""Freezing: keeps a branch from learning, and skips the work that freezing makes needless.
 
-Autograd already leaves out a frozen weight's gradient (wgrad), and for matmuls also the input that only the wgrad
-needs. What is left for this module:
+Autograd already leaves out a frozen weight's gradient (wgrad). For matmuls it also leaves out saving the input, which
+only the wgrad needs. This module does the rest:
 
-| function | of a frozen branch it skips |
+| function | what it skips of a frozen branch |
 |---|---|
-| `freeze` | wgrad: parameters and running statistics stand still during one call |
-| `bypass` | the whole backward and every saved activation (`freeze="branch"`) |
+| `Frozen` | the wgrad: parameters get no gradient, and running statistics don't move, during one call |
+| `add_detached` | the whole backward and every saved activation (`freeze="branch"`) |
 | `SaveLess` | inputs that autograd saves for convolution and eval-mode BatchNorm although no weight learns |
 
-`refuse_second_derivatives` refuses those that freezing doesn't stop. `touch` is the reverse of freezing: zeros for
-weights that learn on other ranks.
+`refuse_second_derivatives` refuses the derivatives that freezing doesn't stop. `touch` is the reverse of freezing: it
+gives gradients of zeros to weights that learn on other ranks.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from torch.overrides import TorchFunctionMode
 from .._utils.checks import is_transformed
 
 ParameterRef = tuple[nn.Module, str]
-"""A parameter, as its module and its name there: FSDP puts another object in its place while the module runs."""
+"""A parameter, as its module and its name there. FSDP puts another object under that name while the module runs."""
 
 FreezeBN = Literal[True, False, "running"]
-"""As of `ResidualDropPath`."""
+"""As in `ResidualDropPath`."""
 
 
 def check_freeze_bn(value: object) -> FreezeBN:
-    """`value`; raises `ValueError` for what it may not be."""
+    """Returns `value`. Raises `ValueError` where it isn't a `FreezeBN`."""
     if not isinstance(value, (bool, str)) or value not in (True, False, "running"):
         raise ValueError(f'freeze_bn must be True, False or "running", got {value!r}')
     return value  # type: ignore[return-value]
 
 
 class RequiresGrad:
-    """Context: the parameters in `places` require grad, or don't. Those that did so before are left alone.
+    """Context: sets `requires_grad` of the parameters `refs` to `flag`. Parameters that have it already are left alone.
 
-    On leaving the flags are put back whatever happened, of what was in these places then and of what is there now. A
-    weight that is computed, as `torch.func.functional_call` puts them there, has no flag to change: where it must not
-    require grad, it is detached for as long.
+    The exit restores the flags, also after an exception: of the parameters that were changed, and of those that have
+    taken their names since. A computed weight, as `torch.func.functional_call` puts in a parameter's place, has no flag
+    to change. Where it must not require grad, the context replaces it by a detached one.
     """
 
-    def __init__(self, places: Iterable[ParameterRef], flag: bool):
-        self._places, self._flag = places, flag
+    def __init__(self, refs: Iterable[ParameterRef], flag: bool):
+        self._refs, self._flag = refs, flag
         self._changed: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._detached: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __enter__(self) -> RequiresGrad:
         flag = self._flag
-        for module, name in self._places:
+        for module, name in self._refs:
             parameter = module._parameters.get(name)
-            if parameter is None or parameter.requires_grad == flag:  # a second mention of a tied one has it
+            if parameter is None or parameter.requires_grad == flag:  # a tied parameter's second mention has it
                 continue
             if parameter.is_leaf:
                 parameter.requires_grad_(flag)
@@ -81,14 +81,14 @@ class RequiresGrad:
 
 
 class Frozen(RequiresGrad):
-    """Context: the parameters in `places` don't require grad, and no running statistics in `modules` move.
+    """Context: the parameters `refs` don't require grad, and no running statistics in `modules` move.
 
     With `freeze_bn=True` norms in training mode still normalise by the batch. With `"running"` they are in eval mode.
     With `False` they are left alone, and their statistics move.
     """
 
-    def __init__(self, places: Iterable[ParameterRef], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
-        super().__init__(places, False)
+    def __init__(self, refs: Iterable[ParameterRef], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
+        super().__init__(refs, False)
         self._switch = "training" if freeze_bn == "running" else "track_running_stats"
         norms = [m for m in modules if isinstance(m, _NormBase)] if freeze_bn else []
         self._norms = [(m, m._buffers) for m in norms if m.training and getattr(m, self._switch)]
@@ -99,9 +99,9 @@ class Frozen(RequiresGrad):
             setattr(norm, self._switch, False)
             if not norm.training or type(norm).forward in _READ_THE_SWITCH:
                 continue
-            if isinstance(norm, _InstanceNorm):  # it moves the statistics that it has all the same
+            if isinstance(norm, _InstanceNorm):  # it moves the statistics that it has in spite of the switch
                 norm._buffers = {**buffers, "running_mean": None, "running_var": None}
-            else:  # a forward of its own, as other libraries' BatchNorms have, may move them too: let it move copies
+            else:  # so may the forwards of other libraries' BatchNorms: they move copies
                 norm._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
         return self
 
@@ -121,11 +121,11 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.running_mean is not None
 
 
-def check_freezable(places: Iterable[ParameterRef]) -> None:
+def check_freezable(refs: Iterable[ParameterRef]) -> None:
     """Raises `RuntimeError` where a derivative is taken that `requires_grad` doesn't stop."""
     if not is_transformed():
         return
-    parameters = [module._parameters.get(name) for module, name in places]
+    parameters = [module._parameters.get(name) for module, name in refs]
     if torch._C._are_functorch_transforms_active() or any(p is not None and _has_tangent(p) for p in parameters):
         raise RuntimeError(
             "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
@@ -138,15 +138,15 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def refuse_second_derivatives(out: Tensor) -> Tensor:
-    """`out`, what a frozen call returned; a backward with `create_graph=True` that passes it raises `RuntimeError`.
+    """Returns `out`, the output of a frozen call. A backward with `create_graph=True` through it raises `RuntimeError`.
 
-    Autograd saves a weight itself, not whether it required grad when it was saved. In the backward it does so again,
-    and a graph of the gradient would include it. A backward runs with grad enabled only where it makes such a graph.
+    Autograd saves the weight itself, not the flag that it had. In the backward the weight requires grad again, so that
+    a graph of the gradient would include it. Grad is enabled in a backward only where it makes such a graph.
     """
     if out.requires_grad and not torch.compiler.is_compiling():
         node = out.grad_fn
-        if node is not None:  # a leaf is nothing that the call computed
-            node.register_prehook(_refuse)  # half the cost of a tensor's hook, and pickles of `out` know nothing of it
+        if node is not None:  # the call didn't compute a leaf
+            node.register_prehook(_refuse)  # half the cost of a tensor's hook, and no part of pickles of `out`
     return out
 
 
@@ -160,7 +160,7 @@ def _refuse(_: tuple[Tensor | None, ...]) -> None:
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """The tensors in a module's output: in containers that pytrees know, and in dataclasses."""
+    """The tensors in a module's output, which may be a dataclass or any container that pytrees know."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -168,24 +168,25 @@ def tensors_of(value: object) -> Iterator[Tensor]:
             yield from tensors_of([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
 
 
-def bypass(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
-    """`compute()` with the branch in it a constant: the gradient is that of `act(residual + const)`.
+def add_detached(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
+    """`compute()`, a path's whole output `act(residual + branch)`, with the branch detached.
 
-    `compute` returns a path's whole output, `act(residual + branch)`; it runs without recording anything.
+    The gradient is that of `act(residual + constant)`. `compute` runs without recording anything.
     """
     if not is_transformed():
-        return _Bypass.apply(residual, compute, activation)
+        return _AddDetached.apply(residual, compute, activation)
     with torch.no_grad():
         out = compute().detach()
     passed = residual if activation is None else residual * (out > 0)
-    return out + (passed - passed.detach())  # the values of out
+    return out + (passed - passed.detach())  # has the values of `out`
 
 
-class _Bypass(torch.autograd.Function):
-    """A path whose branch is constant: d residual = d out, with relu d out · [out > 0].
+class _AddDetached(torch.autograd.Function):
+    """A path whose branch is detached: d residual = d out, with relu d out · [out > 0].
 
-    Saves nothing, with relu its output. Skips the branch's backward altogether: an autograd function's `forward` runs
-    without grad, so the branch's graph never exists. Double backward works, the gradient being linear in d out.
+    It saves nothing, or with relu its output. It skips the branch's backward altogether: an autograd function's
+    `forward` runs without grad, so the branch's graph never exists. Double backward works, as the gradient is linear in
+    d out.
     """
 
     @staticmethod
@@ -203,7 +204,8 @@ class _Bypass(torch.autograd.Function):
 
 
 def touch(out: Tensor, others: Iterable[Tensor]) -> Tensor:
-    """`out`, with a gradient of zeros for `others` and all that they were computed from. Reads no value of `others`."""
+    """Returns `out`, whose backward also gives zeros to `others` and all that they were computed from. Reads no value
+    of `others`."""
     return _Touch.apply(out, *others)
 
 
@@ -223,30 +225,30 @@ class _Touch(torch.autograd.Function):
 
 
 class SaveLess(TorchFunctionMode):
-    """Within it, convolution and eval-mode BatchNorm with frozen weights don't save their inputs.
+    """Context: convolutions and eval-mode BatchNorms with frozen weights don't save their inputs.
 
-    Autograd derives the gradients of a convolution's (or BatchNorm's) input, weight and bias by one formula and saves
-    the input for it even where only the input's gradient is wanted, which doesn't need it.
+    Autograd has one formula for the gradients of such a layer's input, weight and bias. It saves the input for it, even
+    where only the input's gradient is wanted, which doesn't need it.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _LEAN and not is_transformed():
-            out = _LEAN[func](*args, **kwargs)
+        if func in _SAVING_LESS and not is_transformed():
+            out = _SAVING_LESS[func](*args, **kwargs)
             if out is not None:
                 return out
         return func(*args, **kwargs)
 
 
 def save_less_pays(modules: Iterable[nn.Module]) -> bool:
-    """Whether `SaveLess` would save anything: the mode costs a microsecond for every torch call within."""
+    """Whether `SaveLess` has any effect. It costs a microsecond for every torch call within."""
     return any(isinstance(m, _ConvNd) or (isinstance(m, _BatchNorm) and not m.training) for m in modules)
 
 
 class _FrozenConv(torch.autograd.Function):
-    """A convolution whose weight and bias are constants.
+    """A convolution whose weight and bias are frozen.
 
-    Saves the weight; skips the wgrad and its input: the dgrad reads of the input its shape only. Double backward works.
+    It saves the weight, and of the input only the shape, which is all that the dgrad needs. Double backward works.
     """
 
     @staticmethod
@@ -278,9 +280,9 @@ class _FrozenConv(torch.autograd.Function):
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
-    """Eval-mode BatchNorm whose affine weights are constants: y = x · scale[c] + shift[c], dx = dy · scale[c].
+    """Eval-mode BatchNorm whose affine weights are frozen: y = x · scale[c] + shift[c], dx = dy · scale[c].
 
-    Saves the [C] vectors; skips the input. The forward is torch's own, to the bit. Double backward works.
+    It saves the scale, `[C]`, and not the input. The forward is torch's own, to the bit. Double backward works.
     """
 
     @staticmethod
@@ -295,7 +297,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return (dout * scale.view([-1 if d == 1 else 1 for d in range(dout.dim())])).to(dout.dtype), *[None] * 5
 
 
-def _lean_conv(num_dims: int):
+def _conv_saving_less(num_dims: int):
     def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         learns = weight.requires_grad or (bias is not None and bias.requires_grad)
         if learns or not input.requires_grad or isinstance(padding, str) or input.dim() != num_dims + 2:
@@ -308,7 +310,9 @@ def _lean_conv(num_dims: int):
     return conv
 
 
-def _lean_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm_saving_less(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
     learns = any(p is not None and p.requires_grad for p in (weight, bias))
     if training or running_mean is None or learns or not input.requires_grad:
         return None
@@ -320,9 +324,9 @@ def _per_dim(value: int | tuple[int, ...], num_dims: int) -> list[int]:
     return values * num_dims if len(values) == 1 else values
 
 
-_LEAN: dict[Callable, Callable] = {
-    torch.conv1d: _lean_conv(1),
-    torch.conv2d: _lean_conv(2),
-    torch.conv3d: _lean_conv(3),
-    torch.nn.functional.batch_norm: _lean_batch_norm,
+_SAVING_LESS: dict[Callable, Callable] = {
+    torch.conv1d: _conv_saving_less(1),
+    torch.conv2d: _conv_saving_less(2),
+    torch.conv3d: _conv_saving_less(3),
+    torch.nn.functional.batch_norm: _batch_norm_saving_less,
 }

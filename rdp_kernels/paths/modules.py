@@ -8,12 +8,14 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 
 from .. import ops
-from .._utils.checks import ACTIVATIONS, check_bool, check_choice, check_probability
+from .._utils.checks import check_bool, check_choice, check_probability
+from ..kernels.spec import ACTIVATIONS, NORMS, ActivationName
 from ..plan import MODES
-from .arguments import Takes, taken_by
+from .arguments import Args, Kwargs, Takes, taken_by
+from .binding import PathBinding
 from .call import run_path
+from .freezing import ParameterRef
 from .norms import has_hooks
-from .path import PathBinding
 from .sequence import run_sequence
 
 
@@ -39,28 +41,28 @@ class ResidualBranch(nn.Module):
     """One residual path, `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
 
     Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
-    `ResidualDropPath` scheme it does what the plan says of its path.
+    `ResidualDropPath` scheme it follows the scheme's plan.
 
-    The output has the dtype of the residual, `shortcut(x)` or x, under autocast too, whatever that of the branch. A
-    bfloat16 residual loses updates that are small beside it, as behind a γ of 1e-6: cast the stream to float32.
+    The output has the dtype of the residual, `shortcut(x)` or x, whatever the branch's dtype is, under autocast too. A
+    bfloat16 residual loses updates that are small beside it, for example behind a γ of 1e-6: cast it to float32.
 
     Args:
         fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
         drop_prob: P(drop) in [0, 1].
         mode: `"sample"` draws for each sample, `"block"` once for the batch. `"block"` holds under a scheme in sample
-            mode too: say it where the rows of x are not the samples (windows, patches).
+            mode too: it is for branches whose rows are not the samples (windows, patches).
         scale_by_keep: kept rows are scaled by 1 / (1 − drop_prob) in training.
-        norm: a LayerNorm or RMSNorm before `fn`, given apart so that it can fuse with the gather of rows.
-        gamma: LayerScale vector `[C]`, a tensor that is copied or a Parameter that is kept; None for none.
+        norm: a LayerNorm or RMSNorm before `fn`, given apart so that it can be fused with the gather of rows.
+        gamma: LayerScale vector `[C]` or None. A tensor is copied, a Parameter is kept.
         shortcut: a module for the residual, for example a strided convolution; None for the identity.
         activation: None or `"relu"`, after the sum.
         channel_dim: γ's dimension: −1 for `[..., C]`, 1 for NCHW.
-        per_sample: names of keyword arguments, or positions among the arguments behind `x`, that carry a row per
-            sample and follow the rows of x. Other arguments are handed on as they are.
+        per_sample: names of keyword arguments, or positions among the arguments after `x`, that carry a row per
+            sample and follow the rows of x. Other arguments are passed on as they are.
 
-    Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. Dropped samples' rows of `fn`'s input are not computed, so
-    forward hooks of `fn` see the kept rows only. A branch that is dropped for the whole batch returns x itself, without
-    a copy: what follows must not work on it in place. Raises `TypeError` or `ValueError` naming the argument.
+    Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. `fn` isn't run on dropped samples, so its forward hooks see
+    the kept rows only. A path that is dropped for the whole batch returns x itself, without a copy: don't change the
+    output in place. Raises `TypeError` or `ValueError` naming the argument.
     """
 
     promotion = None
@@ -75,29 +77,30 @@ class ResidualBranch(nn.Module):
         norm: nn.LayerNorm | nn.RMSNorm | None = None,
         gamma: Tensor | None = None,
         shortcut: nn.Module | None = None,
-        activation: Literal["relu"] | None = None,
+        activation: ActivationName | None = None,
         channel_dim: int = -1,
         per_sample: Collection[str | int] = (),
     ):
         super().__init__()
         _check_module("fn", fn, nn.Module, "a torch.nn.Module, so that its parameters are known")
         _check_has_forward("fn", fn)
-        norms = (nn.LayerNorm, nn.RMSNorm, type(None))
-        _check_module("norm", norm, norms, "LayerNorm, RMSNorm or None; put others in fn")
+        norms = [kind.module for kind in NORMS.values()]
+        names = ", ".join(kind.__name__ for kind in norms)
+        _check_module("norm", norm, (*norms, type(None)), f"{names} or None; put others in fn")
         _check_module("shortcut", shortcut, (nn.Module, type(None)), "a torch.nn.Module or None")
         _check_has_forward("shortcut", shortcut)
         check_choice("mode", mode, MODES)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, (None, *ACTIVATIONS))
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim must be an integer, got {channel_dim!r}")
         if channel_dim == 0:
-            raise ValueError("channel_dim must name a dimension behind the rows, got 0, which is that of the rows")
+            raise ValueError("channel_dim must name a dimension other than 0, which is that of the rows, got 0")
         self.fn, self.norm, self.shortcut = fn, norm, shortcut
         self.gamma = _as_gamma(gamma)
         self.drop_prob = check_probability("drop_prob", drop_prob)
         self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
-        self.mode: str = mode
-        self.activation: str | None = activation
+        self.mode: Literal["sample", "block"] = mode
+        self.activation: ActivationName | None = activation
         self.channel_dim = channel_dim
         self.per_sample = _check_per_sample(per_sample, fn)
         self.binding = PathBinding()
@@ -109,14 +112,12 @@ class ResidualBranch(nn.Module):
         raise _cant_be_scripted(self)
 
     def is_plain(self) -> bool:
-        """Whether a call is nothing but `run_path` on the sum of stream and branch, and nobody looks on."""
-        calls_run_path = (
-            type(self).forward is ResidualBranch.forward and type(self).run_branch is ResidualBranch.run_branch
-        )
-        compiled = self._compiled_call_impl is not None
+        """Whether `ResidualSequence` may run the parts of a call itself: it is `run_path`, without a shortcut or an
+        activation, and nothing else sees it."""
         return (
-            calls_run_path
-            and not compiled
+            type(self).forward is ResidualBranch.forward
+            and type(self).run_branch is ResidualBranch.run_branch
+            and self._compiled_call_impl is None
             and self.binding.call_override is None
             and not has_hooks(self)
             and self.shortcut is None
@@ -126,12 +127,12 @@ class ResidualBranch(nn.Module):
     def branch_modules(self) -> list[nn.Module]:
         return [self.fn] if self.norm is None else [self.norm, self.fn]
 
-    def own_parameters(self) -> list[tuple[nn.Module, str]]:
+    def own_parameters(self) -> list[ParameterRef]:
         return [] if self.gamma is None else [(self, "gamma")]
 
     def map_rows(
-        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         def apply(name: str | int, value: Any) -> Any:
             if name not in self.per_sample or value is None:
                 return value
@@ -154,8 +155,9 @@ class ResidualBranch(nn.Module):
                 return own
         return taken_by(self.fn)
 
-    def run_branch(self, x: Tensor, args: tuple, kwargs: dict, normed: bool = False) -> Tensor:
-        return self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+    def run_branch(self, x: Tensor, args: Args, kwargs: Kwargs, normed: bool = False) -> Tensor:
+        out: Tensor = self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+        return out
 
     def extra_repr(self) -> str:
         parts = [f"drop_prob={round(self.drop_prob, 3):0.3f}", f"mode={self.mode}"]
@@ -167,21 +169,22 @@ class ResidualBranch(nn.Module):
 
 
 class ResidualSequence(nn.Sequential):
-    """Branches one after the other: a `Sequential` of `ResidualBranch` that hands further arguments to each of them.
+    """A `Sequential` of `ResidualBranch` that passes further arguments to each of them.
 
     `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`, except that a branch
-    gets only those keyword arguments that its `fn.forward` takes by name, or all where that takes `**kwargs`: an
-    attention branch with a `mask` and an MLP without one stand in one sequence. Where kernels serve it, one kernel adds
-    a branch, normalises the sum and gathers the next branch's rows, and the stream between branches, which nobody else
-    sees, is updated in place, unless the backward of a norm reads it. A branch with hooks, a shortcut or an activation
-    is called as it is.
+    gets only those keyword arguments that its `fn.forward` takes by name, or all if that takes `**kwargs`: an attention
+    branch with a `mask` and an MLP without one can stand in one sequence.
+
+    Where kernels serve it, one kernel adds a branch, normalises the sum and gathers the next branch's rows. The
+    residual between branches, which nothing else sees, is then updated in place, unless the backward of a norm reads
+    it. A branch with hooks, a shortcut or an activation is called as a module.
 
     Raises `TypeError` for a module that is not a `ResidualBranch`, for a keyword argument that no branch takes, and for
     positional arguments that a branch doesn't take.
     """
 
     def __init__(self, *branches: Any):
-        super().__init__(*branches)  # an OrderedDict is welcome too: slicing a Sequential passes one
+        super().__init__(*branches)  # slicing a Sequential passes an OrderedDict
         for name, branch in self.named_children():
             _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
 
@@ -220,7 +223,7 @@ def _as_gamma(gamma: Tensor | None) -> nn.Parameter | None:
 
 
 def _check_per_sample(per_sample: Collection[str | int], fn: nn.Module) -> frozenset[str | int]:
-    """The names and positions, each argument under both where `fn.forward` tells, as users may pass it either way."""
+    """`per_sample` with each argument under its name and its position, where it has both: callers may use either."""
     if isinstance(per_sample, str) or not isinstance(per_sample, Collection):
         raise TypeError(f"per_sample must be a collection of names and positions, got {per_sample!r}")
     takes = taken_by(fn)
@@ -232,7 +235,7 @@ def _check_per_sample(per_sample: Collection[str | int], fn: nn.Module) -> froze
             raise TypeError(f"per_sample must hold names and positions, got {entry!r}")
         known = entry in named if isinstance(entry, str) else 0 <= entry < len(positional)
         if not known and not open_ended:
-            raise ValueError(f"per_sample names {entry!r}, but behind its input fn takes {named}")
+            raise ValueError(f"per_sample names {entry!r}, but besides its input fn takes {named}")
         found.add(entry)
         if isinstance(entry, str) and entry in positional:
             found.add(positional.index(entry))

@@ -1,23 +1,25 @@
-"""The norm before a branch: whether it can be fused with the gather of its rows and with the add before."""
+"""The norm before a branch: fused, where possible, with the gather of its rows and with the add before it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels.autograd import library_for
-from ..kernels.spec import NextInput, Operands, RowSet
+from ..kernels.dispatch import resolve
+from ..kernels.spec import NORMS, Detached, NextInput, Operands, RowSet
 
+_NAMES = {norm.module: name for name, norm in NORMS.items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm as an argument of a tail. `kind` None: it isn't fused, the branch calls its module."""
+    """A norm as an argument of a fused call. With `kind` None it isn't fused: the branch calls its module."""
 
     kind: str | None = None
     weight: Tensor | None = None
@@ -29,48 +31,40 @@ class Norm:
         return self.kind is not None
 
     def operands(self, detached: bool = False) -> Operands:
-        """Weight and bias; `detached`: no gradient goes to them."""
+        """Weight and bias. With `detached` no gradient goes to them."""
         weight, bias = (t.detach() if detached and t is not None else t for t in (self.weight, self.bias))
         return Operands(weight=weight, bias=bias)
 
-    def next_input(self, rows: RowSet | None, detached: str | None = None) -> NextInput:
+    def next_input(self, rows: RowSet | None, detached: Detached | None = None) -> NextInput:
         return NextInput(rows, self.kind, self.eps, detached)
 
     @classmethod
-    def of(cls, module: nn.Module | None, x: Tensor, also_learns: Sequence[object] = ()) -> Norm:
-        """Fused where that means exactly what calling `module` on `x` would, and kernels serve it.
+    def of(cls, module: Any, x: Tensor, also_learns: Sequence[object] = ()) -> Norm:
+        """The fused norm, where it means exactly what calling `module` on `x` does, and kernels serve it.
 
-        `also_learns`: parameters that learn although they don't require grad now; the module's own call sees to them.
+        `also_learns`: parameters that learn although they don't require grad now, which needs the module's own call.
         """
-        if also_learns or torch.compiler.is_compiling():
+        name = _NAMES.get(type(module))
+        if name is None or also_learns or torch.compiler.is_compiling():
             return cls()
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _is_plain(module):
+        if has_hooks(module) or module._compiled_call_impl is not None:
             return cls()
         if list(module.normalized_shape) != [x.shape[-1]] or x.dim() < 2 or not _keeps_dtype(module, x):
             return cls()
-        if isinstance(module, nn.LayerNorm):
-            norm = cls("layer", module.weight, module.bias, module.eps)
-        else:
-            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-            norm = cls("rms", module.weight, None, eps)
-        served = library_for(
-            "path", Operands(x, weight=norm.weight, bias=norm.bias), None, norm.next_input(None), required=False
-        )
-        return cls() if served is None else norm
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        norm = cls(name, module.weight, getattr(module, "bias", None), eps)
+        operands = Operands(x, weight=norm.weight, bias=norm.bias)
+        served = resolve("path", operands, None, norm.next_input(None), required=False)
+        return norm if served.library is not None and served.takes_norm else cls()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees what `module` gets or returns."""
+    """Whether hooks see what `module` gets or returns."""
     return _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS)
 
 
-def _is_plain(module: nn.LayerNorm | nn.RMSNorm) -> bool:
-    """Its call does what its class says, and nobody looks on."""
-    return type(module) in (nn.LayerNorm, nn.RMSNorm) and not has_hooks(module) and module._compiled_call_impl is None
-
-
-def _keeps_dtype(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
-    """Whether torch, too, would compute in float32 and return the dtype of `x`."""
+def _keeps_dtype(module: Any, x: Tensor) -> bool:
+    """Whether torch, too, computes in float32 and returns the dtype of `x`."""
     if x.dtype not in (torch.float32, torch.float64) and torch.is_autocast_enabled(x.device.type):
         return False
     if module.eps is None and x.dtype not in (torch.float32, torch.float64):

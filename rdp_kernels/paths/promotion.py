@@ -1,10 +1,10 @@
-"""The dtype of a sum as torch's own add promotes it, also where the branch that decides about it doesn't run."""
+"""The dtype of a sum as torch's own add promotes it, also where the branch doesn't run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,21 +12,32 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-if TYPE_CHECKING:
-    from ..convert.converted import ConvertedPath
-    from .call import PathCall
+from .arguments import Args, Kwargs
 
 MOST_KNOWN = 32
-"""So many dtypes a path remembers."""
+"""How many dtypes a path remembers. A training meets a few; the bound is for a program that meets ever new ones."""
+
+
+class SkippedCall(Protocol):
+    """What is asked of a `PathCall` whose branch isn't to run. Its `module` is a path of a converted block."""
+
+    args: Args
+    kwargs: Kwargs
+
+    @property
+    def module(self) -> Any: ...
+    @property
+    def modules(self) -> list[nn.Module]: ...
 
 
 class Promotion:
-    """Of one converted path: under autocast, or with weights of several dtypes, its sum may be wider than its stream.
+    """The dtype of a converted path's sum, which under autocast or with weights of several dtypes may be wider than the
+    residual's.
 
     Args:
-        whose: dtype the sum has. `"both"`: torch promotes the two. `"branch"`, `"residual"`: that of one of them, to
-            which the other is added in place, or which zeros stand beside.
-        dtype: that of the branch's output where all that it is computed from has it; None where that isn't known.
+        whose: whose dtype the sum has. `"both"`: torch promotes the two. `"branch"`, `"residual"`: the sum has the
+            dtype of that one, because the other is added to it in place, or because it is added to zeros.
+        dtype: the dtype of the branch's output where all that it is computed from has it. None: not known.
     """
 
     def __init__(self, whose: str, dtype: torch.dtype | None):
@@ -39,19 +50,19 @@ class Promotion:
             return torch.promote_types(residual, branch)
         return branch if self.whose == "branch" else residual
 
-    def without_branch(self, call: PathCall, x: Tensor, residual: torch.dtype) -> torch.dtype:
+    def without_branch(self, call: SkippedCall, x: Tensor, residual: torch.dtype) -> torch.dtype:
         """The dtype of the sum where the branch on `x` isn't to run.
 
-        Where what goes into the branch doesn't tell, the branch runs once without grad, in eval mode, for its dtype.
-        That is remembered for inputs and weights of these dtypes. Ranks that leave out the same calls do so at the same
-        time.
+        Where the inputs of the branch don't tell its dtype, the branch runs once, without grad and in eval mode. The
+        result is remembered for inputs and weights of these dtypes. Ranks that leave out the same calls run the branch
+        at the same time.
         """
         if self.whose == "residual" or (self.whose == "both" and residual == torch.float64):
             return residual
-        module: Any = call.module
-        dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(module))]
+        path = call.module
+        dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(path))]
         if self.whose == "both" and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
-            return residual  # a branch that widens to float64 by itself did so in the conversion, and isn't added
+            return residual  # a branch that widens to float64 by itself was seen in the conversion, and isn't added
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         if not autocast and all(d == self._dtype or not d.is_floating_point for d in dtypes):
@@ -60,17 +71,17 @@ class Promotion:
         if key not in self._known:
             if len(self._known) == MOST_KNOWN:
                 self._known.clear()
-            with _unnoticed([*call.modules, module.block], x):
-                self._known[key] = module.run_branch(x, call.args, call.kwargs).dtype
+            with _leaving_no_trace([*call.modules, path.block], x):
+                self._known[key] = path.run_branch(x, call.args, call.kwargs).dtype
         return self.of(residual, self._known[key])
 
 
-def _tensors(args: tuple) -> list[Tensor]:
+def _tensors(args: Args) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)] if args else []
 
 
-def _weights(path: ConvertedPath) -> list[Tensor]:
-    """Parameters and buffers of a branch, shared ones more than once; and those that the block itself has."""
+def _weights(path: Any) -> list[Tensor]:
+    """Parameters and buffers of a branch, and those of the block itself. Shared ones are listed more than once."""
     found = [*path.block._parameters.values(), *path.block._buffers.values()]
     modules: list[nn.Module | None] = [*path.branch_modules()]
     while modules:
@@ -83,9 +94,9 @@ def _weights(path: ConvertedPath) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _unnoticed(modules: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
-    """What runs within leaves no trace: in buffers, generators, autocast's cache, and what watches torch's operations,
-    such as a checkpoint that caches some of them. In eval mode no statistics are exchanged between ranks."""
+def _leaving_no_trace(modules: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
+    """Context: what runs within changes no buffers, generators or autocast's cache, and is hidden from modes that watch
+    torch's operations, such as a checkpoint's. `modules` are in eval mode, so that ranks exchange no statistics."""
     training = [m.training for m in modules]
     buffers = [m._buffers for m in modules]
     caches = torch.is_autocast_cache_enabled()

@@ -1,21 +1,17 @@
 """Paths and drop-paths while `torch.fx` or `torch.jit` records them: plain torch ops, masks drawn in the graph.
 
-What is recorded runs later, without the host's decisions: every branch is whole and nothing is skipped, as under
-`torch.compile`.
+What is recorded runs later, without the host's decisions: as under `torch.compile`, every branch runs on all rows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from torch import Tensor, fx
 
 from ..kernels.recorded import drop_rows
+from ..kernels.spec import activated
 from ..plan import kept_scale
-from .arguments import not_a_tensor
-
-if TYPE_CHECKING:
-    from .path import PathModule
+from .arguments import Args, Kwargs
+from .binding import PathModule, not_a_tensor
 
 
 def check_arguments(module: object, args: object, kwargs: object) -> None:
@@ -26,19 +22,17 @@ def check_arguments(module: object, args: object, kwargs: object) -> None:
         )
 
 
-def run_path(
-    module: PathModule, x: Tensor, args: tuple, kwargs: dict[str, Any], residual: Tensor | None = None
-) -> Tensor:
-    """As `path_call.run_path`, at the path's own drop probability.
+def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual: Tensor | None = None) -> Tensor:
+    """As `call.run_path`, at the path's own drop probability.
 
-    Raises `RuntimeError` inside an iteration, as what is recorded couldn't follow another plan, and `TypeError` where
-    `torch.fx` hands over `*args` and `**kwargs` as proxies.
+    Raises `RuntimeError` inside an iteration, because the recording couldn't follow another plan, and `TypeError` where
+    `torch.fx` passes `*args` and `**kwargs` as proxies.
     """
     check_arguments(module, args, kwargs)
-    scheme = module.binding.scheme
-    if module.training and scheme is not None and scheme.phase is not None:
+    phase = module.binding.decider.phase
+    if module.training and phase is not None:
         raise RuntimeError(
-            f"torch.fx and torch.jit.trace can't record the {scheme.phase} iteration that is open, as its plan would "
+            f"torch.fx and torch.jit.trace can't record the {phase} iteration that is open, as its plan would "
             "stay in the graph for ever: record the model in eval mode, or outside of iterations"
         )
     branch = module.run_branch(x, args, kwargs)
@@ -55,4 +49,4 @@ def run_path(
     out, whose = residual + branch, "residual" if module.promotion is None else module.promotion.whose
     if whose != "both":
         out = out.type_as(residual if whose == "residual" else branch)
-    return out.relu() if module.activation == "relu" else out
+    return activated(out, module.activation)

@@ -1,37 +1,37 @@
-"""A chain of paths in which the tail of one and the head of the next are one kernel.
+"""A chain of paths in which one kernel ends a path and begins the next.
 
-With stream s, branches f and norms n, a chain computes `s ← s + f(n(s))` path after path. What kernels compute in one
-go is `s ← s + update; next input = n(s)[rows]`: the update of one path waits until the next path's rows are known. The
-stream in between is seen by nobody but the chain, which therefore updates it in place, unless the backward of a norm
-reads it.
+With residual r, branches f and norms n, a chain computes `r ← r + f(n(r))` path after path. One fused call of kernels
+computes `r ← r + update; next_input = n(r)[rows]`, so a path's update waits until the next path's rows are known. Only
+the chain sees the residual between two paths. It therefore updates it in place, unless the backward of a norm reads it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._utils.checks import check_stream
-from ..kernels import direct
-from ..kernels.autograd import FusedCall, library_for
+from ..kernels.autograd import FusedCall, plain_add
+from ..kernels.dispatch import Kernels, resolve
 from ..kernels.recorded import is_recorded
-from ..kernels.spec import Add, NextInput, Operands, Results
-from .arguments import for_each
+from ..kernels.spec import Add, Detached, NextInput, Operands, Results
+from .arguments import Args, Kwargs, for_each
 from .call import PathCall
+from .decision import ALL_ROWS, FROZEN, SKIP, Decision
 from .norms import Norm
-from .path import Decision
 from .recorded import check_arguments
 
 
-def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes. A path is a
-    module that owns one; its `is_plain()` says whether calling it is nothing but `run_path`, so that its pieces may be
-    run instead, and its `takes()` what it takes."""
+def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+    """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes.
+
+    A path is a `PathModule` that is a module itself. Its `takes()` says which arguments it takes, and its `is_plain()`
+    whether the chain may run its parts instead of calling it.
+    """
     kernels, compiling = None, torch.compiler.is_compiling()
     recorded = not compiling and is_recorded(x)
     if recorded:
@@ -39,8 +39,8 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> 
     else:
         check_stream("x", x)
     if not (recorded or compiling):
-        kernels = library_for("path", Operands(x), None, None, required=False)
-    given: Iterable[dict] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
+        kernels = resolve("path", Operands(x), required=False).kernels
+    given: Iterable[Kwargs] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
     if kernels is None:
         for path, named in zip(paths, given):  # noqa: B905 (without arguments one dict serves all)
             x = path(x, *args, **named)
@@ -50,82 +50,87 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: tuple, kwargs: dict) -> 
         if path.is_plain():
             chain.run(PathCall(path, x.shape[0], args, named))
         else:
-            chain.expose(path(chain.finish(), *args, **named))
+            chain.go_on_from(path(chain.finish(), *args, **named))
     return chain.finish()
 
 
 class _Chain:
-    """The stream, and the update that is still to be added to it."""
+    """The residual, and the update that is still to be added to it."""
 
-    def __init__(self, kernels: ModuleType, x: Tensor):
-        self._kernels, self._stream = kernels, x
-        self._tail: FusedCall | None = None
-        """Where the stream comes from, if nobody else has it."""
+    def __init__(self, kernels: Kernels, x: Tensor):
+        self._kernels, self._residual = kernels, x
+        self._last_call: FusedCall | None = None
+        """The call that returned the residual, if nobody else has the residual."""
         self._update: tuple[Operands, Add] | None = None
 
-    def expose(self, x: Tensor) -> None:
-        """Goes on from a stream that others have."""
-        self._stream, self._tail = x, None
+    def go_on_from(self, x: Tensor) -> None:
+        """Replaces the residual by one that others have too."""
+        self._residual, self._last_call = x, None
 
     def finish(self) -> Tensor:
-        """The stream with all that was to be added."""
+        """The residual with the last update."""
         if self._update is not None and not self._add_plainly(*self._update):
             self._run_fused_add(Operands(), None)
-        return self._stream
+        return self._residual
 
     def _add_plainly(self, operands: Operands, add: Add) -> bool:
-        """Whether torch's own add did it all: a branch on all rows, added to a stream that isn't ours to change. It has
+        """Whether torch's own add did it all: a branch on all rows, added to a residual that others have. That add has
         no backward, where a kernel's would copy the gradient."""
-        if self._tail is not None or add.rows is not None or operands.gamma is not None:
+        if self._last_call is not None or add.rows is not None or operands.gamma is not None:
             return False
-        out = direct.plain_add(self._stream, operands.update, add.scale)
+        out = plain_add(self._residual, operands.update, add.scale)
         if out is None:
             return False
         self._update = None
-        self.expose(out)
+        self.go_on_from(out)
         return True
 
     def run(self, call: PathCall) -> None:
-        """One path: takes its input from the last update's tail, and leaves an update of its own."""
-        decision = call.decide(self._stream)
-        whole = decision.row_scale is not None or (decision.rows is not None and call.needs_all_rows(decision.rows))
-        if decision.dummy_calls or whole:
-            self.expose(call.run(self.finish(), decision))
+        """Runs one path: its input comes with the sum of the last update, and its own update is kept for later."""
+        module = call.module
+        decision = module.binding.decider.decide(module, self._residual) if module.training else ALL_ROWS
+        if decision.dummy_calls or decision.row_scale is not None or self._needs_all_rows(call, decision):
+            self.go_on_from(call.run(self.finish(), decision))
             return
-        if not decision.runs:
+        if decision.kind is SKIP:
             return
-        norm = Norm.of(call.module.norm, self._stream, decision.also_learns)
+        norm = Norm.of(module.norm, self._residual, decision.also_learns)
         if decision.rows is None and not norm.fused:
             inputs = Results(next=self.finish())
-            self.expose(inputs.next)
+            self.go_on_from(inputs.next)
         else:
-            inputs = self._head(norm, decision)
+            inputs = self._inputs(norm, decision)
         update, frozen = call.updates(decision, inputs.next, inputs.frozen_next, norm.fused)
-        gamma: Tensor | None = call.module.gamma
-        if gamma is not None and decision.frozen:
+        gamma: Tensor | None = module.gamma
+        if gamma is not None and decision.kind is FROZEN:
             gamma = gamma.detach()
-        operands = Operands(self._stream, update, frozen, gamma)
+        operands = Operands(self._residual, update, frozen, gamma)
         add = call.checked_add(operands, decision.rows, decision.scale)
         self._update = operands._replace(residual=None), add
 
-    def _head(self, norm: Norm, decision: Decision) -> Results:
+    @staticmethod
+    def _needs_all_rows(call: PathCall, decision: Decision) -> bool:
+        return decision.rows is not None and call.needs_all_rows(decision.rows)
+
+    def _inputs(self, norm: Norm, decision: Decision) -> Results:
         """What the branch gets."""
-        detached = None
+        frozen = decision.kind is FROZEN
+        detached: Detached | None = None
         if decision.freeze == "branch":
-            detached = "all" if decision.frozen else "frozen"
-        if norm.fused and self._update is not None and not _along_channels(*self._update, self._stream):
+            detached = "all" if frozen else "frozen"
+        if norm.fused and self._update is not None and not _along_channels(*self._update, self._residual):
             self.finish()
-        return self._run_fused_add(norm.operands(detached=decision.frozen), norm.next_input(decision.rows, detached))
+        return self._run_fused_add(norm.operands(detached=frozen), norm.next_input(decision.rows, detached))
 
     def _run_fused_add(self, norm: Operands, next_input: NextInput | None) -> Results:
         operands, add = self._update or (Operands(), None)
-        tail = FusedCall(self._kernels, add, next_input, self._tail)
-        operands = operands._replace(residual=self._stream, weight=norm.weight, bias=norm.bias)
-        results = tail(operands)
-        self._stream, self._tail, self._update = results.out, tail, None
+        call = FusedCall(self._kernels, add, next_input, self._last_call)
+        operands = operands._replace(residual=self._residual, weight=norm.weight, bias=norm.bias)
+        results = call(operands)
+        self._residual, self._last_call, self._update = results.out, call, None
         return results
 
 
-def _along_channels(operands: Operands, add: Add, stream: Tensor) -> bool:
+def _along_channels(operands: Operands, add: Add, residual: Tensor) -> bool:
     """Whether γ lies along the norm's dimension, the last."""
-    return operands.gamma is None or add.channel_dim % stream.dim() == stream.dim() - 1
+    return operands.gamma is None or add.channel_dim % residual.dim() == residual.dim() - 1

@@ -1,18 +1,23 @@
-"""An open iteration: a plan, a phase, and the decision that follows for each call of each path."""
+"""An open iteration: it carries out a plan, by a decision about each call of each path."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .._utils.autograd import NO_BACKWARD
 from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of
+from ..paths.binding import Decider, PathModule
+from ..paths.decision import FROZEN, LEARN, ROWS, SKIP, Decision, Kind
 from ..paths.freezing import FreezeBN, ParameterRef
-from ..paths.path import Decision, Path
+from ..paths.path import Path
 from ..plan import PathPlan, kept_scale
+from .rest import Rest
 
 
 @dataclass(frozen=True)
@@ -29,111 +34,150 @@ class Rules:
         return self.freeze != "none" and not self.train_rest
 
 
-@dataclass
 class Iteration:
-    """One drop or reuse iteration.
+    """One drop or reuse iteration. While it is open, the bindings of its paths hold it.
 
-    `forwards` holds, in sample mode, the batch size of each forward in order; a single entry serves any number of
-    forwards of that size.
+    Args:
+        phase: `"drop"` or `"reuse"`.
+        plan: which paths the drop iteration keeps, for which samples. The reuse iteration does the opposite.
+        rest: the model outside of the branches of `paths`.
+        history: decides about recomputations. Held weakly, because it holds the iteration.
+        forwards: in sample mode, the batch size of each forward in order. A single entry serves any number of forwards
+            of that size.
     """
 
-    phase: str
-    plan: PathPlan
-    paths: Sequence[Path]
-    rules: Rules
-    forwards: tuple[int, ...] = ()
-    also_learns: Sequence[tuple[ParameterRef, ...]] = ()
-    """For each path its parameters that the frozen rest shares."""
-    modules: Sequence[Sequence[nn.Module]] = ()
-    """For each path those of its branch."""
-    first_node: int = field(default_factory=torch._C._autograd._get_sequence_nr)
-    last_node: float = float("inf")
-    """The iteration's autograd nodes have sequence numbers in [first_node, last_node)."""
-
-    def __post_init__(self) -> None:
-        self._ran = [False] * self.plan.num_paths
+    def __init__(
+        self,
+        phase: str,
+        plan: PathPlan,
+        paths: Sequence[Path],
+        rules: Rules,
+        rest: Rest,
+        history: Decider,
+        forwards: tuple[int, ...] = (),
+    ):
+        self.phase, self.plan, self.paths, self.rules, self.rest = phase, plan, paths, rules, rest
+        self.forwards = forwards
+        self.first_node = torch._C._autograd._get_sequence_nr()
+        self.last_node = float("inf")
+        """The autograd nodes of the iteration have sequence numbers in [first_node, last_node)."""
+        self.is_provisional = False
+        """Under `alternate` the iteration opens right after a step, and users may change the model before they call it.
+        Until a path has run, what belongs to which path is looked up again."""
+        self._history = weakref.ref(history)
+        self._blockwise = [plan.mode == "block" or path.module.mode == "block" for path in paths]
+        self._ran = [False] * plan.num_paths
         self._without_grad: set[int] = set()
         self._with_grad: set[int] = set()
-        self._calls = [0] * self.plan.num_paths
-        self._orders: dict[tuple[int, torch.device], Tensor] = {}
-        learns = self.plan.keep if self.phase == "drop" else ~self.plan.keep
-        if self.phase == "reuse" and self.rules.freeze == "none":
+        self._calls = [0] * plan.num_paths
+        learns = plan.keep if phase == "drop" else ~plan.keep
+        if phase == "reuse" and rules.freeze == "none":
             learns = torch.ones_like(learns)
         self._learns = learns
-        sample = self.plan.mode == "sample"
-        self._num_learning = [part.sum(dim=1).tolist() for part in learns.split(self.forwards, dim=1)] if sample else []
-        """By forward and path: how many rows learn."""
-        self._presence: Tensor | None = None  # on any rank
-        several = sample and len(self.forwards) > 1
-        self._dummy_calls = self._dummy_calls_among(self.presence()) if several else {}
-        self.look_up(self.also_learns, self.modules)
+        sample = plan.mode == "sample"
+        self._num_learning = [part.sum(dim=1).tolist() for part in learns.split(forwards, dim=1)] if sample else []
+        """For each forward and path, how many rows learn."""
+        self._presence: Tensor | None = None
+        """The presence on any rank, where `join` has told it."""
+        several = sample and len(forwards) > 1
+        self._dummy_calls = self._missing_calls(self.presence()) if several else {}
+        self.look_up()
 
-    def look_up(self, also_learns: Sequence[tuple[ParameterRef, ...]], modules: Sequence[Sequence[nn.Module]]) -> None:
-        """`also_learns` and `modules` as they are now."""
-        self.also_learns, self.modules = also_learns, modules
-        flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
-        # What holds for every row of a path; a path in block mode never mixes.
-        self._uniform = [self._whole(path, bool(flag)) for path, flag in enumerate(flags)]
-
-    def decide(self, index: int, x: Tensor, recomputing: bool) -> Decision:
-        """The decision for a call of path `index` on `x`. Raises `ValueError` for a batch that doesn't fit the plan."""
-        self._ran[index] = True
+    def look_up(self) -> None:
+        """Makes the decisions anew, with the modules and shared parameters that paths have now."""
+        self._modules: Sequence[Sequence[nn.Module] | None] = [None] * len(self.paths)
+        self._also_learn: Sequence[tuple[ParameterRef, ...]] = [()] * len(self.paths)
         if self.phase == "reuse":
-            self._note_grad_mode(index)
-        if self.plan.mode == "block":
-            return self._uniform[index]
-        if self.paths[index].module.mode == "block":
-            return self._among_ranks(self._uniform[index], index, 0)
-        forward = self._count_forward(index, recomputing)
-        size = self.forwards[forward]
-        if x.shape[0] != size:
+            self._modules = self.rest.modules
+            self._also_learn = [tuple(filter(_requires_grad, shared)) for shared in self.rest.shared]
+        self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
+        """For a forward whose rows are on this device: the decision of each path."""
+        flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
+        kinds = [LEARN if flag else FROZEN if self.phase == "reuse" else SKIP for flag in flags]
+        self._blockwise_decisions = [self._decision(path, kind) for path, kind in enumerate(kinds)]
+        """For each path the decision that holds for all rows, where it is decided for the whole batch."""
+
+    def decide(self, module: PathModule, x: Tensor, recomputing: bool = False) -> Decision:
+        """The decision for a call of `module` on `x`. Raises `ValueError` for a batch that doesn't fit the plan.
+
+        In a backward, checkpointing recomputes a forward, which may be another iteration's: the history finds out
+        which, and that iteration decides with `recomputing`.
+        """
+        if not recomputing and torch._C._current_graph_task_id() != NO_BACKWARD:
+            history = self._history()
+            assert history is not None  # it lives as long as the scheme, and bindings are cleared with that
+            return history.decide(module, x)
+        index = module.binding.index
+        if self.phase == "reuse":
+            rest = self.rest
+            if not (recomputing or rest.is_entered) and (rest.owners or self.is_provisional):
+                self._check_entry(index)
+            (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
+        self._ran[index] = True
+        if self._blockwise[index]:
+            return self._blockwise_decisions[index]
+        forward, several = 0, len(self.forwards) > 1
+        if several:
+            forward = self._calls[index]  # every path counts its own calls
+            if recomputing or forward == len(self.forwards):
+                raise self._no_such_forward(index, recomputing)
+            self._calls[index] = forward + 1
+        if x.shape[0] != self.forwards[forward]:
             raise ValueError(
                 f"path {self.paths[index].name!r} got {x.shape[0]} rows where this iteration's forward {forward} has "
-                f"batch_size {size}; if its rows are not the samples (windows, patches), give its branch mode='block'"
+                f"batch_size {self.forwards[forward]}; if its rows are not the samples (windows, patches), give its "
+                "branch mode='block'"
             )
-        start = sum(self.forwards[:forward])
-        count = self._num_learning[forward][index]
-        if count in (0, size):
-            return self._among_ranks(self._whole(index, count > 0), index, forward)
-        order, inverse = self._order(forward, start, size, x.device)[:, index]
-        # In a drop iteration the dropped rows, behind the others in the order, have no branch.
-        rows = RowSet(order[:count] if self.phase == "drop" else order, count, inverse)
-        return self._decision(index, rows=rows)
+        decisions = self._decisions.get((forward, x.device))
+        return (self._decide_forward(forward, x.device) if decisions is None else decisions)[index]
+
+    @property
+    def is_in_frozen_rest(self) -> bool:
+        return self.rest.is_entered
+
+    def look_again(self) -> None:
+        """Looks up again what belongs to which path, where users may have changed that since the iteration opened."""
+        if self.is_provisional and not self.begun and not self.rest.is_entered:
+            self.rest.refresh()
+            self.look_up()
 
     def graph_masks(self) -> Tensor:
-        """Float64 `[2, paths]` or `[2, paths, batch]`: what the plan multiplies branches by in a whole forward, where
-        they learn and where they are frozen. Counts as a forward."""
+        """The factors of branches in a forward whose paths can't ask one by one: where they learn, and where they are
+        frozen. Float64 `[2, paths]` or `[2, paths, batch]`. Counts as a forward."""
         self._ran = [True] * len(self.paths)
         learns = self._learns
         if self.forwards:
-            forward = self._count_forward(0, recomputing=False)
+            forward = self._calls[0] if len(self.forwards) > 1 else 0
+            if forward == len(self.forwards):
+                raise self._no_such_forward(0, recomputing=False)
+            self._calls[0] += 1
             start = sum(self.forwards[:forward])
             learns = learns[:, start : start + self.forwards[forward]]
-        scales = [self._whole(index, True).scale for index in range(len(self.paths))]
+        scales = [decision.scale for decision in self._blockwise_decisions]
         scale = torch.tensor(scales, dtype=torch.float64).view([-1] + [1] * (learns.dim() - 1))
         frozen = ~learns if self.phase == "reuse" else torch.zeros_like(learns)
         return torch.stack([torch.where(learns, scale, 0.0), frozen.double()])
 
     @property
     def begun(self) -> bool:
-        """Whether a path ran in it, in training mode."""
+        """Whether a path has run in it, in training mode."""
         return any(self._ran)
 
     def learns(self, index: int) -> bool:
-        """Whether path `index` learns, of any row of this process."""
-        return self._uniform[index].learning
+        """Whether path `index` learns, on any row of this process."""
+        return self._blockwise_decisions[index].kind is LEARN
 
     @property
     def mode(self) -> str:
         return self.plan.mode
 
     def paths_that_learn(self) -> Iterator[Path]:
-        """Those of which any row of this process learns, and those in eval mode."""
+        """The paths that learn on any row of this process, and those in eval mode."""
         return (path for path in self.paths if self.learns(path.index) or not path.module.training)
 
     def learning_paths(self) -> list[Path]:
-        """Those that learn, paths in eval mode among them, which no plan is for; where ranks draw apart, in sample
-        mode, those that learn on any of them, or may, where `join` hasn't told."""
+        """The paths that learn, and those in eval mode, which follow no plan. In sample mode, where each rank draws its
+        own plan, these are the paths that learn on any rank or, before `join`, those that may."""
         if self._presence is not None:
             learns = self._branch_calls(self._presence)["learning"].any(dim=0)
         else:
@@ -146,36 +190,37 @@ class Iteration:
 
     @property
     def dropped_paths(self) -> list[int]:
-        """Indices of the paths that are dropped for at least one sample, of any rank where `join` has told."""
+        """Indices of the paths that are dropped for at least one sample: of any rank, after `join`."""
         if self._presence is None:
             return self.plan.dropped_paths
         return self._presence[1].any(dim=0).nonzero().flatten().tolist()
 
     def presence(self) -> Tensor:
-        """Bool [2, forwards, paths], in sample mode: whether a path keeps, and whether it drops, any sample."""
+        """In sample mode, whether a path keeps, and whether it drops, any sample. Bool [2, forwards, paths]."""
         parts = self.plan.keep.split(self.forwards, dim=1)
         return torch.stack([torch.stack([k.any(dim=1) for k in keep]) for keep in (parts, [~part for part in parts])])
 
     def join(self, presence: Tensor) -> None:
-        """For sample mode on several ranks, which draw apart: `presence`, as of `presence()`, on any rank.
+        """Tells the `presence()` on any rank, before any forward: in sample mode each rank draws its own plan.
 
-        All ranks then make the same calls, and have the same gradients to average or scatter. Before any forward.
+        All ranks then make the same calls, and have the same gradients to average or scatter.
         """
-        self._presence, self._dummy_calls = presence, self._dummy_calls_among(presence)
+        self._presence, self._dummy_calls = presence, self._missing_calls(presence)
+        self.look_up()
 
-    def _dummy_calls_among(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
-        """By forward and path: which calls of the branch, on rows that learn or on frozen ones, other ranks make, or
-        other forwards, and this one has no rows for. It makes them too, with a row of zeros: every path that learns
-        has a gradient from each forward, so that each has a backward."""
-        dummy_calls: dict[tuple[int, int], tuple[str, ...]] = {}
+    def _missing_calls(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
+        """For each forward and path, the calls of the branch, on rows that learn or on frozen ones, that other ranks or
+        other forwards make and this one has no rows for. It makes them too, as dummy calls: every path that learns then
+        has a gradient from each forward, so that each forward has a backward."""
+        missing: dict[tuple[int, int], tuple[str, ...]] = {}
         here = self._branch_calls(self.presence())
         for kind, anywhere in self._branch_calls(presence).items():
             for forward, path in (anywhere.any(dim=0) & ~here[kind]).nonzero().tolist():
-                dummy_calls[forward, path] = (*dummy_calls.get((forward, path), ()), kind)
-        return dummy_calls
+                missing[forward, path] = (*missing.get((forward, path), ()), kind)
+        return missing
 
     def _branch_calls(self, presence: Tensor) -> dict[str, Tensor]:
-        """Bool [forwards, paths]: which branches are called on rows that learn, and on frozen ones."""
+        """Which branches are called on rows that learn, and which on frozen ones. Bool [forwards, paths]."""
         kept, dropped = presence
         if self.phase == "drop":
             return {"learning": kept}
@@ -183,21 +228,23 @@ class Iteration:
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
-        self._orders.clear()  # made again should a checkpoint ask
+        self._decisions.clear()  # they hold rows, and are made again if checkpointing asks
 
     def not_run(self) -> list[Path]:
-        """The paths that the plan runs, on any row of this process, and that the model didn't run in training mode.
-        Those in eval mode in which nothing could learn aren't among them: that is how users freeze a part."""
+        """The paths that the plan runs, on any row of this process, but that the model didn't run in training mode.
+
+        Paths in eval mode without anything that can learn are left out: that is how users freeze a part.
+        """
         return [
             path
-            for path, decision, ran in zip(self.paths, self._uniform, self._ran, strict=True)
-            if decision.runs and not ran
+            for path, decision, ran in zip(self.paths, self._blockwise_decisions, self._ran, strict=True)
+            if decision.kind is not SKIP and not ran
             if path.module.training or any(p.requires_grad for p in path.parameters())
         ]
 
     def check_complete(self) -> None:
-        """Raises `RuntimeError` where a path ran in some of the announced forwards but not in all of them, and where
-        paths that learn ran without grad only, among others that ran with it."""
+        """Raises `RuntimeError` where a path ran in some but not all of the announced forwards, and where a path that
+        learns never ran with grad although others did."""
         learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
         ran_without = [self.paths[i] for i in sorted(self._without_grad - self._with_grad) if learns[i]]
         lost = [path for path in ran_without if any(p.requires_grad for p in path.parameters())]
@@ -214,58 +261,51 @@ class Iteration:
                     f"(batch_size={list(self.forwards)}), but path {path.name!r} ran in {calls}"
                 )
 
-    def _note_grad_mode(self, index: int) -> None:
-        (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
+    def _check_entry(self, index: int) -> None:
+        self.look_again()
+        if self.rules.freezes_rest:
+            self.rest.check_entry(self.paths[index])
 
-    def _count_forward(self, index: int, recomputing: bool) -> int:
-        """Which of the announced forwards this call belongs to: every path counts its own calls."""
-        if len(self.forwards) == 1:
-            return 0
+    def _no_such_forward(self, index: int, recomputing: bool) -> Exception:
+        name, forwards = self.paths[index].name, self.forwards
         if recomputing:
-            raise RuntimeError(
-                f"path {self.paths[index].name!r} is recomputed by checkpointing, and which of the "
-                f"{len(self.forwards)} forwards of this sample-mode iteration is meant can't be told: use "
-                "mode='block', or no checkpointing"
+            return RuntimeError(
+                f"path {name!r} is recomputed by checkpointing, and which of the {len(forwards)} forwards of this "
+                "sample-mode iteration is meant can't be told: use mode='block', or no checkpointing"
             )
-        forward = self._calls[index]
-        if forward == len(self.forwards):
-            raise ValueError(
-                f"path {self.paths[index].name!r} was called more than {forward} times in an iteration that was opened "
-                f"with batch_size={list(self.forwards)}, an entry a forward"
-            )
-        self._calls[index] += 1
-        return forward
+        return ValueError(
+            f"path {name!r} was called more than {len(forwards)} times in an iteration that was opened with "
+            f"batch_size={list(forwards)}, an entry a forward"
+        )
 
-    def _among_ranks(self, decision: Decision, index: int, forward: int) -> Decision:
-        dummy_calls = self._dummy_calls.get((forward, index))
-        return decision if dummy_calls is None else replace(decision, dummy_calls=dummy_calls)
+    def _decide_forward(self, forward: int, device: torch.device) -> list[Decision]:
+        """The decisions of all paths for a forward on `device`. The rows of all paths take one copy to the device."""
+        start, size = sum(self.forwards[:forward]), self.forwards[forward]
+        decisions = []
+        with torch.inference_mode(False):  # a forward with grad may be the next to read the rows
+            orders, inverses = to_device(orders_of(self._learns[:, start : start + size]), device)
+            for index, count in enumerate(self._num_learning[forward]):
+                rows = None
+                kind = LEARN if count == size else FROZEN if self.phase == "reuse" else SKIP
+                if 0 < count < size:
+                    # In a drop iteration the rows behind the learning ones are dropped: the branch doesn't get them.
+                    order = orders[index][:count] if self.phase == "drop" else orders[index]
+                    kind, rows = ROWS, RowSet(order, count, inverses[index])
+                decisions.append(self._decision(index, kind, rows, forward))
+        self._decisions[forward, device] = decisions
+        return decisions
 
-    def _whole(self, index: int, learns: bool) -> Decision:
-        return self._decision(index, learns, not learns and self.phase == "reuse")
-
-    def _decision(
-        self, index: int, learning: bool = False, frozen: bool = False, rows: RowSet | None = None
-    ) -> Decision:
-        scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep) if self.phase == "drop" else 1.0
-        also_learns = self.also_learns[index] if self.also_learns else ()
-        modules = self.modules[index] if self.modules else None
-        return Decision(learning, frozen, rows, scale, self.rules.freeze, self.rules.freeze_bn, modules, also_learns)
-
-    def _order(self, forward: int, start: int, size: int, device: torch.device) -> Tensor:
-        """int64 [2, paths, batch] on `device`: each path's learning rows, then the others, and where each row stands.
-
-        One copy for each forward and device: the rows of all paths travel together.
-        """
-        key = (forward, device)
-        if key not in self._orders:
-            learns = self._learns[:, start : start + size]
-            with torch.inference_mode(False):  # a forward with grad may be the next to read them
-                self._orders[key] = to_device(orders_of(learns), device)
-        return self._orders[key]
+    def _decision(self, index: int, kind: Kind, rows: RowSet | None = None, forward: int = 0) -> Decision:
+        rules, scale = self.rules, 1.0
+        if self.phase == "drop":
+            scale = kept_scale(self.plan.drop_probs[index], rules.scale_by_keep)
+        modules, also_learns = self._modules[index], self._also_learn[index]
+        dummy_calls = self._dummy_calls.get((forward, index), ())
+        return Decision(kind, rows, scale, rules.freeze, rules.freeze_bn, modules, also_learns, dummy_calls=dummy_calls)
 
 
-def trainable(place: ParameterRef) -> bool:
-    module, name = place
+def _requires_grad(ref: ParameterRef) -> bool:
+    module, name = ref
     parameter = module._parameters[name]
     return parameter is not None and parameter.requires_grad
 

@@ -1,7 +1,7 @@
 """The rest of a model, everything outside of the branches, and how a reuse iteration freezes it.
 
-As with paths, freezing acts around calls: while a module of the rest runs, the rest's parameters don't require grad.
-Outside of forwards every flag is the user's own, so that copies, checkpoints, optimizers and callbacks see no trace.
+The rest is frozen during calls, as paths are: while one of its modules runs, its parameters don't require grad. Outside
+of forwards every flag is the user's own, so that copies, checkpoints, optimizers and callbacks see no trace.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..paths.binding import PathModule
 from ..paths.freezing import (
     FreezeBN,
     Frozen,
@@ -21,7 +22,7 @@ from ..paths.freezing import (
     refuse_second_derivatives,
     tensors_of,
 )
-from ..paths.path import Path, PathModule, path_modules_among, walk
+from ..paths.path import Path, path_modules_among, walk
 
 
 class Rest:
@@ -29,32 +30,36 @@ class Rest:
 
     Args:
         model: the model of a scheme.
-        paths: its paths; what belongs to none of them is the rest.
+        paths: its paths. What belongs to none of them is the rest.
         frozen: asked when a module of the rest is called in training mode.
-        freeze_bn: as of the scheme.
+        freeze_bn: as in `ResidualDropPath`.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: FreezeBN):
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
-        """While a model that is compiled whole runs, in which no flag may change; gradients are thrown away instead."""
+        """While a model that is compiled whole runs: flags may not change then; gradients are discarded instead."""
+        self.is_entered = False
+        """Whether a module of the rest is running, frozen."""
         self.modules: list[list[nn.Module]] = []
-        """For each path those of its branch."""
+        """For each path the modules of its branch."""
         self.shared: list[list[ParameterRef]] = []
         """For each path its parameters that the rest shares."""
+        self.owners: set[str] = set()
+        """Names of the modules that own parameters or running statistics of the rest."""
+        self.handles: dict[int, list[RemovableHandle]] = {}
+        """The handles of the hooks, by the module's id."""
+        self._hooked: dict[int, nn.Module] = {}
         self._outermost: nn.Module | None = None
         self._freeze: Frozen | None = None
-        self._hooked: dict[int, nn.Module] = {}
-        self.handles: dict[int, list[RemovableHandle]] = {}
-        """Of the hooks, by the module's id."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Looks up what the rest consists of now; users add heads, swap layers and put others in a branch's place."""
-        self._places: list[ParameterRef] = []
+        """Looks up what the rest consists of now: users add heads, swap layers and replace branches."""
+        self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
-        self._names: set[str] = set()
         self._holders: dict[int, str] = {}
+        self.owners = set()
         branches = [path.module.branch_modules() for path in self.paths]
         self._branches = {id(module) for modules in branches for module in modules}
         self.modules = [
@@ -62,30 +67,30 @@ class Rest:
             for modules in branches
         ]
         inside = {id(module) for modules in self.modules for module in modules}
-        own_places = [path.module.own_parameters() for path in self.paths]
-        owned = {(id(module), name) for places in own_places for module, name in places}
+        own_refs = [path.module.own_parameters() for path in self.paths]
+        owned = {(id(module), name) for refs in own_refs for module, name in refs}
         walked = list(self._walk())
         for name, module in walked:
             named = module._parameters.items()
             own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
             batch_norm = keeps_statistics(module) and id(module) not in inside
-            self._places += own
+            self._refs += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
-                self._names.add(name)
+                self.owners.add(name)
             for path_module in path_modules_among([module]):
                 self._holders[id(path_module)] = name
         self._hook(walked)
         in_rest = {id(p) for p in self.parameters()}
         self.shared = []
-        for modules, places in zip(self.modules, own_places, strict=True):
+        for modules, refs in zip(self.modules, own_refs, strict=True):
             shared = [(m, k) for m in modules if m._parameters for k, p in m._parameters.items() if id(p) in in_rest]
-            shared += [(m, name) for m, name in places if id(m._parameters.get(name)) in in_rest]
+            shared += [(m, name) for m, name in refs if id(m._parameters.get(name)) in in_rest]
             self.shared.append(shared)
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
-        """Puts hooks on the modules around what the rest owns, and takes them off others."""
-        around = {name for own in self._names for name in _around(own)}
+        """Puts hooks on the owners and the modules around them, and takes them off others."""
+        around = {name for owner in self.owners for name in _around(owner)}
         wanted = {id(module): module for name, module in walked if name in around}
         for key in self._hooked.keys() - wanted.keys():
             for handle in self.handles.pop(key):
@@ -98,27 +103,23 @@ class Rest:
                 ]
         self._hooked = wanted
 
-    @property
-    def is_entered(self) -> bool:
-        """Whether a module of it is running, frozen."""
-        return self._outermost is not None
-
     def path_modules(self) -> list[PathModule]:
-        """What stands for the model's paths now, outside of the branches that `refresh` found."""
+        """The paths that the model has now, outside of the branches that `refresh` found."""
         return path_modules_among(walk(self.model, self._branches))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [module._parameters[name] for module, name in self._places]  # type: ignore[misc]
+        return [module._parameters[name] for module, name in self._refs]  # type: ignore[misc]
 
     def check_entry(self, path: Path) -> None:
-        """Raises where `path` runs in a frozen rest although no module around it was called.
+        """Raises `RuntimeError` where `path` runs in a frozen rest although no module around it was called.
 
-        What then ran before it, a method of the model for example, may have used parameters that should be frozen.
+        Something else then ran before it, such as a method of the model, and may have used parameters that should have
+        been frozen.
         """
-        if self._outermost is not None:
+        if self.is_entered:
             return
         for around in reversed([*_around(self._holders.get(id(path.module), ""))]):
-            own = self.model.get_submodule(around).parameters(recurse=False) if around in self._names else ()
+            own = self.model.get_submodule(around).parameters(recurse=False) if around in self.owners else ()
             if any(p.requires_grad for p in own):
                 raise RuntimeError(
                     f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
@@ -127,13 +128,14 @@ class Rest:
                 )
 
     def release(self) -> None:
-        """Puts flags back where a call was left by something that runs no hooks, such as KeyboardInterrupt."""
+        """Puts flags back, also where a call ended without its hooks, by KeyboardInterrupt for example."""
         if self._freeze is not None:
             self._freeze.__exit__()
         self._outermost = self._freeze = None
+        self.is_entered = False
 
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules outside of branches with their names, each once, parents first."""
+        """The modules outside of branches with their names, each once, parents first."""
         seen: set[int] = set()
         stack = [("", self.model)]
         while stack:
@@ -148,14 +150,14 @@ class Rest:
                     stack.append((prefix + child_name, child))
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        if self.in_graph or self._outermost is not None:
+        if self.in_graph or self.is_entered:
             return
-        # In eval mode with paths in training mode, which follow the plan, the rest follows it too.
+        # Paths in training mode follow the plan, and then the rest does, even in eval mode.
         training = module.training or any(path.module.training for path in self.paths)
         if training and self._is_frozen():
-            check_freezable(self._places)
-            self._outermost = module
-            self._freeze = Frozen(self._places, self._batch_norms, self._freeze_bn)
+            check_freezable(self._refs)
+            self._outermost, self.is_entered = module, True
+            self._freeze = Frozen(self._refs, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
@@ -166,7 +168,7 @@ class Rest:
 
 
 def _around(name: str) -> Iterator[str]:
-    """A module's name and those of the modules around it; that of the model is empty."""
+    """The names of a module and of the modules around it. The model's own is empty."""
     while name:
         yield name
         name = name.rpartition(".")[0]

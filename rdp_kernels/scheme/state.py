@@ -1,4 +1,5 @@
-"""What a scheme's `state_dict` holds, in plain types, and how a damaged one is told; what a copy has in its place."""
+"""What a scheme's `state_dict` holds, in plain types, and how a damaged one is recognised; what stands for a scheme in
+copies."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ BatchSize = int | Sequence[int] | None
 
 @dataclass(frozen=True)
 class State:
-    """Of a scheme between two iterations; `plan` is that of a pending reuse iteration, None where none is pending."""
+    """The state of a scheme between two iterations. `plan` is that of the pending reuse iteration, if there is one."""
 
     mode: str
     num_paths: int
@@ -41,7 +42,7 @@ class State:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> State:
-        """Raises `ValueError` for what `to_dict` didn't make."""
+        """Raises `ValueError` for a dict that isn't from `to_dict`."""
         try:
             check_choice("phase", state["phase"], PHASES)
             return cls(
@@ -75,8 +76,8 @@ COPIED = (
 
 
 class NoScheme:
-    """What a copy or pickle of a module has in the place of its scheme. Whatever is asked of it raises
-    `AttributeError`."""
+    """Stands for the scheme in a copy or pickle of a module that has its scheme as an attribute. Reading any attribute
+    raises `AttributeError`."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):

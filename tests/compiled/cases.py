@@ -1,4 +1,4 @@
-"""One tail, forward and backward, as a row of a table."""
+"""One fused add, forward and backward, as a row of a table."""
 
 from __future__ import annotations
 
@@ -26,41 +26,42 @@ def after_class_token(x: Tensor) -> Tensor:
 
 
 def one_element_on(x: Tensor) -> Tensor:
-    """Nothing but the element's size divides its address."""
+    """The address is divisible by the element's size and by nothing more."""
     return x.new_empty(x.numel() + 1)[1:].view(x.shape)
 
 
 def one_element_apart(x: Tensor) -> Tensor:
-    """With an element between its samples."""
+    """There is one element between neighbouring samples."""
     return x.new_empty(x.shape[0], x[0].numel() + 1)[:, :-1].unflatten(1, x.shape[1:])
 
 
 @dataclass(frozen=True)
 class Case:
-    """Its tensors have no values: nothing runs on them.
+    """One row of the table. Its tensors have no values, because no kernel runs on them.
 
     Args:
         why: the row's reason.
-        shape: of the stream.
-        stream, branch, vectors: dtypes; None is the stream's. The vectors are γ, and the norm's weight and bias.
-        channel_dim: of γ; None: there is no γ.
+        shape: the residual's.
+        residual, update, vectors: dtypes; None stands for the residual's. The vectors are γ and the norm's weight and
+            bias.
+        channel_dim: the dimension of γ; None: there is no γ.
         gamma_learns: whether dγ is wanted.
-        rows: of the branch: "all", "some" or "mixed", that is, with frozen ones; None: nothing is added.
-        next_rows: the same for the next branch; None: there is none.
-        norm: of the next branch.
-        row_scale: a factor for each row of the branch.
-        in_place: the sum overwrites the residual, and the residual's gradient that of the sum.
-        alone: the branch is added to nothing.
+        rows: the rows of the update: "all", "some" or "mixed" (some of them frozen); None: nothing is added.
+        next_rows: the same for the next branch; None: there is no next branch.
+        norm: the kind of norm before the next branch.
+        row_scale: each row of the update has a factor.
+        in_place: the sum overwrites the residual, and the residual's gradient overwrites the sum's.
+        alone: there is no residual.
         inverted: a list of rows comes with its inverse.
-        place: a tensor like the given one, elsewhere in memory; for the residual and for the branch.
+        place: functions that put the residual and the update elsewhere in memory.
         narrow: the arguments that kernels are expected to read and write element by element, not in 16 bytes.
-        quick: runs where time is short.
+        quick: the case also runs where time is short.
     """
 
     why: str
     shape: tuple[int, ...]
-    stream: torch.dtype = torch.bfloat16
-    branch: torch.dtype | None = None
+    residual: torch.dtype = torch.bfloat16
+    update: torch.dtype | None = None
     vectors: torch.dtype | None = None
     channel_dim: int | None = -1
     gamma_learns: bool = True
@@ -77,7 +78,7 @@ class Case:
     quick: bool = False
 
     def run(self) -> None:
-        """Through the launchers, as autograd calls them."""
+        """Calls the launchers as autograd does."""
         add, next_input, num_saved = None, None, 0
         if self.rows is not None:
             row_scale = torch.empty(self._num_rows(self.rows)) if self.row_scale else None
@@ -103,35 +104,35 @@ class Case:
         )
 
     def _operands(self) -> Operands:
-        place_residual, place_branch = self.place
+        place_residual, place_update = self.place
         rows = self._row_set(self.rows)
-        branch = frozen = gamma = None
+        update = frozen_update = gamma = None
         if self.rows is not None:
             num_learning = self.shape[0] if rows is None else rows.num_learning
-            branch = place_branch(self._empty(num_learning))
-            frozen = place_branch(self._empty(rows.num_frozen)) if self.rows == "mixed" else None
+            update = place_update(self._empty(num_learning))
+            frozen_update = place_update(self._empty(rows.num_frozen)) if self.rows == "mixed" else None
             gamma = None if self.channel_dim is None else self._vector(self.channel_dim)
         return Operands(
-            residual=None if self.alone else place_residual(torch.empty(self.shape, dtype=self.stream)),
-            branch=branch,
-            frozen=frozen,
+            residual=None if self.alone else place_residual(torch.empty(self.shape, dtype=self.residual)),
+            update=update,
+            frozen_update=frozen_update,
             gamma=gamma,
             weight=None if self.norm is None else self._vector(-1),
             bias=self._vector(-1) if self.norm == "layer" else None,
         )
 
     def _empty(self, num_rows: int) -> Tensor:
-        return torch.empty(num_rows, *self.shape[1:], dtype=self.branch or self.stream)
+        return torch.empty(num_rows, *self.shape[1:], dtype=self.update or self.residual)
 
     def _vector(self, dim: int) -> Tensor:
-        return torch.empty(self.shape[dim], dtype=self.vectors or self.stream)
+        return torch.empty(self.shape[dim], dtype=self.vectors or self.residual)
 
     def _num_rows(self, which: str) -> int:
         rows = self._row_set(which)
         return self.shape[0] if rows is None else rows.num_rows
 
     def _row_set(self, which: str | None) -> RowSet | None:
-        """Six rows of the batch, of which all or a half learn."""
+        """Six rows of the batch; all of them or half of them learn."""
         if which in (None, "all"):
             return None
         order = torch.arange(self.shape[0])

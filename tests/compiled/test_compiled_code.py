@@ -30,11 +30,11 @@ bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 SMALL = frozenset({"gamma", "weight", "bias", "row_scale", "inverse", "next_inverse", "index", "mean", "rstd"})
 SMALL |= {"dgamma", "dweight", "dbias"}
-"""Arguments with a number a column, a tile row or a program: any width serves."""
+"""Arguments with one number for each column, tile row or program: any width of access will do."""
 SMALL_OF = {"_sum_partials_kernel": frozenset({"out"})}
-STREAM = frozenset({"residual", "branch", "frozen", "out", "next", "frozen_next", "norm_input"})
-STREAM |= {"dresidual", "dbranch", "dfrozen", "dout", "dnext", "dfrozen_next", "x", "frozen_out"}
-EVERYTHING = STREAM | {"partials"}
+BIG = frozenset({"residual", "update", "frozen_update", "out", "next", "frozen_next", "norm_input"})
+BIG |= {"dresidual", "dupdate", "dfrozen_update", "dout", "dnext", "dfrozen_next", "x", "frozen_out"}
+EVERYTHING = BIG | {"partials"}
 MIXED = dict(rows="mixed", next_rows="mixed")
 
 ADD_CASES = (
@@ -43,9 +43,9 @@ ADD_CASES = (
     Case("gamma doesn't learn: no sums", (8, 197, 384), fp32, gamma_learns=False, rows="some", next_rows="some"),
     Case("frozen rows, fp32 gamma", (8, 197, 384), vectors=fp32, **MIXED),
     Case("in place", (8, 197, 384), **MIXED, in_place=True),
-    Case("bf16 branch on an fp32 stream", (8, 197, 384), fp32, branch=bf16, rows="some", next_rows="some"),
-    Case("fp32 branch on a bf16 stream", (8, 197, 384), branch=fp32, rows="some", next_rows="some"),
-    Case("drop path: a branch alone", (8, 197, 384), fp32, channel_dim=None, row_scale=True, alone=True),
+    Case("bf16 update, fp32 residual", (8, 197, 384), fp32, update=bf16, rows="some", next_rows="some"),
+    Case("fp32 update, bf16 residual", (8, 197, 384), update=fp32, rows="some", next_rows="some"),
+    Case("drop path: an update alone", (8, 197, 384), fp32, channel_dim=None, row_scale=True, alone=True),
     Case("ResNet NCHW: gamma a tile row", (8, 64, 28, 28), fp32, channel_dim=1, activation="relu"),
     Case("NCHW with rows", (8, 64, 56, 56), fp16, channel_dim=1, **MIXED),
     Case("channels_last", (8, 256, 14, 14), channel_dim=1, activation="relu", place=(channels_last, channels_last)),
@@ -61,7 +61,7 @@ NORM_CASES = (
     Case("norm: fp16, all rows", (8, 197, 768), fp16, norm="layer", next_rows="all"),
     Case("norm: 1280", (8, 33, 1280), norm="layer", **MIXED),
     Case("norm: all rows, fp32 vectors", (8, 197, 384), vectors=fp32, norm="rms", next_rows="all"),
-    Case("norm: bf16 branch on an fp32 stream", (8, 197, 384), fp32, branch=bf16, norm="layer", next_rows="some"),
+    Case("norm: bf16 update, fp32 residual", (8, 197, 384), fp32, update=bf16, norm="layer", next_rows="some"),
     Case("norm: nothing is added", (8, 197, 768), norm="layer", rows=None, next_rows="mixed"),
     Case("norm: fp64", (8, 197, 384), fp64, norm="layer", **MIXED),
     Case("norm: 64, the smallest tile", (8, 197, 64), fp32, norm="layer", **MIXED),
@@ -76,7 +76,7 @@ NORM_CASES = (
 NARROW_CASES = (
     Case("odd C", (8, 197, 385), **MIXED, narrow=EVERYTHING),
     Case("C of 8 x 9", (8, 197, 72), fp32, narrow=EVERYTHING),
-    Case("14 x 14 with gamma, C = 64", (8, 64, 14, 14), channel_dim=1, narrow=STREAM),
+    Case("14 x 14 with gamma, C = 64", (8, 64, 14, 14), channel_dim=1, narrow=BIG),
     Case(
         "only the residual's address is odd",
         (8, 197, 384),
@@ -84,10 +84,10 @@ NARROW_CASES = (
         narrow=frozenset({"residual"}),
     ),
     Case(
-        "only the branch's row stride is odd",
+        "only the update's row stride is odd",
         (8, 196, 384),
         place=(contiguous, one_element_apart),
-        narrow=frozenset({"branch"}),
+        narrow=frozenset({"update"}),
     ),
     Case("gather, odd C", (8, 197, 385), rows=None, next_rows="mixed", narrow=EVERYTHING),
     Case("norm: odd C", (8, 197, 385), fp16, norm="layer", **MIXED, narrow=EVERYTHING),

@@ -16,7 +16,8 @@ import rdp_kernels as rdp
 from examples.libraries import import_torchvision
 from rdp_kernels.integrations.compile_whole import compile_whole
 from rdp_kernels.paths.call import PathCall
-from rdp_kernels.paths.path import Decision, paths_of
+from rdp_kernels.paths.decision import SKIP, Decision
+from rdp_kernels.paths.path import paths_of
 
 from . import nets
 from .test_exact import masked
@@ -250,7 +251,7 @@ def test_what_a_rank_runs_for_others_tells_the_dtype():
     model[1].conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     x = torch.randn(4, DIM, 5, 5, dtype=torch.bfloat16)
     with autocast(torch.bfloat16):
-        out = PathCall(path, len(x), (), {}).run(x, Decision(learning=False, dummy_calls=("learning",)))
+        out = PathCall(path, len(x), (), {}).run(x, Decision(SKIP, dummy_calls=("learning",)))
     assert torch.equal(out, x.float())
     assert out.dtype == torch.float32
     assert rows == [1], "on a row of zeros, which other ranks wait for, and no second time alone"

@@ -60,7 +60,7 @@ def left_as_it_was(model):
     for number, parameter in enumerate(parameters):
         parameter.grad = None if number % 2 else torch.full_like(parameter, number)
     owners = find_path_modules(model).values()
-    probe = next(iter(owners)).binding.call_override = lambda call, x: call.run(x, call.decide(x))
+    probe = next(iter(owners)).binding.call_override = lambda call, x: call.run(x)
 
     def state():
         return [

@@ -138,8 +138,11 @@ def test_random_control_breaks_the_match_alone(digits):
     plans: dict[str, dict[str, list]] = {}
     for method in (EXACT, RANDOM):
         run, seen = trained(method, digits, config, 40), {"drop": [], "reuse": []}
-        begin = run.scheme._begin
-        run.scheme._begin = lambda it, begin=begin, seen=seen: (seen[it.phase].append(it.plan.keep.tolist()), begin(it))
+        begin = run.scheme._pairs.begin
+        run.scheme._pairs.begin = lambda it, begin=begin, seen=seen: (
+            seen[it.phase].append(it.plan.keep.tolist()),
+            begin(it),
+        )
         for _ in range(40):
             run.step()
         plans[method] = seen

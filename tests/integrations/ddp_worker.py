@@ -125,7 +125,7 @@ class Pair:
         if mode == "block":
             expect(torch.equal(*keeps), "block masks are identical")
             return self.one.drop_iteration(plan=rdp.PathPlan(keeps[0], drop_probs, mode))
-        sizes = [size for sizes in gathered(self.scheme._open.forwards) for size in sizes]
+        sizes = [size for sizes in gathered(self.scheme._pairs.open.forwards) for size in sizes]
         sizes = sizes if len(sizes) > WORLD else sum(sizes)
         return self.one.drop_iteration(sizes, plan=rdp.PathPlan(torch.cat(keeps, dim=1), drop_probs, mode))
 
@@ -405,7 +405,7 @@ def disagreement_later() -> None:
     with scheme.drop_iteration(plan=plan_of(True, False, True)):
         pass
     if RANK == 1:  # skips the reuse iteration
-        scheme._pending = None
+        scheme._pairs.pending = None
     disagreement(lambda: list(scheme.iterations()), "rank 1 has plans drawn 1, rank 0 has 0")
     expect(scheme.reuse_pending == (RANK == 0), "what was pending stays pending")
     scheme.load_state_dict(scheme_of(small_net(), seed=9).state_dict())

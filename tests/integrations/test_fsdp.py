@@ -100,7 +100,7 @@ def one_process_equals(rank, one, net, inputs, pairs=5, **options):
         batch = len(whole) // 2
         here = whole[rank * batch : (rank + 1) * batch]
         for phase in scheme.iterations(batch):
-            absent += len(scheme._open._dummy_calls)
+            absent += len(scheme._pairs.open._dummy_calls)
             if phase == "drop":
                 alone = lonely.iterations(len(whole), plan=joined(scheme.plan, batch))
             assert next(alone) == phase
@@ -237,7 +237,7 @@ def count_messages(rank):
             with CommDebugMode() as counter:
                 net(random_inputs(4, 3)(number)).sum().backward()
             counts = {str(op): count for op, count in counter.get_comm_counts().items()}
-            learning = [path.index for path in scheme._open.learning_paths()]
+            learning = [path.index for path in scheme._pairs.open.learning_paths()]
             gathers, scatters = (
                 sum(count for op, count in counts.items() if name in op) for name in ("allgather", "reduce_scatter")
             )

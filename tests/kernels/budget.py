@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdp_kernels.kernels.autograd import library_for
+from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import NextInput, Operands, Results
 
 from . import formula
@@ -141,7 +141,7 @@ def _share(error: Tensor, allowed: Tensor) -> Tensor:
 def _norm_is_torchs(case: Case, operands: Operands) -> bool:
     if case.norm is None:
         return False
-    return library_for("path", operands, None, NextInput(norm=case.norm), required=False) is None
+    return resolve("path", operands, None, NextInput(norm=case.norm), required=False).library is None
 
 
 def gradients(results: Results, operands: Operands, douts: Results) -> Operands:

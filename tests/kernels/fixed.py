@@ -44,7 +44,7 @@ ODD, ONES = (5, 3, 67), (3, 1, 1)
 
 # What the CUDA kernels of the compiled library don't serve; words of the error.
 NO_FLOAT64, NO_GAMMA_PER_POSITION = "float64", "gamma along the dimension"
-NO_WIDE_BRANCH = "a branch of the stream's dtype"
+NO_WIDE_BRANCH = "a branch of the residual's dtype"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels import eager
-from rdp_kernels.kernels.autograd import FusedCall, fused_add, library_for
+from rdp_kernels.kernels.autograd import FusedCall, fused_add
+from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
 from tests.conftest import DEVICE
 
@@ -72,12 +73,11 @@ def in_place(t: Operands, case: Case) -> Results:
     add, next_input = _parts(case)
     stream = t.residual.clone()
     operands, fused = t._replace(residual=stream), next_input
-    kernels = library_for("path", operands, add, next_input)
-    if kernels is None:  # a library without norms: torch's comes after it
+    served = resolve("path", operands, add, next_input)
+    if not served.takes_norm:  # torch's norm comes after the kernels
         operands, fused = operands._replace(weight=None, bias=None), replace(next_input, norm=None)
-        kernels = library_for("path", operands, add, fused)
-    tail = FusedCall(kernels, add, fused)
-    tail.in_place = tail.node.owns_gradient = True
+    tail = FusedCall(served.kernels, add, fused)
+    tail.in_place = tail.owns_gradient = True
     results = tail(operands)
     assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
     return results if fused is next_input else eager.normalised(results, t, next_input)

@@ -1,4 +1,4 @@
-"""The fixed table catches faults: sources are broken one way at a time, in a copy, and some row sees it in the numbers."""
+"""The fixed table catches faults: a copy of the sources is broken one way at a time, and some row's numbers show it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the table in small, on a CPU, is what is broken"),
 ]
 
-# File, what stands there, and what breaks it. None of them makes kernels leave a tensor's memory.
+# File, right line, wrong line. No fault makes a kernel leave a tensor's memory.
 TRITON = {
     "mask: idle columns count in the variance": (
         "rdp_kernels/kernels/triton/residual_add_norm.py",
@@ -31,22 +31,22 @@ TRITON = {
         "x = x - mean[:, None]",
     ),
     "norm: its backward takes the mean for 0": (
-        "rdp_kernels/kernels/triton/parts.py",
+        "rdp_kernels/kernels/triton/common.py",
         "tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]",
         "tl.where(mask, x, 0.0) * rstd[:, None]",
     ),
-    "stride: the stream's rows follow each other": (
+    "stride: the residual's rows follow each other": (
         "rdp_kernels/kernels/triton/residual_add.py",
-        "x = tl.load(residual_ptr + place(b, p, n, residual_row_stride, width)",
-        "x = tl.load(residual_ptr + place(b, p, n, sample_size, width)",
+        "x = tl.load(residual_ptr + offsets(b, p, n, residual_row_stride, width)",
+        "x = tl.load(residual_ptr + offsets(b, p, n, sample_size, width)",
     ),
     "scale: not in the gradient": (
         "rdp_kernels/kernels/triton/residual_add.py",
-        "d = tl.where(reads[:, None], factor[:, None] * d, 0.0)",
-        "d = tl.where(reads[:, None], d, 0.0)",
+        "d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)",
+        "d = tl.where(update_mask[:, None], d, 0.0)",
     ),
-    "γ: that of the next position": (
-        "rdp_kernels/kernels/triton/parts.py",
+    "γ: the next position's": (
+        "rdp_kernels/kernels/triton/common.py",
         "gamma_ptr + p % channels",
         "gamma_ptr + (p + 1) % channels",
     ),
@@ -60,7 +60,7 @@ CPU = {
     "mask: dropped rows are read": (
         "csrc/cpu/forward.cpp",
         "if (scale == 0) {",
-        "if (!place.there()) {",
+        "if (!update_row.exists()) {",
     ),
     "stride: all rows follow each other": (
         "csrc/cpu/grid.h",
@@ -69,27 +69,27 @@ CPU = {
     ),
     "scale: not in the gradient": (
         "csrc/cpu/backward.cpp",
-        "pieces.scaled(to, d, factor, scale, piece.n);",
-        "pieces.scaled(to, d, factor, Acc(1), piece.n);",
+        "loops_.scaled(to, d, factor, scaled, piece.n);",
+        "loops_.scaled(to, d, factor, Acc(1), piece.n);",
     ),
-    "γ: that of the row's begin": (
+    "γ: of the row's begin": (
         "csrc/cpu/stored.h",
         "return factors_ + piece.column;",
         "return factors_;",
     ),
     "rows: one frozen row for all": (
         "csrc/cpu/forward.cpp",
-        "y.read(pieces, branch, place.row, piece)",
-        "y.read(pieces, branch, place.learns ? place.row : 0, piece)",
+        "update_buffer.read(loops, learning_or_frozen, update_row.part_index, piece)",
+        "update_buffer.read(loops, learning_or_frozen, update_row.learns ? update_row.part_index : 0, piece)",
     ),
 }
 CUDA = {
     "mask: dropped rows are read": (
         "csrc/cuda/residual_add.cuh",
         "const bool adds = scale != 0;",
-        "const bool adds = place.there();",
+        "const bool adds = update_row.exists();",
     ),
-    "stride: the stream's rows follow each other": (
+    "stride: the residual's rows follow each other": (
         "csrc/cuda/residual_add.cuh",
         "load<S, N>(sum, at<const S>(call.residual, sample, offset));",
         "load<S, N>(sum, static_cast<const S*>(call.residual.data) + sample * size + offset);",
@@ -99,15 +99,15 @@ CUDA = {
         "sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);",
         "sum[i] = added(sum[i], call.gamma ? gamma[i] : scale, update[i]);",
     ),
-    "γ: that of the next pack": (
+    "γ: the next pack's": (
         "csrc/cuda/residual_add.cuh",
         "load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));",
         "load_gamma(gamma, call.gamma, column_of(offset + N, call.geometry.width));",
     ),
     "rows: one frozen row for all": (
         "csrc/cuda/residual_add.cuh",
-        "load<U, N>(update, at<const U>(branch, place.row, offset));",
-        "load<U, N>(update, at<const U>(branch, place.learns ? place.row : 0, offset));",
+        "load<U, N>(update, at<const U>(learning_or_frozen, update_row.part_index, offset));",
+        "load<U, N>(update, at<const U>(learning_or_frozen, update_row.learns ? update_row.part_index : 0, offset));",
     ),
 }
 

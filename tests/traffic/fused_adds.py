@@ -62,7 +62,7 @@ def run(
     if in_place:
         operands = operands._replace(residual=operands.residual.clone())
     fused = FusedCall(kernels(), add, next_input)
-    fused.in_place = fused.node.owns_gradient = in_place  # as if there were a fused before and one after it
+    fused.in_place = fused.owns_gradient = in_place  # as if there were a fused before and one after it
     with count_traffic() as forward:
         results = fused(operands)
     outs = [result for result in results if result is not None and result.requires_grad]

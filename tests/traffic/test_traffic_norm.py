@@ -304,6 +304,6 @@ def test_two_paths_on_all_rows(norm):
     douts = [torch.randn_like(out) for out in outs]
     with count_traffic() as backward:
         torch.autograd.grad(outs, [x, branch], douts)
-    assert (first.node.owns_gradient, second.in_place) == (True, False)
+    assert (first.owns_gradient, second.in_place) == (True, False)
     there, back = 4 * BATCH, 5 * BATCH  # residual, branch; out, next. dout, dnext, the sum; dresidual, dupdate
     check_total(forward + backward, 2 * (there + back) * ROW)

@@ -3,9 +3,10 @@ with a CUDA toolkit, for NVIDIA GPUs.
 
 | file | holds |
 |---|---|
-| `library.py` | loads it, and remembers why it is missing |
-| `support.py` | why a call can't be served |
-| `launchers.py` | the calls of its ops |
+| `library.py` | loads the library, and remembers why it is missing |
+| `support.py` | says why a call can't be served |
+| `launchers.py` | calls its ops |
+| `short.py` | calls them for simple adds and gathers on CPUs, with as little Python as possible |
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ from __future__ import annotations
 from types import ModuleType
 
 from .library import unavailable
-from .support import why_not, why_not_kind
+from .support import why_not_kind
 
 HAS_NORMS = False
+MAX_TILE_ROWS = None
+"""Rows are numbered in 64 bits."""
 
-__all__ = ["HAS_NORMS", "kernels", "unavailable", "why_not", "why_not_kind"]
+__all__ = ["HAS_NORMS", "MAX_TILE_ROWS", "kernels", "short_kernels", "unavailable", "why_not_kind"]
 
 
 def kernels() -> ModuleType:
-    """The launchers `fused_add_fwd` and `fused_add_bwd`."""
+    """The module of the launchers `fused_add_fwd` and `fused_add_bwd`."""
     from . import launchers
 
     return launchers
+
+
+def short_kernels() -> ModuleType:
+    """Kernels for simple calls on CPU tensors, which check their arguments themselves."""
+    from . import short
+
+    return short

@@ -1,8 +1,7 @@
-"""A launch as data: kernel, grid, arguments and numbers, so that what runs and what tests compile ahead of time is one
-thing; and the one table of launch numbers.
+"""A launch as data (kernel, grid, arguments and numbers), and the table of launch numbers.
 
-The numbers were chosen by reasoning (bytes in flight, registers) and from compiled code; no GPU has tuned them yet:
-`python -m benchmarks tune` does, and prints the table.
+As launches are data, tests compile ahead of time exactly what runs. The numbers were chosen by reasoning (bytes in
+flight, registers) and from compiled code, and haven't been tuned on a GPU yet: `python -m benchmarks tune` does that.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from typing import Any
 
 import torch
 
-from .support import interpreted, why_not_rows
+from .support import interpreted
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is cut up and scheduled.
+    """How one kernel cuts up its work.
 
     Args:
-        tile: elements of a tile, spread over its rows and columns.
-        max_columns: of a tile, where the kernel doesn't need whole rows.
-        num_warps, num_stages: Triton's.
-        tiles: how many tiles, at least, one program works through where it sums over rows.
+        tile: the number of elements of a tile, rows times columns.
+        max_columns: the most columns of a tile.
+        num_warps, num_stages: Triton's options.
+        tiles: where a program sums over rows, the least number of tiles that it works through.
     """
 
     tile: int
@@ -36,7 +35,7 @@ class LaunchConfig:
 
 
 Widths = tuple[tuple[int, LaunchConfig], ...]
-"""(largest width, config) in ascending order; the last serves all wider ones too."""
+"""Pairs (largest width, config) in ascending order; the last one also serves wider rows."""
 
 _ADD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
 _ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),)
@@ -56,7 +55,7 @@ _NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_
 _REDUCE: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=64, num_warps=4)),)
 _INVERT: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
 
-# By kernel, then by architecture; an architecture that isn't listed takes "default".
+# By kernel, then by architecture. An architecture that isn't listed takes "default".
 CONFIGS: dict[str, dict[str, Widths]] = {
     "residual_add_fwd": {"default": _ADD},
     "residual_add_bwd": {"default": _ADD_BWD},
@@ -69,14 +68,19 @@ CONFIGS: dict[str, dict[str, Widths]] = {
 }
 
 REGISTERS = 65536
-"""Of a multiprocessor, 32 bits each, on every CUDA architecture so far."""
+"""The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
 MAX_PARTIALS = 1024
-"""Rows of the intermediate sums: enough programs for any GPU, and few enough to be summed in no time."""
+"""The most rows of partial sums: enough programs to fill any GPU, few enough to be summed in microseconds."""
+
+
+MAX_TILE_ROWS = 2**31 - 2**23
+"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
+2³¹."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: `arguments` are those of the kernel by name, compile-time ones included."""
+    """One kernel call. `arguments` holds the kernel's arguments by name, compile-time ones included."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -86,15 +90,15 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's. On CUDA with all the registers that its threads can have: left to itself, the assembler spills a
-        few to let one more program run at a time."""
+        """Triton's options. On CUDA they grant all the registers that the threads can have: left to itself, the
+        assembler spills a few so that one more program can run at a time."""
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         if self.architecture.startswith("sm_"):
             options["maxnreg"] = min(255, REGISTERS // (32 * self.config.num_warps))
         return options
 
     def run(self, device: torch.device) -> None:
-        """On the current stream of `device`. An empty grid runs nothing."""
+        """Runs on the current CUDA stream of `device`; does nothing for an empty grid."""
         if self.grid[0] == 0:
             return
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -104,8 +108,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a `num_rows` × `width` matrix is cut for one kernel: tiles of block_m × block_n, `tiles` below each other for
-    each program. `whole_rows`: a program spans the width, in one tile where this holds it."""
+    """How a `num_rows` × `width` matrix is cut for one kernel: into tiles of block_m × block_n, of which each program
+    takes `tiles`, one below the other. With `whole_rows` a program spans the width, if possible in one tile."""
 
     config: LaunchConfig
     num_rows: int
@@ -120,7 +124,7 @@ class Tiles:
         cls, op: str, device: torch.device, num_rows: int, width: int, whole_rows: bool = False, sums: bool = False
     ) -> Tiles:
         reason = why_not_rows(num_rows)
-        if reason is not None:  # a compiled graph doesn't ask `why_not`
+        if reason is not None:  # a compiled graph doesn't call `why_not`
             raise RuntimeError(f"{op}: {reason}: split the batch, or take another backend (rdp.use_backend)")
         config = config_for(op, device, width)
         block_m, block_n = block_shape(config, num_rows, width, whole_rows)
@@ -137,10 +141,17 @@ class Tiles:
         return 1 if self.whole_rows else cdiv(self.width, self.block_n)
 
     def run(self, kernel: Any, device: torch.device, **arguments: Any) -> None:
-        """Runs `kernel`, a program for each row block and column block."""
+        """Runs `kernel` with one program for each pair of a row block and a column block."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         grid = (self.row_blocks * self.column_blocks,)
         Launch(kernel, grid, arguments | blocks, self.config, architecture(device)).run(device)
+
+
+def why_not_rows(num_rows: int) -> str | None:
+    """Why a call can't have so many tile rows, which are positions of samples (see `layout.Tiling`)."""
+    if num_rows <= MAX_TILE_ROWS:
+        return None
+    return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
 
 
 def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:
@@ -167,7 +178,8 @@ def block_shape(config: LaunchConfig, num_rows: int, width: int, whole_rows: boo
 
 
 def _columns(width: int, largest: int) -> int:
-    """The power of 2 up to `largest` that covers `width` with the fewest idle columns; the widest of equals."""
+    """The power of 2 up to `largest` that covers `width` with the fewest idle columns, the widest one among equals. It
+    is at least 64 where rows are so wide, so that accesses take whole sectors of memory."""
     sizes = [1 << bits for bits in range(6, largest.bit_length()) if 1 << bits <= next_power_of_2(width)]
     return min(reversed(sizes), key=lambda size: cdiv(width, size) * size, default=next_power_of_2(width))
 

@@ -1,8 +1,9 @@
-"""The launchers: which kernel serves a tail, and with which arguments."""
+"""The launchers: which kernel serves a call, and with which arguments."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,18 +12,19 @@ from torch import Tensor
 
 from ..buffers import Context, context_of, empty_gradients, empty_results, part_sizes
 from ..layout import Tiling
-from ..spec import Add, NextInput, Operands, Results, RowSet
+from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
 from .launch import Tiles
-from .reduce import _sum_partials_kernel
+from .reduce import empty_partials, sum_partials
 from .residual_add import _residual_add_bwd_kernel, _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel, _residual_add_norm_fwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 from .rows import _gather_rows_kernel, _invert_rows_kernel
 
 READS_INVERSES = True
-"""Of `RowSet.inverse`."""
+"""The kernels read `RowSet.inverse`."""
 WIDEST_SUM_IN_REGISTERS = 4096
-"""A program of the norm's backward keeps up to three rows of sums."""
+"""A program of the norm's backward keeps up to three rows of sums: at this width 24 of a thread's 128 registers, beside
+the tile that it works on."""
 
 
 def fused_add_fwd(
@@ -33,58 +35,46 @@ def fused_add_fwd(
     in_place: bool = False,
     batch_size: int | None = None,
 ) -> tuple[Results, Context]:
-    """Adds a branch to the stream, gathers the next branch's rows, or both.
+    """Adds an update to the residual, gathers the next branch's rows, or both.
 
     Args:
-        num_saved: of the next branch's rows, how many leading ones keep what the norm's backward needs. Without a
-            list of rows `norm_input` is no copy: it is `out`, or the residual where nothing is added.
-        in_place: the sum overwrites `operands.residual`, which must be dense; without activation.
-        batch_size: of the result, where there is no residual to tell.
+        num_saved: how many leading rows of the next branch keep what the norm's backward needs. Without a list of rows
+            `norm_input` is no copy: it is `out`, or the residual where nothing is added.
+        in_place: the sum overwrites `operands.residual`, which must be dense; not possible with an activation.
+        batch_size: the result's, needed where there is no residual.
     """
-    context = context_of(operands, None if next_input is None else next_input.norm, batch_size)
-    residual, branch, frozen = (None if t is None else context.layout.conform(t) for t in operands[:3])
+    norm = None if next_input is None else next_input.norm
+    context = context_of(operands, norm, batch_size)
+    residual, update, frozen_update = (_conformed(context, t) for t in operands[:3])
     gamma, weight, bias = map(_contiguous, operands[3:])
     if add is not None and add.scale == 0:
-        branch = frozen = gamma = None
+        update = frozen_update = gamma = None
+    operands = Operands(residual, update, frozen_update, gamma, weight, bias)
     results = empty_results(context, add, next_input, num_saved, out=residual if in_place else None)
-    if add is None and next_input is not None and next_input.norm is None:
+    if add is None and next_input is not None and norm is None:
         _gather(context, residual, results, next_input)
         return results, context
-    arguments: dict[str, Any] = dict(
-        out_ptr=results.out,
-        next_ptr=results.next,
-        frozen_next_ptr=results.frozen_next,
-        residual_ptr=residual,
-        update_ptr=branch,
-        frozen_update_ptr=frozen,
-        gamma_ptr=gamma,
-        out_row_stride=_row_stride(results.out),
-        residual_row_stride=_row_stride(residual),
-        update_row_stride=_row_stride(branch),
-        frozen_update_row_stride=_row_stride(frozen),
-        IN_PLACE=in_place,
-        **_update_rows(context, add, branch, frozen),
-        **_next_rows(context, next_input, results.frozen_next),
-    )
+
     tiling = context.tiling(add, next_input, gamma is not None)
-    if next_input is None or next_input.norm is None:
+    arguments = _fwd_arguments(context, tiling, operands, results, add, next_input) | {"IN_PLACE": in_place}
+    if next_input is None or norm is None:
         tiles = _tiles("residual_add_fwd", context, tiling)
-        kernel, more = _residual_add_fwd_kernel, _gamma_arguments(tiling)
-        more |= {"RELU": add is not None and add.activation == "relu"}
-    else:
-        tiles = _tiles("residual_add_norm_fwd", context, tiling, whole_rows=True)
-        kernel = _residual_add_norm_fwd_kernel
-        more = dict(
-            norm_input_ptr=results.norm_input,
-            mean_ptr=results.mean,
-            rstd_ptr=results.rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            num_saved=num_saved,
-            LAYER_NORM=next_input.norm == "layer",
-            EPS=next_input.eps,
-        )
-    tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
+        tiles.run(_residual_add_fwd_kernel, context.device, **arguments, **_add_arguments(tiling, add))
+        return results, context
+    tiles = _tiles("residual_add_norm_fwd", context, tiling, whole_rows=True)
+    tiles.run(
+        _residual_add_norm_fwd_kernel,
+        context.device,
+        **arguments,
+        norm_input_ptr=results.norm_input,
+        mean_ptr=results.mean,
+        rstd_ptr=results.rstd,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        num_saved=num_saved,
+        CENTERS=NORMS[norm].centers,
+        EPS=next_input.eps,
+    )
     if results.rstd is not None and results.norm_input is None:
         results = results._replace(norm_input=residual if add is None else results.out)
     return results, context
@@ -103,147 +93,248 @@ def fused_add_bwd(
     """The gradients of the operands that are `wanted` (bools).
 
     Args:
-        operands: `branch` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
+        operands: `update` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
         results: `out` where there is an activation, `norm_input`, `mean` and `rstd` where there is a norm.
-        gradients: of the results; None for zero.
-        in_place: the residual's gradient may overwrite that of `out`, which must be dense.
+        gradients: the gradients of the results; None stands for zero.
+        in_place: the residual's gradient may overwrite the gradient of `out`, which must be dense.
     """
-    dout, dnext, dfrozen_next = (None if t is None else context.layout.conform(t) for t in gradients[:3])
-    if dout is None and dnext is None and dfrozen_next is None:
+    if all(gradient is None for gradient in gradients[:3]):
         return Operands()
-    if dnext is None and dfrozen_next is None:
-        next_input = None
-        wanted = wanted._replace(weight=False, bias=False)
-    dnext, dfrozen_next = (None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next))
-    if dnext is None and dfrozen_next is None:
-        next_input = None
-    relu = add is not None and add.activation == "relu"
-    in_place = in_place and dout is not None and dout is gradients.out and not relu
-    grads = empty_gradients(context, add, wanted)
-    if next_input is None:  # and there are weights: of a norm of no rows
-        grads = grads._replace(weight=_zeroed(grads.weight), bias=_zeroed(grads.bias))
+    given = _given(context, gradients)
+    in_place = in_place and given.out is not None and given.out is gradients.out
     if add is None and (next_input is None or next_input.norm is None):
-        if next_input is None:
-            return grads._replace(residual=dout)
-        scattered, _ = fused_add_fwd(
-            Operands(dout, dnext, dfrozen_next),
-            Add(next_input.rows),
-            None,
-            in_place=in_place,
-            batch_size=context.shape[0],
-        )
-        return Operands(scattered.out)
-
-    stream_changes = relu or next_input is not None
-    if wanted.residual:
-        fresh = stream_changes and not in_place
-        grads = grads._replace(residual=context.empty(context.shape[0], context.dtypes.residual) if fresh else dout)
-    if add is not None and add.scale == 0:
-        grads = Operands(grads.residual, *map(_zeroed, grads[1:]))
-        add = Add(activation=add.activation)
-        branch = dbranch = dfrozen = gamma = None
-    else:
-        branch = context.layout.conform(operands.update) if wanted.gamma else None
-        dbranch, dfrozen, gamma = grads.update, grads.frozen_update, _contiguous(operands.gamma)
-    if branch is None and dbranch is None and dfrozen is None:
-        if not stream_changes:
-            return grads
-        if not wanted.residual:
-            dout = dfrozen_next = None  # what is left are sums over the learning next rows
-    arguments: dict[str, Any] = dict(
-        dresidual_ptr=grads.residual if stream_changes else None,
-        dupdate_ptr=dbranch,
-        dfrozen_update_ptr=dfrozen,
-        dout_ptr=dout,
-        dnext_ptr=dnext,
-        dfrozen_next_ptr=dfrozen_next,
-        update_ptr=branch,
-        gamma_ptr=gamma,
-        dout_row_stride=_row_stride(dout),
-        dnext_row_stride=_row_stride(dnext),
-        dfrozen_next_row_stride=_row_stride(dfrozen_next),
-        update_row_stride=_row_stride(branch),
-        IN_PLACE=in_place,
-        **_update_rows(context, add, branch if dbranch is None else dbranch, dfrozen),
-        **_next_rows(context, next_input, dfrozen_next),
-    )
-    tiling = context.tiling(add, next_input, branch is not None or gamma is not None)
-    if next_input is None or next_input.norm is None:
-        tiles = _tiles("residual_add_bwd", context, tiling, sums=branch is not None)
-        num_partials = tiles.row_blocks
-        if tiling.gamma_per == "position":
-            num_partials = tiles.num_rows // max(tiling.channels, 1) * tiles.column_blocks
-        sums = {"gamma": _partials(context, num_partials, _channels(tiling), branch is not None)}
-        kernel, more = _residual_add_bwd_kernel, _gamma_arguments(tiling)
-        more |= dict(out_ptr=results.out, out_row_stride=_row_stride(results.out), RELU=relu)
-    else:
-        wide = tiling.width > WIDEST_SUM_IN_REGISTERS
-        op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
-        tiles = _tiles(op, context, tiling, whole_rows=True, sums=True)
-        sums = {
-            name: _partials(context, tiles.row_blocks, tiling.width, is_wanted)
-            for name, is_wanted in (("gamma", branch is not None), ("weight", wanted.weight), ("bias", wanted.bias))
-        }
-        kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
-        arguments.pop("num_next_rows")
-        norm_input = context.layout.conform(results.norm_input)
-        more = dict(
-            dweight_ptr=sums["weight"],
-            dbias_ptr=sums["bias"],
-            norm_input_ptr=norm_input,
-            mean_ptr=results.mean if next_input.norm == "layer" else None,
-            rstd_ptr=results.rstd,
-            weight_ptr=_contiguous(operands.weight),
-            norm_input_row_stride=_row_stride(norm_input),
-            num_saved=norm_input.shape[0] if dfrozen_next is not None else arguments["num_next_learning"],
-            LAYER_NORM=next_input.norm == "layer",
-        )
-    more |= dict(dgamma_ptr=sums["gamma"], tiles=tiles.tiles)
-    tiles.run(kernel, context.device, **arguments, **more, **_sizes(context, tiling))
-    for name, partials in sums.items():
-        if partials is not None:
-            _sum(context, partials, getattr(grads, name))
+        return Operands(residual=_scattered(context, given, next_input, in_place))
+    if gradients.next is None and gradients.frozen_next is None:
+        wanted = wanted._replace(weight=False, bias=False)
+    call = _Backward.of(context, operands, given, add, next_input, wanted, in_place)
+    grads = call.grads
+    for grad, stored in zip(grads[1:], call.stored[1:], strict=True):
+        if grad is not None and stored is None:
+            grad.zero_()
+    if all(stored is None for stored in call.stored):
+        return grads
+    partials = _run_add_bwd(call, results.out) if call.norm is None else _run_norm_bwd(call, results)
+    for name, sums in partials.items():
+        sum_partials(sums, getattr(grads, name))
     return grads
+
+
+def _given(context: Context, gradients: Results) -> Results:
+    """The gradients in the layout of the call. A gradient of no rows of the next branch is None."""
+    dout, dnext, dfrozen_next = (_conformed(context, gradient) for gradient in gradients[:3])
+    return Results(dout, *(None if t is None or t.shape[0] == 0 else t for t in (dnext, dfrozen_next)))
+
+
+def _scattered(context: Context, given: Results, next_input: NextInput | None, in_place: bool) -> Tensor | None:
+    """The gradient of a residual from which rows were gathered: the forward of an add."""
+    if next_input is None or (given.next is None and given.frozen_next is None):
+        return given.out
+    add, batch_size = Add(next_input.rows), context.shape[0]
+    return fused_add_fwd(Operands(*given[:3]), add, None, in_place=in_place, batch_size=batch_size)[0].out
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """A backward as the kernels see it.
+
+    Args:
+        next_input: the next branch's input; None if no gradient comes back from it.
+        gradients: the gradients of the results.
+        read: the operands that the kernel reads.
+        grads: the gradients of the operands.
+        stored: the gradients among them that the kernel stores. Of the others, the residual's is the gradient of `out`
+            itself, and the rest are zero.
+        in_place: the kernel writes the residual's gradient over the gradient of `out`.
+    """
+
+    context: Context
+    add: Add | None
+    next_input: NextInput | None
+    gradients: Results
+    read: Operands
+    grads: Operands
+    stored: Operands
+    in_place: bool
+
+    @classmethod
+    def of(
+        cls,
+        context: Context,
+        operands: Operands,
+        gradients: Results,
+        add: Add | None,
+        next_input: NextInput | None,
+        wanted: Operands,
+        in_place: bool,
+    ) -> _Backward:
+        dout, dnext, dfrozen_next = gradients[:3]
+        if dnext is None and dfrozen_next is None:
+            next_input = None
+        activation = None if add is None else add.activation
+        in_place = in_place and activation is None
+        grads = stored = empty_gradients(context, add, wanted)
+        if next_input is None:
+            stored = stored._replace(weight=None, bias=None)
+        update, gamma = operands.update if wanted.gamma else None, operands.gamma
+        if add is not None and add.scale == 0:
+            stored = stored._replace(update=None, frozen_update=None, gamma=None)
+            update = gamma = None
+        read = Operands(None, _conformed(context, update), None, *map(_contiguous, (gamma, operands.weight)))
+        if wanted.residual and activation is None and next_input is None:
+            grads = grads._replace(residual=dout)
+        elif wanted.residual:
+            dresidual = dout if in_place else context.empty(context.shape[0], context.dtypes.residual)
+            grads, stored = grads._replace(residual=dresidual), stored._replace(residual=dresidual)
+        elif stored.update is None and stored.frozen_update is None and stored.gamma is None:
+            dout = dfrozen_next = None  # only sums over the next branch's learning rows are wanted
+        return cls(context, add, next_input, Results(dout, dnext, dfrozen_next), read, grads, stored, in_place)
+
+    @property
+    def norm(self) -> str | None:
+        return None if self.next_input is None else self.next_input.norm
+
+    @property
+    def tiling(self) -> Tiling:
+        has_gamma = self.read.update is not None or self.read.gamma is not None
+        return self.context.tiling(self.add, self.next_input, has_gamma)
+
+    def arguments(self, tiling: Tiling) -> dict[str, Any]:
+        """The arguments that all backward kernels take."""
+        (dout, dnext, dfrozen_next), read, stored = self.gradients[:3], self.read, self.stored
+        update = read.update if stored.update is None else stored.update
+        return dict(
+            **_with_strides(dout=dout, dnext=dnext, dfrozen_next=dfrozen_next, update=read.update),
+            dresidual_ptr=stored.residual,
+            dupdate_ptr=stored.update,
+            dfrozen_update_ptr=stored.frozen_update,
+            gamma_ptr=read.gamma,
+            **_update_rows(self.context, self.add, update, stored.frozen_update),
+            **_next_rows(self.context, self.next_input, dfrozen_next),
+            **_tile_arguments(self.context, tiling),
+            IN_PLACE=self.in_place,
+        )
+
+
+def _run_add_bwd(call: _Backward, out: Tensor | None) -> dict[str, Tensor]:
+    """Runs the backward of an add without norm. Returns partial sums by the name of the gradient."""
+    tiling, partials = call.tiling, {}
+    tiles = _tiles("residual_add_bwd", call.context, tiling, sums=call.stored.gamma is not None)
+    if call.stored.gamma is not None:
+        num_partials, width = tiles.row_blocks, tiling.width
+        if tiling.gamma_per == "position":
+            width = tiling.channels
+            num_partials = tiles.num_rows // max(width, 1) * tiles.column_blocks
+        partials["gamma"] = empty_partials(call.context, num_partials, width)
+    tiles.run(
+        _residual_add_bwd_kernel,
+        call.context.device,
+        **call.arguments(tiling),
+        **_add_arguments(tiling, call.add),
+        **_with_strides(out=out),
+        dgamma_ptr=partials.get("gamma"),
+        tiles=tiles.tiles,
+    )
+    return partials
+
+
+def _run_norm_bwd(call: _Backward, results: Results) -> dict[str, Tensor]:
+    """Runs the backward of an add with a norm. Returns partial sums by the name of the gradient."""
+    tiling = call.tiling
+    wide = tiling.width > WIDEST_SUM_IN_REGISTERS
+    op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
+    tiles = _tiles(op, call.context, tiling, whole_rows=True, sums=True)
+    partials = {
+        name: empty_partials(call.context, tiles.row_blocks, tiling.width)
+        for name in ("gamma", "weight", "bias")
+        if getattr(call.stored, name) is not None
+    }
+    arguments = call.arguments(tiling)
+    arguments.pop("num_next_rows")  # `num_saved` takes its place
+    norm_input = call.context.layout.conform(results.norm_input)
+    only_learning = call.gradients.frozen_next is None
+    assert call.norm is not None
+    tiles.run(
+        _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel,
+        call.context.device,
+        **arguments,
+        **_with_strides(norm_input=norm_input),
+        dgamma_ptr=partials.get("gamma"),
+        dweight_ptr=partials.get("weight"),
+        dbias_ptr=partials.get("bias"),
+        mean_ptr=results.mean if NORMS[call.norm].centers else None,
+        rstd_ptr=results.rstd,
+        weight_ptr=call.read.weight,
+        num_saved=arguments["num_next_learning"] if only_learning else norm_input.shape[0],
+        tiles=tiles.tiles,
+        CENTERS=NORMS[call.norm].centers,
+    )
+    return partials
+
+
+def _fwd_arguments(
+    context: Context,
+    tiling: Tiling,
+    operands: Operands,
+    results: Results,
+    add: Add | None,
+    next_input: NextInput | None,
+) -> dict[str, Any]:
+    """The arguments that both forward kernels take."""
+    residual, update, frozen_update = operands[:3]
+    return dict(
+        **_with_strides(out=results.out, residual=residual, update=update, frozen_update=frozen_update),
+        next_ptr=results.next,
+        frozen_next_ptr=results.frozen_next,
+        gamma_ptr=operands.gamma,
+        **_update_rows(context, add, update, frozen_update),
+        **_next_rows(context, next_input, results.frozen_next),
+        **_tile_arguments(context, tiling),
+    )
+
+
+def _with_strides(**tensors: Tensor | None) -> dict[str, Any]:
+    """The arguments `<name>_ptr` and `<name>_row_stride` of tensors."""
+    pointers = {f"{name}_ptr": x for name, x in tensors.items()}
+    return pointers | {f"{name}_row_stride": 0 if x is None else x.stride(0) for name, x in tensors.items()}
+
+
+def _add_arguments(tiling: Tiling, add: Add | None) -> dict[str, Any]:
+    """The arguments that only kernels without a norm take."""
+    return dict(
+        channels=tiling.channels,
+        GAMMA_PER_POSITION=tiling.gamma_per == "position",
+        ACTIVATION=None if add is None else add.activation,
+    )
+
+
+def _tile_arguments(context: Context, tiling: Tiling) -> dict[str, Any]:
+    return dict(
+        num_positions=context.shape[0] * tiling.positions,
+        positions=tiling.positions,
+        width=tiling.width,
+        sample_size=tiling.positions * tiling.width,
+        COMPUTE=tl.float64 if context.compute == torch.float64 else tl.float32,
+    )
 
 
 def _gather(context: Context, x: Tensor | None, results: Results, next_input: NextInput) -> None:
     assert next_input.rows is not None
     rows, width = next_input.rows, math.prod(context.shape[1:])
-    Tiles.of("gather_rows", context.device, rows.num_rows, width).run(
+    Tiles.of("gather_rows", context.device, rows.index.shape[0], width).run(
         _gather_rows_kernel,
         context.device,
         out_ptr=results.next,
         frozen_out_ptr=results.frozen_next,
-        x_ptr=x,
+        **_with_strides(x=x),
         index_ptr=rows.index.contiguous(),
-        num_rows=rows.num_rows,
+        num_rows=rows.index.shape[0],
         num_learning=rows.num_learning,
         width=width,
-        x_row_stride=_row_stride(x),
-    )
-
-
-def _partials(context: Context, num_rows: int, width: int, wanted: bool) -> Tensor | None:
-    return torch.empty(num_rows, width, dtype=context.compute, device=context.device) if wanted else None
-
-
-def _sum(context: Context, partials: Tensor, out: Tensor) -> None:
-    num_rows, width = partials.shape
-    tiles = Tiles.of("sum_partials", context.device, 1, width)
-    block_m = tiles.config.tile // tiles.block_n
-    tiles.run(
-        _sum_partials_kernel,
-        context.device,
-        out_ptr=out,
-        partials_ptr=partials,
-        num_rows=num_rows,
-        width=width,
-        BLOCK_R=block_m,
     )
 
 
 def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
-    """int64 [B]: where each row of the batch stands among `rows`."""
+    """int64 [B]: the number of each sample's row in the list; K or more for samples without one."""
     if rows is None or rows.inverse is not None:
         return None if rows is None else _contiguous(rows.inverse)
     batch_size = context.shape[0]
@@ -254,14 +345,16 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
         inverse_ptr=inverse,
         index_ptr=rows.index.contiguous(),
         batch_size=batch_size,
-        num_rows=rows.num_rows,
+        num_rows=rows.index.shape[0],
     )
     return inverse
 
 
-def _update_rows(context: Context, add: Add | None, branch: Tensor | None, frozen: Tensor | None) -> dict[str, Any]:
-    """Which samples have a branch, and its scale. Float numbers reach a kernel in 32 bits: float64 gets a tensor."""
-    if add is None or (branch is None and frozen is None):
+def _update_rows(
+    context: Context, add: Add | None, update: Tensor | None, frozen_update: Tensor | None
+) -> dict[str, Any]:
+    """Which samples have an update, and its scale. Kernels take float arguments in 32 bits: float64 needs a tensor."""
+    if add is None or (update is None and frozen_update is None):
         return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
     num_learning, num_frozen = part_sizes(context, add.rows)
     row_scale = add.row_scale
@@ -269,20 +362,20 @@ def _update_rows(context: Context, add: Add | None, branch: Tensor | None, froze
         row_scale = torch.full((num_learning + num_frozen,), add.scale, dtype=torch.float64, device=context.device)
     return dict(
         inverse_ptr=_inverse(context, add.rows),
-        num_rows=num_learning + (0 if frozen is None else num_frozen),
+        num_rows=num_learning + (0 if frozen_update is None else num_frozen),
         num_learning=num_learning,
         row_scale_ptr=_contiguous(row_scale),
         scale=float(add.scale),
     )
 
 
-def _next_rows(context: Context, next_input: NextInput | None, frozen: Tensor | None) -> dict[str, Any]:
+def _next_rows(context: Context, next_input: NextInput | None, frozen_next: Tensor | None) -> dict[str, Any]:
     if next_input is None:
         return dict(next_inverse_ptr=None, num_next_rows=0, num_next_learning=0)
     num_learning, num_frozen = part_sizes(context, next_input.rows)
     return dict(
         next_inverse_ptr=_inverse(context, next_input.rows),
-        num_next_rows=num_learning + (0 if frozen is None else num_frozen),
+        num_next_rows=num_learning + (0 if frozen_next is None else num_frozen),
         num_next_learning=num_learning,
     )
 
@@ -291,32 +384,10 @@ def _tiles(op: str, context: Context, tiling: Tiling, **how: bool) -> Tiles:
     return Tiles.of(op, context.device, context.shape[0] * tiling.positions, tiling.width, **how)
 
 
-def _sizes(context: Context, tiling: Tiling) -> dict[str, Any]:
-    return dict(
-        num_positions=context.shape[0] * tiling.positions,
-        positions=tiling.positions,
-        width=tiling.width,
-        sample_size=tiling.positions * tiling.width,
-        COMPUTE=tl.float64 if context.compute == torch.float64 else tl.float32,
-    )
-
-
-def _gamma_arguments(tiling: Tiling) -> dict[str, Any]:
-    return {"channels": tiling.channels, "GAMMA_PER_POSITION": tiling.gamma_per == "position"}
-
-
-def _channels(tiling: Tiling) -> int:
-    return tiling.channels if tiling.gamma_per == "position" else tiling.width
+def _conformed(context: Context, x: Tensor | None) -> Tensor | None:
+    return None if x is None else context.layout.conform(x)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     """Kernels take vectors without strides."""
     return None if vector is None else vector.contiguous()
-
-
-def _zeroed(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.zero_()
-
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

@@ -1,10 +1,32 @@
-"""The second stage of sums over rows: `[R, C]` partial sums to `[C]`, in an order that depends on the shape alone."""
+"""The second stage of sums over rows: `[R, C]` partial sums to `[C]`, in an order that only the shape decides."""
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
+from torch import Tensor
 
-from .parts import kernel
+from ..buffers import Context
+from .common import kernel
+from .launch import Tiles
+
+
+def empty_partials(context: Context, num_rows: int, width: int) -> Tensor:
+    return torch.empty(num_rows, width, dtype=context.compute, device=context.device)
+
+
+def sum_partials(partials: Tensor, out: Tensor) -> None:
+    num_rows, width = partials.shape
+    tiles = Tiles.of("sum_partials", partials.device, 1, width)
+    tiles.run(
+        _sum_partials_kernel,
+        partials.device,
+        out_ptr=out,
+        partials_ptr=partials,
+        num_rows=num_rows,
+        width=width,
+        BLOCK_R=tiles.config.tile // tiles.block_n,
+    )
 
 
 @kernel

@@ -1,40 +1,33 @@
-"""Rows gathered, and a list of rows inverted."""
+"""Kernels that gather rows, and that invert a list of rows."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from .parts import kernel, place, store_parts
+from .common import kernel, offsets, store_rows
 
 
 @kernel
 def _gather_rows_kernel(
-    out_ptr,
-    frozen_out_ptr,
-    x_ptr,
-    index_ptr,
-    num_rows,
-    num_learning,
-    width,
-    x_row_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out[k] = x[index[k]]; from `num_learning` on the rows go to frozen_out."""
+    out_ptr, frozen_out_ptr, x_ptr, index_ptr,
+    num_rows, num_learning, width, x_row_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[k] = x[index[k]]; rows from number `num_learning` on go to frozen_out instead."""
     column_blocks = tl.cdiv(width, BLOCK_N)
     k = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = k < num_rows
     b = tl.load(index_ptr + k, mask=exists, other=0)
     in_width = (n < width)[None, :]
-    first = tl.zeros([BLOCK_M], tl.int32)
-    x = tl.load(x_ptr + place(b, first, n, x_row_stride, width), mask=exists[:, None] & in_width)
-    store_parts(out_ptr, frozen_out_ptr, x, k, first, n, exists, in_width, num_learning, width, width)
+    p = tl.zeros([BLOCK_M], tl.int32)  # a sample is one position
+    x = tl.load(x_ptr + offsets(b, p, n, x_row_stride, width), mask=exists[:, None] & in_width)
+    store_rows(out_ptr, frozen_out_ptr, x, k, p, n, exists, in_width, num_learning, width, width)
 
 
 @kernel
 def _invert_rows_kernel(inverse_ptr, index_ptr, batch_size, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """inverse[index[k]] = k, elsewhere num_rows; one program, so that a barrier orders the two."""
+    """inverse[index[k]] = k, and num_rows elsewhere. One program does it, so that a barrier orders the two stores."""
     for start in range(0, batch_size, BLOCK_N):
         b = start + tl.arange(0, BLOCK_N)
         tl.store(inverse_ptr + b, tl.zeros([BLOCK_N], tl.int64) + num_rows, mask=b < batch_size)

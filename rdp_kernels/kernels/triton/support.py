@@ -1,4 +1,4 @@
-"""Why the Triton kernels can't serve a call; one function, asked when choosing and when forced."""
+"""Says why the Triton kernels can't serve a call, both when a backend is chosen and when this one is forced."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
-
-from ..._utils.checks import why_not_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_NORM_WIDTH = 16384
+"""A program of the norm's forward holds a row in registers: at this width 32 float32 in each of its 512 threads."""
 MIN_CAPABILITY = (8, 0)
-MAX_TILE_ROWS = 2**31 - 2**23
-"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
-2³¹."""
+"""Older GPUs have no bfloat16, and no test compiles for them."""
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, in Python. It looks at the variable once, when a kernel is defined."""
+    """Whether Triton runs kernels on the CPU, in Python. It reads the variable only when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no call can be served, or None. Doesn't import triton."""
+    """Why no call can be served, or None. It doesn't import triton."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if interpreted():
@@ -49,7 +45,7 @@ def _why_not_interpreted() -> str | None:
 
 
 def _version_of(package: str) -> tuple[int, ...] | None:
-    """The numbers of a release; None where no package of that name is installed."""
+    """The numbers of the installed release; None where no package of that name is installed."""
     try:
         found = re.match(r"\d+(\.\d+)*", importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
@@ -57,29 +53,15 @@ def _version_of(package: str) -> tuple[int, ...] | None:
     return tuple(map(int, found[0].split("."))) if found else None
 
 
-def why_not(
-    tensors: Sequence[Tensor | None],
-    norm_width: int | None = None,
-    forced: bool = False,
-    tile_rows: Callable[[], int] = lambda: 0,
-) -> str | None:
-    """Why a call on `tensors`, the first of which is the stream or the branch, can't be served; None if it can.
-
-    The interpreter serves on request only (`forced`): it is for tests. `tile_rows`: asked of large tensors only.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    reason = why_not_kind(given[0].device, [tensor.dtype for tensor in given], norm_width, forced)
-    if reason is not None:
-        return reason
-    if given[0].numel() > MAX_TILE_ROWS:
-        reason = why_not_rows(tile_rows())
-    return why_not_plain(given) if reason is None else reason
-
-
 def why_not_kind(
     device: torch.device, dtypes: Iterable[torch.dtype], norm_width: int | None = None, forced: bool = False
 ) -> str | None:
-    """The part of `why_not` that asks for no values and sizes, for `torch.compile`."""
+    """Why calls on such tensors can't be served; None if they can.
+
+    Args:
+        norm_width: the number of channels of the norm, if there is one.
+        forced: whether the user asked for this backend. The interpreter serves such calls only, as it is for tests.
+    """
     reason = unavailable()
     if reason is not None:
         return reason
@@ -97,13 +79,6 @@ def why_not_kind(
     if norm_width is not None and norm_width > MAX_NORM_WIDTH:
         return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
     return None
-
-
-def why_not_rows(num_rows: int) -> str | None:
-    """Why not so many tile rows (`layout.Tiling`: positions of samples)."""
-    if num_rows <= MAX_TILE_ROWS:
-        return None
-    return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-#include "pieces.h"
+#include "row_loops.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace rdp::cpu {
 
 namespace baseline {
-#include "pieces.inl"
+#include "row_loops.inl"
 }
 
 // Clang spells the pragma differently; there the baseline serves.
@@ -19,14 +19,14 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
-#include "pieces.inl"
+#include "row_loops.inl"
 }
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
 namespace avx512 {
-#include "pieces.inl"
+#include "row_loops.inl"
 }
 #pragma GCC pop_options
 
@@ -51,7 +51,7 @@ Target target_of_this_machine() {
 }
 
 template <class Acc, class Float, class Double>
-const Pieces<Acc>& chosen(const Float& in_float, const Double& in_double) {
+const RowLoops<Acc>& chosen(const Float& in_float, const Double& in_double) {
   if constexpr (std::is_same_v<Acc, float>) {
     return in_float;
   } else {
@@ -62,7 +62,7 @@ const Pieces<Acc>& chosen(const Float& in_float, const Double& in_double) {
 }  // namespace
 
 template <class Acc>
-const Pieces<Acc>& best_pieces() {
+const RowLoops<Acc>& best_row_loops() {
   static const Target target = target_of_this_machine();
 #ifdef RDP_SEVERAL_TARGETS
   if (target == Target::avx512) return chosen<Acc>(avx512::in_float, avx512::in_double);
@@ -71,7 +71,7 @@ const Pieces<Acc>& best_pieces() {
   return chosen<Acc>(baseline::in_float, baseline::in_double);
 }
 
-template const Pieces<float>& best_pieces<float>();
-template const Pieces<double>& best_pieces<double>();
+template const RowLoops<float>& best_row_loops<float>();
+template const RowLoops<double>& best_row_loops<double>();
 
 }  // namespace rdp::cpu

@@ -1,8 +1,8 @@
-// Loops over a piece of a row, short enough for the L1 cache. Included once for each instruction set, inside a namespace
-// and a `#pragma GCC target` of its own: plain loops that the compiler vectorises, and no header, so that no function of
-// the standard library is compiled for an instruction set that a machine lacks.
+// Loops over a piece of a row, short enough for the L1 cache. The file is included once for each instruction set, inside
+// a namespace and a `#pragma GCC target` of its own. It holds plain loops that the compiler vectorises, and includes no
+// header: no function of the standard library may be compiled for an instruction set that a machine lacks.
 
-#define RDP_VECTORISED _Pragma("GCC ivdep")  // an in-place sum reads and writes the same element only
+#define RDP_VECTORISED _Pragma("GCC ivdep")  // an in-update_row sum reads and writes the same element only
 
 inline __attribute__((always_inline)) uint32_t bits_of(float x) {
   uint32_t bits;
@@ -16,7 +16,7 @@ inline __attribute__((always_inline)) float float_of(uint32_t bits) {
   return x;
 }
 
-// bfloat16 is the upper half of a float32; to the nearest, ties to even.
+// bfloat16 is the upper half of a float32. Rounds to the nearest, ties to even.
 struct BFloat16 {
   uint16_t bits;
   inline __attribute__((always_inline)) float value() const { return float_of(uint32_t(bits) << 16); }
@@ -34,8 +34,8 @@ struct Half {
   static inline __attribute__((always_inline)) Half of(float x) { return {_Float16(x)}; }
 };
 #else
-// In integers and float32, without branches. A float16 shifted into place is 2^112 times too small; subnormals too come
-// out right, the multiplication being exact.
+// In integers and float32, without conditional jumps. The bits of a float16, shifted into position, are a float32 that is
+// 2^112 times too small. Subnormals come out right as well, because the multiplication is exact.
 struct Half {
   uint16_t bits;
   inline __attribute__((always_inline)) float value() const {
@@ -46,7 +46,7 @@ struct Half {
   }
   static inline __attribute__((always_inline)) Half of(float x) {
     const uint32_t all = bits_of(x), sign = (all >> 16) & 0x8000u, rest = all & 0x7fffffffu;
-    // normal: ties to even, the exponent rebased; subnormal: an addition that leaves the wanted bits at the end
+    // Normal: round to even with the exponent rebased. Subnormal: an addition leaves the wanted bits at the end.
     const uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
     const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
     uint32_t half = rest < 0x38800000u ? subnormal : normal;
@@ -105,39 +105,40 @@ void store(const Acc* from, void* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) stored[i] = Rounded<Stored, Acc>::of(from[i]);
 }
 
-template <class Acc, bool RELU>
-inline __attribute__((always_inline)) Acc activated(Acc x) {
-  return RELU ? relu(x) : x;
-}
-
-// `residual` null: zeros; `gamma` null: ones.
-template <class Acc, bool RELU>
-void add_to(Acc* out, const Acc* residual, const Acc* branch, const Acc* gamma, Acc scale, int64_t n) {
+// A null `residual` stands for zeros, a null `gamma` for ones.
+template <class Acc, Activation KIND>
+void add_to(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, int64_t n) {
   if (residual == nullptr) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(scale * branch[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(scale * update[i]);
   } else if (gamma == nullptr) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(added(residual[i], scale, branch[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(added(residual[i], scale, update[i]));
   } else {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) out[i] = activated<Acc, RELU>(added(residual[i], scale * gamma[i], branch[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<KIND>(added(residual[i], scale * gamma[i], update[i]));
   }
 }
 
 template <class Acc>
-void add(Acc* out, const Acc* residual, const Acc* branch, const Acc* gamma, Acc scale, bool relus, int64_t n) {
-  relus ? add_to<Acc, true>(out, residual, branch, gamma, scale, n)
-        : add_to<Acc, false>(out, residual, branch, gamma, scale, n);
+void add(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, Activation activation,
+         int64_t n) {
+  switch (activation) {
+    case Activation::none:
+      return add_to<Acc, Activation::none>(out, residual, update, gamma, scale, n);
+    case Activation::relu:
+      return add_to<Acc, Activation::relu>(out, residual, update, gamma, scale, n);
+  }
 }
 
 template <class Acc>
-void activate(Acc* out, const Acc* x, int64_t n) {
+void activate(Acc* out, const Acc* x, Activation activation, int64_t n) {
+  if (activation != Activation::relu) return;
   RDP_VECTORISED
-  for (int64_t i = 0; i < n; ++i) out[i] = relu(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = activated<Activation::relu>(x[i]);
 }
 
-// The gradient of the sum before its activation. `dnext` null: zeros; `out` null: no activation.
+// The gradient of the sum before its activation. A null `dnext` stands for zeros, a null `out` for no activation.
 template <class Acc>
 void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, int64_t n) {
   if (dnext != nullptr) {
@@ -147,7 +148,7 @@ void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, int64_t
   }
   if (out != nullptr) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) to[i] = through_relu(dout[i], out[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = relu_gradient(dout[i], out[i]);
   }
 }
 
@@ -162,41 +163,42 @@ void scaled(Acc* to, const Acc* d, const Acc* gamma, Acc scale, int64_t n) {
   }
 }
 
-// Column by column.
+// Adds to one sum for each column.
 template <class Acc>
-void accumulate(Acc* sums, const Acc* d, const Acc* branch, Acc scale, int64_t n) {
+void accumulate(Acc* sums, const Acc* d, const Acc* update, Acc scale, int64_t n) {
   RDP_VECTORISED
-  for (int64_t i = 0; i < n; ++i) sums[i] += of_dgamma(d[i], scale, branch[i]);
+  for (int64_t i = 0; i < n; ++i) sums[i] += dgamma_term(d[i], scale, update[i]);
 }
 
-// Both in one loop, which reads `d` once.
+// `scaled` and `accumulate` in one loop, which reads `d` once.
 template <class Acc>
-void scaled_and_accumulated(Acc* to, Acc* sums, const Acc* d, const Acc* branch, const Acc* gamma, Acc scale, int64_t n) {
+void scaled_and_accumulated(Acc* to, Acc* sums, const Acc* d, const Acc* update, const Acc* gamma, Acc scale,
+                            int64_t n) {
   RDP_VECTORISED
   for (int64_t i = 0; i < n; ++i) {
-    sums[i] += of_dgamma(d[i], scale, branch[i]);
+    sums[i] += dgamma_term(d[i], scale, update[i]);
     to[i] = scale * gamma[i] * d[i];
   }
 }
 
-// Over the whole piece, in so many sums that every instruction set adds in the same order.
+// Sums over the whole piece, in as many lanes as the widest instruction set has: all then add in the same order.
 template <class Acc>
-Acc total(const Acc* d, const Acc* branch, Acc scale, int64_t n) {
+Acc total(const Acc* d, const Acc* update, Acc scale, int64_t n) {
   constexpr int LANES = 16;
   Acc lanes[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     RDP_VECTORISED
-    for (int lane = 0; lane < LANES; ++lane) lanes[lane] += of_dgamma(d[i + lane], scale, branch[i + lane]);
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane] += dgamma_term(d[i + lane], scale, update[i + lane]);
   }
-  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += of_dgamma(d[i], scale, branch[i]);
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += dgamma_term(d[i], scale, update[i]);
   for (int half = LANES / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   return lanes[0];
 }
 
-// sums[i] += partials[i] in float64: the second stage.
+// The second stage of sums, in float64.
 template <class Acc>
 void add_partials(double* sums, const Acc* partials, int64_t n) {
   RDP_VECTORISED
@@ -204,15 +206,16 @@ void add_partials(double* sums, const Acc* partials, int64_t n) {
 }
 
 template <class Acc>
-constexpr Pieces<Acc> pieces() {
+constexpr RowLoops<Acc> row_loops() {
   return {
       {load<Acc, float>, load<Acc, double>, load<Acc, BFloat16>, load<Acc, Half>},
       {store<Acc, float>, store<Acc, double>, store<Acc, BFloat16>, store<Acc, Half>},
-      add<Acc>, activate<Acc>, combine<Acc>, scaled<Acc>, accumulate<Acc>, scaled_and_accumulated<Acc>, total<Acc>, add_partials<Acc>,
+      add<Acc>, activate<Acc>, combine<Acc>, scaled<Acc>, accumulate<Acc>, scaled_and_accumulated<Acc>, total<Acc>,
+      add_partials<Acc>,
   };
 }
 
-const Pieces<float> in_float = pieces<float>();
-const Pieces<double> in_double = pieces<double>();
+const RowLoops<float> in_float = row_loops<float>();
+const RowLoops<double> in_double = row_loops<double>();
 
 #undef RDP_VECTORISED

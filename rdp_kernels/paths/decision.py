@@ -1,0 +1,52 @@
+"""The `Decision` about one call of a path."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..kernels.spec import RowSet
+from .freezing import FreezeBN, ParameterRef
+
+
+class Kind(enum.Enum):
+    """What a call does with its branch. It skips it, or runs it on all rows, which learn or are frozen, or runs it on
+    some rows, `Decision.rows`, some of which may be frozen."""
+
+    SKIP, LEARN, FROZEN, ROWS = range(4)
+
+
+SKIP, LEARN, FROZEN, ROWS = Kind  # reading an attribute of an enum's class runs Python code before Python 3.12
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one call of a path is run.
+
+    Args:
+        kind: what the call does with its branch.
+        rows: for `ROWS`, the rows that learn and those that are frozen.
+        scale: the factor of rows that learn.
+        freeze, freeze_bn: as in `ResidualDropPath`.
+        modules: the modules of the branch, where they were looked up before.
+        also_learns: parameters of this path that the frozen rest shares. They learn inside the branch's call.
+        row_scale: for `LEARN`, a factor for each row or one for all, where the host doesn't know which are 0.
+        dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and this one has no rows
+            for.
+    """
+
+    kind: Kind = LEARN
+    rows: RowSet | None = None
+    scale: float = 1.0
+    freeze: str = "parameters"
+    freeze_bn: FreezeBN = True
+    modules: Sequence[nn.Module] | None = None
+    also_learns: tuple[ParameterRef, ...] = ()
+    row_scale: Tensor | None = None
+    dummy_calls: tuple[str, ...] = ()
+
+
+ALL_ROWS = Decision()
