@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..paths.path import paths_of
-from . import converted
 from .calls import HoldsPaths, Refused
+from .converted import RUN_PATH
 from .graphs import (
     Values,
     check_mutations,
@@ -28,7 +28,6 @@ from .graphs import (
     is_heavy,
     is_in_place,
     module_calls,
-    self_of,
 )
 from .guards import is_constant
 from .sites import Site, drop_path_sites, unnamed_sites
@@ -153,8 +152,8 @@ class _Carving:
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
             kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
-            arguments: tuple[Any, ...] = (self_of(self.graph), number, x, *further)
-            call = self.graph.create_node("call_function", converted.run, arguments, kwargs, "stream")
+            # Printed as `self._rdp_run_path(...)`, as torch.fx prints calls of whatever the root has.
+            call = self.graph.create_node("call_module", RUN_PATH, (number, x, *further), kwargs, "residual")
         self._calls[number] = call
         self.values.alias(call, replaced)
         replaced.replace_all_uses_with(call)
@@ -172,7 +171,7 @@ class _Carving:
         """Calls name their path by its place among those that were cut."""
         for place, number in enumerate(numbers):
             call = self._calls[number]
-            call.args = (call.args[0], place, *call.args[2:])
+            call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
         """Raises `Refused` where a branch picks rows by number or compares their count: both change where rows drop."""
@@ -195,7 +194,7 @@ class _Carving:
                 )
 
     def _modules_in(self, node: fx.Node) -> list[nn.Module]:
-        return list(self.modules[str(node.target)].modules()) if node.op == "call_module" else []
+        return [m for name in module_calls([node]) for m in self.modules[name].modules()]
 
     def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
         """Raises `Refused` where weights of a branch are used outside of all branches too."""

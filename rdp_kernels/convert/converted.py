@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -158,13 +158,12 @@ def _child(block: nn.Module, name: str) -> nn.Module:
     return block.get_submodule(name) if child is None else child
 
 
-def this() -> NoReturn:
-    """The block, in a graph; in generated source it is `self`."""
-    raise AssertionError("only a node of graphs")
+RUN_PATH = "_rdp_run_path"
+"""The name under which converted classes have `run`."""
 
 
 def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
-    """Path `index` of a converted block; what generated forwards call."""
+    """Runs path `index` of a converted block. Generated forwards call it, as a method of the block."""
     path: ConvertedPath = block.__dict__[CONVERTED][index][1]
     if path.block is not block or path.origins:
         path = _of_copy(block, index)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import converted
 from .calls import Refused
+from .converted import RUN_PATH
 from .in_place import iadd
 from .trace import of_length, run_graph
 
@@ -22,7 +22,7 @@ _HEAVY = {
 }  # fmt: skip
 
 _CHEAP = {
-    operator.getitem, getattr, of_length, converted.this, "size", "dim", operator.mod, operator.floordiv,
+    operator.getitem, getattr, of_length, "size", "dim", operator.mod, operator.floordiv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
 }  # fmt: skip
 
@@ -88,7 +88,7 @@ def is_heavy(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether it is worth skipping: it has weights, or multiplies matrices."""
     if node.op == "call_module":
         return any(True for _ in modules[str(node.target)].parameters())
-    return name_of(node) in _HEAVY or node.target is converted.run
+    return name_of(node) in _HEAVY
 
 
 def name_of(node: fx.Node) -> str:
@@ -149,15 +149,7 @@ def copied_into(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.
     return graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
 
 
-def self_of(graph: fx.Graph) -> fx.Node:
-    """The node that stands for the block itself."""
-    for node in graph.nodes:
-        if node.target is converted.this:
-            return node
-    with graph.inserting_before(next(iter(graph.nodes))):
-        return graph.call_function(converted.this)
-
-
 def module_calls(nodes: Iterable[fx.Node]) -> list[str]:
-    """The children that are called, each once."""
-    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
+    """The names of the modules that the nodes call, each once. Calls of paths are left out."""
+    names = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")
+    return [name for name in names if name != RUN_PATH]

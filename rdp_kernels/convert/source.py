@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import linecache
-import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,8 +22,6 @@ from .guards import Guards
 from .spec import Recipe
 from .trace import Trace
 
-_SELF = re.compile(r"\w*converted_this\(\)")
-_RUN = re.compile(r"\b\w*converted_run\(")
 _PASSED_ON = {"num_items_in_batch", "use_cache"}
 """What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
@@ -45,22 +42,30 @@ def recipe_of(traced: Trace, carved: Carved) -> Recipe:
     )  # fmt: skip
 
 
+class _Function(fx.CodeGen):
+    """Writes a function of the given name in place of `forward`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def gen_fn_def(self, free_vars: list[str], *args: Any, **options: Any) -> str:
+        """The line with `def`. torch passes a return annotation, which is empty here, and options of its versions."""
+        return f"def {self._name}({', '.join(['self', *free_vars])}):"
+
+
 def _function(name: str, graph: fx.Graph) -> tuple[str, dict[str, tuple[str, str]]]:
     for node in graph.nodes:
         node.type = None  # annotations would have to be imported
+    graph.set_codegen(_Function(name))
     code = graph.python_code("self")
-    names = {}
-    for used, value in code.globals.items():
-        if value not in (converted.this, converted.run) and used not in _ALWAYS:
-            names[used] = _place_of(value)
-    text = _RUN.sub("run_path(", _SELF.sub("self", code.src)).strip("\n")
-    text = re.sub(r"^\s*self = self;?.*\n", "", text, flags=re.MULTILINE)
-    return text.replace("def forward(", f"def {name}(", 1) + "\n", names
+    names = {used: _place_of(value) for used, value in code.globals.items() if used not in _ALWAYS}
+    return code.src.strip("\n") + "\n", names
 
 
 def _place_of(value: Any) -> tuple[str, str]:
     """Module and name to import it by."""
-    if isinstance(value, type(re)):
+    if isinstance(value, types.ModuleType):
         return value.__name__, ""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", ""))
     for candidate in (module, "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
@@ -98,7 +103,7 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
     file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
     linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
     space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
-    space |= _ALWAYS | {"run_path": converted.run}
+    space |= _ALWAYS
     exec(compile(recipe.source, file, "exec"), space)
     traced, signature, wanted = space["_forward"], recipe.signature, recipe.inputs
     guards = Guards(recipe.guards, base)
@@ -148,6 +153,7 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
         "__prepare_scriptable__": _prepare_scriptable,
         "_rdp_recipe": recipe,
         "_rdp_digest": digest,
+        converted.RUN_PATH: converted.run,
         "_rdp_branches": [space[f"_branch_{i}"] for i in range(len(recipe.paths))],
         "forward": _named_as(base.forward, call),
     }
