@@ -5,13 +5,68 @@ A kernel library serves every op of this package through two functions on these,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._utils.device import to_device
+
+ActivationName = Literal["relu"]
+NormName = Literal["layer", "rms"]
+
+
+@dataclass(frozen=True)
+class ActivationKind:
+    """A function that may follow the sum. Kernels compute its derivative from its output.
+
+    Args:
+        code: its number in kernels, that of `Activation` in `csrc/fused_add.h`; 0 stands for no activation.
+        formula: the function in torch.
+    """
+
+    code: int
+    formula: Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS: dict[str, ActivationKind] = {"relu": ActivationKind(1, torch.relu)}
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """A norm over the last dimension.
+
+    Args:
+        module: torch's class.
+        formula: the norm in torch, of `(x, weight, bias, eps)`.
+        centers: whether the mean is subtracted; the backward then needs the mean.
+        has_bias: whether a bias may follow the weight.
+    """
+
+    module: type[nn.Module]
+    formula: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
+    centers: bool
+    has_bias: bool
+
+
+NORMS: dict[str, NormKind] = {
+    "layer": NormKind(
+        nn.LayerNorm, lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps), True, True
+    ),
+    "rms": NormKind(nn.RMSNorm, lambda x, weight, _, eps: F.rms_norm(x, x.shape[-1:], weight, eps), False, False),
+}
+
+
+def activated(x: Tensor, activation: str | None) -> Tensor:
+    """`x` through an activation, or `x` itself without one."""
+    return x if activation is None else ACTIVATIONS[activation].formula(x)
+
+
+def activation_code(activation: str | None) -> int:
+    return 0 if activation is None else ACTIVATIONS[activation].code
 
 
 @dataclass(frozen=True)
