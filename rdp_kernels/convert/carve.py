@@ -1,4 +1,4 @@
-"""Branches cut out of a block's graph: what only a drop-path's input needs becomes a function of its own."""
+"""Cuts branches out of a block's graph: what is computed only for a drop-path's input becomes a function."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..kernels.spec import NORMS
 from ..paths.path import paths_of
 from .calls import HoldsPaths, Refused
 from .converted import RUN_PATH
@@ -30,28 +31,30 @@ from .graphs import (
     module_calls,
 )
 from .guards import is_constant
-from .sites import Site, drop_path_sites, unnamed_sites
+from .sites import DropSite, drop_path_sites, unnamed_sites
 from .spec import PathSpec
 from .trace import Trace
 
 _COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_NORMS = [kind.module for kind in NORMS.values()]
 
 
 @dataclass
 class Carved:
-    """A block's graph with its paths called, and the branches' own graphs."""
+    """A block's graph that calls its paths, and the graphs of their branches."""
 
     graph: fx.Graph
     branches: list[fx.Graph]
     paths: list[PathSpec]
     refused: list[tuple[str, str]]
-    """Drop-path and reason."""
+    """Each refused drop-path and the reason."""
     nested: list[tuple[str, str]]
-    """Drop-paths that stay as they are, inside the branch of another, which is named."""
+    """Drop-paths that stay as they are inside the branch of a path, each with this path's name."""
     reference: fx.Graph
-    """The graph before anything was cut, with a `mark` where no drop-path is called."""
+    """The graph before anything was cut. A `mark` stands where a branch may be dropped and no drop-path is called."""
     called: list[tuple[str | None, int | None]]
-    """In the order of calls: the drop-path, None for a mark, and the path's index, None where it was refused."""
+    """For each call of a drop-path or a mark, in order: the drop-path or None, and the path's index or, where it was
+    refused, None."""
 
 
 def carve(
@@ -61,11 +64,11 @@ def carve(
     batch_sizes: tuple[int, ...],
     unnamed: bool = False,
 ) -> Carved:
-    """Cuts the branches out.
+    """Cuts the branches out of a traced graph.
 
     Args:
-        inputs: of two calls, for `batch_sizes` samples.
-        unnamed: where no drop-path is called, residual adds are found by the graph alone.
+        inputs: the inputs of two calls with `batch_sizes` samples.
+        unnamed: whether residual adds are looked for where no drop-path is called.
     """
     graph = traced.graph
     check_mutations(graph)
@@ -81,7 +84,7 @@ def carve(
     found: dict[int, tuple[PathSpec, fx.Graph]] = {}
     refused: list[tuple[str, str]] = []
     nested: list[tuple[str, str]] = []
-    for number in reversed(range(len(sites))):  # what comes last may hold what comes before
+    for number in reversed(range(len(sites))):  # a later branch may hold an earlier one
         site = sites[number]
         try:
             if site.node not in graph.nodes:
@@ -89,9 +92,8 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            if not (
-                site.drop_path is None and isinstance(reason, HoldsPaths)
-            ):  # an add around blocks, of which nobody spoke
+            # An add without a drop-path around blocks that have paths is none that the user named.
+            if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
     carving.renumber(sorted(found))
@@ -119,8 +121,9 @@ class _Carving:
         self._calls: dict[int, fx.Node] = {}
         self._gone: dict[fx.Node, str] = {}
 
-    def cut(self, site: Site, number: int) -> tuple[PathSpec, fx.Graph]:
-        """The path of one place, whose branch leaves the graph and is called instead. Raises `Refused`."""
+    def cut(self, site: DropSite, number: int) -> tuple[PathSpec, fx.Graph]:
+        """Takes the branch of one site out of the graph and calls its path instead. Returns the path and the branch.
+        Raises `Refused`."""
         if site.refused is not None:
             raise Refused(site.refused)
         output = site.node.args[0]
@@ -140,7 +143,7 @@ class _Carving:
         add = self._add_of(site.node)
         inputs = self._inputs(inside, rows)
         residual = None if add is None else self._other(add, site.node)
-        x = self._stream(inputs, residual)
+        x = self._rows_of(inputs, residual)
         further = [node for node, kind in inputs if node is not x and kind in ("row", "shared")]
         kinds = tuple(kind for node, kind in inputs if node is not x and kind in ("row", "shared"))
         branch, norm = self._branch(inside, output, x, inputs, rows, further)
@@ -164,17 +167,18 @@ class _Carving:
         return spec, branch
 
     def around(self, node: fx.Node) -> str:
-        """The path in whose branch a node is that has left the graph."""
+        """The name of the path whose branch took a node out of the graph."""
         return self._gone[node]
 
     def renumber(self, numbers: list[int]) -> None:
-        """Calls name their path by its place among those that were cut."""
+        """Makes the calls name each path by its place among those that were cut."""
         for place, number in enumerate(numbers):
             call = self._calls[number]
             call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
-        """Raises `Refused` where a branch picks rows by number or compares their count: both change where rows drop."""
+        """Raises `Refused` where a branch picks rows by number or compares how many there are: both change when rows
+        are dropped."""
         for node in inside:
             pairs = [self.values.of(source) for source in node.all_input_nodes]
             if node.target is operator.getitem:
@@ -197,7 +201,7 @@ class _Carving:
         return [m for name in module_calls([node]) for m in self.modules[name].modules()]
 
     def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
-        """Raises `Refused` where weights of a branch are used outside of all branches too."""
+        """Raises `Refused` where a branch uses weights that are also used outside of all branches."""
         outside = {id(p) for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
         read = {node.target for node in self.graph.nodes if node.op == "get_attr" and node.users}
         for spec, _ in found.values():
@@ -209,7 +213,7 @@ class _Carving:
                     raise Refused(f"the module {name!r} of a branch is called outside of all branches too")
 
     def _without_foreign_rows(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[fx.Node]:
-        """Without the views at its head that turn other dimensions into the rows: they go on being made outside."""
+        """The nodes without the views at their head that turn other dimensions into rows. These stay outside."""
         kept = list(inside)
         for node in inside:
             sources = [s for s in node.all_input_nodes if s not in kept and s.op != "get_attr"]
@@ -222,7 +226,7 @@ class _Carving:
         return kept
 
     def _is_other(self, rows: tuple[int, ...]) -> Callable[[fx.Node], bool]:
-        """Tells a tensor that changes with the batch and has not these rows."""
+        """A test whether a node is a tensor that changes with the batch and doesn't have these rows."""
 
         def is_other(node: fx.Node) -> bool:
             a, b = self.values.of(node)
@@ -231,18 +235,18 @@ class _Carving:
         return is_other
 
     def _add_of(self, site: fx.Node) -> fx.Node | None:
-        """The add that the branch goes to; None where something else is done with it."""
+        """The add that the branch goes to; None where the branch is used in another way."""
         (user, *others) = site.users
         if others or not is_add(user):
             return None
         other, out = self.values[self._other(user, site)], self.values[user]
         whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
-        widens = out.dtype == torch.float64 != other.dtype  # what else promotes does so in `Promotion`
+        widens = out.dtype == torch.float64 != other.dtype  # `Promotion` does the other promotions
         return user if whole and is_float(other) and not widens else None
 
     @staticmethod
     def _sum_dtype(add: fx.Node | None, site: fx.Node) -> str:
-        """Whose dtype the sum has, as of `PathSpec`."""
+        """The `sum_dtype` of `PathSpec`."""
         if add is not None and not is_in_place(add):
             return "both"
         return "branch" if add is None or add.args[0] is site else "residual"
@@ -255,7 +259,8 @@ class _Carving:
         return other
 
     def _inputs(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[tuple[fx.Node, str | tuple]]:
-        """What the branch takes from outside, and what each is: "row", "shared", or a size as multiples of x's rows."""
+        """What the branch takes from outside, each with its kind: "row", "shared", or, for sizes that follow the rows,
+        their multiples."""
         members, found = set(inside), dict[fx.Node, Any]()
         for node in inside:
             for source in node.all_input_nodes:
@@ -287,7 +292,8 @@ class _Carving:
                 return (multiples, isinstance(first, int))
         raise Refused(f"its branch takes {node.name!r} ({type(first).__name__}), which changes with the batch")
 
-    def _stream(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
+    def _rows_of(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
+        """The input `x` of the branch: the residual if the branch takes it, else the first input with rows."""
         rows = [node for node, kind in inputs if kind == "row" and is_float(self.values[node])]
         if not rows:
             raise Refused("its branch takes no tensor with a row for each of those that are dropped")
@@ -295,7 +301,8 @@ class _Carving:
 
     def _branch(self, inside: list[fx.Node], output: fx.Node, x: fx.Node, inputs: list[tuple[fx.Node, Any]],
                 rows: tuple[int, ...], further: list[fx.Node]) -> tuple[fx.Graph, str | None]:  # fmt: skip
-        """The graph of the branch, and the norm at its head, which is not in the graph: the caller applies it."""
+        """The graph of the branch, and the name of the norm at its head. The norm is not in the graph, as the caller
+        applies it."""
         graph, made = fx.Graph(), dict[fx.Node, Any]()
         made[x] = graph.placeholder("x")
         for node in further:
@@ -322,7 +329,7 @@ class _Carving:
         users = [node for node in x.users if node in set(inside)]
         if len(users) != 1 or users[0].op != "call_module" or users[0].args != (x,) or users[0].kwargs:
             return None
-        return users[0] if type(self.modules[str(users[0].target)]) in (nn.LayerNorm, nn.RMSNorm) else None
+        return users[0] if type(self.modules[str(users[0].target)]) in _NORMS else None
 
     @staticmethod
     def _size(graph: fx.Graph, x: fx.Node, multiple: Any) -> Any:
@@ -337,7 +344,7 @@ class _Carving:
         return tuple(None if d < len(like) and like[d] == size else size for d, size in enumerate(shape) if d > 0)
 
     def _only_dtype(self, nodes: list[fx.Node], inside: list[fx.Node]) -> torch.dtype | None:
-        """That of all floating-point tensors that a branch takes, gives and has; None where they have several."""
+        """The dtype of all floating-point tensors that a branch takes, returns and owns; None where they differ."""
         values = pytree.tree_leaves([self.values[n] for n in nodes])
         values += [self.values[s] for n in inside for s in (n, *n.all_input_nodes) if s.op == "get_attr"]
         called = [self.modules[name] for name in module_calls(inside)]
@@ -345,7 +352,7 @@ class _Carving:
         dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
-    def _spec(self, site: Site, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
+    def _spec(self, site: DropSite, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
               zeros: tuple[int | None, ...] | None, sum_dtype: str, dtype: torch.dtype | None,
               rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
         called = module_calls(inside)
@@ -381,7 +388,7 @@ def _follows(a: Any, b: Any, rows: tuple[int, ...]) -> bool:
 
 
 def _multiple(a: Any, b: Any, rows: tuple[int, ...]) -> tuple[bool, Any] | None:
-    """(True, constant), or (False, k) for k times the rows; None for neither."""
+    """A size at two batch sizes as (True, the constant) or (False, k), k times the rows; None where it is neither."""
     if a == b:
         return True, a
     if type(a) is int and a % rows[0] == 0 and a * rows[1] == b * rows[0]:

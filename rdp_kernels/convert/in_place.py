@@ -1,5 +1,7 @@
-"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype. And hashes,
-which torch.fx would give of the proxy."""
+"""Proxies that record `x += y` and the like. torch.fx would record `x + y`, which may have another dtype.
+
+They also refuse or replace hashes, as torch.fx would give the hash of the proxy.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def itruediv(x: Any, y: Any) -> Any:
 
 
 class Proxy(fx.Proxy):
-    """Records them as calls of these functions. Torch's code for `operator.iadd` would change integers' old names."""
+    """Records in-place operators as calls of the functions above.
+
+    The code that torch.fx writes for `operator.iadd` is `x += y; z = x`, which would give integers new values under
+    their old names.
+    """
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", iadd, (self, other), {})
@@ -49,7 +55,8 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", itruediv, (self, other), {})
 
     def __hash__(self) -> int:
-        """In a set or dict of numbers it is never found, so that what follows holds for one shape."""
+        """Refuses code outside of torch: a proxy is never found in a set or dict of numbers, so that the graph would
+        hold for one shape only."""
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
             raise fx.proxy.TraceError("it looks something up by a value that has no number while it is recorded")
         return id(self)

@@ -1,4 +1,4 @@
-"""A converted class from a carved graph: its source, and the class from its source, now or when it is unpickled."""
+"""Writes the source of a converted class from a carved graph, and makes the class from that, also when unpickling."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .spec import Recipe
 from .trace import Trace
 
 _PASSED_ON = {"num_items_in_batch", "use_cache"}
-"""What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
+"""Arguments that models of transformers hand down through every `**kwargs`. Only the loss and caches use them."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
 _classes: dict[tuple[Any, ...], type] = {}
 
 
 def recipe_of(traced: Trace, carved: Carved) -> Recipe:
-    """Raises `Refused` where the source would use what can't be imported."""
+    """Writes a block's source. Raises `Refused` where it would use an object that can't be imported."""
     functions = {"_forward": carved.graph} | {f"_branch_{i}": graph for i, graph in enumerate(carved.branches)}
     parts, names = [], dict[str, tuple[str, str]]()
     for name, graph in functions.items():
@@ -64,7 +64,7 @@ def _function(name: str, graph: fx.Graph) -> tuple[str, dict[str, tuple[str, str
 
 
 def _place_of(value: Any) -> tuple[str, str]:
-    """Module and name to import it by."""
+    """The Python module and the name that an object can be imported by."""
     if isinstance(value, types.ModuleType):
         return value.__name__, ""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", ""))
@@ -85,13 +85,13 @@ def _import(module: str, name: str) -> Any:
 
 
 def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> type[nn.Module]:
-    """The subclass of `base` that a recipe describes; one and the same for the same recipe and the same code.
+    """The subclass of `base` that a recipe describes. It is the same object for the same recipe and the same code.
 
-    `digest`: of the code that was followed when the recipe was made; None where it is being made now.
+    `digest` is the digest of the code that was followed when the recipe was made; None if it is made now.
     """
     followed = Followed.of(base)
     digest = followed.digest() if digest is None else digest
-    key = (base, followed.identities(), digest, repr(recipe))  # pickles of equal strings differ where they are shared
+    key = (base, followed.identities(), digest, repr(recipe))  # equal recipes may differ when pickled
     if key not in _classes:
         _classes[key] = _make(base, recipe, followed, digest)
     return _classes[key]
@@ -110,7 +110,7 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     def why_not(self: nn.Module, inputs: list[Any] | None) -> str | None:
-        """Why what was traced doesn't hold for this call; None where it does."""
+        """Why what was traced doesn't hold for this call; None if it does."""
         if out_of_date:
             return "its class has other code than when it was converted"
         replaced = followed.replaced() or followed.replaced_on(self)
@@ -161,8 +161,8 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
 
 
 def _named_as(original: Callable[..., Any], _rdp_call: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that calls `_rdp_call(self, args, kwargs)`. `torch.jit.script` compiles the original's source in its
-    place and looks for the names in it among the method's globals, which are therefore the original's."""
+    """A method that calls `_rdp_call(self, args, kwargs)`. Its globals are the original's, as `torch.jit.script`
+    compiles the original's source in its place and looks there for the names in it."""
 
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return _rdp_call(self, args, kwargs)
@@ -173,7 +173,7 @@ def _named_as(original: Callable[..., Any], _rdp_call: Callable[..., Any]) -> Ca
 
 
 def _prepare_scriptable(self: nn.Module) -> nn.Module:
-    """Called by `torch.jit.script`, which then compiles the forward that the block had."""
+    """`torch.jit.script` calls this, and then compiles the forward that the block had before."""
     if self.training:
         raise RuntimeError(
             f"torch.jit.script compiles {type(self).__name__} as it was before its conversion, which drops rows in "
@@ -221,11 +221,11 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _set_state(self: nn.Module, state: Any) -> None:
-    """Of a copy: `copy.copy` hands the original's contents over, its paths among them."""
+    """Fills a copy. `copy.copy` hands it the original's contents, including the paths."""
     converted.original_of(self).__setstate__(self, state)
     converted.own_paths(self)
 
 
 def rebuild(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> nn.Module:
-    """An instance without contents: what a pickle of a converted block begins with."""
+    """An instance without contents. Unpickling a converted block begins with it."""
     return object.__new__(class_of(base, recipe, digest))

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.convert.calls import BATCH_SIZES, Call, Refused
+from rdp_kernels.convert.calls import BATCH_SIZES, BlockCall, Refused
 from rdp_kernels.convert.carve import carve
 from rdp_kernels.convert.check import check
-from rdp_kernels.convert.check_training import _of_gradients, _Setting, check_training
+from rdp_kernels.convert.check_training import _of_gradients, check_training
 from rdp_kernels.convert.differences import likeness
 from rdp_kernels.convert.source import recipe_of
+from rdp_kernels.convert.step import Setting
 from rdp_kernels.convert.trace import trace
 
 from . import nets
@@ -38,7 +39,7 @@ class Residual(nn.Module):
 def checked(block, forward=None):
     """Carves `block`, gives it the other forward and checks it: raises `Refused`, and anything else where the first check
     alone would have done."""
-    calls = [Call((nets.tokens(size),), {}) for size in BATCH_SIZES]
+    calls = [BlockCall((nets.tokens(size),), {}) for size in BATCH_SIZES]
     block.eval()
     traced = trace(block, calls[0])
     carved = carve(block, traced, [list(call.args) for call in calls], BATCH_SIZES)
@@ -403,9 +404,9 @@ def test_what_blocks_are_alike():
 def test_gradients_under_autocast_may_differ_by_their_noise():
     """Sums of terms of size 20 that cancel out: noise of 0.3 is a rounding of them in bfloat16."""
     expected = torch.tensor([0.3, -0.2, 0.1])
-    autocast = _Setting("", autocast="cpu")
+    autocast = Setting("", autocast="cpu")
     assert _of_gradients("g", expected, -expected, autocast, 20.0) is None
     assert "g differs" in _of_gradients("g", expected, -expected, autocast, 2.0)
-    assert "g differs" in _of_gradients("g", expected, -expected, _Setting(), 20.0)
+    assert "g differs" in _of_gradients("g", expected, -expected, Setting(), 20.0)
     assert "dtype" in _of_gradients("g", expected, expected.bfloat16(), autocast, 20.0)
     assert "NoneType" in _of_gradients("g", expected, None, autocast, 20.0)
