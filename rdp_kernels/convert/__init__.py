@@ -23,7 +23,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def convert(
         with preserved(model) as snapshot:
             calls = record_calls(model, [*with_drop_path, *without], example)
             snapshot.restore()
-            converter = _Converter(model, drop_prob, check, inside, *calls)
+            converter = _Converter(drop_prob, check, inside, *calls)
             # A block with a drop-path takes precedence over the blocks inside it. Among blocks without one, whose
             # residual adds are looked for, the inner ones come first.
             for block in [*with_drop_path, *reversed(without)]:
@@ -244,28 +244,22 @@ def _may_convert(module: nn.Module) -> bool:
     return any(True for child in module.children() for _ in child.parameters())
 
 
+@dataclass
 class _Converter:
-    def __init__(
-        self,
-        model: nn.Module,
-        drop_prob: float | None,
-        checks: bool,
-        in_branches: dict[int, str],
-        calls: dict[int, list[BlockCall]],
-        batch_sizes: tuple[int, ...],
-    ):
-        self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._carved: dict[tuple[Any, ...], list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = {}
-        """The results for blocks that are alike, each with the kinds of the drop-paths that it was found for."""
-        self._in_branches = in_branches
-        self._side_products: dict[int, tuple[str, ...]] = {}
-        """The side products of the branches, by the recipe's id."""
-        self.done: list[nn.Module] = []
-        self.without_paths: list[BlockReport] = []
+    _drop_prob: float | None
+    _checks: bool
+    _in_branches: dict[int, str]
+    _calls: dict[int, list[BlockCall]]
+    _batch_sizes: tuple[int, ...]
+    done: list[nn.Module] = field(default_factory=list)
+    without_paths: list[BlockReport] = field(default_factory=list)
+    _carved: dict[Any, list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = field(default_factory=dict)
+    """The results for blocks that are alike, each with the kinds of the drop-paths that it was found for."""
+    _side_products: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """The side products of the branches, by the recipe's id."""
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
-        """Converts one block and returns a row for each of its paths. A block without any is noted in
-        `without_paths`."""
+        """Converts a block. Returns a row for each path, or none and notes the block in `without_paths`."""
         kind, named = type(block).__name__, drop_paths_of(block)
 
         def row(path: str, **more: Any) -> PathReport:

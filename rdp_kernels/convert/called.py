@@ -23,6 +23,7 @@ _PURE = {
 _PURE_BUILT_IN = {
     "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
 }  # fmt: skip
+_KNOWN_OWNERS = ("builtins", "collections", "torch")
 _IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
 _AMBIENT = re.compile(
     r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
@@ -86,11 +87,7 @@ def why_not_built_in(called: Any) -> str | None:
                 return f"its forward calls {name} of torch, which depends on more than its tensors"
         elif module not in _PURE_BUILT_IN or name in _IMPURE:
             return f"its forward calls {name} of {module}, which would not be called again"
-    elif (
-        owner is not None
-        and type(owner).__module__ not in ("builtins", "collections", "torch")
-        and not (isinstance(owner, (type, Tensor, nn.Module)))
-    ):
+    elif not isinstance(owner, (type, Tensor, nn.Module, type(None))) and type(owner).__module__ not in _KNOWN_OWNERS:
         return f"its forward calls {name} of an object of type {type(owner).__name__}, which would not be called again"
     return None
 
@@ -107,7 +104,7 @@ def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
 def context_name(frame: types.FrameType) -> str:
     """The name of a context from the frame of its `__enter__`."""
     owner = frame.f_locals.get("self")
-    function = getattr(owner, "func", None)  # of a context made by contextlib from a generator
+    function = getattr(owner, "func", None)  # the generator that contextlib made it from
     return getattr(function, "__name__", None) or type(owner).__name__
 
 

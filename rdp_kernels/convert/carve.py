@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,8 +52,7 @@ class Carved:
     reference: fx.Graph
     """The graph before anything was cut. A `mark` stands where a branch may be dropped and no drop-path is called."""
     called: list[tuple[str | None, int | None]]
-    """For each call of a drop-path or a mark, in order: the drop-path or None, and the path's index or, where it was
-    refused, None."""
+    """For each call of a drop-path or mark, in order: the drop-path or None; the path's index or None if refused."""
 
 
 def carve(
@@ -99,31 +97,24 @@ def carve(
     carving.renumber(sorted(found))
     drop_dead(graph)
     graph.lint()
-    ordered = [found[number] for number in sorted(found)]
+    specs, branches = zip(*(found[number] for number in sorted(found)), strict=True) if found else ((), ())
     places = {number: place for place, number in enumerate(sorted(found))}
     called = [(site.drop_path, places.get(number)) for number, site in enumerate(sites)]
-    return Carved(
-        graph, [branch for _, branch in ordered], [spec for spec, _ in ordered], refused, nested, reference, called
-    )
+    return Carved(graph, list(branches), list(specs), refused, nested, reference, called)
 
 
+@dataclass
 class _Carving:
-    def __init__(
-        self,
-        block: nn.Module,
-        graph: fx.Graph,
-        modules: dict[str, nn.Module],
-        values: Values,
-        batch_sizes: tuple[int, ...],
-    ):
-        self.block, self.graph, self.modules, self.values = block, graph, modules, values
-        self.batch_sizes = batch_sizes
-        self._calls: dict[int, fx.Node] = {}
-        self._gone: dict[fx.Node, str] = {}
+    block: nn.Module
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    values: Values
+    batch_sizes: tuple[int, ...]
+    _calls: dict[int, fx.Node] = field(default_factory=dict)
+    _gone: dict[fx.Node, str] = field(default_factory=dict)
 
     def cut(self, site: DropSite, number: int) -> tuple[PathSpec, fx.Graph]:
-        """Takes the branch of one site out of the graph and calls its path instead. Returns the path and the branch.
-        Raises `Refused`."""
+        """Replaces a site's branch by a call of its path, and returns path and branch. Raises `Refused`."""
         if site.refused is not None:
             raise Refused(site.refused)
         output = site.node.args[0]
@@ -177,20 +168,15 @@ class _Carving:
             call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
-        """Raises `Refused` where a branch picks rows by number or compares how many there are: both change when rows
-        are dropped."""
+        """Raises `Refused` where a branch picks rows by number or compares their count: both change if rows drop."""
         for node in inside:
             pairs = [self.values.of(source) for source in node.all_input_nodes]
             if node.target is operator.getitem:
                 index = node.args[1][0] if isinstance(node.args[1], tuple) and node.args[1] else node.args[1]
                 picks = isinstance(index, int) or (isinstance(index, slice) and index != slice(None))
                 first, second = pairs[0]
-                if (
-                    picks
-                    and isinstance(first, Tensor)
-                    and first.shape != second.shape
-                    and _follows(first, second, rows)
-                ):
+                changes = isinstance(first, Tensor) and first.shape != second.shape
+                if picks and changes and _follows(first, second, rows):
                     raise Refused(f"its branch picks rows by number ({node.name}), and of kept rows those are others")
             elif node.target in _COMPARISONS and any(type(a) is int and a != b for a, b in pairs):
                 raise Refused(
@@ -217,22 +203,15 @@ class _Carving:
         kept = list(inside)
         for node in inside:
             sources = [s for s in node.all_input_nodes if s not in kept and s.op != "get_attr"]
-            if (
-                not is_heavy(node, self.modules)
-                and node.op != "call_module"
-                and any(map(self._is_other(rows), sources))
-            ):
+            is_view = not is_heavy(node, self.modules) and node.op != "call_module"
+            if is_view and any(self._has_other_rows(source, rows) for source in sources):
                 kept.remove(node)
         return kept
 
-    def _is_other(self, rows: tuple[int, ...]) -> Callable[[fx.Node], bool]:
-        """A test whether a node is a tensor that changes with the batch and doesn't have these rows."""
-
-        def is_other(node: fx.Node) -> bool:
-            a, b = self.values.of(node)
-            return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
-
-        return is_other
+    def _has_other_rows(self, node: fx.Node, rows: tuple[int, ...]) -> bool:
+        """Whether a node is a tensor that changes with the batch and doesn't have these rows."""
+        a, b = self.values.of(node)
+        return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
 
     def _add_of(self, site: fx.Node) -> fx.Node | None:
         """The add that the branch goes to; None where the branch is used in another way."""
@@ -301,8 +280,7 @@ class _Carving:
 
     def _branch(self, inside: list[fx.Node], output: fx.Node, x: fx.Node, inputs: list[tuple[fx.Node, Any]],
                 rows: tuple[int, ...], further: list[fx.Node]) -> tuple[fx.Graph, str | None]:  # fmt: skip
-        """The graph of the branch, and the name of the norm at its head. The norm is not in the graph, as the caller
-        applies it."""
+        """The graph of the branch without the norm at its head, which the caller applies; and this norm's name."""
         graph, made = fx.Graph(), dict[fx.Node, Any]()
         made[x] = graph.placeholder("x")
         for node in further:

@@ -9,6 +9,7 @@ error that the original has itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .report import describe
 from .snapshot import generator_states, preserved_generators, repr_of
 from .source import install
 from .spec import Recipe
-from .step import Setting, Step, called, set_seed, state_of, step_of, step_of_converted, without_randomness
+from .step import BlockRunner, Setting, Step, called, set_seed, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
 """Two, as one mask of dropout may hide a difference."""
@@ -40,7 +41,7 @@ def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Block
         if not depends_on_dtype(recipe):
             settings.append(Setting(" under autocast to bfloat16, called with bfloat16", torch.bfloat16, device))
         _Whole(block, recipe, call).check([Setting(), *settings])
-        _Masked(block, carved, recipe, call).check(settings)
+        _Masked(block, carved, recipe, call).check([replace(setting, random=False) for setting in settings])
 
 
 class _Decided:
@@ -58,6 +59,18 @@ class _Decided:
 def _decide(block: nn.Module, decision: Decision) -> None:
     for _, path in block.__dict__[CONVERTED]:
         path.binding = _Decided(decision)
+
+
+def _step_of_original(
+    block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
+) -> Step | None:
+    """A step of the original; None where it fails under autocast, so that nobody uses it there."""
+    try:
+        return step_of(block, call, run, setting, **options)
+    except Exception as error:
+        if setting.autocast is not None:
+            return None
+        raise Refused(f"{when} its own forward raises {describe(error)}") from error
 
 
 # All rows kept
@@ -91,13 +104,10 @@ class _Whole:
         original, ours = self._original, self._converted
         set_seed(seed)
         before = generator_states()
-        try:
-            expected = step_of(original, self._call, called(original), setting, seed)
-        except Exception as error:
-            if setting.autocast is not None:
-                return False
-            raise Refused(f"in training mode its own forward raises {describe(error)}") from error
-        actual = step_of_converted(ours, when, lambda: step_of(ours, self._call, called(ours), setting, seed))
+        expected = _step_of_original(original, self._call, called(original), setting, "in training mode", seed=seed)
+        if expected is None:
+            return False
+        actual = step_of_converted(ours, self._call, called(ours), setting, when, seed=seed)
         differences = Differences()
         found = (
             differences.between("what it returns", expected.output, actual.output)
@@ -120,9 +130,8 @@ def _of_gradients(
     """How a gradient differs by more than another order of sums explains; None where it doesn't. `largest` is the
     largest element of all gradients. Under autocast the tolerance follows it, as sums of bfloat16 terms may cancel out
     (before a BatchNorm, for example), and noise of the terms' size remains."""
-    if setting.autocast is None:
-        return Differences(rounded(torch.float32)).between(name, expected, actual)
-    return Differences(rounded(torch.bfloat16, largest)).between(name, expected, actual)
+    close = rounded(torch.float32) if setting.autocast is None else rounded(torch.bfloat16, largest)
+    return Differences(close).between(name, expected, actual)
 
 
 def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
@@ -152,14 +161,14 @@ class _Masked:
     def __init__(self, block: nn.Module, carved: Carved, recipe: Recipe, call: BlockCall):
         self._block, self._carved, self._recipe, self._call = block, carved, recipe, call
         double, self._tolerance = precision_of(block, recipe, call)
-        self._exact = Setting(dtype=torch.float64 if double else None)
+        self._exact = Setting(dtype=torch.float64 if double else None, random=False)
 
     def check(self, settings: Sequence[Setting]) -> None:
         """Compares all patterns in each of `settings`, which use autocast, and then the frozen branches."""
         some, few, none = (1, 0, 1, 1, 0), (0, 0, 1, 0, 0), (0,)
         dtypes = {t.dtype for t in [*self._block.parameters(), *self._call.flat()[0]] if _is_float(t)}
         if len(dtypes) > 1:  # float64 would hide promotions between them
-            settings = [Setting(), *settings]
+            settings = [Setting(random=False), *settings]
         for pattern, what in (some, "some rows dropped"), (none, "all rows dropped"):
             exact = self._compare(pattern, what, self._exact)
             for number, setting in enumerate(settings):
@@ -182,7 +191,8 @@ class _Masked:
         if expected is None:
             return None
         ours = self._converted(setting)
-        actual = self._run(ours, when, planning(ours, self._carved, pattern), setting, backward)
+        run = planning(ours, self._carved, pattern)
+        actual = step_of_converted(ours, self._call, run, setting, when, backward=backward)
         differences = Differences(lambda a, b: None, requires_grad=False)  # zeros need none
         found = differences.between("what it returns", expected.output, actual.output)
         found = found or self._of_numbers(expected, actual, exact, setting, with_buffers=pattern != (0,))
@@ -203,17 +213,7 @@ class _Masked:
         if pattern is None:
             silence(original)
         run = called(original) if pattern is None else masking(original, self._carved, self._recipe, pattern)
-        try:
-            with without_randomness():
-                return step_of(original, self._call, run, setting, backward=backward)
-        except Exception as error:
-            if setting.autocast is not None:
-                return None
-            raise Refused(f"{when} its own forward raises {describe(error)}") from error
-
-    def _run(self, ours: nn.Module, when: str, run: Any, setting: Setting, backward: bool = True) -> Step:
-        with without_randomness():
-            return step_of_converted(ours, when, lambda: step_of(ours, self._call, run, setting, backward=backward))
+        return _step_of_original(original, self._call, run, setting, when, backward=backward)
 
     def _of_numbers(
         self, expected: Step, actual: Step, exact: Step | None, setting: Setting, with_buffers: bool
@@ -263,21 +263,17 @@ class _Masked:
         own = {id(p) for _, path in frozen.__dict__[CONVERTED] for p in parameters_of(path)}
         for name, parameter in frozen.named_parameters():
             gradient = f"the gradient of {name}"
-            if id(parameter) in own and expected.gradients.pop(gradient, None) is not None:
-                self._refuse_gradient(actual.gradients[gradient], f"{when} {name}")
+            learns = id(parameter) in own and expected.gradients.pop(gradient, None) is not None
+            if learns and actual.gradients[gradient] is not None:
+                raise Refused(f"{when} {name} gets a gradient")
         found = self._of_numbers(expected, actual, None, self._exact, with_buffers=False)
         if found:
             raise Refused(f"{when} {found}")
 
-    @staticmethod
-    def _refuse_gradient(gradient: Tensor | None, what: str) -> None:
-        if gradient is not None:
-            raise Refused(f"{what} gets a gradient")
-
     def _decided(self, ours: nn.Module, decision: Decision, when: str) -> Step:
         run = planning(ours, self._carved, ())
         _decide(ours, decision)
-        return self._run(ours, when, run, self._exact)
+        return step_of_converted(ours, self._call, run, self._exact, when)
 
 
 def _tensors_held(block: nn.Module) -> dict[str, list[Tensor]]:

@@ -147,8 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _seen(value: Any) -> Any:
-    """A hashable value that is equal for equal constants, containers and small tensors. For other objects it is their
-    identity."""
+    """A hashable value: for constants, containers and small tensors equal if they are, else the object's identity."""
     if isinstance(value, Tensor):
         if value.is_meta or value.numel() > _SMALL:
             return Tensor, id(value)

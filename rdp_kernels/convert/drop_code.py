@@ -38,8 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's numbers and constants by name, from its attributes, its buffers and its classes. Raises `NoLaw` for
-    other attributes."""
+    """A module's numbers and constants by name, own ones, buffers and its classes'. Raises `NoLaw` for others."""
     if "forward" in module.__dict__:
         raise NoLaw("its forward was replaced on the instance")
     if any(child is not None for child in module._modules.values()):

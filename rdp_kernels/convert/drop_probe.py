@@ -325,17 +325,18 @@ def _check_generators(probe: Probe) -> None:
         raise NoLaw("it draws from something else than the global generators")
     if torch.equal(probe.masks(32, seed=2), masks):
         raise NoLaw("it drops the same, whatever the global generators' seed")
-    if not torch.equal(probe.masks(32, seed=1, x=probe.x(4, seed=1)), masks):
-        raise NoLaw("what it drops depends on the numbers in its input")
-    with torch.no_grad():
-        if not torch.equal(probe.masks(32, seed=1), masks):
-            raise NoLaw("what it drops depends on torch.no_grad()")
+    surroundings: dict[str, tuple[contextlib.AbstractContextManager[Any], Tensor]] = {
+        "the numbers in its input": (contextlib.nullcontext(), probe.x(4, seed=1)),
+        "torch.no_grad()": (torch.no_grad(), probe.x(4)),
+        "autocast": (torch.autocast("cpu", torch.bfloat16), probe.x(4)),
+        "whether its input requires a gradient": (contextlib.nullcontext(), probe.x(4).requires_grad_()),
+    }
+    for what, (context, x) in surroundings.items():
+        with context:
+            if not torch.equal(probe.masks(32, seed=1, x=x), masks):
+                raise NoLaw(f"what it drops depends on {what}")
     with torch.autocast("cpu", torch.bfloat16):
         probe.factors(probe.x(4))
-        if not torch.equal(probe.masks(32, seed=1), masks):
-            raise NoLaw("what it drops depends on autocast")
-    if not torch.equal(probe.masks(32, seed=1, x=probe.x(4).requires_grad_()), masks):
-        raise NoLaw("what it drops depends on whether its input requires a gradient")
 
 
 def _check_gradient(probe: Probe) -> None:

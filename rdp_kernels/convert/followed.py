@@ -68,16 +68,11 @@ class Followed:
         return None
 
     def replaced_on(self, block: nn.Module) -> str | None:
-        """The name of a followed method that the instance overrides; None if there is none. `forward` doesn't
-        count."""
-        for _, name, _ in self.methods:
-            if name != "forward" and name in block.__dict__:
-                return name
-        return None
+        """The name of a followed method, except `forward`, that the instance overrides; None if there is none."""
+        return next((name for _, name, _ in self.methods if name != "forward" and name in block.__dict__), None)
 
     def digest(self) -> str:
-        """A hash of the functions' source without comments, docstrings and annotations; empty where the forward's
-        source isn't known."""
+        """A hash of the functions' source without comments, docstrings and annotations; "" without the forward's."""
         key = self.identities()
         if key not in _digests:
             found = [source(value) for value in key]
@@ -87,8 +82,7 @@ class Followed:
 
 
 def _methods(kind: type, name: str) -> Iterator[tuple[type, Any]]:
-    """The functions called `name` in a class and in its bases, which `super()` may call. Those of torch are left
-    out."""
+    """The functions called `name` in a class and in its bases outside of torch, which `super()` may call."""
     for place in kind.__mro__:
         raw = place.__dict__.get(name)
         function = _plain(raw)

@@ -111,8 +111,7 @@ def check_mutations(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Erases cheap nodes that have no users: items of tuples, shapes, attributes, and comparisons that an `if` in the
-    forward has already used."""
+    """Erases cheap nodes without users: items of tuples, shapes, attributes, comparisons that an `if` has used."""
     for node in reversed(list(graph.nodes)):
         cheap = node.op == "get_attr" or node.target in _CHEAP
         if cheap and not node.users:
@@ -120,13 +119,11 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def fold_nothing(graph: fx.Graph, values: Values) -> None:
-    """Replaces items of what a child returns by constants where they are None or empty, such as attention weights that
-    weren't asked for."""
+    """Replaces what a child returns as None or empty by that constant: attention weights, for example."""
     for node in list(graph.nodes):
         if node.target is operator.getitem and node.users and all(map(_is_nothing, values.of(node))):
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, _replacing(node, values[node]))
-                user.kwargs = fx.map_arg(user.kwargs, _replacing(node, values[node]))
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), _replacing(node, values[node]))
             graph.erase_node(node)
 
 

@@ -40,8 +40,7 @@ KINDS = {
 
 
 def is_constant(value: Any) -> bool:
-    """Whether a value can be pickled and later be compared by `==`: numbers, strings, dtypes and the like, and
-    containers of these."""
+    """Whether a value can be pickled and compared by `==`: numbers, strings, dtypes and the like, in containers too."""
     named = isinstance(value, tuple) and hasattr(value, "_fields")
     if named or type(value) in (tuple, list, set, frozenset, torch.Size):
         return all(map(is_constant, value))
@@ -78,15 +77,12 @@ class Guard:
         return self
 
     def difference(self, value: Any) -> str:
-        name = ".".join(self.path)
-        if self.place == "closure":
-            name = f"the variable {self.path[-1]!r} of an enclosing function"
-        elif self.place == "class":
-            pass
-        elif self.place == "block":
-            name = f"its attribute {name!r}"
-        else:
-            name = f"{self.place}.{name}"
+        dotted = ".".join(self.path)
+        name = {
+            "closure": f"the variable {self.path[-1]!r} of an enclosing function",
+            "class": dotted,
+            "block": f"its attribute {dotted!r}",
+        }.get(self.place, f"{self.place}.{dotted}")
         if self.kind == "names" and value is not MISSING:
             return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
         if self.kind == "value":

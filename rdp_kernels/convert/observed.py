@@ -23,8 +23,7 @@ from .drop_probe import Probe, rows_dropped, seen_in, undisturbed
 
 @dataclass(frozen=True)
 class Law:
-    """What a drop-path does in training: each row is set to 0 with P(drop), else multiplied by a constant. In eval
-    mode it is the identity."""
+    """What a drop-path does in training: it sets rows to 0 with P(drop) and scales the others. Eval is the identity."""
 
     kind: type[nn.Module]
     forward: Any
@@ -46,9 +45,7 @@ class Law:
         kind, found = type(module), module.__dict__
         if kind is not self.kind or kind.forward is not self.forward:
             return False
-        if (
-            not torch.compiler.is_compiling() and len(found) != self.size
-        ):  # Dynamo may have no len
+        if not torch.compiler.is_compiling() and len(found) != self.size:  # Dynamo may have no len
             return False
         if not torch.compiler.is_compiling():
             for space, name, function in self.code:

@@ -110,9 +110,8 @@ class CodeReader:
         if function.__code__ not in self._ran.codes:
             return
         for value in defaults:
-            if isinstance(value, (list, dict, set)) or not (
-                is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
-            ):
+            fixed = is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
+            if isinstance(value, (list, dict, set)) or not fixed:
                 self._findings.refuse(
                     f"{function.__name__} has a default argument of type {type(value).__name__}, which may change"
                 )
@@ -179,17 +178,13 @@ class CodeReader:
             )
 
     def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
-        """Guards a function that may be replaced in its module. `followed.py` compares those that are called by one
-        name."""
+        """Guards a function that may be replaced in its module. `followed.py` compares those called by one name."""
         if isinstance(function, types.FunctionType):
             self._see_defaults(function)
             if len(path) == 1:
                 return
-        if (
-            can_be_pickled(function)
-            and isinstance(module, str)
-            and vars(sys.modules.get(module, torch)).get(path[0]) is not None
-        ):
+        known = isinstance(module, str) and vars(sys.modules.get(module, torch)).get(path[0]) is not None
+        if known and can_be_pickled(function):
             self._findings.guard(module, path, function)
 
     def _read_closure(self, code: types.CodeType) -> None:

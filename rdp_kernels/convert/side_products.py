@@ -33,8 +33,7 @@ def side_products_of(block: nn.Module, call: BlockCall) -> tuple[str, ...]:
 
 
 def _state(block: nn.Module) -> dict[str, list[tuple[Any, int]]]:
-    """The values in the attributes of all modules, containers taken apart. Each comes with its tensor version, which
-    counts the writes to it."""
+    """The values in all modules' attributes, containers taken apart, each with the number of writes to a tensor."""
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, (_BatchNorm, _InstanceNorm)):

@@ -97,14 +97,19 @@ def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -
     return _classes[key]
 
 
+def _executed(base: type[nn.Module], recipe: Recipe) -> dict[str, Any]:
+    """The functions in a recipe's source, by name. `inspect` finds the source."""
+    file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
+    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
+    space = {name: _import(*place) for name, place in recipe.names} | _ALWAYS
+    exec(compile(recipe.source, file, "exec"), space)
+    return space
+
+
 def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str) -> type[nn.Module]:
     now = followed.digest()
     out_of_date = "" not in (digest, now) and digest != now
-    file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
-    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
-    space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
-    space |= _ALWAYS
-    exec(compile(recipe.source, file, "exec"), space)
+    space = _executed(base, recipe)
     traced, signature, wanted = space["_forward"], recipe.signature, recipe.inputs
     guards = Guards(recipe.guards, base)
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()

@@ -36,12 +36,14 @@ class Setting:
         dtype: the dtype of the inputs and, where it is float64, of the block. None keeps their own.
         autocast: the device type of an autocast to bfloat16, or None.
         children_train: whether the block's children are in training mode, as the block itself is.
+        random: whether the block may draw as it likes. If not, dropout is off and all rows get the same random numbers.
     """
 
     words: str = ""
     dtype: torch.dtype | None = None
     autocast: str | None = None
     children_train: bool = True
+    random: bool = True
 
     def copy_of(self, block: nn.Module) -> nn.Module:
         copied = copy.deepcopy(block)
@@ -55,8 +57,15 @@ class Setting:
     def inputs(self, call: BlockCall) -> BlockCall:
         return call.map_tensors(lambda t: t.to(self.dtype) if self.dtype and t.is_floating_point() else t)
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
+    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.autocast is None else torch.autocast(self.autocast, torch.bfloat16)
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for mode in () if self.random else (WithoutDropout(), _SameForAllRows()):
+                stack.enter_context(mode)
+            yield
 
 
 class _Local(_BatchNorm):
@@ -96,8 +105,8 @@ def step_of(
     leaves = {f"the gradient of input {i}": t for i, t in enumerate(given.flat()[0]) if _learns(t)}
     passed = given.map_tensors(lambda t: t.clone() if t.requires_grad else t)  # a leaf can't be changed in place
     set_seed(seed)
-    with torch.enable_grad():
-        with setting.context():
+    with setting.context(), torch.enable_grad():
+        with setting.forward_context():
             output = run(passed)
         learning = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
@@ -109,11 +118,12 @@ def step_of(
     return Step(output, gradients, (passed.args, passed.kwargs), state_of(block), generator_states())
 
 
-def step_of_converted(block: nn.Module, when: str, run: Callable[[], Step]) -> Step:
-    """What `run` returns, which steps a converted block. Raises `Refused` where the block doesn't run, or runs as
-    before its conversion."""
+def step_of_converted(
+    block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
+) -> Step:
+    """A step of a converted block. Raises `Refused` where it fails or runs as before the conversion."""
     try:
-        step = run()
+        step = step_of(block, call, run, setting, **options)
     except Exception as error:
         raise Refused(f"{when} it raises {describe(error)}") from error
     for reason in block.__dict__.get("_rdp_warned", ()):
@@ -141,21 +151,12 @@ def state_of(block: nn.Module) -> dict[str, Any]:
         for attribute, value in module.__dict__.items():
             if attribute.startswith("_rdp_") or attribute in _OWN:
                 continue
-            hooks = attribute.endswith("hooks") or "_hooks_" in attribute
-            state[f"the attribute {prefix + attribute!r}"] = (
-                len(value) if hooks and hasattr(value, "__len__") else value
-            )
+            hooks = (attribute.endswith("hooks") or "_hooks_" in attribute) and hasattr(value, "__len__")
+            state[f"the attribute {prefix + attribute!r}"] = len(value) if hooks else value
     return state
 
 
 # Without randomness that differs between the two
-
-
-@contextlib.contextmanager
-def without_randomness() -> Iterator[None]:
-    """Switches dropout off, and gives all rows the same random numbers."""
-    with WithoutDropout(), _SameForAllRows():
-        yield
 
 
 _DROPOUTS = {
@@ -178,8 +179,7 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class _SameForAllRows(TorchDispatchMode):
-    """Makes random functions give every row the same numbers, however many rows there are and whatever was drawn
-    before."""
+    """Makes random functions give every row the same numbers, for any number of rows and at any time."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

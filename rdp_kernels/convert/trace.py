@@ -68,9 +68,7 @@ def trace(block: nn.Module, call: BlockCall) -> Trace:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
                 reasons.append(describe(error))
-    own = [
-        reason for reason in reasons if not reason.startswith("TraceError")
-    ]  # torch.fx had no values
+    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # torch.fx had no values
     raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(own or reasons))}")
 
 
@@ -80,8 +78,7 @@ _DEVICES = {"device", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_xpu", "get_d
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that, if `guided`, gives proxies the Python values of the recorded call where the forward asks for
-    them."""
+    """If `guided`, a proxy that is asked for a Python value has that of the recorded call."""
 
     proxy_buffer_attributes = True
 
@@ -248,11 +245,8 @@ class _Tracer(fx.Tracer):
         return (0 not in picked) if isinstance(picked, range) else picked != 0
 
     def _decide_by_tensor(self, node: fx.Node, tensor: fx.Node) -> None:
-        name = (
-            str(node.args[1])
-            if node.target in (getattr, "__getattr__")
-            else getattr(node.target, "__name__", node.target)
-        )
+        reads = node.target in (getattr, "__getattr__")
+        name = str(node.args[1]) if reads else getattr(node.target, "__name__", node.target)
         if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) > 1:
             name = ""
         if name in _SIZES:

@@ -49,11 +49,8 @@ class Watch:
         self._unset: dict[str, Any] = {}
         """The values of these attributes before; MISSING where there was none."""
         self._containers = {id(value): (name, value, value.copy()) for name, value in global_containers(type(block))}
-        self._classes = [
-            (cls, dict(vars(cls)))
-            for cls in {c for m in block.modules() for c in type(m).__mro__}
-            if class_of_user(cls)
-        ]
+        classes = {cls for module in block.modules() for cls in type(module).__mro__}
+        self._classes = [(cls, dict(vars(cls))) for cls in classes if class_of_user(cls)]
         self.paused = False
         """True while children run for their values."""
         self.several_inputs = False
