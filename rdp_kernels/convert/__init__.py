@@ -131,7 +131,7 @@ def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport,
     """Why the conversion of the blocks in `done` must be undone; None where it may stay."""
     if done and (busy := _busy_with(model)):
         return RuntimeError(
-            f"new paths can't be made now: a scheme of the model {busy}, whose plan is about the paths that it had. "
+            f"new paths can't be made now: a scheme of the model {busy}, whose plan covers only the paths that it had. "
             "Convert before the next pair of iterations, or call the scheme's reset(); under alternate(), call its "
             "handle's remove() first"
         )
@@ -175,7 +175,7 @@ def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionR
             path = ".".join(part for part in (name, label) if part)
             inside |= {id(m): path for inner in path_module.branch_modules() for m in inner.modules()}
         for label in module.__dict__.get(REFUSED, ()) if CONVERTED in module.__dict__ else ():
-            reason = "it was when its block was converted; call rdp.revert(model) and convert again to see why"
+            reason = "it was refused when its block was converted; call rdp.revert(model) and convert again to see why"
             rate = rate_of(module.get_submodule(label.partition(":")[0]))
             report.rows.append(PathReport(name, type(module).__name__, label, rate, refused=reason))
     return report, inside

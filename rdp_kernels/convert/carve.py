@@ -177,10 +177,12 @@ class _Carving:
                 first, second = pairs[0]
                 changes = isinstance(first, Tensor) and first.shape != second.shape
                 if picks and changes and _follows(first, second, rows):
-                    raise Refused(f"its branch picks rows by number ({node.name}), and of kept rows those are others")
+                    raise Refused(
+                        f"its branch picks rows by number ({node.name}), which are other samples once rows are dropped"
+                    )
             elif node.target in _COMPARISONS and any(type(a) is int and a != b for a, b in pairs):
                 raise Refused(
-                    f"its branch compares the number of its rows ({node.name}), which is less where some drop"
+                    f"its branch compares the number of its rows ({node.name}), which is smaller once some drop"
                 )
 
     def _modules_in(self, node: fx.Node) -> list[nn.Module]:

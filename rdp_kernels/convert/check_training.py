@@ -290,6 +290,6 @@ def _is_float(value: Any) -> bool:
 
 
 _WHY = (
-    "; with all rows kept it doesn't, so that in training its branch computes for a sample what depends on the others: "
-    "statistics of the batch, or a capacity"
+    "; it doesn't with all rows kept, so in training the branch computes from the other samples too: statistics of the "
+    "batch, or a capacity"
 )

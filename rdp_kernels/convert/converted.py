@@ -58,7 +58,7 @@ class ConvertedPath:
         law = self._law_now()
         if isinstance(law, str):
             raise RuntimeError(
-                f"{self} can't do as its drop-path, which was changed: {law}; call rdp.revert(model) and "
+                f"{self} can't follow its drop-path, which was changed: {law}; call rdp.revert(model) and "
                 "rdp.convert(model) again"
             )
         return 0.0 if law is None else law.drop_prob(_child(self.block, str(self.spec.drop_path)))

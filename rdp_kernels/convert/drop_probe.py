@@ -179,7 +179,7 @@ def _check_it_stands_still(probe: Probe) -> None:
     required = [p for p in list(inspect.signature(kind.forward).parameters.values())[1:]
                 if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
     if len(required) != 1:
-        raise NoLaw(f"its forward takes {len(required)} arguments, so that it does more than to drop")
+        raise NoLaw(f"its forward takes {len(required)} arguments, so it does more than drop")
     for training in (False, True, True):
         probe.copy.training = training
         before, of_class, given = _state(probe.copy), dict(vars(kind)), x.clone()

@@ -50,5 +50,5 @@ class Proxy(fx.Proxy):
     def __hash__(self) -> int:
         """Refuses to be looked up by code outside of torch: no set or dict of numbers would hold the proxy."""
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-            raise fx.proxy.TraceError("it looks something up by a value that has no number while it is recorded")
+            raise fx.proxy.TraceError("it looks something up by a value that isn't known while it is recorded")
         return id(self)

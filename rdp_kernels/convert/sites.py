@@ -44,7 +44,7 @@ def _why_not(node: fx.Node, drop_path: nn.Module, values: Values) -> str | None:
     """Why a path can't follow what the drop-path does in this call; None if it can."""
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         given = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
-        return f"it is called with ({', '.join(given)}) instead of one tensor, so that it does more than to drop"
+        return f"it is called with ({', '.join(given)}) instead of one tensor, so it does more than drop"
     if has_hooks(drop_path):
         return "it has hooks, which wouldn't run"
     x, out = values[node.args[0]], values[node]

@@ -155,7 +155,7 @@ class _Tracer(fx.Tracer):
             if type(out) is dict:
                 return items
             if not all(isinstance(name, str) for name in items):
-                raise Refused(f"its forward returns {type(out).__name__}, which can't be made again of its items")
+                raise Refused(f"its forward returns {type(out).__name__}, which can't be made again from its items")
             return self.create_proxy("call_function", type(out), (), items)
         if isinstance(out, (list, set, frozenset)) or (isinstance(out, tuple) and not hasattr(out, "_fields")):
             raise Refused(f"its forward returns {type(out).__name__}, which a graph doesn't return")
@@ -261,7 +261,7 @@ class _Tracer(fx.Tracer):
             if tensor.op == "get_attr":
                 self._guard_of_tensor(tensor, kind)
             elif kind == "dtype" and tensor.op != "placeholder":
-                self._dtypes.append(f"what it does depends on the dtype of {tensor}, which is another under autocast")
+                self._dtypes.append(f"what it does depends on the dtype of {tensor}, which differs under autocast")
         elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
             raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
         else:
@@ -313,7 +313,7 @@ def of_length(values: Any, length: int) -> Any:
     """What a child returned. Raises `RuntimeError` if its length isn't what it was while the parent was traced."""
     if len(values) != length:
         raise RuntimeError(
-            f"a child of a converted block returns {len(values)} values, and {length} when that was converted: "
+            f"a child of a converted block returns {len(values)} values, and returned {length} at the conversion: "
             "call rdp.revert(model) and rdp.convert(model, example_inputs=...) again"
         )
     return values

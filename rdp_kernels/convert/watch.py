@@ -242,7 +242,7 @@ class Watch:
         return True
 
     def _guard_names(self, module: nn.Module) -> None:
-        """On which children a module has."""
+        """Guards the names of a module's children."""
         path = tuple(part for part in self._paths[id(module)].split(".") if part)
         self.guard(path, tuple(module._modules), len(path), "names")
         self._ran.children += [(*path, name) for name in module._modules]

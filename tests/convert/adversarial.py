@@ -1457,7 +1457,7 @@ class SetsWhatIsSet(Residual):
             block.window, block.shift = 3, 1
 
 
-@refused("depends on the dtype of fc, which is another under autocast")
+@refused("depends on the dtype of fc, which differs under autocast")
 class DoublesNarrow(Residual):
     """Does another thing in float32 than under autocast."""
 

@@ -280,10 +280,10 @@ class Instance(Statistics):
 
 
 BRANCHES = {
-    Statistics: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
-    Noisy: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
+    Statistics: "^in training mode with some rows dropped output 0 differs .* computes from the other samples too",
+    Noisy: "^in training mode with some rows dropped output 0 differs .* computes from the other samples too",
     Evo: "^in training mode with some rows dropped",
-    Router: "^in training mode with .* output 0 differs .* what depends on the others: statistics of the batch, or a capacity",
+    Router: "^in training mode with .* output 0 differs .* computes from the other samples too: statistics of the batch, or a capacity",
     Codebook: "buffer 'fn.code'",
     HiddenCodebook: "its branch changes the attribute 'fn.code' in training, and a frozen branch has to leave it",
     Clamps: "its branch changes the parameter 'fn.linear.weight' in training",
@@ -360,7 +360,7 @@ def test_a_branch_without_a_residual_passes():
 def test_the_checks_are_made_when_converting():
     model = nets.tokens_net(Residual(), Residual(Statistics()))
     report = rdp.convert(model, example_inputs=nets.tokens())
-    assert [(row.block, row.refused and "what depends on the others" in row.refused) for row in report] == [
+    assert [(row.block, row.refused and "computes from the other samples too" in row.refused) for row in report] == [
         ("blocks.0", None), ("blocks.1", True),
     ]  # fmt: skip
 
