@@ -90,7 +90,7 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            # An add without a drop-path around blocks that have paths is none that the user named.
+            # An add around blocks with paths counts only if a drop-path stands before it.
             if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
@@ -146,7 +146,7 @@ class _Carving:
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
             kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
-            # Printed as `self._rdp_run_path(...)`, as torch.fx prints calls of whatever the root has.
+            # torch.fx prints this as `self._rdp_run_path(...)`, like the call of a child.
             call = self.graph.create_node("call_module", RUN_PATH, (number, x, *further), kwargs, "residual")
         self._calls[number] = call
         self.values.alias(call, replaced)

@@ -34,7 +34,7 @@ SCALE = 1.25
 PATTERNS = {"some rows dropped": (1, 0, 1, 1, 0), "all rows dropped": (0,), "no row dropped": (1,)}
 """Which rows the first path keeps; longer batches repeat the pattern."""
 _IN_FLOAT32, _IN_FLOAT64, _FLOAT32_INSIDE = 2e-4, 1e-9, 2e-5
-"""Tolerances relative to the largest element, or to 1 if that is more: some hundred roundings of a reordered sum."""
+"""Tolerances relative to the largest element, or to 1 if that is more. A wrong branch or mask is off by far more."""
 
 
 def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[BlockCall]) -> None:

@@ -23,13 +23,13 @@ from .check import depends_on_dtype, device_type_of, masking, planning, precisio
 from .differences import ROUNDINGS, Differences, relative_difference, rounded
 from .libraries import is_drop_path
 from .report import describe
-from .snapshot import generator_states, preserved_generators, repr_of
+from .snapshot import generator_states, moved_generators, preserved_generators
 from .source import install
 from .spec import Recipe
 from .step import BlockRunner, Setting, Step, called, set_seed, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
-"""Two, as one mask of dropout may hide a difference."""
+"""There are two, as one mask of dropout may hide a difference."""
 
 
 def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: BlockCall) -> None:
@@ -118,10 +118,11 @@ class _Whole:
         largest = max((float(g.abs().max()) for g in gradients), default=0.0)
         for name, gradient in expected.gradients.items():
             found = found or _of_gradients(name, gradient, actual.gradients.get(name), setting, largest)
-        found = found or _of_generators(expected.generators, actual.generators)
+        for name in moved_generators(expected.generators, actual.generators):
+            found = found or f"the generator of {name} has another state afterwards: it draws other random numbers"
         if found:
             raise Refused(f"{when} {found}")
-        return _of_generators(before, expected.generators) is not None
+        return bool(moved_generators(before, expected.generators))
 
 
 def _of_gradients(
@@ -141,13 +142,6 @@ def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[
         found = differences.between(name, value, actual[name])
         if found:
             return f"{found}, afterwards"
-    return None
-
-
-def _of_generators(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
-    for name, state in expected.items():
-        if repr_of(state) != repr_of(actual[name]):
-            return f"the generator of {name} has another state afterwards: it draws other random numbers"
     return None
 
 
@@ -193,7 +187,7 @@ class _Masked:
         ours = self._converted(setting)
         run = planning(ours, self._carved, pattern)
         actual = step_of_converted(ours, self._call, run, setting, when, backward=backward)
-        differences = Differences(lambda a, b: None, requires_grad=False)  # zeros need none
+        differences = Differences(lambda a, b: None, requires_grad=False)  # zeros require no gradient
         found = differences.between("what it returns", expected.output, actual.output)
         found = found or self._of_numbers(expected, actual, exact, setting, with_buffers=pattern != (0,))
         if found:

@@ -83,8 +83,8 @@ class ConvertedPath:
         return law is None or law.scale_by_keep
 
     def why_not(self) -> str | None:
-        """Why its drop-path, as it is now, can't be followed. What an iteration decides needs no rate of it; there only
-        a drop-path of another class is one that can't."""
+        """Why this path can't follow its drop-path as it is now; None if it can. Inside an iteration, whose decisions
+        need no rate, it can't only where the drop-path has another class."""
         if self._drop_prob is not None or self.spec.drop_path is None:
             return None
         law = self._law_now()

@@ -164,6 +164,6 @@ def _seen(value: Any) -> Any:
 
 
 ROUNDINGS = 8
-"""How many roundings of the largest element another order of sums may make: the logarithm of some hundred terms."""
+"""How many roundings of the largest element another order of sums may make: a pairwise sum of 256 terms makes 8."""
 _SMALL = 100_000
-"""Elements up to which a tensor is compared by its numbers, which takes some milliseconds."""
+"""Elements up to which a tensor is compared by its numbers; writing more of them out is slow."""

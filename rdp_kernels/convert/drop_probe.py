@@ -146,11 +146,11 @@ def undisturbed(kind: type) -> Iterator[None]:
                 setattr(cls, name, before[name]) if name in before else delattr(cls, name)
 
 
-# What is looked at
+# What is observed
 
 
 def seen_in(probe: Probe) -> Seen:
-    """What a drop-path does. Raises `NoLaw` where that is something else than to drop at a rate it has."""
+    """What a drop-path does. Raises `NoLaw` if it does anything but drop rows at the rate in one of its attributes."""
     _check_it_stands_still(probe)
     attribute, keeps = _governing(probe)
     if attribute is None:
@@ -161,6 +161,8 @@ def seen_in(probe: Probe) -> Seen:
 
 
 def rows_dropped(probe: Probe) -> str:
+    """Whether whole rows are "dropped", or else parts of them or the shape change ("no drop-path"), the input is always
+    changed in the same way ("a function"), or neither ("nothing")."""
     x, outs = probe.x(8), []
     for _ in range(32):
         outs.append(out := probe.run(x))

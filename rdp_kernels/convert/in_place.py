@@ -48,7 +48,7 @@ class Proxy(fx.Proxy):
     __imul__, __itruediv__ = _recorded(imul), _recorded(itruediv)
 
     def __hash__(self) -> int:
-        """Refuses to be looked up by code outside of torch: no set or dict of numbers would hold the proxy."""
+        """Raises where code outside of torch looks the proxy up, as no set or dict of numbers holds it."""
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
             raise fx.proxy.TraceError("it looks something up by a value that isn't known while it is recorded")
         return id(self)

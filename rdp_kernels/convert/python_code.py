@@ -249,7 +249,7 @@ def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether a variable of an enclosing function with this value is taken to keep it."""
+    """Whether a variable of an enclosing function that has this value is taken never to change."""
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
 
 

@@ -36,10 +36,9 @@ def set_generator_states(states: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
 
-def moved_generators(states: dict[str, Any]) -> list[str]:
-    """The names of the generators that were drawn from since `states` were taken."""
-    now = generator_states()
-    return [name for name, state in states.items() if repr_of(state) != repr_of(now[name])]
+def moved_generators(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of the generators whose states differ."""
+    return [name for name, state in before.items() if repr_of(state) != repr_of(after[name])]
 
 
 def repr_of(state: Any) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from .snapshot import generator_states
 BlockRunner = Callable[[BlockCall], Any]
 """Runs a block on the arguments of a call and returns what the block returns."""
 _OWN = {"_parameters", "_buffers", "_modules", "forward", "training"}
-"""Attributes of a module that `state_of` leaves out or reads by name."""
+"""Attributes of a module that `state_of` leaves out or reads in their own way."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,8 @@ class Setting:
     def inputs(self, call: BlockCall) -> BlockCall:
         return call.map_tensors(lambda t: t.to(self.dtype) if self.dtype and t.is_floating_point() else t)
 
-    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
+    def context(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.autocast is None else torch.autocast(self.autocast, torch.bfloat16)
-
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for mode in () if self.random else (WithoutDropout(), _SameForAllRows()):
-                stack.enter_context(mode)
-            yield
 
 
 class _Local(_BatchNorm):
@@ -102,11 +95,14 @@ def step_of(
     given = setting.inputs(call).map_tensors(
         lambda t: cloned(t).requires_grad_() if t.is_floating_point() else cloned(t)
     )
-    leaves = {f"the gradient of input {i}": t for i, t in enumerate(given.flat()[0]) if _learns(t)}
+    inputs = enumerate(given.flat()[0])
+    leaves = {f"the gradient of input {i}": t for i, t in inputs if isinstance(t, Tensor) and t.requires_grad}
     passed = given.map_tensors(lambda t: t.clone() if t.requires_grad else t)  # a leaf can't be changed in place
     set_seed(seed)
-    with setting.context(), torch.enable_grad():
-        with setting.forward_context():
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        for mode in () if setting.random else (WithoutDropout(), _SameForAllRows()):
+            stack.enter_context(mode)
+        with setting.context():
             output = run(passed)
         learning = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
@@ -135,10 +131,6 @@ def called(block: nn.Module) -> BlockRunner:
     """Calls a block's forward with its hooks, but not a `__call__` that its class defines. Layers of transformers
     checkpoint in theirs, and the recomputation would ask for masks a second time."""
     return lambda call: nn.Module.__call__(block, *call.args, **call.kwargs)
-
-
-def _learns(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def state_of(block: nn.Module) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Watch:
                 raise Refused(self._findings.refusals[0]) from error
             raise
         finally:
-            moved = moved_generators(before)
+            moved = moved_generators(before, generator_states())
             set_generator_states(before)
             self._put_back()
         if moved:
@@ -248,7 +248,7 @@ class Watch:
         self._ran.children += [(*path, name) for name in module._modules]
 
     def _see_method(self, module: nn.Module, name: str, value: Any, path: tuple[str, ...]) -> None:
-        """A method of a child may be replaced later; `followed.py` sees to the block's own."""
+        """Guards a method of a child, which may be replaced later. `followed.py` compares the block's own methods."""
         function = getattr(value, "__func__", None)
         if module is self._block or not isinstance(function, types.FunctionType) or not of_user(function.__code__):
             return
