@@ -3073,7 +3073,7 @@ class AddingDropPath(DropPath):
         return residual + super().forward(y)
 
 
-@refused("more than to drop")
+@refused("more than drop")
 class DropPathAdds(Residual):
     """Its drop-path adds the residual itself."""
 
