@@ -77,12 +77,13 @@ class Guard:
         return self
 
     def difference(self, value: Any) -> str:
-        dotted = ".".join(self.path)
-        name = {
-            "closure": f"the variable {self.path[-1]!r} of an enclosing function",
-            "class": dotted,
-            "block": f"its attribute {dotted!r}",
-        }.get(self.place, f"{self.place}.{dotted}")
+        name = ".".join(self.path)
+        if self.place == "closure":
+            name = f"the variable {self.path[-1]!r} of an enclosing function"
+        elif self.place == "block":
+            name = f"its attribute {name!r}"
+        elif self.place != "class":
+            name = f"{self.place}.{name}"
         if self.kind == "names" and value is not MISSING:
             return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
         if self.kind == "value":
