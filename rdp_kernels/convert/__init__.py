@@ -2,25 +2,28 @@
 
 | file | does |
 |---|---|
+| `libraries.py` | knows the drop-paths of other libraries by their names |
+| `observed.py`, `drop_probe.py`, `drop_code.py` | find out what a drop-path does |
 | `calls.py` | runs the model on an example and records what each block is called with |
-| `trace.py`, `in_place.py` | makes a graph of one block's forward, children as leaves |
+| `trace.py`, `in_place.py` | make a graph of one block's forward, with its children as leaves |
 | `watch.py`, `called.py`, `python_code.py` | see what a forward does that a graph doesn't show |
-| `guards.py` | Python values that are looked at again before each call |
-| `carve.py`, `sites.py`, `graphs.py` | cuts the branches out of the graph |
-| `source.py`, `spec.py` | Python source and a subclass of the block's class from that; pickling |
-| `followed.py` | the functions whose code is in it: whether they are the same still |
-| `converted.py` | what runs then |
-| `check.py` | compares the converted block with the one it was, children in eval mode |
-| `check_training.py`, `differences.py` | compare them as users run them: in training mode, under autocast |
-| `snapshot.py` | puts the model and the generators back |
-| `side_products.py` | what a branch leaves on its modules |
+| `guards.py` | compares Python values before each call with what they were |
+| `carve.py`, `sites.py`, `graphs.py` | cut the branches out of the graph |
+| `source.py`, `spec.py` | write Python source, make a subclass of the block's class from it, and pickle that |
+| `followed.py` | sees whether the functions that were traced are still the same |
+| `converted.py` | runs in a converted block |
+| `step.py`, `differences.py` | run one step of a block and compare what it leaves |
+| `check.py` | compares the converted block with the original, children in eval mode |
+| `check_training.py` | compares them as users run them: in training mode, under autocast |
+| `snapshot.py` | restores the model and the generators |
+| `side_products.py` | finds what a branch leaves on its modules |
 | `report.py` | says what was done |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_bool, check_probability
 from ..paths.binding import PathBinding
 from ..paths.path import CONVERTED, paths_of
-from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
+from .calls import BlockCall, Refused, example_inputs_of, in_eval, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
 from .check import device_type_of
@@ -38,7 +41,7 @@ from .converted import ConvertedPath, class_among
 from .differences import likeness
 from .followed import Followed
 from .graphs import is_add
-from .libraries import CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from .libraries import MODULE_CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
 from .observed import Law, kind_of, law_of
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
 from .side_products import side_products_of
@@ -58,27 +61,28 @@ def convert(
 ) -> ConversionReport:
     """Turns the residual blocks of a model into paths, in place.
 
-    Each block becomes an instance of a generated subclass of its class, which calls `run_path` in training mode where
-    the block called its drop-path; in eval mode its own forward runs. Keys, `deepcopy` and `pickle` go on working; no
-    submodule is added. `revert` undoes it. What was converted before stays as it is and is reported as such; of what
-    was added to the model since, blocks are converted.
+    Each block becomes an instance of a generated subclass of its class. In training mode, this class calls `run_path`
+    where the block called its drop-path; in eval mode, the block's own forward runs. No submodule is added, the keys of
+    `state_dict` stay, and `deepcopy` and `pickle` go on working. `revert` undoes the conversion. Blocks that were
+    converted before stay as they are, and the report says so.
 
     Args:
         model: with timm's `DropPath`, torchvision's `StochasticDepth` or one of the `*DropPath` of transformers.
-        drop_prob: P(drop) of all paths, of those too that were converted before; residual blocks without a drop-path
-            get one too. None: each its own, and only what has a drop-path is converted.
+        drop_prob: P(drop) of all paths, including those that were converted before; residual blocks without a drop-path
+            become paths too. None: each path keeps its own, and only blocks with a drop-path are converted.
         strict: raise where anything is refused, and leave the model as it was.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
             with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
-        check: compare each converted block with the one it was, on copies: outputs and gradients with fixed masks, in
-            float64 where it can be cast; then in training mode, children too, in its own dtypes and under autocast to
-            bfloat16, with all that it returns and leaves behind. What differs is refused.
+        check: compare each converted block with the original, on copies: outputs and gradients with fixed masks, in
+            float64 where the block can be cast; then in training mode, children too, in its own dtypes and under
+            autocast to bfloat16, with everything that it returns and leaves behind. A block that differs is refused.
 
-    The report names every path, and with `drop_prob` every block in which there is none, with the reason. On the meta
-    device `check=False` has to be given.
+    The report names every path and, with `drop_prob`, every block that has none, with the reason. A model on the meta
+    device can be converted only with `check=False`.
 
-    Raises `ConversionError` if `strict`, `RuntimeError` where there are new paths while a scheme of the model is in the
-    middle of a pair of iterations, and `TypeError` or `ValueError` naming the argument; the model is then as before.
+    Raises `ConversionError` if `strict` and anything is refused, `RuntimeError` if there are new paths while a scheme
+    of the model is in the middle of a pair of iterations, and `TypeError` or `ValueError` naming the argument. The
+    model is then as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -88,8 +92,9 @@ def convert(
         check_probability("drop_prob", drop_prob)
     names = {id(module): name for name, module in model.named_modules()}
     report, inside = _found_already(model, names)
-    with_drop_path = [module for module in model.modules() if _may_convert(module) and owns_drop_path(module)]
-    without = [] if drop_prob is None else [m for m in model.modules() if _may_convert(m) and m not in with_drop_path]
+    blocks = [module for module in model.modules() if _may_convert(module)]
+    with_drop_path = [block for block in blocks if owns_drop_path(block)]
+    without = [] if drop_prob is None else [block for block in blocks if block not in with_drop_path]
     refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
     done: list[nn.Module] = []
     if with_drop_path or without:
@@ -97,8 +102,9 @@ def convert(
         with preserved(model) as snapshot:
             calls = record_calls(model, [*with_drop_path, *without], example)
             snapshot.restore()
-            converter = _Converter(model, drop_prob, check, inside, *calls)
-            # Of nested blocks those with a drop-path win over what they hold; residual adds are rather the innermost.
+            converter = _Converter(drop_prob, check, inside, *calls)
+            # A block with a drop-path takes precedence over the blocks inside it. Among blocks without one, whose
+            # residual adds are looked for, the inner ones come first.
             for block in [*with_drop_path, *reversed(without)]:
                 report.rows += converter.convert(block, names[id(block)])
         done = converter.done
@@ -108,16 +114,7 @@ def convert(
     order = {name: place for place, name in enumerate(names.values())}
     report.rows.sort(key=lambda row: order[row.block])
     report.without_paths.sort(key=lambda block: order[block.block])
-    error: Exception | None = None
-    if done and (busy := _busy_with(model)):
-        error = RuntimeError(
-            f"new paths can't be made now: a scheme of the model {busy}, whose plan is about the paths that it had. "
-            "Convert before the next pair of iterations, or call the scheme's reset(); under alternate(), call its "
-            "handle's remove() first"
-        )
-    elif strict and report.refused:
-        reasons = (f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused)
-        error = ConversionError("\n".join(reasons))
+    error = _why_undo(model, done, report, strict)
     if error is not None:
         for block in done:
             uninstall(block)
@@ -131,8 +128,21 @@ def convert(
     return report
 
 
+def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport, strict: bool) -> Exception | None:
+    """Why the conversion of the blocks in `done` must be undone; None where it may stay."""
+    if done and (busy := _busy_with(model)):
+        return RuntimeError(
+            f"new paths can't be made now: a scheme of the model {busy}, whose plan covers only the paths that it had. "
+            "Convert before the next pair of iterations, or call the scheme's reset(); under alternate(), call its "
+            "handle's remove() first"
+        )
+    if strict and report.refused:
+        return ConversionError("\n".join(f"{r.block}.{r.name} ({r.block_class}): {r.refused}" for r in report.refused))
+    return None
+
+
 def _busy_with(model: nn.Module) -> str | None:
-    """What the schemes of a model's paths are in the middle of, if anything: they look for paths before a pair."""
+    """What a scheme of the model's paths is in the middle of, in words; None where it looks for its paths anew."""
     for scheme in {path_module.binding.scheme for m in model.modules() for _, path_module in paths_of(m)}:
         if scheme is not None and scheme.phase is not None:
             return f"has a {scheme.phase} iteration open"
@@ -154,8 +164,8 @@ def _held_twice(model: nn.Module, blocks: set[str]) -> list[str]:
 
 
 def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionReport, dict[int, str]]:
-    """Rows for the paths of blocks that are converted already; and the modules that lie in branches of paths, of
-    converted blocks and others, with the path's name, by id."""
+    """Rows for the paths of blocks that are converted already; and, by the module's id, the name of the path for each
+    module that lies in the branch of any path."""
     report, inside = ConversionReport(), dict[int, str]()
     for module in model.modules():
         name = names[id(module)]
@@ -166,14 +176,14 @@ def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionR
             path = ".".join(part for part in (name, label) if part)
             inside |= {id(m): path for inner in path_module.branch_modules() for m in inner.modules()}
         for label in module.__dict__.get(REFUSED, ()) if CONVERTED in module.__dict__ else ():
-            reason = "it was when its block was converted; call rdp.revert(model) and convert again to see why"
+            reason = "it was refused when its block was converted; call rdp.revert(model) and convert again to see why"
             rate = rate_of(module.get_submodule(label.partition(":")[0]))
             report.rows.append(PathReport(name, type(module).__name__, label, rate, refused=reason))
     return report, inside
 
 
 def _renew(model: nn.Module, done: list[nn.Module], drop_prob: float | None, report: ConversionReport) -> str:
-    """Gives `drop_prob` to the paths that were there; what the report says of it."""
+    """Gives `drop_prob` to the paths that were there before. Returns the report's note about them."""
     blocks = len({row.block for row in report.already})
     note = f"{len(report.already)} paths in {blocks} blocks were converted already"
     if drop_prob is None:
@@ -197,8 +207,11 @@ def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = Fa
 
 
 def revert(model: nn.Module) -> None:
-    """Gives the converted blocks of a model their own classes back. Raises `RuntimeError` while a scheme has them, and
-    where another library has made a class of its own of a converted one; the model is then as before."""
+    """Gives the converted blocks of a model their own classes back.
+
+    Raises `RuntimeError` while a scheme has their paths, and where another library has derived a class from a
+    converted one. The model is then as before.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = [m for m in model.modules() if CONVERTED in m.__dict__]
@@ -222,37 +235,32 @@ _LAYERS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def _may_convert(module: nn.Module) -> bool:
-    """Whether its own forward may hold residual paths that are not paths of ours yet."""
+    """Whether the module's own forward may hold residual paths that aren't paths of this package yet."""
     if CONVERTED in module.__dict__ or isinstance(getattr(module, "binding", None), PathBinding):
         return False
-    if type(module) in CONTAINERS:
+    if type(module) in MODULE_CONTAINERS:
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module) not in _LAYERS_OF_TORCH:
         return False
     return any(True for child in module.children() for _ in child.parameters())
 
 
+@dataclass
 class _Converter:
-    def __init__(
-        self,
-        model: nn.Module,
-        drop_prob: float | None,
-        checks: bool,
-        in_branches: dict[int, str],
-        calls: dict[int, list[Call]],
-        batch_sizes: tuple[int, ...],
-    ):
-        self._drop_prob, self._checks, self._calls, self._batch_sizes = drop_prob, checks, calls, batch_sizes
-        self._carved: dict[tuple[Any, ...], list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = {}
-        """What became of blocks that are alike, by the kinds of their drop-paths."""
-        self._in_branches = in_branches
-        self._side_products: dict[int, tuple[str, ...]] = {}
-        """By the recipe's id."""
-        self.done: list[nn.Module] = []
-        self.without_paths: list[BlockReport] = []
+    _drop_prob: float | None
+    _checks: bool
+    _in_branches: dict[int, str]
+    _calls: dict[int, list[BlockCall]]
+    _batch_sizes: tuple[int, ...]
+    done: list[nn.Module] = field(default_factory=list)
+    without_paths: list[BlockReport] = field(default_factory=list)
+    _carved: dict[Any, list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = field(default_factory=dict)
+    """The results for blocks that are alike, each with the kinds of the drop-paths that it was found for."""
+    _side_products: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """The side products of the branches, by the recipe's id."""
 
     def convert(self, block: nn.Module, name: str) -> list[PathReport]:
-        """What became of the block's paths. A block without any is noted in `without_paths`."""
+        """Converts a block. Returns a row for each path, or none and notes the block in `without_paths`."""
         kind, named = type(block).__name__, drop_paths_of(block)
 
         def row(path: str, **more: Any) -> PathReport:
@@ -302,7 +310,7 @@ class _Converter:
         if names:
             block.__dict__[REFUSED] = names
 
-    def _recipe(self, block: nn.Module, calls: Sequence[Call]) -> tuple[Recipe, Carved]:
+    def _recipe(self, block: nn.Module, calls: Sequence[BlockCall]) -> tuple[Recipe, Carved]:
         traced = trace(block, calls[0])
         if traced.inputs is not None:
             other = trace(block, calls[1])
@@ -313,7 +321,7 @@ class _Converter:
                 other = trace(block, calls[0])
             if _code(other) != _code(traced):
                 raise Refused(traced.dtypes[0])
-        # Blocks that are the same but for their weights and rates are carved and checked once.
+        # Blocks that differ only in their weights and rates are carved and checked once.
         shapes = [getattr(value, "shape", value) for call in calls for value in call.flat()[0]]
         drop_paths = drop_paths_of(block)
         kinds = {name: kind_of(module) for name, module in drop_paths.items()}
@@ -331,7 +339,7 @@ class _Converter:
             raise carved
         return carved
 
-    def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[Call]) -> tuple[Recipe, Carved]:
+    def _carve(self, block: nn.Module, traced: Trace, calls: Sequence[BlockCall]) -> tuple[Recipe, Carved]:
         inputs = [traced.signature.inputs_of(call.args, call.kwargs) for call in calls]
         if None in inputs:
             raise Refused("it is called in different ways for different numbers of samples")
@@ -354,8 +362,8 @@ class _Converter:
 def _serves(
     found: tuple[Recipe, Carved] | Refused, known: dict[str, int], kinds: dict[str, int], block: nn.Module
 ) -> bool:
-    """Whether what was found for a block with drop-paths of the `known` kinds holds for one with these: an Identity
-    stands in the place of a drop-path where its rate is 0."""
+    """Whether what was found for a block with drop-paths of the `known` kinds holds for a block with these `kinds`.
+    They may differ because an Identity replaces a drop-path whose rate is 0."""
     if known == kinds:
         return True
     if isinstance(found, Refused) or found[1].refused or known.keys() != kinds.keys():
@@ -370,11 +378,11 @@ def _why_none(named: dict[str, nn.Module], carved: Carved) -> str:
     if carved.called:
         return "its residual adds stand around blocks that have paths of their own"
     if any(map(is_add, carved.reference.nodes)):
-        return "of no add in its own forward is one summand computed with weights from the other"
+        return "no add in its own forward has a summand that is computed with weights from the other"
     return "no add in its own forward"
 
 
-def _tensors_of(calls: Sequence[Call]) -> list[Tensor]:
+def _tensors_of(calls: Sequence[BlockCall]) -> list[Tensor]:
     return [value for call in calls for value in call.flat()[0] if isinstance(value, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""Calls that a forward's own code makes: which of them a graph can't make again, and why."""
+"""Which calls of a forward's own code a graph can't repeat, and why."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _PURE = {
     "functools", "typing", "enum", "collections", "copy", "dataclasses", "abc", "numbers", "operator", "types", "re",
     "math", "itertools", "inspect", "contextlib", "string", "_collections_abc", "_weakrefset",
 }  # fmt: skip
-"""Modules of the standard library whose functions depend on nothing but their arguments."""
+"""Modules of the standard library whose functions depend only on their arguments."""
 _PURE_BUILT_IN = {
     "builtins", "math", "cmath", "_operator", "itertools", "_functools", "_collections", "_abc", "_struct", "_typing"
 }  # fmt: skip
+_KNOWN_OWNERS = ("builtins", "collections", "torch")
 _IMPURE = {"print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "breakpoint"}
 _AMBIENT = re.compile(
     r"(is|are|get|set|use)_(autocast|grad_enabled|inference_mode|anomaly|default|num_|float32|deterministic|rng)"
@@ -38,7 +39,7 @@ _IMPURE_TORCH = ("distributed", "random", "cuda", "backends", "amp", "autograd/g
 
 @functools.cache
 def library_of(file: str) -> str:
-    """ "user", "torch", "ours", or "stdlib"."""
+    """Whose file it is: "user", "torch", "ours" or "stdlib"."""
     if file.startswith(_OURS) or file.startswith("<rdp.convert"):
         return "ours"
     if file.startswith(_TORCH):
@@ -53,7 +54,7 @@ def of_user(code: types.CodeType) -> bool:
 
 
 def why_not_library(code: types.CodeType) -> str | None:
-    """Why a graph can't call a Python function of torch or of the standard library again; None where it can."""
+    """Why a graph can't repeat a call of a Python function of torch or of the standard library; None where it can."""
     file, name = code.co_filename, code.co_name
     if file.startswith(_TORCH):
         place = file[len(_TORCH) :].removesuffix(".py")
@@ -76,7 +77,7 @@ def why_not_library(code: types.CodeType) -> str | None:
 
 
 def why_not_built_in(called: Any) -> str | None:
-    """As `why_not_library`, of a function in C."""
+    """Like `why_not_library`, for a function written in C."""
     name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
     module = getattr(called, "__module__", None) or getattr(owner, "__name__", None)
     if isinstance(owner, types.ModuleType) or (module or "").startswith("torch"):
@@ -86,17 +87,14 @@ def why_not_built_in(called: Any) -> str | None:
                 return f"its forward calls {name} of torch, which depends on more than its tensors"
         elif module not in _PURE_BUILT_IN or name in _IMPURE:
             return f"its forward calls {name} of {module}, which would not be called again"
-    elif (
-        owner is not None
-        and type(owner).__module__ not in ("builtins", "collections", "torch")
-        and not (isinstance(owner, (type, Tensor, nn.Module)))
-    ):
+    elif not isinstance(owner, (type, Tensor, nn.Module, type(None))) and type(owner).__module__ not in _KNOWN_OWNERS:
         return f"its forward calls {name} of an object of type {type(owner).__name__}, which would not be called again"
     return None
 
 
 def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
-    """Whether a context of torch's, or one entered by Python's contextlib, is a forward's own, or a decorator of it."""
+    """Whether an `__enter__` with this code and caller is a context of torch's, or is entered through contextlib. A
+    decorator of the forward may enter it too."""
     places = ("amp/autocast_mode.py", "autograd/grad_mode.py", "autograd/graph.py", "autograd/profiler.py", "random.py")
     return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(
         tuple(_TORCH + p for p in places)
@@ -104,14 +102,14 @@ def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
 
 
 def context_name(frame: types.FrameType) -> str:
-    """Of a context whose `__enter__` is called."""
+    """The name of a context from the frame of its `__enter__`."""
     owner = frame.f_locals.get("self")
-    function = getattr(owner, "func", None)  # of contextlib's generators
+    function = getattr(owner, "func", None)  # the generator that contextlib made it from
     return getattr(function, "__name__", None) or type(owner).__name__
 
 
 def ambient() -> tuple:
-    """What a forward may change around some of its operations."""
+    """The global settings that a forward may change around some of its operations."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     backends = torch.backends.cuda
     attention = [backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled()]

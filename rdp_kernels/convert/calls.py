@@ -1,4 +1,4 @@
-"""Real calls of a model's blocks: example inputs, and what each block is called with, at two batch sizes."""
+"""Runs a model on an example at two batch sizes, and records what each block is called with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-BATCH_SIZES = (3, 4)  # different from each other and from most sizes in a model
+BATCH_SIZES = (3, 4)  # different from each other and from most other sizes in a model
 CONSTANTS = (type(None), bool, str, float, int, torch.dtype, torch.Size, torch.device)
 
 
@@ -21,11 +21,11 @@ class Refused(Exception):
 
 
 class HoldsPaths(Refused):
-    """Its branch holds blocks that are converted already."""
+    """A branch can't be converted because it holds blocks that are converted already."""
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """The arguments of one call."""
 
     args: tuple
@@ -34,8 +34,8 @@ class Call:
     def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
         return pytree.tree_flatten((self.args, self.kwargs))
 
-    def map_tensors(self, function: Any) -> Call:
-        return Call(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
+    def map_tensors(self, function: Any) -> BlockCall:
+        return BlockCall(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
 
 
 def cloned(x: Tensor) -> Tensor:
@@ -44,21 +44,21 @@ def cloned(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a block is called: which of its arguments, containers taken apart, are inputs and which are constants.
+    """How a block is called: which of its arguments are inputs and which are constants, containers taken apart.
 
-    A call of another structure or with other constants is not served by what was traced.
+    What was traced doesn't hold for a call of another structure or with other constants.
     """
 
     structure: str
-    """As `torch.utils._pytree.treespec_dumps` writes it."""
+    """The structure of the arguments, as `torch.utils._pytree.treespec_dumps` writes it."""
     is_input: tuple[bool, ...]
     constants: tuple[Any, ...]
     """One entry for each argument; None for inputs."""
     is_flat: bool
-    """All are positional, and none is a container."""
+    """Whether all arguments are positional and none is a container."""
 
     @classmethod
-    def of(cls, call: Call, integers_are_inputs: bool) -> Signature:
+    def of(cls, call: BlockCall, integers_are_inputs: bool) -> Signature:
         flat, structure = call.flat()
         for value in flat:
             if not isinstance(value, (Tensor, *CONSTANTS)):
@@ -71,7 +71,7 @@ class Signature:
         return cls(pytree.treespec_dumps(structure), is_input, constants, is_flat)
 
     def inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
-        """The inputs among the arguments of a call; None where it is a call of another kind."""
+        """The inputs among the arguments of a call; None where its structure or its constants differ."""
         flat: Any = args
         if kwargs or not self.is_flat or len(args) != len(self.is_input) or any(map(_is_container, args)):
             flat, structure = pytree.tree_flatten((args, kwargs))
@@ -88,7 +88,7 @@ class Signature:
         return inputs
 
     def call_with(self, inputs: Iterable[Any]) -> tuple[tuple, dict[str, Any]]:
-        """Arguments in this structure."""
+        """The arguments and keyword arguments of a call with these inputs."""
         values = iter(inputs)
         flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
         return pytree.tree_unflatten(flat, _loaded(self.structure))
@@ -113,23 +113,24 @@ def _loaded(structure: str) -> pytree.TreeSpec:
 
 def record_calls(
     model: nn.Module, blocks: Iterable[nn.Module], example_inputs: Any
-) -> tuple[dict[int, list[Call]], tuple[int, ...]]:
-    """The first call of each of `blocks` in an evaluation of the model at two batch sizes, by the block's id; and these
-    sizes, `BATCH_SIZES` or, where a sample is several rows, the example's own and twice that.
+) -> tuple[dict[int, list[BlockCall]], tuple[int, ...]]:
+    """Runs the model in eval mode at two batch sizes. Returns the first call of each of `blocks` at each size, by the
+    block's id, and the two sizes.
 
-    The model is put back into the modes it had. Raises `ValueError` where the model doesn't run on the example.
+    The sizes are `BATCH_SIZES`. Where the model doesn't run at these, as where a sample has several rows, they are the
+    example's own size and twice that. Raises `ValueError` where the model doesn't run on the example.
     """
-    calls: dict[int, list[Call]] = {}
+    calls: dict[int, list[BlockCall]] = {}
     seen: set[int] = set()
 
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if id(block) not in seen:
             seen.add(id(block))
-            calls.setdefault(id(block), []).append(Call(args, kwargs).map_tensors(cloned))
+            calls.setdefault(id(block), []).append(BlockCall(args, kwargs).map_tensors(cloned))
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        with in_eval(model), torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
+        with in_eval(model), torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
             batch_size = batch_size_of(example_inputs)
             for sizes in (BATCH_SIZES, (batch_size, 2 * batch_size)):
                 try:
@@ -152,7 +153,7 @@ def record_calls(
 
 
 def example_inputs_of(model: Any) -> Any:
-    """An input that the model says it takes, or an image of 224 × 224 pixels."""
+    """An input of the kind that the model says it takes, or an image of 224 × 224 pixels."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = torch.float32 if parameter is None or not parameter.is_floating_point() else parameter.dtype
@@ -166,7 +167,7 @@ def example_inputs_of(model: Any) -> Any:
         return {k: v.to(device) for k, v in model.dummy_inputs.items()}
     shape = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))  # timm
     embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or getattr(model, "image_size", None)  # as built; torchvision's ViT
+    size = getattr(embed, "img_size", None) or getattr(model, "image_size", None)  # as built; torchvision
     if isinstance(size, int):
         size = (size, size)
     shape = (getattr(model, "in_chans", shape[0]), *(size if size is not None else shape[1:]))
@@ -179,7 +180,7 @@ def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _of_size(example_inputs: Any, size: int) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with their samples repeated or left out until there are `size`."""
+    """The arguments with `size` samples: some are repeated or left out."""
     batch_size = batch_size_of(example_inputs)
 
     def resize(x: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def _of_size(example_inputs: Any, size: int) -> tuple[tuple, dict[str, Any]]:
 
 
 def arguments_of(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments, from a tensor, a tuple of arguments or a dict of keyword arguments."""
+    """The positional and keyword arguments that a tensor, a tuple or a dict of keyword arguments stands for."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
@@ -206,7 +207,7 @@ def batch_size_of(example_inputs: Any) -> int:
 
 
 def described(example_inputs: Any) -> str:
-    """Their dtypes and shapes, for messages."""
+    """The dtypes and shapes of example inputs, for messages."""
 
     def leaf(value: Any) -> str:
         if isinstance(value, Tensor):
@@ -229,7 +230,7 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

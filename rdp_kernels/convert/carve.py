@@ -1,10 +1,9 @@
-"""Branches cut out of a block's graph: what only a drop-path's input needs becomes a function of its own."""
+"""Cuts branches out of a block's graph: what is computed only for a drop-path's input becomes a function."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..kernels.spec import NORMS
 from ..paths.path import paths_of
-from . import converted
 from .calls import HoldsPaths, Refused
+from .converted import RUN_PATH
 from .graphs import (
     Values,
     check_mutations,
@@ -28,31 +28,31 @@ from .graphs import (
     is_heavy,
     is_in_place,
     module_calls,
-    self_of,
 )
 from .guards import is_constant
-from .sites import Site, drop_path_sites, unnamed_sites
+from .sites import DropSite, drop_path_sites, unnamed_sites
 from .spec import PathSpec
 from .trace import Trace
 
 _COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_NORMS = [kind.module for kind in NORMS.values()]
 
 
 @dataclass
 class Carved:
-    """A block's graph with its paths called, and the branches' own graphs."""
+    """A block's graph that calls its paths, and the graphs of their branches."""
 
     graph: fx.Graph
     branches: list[fx.Graph]
     paths: list[PathSpec]
     refused: list[tuple[str, str]]
-    """Drop-path and reason."""
+    """Each refused drop-path and the reason."""
     nested: list[tuple[str, str]]
-    """Drop-paths that stay as they are, inside the branch of another, which is named."""
+    """Drop-paths that stay as they are inside the branch of a path, each with this path's name."""
     reference: fx.Graph
-    """The graph before anything was cut, with a `mark` where no drop-path is called."""
+    """The graph before anything was cut. A `mark` stands where a branch may be dropped and no drop-path is called."""
     called: list[tuple[str | None, int | None]]
-    """In the order of calls: the drop-path, None for a mark, and the path's index, None where it was refused."""
+    """For each call of a drop-path or mark, in order: the drop-path or None; the path's index or None if refused."""
 
 
 def carve(
@@ -62,11 +62,11 @@ def carve(
     batch_sizes: tuple[int, ...],
     unnamed: bool = False,
 ) -> Carved:
-    """Cuts the branches out.
+    """Cuts the branches out of a traced graph.
 
     Args:
-        inputs: of two calls, for `batch_sizes` samples.
-        unnamed: where no drop-path is called, residual adds are found by the graph alone.
+        inputs: the inputs of two calls with `batch_sizes` samples.
+        unnamed: whether residual adds are looked for where no drop-path is called.
     """
     graph = traced.graph
     check_mutations(graph)
@@ -82,7 +82,7 @@ def carve(
     found: dict[int, tuple[PathSpec, fx.Graph]] = {}
     refused: list[tuple[str, str]] = []
     nested: list[tuple[str, str]] = []
-    for number in reversed(range(len(sites))):  # what comes last may hold what comes before
+    for number in reversed(range(len(sites))):  # a later branch may hold an earlier one
         site = sites[number]
         try:
             if site.node not in graph.nodes:
@@ -90,38 +90,31 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            if not (
-                site.drop_path is None and isinstance(reason, HoldsPaths)
-            ):  # an add around blocks, of which nobody spoke
+            # An add around blocks with paths counts only if a drop-path stands before it.
+            if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
     carving.renumber(sorted(found))
     drop_dead(graph)
     graph.lint()
-    ordered = [found[number] for number in sorted(found)]
+    specs, branches = zip(*(found[number] for number in sorted(found)), strict=True) if found else ((), ())
     places = {number: place for place, number in enumerate(sorted(found))}
     called = [(site.drop_path, places.get(number)) for number, site in enumerate(sites)]
-    return Carved(
-        graph, [branch for _, branch in ordered], [spec for spec, _ in ordered], refused, nested, reference, called
-    )
+    return Carved(graph, list(branches), list(specs), refused, nested, reference, called)
 
 
+@dataclass
 class _Carving:
-    def __init__(
-        self,
-        block: nn.Module,
-        graph: fx.Graph,
-        modules: dict[str, nn.Module],
-        values: Values,
-        batch_sizes: tuple[int, ...],
-    ):
-        self.block, self.graph, self.modules, self.values = block, graph, modules, values
-        self.batch_sizes = batch_sizes
-        self._calls: dict[int, fx.Node] = {}
-        self._gone: dict[fx.Node, str] = {}
+    block: nn.Module
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    values: Values
+    batch_sizes: tuple[int, ...]
+    _calls: dict[int, fx.Node] = field(default_factory=dict)
+    _gone: dict[fx.Node, str] = field(default_factory=dict)
 
-    def cut(self, site: Site, number: int) -> tuple[PathSpec, fx.Graph]:
-        """The path of one place, whose branch leaves the graph and is called instead. Raises `Refused`."""
+    def cut(self, site: DropSite, number: int) -> tuple[PathSpec, fx.Graph]:
+        """Replaces a site's branch by a call of its path, and returns path and branch. Raises `Refused`."""
         if site.refused is not None:
             raise Refused(site.refused)
         output = site.node.args[0]
@@ -141,7 +134,7 @@ class _Carving:
         add = self._add_of(site.node)
         inputs = self._inputs(inside, rows)
         residual = None if add is None else self._other(add, site.node)
-        x = self._stream(inputs, residual)
+        x = self._rows_of(inputs, residual)
         further = [node for node, kind in inputs if node is not x and kind in ("row", "shared")]
         kinds = tuple(kind for node, kind in inputs if node is not x and kind in ("row", "shared"))
         branch, norm = self._branch(inside, output, x, inputs, rows, further)
@@ -153,8 +146,8 @@ class _Carving:
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
             kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
-            arguments: tuple[Any, ...] = (self_of(self.graph), number, x, *further)
-            call = self.graph.create_node("call_function", converted.run, arguments, kwargs, "stream")
+            # torch.fx prints this as `self._rdp_run_path(...)`, like the call of a child.
+            call = self.graph.create_node("call_module", RUN_PATH, (number, x, *further), kwargs, "residual")
         self._calls[number] = call
         self.values.alias(call, replaced)
         replaced.replace_all_uses_with(call)
@@ -165,40 +158,38 @@ class _Carving:
         return spec, branch
 
     def around(self, node: fx.Node) -> str:
-        """The path in whose branch a node is that has left the graph."""
+        """The name of the path whose branch took a node out of the graph."""
         return self._gone[node]
 
     def renumber(self, numbers: list[int]) -> None:
-        """Calls name their path by its place among those that were cut."""
+        """Makes the calls name each path by its place among those that were cut."""
         for place, number in enumerate(numbers):
             call = self._calls[number]
-            call.args = (call.args[0], place, *call.args[2:])
+            call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
-        """Raises `Refused` where a branch picks rows by number or compares their count: both change where rows drop."""
+        """Raises `Refused` where a branch picks rows by number or compares their count: both change if rows drop."""
         for node in inside:
             pairs = [self.values.of(source) for source in node.all_input_nodes]
             if node.target is operator.getitem:
                 index = node.args[1][0] if isinstance(node.args[1], tuple) and node.args[1] else node.args[1]
                 picks = isinstance(index, int) or (isinstance(index, slice) and index != slice(None))
                 first, second = pairs[0]
-                if (
-                    picks
-                    and isinstance(first, Tensor)
-                    and first.shape != second.shape
-                    and _follows(first, second, rows)
-                ):
-                    raise Refused(f"its branch picks rows by number ({node.name}), and of kept rows those are others")
+                changes = isinstance(first, Tensor) and first.shape != second.shape
+                if picks and changes and _follows(first, second, rows):
+                    raise Refused(
+                        f"its branch picks rows by number ({node.name}), which are other samples once rows are dropped"
+                    )
             elif node.target in _COMPARISONS and any(type(a) is int and a != b for a, b in pairs):
                 raise Refused(
-                    f"its branch compares the number of its rows ({node.name}), which is less where some drop"
+                    f"its branch compares the number of its rows ({node.name}), which is smaller once some drop"
                 )
 
     def _modules_in(self, node: fx.Node) -> list[nn.Module]:
-        return list(self.modules[str(node.target)].modules()) if node.op == "call_module" else []
+        return [m for name in module_calls([node]) for m in self.modules[name].modules()]
 
     def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
-        """Raises `Refused` where weights of a branch are used outside of all branches too."""
+        """Raises `Refused` where a branch uses weights that are also used outside of all branches."""
         outside = {id(p) for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
         read = {node.target for node in self.graph.nodes if node.op == "get_attr" and node.users}
         for spec, _ in found.values():
@@ -210,40 +201,33 @@ class _Carving:
                     raise Refused(f"the module {name!r} of a branch is called outside of all branches too")
 
     def _without_foreign_rows(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[fx.Node]:
-        """Without the views at its head that turn other dimensions into the rows: they go on being made outside."""
+        """The nodes without the views at their head that turn other dimensions into rows. These stay outside."""
         kept = list(inside)
         for node in inside:
             sources = [s for s in node.all_input_nodes if s not in kept and s.op != "get_attr"]
-            if (
-                not is_heavy(node, self.modules)
-                and node.op != "call_module"
-                and any(map(self._is_other(rows), sources))
-            ):
+            is_view = not is_heavy(node, self.modules) and node.op != "call_module"
+            if is_view and any(self._has_other_rows(source, rows) for source in sources):
                 kept.remove(node)
         return kept
 
-    def _is_other(self, rows: tuple[int, ...]) -> Callable[[fx.Node], bool]:
-        """Tells a tensor that changes with the batch and has not these rows."""
-
-        def is_other(node: fx.Node) -> bool:
-            a, b = self.values.of(node)
-            return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
-
-        return is_other
+    def _has_other_rows(self, node: fx.Node, rows: tuple[int, ...]) -> bool:
+        """Whether a node is a tensor that changes with the batch and doesn't have these rows."""
+        a, b = self.values.of(node)
+        return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
 
     def _add_of(self, site: fx.Node) -> fx.Node | None:
-        """The add that the branch goes to; None where something else is done with it."""
+        """The add that the branch goes to; None where the branch is used in another way."""
         (user, *others) = site.users
         if others or not is_add(user):
             return None
         other, out = self.values[self._other(user, site)], self.values[user]
         whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
-        widens = out.dtype == torch.float64 != other.dtype  # what else promotes does so in `Promotion`
+        widens = out.dtype == torch.float64 != other.dtype  # `Promotion` does the other promotions
         return user if whole and is_float(other) and not widens else None
 
     @staticmethod
     def _sum_dtype(add: fx.Node | None, site: fx.Node) -> str:
-        """Whose dtype the sum has, as of `PathSpec`."""
+        """The `sum_dtype` of `PathSpec`."""
         if add is not None and not is_in_place(add):
             return "both"
         return "branch" if add is None or add.args[0] is site else "residual"
@@ -256,7 +240,8 @@ class _Carving:
         return other
 
     def _inputs(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[tuple[fx.Node, str | tuple]]:
-        """What the branch takes from outside, and what each is: "row", "shared", or a size as multiples of x's rows."""
+        """What the branch takes from outside, each with its kind: "row", "shared", or, for sizes that follow the rows,
+        their multiples."""
         members, found = set(inside), dict[fx.Node, Any]()
         for node in inside:
             for source in node.all_input_nodes:
@@ -288,7 +273,8 @@ class _Carving:
                 return (multiples, isinstance(first, int))
         raise Refused(f"its branch takes {node.name!r} ({type(first).__name__}), which changes with the batch")
 
-    def _stream(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
+    def _rows_of(self, inputs: list[tuple[fx.Node, Any]], residual: fx.Node | None) -> fx.Node:
+        """The input `x` of the branch: the residual if the branch takes it, else the first input with rows."""
         rows = [node for node, kind in inputs if kind == "row" and is_float(self.values[node])]
         if not rows:
             raise Refused("its branch takes no tensor with a row for each of those that are dropped")
@@ -296,7 +282,7 @@ class _Carving:
 
     def _branch(self, inside: list[fx.Node], output: fx.Node, x: fx.Node, inputs: list[tuple[fx.Node, Any]],
                 rows: tuple[int, ...], further: list[fx.Node]) -> tuple[fx.Graph, str | None]:  # fmt: skip
-        """The graph of the branch, and the norm at its head, which is not in the graph: the caller applies it."""
+        """The graph of the branch without the norm at its head, which the caller applies; and this norm's name."""
         graph, made = fx.Graph(), dict[fx.Node, Any]()
         made[x] = graph.placeholder("x")
         for node in further:
@@ -323,7 +309,7 @@ class _Carving:
         users = [node for node in x.users if node in set(inside)]
         if len(users) != 1 or users[0].op != "call_module" or users[0].args != (x,) or users[0].kwargs:
             return None
-        return users[0] if type(self.modules[str(users[0].target)]) in (nn.LayerNorm, nn.RMSNorm) else None
+        return users[0] if type(self.modules[str(users[0].target)]) in _NORMS else None
 
     @staticmethod
     def _size(graph: fx.Graph, x: fx.Node, multiple: Any) -> Any:
@@ -338,7 +324,7 @@ class _Carving:
         return tuple(None if d < len(like) and like[d] == size else size for d, size in enumerate(shape) if d > 0)
 
     def _only_dtype(self, nodes: list[fx.Node], inside: list[fx.Node]) -> torch.dtype | None:
-        """That of all floating-point tensors that a branch takes, gives and has; None where they have several."""
+        """The dtype of all floating-point tensors that a branch takes, returns and owns; None where they differ."""
         values = pytree.tree_leaves([self.values[n] for n in nodes])
         values += [self.values[s] for n in inside for s in (n, *n.all_input_nodes) if s.op == "get_attr"]
         called = [self.modules[name] for name in module_calls(inside)]
@@ -346,7 +332,7 @@ class _Carving:
         dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
-    def _spec(self, site: Site, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
+    def _spec(self, site: DropSite, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
               zeros: tuple[int | None, ...] | None, sum_dtype: str, dtype: torch.dtype | None,
               rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
         called = module_calls(inside)
@@ -382,7 +368,7 @@ def _follows(a: Any, b: Any, rows: tuple[int, ...]) -> bool:
 
 
 def _multiple(a: Any, b: Any, rows: tuple[int, ...]) -> tuple[bool, Any] | None:
-    """(True, constant), or (False, k) for k times the rows; None for neither."""
+    """A size at two batch sizes as (True, the constant) or (False, k), k times the rows; None where it is neither."""
     if a == b:
         return True, a
     if type(a) is int and a % rows[0] == 0 and a * rows[1] == b * rows[0]:

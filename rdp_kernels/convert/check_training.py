@@ -1,173 +1,49 @@
-"""The second self-check of a conversion: on copies in training mode, children too, as users run them.
+"""The second self-check of a conversion: copies in training mode, children too, as users run them.
 
-With all rows kept the same operations run in both, so that what is returned, what is left on modules and the generators
-are compared to the bit, and gradients but for the order of sums. With some rows or none, and with the branches frozen,
-dropout is switched off, the original's drop-paths are given masks, and numbers are compared within the error that the
-original has itself.
+With all rows kept, both blocks run the same operations. What they return, what they leave on modules and the states of
+the generators are compared to the bit; gradients may be summed in another order. With some rows or none, and with
+frozen branches, dropout is switched off and the original's drop-paths are given masks. Numbers may then differ by the
+error that the original has itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..paths.binding import PathModule, StochasticDepth
 from ..paths.decision import FROZEN, SKIP, Decision
 from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, parameters_of
-from .calls import Call, Refused, cloned
+from .calls import BlockCall, Refused, cloned, quiet
 from .carve import Carved
-from .check import (
-    SameForAllRows,
-    _masking,
-    _planning,
-    _silence,
-    _spread,
-    _without_dropout,
-    called,
-    decided_by,
-    depends_on_dtype,
-    device_type_of,
-    precision_of,
-    set_seed,
-)
+from .check import decided_by, depends_on_dtype, device_type_of, masking, planning, precision_of, silence, spread
 from .differences import ROUNDINGS, Differences, relative_difference, rounded
 from .libraries import is_drop_path
 from .report import describe
-from .snapshot import generator_states, preserved_generators, repr_of
+from .snapshot import generator_states, moved_generators, preserved_generators
 from .source import install
 from .spec import Recipe
+from .step import BlockRunner, Setting, Step, called, set_seed, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
-_OWN = {"_parameters", "_buffers", "_modules", "forward", "training"}
+"""There are two, as one mask of dropout may hide a difference."""
 
 
-def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Call) -> None:
-    """Raises `Refused` with the first difference that is seen."""
-    with preserved_generators(), _quiet():
-        block = _spread(block)
+def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: BlockCall) -> None:
+    """Raises `Refused` with the first difference that is found."""
+    with preserved_generators(), quiet():
+        block = spread(block)
         device = device_type_of(block, call)
-        settings = [_Setting(" under autocast to bfloat16", autocast=device)]
+        settings = [Setting(" under autocast to bfloat16", autocast=device)]
         if not depends_on_dtype(recipe):
-            settings.append(_Setting(" under autocast to bfloat16, called with bfloat16", torch.bfloat16, device))
-        _Whole(block, recipe, call).check([_Setting(), *settings])
-        _Masked(block, carved, recipe, call).check(settings)
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """How a step is run.
-
-    Args:
-        words: what reasons say of it.
-        dtype: of the inputs and, where it is float64, of the block; None for their own.
-        autocast: the device type of an autocast to bfloat16, or None.
-    """
-
-    words: str = ""
-    dtype: torch.dtype | None = None
-    autocast: str | None = None
-
-    def copy_of(self, block: nn.Module) -> nn.Module:
-        copied = copy.deepcopy(block)
-        copied = copied.double() if self.dtype == torch.float64 else copied
-        copied.train()
-        for module in copied.modules():
-            if isinstance(module, nn.SyncBatchNorm):  # it would wait for other ranks, and needs a GPU
-                module.__class__ = _Local  # type: ignore[assignment]
-        return copied
-
-    def inputs(self, call: Call) -> Call:
-        return call.map_tensors(lambda t: t.to(self.dtype) if self.dtype and t.is_floating_point() else t)
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.autocast is None else torch.autocast(self.autocast, torch.bfloat16)
-
-
-class _Local(_BatchNorm):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# One step, and what it leaves
-
-
-@dataclass
-class _Step:
-    """What a forward and a backward gave, and what the modules hold afterwards."""
-
-    output: Any
-    gradients: dict[str, Tensor | None]
-    inputs: Any
-    state: dict[str, Any]
-    generators: dict[str, Any]
-
-    def numbers(self, with_buffers: bool) -> dict[str, Tensor]:
-        """Outputs, gradients that there are, and buffers."""
-        found = {f"output {i}": t.detach() for i, t in enumerate(tensors_of(self.output))}
-        found |= {name: t for name, t in self.gradients.items() if t is not None}
-        buffers = {name: t for name, t in self.state.items() if name.startswith("the buffer") and t is not None}
-        return found | (buffers if with_buffers else {})
-
-
-def _step(
-    block: nn.Module, call: Call, run: Callable[[Call], Any], setting: _Setting, seed: int = 0, backward: bool = True
-) -> _Step:
-    for parameter in block.parameters():
-        parameter.grad = None
-    given = setting.inputs(call).map_tensors(
-        lambda t: cloned(t).requires_grad_() if t.is_floating_point() else cloned(t)
-    )
-    leaves = {f"the gradient of input {i}": t for i, t in enumerate(given.flat()[0]) if _learns(t)}
-    passed = given.map_tensors(lambda t: t.clone() if t.requires_grad else t)  # not leaves: works in place
-    set_seed(seed)
-    with torch.enable_grad():
-        with setting.context():
-            output = run(passed)
-        learning = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
-        generator = torch.Generator().manual_seed(1)
-        weights = [(torch.rand(t.shape, generator=generator) + 0.5).to(t) for t in learning]
-        if learning and backward:
-            torch.autograd.backward(learning, weights)
-    leaves |= {f"the gradient of {name}": p for name, p in block.named_parameters() if p.requires_grad}
-    gradients = {name: t.grad for name, t in leaves.items()}
-    return _Step(output, gradients, (passed.args, passed.kwargs), _state_of(block), generator_states())
-
-
-def _learns(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _state_of(block: nn.Module) -> dict[str, Any]:
-    """What modules hold, by the words that a reason has for it."""
-    state: dict[str, Any] = {}
-    for name, module in block.named_modules():
-        prefix = f"{name}." if name else ""
-        state |= {f"the parameter {prefix + n!r}": p for n, p in module._parameters.items()}
-        state |= {f"the buffer {prefix + n!r}": b for n, b in module._buffers.items()}
-        for attribute, value in module.__dict__.items():
-            if attribute.startswith("_rdp_") or attribute in _OWN:
-                continue
-            hooks = attribute.endswith("hooks") or "_hooks_" in attribute
-            state[f"the attribute {prefix + attribute!r}"] = (
-                len(value) if hooks and hasattr(value, "__len__") else value
-            )
-    return state
+            settings.append(Setting(" under autocast to bfloat16, called with bfloat16", torch.bfloat16, device))
+        _Whole(block, recipe, call).check([Setting(), *settings])
+        _Masked(block, carved, recipe, call).check([replace(setting, random=False) for setting in settings])
 
 
 class _Decided(StochasticDepth):
@@ -185,25 +61,26 @@ def _decide(block: nn.Module, decision: Decision) -> None:
         path.binding = decided_by(_Decided(decision))
 
 
-def _ours(ours: nn.Module, when: str, run: Callable[[], _Step]) -> _Step:
-    """The converted block's step. Raises `Refused` where it doesn't run, or runs as before its conversion."""
+def _step_of_original(
+    block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
+) -> Step | None:
+    """A step of the original; None where it fails under autocast, so that nobody uses it there."""
     try:
-        step = run()
+        return step_of(block, call, run, setting, **options)
     except Exception as error:
-        raise Refused(f"{when} it raises {describe(error)}") from error
-    for reason in ours.__dict__.get("_rdp_warned", ()):
-        raise Refused(f"{when} it runs as before its conversion: {reason}")
-    return step
+        if setting.autocast is not None:
+            return None
+        raise Refused(f"{when} its own forward raises {describe(error)}") from error
 
 
 # All rows kept
 
 
 class _Whole:
-    """The original with its drop-paths in eval mode, and the converted block that keeps all rows."""
+    """Compares the original, its drop-paths in eval mode, with the converted block that keeps all rows."""
 
-    def __init__(self, block: nn.Module, recipe: Recipe, call: Call):
-        self._original, self._converted = (_Setting().copy_of(block) for _ in range(2))
+    def __init__(self, block: nn.Module, recipe: Recipe, call: BlockCall):
+        self._original, self._converted = (Setting().copy_of(block) for _ in range(2))
         self._call = call
         install(self._converted, recipe, 0.5)
         _decide(self._converted, Decision())
@@ -212,28 +89,25 @@ class _Whole:
                 if is_drop_path(name.rpartition(".")[2], module):
                     module.eval()
 
-    def check(self, settings: Sequence[_Setting]) -> None:
-        """Steps one after the other, so that what one leaves behind is there in the next. Where the original fails
-        under autocast, nobody will run it so."""
+    def check(self, settings: Sequence[Setting]) -> None:
+        """Runs the steps on the same two copies, so that each step finds what the one before left behind. Settings
+        with autocast are skipped where the original fails under it."""
         for setting in settings:
             for seed in SEEDS:
                 draws = self._check(setting, seed)
                 if not draws and setting.autocast is not None:
                     break
 
-    def _check(self, setting: _Setting, seed: int) -> bool:
-        """Whether random numbers were drawn."""
+    def _check(self, setting: Setting, seed: int) -> bool:
+        """Compares one step. Returns whether random numbers were drawn."""
         when = f"in training mode{setting.words} with all rows kept (seed {seed})"
         original, ours = self._original, self._converted
         set_seed(seed)
         before = generator_states()
-        try:
-            expected = _step(original, self._call, called(original), setting, seed)
-        except Exception as error:
-            if setting.autocast is not None:
-                return False
-            raise Refused(f"in training mode its own forward raises {describe(error)}") from error
-        actual = _ours(ours, when, lambda: _step(ours, self._call, called(ours), setting, seed))
+        expected = _step_of_original(original, self._call, called(original), setting, "in training mode", seed=seed)
+        if expected is None:
+            return False
+        actual = step_of_converted(ours, self._call, called(ours), setting, when, seed=seed)
         differences = Differences()
         found = (
             differences.between("what it returns", expected.output, actual.output)
@@ -244,20 +118,21 @@ class _Whole:
         largest = max((float(g.abs().max()) for g in gradients), default=0.0)
         for name, gradient in expected.gradients.items():
             found = found or _of_gradients(name, gradient, actual.gradients.get(name), setting, largest)
-        found = found or _of_generators(expected.generators, actual.generators)
+        for name in moved_generators(expected.generators, actual.generators):
+            found = found or f"the generator of {name} has another state afterwards: it draws other random numbers"
         if found:
             raise Refused(f"{when} {found}")
-        return _of_generators(before, expected.generators) is not None
+        return bool(moved_generators(before, expected.generators))
 
 
 def _of_gradients(
-    name: str, expected: Tensor | None, actual: Tensor | None, setting: _Setting, largest: float
+    name: str, expected: Tensor | None, actual: Tensor | None, setting: Setting, largest: float
 ) -> str | None:
-    """Autograd may sum in another order. Where it rounds to bfloat16 and sums cancel out, as before a BatchNorm, what
-    remains is noise of the size of the terms: there `largest` counts, the largest element of all gradients."""
-    if setting.autocast is None:
-        return Differences(rounded(torch.float32)).between(name, expected, actual)
-    return Differences(rounded(torch.bfloat16, largest)).between(name, expected, actual)
+    """How a gradient differs by more than another order of sums explains; None where it doesn't. `largest` is the
+    largest element of all gradients. Under autocast the tolerance follows it, as sums of bfloat16 terms may cancel out
+    (before a BatchNorm, for example), and noise of the terms' size remains."""
+    close = rounded(torch.float32) if setting.autocast is None else rounded(torch.bfloat16, largest)
+    return Differences(close).between(name, expected, actual)
 
 
 def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
@@ -270,31 +145,24 @@ def _of_states(differences: Differences, expected: dict[str, Any], actual: dict[
     return None
 
 
-def _of_generators(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
-    for name, state in expected.items():
-        if repr_of(state) != repr_of(actual[name]):
-            return f"the generator of {name} has another state afterwards: it draws other random numbers"
-    return None
-
-
 # Some rows, none, and frozen branches
 
 
 class _Masked:
-    """The original whose drop-paths mask rows, and the converted block under decisions that say the same; dropout is
-    off, and other random functions give all rows the same numbers."""
+    """Compares the original, its drop-paths masking rows, with the converted block under decisions that drop the same
+    rows. Dropout is off, and other random functions give all rows the same numbers."""
 
-    def __init__(self, block: nn.Module, carved: Carved, recipe: Recipe, call: Call):
+    def __init__(self, block: nn.Module, carved: Carved, recipe: Recipe, call: BlockCall):
         self._block, self._carved, self._recipe, self._call = block, carved, recipe, call
         double, self._tolerance = precision_of(block, recipe, call)
-        self._exact = _Setting(dtype=torch.float64 if double else None)
+        self._exact = Setting(dtype=torch.float64 if double else None, random=False)
 
-    def check(self, settings: Sequence[_Setting]) -> None:
-        """`settings`: under autocast."""
+    def check(self, settings: Sequence[Setting]) -> None:
+        """Compares all patterns in each of `settings`, which use autocast, and then the frozen branches."""
         some, few, none = (1, 0, 1, 1, 0), (0, 0, 1, 0, 0), (0,)
         dtypes = {t.dtype for t in [*self._block.parameters(), *self._call.flat()[0]] if _is_float(t)}
-        if len(dtypes) > 1:  # which float64 would hide
-            settings = [_Setting(), *settings]
+        if len(dtypes) > 1:  # float64 would hide promotions between them
+            settings = [Setting(random=False), *settings]
         for pattern, what in (some, "some rows dropped"), (none, "all rows dropped"):
             exact = self._compare(pattern, what, self._exact)
             for number, setting in enumerate(settings):
@@ -306,54 +174,47 @@ class _Masked:
         self,
         pattern: tuple[int, ...],
         what: str,
-        setting: _Setting,
-        exact: _Step | None = None,
+        setting: Setting,
+        exact: Step | None = None,
         backward: bool = True,
-    ) -> _Step | None:
-        """`exact`: what the original gave with more digits. Returns what it gives here."""
+    ) -> Step | None:
+        """Compares one pattern of kept rows. `exact` is the original's step with more digits, if it is known. Returns
+        the original's step; None where the original fails under autocast."""
         when = f"in training mode{setting.words} with {what}"
         expected = self._original(pattern, setting, when, backward)
         if expected is None:
             return None
         ours = self._converted(setting)
-        actual = self._run(ours, when, _planning(ours, self._carved, pattern), setting, backward)
-        differences = Differences(lambda a, b: None, requires_grad=False)  # the zeros of a dropped branch don't
+        run = planning(ours, self._carved, pattern)
+        actual = step_of_converted(ours, self._call, run, setting, when, backward=backward)
+        differences = Differences(lambda a, b: None, requires_grad=False)  # zeros require no gradient
         found = differences.between("what it returns", expected.output, actual.output)
         found = found or self._of_numbers(expected, actual, exact, setting, with_buffers=pattern != (0,))
         if found:
             raise Refused(f"{when} {found}{_WHY if exact is None and pattern != (0,) else ''}")
         return expected
 
-    def _converted(self, setting: _Setting) -> nn.Module:
+    def _converted(self, setting: Setting) -> nn.Module:
         ours = setting.copy_of(self._block)
         install(ours, self._recipe, 0.5)
         return ours
 
     def _original(
-        self, pattern: tuple[int, ...] | None, setting: _Setting, when: str, backward: bool = True
-    ) -> _Step | None:
-        """The original's step; without a pattern nothing is masked. None where it fails under autocast."""
+        self, pattern: tuple[int, ...] | None, setting: Setting, when: str, backward: bool = True
+    ) -> Step | None:
+        """The original's step, unmasked without a pattern; None where it fails under autocast."""
         original = setting.copy_of(self._block)
         if pattern is None:
-            _silence(original)
-        run = called(original) if pattern is None else _masking(original, self._carved, self._recipe, pattern)
-        try:
-            with _without_dropout(), SameForAllRows():
-                return _step(original, self._call, run, setting, backward=backward)
-        except Exception as error:
-            if setting.autocast is not None:
-                return None
-            raise Refused(f"{when} its own forward raises {describe(error)}") from error
-
-    def _run(self, ours: nn.Module, when: str, run: Any, setting: _Setting, backward: bool = True) -> _Step:
-        with _without_dropout(), SameForAllRows():
-            return _ours(ours, when, lambda: _step(ours, self._call, run, setting, backward=backward))
+            silence(original)
+        run = called(original) if pattern is None else masking(original, self._carved, self._recipe, pattern)
+        return _step_of_original(original, self._call, run, setting, when, backward=backward)
 
     def _of_numbers(
-        self, expected: _Step, actual: _Step, exact: _Step | None, setting: _Setting, with_buffers: bool
+        self, expected: Step, actual: Step, exact: Step | None, setting: Setting, with_buffers: bool
     ) -> str | None:
-        """Where the original is known with more digits, outputs may differ from it by twice what the original's do
-        here, which has rounded as often; gradients are then left to those who compute with these digits."""
+        """The first difference of numbers, in words. Where the original's step is known with more digits (`exact`),
+        outputs may differ from that by twice what the original's own do here, as both round equally often. Gradients
+        are then left to the comparison with more digits."""
         wanted, got = expected.numbers(with_buffers), actual.numbers(with_buffers)
         best = wanted if exact is None else exact.numbers(with_buffers)
         for name, value in wanted.items():
@@ -374,7 +235,8 @@ class _Masked:
         return None
 
     def _check_frozen(self) -> None:
-        """A frozen branch computes what it computes, and leaves what it has as it is; so does one that is dropped."""
+        """Raises `Refused` where a frozen branch computes something else than one that learns, or changes its own
+        state, or where its parameters get gradients."""
         when = "in training mode with its branches frozen"
         expected = self._original(None, self._exact, when)
         assert expected is not None
@@ -384,7 +246,7 @@ class _Masked:
         after = _tensors_held(frozen)
         self._decided(dropped, Decision(SKIP), when)
         moved = _changed(before, after) - _changed(before, _tensors_held(dropped))
-        if moved:  # an attribute that a call sets is no state of the branch, one that goes on moving is
+        if moved:  # an attribute is state of the branch only if a second call changes it again
             self._decided(frozen, Decision(FROZEN), when)
             again = _changed(after, _tensors_held(frozen))
             for name in sorted(moved):
@@ -395,26 +257,22 @@ class _Masked:
         own = {id(p) for _, path in frozen.__dict__[CONVERTED] for p in parameters_of(path)}
         for name, parameter in frozen.named_parameters():
             gradient = f"the gradient of {name}"
-            if id(parameter) in own and expected.gradients.pop(gradient, None) is not None:
-                self._refuse_gradient(actual.gradients[gradient], f"{when} {name}")
+            learns = id(parameter) in own and expected.gradients.pop(gradient, None) is not None
+            if learns and actual.gradients[gradient] is not None:
+                raise Refused(f"{when} {name} gets a gradient")
         found = self._of_numbers(expected, actual, None, self._exact, with_buffers=False)
         if found:
             raise Refused(f"{when} {found}")
 
-    @staticmethod
-    def _refuse_gradient(gradient: Tensor | None, what: str) -> None:
-        if gradient is not None:
-            raise Refused(f"{what} gets a gradient")
-
-    def _decided(self, ours: nn.Module, decision: Decision, when: str) -> _Step:
-        run = _planning(ours, self._carved, ())
+    def _decided(self, ours: nn.Module, decision: Decision, when: str) -> Step:
+        run = planning(ours, self._carved, ())
         _decide(ours, decision)
-        return self._run(ours, when, run, self._exact)
+        return step_of_converted(ours, self._call, run, self._exact, when)
 
 
 def _tensors_held(block: nn.Module) -> dict[str, list[Tensor]]:
-    """Copies of the tensors in parameters, buffers and other attributes."""
-    return {name: [cloned(t) for t in tensors_of(value)] for name, value in _state_of(block).items()}
+    """Copies of the tensors in parameters, buffers and other attributes, by the words for them."""
+    return {name: [cloned(t) for t in tensors_of(value)] for name, value in state_of(block).items()}
 
 
 def _changed(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> set[str]:
@@ -426,6 +284,6 @@ def _is_float(value: Any) -> bool:
 
 
 _WHY = (
-    "; with all rows kept it doesn't, so that in training its branch computes for a sample what depends on the others: "
-    "statistics of the batch, or a capacity"
+    "; it doesn't with all rows kept, so in training the branch computes from the other samples too: statistics of the "
+    "batch, or a capacity"
 )

@@ -1,11 +1,11 @@
-"""A converted block at run time: its paths, and what its generated forward calls."""
+"""A converted block at run time: its paths, and the functions that its generated class calls."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,11 +20,11 @@ from .spec import PathSpec
 
 
 class ConvertedPath:
-    """One path of a converted block, as `run_path` asks for it. It reads its drop-path's rate at every draw, and
-    observes the drop-path anew where it was replaced or works in another way.
+    """One path of a converted block, a `PathModule`. It reads its drop-path's rate at every draw. Where the drop-path
+    was replaced or works in another way, it is observed anew.
 
-    `drop_prob` can be set; None gives back the drop-path's own. Reading it raises `RuntimeError` where what the
-    drop-path does now can't be followed.
+    `drop_prob` can be set; None makes the drop-path's own rate count again. Reading it raises `RuntimeError` where the
+    drop-path now does something that can't be followed.
     """
 
     gamma = shortcut = activation = None
@@ -42,14 +42,14 @@ class ConvertedPath:
         """The bindings of the paths that this one was copied from, where its block is a shallow copy."""
 
     def of(self, block: nn.Module) -> ConvertedPath:
-        """The same path of a shallow copy of its block."""
+        """A copy of this path for a shallow copy of its block."""
         path = copy.copy(self)
         path.block, path.binding, path.origins = block, PathBinding(), (*self.origins, self.binding)
         return path
 
     @property
     def drop_path(self) -> nn.Module | None:
-        """As the block has it now."""
+        """The drop-path that the block has now; None for a path without one."""
         return None if self.spec.drop_path is None else _child(self.block, self.spec.drop_path)
 
     @property
@@ -59,7 +59,7 @@ class ConvertedPath:
         law = self._law_now()
         if isinstance(law, str):
             raise RuntimeError(
-                f"{self} can't do as its drop-path, which was changed: {law}; call rdp.revert(model) and "
+                f"{self} can't follow its drop-path, which was changed: {law}; call rdp.revert(model) and "
                 "rdp.convert(model) again"
             )
         return 0.0 if law is None else law.drop_prob(_child(self.block, str(self.spec.drop_path)))
@@ -70,7 +70,7 @@ class ConvertedPath:
 
     @property
     def mode(self) -> str:
-        """ "block" where the rows are not the samples, and where the drop-path drops whole batches."""
+        """ "block" where the rows aren't samples or the drop-path drops whole batches, else "sample"."""
         if self.spec.mode == "block":
             return "block"
         law = self._law_now()
@@ -84,8 +84,8 @@ class ConvertedPath:
         return law is None or law.scale_by_keep
 
     def why_not(self) -> str | None:
-        """Why its drop-path, as it is now, can't be followed. What an iteration decides needs no rate of it; there only
-        a drop-path of another class is one that can't."""
+        """Why this path can't follow its drop-path as it is now; None if it can. Inside an iteration, whose decisions
+        need no rate, it can't only where the drop-path has another class."""
         if self._drop_prob is not None or self.spec.drop_path is None:
             return None
         law = self._law_now()
@@ -98,7 +98,7 @@ class ConvertedPath:
         return f"its {self.spec.drop_path!r} was changed: {law}"
 
     def _law_now(self) -> Law | str | None:
-        """What its drop-path does, as it is now, or why that can't be followed; None where it has none."""
+        """The law of its drop-path as it is now, or why it can't be followed; None for a path without a drop-path."""
         name, law = self.spec.drop_path, self._law
         if name is None:
             return None
@@ -109,7 +109,7 @@ class ConvertedPath:
             if law.holds_for(drop_path):
                 return law
             if torch.compiler.is_compiling() and type(drop_path) is law.kind:
-                return law  # guards of torch.compile's look at what it was when the graph was made
+                return law  # the guards of torch.compile check the rest
         found = law_of(drop_path, self.spec.dims)
         if isinstance(found, Law):
             self._law = found
@@ -159,13 +159,12 @@ def _child(block: nn.Module, name: str) -> nn.Module:
     return block.get_submodule(name) if child is None else child
 
 
-def this() -> NoReturn:
-    """The block, in a graph; in generated source it is `self`."""
-    raise AssertionError("only a node of graphs")
+RUN_PATH = "_rdp_run_path"
+"""The name under which converted classes have `run`."""
 
 
 def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
-    """Path `index` of a converted block; what generated forwards call."""
+    """Runs path `index` of a converted block. Generated forwards call it, as a method of the block."""
     path: ConvertedPath = block.__dict__[CONVERTED][index][1]
     if path.block is not block or path.origins:
         path = _of_copy(block, index)
@@ -173,19 +172,20 @@ def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | 
         sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
         residual = x.new_zeros((x.shape[0], *sizes))
     out = run_path(path, x, args, {}, residual)  # type: ignore[arg-type]
-    # As after the block's own add: what follows may work in place on what comes back.
+    # The block's own add would have made a new tensor, which the code after it may change in place.
     return out.clone() if out is (x if residual is None else residual) and path.spec.zeros is None else out
 
 
 def own_paths(block: nn.Module) -> None:
-    """Gives a shallow copy of a converted block, or a replica, paths of its own, without a scheme."""
+    """Gives a shallow copy or a replica of a converted block its own paths, which no scheme has."""
     paths = block.__dict__.get(CONVERTED)
     if paths and paths[0][1].block is not block:
         block.__dict__[CONVERTED] = [(name, path.of(block)) for name, path in paths]
 
 
 def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
-    """Raises `RuntimeError` inside an iteration of the scheme of the block that was copied, unless the copy has one."""
+    """Path `index` of a shallow copy. Raises `RuntimeError` while the scheme of the copied block has an iteration
+    open, unless the copy has a scheme of its own."""
     own_paths(block)
     name, path = block.__dict__[CONVERTED][index]
     schemes = [binding.scheme for binding in path.origins] if path.binding.scheme is None else []
@@ -199,25 +199,25 @@ def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
 
 
 def class_among(block: nn.Module) -> type | None:
-    """The converted class among a block's; None where it was given another class since. Not the first where a
-    parametrization of the block's own tensors or `fully_shard` has made a class of its own of it."""
+    """The converted class among a block's classes; None where the block was given another class since. It isn't the
+    first one where a parametrization of the block's own tensors or `fully_shard` has derived a class from it."""
     return next((kind for kind in type(block).__mro__ if "_rdp_recipe" in kind.__dict__), None)
 
 
 def original_of(block: nn.Module) -> Any:
-    """The class that a converted block had."""
+    """The class that a converted block had before."""
     kind = class_among(block)
     return type(block) if kind is None else kind.__bases__[0]
 
 
 def is_observed(block: nn.Module) -> bool:
-    """Whether somebody stands in for a path of the block: then its calls are made in eval mode too."""
+    """Whether a path of the block has a `call_override`: then its paths are called in eval mode too."""
     return any(path.binding.call_override is not None for _, path in block.__dict__[CONVERTED])
 
 
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward that the block had, where what was traced doesn't hold. Raises `RuntimeError` inside an iteration, as
-    that forward would draw masks of its own."""
+    """Runs the forward that the block had before, as what was traced doesn't hold for this call. Raises `RuntimeError`
+    inside an iteration, as that forward would draw masks of its own."""
     original = original_of(block)
     for name, path in block.__dict__[CONVERTED]:
         scheme = path.binding.scheme

@@ -1,5 +1,4 @@
-"""What differs between two values of any kind, such as what forwards return and leave on modules; and which blocks are
-alike, so that one conversion serves them all."""
+"""Finds differences between two values of any kind, such as what two forwards return, and blocks that are alike."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from .libraries import is_drop_path
 
 Close = Callable[[Tensor, Tensor], "str | None"]
-"""Of two tensors of one shape and dtype: how they differ, as in "differs by 3", or None."""
+"""Compares two tensors of one shape and dtype: says how they differ, as in "differs by 3", or None."""
 
 
 def exactly(expected: Tensor, actual: Tensor) -> str | None:
-    """To the bit but for the sign of zero; NaN is equal to NaN."""
+    """Compares to the bit, except for the sign of zero; NaN is equal to NaN."""
     if torch.equal(expected, actual) or expected.numel() == 0:
         return None
     if not expected.is_floating_point():
@@ -29,8 +28,8 @@ def exactly(expected: Tensor, actual: Tensor) -> str | None:
 
 
 def rounded(dtype: torch.dtype, largest: float = 0.0) -> Close:
-    """Allows for another order of sums: a few roundings of the largest element, or of `largest` if that is more, in
-    `dtype` or the tensor's own if that is wider."""
+    """Allows for another order of sums: a few roundings in the coarser of `dtype` and the tensor's own, of the largest
+    element or of `largest`, if that is more."""
 
     def close(expected: Tensor, actual: Tensor) -> str | None:
         if exactly(expected, actual) is None:
@@ -54,7 +53,7 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
 class Differences:
     """Finds the first difference between two values, types and Python values included.
 
-    Modules and functions are passed over, and so are objects of which nothing is known.
+    It skips modules, functions and objects that show nothing of their contents.
     """
 
     def __init__(self, close: Close = exactly, requires_grad: bool = True):
@@ -80,7 +79,7 @@ class Differences:
             return self._of_parts(name, "[{}]", dict(enumerate(expected)), dict(enumerate(actual)))
         if isinstance(expected, _CALLABLE):
             return None
-        if hasattr(expected, "tobytes"):  # numpy's
+        if hasattr(expected, "tobytes"):  # an array of numpy
             same = expected.tobytes() == actual.tobytes() and str(expected.dtype) == str(actual.dtype)
             return None if same else f"{name} differs from the original's"
         if isinstance(expected, _PLAIN):
@@ -112,11 +111,11 @@ _CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def likeness(block: nn.Module, left_out: Collection[str] = ()) -> tuple[Any, ...]:
-    """Hashable, and the same for blocks that are the same but for their weights and the rates of their drop-paths.
+    """A hashable value that is equal for blocks that differ only in their weights and the rates of their drop-paths.
     Modules named in `left_out` don't count.
 
-    It has types, shapes, what is shared, what modules hold in attributes, and numbers in buffers but running
-    statistics.
+    It holds types, shapes, which tensors and modules are shared, the attributes of modules, and the numbers in buffers
+    except running statistics.
     """
     parts: list[Any] = []
     places: dict[int, int] = {}
@@ -148,8 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _seen(value: Any) -> Any:
-    """Something hashable that is equal where constants are, and containers and small tensors of them; elsewhere it is
-    the object's identity."""
+    """A hashable value: for constants, containers and small tensors equal if they are, else the object's identity."""
     if isinstance(value, Tensor):
         if value.is_meta or value.numel() > _SMALL:
             return Tensor, id(value)
@@ -166,4 +164,6 @@ def _seen(value: Any) -> Any:
 
 
 ROUNDINGS = 8
+"""How many roundings of the largest element another order of sums may make: a pairwise sum of 256 terms makes 8."""
 _SMALL = 100_000
+"""Elements up to which a tensor is compared by its numbers; writing more of them out is slow."""

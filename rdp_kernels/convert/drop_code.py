@@ -1,4 +1,4 @@
-"""What can't be seen by running a drop-path: what its attributes share with others, what else its code reads."""
+"""Finds what running a drop-path doesn't show: attributes that others may change, and what else its code reads."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 _BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters", "_is_hf_initialized"}
-"""Entries of a module's `__dict__` that say nothing of what it does."""
+"""Entries of a module's `__dict__` that don't change what its forward does."""
 _CONSTANTS = (bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _HARMLESS = (types.ModuleType, type, types.BuiltinFunctionType, types.BuiltinMethodType, torch.jit.ScriptFunction)
 _TRUSTED = {"torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings", "rdp_kernels"}
-"""Packages whose functions are taken for what their names say."""
+"""Packages whose functions are taken to do always the same."""
 
 
 class NoLaw(Exception):
-    """A module isn't a drop-path that can be followed; the message is for users, about "it"."""
+    """A module isn't a drop-path that can be followed. The message is for users and calls the module "it"."""
 
 
 def is_number(value: Any) -> bool:
-    """Whether `float` makes a number of it that may be a rate; of bool and str it doesn't."""
+    """Whether a value can be a rate: `float(value)` gives a number, and it is no bool or str."""
     if isinstance(value, (float, int)):
         return not isinstance(value, bool)
     if isinstance(value, Tensor):
@@ -38,7 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Its numbers and its constants by name: own ones, buffers, and those of its classes. Raises `NoLaw` for others."""
+    """A module's numbers and constants by name, own ones, buffers and its classes'. Raises `NoLaw` for others."""
     if "forward" in module.__dict__:
         raise NoLaw("its forward was replaced on the instance")
     if any(child is not None for child in module._modules.values()):
@@ -64,7 +64,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _of_classes(kind: type) -> dict[str, Any]:
-    """Attributes of a module's classes that are no methods."""
+    """The attributes of a module's classes that aren't methods."""
     found: dict[str, Any] = {}
     for cls in reversed(_classes(kind)):
         found |= {name: v for name, v in vars(cls).items() if not name.startswith("__") and not hasattr(v, "__get__")}
@@ -76,27 +76,28 @@ def _classes(kind: type) -> list[type]:
 
 
 def reads_training(kind: type[nn.Module]) -> bool:
-    """Whether a method of its own reads an attribute of that name."""
+    """Whether a method of the class reads an attribute named `training`."""
     methods = [f for cls in _classes(kind) for f in vars(cls).values() if isinstance(f, types.FunctionType)]
     codes = [code for method in map(inspect.unwrap, methods) for code in _codes(method.__code__)]  # type: ignore[attr-defined]
     return any("training" in code.co_names for code in codes)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code and what is defined in it."""
+    """The code and the code of what is defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
 
 
-Places = tuple[tuple[Mapping[str, Any], str, Any], ...]
-"""Functions and where each is found: the names of a file or of a class, and its own."""
+FoundFunctions = tuple[tuple[Mapping[str, Any], str, Any], ...]
+"""Functions, each with the namespace and the name that it is found by: the globals of a file, or a class."""
 
 
-def check_code(kind: type[nn.Module]) -> Places:
-    """What its forward calls of Python functions. Raises `NoLaw` where it, or one of these, reads something that may
-    change: a number or an object of its file, of its class or of what encloses it. Code of torch's is trusted."""
+def check_code(kind: type[nn.Module]) -> FoundFunctions:
+    """The Python functions that a drop-path's forward calls. Raises `NoLaw` where the forward or one of these reads
+    something that may change: a number or an object of its file, its class or an enclosing function. Code of torch is
+    trusted."""
     if kind.__call__ is not nn.Module.__call__:
         raise NoLaw("its class has a __call__ of its own")
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not nn.Module.__getattribute__:
@@ -124,7 +125,8 @@ def _check_function(function: types.FunctionType, kind: type, seen: dict[Any, An
 
 
 def _reads(code: types.CodeType) -> Iterator[list[str]]:
-    """Dotted names that begin with a global, or with ".", the attribute of anything. Raises `NoLaw` for assignments."""
+    """The names that code reads: a global and its attributes, or "." and the name of an attribute of any other object.
+    Raises `NoLaw` for assignments to globals."""
     names: list[str] = []
     for step in dis.get_instructions(code):
         if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
@@ -147,7 +149,7 @@ def _check_name(names: list[str], function: types.FunctionType, kind: type, seen
     if not names:
         return
     first, *rest = names
-    if first == ".":  # self's, perhaps
+    if first == ".":  # perhaps an attribute of self
         for cls in _classes(kind):
             value = vars(cls).get(rest[0])
             if value is not None and not is_number(value) and not _is_constant(value):

@@ -1,4 +1,4 @@
-"""A copy of a drop-path, run on the CPU in training and in eval mode, to see what it does."""
+"""Runs a copy of a drop-path on the CPU, in training and in eval mode, to see what it does."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from .drop_code import NoLaw, is_number
+from .snapshot import preserved_generators
 
 _PROBED = (0.05, 0.3, 0.8)
 """Values of P(drop) at which frequency and scale are compared with the law."""
 _ROWS, _PATTERNS = 4096, 256
+"""How many rows of one call, and how many calls, are counted: a frequency then has an error of 0.01 to 0.03."""
 _SIGMAS = 5.0
+"""How far a frequency may be off: a right one is further off once in 2 million observations."""
 _CHI_SQUARED = 45.0
 """Bound for 7 degrees of freedom: independent rows exceed it once in 7 million observations."""
 _NO_ATTRIBUTE = "how often it drops follows none of its attributes, so that a schedule's changes would go unseen"
 
 
 class Seen(NamedTuple):
-    """What was seen of a drop-path; the fields are `Law`'s."""
+    """What was seen of a drop-path. The fields mean what they mean in `Law`."""
 
     attribute: str | None
     keeps: bool = False
@@ -34,12 +37,12 @@ class Seen(NamedTuple):
 
 
 class Probe:
-    """A copy of the module that can be called and given other numbers."""
+    """A copy of the module that can be called and can be given other numbers."""
 
     def __init__(self, module: nn.Module, dims: int, numbers: dict[str, Any]):
         self.dims, self.numbers = dims, numbers
         self.copy = object.__new__(type(module))
-        # Shallow: the attributes are numbers and constants, and hooks may hold anything.
+        # The copy is shallow, as the attributes are numbers and constants. It has no hooks, which may hold anything.
         self.copy.__dict__ |= {name: _on_cpu(value) for name, value in module.__dict__.items()}
         for name, value in nn.Module().__dict__.items():
             if isinstance(value, dict):
@@ -47,7 +50,7 @@ class Probe:
         self.copy.__dict__["_buffers"] = {name: _on_cpu(value) for name, value in module._buffers.items()}
 
     def x(self, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Without zeros."""
+        """A random input without zeros."""
         generator = torch.Generator().manual_seed(seed)
         size = (rows, *[3, 2, 2, 2, 2][: self.dims - 1])
         x = torch.rand(size, generator=generator) - 0.5
@@ -59,7 +62,7 @@ class Probe:
 
     @contextlib.contextmanager
     def having(self, name: str, value: float) -> Iterator[float]:
-        """Another number in an attribute, as its type has it."""
+        """Puts another number into an attribute, in the type that the attribute has."""
         place: dict[str, Any] = self.copy._buffers if name in self.copy._buffers else self.copy.__dict__
         missing = object()
         before, kind = place.get(name, missing), self.numbers[name]
@@ -73,7 +76,7 @@ class Probe:
                 place[name] = before
 
     def factors(self, x: Tensor, tolerance: float = 1e-5) -> Tensor:
-        """What a call multiplies each row by, float32 `[rows]`. Raises `NoLaw` where it does something else."""
+        """What a call multiplies each row by, float32 `[rows]`. Raises `NoLaw` where the call does something else."""
         out = self.run(x)
         if not isinstance(out, Tensor):
             raise NoLaw(f"it returns a {type(out).__name__} in training")
@@ -90,7 +93,7 @@ class Probe:
         return first[:, 0]
 
     def masks(self, calls: int, rows: int = 4, seed: int | None = None, x: Tensor | None = None) -> Tensor:
-        """Which rows are kept, bool `[calls, rows]`, by their first numbers."""
+        """Which rows the calls keep, bool `[calls, rows]`, judged by the first number of each row."""
         if seed is not None:
             _seed(seed)
         x = self.x(rows) if x is None else x
@@ -104,7 +107,7 @@ def _on_cpu(value: Any) -> Any:
 def _like(kind: Any, value: float) -> Any:
     if isinstance(kind, Tensor):
         return torch.full(kind.shape, value, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
-    if hasattr(kind, "dtype") and kind.dtype.kind == "f":  # numpy's
+    if hasattr(kind, "dtype") and kind.dtype.kind == "f":  # of numpy
         return (kind * 0 + value).astype(kind.dtype)
     return value
 
@@ -123,14 +126,11 @@ def _seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def undisturbed(kind: type) -> Iterator[None]:
-    """Puts the global generators and what a class has back, and keeps the surroundings' contexts out."""
+    """Restores the global generators and the attributes of a class, and keeps the caller's contexts out."""
     of_classes = [(cls, dict(vars(cls))) for cls in kind.__mro__ if not cls.__module__.startswith("torch.")]
-    numpy = sys.modules.get("numpy")
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with (
-            torch.random.fork_rng(devices=devices),
+            preserved_generators(),
             torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext(),  # slow
             torch.autocast("cpu", enabled=False),
             torch.inference_mode(False),
@@ -144,16 +144,13 @@ def undisturbed(kind: type) -> Iterator[None]:
         for cls, before in of_classes:
             for name in [name for name, value in vars(cls).items() if before.get(name) is not value]:
                 setattr(cls, name, before[name]) if name in before else delattr(cls, name)
-        random.setstate(of_python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
 
 
-# What is looked at
+# What is observed
 
 
 def seen_in(probe: Probe) -> Seen:
-    """What a drop-path does. Raises `NoLaw` where that is something else than to drop at a rate it has."""
+    """What a drop-path does. Raises `NoLaw` if it does anything but drop rows at the rate in one of its attributes."""
     _check_it_stands_still(probe)
     attribute, keeps = _governing(probe)
     if attribute is None:
@@ -164,6 +161,8 @@ def seen_in(probe: Probe) -> Seen:
 
 
 def rows_dropped(probe: Probe) -> str:
+    """Whether whole rows are "dropped", or else parts of them or the shape change ("no drop-path"), the input is always
+    changed in the same way ("a function"), or neither ("nothing")."""
     x, outs = probe.x(8), []
     for _ in range(32):
         outs.append(out := probe.run(x))
@@ -177,12 +176,12 @@ def rows_dropped(probe: Probe) -> str:
 
 
 def _check_it_stands_still(probe: Probe) -> None:
-    """Calls leave the module, its class and the input as they are; eval is the identity."""
+    """Raises `NoLaw` where a call changes the module, its class or its input, or isn't the identity in eval mode."""
     kind, x = type(probe.copy), probe.x(4)
     required = [p for p in list(inspect.signature(kind.forward).parameters.values())[1:]
                 if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
     if len(required) != 1:
-        raise NoLaw(f"its forward takes {len(required)} arguments, so that it does more than to drop")
+        raise NoLaw(f"its forward takes {len(required)} arguments, so it does more than drop")
     for training in (False, True, True):
         probe.copy.training = training
         before, of_class, given = _state(probe.copy), dict(vars(kind)), x.clone()
@@ -217,7 +216,7 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _governing(probe: Probe) -> tuple[str | None, bool]:
-    """The number that P(drop), or P(keep), follows. None where it never drops."""
+    """The name of the number that P(drop) follows, and whether it is P(keep) instead; None where it never drops."""
     if not probe.numbers:
         if bool(probe.masks(64).all()):
             _check_identity(probe.run(), probe.x(4), "in training, where it doesn't drop,")
@@ -234,7 +233,7 @@ def _governing(probe: Probe) -> tuple[str | None, bool]:
         except NoLaw as reason:
             reasons.append(reason)
             continue
-        except Exception:  # a number that can't be a probability
+        except Exception:  # the number can't be a probability
             continue
         for keeps, expected in ((False, (0.1, 0.9)), (True, (0.9, 0.1))):
             if all(abs(fraction - wanted) < 0.2 for fraction, wanted in zip(seen, expected, strict=True)):
@@ -265,7 +264,7 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
             p = 1 - value if keeps else value
             _check_identity(probe.run(training=False), probe.x(4), "in eval mode")
             scales.append(_scale(probe, p))
-            # The scale tells P(drop) to many digits; without one more has to be counted.
+            # The scale tells P(drop) to many digits. Without a scale, more rows have to be counted.
             rows, calls = (_ROWS, 1) if mode == "sample" else (1, _PATTERNS)
             kept = probe.masks(calls if scales[0] == 0.0 else 8 * calls, rows).float()
             if abs(1 - float(kept.mean()) - p) > _SIGMAS * (p * (1 - p) / kept.numel()) ** 0.5 + 1e-6:
@@ -283,7 +282,7 @@ def _present(probe: Probe, attribute: str, keeps: bool) -> list[float]:
 
 
 def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> float:
-    """1.0 where kept rows stay as they are, 0.0 where they are divided by P(keep)."""
+    """1.0 if kept rows stay as they are, 0.0 if they are divided by P(keep). Raises `NoLaw` otherwise."""
     for _ in range(200):
         factors = probe.factors(probe.x(64, dtype=dtype), tolerance)
         if (factors != 0).any():
@@ -298,7 +297,7 @@ def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance
 
 
 def _mode(probe: Probe) -> str:
-    """At P(drop) = 0.5."""
+    """Whether samples or whole batches are dropped: "sample" or "block", observed at P(drop) = 0.5."""
     kept = probe.masks(_PATTERNS, rows=3)
     mode = "block" if bool((kept == kept[:, :1]).all()) else "sample"
     if mode == "sample":
@@ -316,29 +315,30 @@ def _mode(probe: Probe) -> str:
 
 
 def _independent(kept: Tensor) -> bool:
-    """Whether the 8 patterns of three rows are equally frequent, by χ². `kept`: bool `[n, 3]`."""
+    """Whether the 8 patterns of three rows, bool `[n, 3]`, are equally frequent, by a χ² test."""
     counts, expected = torch.bincount((kept.long() * torch.tensor([1, 2, 4])).sum(1), minlength=8), len(kept) / 8
     return float(((counts - expected) ** 2).sum()) / expected < _CHI_SQUARED
 
 
 def _check_generators(probe: Probe) -> None:
-    """The mask comes from the global generators alone."""
+    """Raises `NoLaw` where the mask depends on anything but the global generators."""
     masks = probe.masks(32, seed=1)
     if not torch.equal(probe.masks(32, seed=1), masks):
         raise NoLaw("it draws from something else than the global generators")
     if torch.equal(probe.masks(32, seed=2), masks):
         raise NoLaw("it drops the same, whatever the global generators' seed")
-    if not torch.equal(probe.masks(32, seed=1, x=probe.x(4, seed=1)), masks):
-        raise NoLaw("what it drops depends on the numbers in its input")
-    with torch.no_grad():
-        if not torch.equal(probe.masks(32, seed=1), masks):
-            raise NoLaw("what it drops depends on torch.no_grad()")
+    surroundings: dict[str, tuple[contextlib.AbstractContextManager[Any], Tensor]] = {
+        "the numbers in its input": (contextlib.nullcontext(), probe.x(4, seed=1)),
+        "torch.no_grad()": (torch.no_grad(), probe.x(4)),
+        "autocast": (torch.autocast("cpu", torch.bfloat16), probe.x(4)),
+        "whether its input requires a gradient": (contextlib.nullcontext(), probe.x(4).requires_grad_()),
+    }
+    for what, (context, x) in surroundings.items():
+        with context:
+            if not torch.equal(probe.masks(32, seed=1, x=x), masks):
+                raise NoLaw(f"what it drops depends on {what}")
     with torch.autocast("cpu", torch.bfloat16):
         probe.factors(probe.x(4))
-        if not torch.equal(probe.masks(32, seed=1), masks):
-            raise NoLaw("what it drops depends on autocast")
-    if not torch.equal(probe.masks(32, seed=1, x=probe.x(4).requires_grad_()), masks):
-        raise NoLaw("what it drops depends on whether its input requires a gradient")
 
 
 def _check_gradient(probe: Probe) -> None:
@@ -350,7 +350,7 @@ def _check_gradient(probe: Probe) -> None:
         _seed(seed)
         out = probe.run(x)
         if not out.requires_grad and not factors.any():
-            continue  # zeros made anew: nothing of it depends on its input
+            continue  # new zeros, which don't depend on the input
         (out * probe.x(64, seed=2)).sum().backward()
         wanted = probe.x(64, seed=2) * factors.reshape(-1, *[1] * (x.dim() - 1))
         if x.grad is None or not torch.allclose(x.grad, wanted, rtol=1e-5, atol=1e-6):
@@ -364,7 +364,7 @@ def _check_dtypes(probe: Probe) -> None:
 
 
 def _check_others(probe: Probe, attribute: str) -> None:
-    """No other number changes anything."""
+    """Raises `NoLaw` where another number than `attribute` changes what the module does."""
     with probe.having(attribute, 0.5):
         _seed(4)
         expected = [probe.run(probe.x(16)) for _ in range(8)]

@@ -1,7 +1,7 @@
-"""The functions whose code a conversion followed: a block's forward, and what that names of its class and its module.
+"""The functions whose code a conversion followed: a block's forward, and the methods and helpers that it names.
 
-Tracing follows these and puts what they did into the converted class. Where one of them is replaced later, or has other
-code in the process that loads a pickle, the converted class is out of date.
+Tracing puts what these functions did into the converted class. That class is out of date where one of them is replaced
+later, or has other code in the process that loads a pickle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ _digests: dict[tuple[Any, ...], str] = {}
 
 @dataclass(frozen=True)
 class Followed:
-    """Functions, each with the place where it was found: a class and an attribute, or a module's globals and a name."""
+    """Functions, each with the place where it was found.
+
+    Args:
+        methods: a class, the name of its attribute and the attribute's value.
+        helpers: the globals of a Python module, a name in them and the function.
+    """
 
     methods: tuple[tuple[type, str, Any], ...]
     helpers: tuple[tuple[dict[str, Any], str, Any], ...]
@@ -33,7 +38,7 @@ class Followed:
     @classmethod
     def of(cls, kind: type[nn.Module]) -> Followed:
         methods: dict[tuple[type, str], Any] = {}
-        if getattr(kind, "forward", None) is getattr(kind, "forward", None):  # not of a descriptor that makes new ones
+        if getattr(kind, "forward", None) is getattr(kind, "forward", None):  # a descriptor may make new ones
             methods[kind, "forward"] = kind.forward
         helpers: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         stack = ["forward"]
@@ -49,11 +54,11 @@ class Followed:
         return cls(tuple((place, name, value) for (place, name), value in methods.items()), tuple(helpers.values()))
 
     def identities(self) -> tuple[Any, ...]:
-        """Equal where all functions are the same objects."""
+        """A value that is equal where all functions are the same objects."""
         return tuple(value for _, _, value in (*self.methods, *self.helpers))
 
     def replaced(self) -> str | None:
-        """The name of a function that is another one now; None where all are what they were."""
+        """The name of a function that was replaced; None if there is none."""
         for kind, name, value in self.methods:
             if getattr(kind, name, None) is not value:
                 return f"{kind.__name__}.{name}"
@@ -63,15 +68,11 @@ class Followed:
         return None
 
     def replaced_on(self, block: nn.Module) -> str | None:
-        """The name of a method behind forward that the instance has in the place of its class's; None where there is
-        none."""
-        for _, name, _ in self.methods:
-            if name != "forward" and name in block.__dict__:
-                return name
-        return None
+        """The name of a followed method, except `forward`, that the instance overrides; None if there is none."""
+        return next((name for _, name, _ in self.methods if name != "forward" and name in block.__dict__), None)
 
     def digest(self) -> str:
-        """Of the functions' source without comments, docstrings and annotations; empty where there is no source."""
+        """A hash of the functions' source without comments, docstrings and annotations; "" without the forward's."""
         key = self.identities()
         if key not in _digests:
             found = [source(value) for value in key]
@@ -81,17 +82,17 @@ class Followed:
 
 
 def _methods(kind: type, name: str) -> Iterator[tuple[type, Any]]:
-    """The functions called `name` of a class and its bases, for `super()`, but for torch's own."""
+    """The functions called `name` in a class and in its bases outside of torch, which `super()` may call."""
     for place in kind.__mro__:
         raw = place.__dict__.get(name)
         function = _plain(raw)
-        # A class method is another object at every look.
+        # Reading a class method makes a new object each time.
         if isinstance(function, types.FunctionType) and not isinstance(raw, classmethod) and not _of_torch(place):
             yield place, function
 
 
 def _plain(raw: Any) -> Any:
-    """The function in a property or a static method."""
+    """The function inside a property or a static method, else `raw` itself."""
     return getattr(raw, "fget", None) or getattr(raw, "__func__", None) or raw
 
 
@@ -117,7 +118,7 @@ def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tupl
 
 @functools.lru_cache(1024)
 def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
-    """The names of globals and of attributes that a function's code reads; whether it is a global's."""
+    """The names that a function's code reads, each with whether it is a global's or an attribute's."""
     found = {
         (instruction.argval, instruction.opname == "LOAD_GLOBAL"): None
         for instruction in dis.get_instructions(code)
@@ -130,14 +131,14 @@ def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
 
 
 def source(function: Any) -> str:
-    """Normalised source, the same in all versions of Python as far as `ast.unparse` is; empty where there is none."""
+    """Normalised source; empty where there is none. Versions of Python agree on it where `ast.unparse` agrees."""
     try:
         text = textwrap.dedent(inspect.getsource(_plain(function)))
     except (OSError, TypeError):
         return ""
     try:
         tree = ast.parse(text)
-    except SyntaxError:  # a lambda within an expression
+    except SyntaxError:  # a lambda inside an expression
         return text
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):

@@ -1,4 +1,4 @@
-"""What is asked of a torch.fx graph here, and the values of its nodes in two calls."""
+"""Questions about a torch.fx graph, changes of one, and the values of its nodes in two calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import converted
 from .calls import Refused
+from .converted import RUN_PATH
 from .in_place import iadd
 from .trace import of_length, run_graph
 
@@ -22,7 +22,7 @@ _HEAVY = {
 }  # fmt: skip
 
 _CHEAP = {
-    operator.getitem, getattr, of_length, converted.this, "size", "dim", operator.mod, operator.floordiv,
+    operator.getitem, getattr, of_length, "size", "dim", operator.mod, operator.floordiv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ class Values:
 
 
 def computed_only_for(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """What is computed for `node` alone, in order."""
+    """The nodes whose values are used for `node` alone, in order."""
     inside: list[fx.Node] = []
     members = {node}
     before = list(graph.nodes)
@@ -74,21 +74,21 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def is_add(node: fx.Node) -> bool:
-    """Of two values."""
+    """Whether a node adds two values."""
     adds = node.op in ("call_function", "call_method") and node.target in _ADDS | _IN_PLACE_ADDS
     return adds and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def is_in_place(add: fx.Node) -> bool:
-    """Whether an add writes to its first summand, whose dtype it keeps."""
+    """Whether an add writes to its first summand and so keeps that summand's dtype."""
     return add.target in _IN_PLACE_ADDS
 
 
 def is_heavy(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it is worth skipping: it has weights, or multiplies matrices."""
+    """Whether a node is worth skipping: it has weights or multiplies matrices."""
     if node.op == "call_module":
         return any(True for _ in modules[str(node.target)].parameters())
-    return name_of(node) in _HEAVY or node.target is converted.run
+    return name_of(node) in _HEAVY
 
 
 def name_of(node: fx.Node) -> str:
@@ -100,7 +100,7 @@ def is_float(value: Any) -> bool:
 
 
 def check_mutations(graph: fx.Graph) -> None:
-    """Raises `Refused` where a tensor is changed and then used under its old name, which a graph doesn't show."""
+    """Raises `Refused` where a tensor is changed in place and used under its old name, which a graph doesn't show."""
     for node in graph.nodes:
         name = name_of(node)
         if node.target is operator.setitem:
@@ -111,8 +111,7 @@ def check_mutations(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Without what nobody uses and that computes nothing: taking apart of tuples, reads of shapes and attributes, and
-    comparisons, which an `if` has had."""
+    """Erases cheap nodes without users: items of tuples, shapes, attributes, comparisons that an `if` has used."""
     for node in reversed(list(graph.nodes)):
         cheap = node.op == "get_attr" or node.target in _CHEAP
         if cheap and not node.users:
@@ -120,12 +119,11 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def fold_nothing(graph: fx.Graph, values: Values) -> None:
-    """Parts of what a child returns that are None or empty, such as attention weights nobody asked for, become that."""
+    """Replaces what a child returns as None or empty by that constant: attention weights, for example."""
     for node in list(graph.nodes):
         if node.target is operator.getitem and node.users and all(map(_is_nothing, values.of(node))):
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, _replacing(node, values[node]))
-                user.kwargs = fx.map_arg(user.kwargs, _replacing(node, values[node]))
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), _replacing(node, values[node]))
             graph.erase_node(node)
 
 
@@ -144,20 +142,13 @@ def copy_of(graph: fx.Graph) -> fx.Graph:
 
 
 def copied_into(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
-    """`node` in another graph; `made` may hold sizes, which are tuples of nodes and numbers."""
+    """A copy of `node` in another graph. `made` maps the nodes that it takes to nodes of that graph, or to tuples of
+    nodes and numbers for sizes."""
     args, kwargs = (fx.map_arg(a, made.__getitem__) for a in (node.args, node.kwargs))
     return graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
 
 
-def self_of(graph: fx.Graph) -> fx.Node:
-    """The node that stands for the block itself."""
-    for node in graph.nodes:
-        if node.target is converted.this:
-            return node
-    with graph.inserting_before(next(iter(graph.nodes))):
-        return graph.call_function(converted.this)
-
-
 def module_calls(nodes: Iterable[fx.Node]) -> list[str]:
-    """The children that are called, each once."""
-    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
+    """The names of the modules that the nodes call, each once. Calls of paths are left out."""
+    names = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")
+    return [name for name in names if name != RUN_PATH]

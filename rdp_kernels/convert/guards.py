@@ -1,4 +1,4 @@
-"""Python values that a traced forward relies on, and how they are looked at again before each call."""
+"""Guards: Python values that a traced forward relies on, which are compared again before each call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONSTANTS = (*CONSTANTS, numbers.Number, enum.Enum, bytes, range, torch.memory_
 
 
 class Missing(enum.Enum):
-    """What stands for an attribute that there isn't."""
+    """The value that a guard has where an attribute doesn't exist."""
 
     MISSING = "not set"
 
@@ -36,11 +36,11 @@ KINDS = {
     "names": "tuple({}._modules)",
     "type": "type({}).__qualname__",
 }
-"""How each kind of guard reads what it compares."""
+"""How each kind of guard reads the value that it compares."""
 
 
 def is_constant(value: Any) -> bool:
-    """Whether a value can be compared with `==` later and pickled: numbers, strings, types of torch, and containers."""
+    """Whether a value can be pickled and compared by `==`: numbers, strings, dtypes and the like, in containers too."""
     named = isinstance(value, tuple) and hasattr(value, "_fields")
     if named or type(value) in (tuple, list, set, frozenset, torch.Size):
         return all(map(is_constant, value))
@@ -51,14 +51,15 @@ def is_constant(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Guard:
-    """One value, where it is found and what it was.
+    """Where one value is found, and what it was.
 
     Args:
-        place: `"block"`; the name of a Python module; `"class"`, one among the block's; or `"closure"`, that of a
-            function that the block's class holds.
-        path: the names that lead to it. Of a block: of its submodules first, `num_modules` of them. Of a class: its
-            qualified name and the attribute. Of a closure: the function's qualified name and the variable.
-        kind: of `KINDS`. Of `"present"` the value is True.
+        place: `"block"`, the name of a Python module, `"class"` for a class among the block's, or `"closure"` for a
+            variable that encloses a function of the block's class.
+        path: the names that lead to the value. In a block, `num_modules` names of submodules come first. In a class
+            they are the class's qualified name and the attribute, in a closure the function's qualified name and the
+            variable.
+        kind: one of `KINDS`. The value of a guard of kind `"present"` is True.
     """
 
     place: str
@@ -69,7 +70,7 @@ class Guard:
 
     @classmethod
     def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> Guard:
-        """With a copy of the value, as lists and dicts may change in place."""
+        """A guard with a copy of the value, as lists and dicts may change in place."""
         return cls(place, tuple(path), copy.deepcopy(value), num_modules, kind)
 
     def __deepcopy__(self, memo: object) -> Guard:
@@ -79,11 +80,9 @@ class Guard:
         name = ".".join(self.path)
         if self.place == "closure":
             name = f"the variable {self.path[-1]!r} of an enclosing function"
-        elif self.place == "class":
-            pass
         elif self.place == "block":
             name = f"its attribute {name!r}"
-        else:
+        elif self.place != "class":
             name = f"{self.place}.{name}"
         if self.kind == "names" and value is not MISSING:
             return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
@@ -92,7 +91,7 @@ class Guard:
         return f"{name} was another when it was converted"
 
     def expression(self, names: dict[str, Any], cells: Mapping[Any, types.CellType], base: type) -> str:
-        """Python source that reads it; `names` takes what the source refers to."""
+        """Python source that reads the value. The objects that the source refers to are added to `names`."""
 
         def named(value: Any) -> str:
             names[f"_{len(names)}"] = value
@@ -114,8 +113,8 @@ class Guard:
         return KINDS[self.kind].format(f"{text}.{rest[-1]}" if rest else text)
 
 
-class Found:
-    """What was seen of a forward: guards, and the reasons to refuse it."""
+class Findings:
+    """What was found out about a forward: guards, and reasons to refuse it."""
 
     def __init__(self) -> None:
         self._guards: dict[tuple[Any, ...], Guard] = {}
@@ -126,20 +125,20 @@ class Found:
         return tuple(self._guards.values())
 
     def guard(self, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> None:
-        """As `Guard.of`; the first value of a place counts."""
+        """Adds a guard, unless there is one for the same place and kind. The arguments are those of `Guard.of`."""
         self._guards.setdefault((place, tuple(path), kind), Guard.of(place, path, value, num_modules, kind))
 
     def guard_of(self, place: str, path: Sequence[str], kind: str = "value") -> Guard | None:
         return self._guards.get((place, tuple(path), kind))
 
     def refuse(self, reason: str | None) -> None:
-        """Notes a reason, if it is one."""
+        """Adds a reason. None adds nothing."""
         if reason is not None:
             self.refusals.append(reason)
 
 
 class Guards:
-    """Guards of a class of blocks, made to be looked at as fast as Python can."""
+    """The guards of a class of blocks, compiled into one function, as every call checks them."""
 
     def __init__(self, guards: Sequence[Guard], base: type[nn.Module]):
         self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)
@@ -148,7 +147,7 @@ class Guards:
         tests = []
         for number, (guard, text) in enumerate(zip(guards, self._expressions, strict=True)):
             self._names |= {f"was{number}": guard.value, f"kind{number}": type(guard.value)}
-            # With the type, as a tensor of one number equals that number.
+            # The type is compared too, as a tensor of one number equals that number.
             tests.append(f"((v := {text}) is was{number} or type(v) is kind{number} and v == was{number})")
         exec(f"def holds(self):\n    return {' and '.join(tests) or True}", self._names)
         self._holds: Callable[[nn.Module], bool] = self._names["holds"]
@@ -171,7 +170,7 @@ class Guards:
 
 
 def functions_of(base: type) -> Iterator[types.FunctionType]:
-    """The functions that a class holds, its bases' outside of torch among them, and those in their closures."""
+    """The functions of a class and of its bases outside of torch, and the functions in their closures."""
     seen: set[int] = set()
     stack: list[Any] = [
         value
@@ -198,7 +197,7 @@ def cells_of(base: type) -> Iterator[tuple[tuple[str, str], types.CellType]]:
 
 
 def can_be_pickled(value: Any) -> bool:
-    """Whether a function or class is found again by its name."""
+    """Whether unpickling a function or class finds the same object by its name."""
     try:
         return pickle.loads(pickle.dumps(value)) is value
     except Exception:

@@ -1,10 +1,10 @@
-"""`x += y` and the like, which torch.fx would record as `x + y`: of a tensor they keep the dtype. And hashes,
-which torch.fx would give of the proxy."""
+"""Proxies that record `x += y` and the like, where torch.fx would record `x + y`, which may have another dtype."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,23 +33,22 @@ def itruediv(x: Any, y: Any) -> Any:
     return x
 
 
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], fx.Proxy]:
+    def method(proxy: fx.Proxy, other: Any) -> fx.Proxy:
+        return proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+    return method
+
+
 class Proxy(fx.Proxy):
-    """Records them as calls of these functions. Torch's code for `operator.iadd` would change integers' old names."""
+    """Records in-place operators as calls of the functions above. For `operator.iadd` torch.fx would write
+    `x += y; z = x`, which would give an integer a new value under its old name."""
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", itruediv, (self, other), {})
+    __iadd__, __isub__ = _recorded(iadd), _recorded(isub)
+    __imul__, __itruediv__ = _recorded(imul), _recorded(itruediv)
 
     def __hash__(self) -> int:
-        """In a set or dict of numbers it is never found, so that what follows holds for one shape."""
+        """Raises where code outside of torch looks the proxy up, as no set or dict of numbers holds it."""
         if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-            raise fx.proxy.TraceError("it looks something up by a value that has no number while it is recorded")
+            raise fx.proxy.TraceError("it looks something up by a value that isn't known while it is recorded")
         return id(self)

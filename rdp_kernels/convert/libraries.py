@@ -1,7 +1,7 @@
-"""What counts as a drop-path module in other libraries, and its rate.
+"""What other libraries call a drop-path, and its rate.
 
-timm's `DropPath`, torchvision's `StochasticDepth`, the many `*DropPath` of transformers; any other module without
-weights that is seen to drop rows; and, at rate 0, the `nn.Identity` that stands in its place, known by its name.
+A drop-path of a new library is one row of `DROP_PATHS`. Any other module without weights counts too if it is seen to
+drop rows when it is run.
 """
 
 from __future__ import annotations
@@ -9,21 +9,47 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import NamedTuple
 
 from torch import nn
 
 from .drop_code import is_number, reads_training
 from .observed import Law, drops_now, drops_rows, known_law_of
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+class DropPathKind(NamedTuple):
+    """How the drop-paths of some libraries are known.
+
+    Args:
+        class_name: a part of the class's name, in any case.
+        child_name: a part of the name under which blocks hold it, as a pattern, in any case. Where the rate is 0, many
+            blocks hold an `nn.Identity` under this name.
+        rates: the attributes that may hold P(drop). They count only where running the module doesn't tell.
+    """
+
+    class_name: str
+    child_name: str
+    rates: tuple[str, ...]
+
+
+DROP_PATHS = (
+    DropPathKind("DropPath", r"drop_?path", ("drop_prob", "drop_path", "drop_rate")),  # timm, transformers
+    DropPathKind("StochasticDepth", r"stochastic_?depth", ("p",)),  # torchvision
+    DropPathKind("DropConnect", r"drop_?connect", ("drop_prob",)),  # the first EfficientNets for PyTorch
+)
+_TYPE = re.compile("|".join(kind.class_name for kind in DROP_PATHS), re.IGNORECASE)
+_NAME = re.compile("|".join(kind.child_name for kind in DROP_PATHS), re.IGNORECASE)
+_RATES = tuple(dict.fromkeys(rate for kind in DROP_PATHS for rate in kind.rates))
+
+CONCATENATED = {"torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer"}
+"""Blocks whose callers concatenate the output with the input. A dropped output is zeros."""
+MODULE_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 REFUSED = "_rdp_refused"
 """The attribute under which a block keeps the names of drop-paths that `convert` has refused."""
-_TYPE = re.compile(r"DropPath|StochasticDepth|DropConnect", re.IGNORECASE)
-_NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
 
 
 def is_drop_path(name: str, module: nn.Module) -> bool:
-    """Whether it goes by such a name, or is seen to drop rows. `name`: under which its parent has it."""
+    """Whether a module, which its parent holds under `name`, has a name of `DROP_PATHS` or is seen to drop rows."""
     kind = type(module)
     if isinstance(module, nn.Identity) and kind.__name__ == "Identity":
         return _NAME.search(name) is not None
@@ -37,23 +63,23 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
 
 
 def owns_drop_path(module: nn.Module) -> bool:
-    """Whether it has one as a child, or in a container among its children."""
+    """Whether a module has a drop-path among its children or in a container among these."""
     return bool(drop_paths_of(module))
 
 
 def drop_paths_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Those that a module's own forward may call, by name: its children, and those of its containers."""
+    """The drop-paths that a module's own forward may call, by name: its children, and what its containers hold."""
     found: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         if is_drop_path(name, child):
             found[name] = child
-        elif type(child) in CONTAINERS:
+        elif type(child) in MODULE_CONTAINERS:
             found |= {f"{name}.{inner}": m for inner, m in drop_paths_of(child).items()}
     return found
 
 
 def left_over(model: nn.Module) -> list[str]:
-    """Drop-paths that drop, and that `convert` has refused."""
+    """The names of the drop-paths that `convert` has refused and whose rate isn't 0."""
     found = []
     for name, block in model.named_modules():
         for path in dict.fromkeys(refused.partition(":")[0] for refused in block.__dict__.get(REFUSED, ())):
@@ -63,7 +89,7 @@ def left_over(model: nn.Module) -> list[str]:
 
 
 def warn_left_over(model: nn.Module) -> None:
-    """Warns of them, in the name of the line that makes a scheme."""
+    """Warns of the drop-paths in `left_over`. The warning points at the line that makes a scheme."""
     others = left_over(model)
     if others:
         warnings.warn(
@@ -74,12 +100,15 @@ def warn_left_over(model: nn.Module) -> None:
 
 
 def rate_of(module: nn.Module) -> float:
-    """P(drop) of a drop-path as it is now: by its law, else as often as it is seen to drop, or by the usual names
-    where these agree or nothing is seen; nan where none of them tells."""
+    """P(drop) of a drop-path as it is now.
+
+    Its law tells, if it has one. Otherwise the first attribute of `DROP_PATHS` tells, unless the module is seen to drop
+    at another rate, which then counts. It is nan where neither is known.
+    """
     law = known_law_of(module)
     if isinstance(law, Law):
         return law.drop_prob(module)
-    numbers = [module.__dict__.get(name, "") for name in ("drop_prob", "p", "drop_path", "drop_rate")]
+    numbers = [module.__dict__.get(name, "") for name in _RATES]
     named = next((float(value) for value in numbers if is_number(value)), math.nan)
     seen = drops_now(module)
     return named if seen is None or abs(named - seen) < 0.05 else round(seen, 2)

@@ -1,51 +1,51 @@
-"""What a drop-path does, found by running it: how often it drops, samples or whole batches, and how it scales.
+"""Finds out what a drop-path does by running it: how often it drops, whether whole batches, and how it scales.
 
 | file | does |
 |---|---|
-| `observed.py` | says which law a module follows, and remembers it |
+| `observed.py` | says which law a module follows, and caches it |
 | `drop_probe.py` | runs a copy of the module on the CPU |
-| `drop_code.py` | refuses what can't be seen by running it |
+| `drop_code.py` | refuses modules that may do what running them doesn't show |
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .drop_code import NoLaw, Places, attributes_of, check_code, is_number
+from .drop_code import FoundFunctions, NoLaw, attributes_of, check_code, is_number
 from .drop_probe import Probe, rows_dropped, seen_in, undisturbed
 
 
 @dataclass(frozen=True)
 class Law:
-    """What a drop-path does in training: rows are 0 with P(drop), else multiplied. In eval mode it is the identity."""
+    """What a drop-path does in training: it sets rows to 0 with P(drop) and scales the others. Eval is the identity."""
 
     kind: type[nn.Module]
     forward: Any
     size: int
     """The number of entries in the `__dict__` of the module that was observed."""
     constants: tuple[tuple[str, Any], ...]
-    """Attributes that are no numbers: where one changes, the module is observed anew."""
+    """The attributes that aren't numbers. Where one changes, the module is observed anew."""
     attribute: str | None
-    """The one that says how often it drops; None where it never does."""
+    """The attribute that says how often it drops; None where it never drops."""
     keeps: bool = False
-    """The attribute is P(keep)."""
+    """Whether the attribute is P(keep)."""
     mode: str = "sample"
     scale_by_keep: bool = True
-    code: Places = field(default=(), compare=False, repr=False)
-    """Of the functions behind its forward."""
+    code: FoundFunctions = field(default=(), compare=False, repr=False)
+    """The functions that its forward calls."""
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Whether `module` still is what was observed. Asked at each draw."""
+        """Whether `module` is still what was observed. Every draw asks this."""
         kind, found = type(module), module.__dict__
         if kind is not self.kind or kind.forward is not self.forward:
             return False
-        if not torch.compiler.is_compiling() and len(found) != self.size:  # some versions of Dynamo know no length
+        if not torch.compiler.is_compiling() and len(found) != self.size:  # Dynamo may have no len
             return False
         if not torch.compiler.is_compiling():
             for space, name, function in self.code:
@@ -61,11 +61,11 @@ class Law:
         return type(rate) is float or is_number(_number(module, self.attribute))
 
     def drop_prob(self, module: nn.Module) -> float:
-        """P(drop), read from the module as it is now. Raises `ValueError` where it is no probability."""
+        """P(drop), read from the module as it is now. Raises `ValueError` if it is no probability."""
         if self.attribute is None:
             return 0.0
         value = module.__dict__.get(self.attribute)
-        if type(value) is not float:  # None among them: a buffer, or of a class
+        if type(value) is not float:  # a buffer, or an attribute of the class
             value = float(_number(module, self.attribute))
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{self.attribute} of a {self.kind.__name__} must be between 0 and 1, it is {value}")
@@ -75,7 +75,7 @@ class Law:
         return self
 
     def __reduce__(self) -> tuple:
-        # Functions can't always be pickled. Without one the law doesn't hold, and is looked up again.
+        # Functions can't always be pickled. A law without a forward holds for no module, so that it is made anew.
         fields = (self.kind, None, self.size, self.constants, self.attribute, self.keeps, self.mode, self.scale_by_keep)
         return Law, fields
 
@@ -87,7 +87,7 @@ _drops: dict[tuple, bool | None] = {}
 def law_of(module: nn.Module, dims: int) -> Law | str:
     """The law of a drop-path that is called with tensors of `dims` dimensions, or why it has none.
 
-    It doesn't depend on the module's numbers, so that modules which differ in these alone are observed once.
+    The law doesn't depend on the module's numbers. Modules that differ only in these are observed once.
     """
     if _is_identity(module):
         return Law(nn.Identity, nn.Identity.forward, len(module.__dict__), (), None)
@@ -100,7 +100,7 @@ def law_of(module: nn.Module, dims: int) -> Law | str:
 
 
 def known_law_of(module: nn.Module) -> Law | str:
-    """As `law_of`, where nobody says how many dimensions there are."""
+    """The law of a drop-path for the first number of dimensions that it can be called with, or why it has none."""
     try:
         key = () if _is_identity(module) else key_of(module)
     except NoLaw as reason:
@@ -116,7 +116,7 @@ def known_law_of(module: nn.Module) -> Law | str:
 def drops_rows(module: nn.Module) -> bool | None:
     """Whether `module` is seen to set whole rows to zero in training, now or with another number in an attribute.
 
-    False where it is a function of its input instead; None where it is neither, or can't be observed.
+    It is False where the module always does the same to its input, and None where it does neither or can't be observed.
     """
     try:
         key = key_of(module)
@@ -126,22 +126,31 @@ def drops_rows(module: nn.Module) -> bool | None:
 
 
 def drops_now(module: nn.Module) -> float | None:
-    """The fraction of rows that a module without a law is seen to drop, as it stands; None where it can't be seen."""
+    """The fraction of rows that a module without a law is seen to drop now; None where it can't be observed."""
+    calls, rows = 256, 4
+    with _probes(module) as probes:
+        for probe in probes:
+            with contextlib.suppress(Exception):
+                dropped = [float((probe.run() == 0).flatten(1).all(1).sum()) for _ in range(calls)]
+                return sum(dropped) / (calls * rows)
+    return None
+
+
+@contextlib.contextmanager
+def _probes(module: nn.Module) -> Iterator[list[Probe]]:
+    """Probes that call the module with tensors of 3, 4 and 2 dimensions; none where it can't be observed."""
     try:
         numbers, _ = attributes_of(module)
         check_code(type(module))
     except NoLaw:
-        return None
+        yield []
+        return
     with undisturbed(type(module)):
-        for dims in (3, 4, 2):
-            with contextlib.suppress(Exception):
-                probe = Probe(module, dims, numbers)
-                return sum(float((probe.run() == 0).flatten(1).all(1).sum()) for _ in range(256)) / (256 * 4)
-    return None
+        yield [Probe(module, dims, numbers) for dims in (3, 4, 2)]
 
 
 def key_of(module: nn.Module) -> tuple:
-    """What modules with the same law have in common. Raises `NoLaw`."""
+    """A key that is equal for modules with the same law. Raises `NoLaw`."""
     kind = type(module)
     numbers, constants = attributes_of(module)
     code = tuple(function for _, _, function in check_code(kind))
@@ -149,7 +158,7 @@ def key_of(module: nn.Module) -> tuple:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of it run more than its forward."""
+    """Whether a call of the module runs more than its forward."""
     found = module.__dict__
     return bool(
         found["_forward_hooks"] or found["_forward_pre_hooks"] or found["_backward_hooks"]
@@ -158,7 +167,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> int:
-    """The same for drop-paths that do the same but for their numbers."""
+    """A number that is equal for drop-paths that differ only in their numbers."""
     try:
         return hash(nn.Identity if _is_identity(module) else key_of(module))
     except NoLaw:
@@ -197,15 +206,9 @@ def _observe(module: nn.Module, dims: int) -> Law | str:
 
 
 def _seen_dropping(module: nn.Module) -> bool | None:
-    try:
-        numbers, _ = attributes_of(module)
-        check_code(type(module))
-    except NoLaw:
-        return None
-    with undisturbed(type(module)):
-        for dims in (3, 4, 2):
-            probe = Probe(module, dims, numbers)
-            settings: list[Any] = [contextlib.nullcontext(), *(probe.having(name, 0.5) for name in numbers)]
+    with _probes(module) as probes:
+        for probe in probes:
+            settings: list[Any] = [contextlib.nullcontext(), *(probe.having(name, 0.5) for name in probe.numbers)]
             seen = []
             for setting in settings:
                 with contextlib.suppress(Exception), setting:

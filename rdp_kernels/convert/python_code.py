@@ -1,4 +1,4 @@
-"""What the code of a forward names besides its arguments: globals, variables of enclosing functions, attributes."""
+"""Reads the code of a forward for what it names: globals, variables of enclosing functions, attributes."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ import torch
 from torch import Tensor, nn
 
 from .called import library_of, of_user
-from .guards import Found, can_be_pickled, cells_of, contents_of, functions_of, is_constant
+from .guards import Findings, can_be_pickled, cells_of, contents_of, functions_of, is_constant
 from .snapshot import CONTAINERS
 
 _HARMLESS = (type(None), types.ModuleType, logging.Logger, nn.Module, enum.Enum)
 
 
 @dataclass
-class Run:
-    """What ran while a forward was traced."""
+class RanCode:
+    """The Python code that ran while a forward was traced, and what it may read."""
 
     codes: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
-    """The user's functions, with their globals."""
+    """The code of the user's functions, with their globals."""
     variables: list[tuple[types.CodeType, str, Any]] = field(default_factory=list)
-    """What they read of functions that enclose them."""
+    """The variables of enclosing functions that they read: the reader's code, the name and the value."""
     holders: list[Any] = field(default_factory=list)
     """Classes, modules and functions whose attributes may be read."""
     children: list[tuple[str, ...]] = field(default_factory=list)
-    """Paths of the block's modules that were read."""
+    """The names that lead to the block's modules that were read."""
 
 
 class CodeReader:
-    """Reads the code of all functions that ran. What may have another value later becomes a guard or a refusal.
+    """Reads the code of all functions that ran. A value that may be another later becomes a guard or a refusal.
 
     Args:
         several_inputs: whether the forward is called with more than one tensor.
     """
 
-    def __init__(self, block: nn.Module, run: Run, found: Found, several_inputs: bool):
-        self._block, self._run, self._found, self._several_inputs = block, run, found, several_inputs
+    def __init__(self, block: nn.Module, run: RanCode, found: Findings, several_inputs: bool):
+        self._block, self._ran, self._findings, self._several_inputs = block, run, found, several_inputs
 
     def read(self) -> None:
         for function in functions_of(type(self._block)):
             self._see_defaults(function)
         read, written = set[str](), set[str]()
-        for code, space in self._run.codes.items():
+        for code, space in self._ran.codes.items():
             if _is_numeric_library(code.co_filename):
                 continue
             self._read_globals(code, space)
@@ -61,35 +61,35 @@ class CodeReader:
             names = _attributes_in(code)
             read |= names[0]
             written |= names[1]
-            self._run.holders += _imported_in(code, space)
-            self._run.holders += [space[name] for name in names_in(code) if name in space]
+            self._ran.holders += _imported_in(code, space)
+            self._ran.holders += [space[name] for name in names_in(code) if name in space]
             if "__class__" in code.co_freevars or {"type", "__class__"} & set(code.co_names):
-                self._run.holders += [type(module) for module in self._block.modules()]
-        self._run.holders += [value for _, _, value in self._run.variables]
+                self._ran.holders += [type(module) for module in self._block.modules()]
+        self._ran.holders += [value for _, _, value in self._ran.variables]
         self._read_holders(read, written)
 
     def _read_holders(self, read: set[str], written: set[str]) -> None:
-        """Attributes of classes, modules and functions, by whatever variables they are reached."""
+        """Looks at attributes of classes, modules and functions, whatever variable leads to them."""
         seen: set[int] = set()
-        while self._run.holders:
-            holder = self._run.holders.pop()
+        while self._ran.holders:
+            holder = self._ran.holders.pop()
             if id(holder) in seen or not _is_holder(holder):
                 continue
             seen.add(id(holder))
             if isinstance(holder, type):
-                self._run.holders += holder.__mro__
+                self._ran.holders += holder.__mro__
             for name, value in list(vars(holder).items()):
                 if name in written and not _is_of_blocks(holder, self._block):
-                    self._found.refuse(f"its forward sets {name!r} of {holder.__name__}")
+                    self._findings.refuse(f"its forward sets {name!r} of {holder.__name__}")
                 if name not in read or name.startswith("__"):
                     continue
                 if _is_holder(value):
-                    self._run.holders.append(value)
+                    self._ran.holders.append(value)
                 elif is_constant(value) and not isinstance(value, enum.Enum):
                     self._guard_held(holder, name, value)
                 elif not (callable(value) or hasattr(value, "__get__") or isinstance(value, _HARMLESS)):
                     what = f"{name!r} of {holder.__name__} ({type(value).__name__})"
-                    self._found.refuse(f"its forward may read {what}, whose contents may change")
+                    self._findings.refuse(f"its forward may read {what}, whose contents may change")
 
     def _guard_held(self, holder: Any, name: str, value: Any) -> None:
         if isinstance(holder, types.ModuleType):
@@ -101,19 +101,18 @@ class CodeReader:
         else:
             place, path, known = holder.__module__, (*holder.__qualname__.split("."), name), can_be_pickled(holder)
         if known:
-            self._found.guard(place, path, value)
+            self._findings.guard(place, path, value)
         else:
-            self._found.refuse(f"it may read {name!r} of {holder.__name__}, which can't be imported by name")
+            self._findings.refuse(f"it may read {name!r} of {holder.__name__}, which can't be imported by name")
 
     def _see_defaults(self, function: types.FunctionType) -> None:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        if function.__code__ not in self._run.codes:
+        if function.__code__ not in self._ran.codes:
             return
         for value in defaults:
-            if isinstance(value, (list, dict, set)) or not (
-                is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
-            ):
-                self._found.refuse(
+            fixed = is_constant(value) or callable(value) or isinstance(value, (*_HARMLESS, Tensor))
+            if isinstance(value, (list, dict, set)) or not fixed:
+                self._findings.refuse(
                     f"{function.__name__} has a default argument of type {type(value).__name__}, which may change"
                 )
 
@@ -124,28 +123,28 @@ class CodeReader:
             if name in ("BEFORE_WITH", "SETUP_WITH") or (
                 name == "LOAD_SPECIAL" and "enter" in str(instruction.argrepr)
             ):
-                self._found.refuse(f"{code.co_name} has a with statement, which a graph doesn't have")
+                self._findings.refuse(f"{code.co_name} has a with statement, which a graph doesn't have")
             elif name in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in ("__setattr__", "__delattr__"):
-                self._found.refuse(f"{code.co_name} calls {instruction.argval}, which would not be called again")
+                self._findings.refuse(f"{code.co_name} calls {instruction.argval}, which would not be called again")
             elif name == "IS_OP" and self._several_inputs and _are_locals(instructions[max(place - 2, 0) : place]):
-                self._found.refuse(
+                self._findings.refuse(
                     f"{code.co_name} compares two variables by `is`; whether two arguments are one object isn't looked "
                     "at again"
                 )
             elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
-                if not any(_holds(other, code) for other in self._run.codes if other is not code):
-                    self._found.refuse(f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function")
+                if not any(_holds(other, code) for other in self._ran.codes if other is not code):
+                    self._findings.refuse(f"{code.co_name} assigns to {instruction.argval!r} of an enclosing function")
             elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                self._found.refuse(f"{code.co_name} assigns to the global {instruction.argval!r}")
+                self._findings.refuse(f"{code.co_name} assigns to the global {instruction.argval!r}")
             elif name == "LOAD_GLOBAL" and instruction.argval in ("isinstance", "type", "issubclass"):
-                for path in self._run.children:
+                for path in self._ran.children:
                     child = self._block.get_submodule(".".join(path))
-                    self._found.guard("block", path, type(child).__qualname__, len(path), "type")
+                    self._findings.guard("block", path, type(child).__qualname__, len(path), "type")
             elif name in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in space:
                 self._follow(code, space, [str(instruction.argval), *_attributes(instructions[place + 1 :])])
 
     def _follow(self, code: types.CodeType, space: dict[str, Any], names: list[str]) -> None:
-        """A global and what is read from it."""
+        """Looks at a global and at the attributes that are read from it."""
         value, path = space[names[0]], names[:1]
         for name in names[1:]:
             if isinstance(value, types.ModuleType) and _is_library(value):
@@ -154,7 +153,7 @@ class CodeReader:
                     value, path = found, [*path, name]
                     break
                 if value.__name__.partition(".")[0] in ("numpy", "os", "sys") and name in ("random", "environ", "argv"):
-                    self._found.refuse(f"{code.co_name} reads {value.__name__}.{name}")
+                    self._findings.refuse(f"{code.co_name} reads {value.__name__}.{name}")
                 return
             kept = value if isinstance(value, (types.ModuleType, type)) else None
             if kept is None and (isinstance(value, types.FunctionType) or name not in getattr(value, "__dict__", {})):
@@ -168,52 +167,50 @@ class CodeReader:
             pass
         elif is_constant(value):
             if not isinstance(module, str) or sys.modules.get(module) is None or vars(sys.modules[module]) is not space:
-                self._found.refuse(
+                self._findings.refuse(
                     f"{code.co_name} reads the global {'.'.join(path)!r} of a module that isn't imported"
                 )
                 return
-            self._found.guard(module, path, value)
+            self._findings.guard(module, path, value)
         elif not (callable(value) or isinstance(value, (types.ModuleType, logging.Logger)) or value is torch):
-            self._found.refuse(
+            self._findings.refuse(
                 f"{code.co_name} reads the global {'.'.join(path)!r} ({type(value).__name__}), which may change"
             )
 
     def _see_function(self, code: types.CodeType, function: Any, path: list[str], module: Any) -> None:
-        """A function may be replaced in its module; `followed.py` sees to those that a forward calls by one name."""
+        """Guards a function that may be replaced in its module. `followed.py` compares those called by one name."""
         if isinstance(function, types.FunctionType):
             self._see_defaults(function)
             if len(path) == 1:
                 return
-        if (
-            can_be_pickled(function)
-            and isinstance(module, str)
-            and vars(sys.modules.get(module, torch)).get(path[0]) is not None
-        ):
-            self._found.guard(module, path, function)
+        known = isinstance(module, str) and vars(sys.modules.get(module, torch)).get(path[0]) is not None
+        if known and can_be_pickled(function):
+            self._findings.guard(module, path, function)
 
     def _read_closure(self, code: types.CodeType) -> None:
-        held = [(name, value) for other, name, value in self._run.variables if other is code]
+        held = [(name, value) for other, name, value in self._ran.variables if other is code]
         names = [name for name in code.co_freevars if any(n == name and not _is_fixed(value) for n, value in held)]
-        if not names or any(_holds(other, code) for other in self._run.codes if other is not code):
-            return  # the enclosing function ran too: its variables are the trace's own
+        if not names or any(_holds(other, code) for other in self._ran.codes if other is not code):
+            return  # the enclosing function ran too, so that its variables belong to the trace
         cells = dict(cells_of(type(self._block)))
         for name in names:
             path = next((p for p in cells if p == (_qualified(code), name)), None)
             if path is not None and len({id(value) for n, value in held if n == name}) > 1:
-                path = None  # of several functions with this code
+                path = None  # several functions have this code
             value = None if path is None else contents_of(cells[path])
             if path is None:
-                self._found.refuse(f"{code.co_name} reads {name!r} of an enclosing function")
+                self._findings.refuse(f"{code.co_name} reads {name!r} of an enclosing function")
             elif is_constant(value):
-                self._found.guard("closure", path, value)
+                self._findings.guard("closure", path, value)
             elif not callable(value) and not isinstance(value, types.ModuleType):
-                self._found.refuse(
+                self._findings.refuse(
                     f"{code.co_name} reads {name!r} of an enclosing function ({type(value).__name__}), which may change"
                 )
 
 
 def global_containers(base: type) -> Iterator[tuple[str, Any]]:
-    """Lists, dicts and sets among the globals that functions of a class name, and those that these call."""
+    """Lists, dicts and sets, with their names, that functions of a class or the functions that these call may reach:
+    globals, variables of enclosing functions and default arguments."""
     seen: set[types.CodeType] = set()
     stack: list[types.FunctionType] = list(functions_of(base))
     while stack:
@@ -244,7 +241,7 @@ def class_of_user(cls: type) -> bool:
 
 
 def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
-    """The attributes that are read one after the other."""
+    """The attributes that the first instructions read one from the other."""
     for instruction in instructions:
         if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
             return
@@ -252,12 +249,12 @@ def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
 
 
 def _is_fixed(value: Any) -> bool:
-    """What an enclosing function's variable is not taken to change from."""
+    """Whether a variable of an enclosing function that has this value is taken never to change."""
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
 
 
 def _is_holder(value: Any) -> bool:
-    """Classes, modules and functions of the user's."""
+    """Whether a value is a class, a Python module or a function of the user."""
     if isinstance(value, types.FunctionType):
         return of_user(value.__code__)
     if isinstance(value, types.ModuleType):
@@ -266,12 +263,12 @@ def _is_holder(value: Any) -> bool:
 
 
 def _is_of_blocks(holder: Any, block: nn.Module) -> bool:
-    """Whether it is a class of a module inside, whose attributes are compared before and after."""
+    """Whether a holder is the class of a module in the block. `watch.py` compares the attributes of these classes."""
     return isinstance(holder, type) and any(isinstance(module, holder) for module in block.modules())
 
 
 def _attributes_in(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The names of attributes that are read and set. Of `getattr` and the like they are strings."""
+    """The names of attributes that code reads and sets. With `getattr` and the like, all its strings count."""
     found = list(dis.get_instructions(code))
     reads = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT_FROM")
     read = {str(i.argval) for i in found if i.opname.startswith(reads)}
@@ -297,7 +294,7 @@ def _imported_in(code: types.CodeType, space: dict[str, Any]) -> Iterator[Any]:
 
 
 def _are_locals(loads: list[dis.Instruction]) -> bool:
-    """Whether the last two values that are loaded are local variables; one instruction may load two."""
+    """Whether the last two values that were loaded are local variables. One instruction may load two."""
     names = [i.opname for i in loads]
     return names[-1].count("LOAD_FAST") > 1 or all(name.startswith("LOAD_FAST") for name in names)
 

@@ -1,4 +1,4 @@
-"""What a conversion did, as a table."""
+"""The report of a conversion, which prints as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file 
 
 
 class ConversionError(ValueError):
-    """`convert(strict=True)`: something was refused. The model is as it was."""
+    """`convert(strict=True)` refused something. The model is as it was."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class PathReport:
     block_class: str
     name: str
     drop_prob: float
-    """nan where that of a refused drop-path can't be told."""
+    """nan if it isn't known, as for some refused drop-paths."""
     refused: str | None = None
-    """Why it stays as it was; None where it was converted."""
+    """Why the path stays as it was; None if it was converted."""
     nested: str | None = None
-    """The path in whose branch it lies, where it goes on masking what it gets, as it did."""
+    """The path in whose branch it lies. There it goes on masking its input as before."""
     whole_in_sample_mode: bool = False
     foreign_rows: bool = False
     modules: tuple[str, ...] = ()
     already: bool = False
-    """Whether it was converted by an earlier call."""
+    """Whether an earlier call converted it."""
     side_products: tuple[str, ...] = ()
-    """Attributes that a forward of the branch sets on its modules, by name within the block. Each is of the last call
-    in which the branch ran, and of the rows that it ran on; a skipped branch leaves what was there."""
+    """Attributes that a forward of the branch sets on its modules, named within the block. Their values come from the
+    last call in which the branch ran, and from the rows that it ran on. A skipped branch doesn't change them."""
 
     @property
     def what(self) -> str:
@@ -60,20 +60,20 @@ class PathReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block that `convert` looked at and in which it found no path."""
+    """One block in which `convert` found no path."""
 
     block: str
     block_class: str
     reason: str
     inside: str | None = None
-    """The path in whose branch it lies."""
+    """The path in whose branch the block lies, if any."""
 
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, path by path, in registration order. `str` of it is a table; rich draws it, if installed.
+    """What `convert` did, path by path, in registration order. `str(report)` is a table, drawn by rich if installed.
 
-    `without_paths` has the blocks in which it found no path, one by one; the table groups them by class and reason.
+    `without_paths` lists the blocks in which it found no path; the table groups them by class and reason.
     """
 
     rows: list[PathReport] = field(default_factory=list)
@@ -82,12 +82,12 @@ class ConversionReport:
 
     @property
     def converted(self) -> list[PathReport]:
-        """By this call."""
+        """The paths that this call converted."""
         return [row for row in self.rows if row.refused is None and row.nested is None and not row.already]
 
     @property
     def already(self) -> list[PathReport]:
-        """By earlier calls."""
+        """The paths that earlier calls converted."""
         return [row for row in self.rows if row.already]
 
     @property
@@ -115,7 +115,7 @@ class ConversionReport:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line of the message; where there is none, the place in the user's code that raised it."""
+    """The type of an error, and the first line of its message or, without one, the user's code that raised it."""
     message = str(error).strip()
     if message:
         return f"{type(error).__name__}: {message.splitlines()[0]}"

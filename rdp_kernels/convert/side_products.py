@@ -1,6 +1,6 @@
-"""Attributes that a block's modules have after a forward and hadn't before: attention maps, auxiliary losses, features.
+"""Finds attributes that a block's forward sets on its modules: attention maps, auxiliary losses, features.
 
-A branch that is skipped doesn't set them, and one that runs on some rows sets them to what these give.
+A skipped branch doesn't set them, and a branch that runs on some rows computes them from these rows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .calls import CONSTANTS, Call, cloned
+from .calls import CONSTANTS, BlockCall, cloned
 from .snapshot import preserved_generators
 
 
-def side_products_of(block: nn.Module, call: Call) -> tuple[str, ...]:
-    """The names, as "attn.last_map", of tensors, counters and buffers that a training forward of the block sets on its
-    modules; BatchNorm's buffers don't count. Found by running a copy of it: nothing is said of a block that can't be
-    copied or doesn't run in training mode."""
+def side_products_of(block: nn.Module, call: BlockCall) -> tuple[str, ...]:
+    """The names, such as "attn.last_map", of tensors, counters and buffers that a forward of the block in training mode
+    sets on its modules, without BatchNorm's buffers. A copy of the block is run; there are no names if that fails."""
     try:
         with preserved_generators(), torch.no_grad():
             copied = copy.deepcopy(block).train()
@@ -34,8 +33,7 @@ def side_products_of(block: nn.Module, call: Call) -> tuple[str, ...]:
 
 
 def _state(block: nn.Module) -> dict[str, list[tuple[Any, int]]]:
-    """What the attributes of all modules hold, containers taken apart, with the number of times that a tensor was
-    written to."""
+    """The values in all modules' attributes, containers taken apart, each with the number of writes to a tensor."""
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, (_BatchNorm, _InstanceNorm)):

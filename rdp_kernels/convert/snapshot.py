@@ -1,4 +1,4 @@
-"""What a model holds and the global generators' states, to be put back after its forward was run or traced."""
+"""Saves what a model holds and the states of the global generators, and restores both after a run or a trace."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
-"""What is put back: these types, not what is derived from them, which may copy and fill in ways of its own."""
+"""The containers that are restored. Types derived from them aren't, as they may copy and fill in ways of their own."""
 
 
 def generator_states() -> dict[str, Any]:
-    """Of torch's, Python's and, where it is imported, numpy's global generators."""
+    """The states of the global generators of torch, Python and, if it is imported, numpy."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if torch.cuda.is_initialized():
         states["torch.cuda"] = torch.cuda.get_rng_state_all()
@@ -36,14 +36,13 @@ def set_generator_states(states: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
 
-def moved_generators(states: dict[str, Any]) -> list[str]:
-    """Those that were drawn from since `states` were taken."""
-    now = generator_states()
-    return [name for name, state in states.items() if repr_of(state) != repr_of(now[name])]
+def moved_generators(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of the generators whose states differ."""
+    return [name for name, state in before.items() if repr_of(state) != repr_of(after[name])]
 
 
 def repr_of(state: Any) -> Any:
-    """Something that `==` compares."""
+    """A copy of a generator's state that can be compared by `==`."""
     if isinstance(state, Tensor):
         return state.tolist()
     if isinstance(state, dict):
@@ -63,8 +62,8 @@ def preserved_generators() -> Iterator[None]:
 
 
 class Snapshot:
-    """The attributes of all modules of a model, and of plain objects in them: which objects they are, what is in
-    containers, and in tensors but parameters. Names that begin with `_rdp_` are left out."""
+    """Saves the attributes of a model's modules and of plain objects in them: the objects themselves, the contents of
+    containers, and the numbers in tensors that aren't parameters. Names that begin with `_rdp_` are left out."""
 
     def __init__(self, model: nn.Module):
         self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
@@ -79,7 +78,7 @@ class Snapshot:
                 self._attributes[id(value)] = (value, dict(value.__dict__))
                 for inner in value.__dict__.values():
                     self._take(inner)
-        elif _is_plain(value):  # not what it holds in turn, which may be a data set
+        elif _is_plain(value):  # what it holds is left out, as it may be a data set
             self._attributes.setdefault(id(value), (value, dict(value.__dict__)))
             for inner in value.__dict__.values():
                 if type(inner) in CONTAINERS:
@@ -111,7 +110,7 @@ class Snapshot:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether all that an object has is in its `__dict__`."""
+    """Whether an object keeps everything in its `__dict__`."""
     kind = type(value)
     return kind is SimpleNamespace or (
         kind.__reduce_ex__ is object.__reduce_ex__
@@ -122,13 +121,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def fill(container: Any, contents: Any) -> None:
-    """Gives a list, dict or set these contents."""
+    """Replaces the contents of a list, dict or set."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
 
 
 def items_of(container: Any) -> list[Any]:
-    """What is in it, by identity."""
+    """The contents of a container, by identity."""
     if isinstance(container, dict):
         return [(name, id(value)) for name, value in container.items()]
     ids = [id(value) for value in container]
@@ -137,7 +136,7 @@ def items_of(container: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[Snapshot]:
-    """Puts back what the model holds, and the generators."""
+    """Restores what the model holds and the generators at the end."""
     snapshot = Snapshot(model)
     with preserved_generators():
         try:

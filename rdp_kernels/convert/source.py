@@ -1,4 +1,4 @@
-"""A converted class from a carved graph: its source, and the class from its source, now or when it is unpickled."""
+"""Writes the source of a converted class from a carved graph, and makes the class from that, also when unpickling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import linecache
-import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,16 +22,14 @@ from .guards import Guards
 from .spec import Recipe
 from .trace import Trace
 
-_SELF = re.compile(r"\w*converted_this\(\)")
-_RUN = re.compile(r"\b\w*converted_run\(")
 _PASSED_ON = {"num_items_in_batch", "use_cache"}
-"""What transformers' Trainer makes models hand down through every `**kwargs`, for the loss and for caches alone."""
+"""Arguments that models of transformers hand down through every `**kwargs`. Only the loss and caches use them."""
 _ALWAYS = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None)}
 _classes: dict[tuple[Any, ...], type] = {}
 
 
 def recipe_of(traced: Trace, carved: Carved) -> Recipe:
-    """Raises `Refused` where the source would use what can't be imported."""
+    """Writes a block's source. Raises `Refused` where it would use an object that can't be imported."""
     functions = {"_forward": carved.graph} | {f"_branch_{i}": graph for i, graph in enumerate(carved.branches)}
     parts, names = [], dict[str, tuple[str, str]]()
     for name, graph in functions.items():
@@ -45,22 +42,30 @@ def recipe_of(traced: Trace, carved: Carved) -> Recipe:
     )  # fmt: skip
 
 
+class _Function(fx.CodeGen):
+    """Writes a function of the given name in place of `forward`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def gen_fn_def(self, free_vars: list[str], *args: Any, **options: Any) -> str:
+        """The line with `def`. torch passes a return annotation, which is empty here, and options of its versions."""
+        return f"def {self._name}({', '.join(['self', *free_vars])}):"
+
+
 def _function(name: str, graph: fx.Graph) -> tuple[str, dict[str, tuple[str, str]]]:
     for node in graph.nodes:
         node.type = None  # annotations would have to be imported
+    graph.set_codegen(_Function(name))
     code = graph.python_code("self")
-    names = {}
-    for used, value in code.globals.items():
-        if value not in (converted.this, converted.run) and used not in _ALWAYS:
-            names[used] = _place_of(value)
-    text = _RUN.sub("run_path(", _SELF.sub("self", code.src)).strip("\n")
-    text = re.sub(r"^\s*self = self;?.*\n", "", text, flags=re.MULTILINE)
-    return text.replace("def forward(", f"def {name}(", 1) + "\n", names
+    names = {used: _place_of(value) for used, value in code.globals.items() if used not in _ALWAYS}
+    return code.src.strip("\n") + "\n", names
 
 
 def _place_of(value: Any) -> tuple[str, str]:
-    """Module and name to import it by."""
-    if isinstance(value, type(re)):
+    """The Python module and the name that an object can be imported by."""
+    if isinstance(value, types.ModuleType):
         return value.__name__, ""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", ""))
     for candidate in (module, "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
@@ -80,32 +85,37 @@ def _import(module: str, name: str) -> Any:
 
 
 def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> type[nn.Module]:
-    """The subclass of `base` that a recipe describes; one and the same for the same recipe and the same code.
+    """The subclass of `base` that a recipe describes. It is the same object for the same recipe and the same code.
 
-    `digest`: of the code that was followed when the recipe was made; None where it is being made now.
+    `digest` is the digest of the code that was followed when the recipe was made; None if it is made now.
     """
     followed = Followed.of(base)
     digest = followed.digest() if digest is None else digest
-    key = (base, followed.identities(), digest, repr(recipe))  # pickles of equal strings differ where they are shared
+    key = (base, followed.identities(), digest, repr(recipe))  # equal recipes may differ when pickled
     if key not in _classes:
         _classes[key] = _make(base, recipe, followed, digest)
     return _classes[key]
 
 
+def _executed(base: type[nn.Module], recipe: Recipe) -> dict[str, Any]:
+    """The functions in a recipe's source, by name. `inspect` finds the source."""
+    file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
+    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
+    space = {name: _import(*place) for name, place in recipe.names} | _ALWAYS
+    exec(compile(recipe.source, file, "exec"), space)
+    return space
+
+
 def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str) -> type[nn.Module]:
     now = followed.digest()
     out_of_date = "" not in (digest, now) and digest != now
-    file = f"<rdp.convert: {base.__module__}.{base.__qualname__} {len(_classes)}>"
-    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
-    space: dict[str, Any] = {name: _import(*place) for name, place in recipe.names}
-    space |= _ALWAYS | {"run_path": converted.run}
-    exec(compile(recipe.source, file, "exec"), space)
+    space = _executed(base, recipe)
     traced, signature, wanted = space["_forward"], recipe.signature, recipe.inputs
     guards = Guards(recipe.guards, base)
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     def why_not(self: nn.Module, inputs: list[Any] | None) -> str | None:
-        """Why what was traced doesn't hold for this call; None where it does."""
+        """Why what was traced doesn't hold for this call; None if it does."""
         if out_of_date:
             return "its class has other code than when it was converted"
         replaced = followed.replaced() or followed.replaced_on(self)
@@ -148,6 +158,7 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
         "__prepare_scriptable__": _prepare_scriptable,
         "_rdp_recipe": recipe,
         "_rdp_digest": digest,
+        converted.RUN_PATH: converted.run,
         "_rdp_branches": [space[f"_branch_{i}"] for i in range(len(recipe.paths))],
         "forward": _named_as(base.forward, call),
     }
@@ -155,8 +166,8 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
 
 
 def _named_as(original: Callable[..., Any], _rdp_call: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that calls `_rdp_call(self, args, kwargs)`. `torch.jit.script` compiles the original's source in its
-    place and looks for the names in it among the method's globals, which are therefore the original's."""
+    """A method that calls `_rdp_call(self, args, kwargs)`. Its globals are the original's, as `torch.jit.script`
+    compiles the original's source in its place and looks there for the names in it."""
 
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return _rdp_call(self, args, kwargs)
@@ -167,7 +178,7 @@ def _named_as(original: Callable[..., Any], _rdp_call: Callable[..., Any]) -> Ca
 
 
 def _prepare_scriptable(self: nn.Module) -> nn.Module:
-    """Called by `torch.jit.script`, which then compiles the forward that the block had."""
+    """`torch.jit.script` calls this, and then compiles the forward that the block had before."""
     if self.training:
         raise RuntimeError(
             f"torch.jit.script compiles {type(self).__name__} as it was before its conversion, which drops rows in "
@@ -215,11 +226,11 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _set_state(self: nn.Module, state: Any) -> None:
-    """Of a copy: `copy.copy` hands the original's contents over, its paths among them."""
+    """Fills a copy. `copy.copy` hands it the original's contents, including the paths."""
     converted.original_of(self).__setstate__(self, state)
     converted.own_paths(self)
 
 
 def rebuild(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> nn.Module:
-    """An instance without contents: what a pickle of a converted block begins with."""
+    """An instance without contents. Unpickling a converted block begins with it."""
     return object.__new__(class_of(base, recipe, digest))

@@ -1,4 +1,4 @@
-"""What a conversion knows of a block, in plain types: enough to make the class again in another process."""
+"""What a conversion knows of a block, in plain types that suffice to make the class again in another process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class PathSpec:
 
     name: str
     drop_path: str | None
-    """The module that says how often it is dropped; None where there is none."""
+    """The name of the module that says how often the path is dropped; None if there is none."""
     mode: str
     kinds: tuple[str, ...]
-    """Of the further inputs: "row", they have a row for each of x; "shared", they are handed on as they are."""
+    """For each further input, "row" if it has a row for each row of x, or "shared" if it is handed on as it is."""
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
-    """Those of the branch that belong to none of its modules."""
+    """The parameters of the branch that belong to none of its modules."""
     norm: str | None
     zeros: tuple[int | None, ...] | None
-    """There is no residual but zeros: their shape behind dimension 0, None for a size that is x's; else None."""
+    """If zeros stand for the residual, their shape behind dimension 0, with None for a size of x. Else None."""
     sum_dtype: str
-    """Whose dtype the sum has: "both" of them promoted, the "branch"'s or the "residual"'s."""
+    """Which dtype the sum has: that of the "branch", that of the "residual", or that of "both" promoted."""
     dtype: torch.dtype | None
-    """The branch's, where all that it was computed from had it; else None."""
+    """The one dtype of everything that the branch takes, owns and returns; None if they differ."""
     batch_norm: bool
     foreign_rows: bool
-    """Rows are not samples: windows, patches."""
+    """Whether rows aren't samples but windows or patches."""
     dims: int
-    """Of what is dropped."""
+    """The number of dimensions of the tensor that is dropped."""
 
     def __deepcopy__(self, memo: object) -> PathSpec:
         return self
@@ -43,17 +43,17 @@ class PathSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A converted class but for its base."""
+    """Everything about a converted class except its base."""
 
     source: str
     names: tuple[tuple[str, tuple[str, str]], ...]
-    """The source's globals: where each is imported from."""
+    """The globals of the source, each with the Python module and the name that it is imported by."""
     signature: Signature
     guards: tuple[Guard, ...]
     inputs: tuple[Any, ...] | None
-    """Of each input what decided something (`Trace.inputs`); None where no input did."""
+    """The `inputs` of `Trace`."""
     sets: tuple[tuple[str, Any], ...]
-    """Attributes that every forward sets on the block, to constants."""
+    """Attributes that every forward sets on the block, with their constant values."""
     paths: tuple[PathSpec, ...]
 
     def __deepcopy__(self, memo: object) -> Recipe:

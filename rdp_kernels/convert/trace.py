@@ -1,7 +1,7 @@
-"""The graph of one block's own forward in training mode, its children as leaves.
+"""Makes the graph of one block's own forward in training mode, with its children as leaves.
 
-Whatever is read as a Python value while tracing holds for that one call only: what `watch.py` sees becomes guards, and
-so do the shapes and dtypes that decide an `if`. They are looked at again at every call.
+A Python value that is read while tracing holds for that one call only. Values that `watch.py` sees, and shapes and
+dtypes that decide an `if`, therefore become guards, which every later call checks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import in_place
 from .called import ambient
-from .calls import Call, Refused, Signature, cloned
+from .calls import BlockCall, Refused, Signature, cloned
 from .guards import Guard
 from .libraries import owns_drop_path
 from .report import describe
@@ -29,7 +29,7 @@ from .snapshot import preserved_generators
 from .watch import Watch, of_user
 
 LARGEST = 20_000
-"""Nodes in a graph, after which a forward is taken to go on for ever."""
+"""Nodes in a graph after which a forward is taken to loop for ever. Large blocks have some hundreds."""
 
 
 @dataclass
@@ -39,24 +39,24 @@ class Trace:
     guards: tuple[Guard, ...]
     """Python values that the forward read."""
     inputs: tuple[Any, ...] | None = None
-    """Of each input what decided something: `(shape behind dimension 0, dtype or None, type of device or None)`, or the
-    value of what isn't a tensor. None where no input did."""
+    """What later inputs must be: `(shape behind dimension 0, dtype or None, device type or None)` for each tensor, the
+    value for anything else. None if the forward did nothing that depends on them."""
     sizes: tuple[Any, ...] = ()
-    """Sizes with dimension 0 in them that decided something: of another number of samples they must be the same."""
+    """Sizes in which dimension 0 decided something. They must be the same for another number of samples."""
     sets: tuple[tuple[str, Any], ...] = ()
-    """Attributes of the block that the forward sets, to constants."""
+    """Attributes of the block that the forward sets, with their constant values."""
     dtypes: tuple[str, ...] = ()
-    """Sentences about dtypes that decided something and that autocast may change."""
+    """Reasons about dtypes that decided something and that autocast may change."""
 
 
-def trace(block: nn.Module, call: Call) -> Trace:
-    """Raises `Refused` where the forward can't be traced, or does what a graph can't do again."""
+def trace(block: nn.Module, call: BlockCall) -> Trace:
+    """Traces a block's forward. Raises `Refused` where that fails, or where the forward does what a graph can't."""
     reasons: list[str] = []
     for guided in (False, True):
         for integers_are_inputs in (True, False):
             signature = Signature.of(call, integers_are_inputs)
             if reasons and not integers_are_inputs and not any(type(v) is int for v in call.flat()[0]):
-                continue  # the same once more
+                continue  # nothing would differ
             inputs = signature.inputs_of(call.args, call.kwargs)
             assert inputs is not None
             values = [cloned(v) if isinstance(v, Tensor) else v for v in inputs]
@@ -68,7 +68,7 @@ def trace(block: nn.Module, call: Call) -> Trace:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
                 reasons.append(describe(error))
-    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # of torch.fx, without values at hand
+    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # torch.fx had no values
     raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(own or reasons))}")
 
 
@@ -78,7 +78,7 @@ _DEVICES = {"device", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_xpu", "get_d
 
 
 class _Tracer(fx.Tracer):
-    """`guided`: a Python value that is asked of a proxy is that of the recorded call."""
+    """If `guided`, a proxy that is asked for a Python value has that of the recorded call."""
 
     proxy_buffer_attributes = True
 
@@ -95,7 +95,7 @@ class _Tracer(fx.Tracer):
         before = set(block.__dict__)
         training = block.training
         block.training = True
-        # Children that run for their values do so in a copy.
+        # Children that run for their values are those of a copy.
         self._block = copy.deepcopy(block) if self._guided else block
         try:
             with torch.enable_grad():
@@ -107,7 +107,7 @@ class _Tracer(fx.Tracer):
         finally:
             block.training = training
             constants = set(block.__dict__) - before
-            for name in constants:  # torch.fx puts them on the user's module
+            for name in constants:  # torch.fx has put them on the user's module
                 del block.__dict__[name]
         if constants:
             raise Refused("its forward makes a tensor of constants, which would stay on this device and in this shape")
@@ -119,7 +119,7 @@ class _Tracer(fx.Tracer):
         return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
 
     def _guard_dtypes(self, block: nn.Module) -> None:
-        """Of one parameter for each dtype there is: `half()` changes all of them."""
+        """Guards one parameter of each dtype, as `half()` changes all of them."""
         by_dtype = {p.dtype: name.split(".") for name, p in block.named_parameters() if p.is_floating_point()}
         for dtype, path in by_dtype.items():
             self._watch.guard((*path, "dtype"), dtype, len(path) - 1)
@@ -147,7 +147,7 @@ class _Tracer(fx.Tracer):
         return function, [self.root, *proxies]
 
     def _returned(self, out: Any) -> Any:
-        """What a forward returns, so that its type is kept."""
+        """What the forward returns, in a form whose type the graph keeps."""
         if type(out) in (list, tuple):
             return type(out)(map(self._returned, out))
         if isinstance(out, dict):
@@ -155,7 +155,7 @@ class _Tracer(fx.Tracer):
             if type(out) is dict:
                 return items
             if not all(isinstance(name, str) for name in items):
-                raise Refused(f"its forward returns {type(out).__name__}, which can't be made again of its items")
+                raise Refused(f"its forward returns {type(out).__name__}, which can't be made again from its items")
             return self.create_proxy("call_function", type(out), (), items)
         if isinstance(out, (list, set, frozenset)) or (isinstance(out, tuple) and not hasattr(out, "_fields")):
             raise Refused(f"its forward returns {type(out).__name__}, which a graph doesn't return")
@@ -192,7 +192,7 @@ class _Tracer(fx.Tracer):
         return attr_val if self._is_running() else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _is_running(self) -> bool:
-        """Whether a module is called for its values, as those of other threads are: torch.fx patches `nn.Module`."""
+        """Whether a module is called for its values, or in another thread, where the patches of torch.fx act too."""
         return self._running or threading.get_ident() != self._thread
 
     def concrete(self, proxy: fx.Proxy) -> Any:
@@ -203,7 +203,7 @@ class _Tracer(fx.Tracer):
         return value
 
     def _decide(self, node: fx.Node) -> None:
-        """Notes what a Python value was computed from. Raises `Refused` where it can't be guarded."""
+        """Notes what a Python value was computed from. Raises `Refused` where that can't be guarded."""
         self._decided.add("value")
         stack, seen = [node], set[fx.Node]()
         while stack:
@@ -224,8 +224,8 @@ class _Tracer(fx.Tracer):
         return isinstance(self._values[node], torch.Size)
 
     def _are_alike_in_any_batch(self, shape: Any, other: Any) -> bool:
-        """Whether a shape and another, or sizes that were taken from one, are equal, as both follow the batch, or
-        differ behind dimension 0."""
+        """Whether comparing a shape with another, or with sizes taken from one, has the same result for any batch: the
+        two are equal, as both follow the batch, or they differ behind dimension 0."""
         if not (isinstance(shape, fx.Node) and self._is_shape(shape)):
             return False
         first = self._values[shape]
@@ -245,11 +245,8 @@ class _Tracer(fx.Tracer):
         return (0 not in picked) if isinstance(picked, range) else picked != 0
 
     def _decide_by_tensor(self, node: fx.Node, tensor: fx.Node) -> None:
-        name = (
-            str(node.args[1])
-            if node.target in (getattr, "__getattr__")
-            else getattr(node.target, "__name__", node.target)
-        )
+        reads = node.target in (getattr, "__getattr__")
+        name = str(node.args[1]) if reads else getattr(node.target, "__name__", node.target)
         if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) > 1:
             name = ""
         if name in _SIZES:
@@ -264,7 +261,7 @@ class _Tracer(fx.Tracer):
             if tensor.op == "get_attr":
                 self._guard_of_tensor(tensor, kind)
             elif kind == "dtype" and tensor.op != "placeholder":
-                self._dtypes.append(f"what it does depends on the dtype of {tensor}, which is another under autocast")
+                self._dtypes.append(f"what it does depends on the dtype of {tensor}, which differs under autocast")
         elif name in ("requires_grad", "is_leaf", "grad_fn", "grad", "stride", "is_contiguous", "data_ptr", "_version"):
             raise Refused(f"what it does depends on {name} of a tensor ({tensor})")
         else:
@@ -285,13 +282,13 @@ class _Tracer(fx.Tracer):
         if isinstance(value, Tensor):
             self._decided.add("value")
             self._sizes.append(len(value))
-        elif type(value) not in (tuple, list):  # what a child returned is looked at where it is taken apart
+        elif type(value) not in (tuple, list):  # of_length checks what a child returns
             self._decide(node)
         return len(value)
 
     def hashed(self, proxy: fx.Proxy, by_user: bool) -> int:
-        """Not that of a number, which a cache would go on holding with this proxy; so what is looked up isn't found,
-        which the checks see, and what it would be holds for this shape alone."""
+        """A hash that equals no number's hash, as a cache might keep the proxy in a number's place. A lookup therefore
+        finds nothing, which the checks see, and its result holds for this shape alone."""
         if by_user and not isinstance(self._values[proxy.node], Tensor):
             self.concrete(proxy)
         return id(proxy)
@@ -313,10 +310,10 @@ class _Tracer(fx.Tracer):
 
 
 def of_length(values: Any, length: int) -> Any:
-    """What a child returned, if it is as long as it was while its parent was traced. Else raises `RuntimeError`."""
+    """What a child returned. Raises `RuntimeError` if its length isn't what it was while the parent was traced."""
     if len(values) != length:
         raise RuntimeError(
-            f"a child of a converted block returns {len(values)} values, and {length} when that was converted: "
+            f"a child of a converted block returns {len(values)} values, and returned {length} at the conversion: "
             "call rdp.revert(model) and rdp.convert(model, example_inputs=...) again"
         )
     return values
@@ -342,7 +339,7 @@ class _Guided(in_place.Proxy):
 
 
 def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:
-    """The value of one node from those of its arguments."""
+    """Computes the value of one node from the values of its arguments."""
 
     def plain(argument: Any) -> Any:  # torch.fx's own lists and dicts are immutable
         if isinstance(argument, list):
@@ -367,7 +364,7 @@ def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:
 
 
 def run_graph(graph: fx.Graph, root: nn.Module, inputs: list[Any]) -> dict[fx.Node, Any]:
-    """The values of all nodes."""
+    """Computes the values of all nodes."""
     values: dict[fx.Node, Any] = {}
     given = iter(inputs)
     for node in graph.nodes:

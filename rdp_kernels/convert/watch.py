@@ -1,8 +1,8 @@
-"""What a forward does that its tensors don't show: Python values it reads, what it sets, calls and contexts.
+"""Watches what a traced forward does that its graph doesn't show: Python values it reads, what it sets, its calls.
 
-While a forward is traced, accesses to attributes are seen, and the calls that its own code makes; the code itself is
-read for the globals and closures that it names. What may have another value later becomes a guard. What can't be looked
-at again, and what would not happen again in a converted forward, is a refusal.
+Accesses to attributes are hooked, and a profile function sees the calls that the forward's own code makes. The code
+itself is read for globals and closures. A value that may be another later becomes a guard. A value that can't be
+compared again, or an action that a converted forward wouldn't repeat, becomes a refusal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from .called import ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
 from .calls import Refused
-from .guards import MISSING, Found, Guard, can_be_pickled, is_constant
-from .libraries import CONTAINERS
-from .python_code import CodeReader, Run, class_of_user, global_containers, names_in
-from .snapshot import CONTAINERS as COPIED
-from .snapshot import fill, generator_states, items_of, moved_generators, set_generator_states
+from .guards import MISSING, Findings, Guard, can_be_pickled, is_constant
+from .libraries import MODULE_CONTAINERS
+from .python_code import CodeReader, RanCode, class_of_user, global_containers, names_in
+from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_generators, set_generator_states
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _SCALARS = (int, float, bool, str, type(None))
@@ -36,7 +35,7 @@ class Watch:
     """Watches one trace of a block's forward.
 
     Args:
-        tensor: makes what stands for a tensor that the block's code reads from a module, from its path.
+        tensor: makes the stand-in for a tensor, given its name, that the block's code reads from a module.
     """
 
     def __init__(self, block: nn.Module, tensor: Callable[[str], Any]):
@@ -44,38 +43,35 @@ class Watch:
         self._paths = {id(module): name for name, module in block.named_modules()}
         self._thread = threading.get_ident()
         self._swapped: dict[int, tuple[Any, type]] = {}
-        self._run, self._found = Run(), Found()
+        self._ran, self._findings = RanCode(), Findings()
         self.sets: dict[str, Any] = {}
         """Attributes that the forward sets on the block to the same constant in each call."""
         self._unset: dict[str, Any] = {}
-        """What these were before; MISSING where there was none."""
+        """The values of these attributes before; MISSING where there was none."""
         self._containers = {id(value): (name, value, value.copy()) for name, value in global_containers(type(block))}
-        self._classes = [
-            (cls, dict(vars(cls)))
-            for cls in {c for m in block.modules() for c in type(m).__mro__}
-            if class_of_user(cls)
-        ]
+        classes = {cls for module in block.modules() for cls in type(module).__mro__}
+        self._classes = [(cls, dict(vars(cls))) for cls in classes if class_of_user(cls)]
         self.paused = False
-        """Set while children run for their values."""
+        """True while children run for their values."""
         self.several_inputs = False
         """Whether the forward is called with more than one tensor."""
 
     @property
     def guards(self) -> tuple[Guard, ...]:
-        return self._found.guards
+        return self._findings.guards
 
     def refuse(self, reason: str) -> Refused:
-        """Also where the forward catches what is raised."""
-        self._found.refuse(reason)
+        """Notes a reason and returns the error to raise. The reason counts even if the forward catches the error."""
+        self._findings.refuse(reason)
         return Refused(reason)
 
     def guard(self, path: tuple[str, ...], value: Any, num_modules: int = 0, kind: str = "value") -> None:
-        """On an attribute of the block."""
-        self._found.guard("block", path, value, num_modules, kind)
+        """Adds a guard on an attribute of the block."""
+        self._findings.guard("block", path, value, num_modules, kind)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Raises `Refused` at the end where something was seen that a converted forward can't do."""
+        """Watches a trace. Raises `Refused` at the end if it saw something that a converted forward can't do."""
         before, profile, around = generator_states(), sys.getprofile(), ambient()
         try:
             with _lock, self._hooked():
@@ -87,29 +83,29 @@ class Watch:
         except Refused:
             raise
         except Exception as error:
-            if self._found.refusals:
-                raise Refused(self._found.refusals[0]) from error
+            if self._findings.refusals:
+                raise Refused(self._findings.refusals[0]) from error
             raise
         finally:
-            moved = moved_generators(before)
+            moved = moved_generators(before, generator_states())
             set_generator_states(before)
             self._put_back()
         if moved:
-            self._found.refusals.insert(
+            self._findings.refusals.insert(
                 0, f"its forward draws random numbers from {moved[0]} that no tensor's operation draws"
             )
         if ambient() != around:
-            self._found.refuse("its forward leaves autocast, the grad mode or another global setting changed")
-        CodeReader(self._block, self._run, self._found, self.several_inputs).read()
-        if self._found.refusals:
-            raise Refused(self._found.refusals[0])
+            self._findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
+        CodeReader(self._block, self._ran, self._findings, self.several_inputs).read()
+        if self._findings.refusals:
+            raise Refused(self._findings.refusals[0])
 
     def _put_back(self) -> None:
-        """Attributes, containers and classes that the forward changed."""
+        """Restores attributes, containers and classes that the forward changed."""
         for name, value in self._unset.items():
-            read = self._found.guard_of("block", (name,))
-            if read is not None and read.value != self.sets[name]:  # the next call would find another
-                self._found.refuse(f"its forward sets {name!r}")
+            read = self._findings.guard_of("block", (name,))
+            if read is not None and read.value != self.sets[name]:  # the next call would read another value
+                self._findings.refuse(f"its forward sets {name!r}")
             if value is MISSING:
                 self._block.__dict__.pop(name, None)
             else:
@@ -117,12 +113,12 @@ class Watch:
         for name, container, contents in self._containers.values():
             if items_of(container) != items_of(contents):
                 fill(container, contents)
-                self._found.refuse(f"its forward changes what is in {name!r}")
+                self._findings.refuse(f"its forward changes what is in {name!r}")
         for cls, before in self._classes:
             for name in before.keys() | vars(cls).keys():
                 value = vars(cls).get(name, MISSING)
                 if value is not before.get(name, MISSING):
-                    self._found.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
+                    self._findings.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
                     delattr(cls, name) if name not in before else setattr(cls, name, before[name])
 
     # Attributes
@@ -191,7 +187,7 @@ class Watch:
         return not self.paused and threading.get_ident() == self._thread and of_user(frame.f_code)
 
     def _sees_change(self, frame: types.FrameType) -> bool:
-        """Also where a method of `torch.nn.Module` makes it."""
+        """Whether a change is the forward's own or made for it by a method of `torch.nn.Module`."""
         file = frame.f_code.co_filename
         by_torch = file.startswith(_TORCH) and not file.startswith(_TORCH + "fx")
         return not self.paused and threading.get_ident() == self._thread and (by_torch or of_user(frame.f_code))
@@ -246,13 +242,13 @@ class Watch:
         return True
 
     def _guard_names(self, module: nn.Module) -> None:
-        """On which children a module has."""
+        """Guards the names of a module's children."""
         path = tuple(part for part in self._paths[id(module)].split(".") if part)
         self.guard(path, tuple(module._modules), len(path), "names")
-        self._run.children += [(*path, name) for name in module._modules]
+        self._ran.children += [(*path, name) for name in module._modules]
 
     def _see_method(self, module: nn.Module, name: str, value: Any, path: tuple[str, ...]) -> None:
-        """A method of a child may be replaced later; `followed.py` sees to the block's own."""
+        """Guards a method of a child, which may be replaced later. `followed.py` compares the block's own methods."""
         function = getattr(value, "__func__", None)
         if module is self._block or not isinstance(function, types.FunctionType) or not of_user(function.__code__):
             return
@@ -262,7 +258,7 @@ class Watch:
             raise self.refuse(f"its forward calls the method {'.'.join(path)!r}, which can't be imported by name")
 
     def _read_registered(self, module: nn.Module, name: str, path: tuple[str, ...]) -> None:
-        """What `nn.Module.__getattr__` will find."""
+        """Guards what `nn.Module.__getattr__` will find."""
         kept = object.__getattribute__(module, "__dict__")
         for kind in ("_parameters", "_buffers", "_modules"):
             if name in kept[kind]:
@@ -273,8 +269,8 @@ class Watch:
                     self.guard((*path[:-1], f"{kind}[{name!r}]"), True, len(path) - 1, "present")
                 else:
                     self.guard(path, True, len(path), "present")
-                    self._run.children.append(path)
-                    if type(found) in CONTAINERS:
+                    self._ran.children.append(path)
+                    if type(found) in MODULE_CONTAINERS:
                         self._guard_names(found)
                 return
         if type(module).__getattr__ is not nn.Module.__getattr__:
@@ -282,7 +278,7 @@ class Watch:
         self.guard(path, MISSING, len(path) - 1)
 
     def _value(self, path: tuple[str, ...], value: Any, num_modules: int) -> Any:
-        """The value of an attribute, guarded."""
+        """Guards the value of an attribute and returns it, or the stand-in of a tensor."""
         self._keep(".".join(path), value)
         if is_constant(value):
             self.guard(path, value, num_modules)
@@ -301,12 +297,12 @@ class Watch:
         return value
 
     def _keep(self, name: str, value: Any) -> None:
-        """To see whether what is in a list, dict or set changes."""
-        if type(value) in COPIED:
+        """Copies a list, dict or set, to see later whether its contents changed."""
+        if type(value) in CONTAINERS:
             self._containers.setdefault(id(value), (name, value, value.copy()))
 
     def _swap(self, value: Any, path: tuple[str, ...], num_modules: int) -> bool:
-        """Makes an object tell what is read from it. False where Python doesn't allow that."""
+        """Makes an object report what is read from it. Returns False if Python doesn't allow that."""
         if id(value) in self._swapped:
             return True
         original, watch = type(value), self
@@ -333,7 +329,7 @@ class Watch:
         members = {"__getattribute__": read, "__setattr__": write, "__module__": original.__module__, "__slots__": ()}
         try:
             kind = type(original.__name__, (_Nothing,), members)
-            kind.__bases__ = (original,)  # set later, so that `__init_subclass__` isn't told of it
+            kind.__bases__ = (original,)  # set later, so that `__init_subclass__` isn't called
             object.__setattr__(value, "__class__", kind)
         except TypeError:
             return False
@@ -347,33 +343,33 @@ class Watch:
             return
         if event == "c_call":
             if of_user(frame.f_code):
-                self._found.refuse(why_not_built_in(called))
+                self._findings.refuse(why_not_built_in(called))
             return
         code, caller = frame.f_code, frame.f_back
         library = library_of(code.co_filename)
         if library == "user":
-            if code not in self._run.codes:
-                self._run.codes[code] = frame.f_globals
+            if code not in self._ran.codes:
+                self._ran.codes[code] = frame.f_globals
                 for name in names_in(code):
                     self._keep(name, frame.f_globals.get(name))
             held = frame.f_locals
-            self._run.variables += [(code, name, held.get(name)) for name in code.co_freevars if name != "__class__"]
-            self._run.holders += [value for value in held.values() if isinstance(value, type)]
+            self._ran.variables += [(code, name, held.get(name)) for name in code.co_freevars if name != "__class__"]
+            self._ran.holders += [value for value in held.values() if isinstance(value, type)]
         if caller is None:
             return
         by_user = of_user(caller.f_code)
         if code.co_name == "__enter__" and (by_user or library == "user" or is_context(code, caller.f_code)):
-            self._found.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
+            self._findings.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
         elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
-            self._found.refuse(why_not_library(code))
+            self._findings.refuse(why_not_library(code))
 
 
 class _Nothing:
-    """What the class of a watched object is made of at first."""
+    """The first base of the class that a watched object gets for a while."""
 
 
 _lock = threading.RLock()
-"""One trace at a time: `nn.Module` itself is hooked meanwhile."""
+"""Allows one trace at a time, as `nn.Module` itself is hooked meanwhile."""
 
 
 def _method(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -385,7 +381,7 @@ def _method(function: Callable[..., Any], original: Callable[..., Any]) -> Calla
 
 
 def _is_of_class(module: nn.Module, name: str) -> bool:
-    """Whether a method of the class is read, or a property, whose own code is watched."""
+    """Whether `name` is a method or a property of the class. A property's own code is watched."""
     if name in object.__getattribute__(module, "__dict__"):
         return False
     found = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)

@@ -1457,7 +1457,7 @@ class SetsWhatIsSet(Residual):
             block.window, block.shift = 3, 1
 
 
-@refused("depends on the dtype of fc, which is another under autocast")
+@refused("depends on the dtype of fc, which differs under autocast")
 class DoublesNarrow(Residual):
     """Does another thing in float32 than under autocast."""
 
@@ -3073,7 +3073,7 @@ class AddingDropPath(DropPath):
         return residual + super().forward(y)
 
 
-@refused("more than to drop")
+@refused("more than drop")
 class DropPathAdds(Residual):
     """Its drop-path adds the residual itself."""
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.convert.calls import BATCH_SIZES, Call, Refused
+from rdp_kernels.convert.calls import BATCH_SIZES, BlockCall, Refused
 from rdp_kernels.convert.carve import carve
 from rdp_kernels.convert.check import check
-from rdp_kernels.convert.check_training import _of_gradients, _Setting, check_training
+from rdp_kernels.convert.check_training import _of_gradients, check_training
 from rdp_kernels.convert.differences import likeness
 from rdp_kernels.convert.source import recipe_of
+from rdp_kernels.convert.step import Setting
 from rdp_kernels.convert.trace import trace
 
 from . import nets
@@ -38,7 +39,7 @@ class Residual(nn.Module):
 def checked(block, forward=None):
     """Carves `block`, gives it the other forward and checks it: raises `Refused`, and anything else where the first check
     alone would have done."""
-    calls = [Call((nets.tokens(size),), {}) for size in BATCH_SIZES]
+    calls = [BlockCall((nets.tokens(size),), {}) for size in BATCH_SIZES]
     block.eval()
     traced = trace(block, calls[0])
     carved = carve(block, traced, [list(call.args) for call in calls], BATCH_SIZES)
@@ -279,10 +280,10 @@ class Instance(Statistics):
 
 
 BRANCHES = {
-    Statistics: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
-    Noisy: "^in training mode with some rows dropped output 0 differs .* what depends on the others",
+    Statistics: "^in training mode with some rows dropped output 0 differs .* computes from the other samples too",
+    Noisy: "^in training mode with some rows dropped output 0 differs .* computes from the other samples too",
     Evo: "^in training mode with some rows dropped",
-    Router: "^in training mode with .* output 0 differs .* what depends on the others: statistics of the batch, or a capacity",
+    Router: "^in training mode with .* output 0 differs .* computes from the other samples too: statistics of the batch, or a capacity",
     Codebook: "buffer 'fn.code'",
     HiddenCodebook: "its branch changes the attribute 'fn.code' in training, and a frozen branch has to leave it",
     Clamps: "its branch changes the parameter 'fn.linear.weight' in training",
@@ -359,7 +360,7 @@ def test_a_branch_without_a_residual_passes():
 def test_the_checks_are_made_when_converting():
     model = nets.tokens_net(Residual(), Residual(Statistics()))
     report = rdp.convert(model, example_inputs=nets.tokens())
-    assert [(row.block, row.refused and "what depends on the others" in row.refused) for row in report] == [
+    assert [(row.block, row.refused and "computes from the other samples too" in row.refused) for row in report] == [
         ("blocks.0", None), ("blocks.1", True),
     ]  # fmt: skip
 
@@ -403,9 +404,9 @@ def test_what_blocks_are_alike():
 def test_gradients_under_autocast_may_differ_by_their_noise():
     """Sums of terms of size 20 that cancel out: noise of 0.3 is a rounding of them in bfloat16."""
     expected = torch.tensor([0.3, -0.2, 0.1])
-    autocast = _Setting("", autocast="cpu")
+    autocast = Setting("", autocast="cpu")
     assert _of_gradients("g", expected, -expected, autocast, 20.0) is None
     assert "g differs" in _of_gradients("g", expected, -expected, autocast, 2.0)
-    assert "g differs" in _of_gradients("g", expected, -expected, _Setting(), 20.0)
+    assert "g differs" in _of_gradients("g", expected, -expected, Setting(), 20.0)
     assert "dtype" in _of_gradients("g", expected, expected.bfloat16(), autocast, 20.0)
     assert "NoneType" in _of_gradients("g", expected, None, autocast, 20.0)

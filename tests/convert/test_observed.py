@@ -595,7 +595,7 @@ def test_a_drop_path_that_can_t_be_followed_is_put_in_later(make):
     model, _ = converted(Drops())
     scheme = rdp.ResidualDropPath(model)
     model[0].drop_path = make()
-    with pytest.raises(RuntimeError, match=r"path 'drop_path' of Residual can't do as its drop-path.*rdp.convert"):
+    with pytest.raises(RuntimeError, match=r"path 'drop_path' of Residual can't follow its drop-path.*rdp.convert"):
         next(scheme.iterations(4))
     scheme.remove()
     if make is not Adds:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.convert.calls import Call
+from rdp_kernels.convert.calls import BlockCall
 from rdp_kernels.convert.check import _castable
 from rdp_kernels.paths.path import CONVERTED
 
@@ -349,7 +349,7 @@ def test_a_size_is_a_tuple_of_numbers():
 
 def test_the_check_is_as_strict_as_float64_allows():
     """A block that computes in float32 by itself is compared less strictly; others aren't."""
-    call = Call((tokens(),), {})
+    call = BlockCall((tokens(),), {})
     assert _castable(nets.Block(), call) == (True, 1e-9)
     block = nets.Block()
     block.norm1.forward = lambda x: nn.functional.layer_norm(x.float(), (DIM,)).to(x.dtype)

@@ -85,7 +85,7 @@ def test_each_kind_of_block_without_a_path_has_its_reason():
         "": "no add in its own forward",
         "blocks.1": "its residual adds stand around blocks that have paths of their own",
         "blocks.1.other": "the model doesn't call its block in an evaluation of the example",
-        "blocks.2": "of no add in its own forward is one summand computed with weights from the other",
+        "blocks.2": "no add in its own forward has a summand that is computed with weights from the other",
         "never": "the model doesn't call its block in an evaluation of the example",
     }
     assert [row.block for row in report] == ["blocks.0"] * 2 + ["blocks.1.inner"] * 2
@@ -179,7 +179,9 @@ def test_language_models_of_transformers():
         assert any(re.match(re.escape(wanted).replace(r"\.\*", ".*"), note) for note in report.notes), str(report)
         assert len(rdp.convert(model, 0.2, example_inputs={**ids, "use_cache": False}).converted) == 4
     report = rdp.convert(bert, 0.2, example_inputs=ids)
-    assert {b.block_class: b.reason for b in report.without_paths}["BertOutput"].startswith("of no add in its own")
+    assert {b.block_class: b.reason for b in report.without_paths}["BertOutput"].startswith(
+        "no add in its own forward has a summand"
+    )
     assert not report.rows
 
 
