@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_probability
+from .._utils.example_inputs import example_inputs_of
+from .._utils.modes import in_eval
 from ..paths.path import CONVERTED, PathBinding, paths_of
-from .calls import Call, Refused, example_inputs_of, in_eval, record_calls
+from .calls import Call, Refused, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
 from .check import device_type_of

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.example_inputs import example_inputs_of
 from ..convert import convert
-from ..convert.calls import example_inputs_of
 from ..paths.path import find_path_modules
 from ..plan import plan_generator
 
