@@ -91,7 +91,7 @@ class RepeatedCall:
         return {state: (whole[state], fixed[state]) for state in STATES}
 
     def _prepare(self, state: str, rows: RowSet | None = None) -> tuple[PathCall, Tensor, Decision]:
-        """The call in `state`, on copies of its inputs. With `rows`, some rows learn and `state` is that of the frozen ones."""
+        """The call in `state`, on copies of its inputs. With `rows`, `state` is that of the frozen rows."""
         passes = rows is not None or state in ("learning", "frozen")
         frozen = state in FROZEN_STATES
         freeze = "branch" if state == "detached" else "parameters"
