@@ -199,7 +199,7 @@ def _planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Run
 
 
 class _Fixed:
-    scheme = runner = probe = None
+    scheme = branch_runner = call_override = graph_mask = None
 
     def __init__(self, pattern: tuple[int, ...], path: int):
         self._pattern, self._path = pattern, path

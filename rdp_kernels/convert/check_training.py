@@ -170,7 +170,7 @@ def _state_of(block: nn.Module) -> dict[str, Any]:
 class _Decided:
     """A binding that always decides the same."""
 
-    scheme = runner = probe = None
+    scheme = branch_runner = call_override = graph_mask = None
 
     def __init__(self, decision: Decision):
         self._decision = decision
