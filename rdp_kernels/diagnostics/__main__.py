@@ -20,13 +20,9 @@ from ._subject import FEWEST, Problem, build_model, ensure_paths, load_checkpoin
 
 def at_least(minimum: int) -> Callable[[str], int]:
     def count(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
+        if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"must be an integer, at least {minimum}, got {text!r}")
-        return value
+        return int(text)
 
     return count
 
@@ -39,12 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="vit_tiny_patch16_224, or package.module:factory")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a state_dict, or a dict with one under state_dict or model",
-    )
+    add("--checkpoint", type=Path, metavar="FILE", help="a state_dict, or a dict with one as state_dict or model")
     add("--pretrained", action="store_true", help="timm's pretrained weights")
     add("--classes", type=at_least(1), help="number of classes of a timm model; default: its own")
     add("--data", default="random", metavar="random|digits|FOLDER", help="FOLDER holds CLASS/*.jpg; default: random")
@@ -52,13 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batches", type=at_least(1), default=2, metavar="N", help="default: 2")
     add("--image-size", type=at_least(1), metavar="SIDE", help="in pixels; default: the model's own")
     add("--lesions", type=at_least(0), default=8, metavar="N", help="random removals of each size; default: 8")
-    add(
-        "--samples",
-        type=at_least(0),
-        default=2,
-        metavar="N",
-        help="sets for each effective length; default: 2",
-    )
+    add("--samples", type=at_least(0), default=2, metavar="N", help="sets for each effective length; default: 2")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="folder for report.json, report.md and figures; default: none")
     add("--seed", type=int, default=0, help="for new weights, images and random choices; default: 0")

@@ -25,6 +25,8 @@ from .lesions import LesionStudy, lesion_study
 from .observe import undisturbed
 from .sizes import BranchSizes, branch_sizes
 
+PARTS = ("sizes", "similarity", "features", "gradients", "lesions", "depth")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -78,11 +80,9 @@ class Report:
         return "\n".join([*table(self.header(), self.cells()), *known, *self.notes])
 
     def data(self) -> dict[str, Any]:
-        """All of it in plain types; what is no number is None."""
+        """All results in plain types. NaN and Inf are None."""
         paths = [dict(zip(("name", "size", "gradient", "stream", "effect"), row, strict=True)) for row in self.rows()]
-        parts = {
-            name: getattr(self, name) for name in ("sizes", "similarity", "features", "gradients", "lesions", "depth")
-        }
+        parts = {name: getattr(self, name) for name in PARTS}
         found = {name: None if part is None else asdict(part) for name, part in parts.items()}
         head = {"notes": self.notes, "metric": self.metric, "facts": self.facts(), "paths": paths}
         return _plain(head | found)
@@ -105,13 +105,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError:
             return {}
-        plots: dict[str, Callable] = {
-            "similarity": self.similarity.plot,
-            "sizes": self.sizes.plot,
-            "features": self.features.plot,
-            "gradients": self.gradients.plot,
-            "lesions": self.lesions.plot,
-        }
+        plots: dict[str, Callable] = {name: getattr(self, name).plot for name in PARTS if name != "depth"}
         if self.lesions.removed or self.lesions.swapped:
             plots["removed"] = self.lesions.plot_counts
         if self.depth is not None:

@@ -90,14 +90,14 @@ def effective_depth(
     """
     if samples is not None:
         check_count("samples", samples, minimum=1)
-    called = _Backward(model, loss).called()
+    backward = _Backward(model, loss)
+    called = backward.called()
     n = len(called)
     limit = samples or (2**ALL_SUBSETS if n <= ALL_SUBSETS else SAMPLES)
     lengths = list(range(n + 1)) if lengths is None else [check_count("lengths", length) for length in lengths]
     if not lengths or max(lengths) > n or len(set(lengths)) < len(lengths):
         raise ValueError(f"lengths must be different numbers from 0 to {n}, the number of paths, got {lengths}")
     chosen = [subsets(n, length, limit, plan_generator(seed, length)) for length in lengths]
-    backward = _Backward(model, loss)
     flat = [subset for sets in chosen for subset in sets]
     found = iter([backward.norm({called[i] for i in subset}) for subset in track(flat, "effective depth", progress)])
     norms = [math.fsum(next(found) for _ in sets) / len(sets) for sets in chosen]

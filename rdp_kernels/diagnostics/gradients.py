@@ -174,10 +174,7 @@ class GradientNormRecorder:
         return norms
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws log₁₀ of the norms, steps from left to right and path 0 at the bottom; grey without a gradient.
-
-        Returns the axes.
-        """
+        """Draws log₁₀ of the norms by step and path, grey without a gradient. Returns the axes."""
         ax = axes_or_new(ax)
         logs = self.norms.T.log10()
         logs[logs.isinf()] = torch.nan

@@ -94,10 +94,13 @@ def layer_similarity(
     check_choice("metric", metric, tuple(METRICS))
     cka = metric == "cka"
     similarities: MinibatchCKA | MinibatchCosine = MinibatchCKA() if cka else MinibatchCosine()
-    look = _gram if cka else _copy
     labels: tuple[str, ...] | None = None
     other_labels: tuple[str, ...] | None = None
     num_samples = 0
+
+    def look(features: Tensor) -> Tensor:
+        return unbiased_gram(features.flatten(1)) if cka else features.flatten(1).clone()
+
     with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other):
         for batch in track(as_batches(batches), "layer similarity", progress):
             found = layers_of(model, batch, of, look)
@@ -112,11 +115,3 @@ def layer_similarity(
     if labels is None:
         raise none_given()
     return LayerSimilarity(similarities.value(), labels, other_labels or labels, metric, of, num_samples)
-
-
-def _gram(features: Tensor) -> Tensor:
-    return unbiased_gram(features.flatten(1))
-
-
-def _copy(features: Tensor) -> Tensor:
-    return features.flatten(1).clone()

@@ -32,7 +32,7 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
         a, b = gram(x), gram(y)
         return _cosine(_dot(a, b), _dot(a, a), _dot(b, b))
     a, b = _centred(x), _centred(y)
-    return _cosine(_square(a.mT @ b), _square(a.mT @ a), _square(b.mT @ b))
+    return _cosine(*(_dot(product, product) for product in (a.mT @ b, a.mT @ a, b.mT @ b)))
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class MinibatchCosine:
 
 
 def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:
-    """Applies `product` to the tensors of each shape. float64 `[L, L']` on the CPU, NaN where shapes of a pair differ."""
+    """Applies `product` to the tensors of each shape. float64 `[L, L']` on the CPU, NaN where the shapes differ."""
     out = torch.full((len(x), len(y)), math.nan, dtype=torch.float64)
     for shape in {t.shape for t in x}:
         rows, columns = ([k for k, t in enumerate(side) if t.shape == shape] for side in (x, y))
@@ -215,15 +215,11 @@ def unit(x: Tensor) -> Tensor:
     return x / norm.where(norm != 0, 1)
 
 
-def _square(x: Tensor) -> Tensor:
-    return _dot(x, x)
-
-
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=(-2, -1))
 
 
-def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, outer: bool = False) -> Tensor:
+def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, *, outer: bool = False) -> Tensor:
     """`xy / √(xx · yy)`, with 0 for 0 / 0; `outer`: xx belongs to rows and yy to columns."""
     norm = xx.sqrt()[:, None] * yy.sqrt() if outer else xx.sqrt() * yy.sqrt()
     return torch.where((norm == 0) & ~xy.isnan(), 0.0, xy / norm)

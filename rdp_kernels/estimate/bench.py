@@ -32,21 +32,19 @@ class Unmeasurable(ValueError):
 
 @dataclass
 class _Run:
-    """A forward and backward of the rest alone: what it took, and what was seen of the calls, in their order."""
+    """A forward and backward of the rest alone: its cost, the backward's by piece, and for each call in order its path,
+    whether its input requires grad, and which of its further arguments do."""
 
     forward: float = 0.0
     backward: list[float] = field(default_factory=list)
-    """By piece."""
     paths: list[int] = field(default_factory=list)
-    """The path of each call."""
     requires_grad: list[bool] = field(default_factory=list)
-    """Whether the input of each call requires grad."""
     argument_grads: list[list[bool]] = field(default_factory=list)
-    """Which of the further arguments of each call require grad."""
 
 
 Runs = dict[tuple[str, bool], _Run]
-"""By the state of the rest, and by whether the output of the first call requires grad."""
+REST_RUNS = tuple(itertools.product(REST_STATES, (False, True)))
+"""The state of the rest, and whether the output of the first call requires grad."""
 
 
 class Bench:
@@ -65,13 +63,14 @@ class Bench:
         self._known: dict[Hashable, dict[str, tuple[float, float]]] = {}  # seconds, by the likeness of calls
         self._one = torch.ones(())
         self._own: list[Tensor] = [*model.parameters(), *model.buffers(), self._one]
-        self._device = next(
-            t for t in (*self._own, *pytree.tree_leaves((args, kwargs))) if isinstance(t, Tensor)
-        ).device
+        self._device = _tensors((self._own, args, kwargs))[0].device
 
     def costs(self, timed: bool) -> PieceCosts:
         """The costs of all pieces; seconds only where `timed`."""
-        runs: Runs = {(s, passes): self._count_rest(s, passes) for s in REST_STATES for passes in (False, True)}
+        runs: Runs = {}
+        for state, passes in REST_RUNS:
+            with Flops(self._device) as flops:
+                runs[state, passes] = self._run_rest(state, passes, flops)
         first = runs["learning", True]
         if (calls := len(first.paths)) == 0:
             raise Unmeasurable("the model calls none of its paths")
@@ -88,10 +87,9 @@ class Bench:
             seconds=Quantity.zeros(calls) if timed else None,
         )
         costs.flops.forward = first.forward
+        self._measure_calls(costs, runs)
         for (state, passes), run in runs.items():
             costs.flops.rest[state][int(passes)] = torch.tensor(run.backward, dtype=torch.float64)
-        self._measure_calls(costs, runs)
-        for state, passes in runs:
             bytes_, flags = self._saved_by_rest(state, passes, costs.boundaries)
             costs.saved.rest[state][int(passes)], costs.boundaries.by_rest[state][int(passes)] = bytes_, flags
         if costs.seconds is not None:
@@ -188,13 +186,9 @@ class Bench:
             out = out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
         return out
 
-    def _count_rest(self, state: str, passes: bool) -> _Run:
-        with Flops(self._device) as flops:
-            return self._run_rest(state, passes, flops)
-
     def _time_rest(self, seconds: Quantity) -> None:
         clock = Clock(self._device)
-        for state, passes in itertools.product(REST_STATES, (False, True)):
+        for state, passes in REST_RUNS:
             runs = [self._run_rest(state, passes, clock) for _ in range(1 + REPEATS)][1:]  # the first one warms up
             pieces = torch.tensor([run.backward for run in runs], dtype=torch.float64)
             seconds.rest[state][int(passes)] = pieces.min(dim=0).values

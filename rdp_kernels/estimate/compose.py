@@ -37,6 +37,10 @@ class Shares:
     rest_learns: bool = True
     bypassed: bool = False
 
+    @property
+    def rest_state(self) -> str:
+        return "learning" if self.rest_learns else "frozen"
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -135,7 +139,7 @@ class ModelCost:
             "frozen": (frozen, passes & (not shares.bypassed)),
         }
         total = self._sum(pieces.saved, shares)
-        alone, behind_learning = tensors.by_rest[_rest_state(shares)]
+        alone, behind_learning = tensors.by_rest[shares.rest_state]
         around = (torch.arange(len(tensors.bytes)) + 1) // 2
         held = torch.where(after[:, around], behind_learning, alone).double()  # [plans, tensors], saved where > 0
         for state, (share, here) in saves.items():
@@ -163,7 +167,7 @@ class ModelCost:
         learning, frozen = shares.learning[:, pieces.path], shares.frozen[:, pieces.path]
         learned = ((learning > 0) & pieces.learns).cumsum(dim=1) > 0
         after = torch.cat([torch.zeros_like(learned[:, :1]), learned], dim=1)
-        return learning, frozen, after[:, :-1] | pieces.input_needs_grad[_rest_state(shares)], after
+        return learning, frozen, after[:, :-1] | pieces.input_needs_grad[shares.rest_state], after
 
     def _sum(self, quantity: Quantity, shares: Shares) -> Tensor:
         learning, frozen, passes, after = self._states(shares)
@@ -172,7 +176,7 @@ class ModelCost:
             whole, fixed = quantity.branch[state], quantity.fixed[state]
             return torch.where(share > 0, whole * share + fixed * (1 - share), 0.0)
 
-        alone, behind_learning = quantity.rest[_rest_state(shares)]
+        alone, behind_learning = quantity.rest[shares.rest_state]
         rest = torch.where(after, behind_learning, alone).sum(dim=1)
         branches = torch.where(passes, part(learning, "learning"), part(learning, "learning_first"))
         branches += torch.where(passes & (not shares.bypassed), part(frozen, "frozen"), part(frozen, "detached"))
@@ -186,10 +190,6 @@ def kept_fractions(plan: PathPlan) -> list[float]:
 
 def _rows(kept: Sequence[float]) -> Tensor:
     return torch.tensor([kept], dtype=torch.float64)
-
-
-def _rest_state(shares: Shares) -> str:
-    return "learning" if shares.rest_learns else "frozen"
 
 
 def _told(error: Exception) -> str:

@@ -7,6 +7,7 @@ depend on all before it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +69,14 @@ class Boundaries:
 
     @classmethod
     def none(cls, calls: int) -> Boundaries:
-        def flags(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.bool)
-
+        flags = functools.partial(torch.zeros, dtype=torch.bool)
         return cls(
             torch.zeros(2 * calls, dtype=torch.float64),
             2 * torch.arange(calls),
             flags(calls),
             flags(calls),
             {state: flags(calls) for state in STATES},
-            {state: flags(2, 2 * calls) for state in REST_STATES},
+            {state: flags((2, 2 * calls)) for state in REST_STATES},
         )
 
 

@@ -14,7 +14,7 @@ from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of, row_set
 from ..paths.call import PathCall
 from ..paths.freezing import FreezeBN
-from ..paths.path import Decision, PathModule, batch_norms_of, modules_of, parameters_of
+from ..paths.path import Decision, batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
 from .pieces import FROZEN_STATES, STATES
 
@@ -38,16 +38,12 @@ class RepeatedCall:
     freeze_bn: FreezeBN
     argument_grads: Mapping[bool, Sequence[bool]]
 
-    @property
-    def path_module(self) -> PathModule:
-        return self.call.module
-
     def likeness(self, *counts: Hashable) -> Hashable:
         """A key that is equal for calls that take the same time: calls of the same modules with tensors of the same
         shapes, for which `counts` are the same."""
-        modules = tuple(type(module) for module in modules_of(self.path_module))
-        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.path_module))
-        return type(self.path_module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
+        modules = tuple(type(module) for module in modules_of(self.call.module))
+        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.call.module))
+        return type(self.call.module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
 
     def flops(self, state: str) -> float:
         """FLOPs of a forward and a backward."""
@@ -73,7 +69,7 @@ class RepeatedCall:
         size = self.call.batch_size
         keep = torch.arange(size) % 2 == 0
         share = int(keep.sum()) / size
-        splits = self.path_module.mode == "sample" and size > 1 and not batch_norms_of(self.path_module)
+        splits = self.call.module.mode == "sample" and size > 1 and not batch_norms_of(self.call.module)
         if splits:
             order, inverse = to_device(orders_of(keep), self.x.device)
             mixed = RowSet(order, int(keep.sum()), inverse)
@@ -101,7 +97,7 @@ class RepeatedCall:
         entering = (_copied(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))
         args, kwargs = pytree.tree_unflatten(list(entering), structure)
         residual = None if self.residual is None else _copied(self.residual, passes)
-        call = PathCall(self.path_module, self.call.batch_size, args, kwargs, residual)
+        call = PathCall(self.call.module, self.call.batch_size, args, kwargs, residual)
         return call, _copied(self.x, passes), decision
 
     def _seconds(self, state: str, rows: RowSet | None) -> float:
@@ -116,7 +112,7 @@ class RepeatedCall:
         return seconds
 
     def _forget(self) -> None:
-        for parameter in parameters_of(self.path_module):
+        for parameter in parameters_of(self.call.module):
             parameter.grad = None
 
 

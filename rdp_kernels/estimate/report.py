@@ -34,10 +34,8 @@ PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 @dataclass(frozen=True)
 class Row:
-    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count.
-
-    Costs are None where the row is refused, those of a reuse iteration also where nothing is dropped, and times where
-    they weren't measured.
+    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. What wasn't
+    measured is None: everything where refused, the reuse iteration where nothing is dropped, times if not asked for.
 
     Args:
         mode, freeze: the scheme's options.
