@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import operator
 import pickle
 import re
 import sys
@@ -46,10 +47,7 @@ def build_model(name: str, *, pretrained: bool, classes: int | None, side: int |
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        model: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            model = getattr(model, part)
-        model = model()
+        model: Any = operator.attrgetter(attribute)(importlib.import_module(module))()
     except Exception as error:  # a factory is the user's code
         raise Problem(f"argument MODEL: {name} can't be built: {told(error)}") from error
     if not isinstance(model, nn.Module):
@@ -192,9 +190,8 @@ def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int
     channels, *size = (example if isinstance(example, Tensor) else example["pixel_values"]).shape[1:]
     if not any(hasattr(model, name) for name in ("pretrained_cfg", "config", "patch_embed", "image_size")):
         convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = 1 if data == "digits" else 3
+        channels, size = (1, [8, 8]) if data == "digits" else (3, size)
         channels = channels if convolution is None else convolution.in_channels
-        size = [8, 8] if data == "digits" else size
     height, width = (side, side) if side else size
     return channels, height, width
 

@@ -145,11 +145,7 @@ class GradientNormRecorder:
         path_modules = find_path_modules(model)
         self.names = list(path_modules)
         self.steps: list[int] = []
-        self._parameters = [
-            (path, parameter)
-            for path, path_module in enumerate(path_modules.values())
-            for parameter in _parameters(path_module)
-        ]
+        self._parameters = [(i, p) for i, module in enumerate(path_modules.values()) for p in _parameters(module)]
         self._recorded: list[tuple[list[int], Tensor]] = []  # for each step the path and the norm of each gradient
 
     def record(self, step: int | None = None) -> None:

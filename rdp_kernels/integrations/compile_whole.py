@@ -91,10 +91,8 @@ class _PlanAsData:
         self._gradients.ignored = known.keys() - {id(p) for p in learning}
         self._gradients.watch(known.values())
         masks = to_device(iteration.graph_masks(), next(iter(known.values())).device)
-        for path, learning_mask, frozen_mask in zip(scheme.paths, *masks, strict=True):
-            detached = scheme.freeze == "branch"
-            mask = (learning_mask, frozen_mask) if detached else (learning_mask + frozen_mask, None)
-            path.module.binding.graph_mask = mask
+        for path, learns, frozen in zip(scheme.paths, *masks, strict=True):
+            path.module.binding.graph_mask = (learns, frozen) if scheme.freeze == "branch" else (learns + frozen, None)
 
     def take_back(self, *_: Any) -> None:
         scheme = self._scheme()

@@ -130,10 +130,8 @@ class Agreement:
         self.group = dist.new_group(self.ranks, timeout, backend="gloo", use_local_synchronization=True)
         self._scheme, self._every_iteration = weakref.ref(scheme), every_iteration
         self.compare(facts_of(scheme))
-        scheme._on_begin[:] = [
-            call for call in scheme._on_begin if not isinstance(getattr(call, "__self__", None), Agreement)
-        ]
-        scheme._on_begin.append(self._begin)
+        others = [call for call in scheme._on_begin if not isinstance(getattr(call, "__self__", None), Agreement)]
+        scheme._on_begin[:] = [*others, self._begin]
 
     def remove(self) -> None:
         """Iterations are no longer compared."""
