@@ -39,10 +39,8 @@ class GradientNorms:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws both by path, on a logarithmic scale. Returns the axes."""
         ax = axes_or_new(ax)
-        for values, label, style in (
-            (self.parameters, "path's parameters", "o-"),
-            (self.stream, "residual", "s--"),
-        ):
+        series = ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--"))
+        for values, label, style in series:
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")

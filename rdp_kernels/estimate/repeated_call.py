@@ -19,7 +19,7 @@ from .meters import Clock, Flops, Saved
 from .pieces import FROZEN_STATES, STATES
 
 REPEATS = 5
-"""Timed runs of a piece, of which the fastest counts: enough for one of them to be undisturbed."""
+"""How often a piece is timed. The fastest run counts; of five, one is hardly disturbed by other programs."""
 
 
 @dataclass(frozen=True)

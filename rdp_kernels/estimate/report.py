@@ -19,7 +19,7 @@ from .compose import ModelCost
 if TYPE_CHECKING:
     from ..scheme.scheme import ResidualDropPath
 
-PLANS = 256  # drawn for each row, of which it gives the mean
+PLANS = 256  # drawn for each row, which shows their mean
 MODES, FREEZES = ("block", "sample"), ("parameters", "branch", "none")  # the exact and cheapest first
 PROBS = (0.1, 0.3, 0.5)  # usual rates, shown beside the scheme's own
 PAYS = 0.97

@@ -51,9 +51,7 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
     rules = scheme._rules
     for path in scheme.paths:
         if any(map(keeps_statistics, modules_of(path.module))):
-            raise ValueError(
-                f"path {path.name!r}: in a graph its BatchNorm would update its statistics in every iteration"
-            )
+            raise ValueError(f"path {path.name!r}: in a graph a dropped branch would update its running statistics")
     if rules.freezes_rest and rules.freeze_bn and any(map(keeps_statistics, model.modules())):
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":

@@ -40,7 +40,7 @@ def register(
 ) -> Agreement:
     """Makes `ddp` train by the iterations of `scheme`. Gradients equal those of one process on the joined batch. What
     doesn't learn has no gradient on any rank, and isn't sent. Every rank has to call this before the first iteration,
-    again for another scheme of the same DDP, and may repeat it.
+    and again for another scheme of the same DDP. Calling it twice does no harm.
 
     Args:
         ddp: built with `find_unused_parameters=True`, as dropped and frozen parameters are unused.

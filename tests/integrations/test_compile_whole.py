@@ -194,7 +194,7 @@ def test_refusals():
 
     with pytest.raises(ValueError, match='weights can\'t be frozen for single samples in a graph: use freeze="branch"'):
         whole(Net(), mode="sample")
-    with pytest.raises(ValueError, match="path 'paths.0': in a graph its BatchNorm would update"):
+    with pytest.raises(ValueError, match="path 'paths.0': in a graph a dropped branch would update"):
         whole(nets.batch_norm_net())
     for freeze_bn in (True, "running"):
         for norm in (nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)):
