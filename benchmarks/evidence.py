@@ -61,8 +61,8 @@ def spiral_settings_table(rows: list[Row]) -> str:
         cells += [_points(difference(scheme, group, "accuracy")) if group else "–" for group in (plain, drop)]
         lines.append(_line([*cells, *_accuracies(groups, "accuracy_without_quarter")]))
     note = (
-        f"{_means(rows)}; differences in points, seed by seed, bold where the interval excludes 0. Where the setting "
-        f"makes no difference to plain training or drop-path, theirs is the base's; –: not trained; {_measured(rows)}."
+        f"{_means(rows)}; differences in points, seed by seed, bold where the interval excludes 0. A setting that "
+        f"doesn't affect plain training or drop-path repeats the base's value; –: not trained; {_measured(rows)}."
     )
     return _joined(lines, note)
 
@@ -228,7 +228,7 @@ def skips_table(rows: list[Row]) -> str:
             cells.append(over_seeds(group, name).text(".1f") if known else "–")
         lines.append(_line(cells))
     note = (
-        f"{_means(rows)}; {rows[0]['steps']} steps. –: there is none, or it would say nothing, as accuracy is below "
+        f"{_means(rows)}; {rows[0]['steps']} steps. –: no value, or a meaningless one, as accuracy is below "
         f"{LEARNED:.0%}; {_measured(rows)}."
     )
     return _joined(lines, note)

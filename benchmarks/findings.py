@@ -133,7 +133,7 @@ def is_peer(name: str) -> bool:
 FINDINGS: dict[str, dict[str, Answer]] = {
     "step": {
         "an optimizer step of the exact scheme, plain training = 1": pair_against(Exact.name),
-        "… with frozen branches bypassed": pair_against(BranchFrozen.name),
+        "… with frozen branches detached": pair_against(BranchFrozen.name),
         "the exact scheme, done naively = 1": pair_against(Exact.name, Naive.name),
         "the exact scheme, masked drop-path = 1": pair_against(Exact.name, DropPath.name),
         "our drop-path alone, timm's = 1": pair_against(drop_path.Ours.name, drop_path.OwnMasks.name),
@@ -144,7 +144,7 @@ FINDINGS: dict[str, dict[str, Answer]] = {
     "memory": {
         "a drop iteration, plain training = 1": kept_bytes(Exact.name, DROP),
         "a reuse iteration, exact": kept_bytes(Exact.name, REUSE),
-        "… with frozen branches bypassed": kept_bytes(BranchFrozen.name, REUSE),
+        "… with frozen branches detached": kept_bytes(BranchFrozen.name, REUSE),
     },
     "ops": {
         "our ops against eager torch": ops_against(lambda name: name == EAGER),

@@ -103,7 +103,7 @@ def ops_table(rows: list[CsvRow]) -> str:
             cells += [_times_as_fast(providers[EAGER], ours), _times_as_fast(compiled, ours)]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "Times as fast as the other, by the median of the turns' ratios (by the fastest turns); "
+        "How many times as fast ours is: median of the turns' ratios (ratio of the fastest turns); "
         f"{rows[0]['turns']} turns on {measured_on(rows[0])}; a copy: {float(rows[0]['ceiling_gbs']):.0f} GB/s."
     )
     return "\n".join([*lines, "", note])
@@ -143,7 +143,7 @@ def memory_table(rows: list[CsvRow]) -> str:
         for row in (exact, by_name[Exact.name, REUSE], by_name[BranchFrozen.name, REUSE]):
             cells += [_ratio(row["saved_ratio"]), _ratio(row["peak_ratio"])]
         lines.append(f"| {' | '.join(cells)} |")
-    note = f"Ratios to a plain step's, means over {rows[0]['plans']} plans; counted on {measured_on(rows[0])}."
+    note = f"Ratios to a plain step, plans averaged: {rows[0]['plans']}; counted on {measured_on(rows[0])}."
     return "\n".join([*lines, "", note])
 
 
@@ -187,8 +187,8 @@ def traffic_table(rows: list[CsvRow]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     versions = "torch {torch}, triton {triton}, commit {commit}, {date}".format_map(rows[0])
     note = (
-        "Bytes as ratios to those needed; eager's counted op by op, Triton's load by load under its interpreter; "
-        f"–: none is needed. {versions.capitalize()}."
+        "Bytes relative to the needed ones; counted op by op for eager, load by load under the interpreter for Triton; "
+        f"–: no bytes are needed. {versions.capitalize()}."
     )
     return "\n".join([*lines, "", note])
 

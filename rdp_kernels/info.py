@@ -1,4 +1,4 @@
-"""`python -m rdp_kernels.info`: where the package is, versions, devices, backends, and why a backend is missing."""
+"""`python -m rdp_kernels.info` prints where the package is, versions, devices, and backends or why they are missing."""
 
 from __future__ import annotations
 

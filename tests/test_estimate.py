@@ -397,16 +397,16 @@ RECOMMENDATIONS = {
         rows_of(0.72, 0.74, 0.62), 0.9, ['mode="block"', "costs about the same: 0.74", "take 0.62 in block mode"], [],
     ),
     "fewer rows save no time": (
-        rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "takes 0.90: at batch 8 branches"], ['freeze="branch"'],
+        rows_of(0.72, 0.9, 0.71), 0.9, ['mode="block"', "takes 0.90: at batch 8, running a branch"], ['freeze="branch"'],
     ),
-    "no prefix": (rows_of(0.72, 0.9, 0.71, sample_flops=0.88), 0.9, ["takes 0.90: there hardly any plan"], []),
+    "no prefix": (rows_of(0.72, 0.9, 0.71, sample_flops=0.88), 0.9, ["takes 0.90: hardly any plan"], []),
     "sample mode is cheaper": (
         rows_of(0.8, 0.7, 0.62), 0.9, ['mode="sample"', "0.70 of plain training's time, in block mode 0.80"], [],
     ),
-    "bypassing is cheaper than block mode, not than sample mode": (
+    "detaching is cheaper than block mode, not than sample mode": (
         rows_of(0.8, 0.7, 0.71), 0.9, ['mode="sample"'], ['freeze="branch"'],
     ),
-    "bypassing is cheapest in sample mode": (
+    "detaching is cheapest in sample mode": (
         rows_of(0.72, 0.74, 0.65, sample_branch=0.6), 0.9, ['mode="block"', "take 0.60 in sample mode"], ["0.65"],
     ),
     "only sample mode gains": (
@@ -419,7 +419,7 @@ RECOMMENDATIONS = {
     "the cheaper of two that don't pay": (
         rows_of(1.3, 1.1, 1.2), 0.9, [PLAINLY, "In sample mode a step takes 1.10"], ["mode=", "freeze=", "1.30"],
     ),
-    "nothing exact pays, bypassing does": (
+    "nothing exact pays, detaching does": (
         rows_of(1.1, 1.3, 0.8), 0.9, [PLAINLY, 'freeze="branch" would take 0.80 in block mode, but its'], ["mode="],
     ),
     "few branches": (
@@ -503,7 +503,7 @@ def test_rates_of_zero_are_told():
     assert f"{next(row.flop_ratio for row in estimate if row.drop_prob == 0.3):.2f}" in estimate.recommendation
 
 
-def test_copies_of_the_model_have_no_probe():
+def test_copies_of_the_model_have_no_call_override():
     model = ViT(dim=8, depth=1)
     model.paths[0].binding.call_override = lambda call, x: x
     assert copy.deepcopy(model).paths[0].binding.call_override is None

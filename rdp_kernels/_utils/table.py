@@ -1,4 +1,4 @@
-"""Tables of what was found, for terminals; rich draws them, if installed."""
+"""Tables for terminals. rich draws them, if installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def table(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
-    """Its lines; none without rows."""
+    """The lines of a table; no lines without rows."""
     if not cells:
         return []
     try:

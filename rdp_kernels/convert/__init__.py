@@ -30,9 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_probability
+from .._utils.example_inputs import example_inputs_of
+from .._utils.modes import in_eval
 from ..paths.binding import PathBinding
 from ..paths.path import CONVERTED, paths_of
-from .calls import BlockCall, Refused, example_inputs_of, in_eval, record_calls
+from .calls import BlockCall, Refused, record_calls
 from .carve import Carved, carve
 from .check import check as self_check
 from .check import device_type_of

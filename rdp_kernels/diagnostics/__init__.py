@@ -2,15 +2,15 @@
 
 | file | does |
 |---|---|
-| `observe.py` | looks on at a model's paths, or stands in for them, and leaves the model as it was |
+| `observe.py` | observes the calls of a model's paths, or replaces them, and leaves the model unchanged |
 | `similarity.py` | CKA, cosine and rebound: functions of tensors, and estimates from minibatches |
 | `layers.py` | which layers of a model, or of two, hold similar features |
-| `sizes.py` | how large branches are against what they are added to |
+| `sizes.py` | how large updates are relative to the residuals that they are added to |
 | `features.py` | how the features of each layer are distributed, and their effective rank |
-| `lesions.py` | removes paths, swaps their branches |
-| `gradients.py` | norms of gradients by path, of one loss or over a training |
-| `effective_depth.py` | which lengths of paths through the network the gradient comes from |
-| `__main__.py` | the command: all of it about one model, as a report |
+| `lesions.py` | removes paths and swaps their branches |
+| `gradients.py` | norms of gradients by path, for one loss or over a training |
+| `effective_depth.py` | through how many branches the gradient comes |
+| `__main__.py` | the command: a report on one model with all of this |
 """
 
 from .effective_depth import EffectiveDepth, effective_depth, participation

@@ -1,8 +1,8 @@
-"""Looks at the residual paths of a model: what each of them adds, learns and is good for.
+"""Examines the residual paths of a model: what each of them adds and learns, and what happens without it.
 
-MODEL is a name that timm knows, or package.module:factory, which is called without arguments and returns a
-model with paths, or one that rdp_kernels.convert finds residual paths in. Prints a table of its paths; --out
-writes all that was found, with figures.
+MODEL is the name of a timm model, or package.module:factory. The factory is called without arguments and returns
+a model with paths, or one in which rdp_kernels.convert finds residual paths. Prints a table of the paths; --out
+writes all results, with figures.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ from ._subject import FEWEST, Problem, build_model, ensure_paths, load_checkpoin
 
 def at_least(minimum: int) -> Callable[[str], int]:
     def count(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
+        if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"must be an integer, at least {minimum}, got {text!r}")
-        return value
+        return int(text)
 
     return count
 
@@ -41,21 +37,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="vit_tiny_patch16_224, or package.module:factory")
     add("--checkpoint", type=Path, metavar="FILE", help="a state_dict, or a dict with one as state_dict or model")
     add("--pretrained", action="store_true", help="timm's pretrained weights")
-    add("--classes", type=at_least(1), help="outputs of a model of timm's; default: its own")
+    add("--classes", type=at_least(1), help="number of classes of a timm model; default: its own")
     add("--data", default="random", metavar="random|digits|FOLDER", help="FOLDER holds CLASS/*.jpg; default: random")
     add("--batch-size", type=at_least(FEWEST), default=16, metavar="N", help="images in a batch; default: 16")
     add("--batches", type=at_least(1), default=2, metavar="N", help="default: 2")
     add("--image-size", type=at_least(1), metavar="SIDE", help="in pixels; default: the model's own")
     add("--lesions", type=at_least(0), default=8, metavar="N", help="random removals of each size; default: 8")
-    add("--samples", type=at_least(0), default=2, metavar="N", help="of each length, for effective depth; default: 2")
+    add("--samples", type=at_least(0), default=2, metavar="N", help="sets for each effective length; default: 2")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--out", type=Path, metavar="FOLDER", help="report.json, report.md and figures go there; default: none")
-    add("--seed", type=int, default=0, help="of new weights, images and choices; default: 0")
+    add("--out", type=Path, metavar="FOLDER", help="folder for report.json, report.md and figures; default: none")
+    add("--seed", type=int, default=0, help="for new weights, images and random choices; default: 0")
     return parser
 
 
 def look(options: argparse.Namespace) -> Report:
-    """Raises `Problem`."""
+    """Builds the model, loads the data and measures. Raises `Problem`."""
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
@@ -71,7 +67,7 @@ def look(options: argparse.Namespace) -> Report:
     model.to(device)
     notes = []
     if ":" not in options.model and not options.pretrained and options.checkpoint is None:
-        notes.append("The weights are new ones: --pretrained and --checkpoint give trained ones, which tell more.")
+        notes.append("The weights are untrained. Trained ones (--pretrained, --checkpoint) tell more.")
     if (converted := ensure_paths(model, data.images[0])) is not None:
         notes.append(f"{converted} by rdp_kernels.convert.")
     return measure(model, data, lesions=options.lesions, samples=options.samples, seed=options.seed, notes=notes)

@@ -1,4 +1,4 @@
-"""What the layers of a model are in a forward: the states of its stream, or what its paths add."""
+"""The layers of a model in a forward: the states of the residual, or the updates that paths add to it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .observe import Pieces, forward, observing
+from .observe import ObservedCall, forward, observing
 
 T = TypeVar("T")
 
 OF = ("stream", "branch")
-"""The stream before the first path ("input") and after each path; what each path adds to it."""
+"""The residual before the first path ("input") and after each path; the update that each path adds to it."""
 
 
 def layers_of(model: nn.Module, batch: Any, of: str, look: Callable[[Tensor], T]) -> dict[str, T]:
-    """`look` of each layer in one forward, by label, in the order of the calls.
+    """Calls `look` on each layer in one forward. Returns the results by label, in the order of the calls.
 
-    `look` gets tensors that what follows in the model may write to, of the shape that the path has them in. Raises
+    Code behind a layer may write to the tensor that `look` gets. Its shape is the one that it has in the path. Raises
     `ValueError` where no path is called.
     """
     found: dict[str, T] = {}
 
-    def on_call(call: Pieces) -> None:
+    def on_call(call: ObservedCall) -> None:
         if of == "stream" and not found:
             put(found, "input", look(call.x))
-        put(found, call.name, look(call.out if of == "stream" else call.branch))
+        put(found, call.name, look(call.out if of == "stream" else call.update))
 
     run(model, batch, on_call)
     return found
 
 
-def run(model: nn.Module, batch: Any, on_call: Callable[[Pieces], None]) -> None:
-    """One forward without gradients, on which `on_call` looks. Raises `ValueError` where no path is called."""
+def run(model: nn.Module, batch: Any, on_call: Callable[[ObservedCall], None]) -> None:
+    """Runs one forward without gradients and passes its calls to `on_call`. Raises `ValueError` without any."""
     calls = 0
 
-    def counting(call: Pieces) -> None:
+    def counting(call: ObservedCall) -> None:
         nonlocal calls
         calls += 1
         on_call(call)
@@ -49,7 +49,7 @@ def run(model: nn.Module, batch: Any, on_call: Callable[[Pieces], None]) -> None
 
 
 def put(found: dict[str, T], name: str, value: T) -> None:
-    """Under `name`; what a name has again, in a second call of a path, is `name#2`."""
+    """Stores `value` under `name`, or under `name#2` in the second call of a path."""
     label, count = name, 1
     while label in found:
         count += 1
@@ -58,7 +58,7 @@ def put(found: dict[str, T], name: str, value: T) -> None:
 
 
 def same_labels(before: tuple[str, ...] | None, found: dict[str, T]) -> tuple[str, ...]:
-    """Those of `found`. Raises `ValueError` where the batch before had others."""
+    """The labels of `found`. Raises `ValueError` where the batch before had others."""
     labels = tuple(found)
     if before not in (None, labels):
         raise ValueError(

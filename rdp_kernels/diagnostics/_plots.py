@@ -1,4 +1,4 @@
-"""Axes over the depth of a model. matplotlib is imported on use."""
+"""Axes over the depth of a model. matplotlib is imported only when needed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LABELS = 20
-"""More can't be read on one axis."""
+"""More labels can't be read on one axis."""
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """`ax`, or those of a new pyplot figure."""
+    """`ax`, or the axes of a new pyplot figure."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
 
 
 def label_layers(ax: Axes, x: Sequence[str], y: Sequence[str] | None = None) -> None:
-    """Layers at 0, 1, 2 … along x and, where given, along y; of many, every so many carry their label."""
+    """Labels the layers, at 0, 1, 2 … along x and, where given, along y. At most `MOST_LABELS` are labelled."""
     ax.set_xticks(**_ticks(x))
     ax.tick_params(axis="x", rotation=90)
     if y is not None:

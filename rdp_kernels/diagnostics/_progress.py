@@ -1,4 +1,4 @@
-"""Progress bars of long diagnostics; rich draws them, if installed."""
+"""Progress bars for long diagnostics. rich draws them, if installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, progress: bool | None) -> Iterator[T]:
-    """`items`, with a bar on stderr; `progress` None draws it where stderr is a terminal."""
+    """Yields `items` and draws a bar on stderr. With `progress=None` it does so only where stderr is a terminal."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield from items
         return

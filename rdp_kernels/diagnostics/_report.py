@@ -1,4 +1,4 @@
-"""The command's measurements, and what is made of them: a table, JSON, Markdown and figures."""
+"""The command's measurements, and their presentation: a table, JSON, Markdown and figures."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from .lesions import LesionStudy, lesion_study
 from .observe import undisturbed
 from .sizes import BranchSizes, branch_sizes
 
+PARTS = ("sizes", "similarity", "features", "gradients", "lesions", "depth")
+
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, and how it is to be read."""
+    """The measurements, with notes on how to read them."""
 
     notes: list[str]
     metric: str
-    """What a lesion's value is."""
+    """What the value of a lesion means."""
     accuracy: float | None
     sizes: BranchSizes
     similarity: LayerSimilarity
@@ -43,10 +45,10 @@ class Report:
 
     def header(self) -> tuple[str, ...]:
         effect = "loss without it: change" if self.metric == "loss" else "outputs without it: change"
-        return "path", "‖branch‖ / ‖stream‖", "‖∂L/∂θ‖", "‖∂L/∂stream‖", effect
+        return "path", "‖branch‖ / ‖residual‖", "‖∂L/∂θ‖", "‖∂L/∂residual‖", effect
 
     def rows(self) -> list[tuple[str, float, float, float, float]]:
-        """By path; the size is that of its first call."""
+        """The cells by path. The size is measured in the path's first call."""
         sizes = dict(zip(self.sizes.labels, self.sizes.ratio.tolist(), strict=True))
         columns = (self.gradients.parameters, self.gradients.stream, self.lesions.effects)
         return [
@@ -58,7 +60,7 @@ class Report:
         return [(name, *(f"{value:.3g}" for value in values)) for name, *values in self.rows()]
 
     def facts(self) -> dict[str, float | None]:
-        """Single numbers, by what they are."""
+        """Single numbers, by description."""
         effects = [abs(effect) for effect in self.lesions.effects]
         ratios = [ratio for ratio in self.sizes.ratio.tolist() if math.isfinite(ratio)]
         facts: dict[str, float | None] = {"loss": self.lesions.baseline} if self.metric == "loss" else {}
@@ -78,17 +80,15 @@ class Report:
         return "\n".join([*table(self.header(), self.cells()), *known, *self.notes])
 
     def data(self) -> dict[str, Any]:
-        """All of it in plain types; what is no number is None."""
+        """All results in plain types. NaN and Inf are None."""
         paths = [dict(zip(("name", "size", "gradient", "stream", "effect"), row, strict=True)) for row in self.rows()]
-        parts = {
-            name: getattr(self, name) for name in ("sizes", "similarity", "features", "gradients", "lesions", "depth")
-        }
+        parts = {name: getattr(self, name) for name in PARTS}
         found = {name: None if part is None else asdict(part) for name, part in parts.items()}
         head = {"notes": self.notes, "metric": self.metric, "facts": self.facts(), "paths": paths}
         return _plain(head | found)
 
     def write(self, folder: Path, title: str, options: dict[str, Any]) -> list[str]:
-        """report.json, figures if matplotlib is there, and report.md; their names. Raises `Problem`."""
+        """Writes report.json, report.md and, with matplotlib, figures; returns their names. Raises `Problem`."""
         files = {"report.json": json.dumps(_plain(options) | self.data(), indent=1, allow_nan=False).encode()}
         files |= self._figures()
         rows = ["| " + " | ".join(cells) + " |" for cells in (self.header(), ("---",) * 5, *self.cells())]
@@ -105,13 +105,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError:
             return {}
-        plots: dict[str, Callable] = {
-            "similarity": self.similarity.plot,
-            "sizes": self.sizes.plot,
-            "features": self.features.plot,
-            "gradients": self.gradients.plot,
-            "lesions": self.lesions.plot,
-        }
+        plots: dict[str, Callable] = {name: getattr(self, name).plot for name in PARTS if name != "depth"}
         if self.lesions.removed or self.lesions.swapped:
             plots["removed"] = self.lesions.plot_counts
         if self.depth is not None:
@@ -126,7 +120,7 @@ class Report:
 
 
 def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: int, notes: list[str]) -> Report:
-    """Everything about `model`, in eval mode; `lesions`: random sets of each size; `samples`: sets for each length."""
+    """Measures `model` in eval mode; `lesions`: random sets of each size; `samples`: random sets for each length."""
     notes = notes + data.notes
     with undisturbed(model), torch.no_grad():
         whole = [output_of(model(images)) for images in data.images]
@@ -138,7 +132,7 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
     if labels is not None:
         accuracy = (torch.cat(whole).argmax(dim=1) == torch.cat(labels)).double().mean().item()
         count = sum(map(len, labels))
-        notes.append(f"L is the cross-entropy of {count} images, for gradients that of the first {len(labels[0])}.")
+        notes.append(f"L is the cross-entropy of {count} images, for gradients of the first {len(labels[0])}.")
     else:
         notes.append(
             "L is the mean square of the outputs of the first batch; the change of the outputs y is "
@@ -165,7 +159,7 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
     counts, swaps = (None, (1,)) if lesions else ((), ())
     study = lesion_study(model, evaluate, counts=counts, repeats=max(lesions, 1), swaps=swaps, seed=seed)
     if lesions and not study.swappable:
-        notes.append("No two paths map the same shape: none were swapped.")
+        notes.append("No paths were swapped, as no two map the same shape.")
     return Report(
         notes,
         "outputs' change" if labels is None else "loss",
@@ -180,7 +174,7 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder and tries whether files can be written there. Raises `Problem`."""
+    """Creates the folder and checks that files can be written to it. Raises `Problem`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,7 +184,7 @@ def prepare(folder: Path) -> None:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Replaces the file at one stroke. Raises `Problem`."""
+    """Replaces the file atomically. Raises `Problem`."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         temporary.write_bytes(content)
@@ -202,7 +196,7 @@ def write(file: Path, content: bytes) -> None:
 def _or_none(function: Callable[[list[float]], float], values: list[float]) -> float | None:
     try:
         return function(values)
-    except ValueError:  # NaN and Inf, of a model that overflows
+    except ValueError:  # NaN and Inf, from a model that overflows
         return None
 
 

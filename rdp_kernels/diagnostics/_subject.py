@@ -1,9 +1,10 @@
-"""What the command looks at: a model with paths, and images. Libraries are imported on use."""
+"""What the command examines: a model with paths, and images. Libraries are imported only when needed."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import operator
 import pickle
 import re
 import sys
@@ -16,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.example_inputs import example_inputs_of
 from ..convert import convert
-from ..convert.calls import example_inputs_of
 from ..paths.path import find_path_modules
 from ..plan import plan_generator
 
-FEWEST = 4  # images in a batch: what unbiased CKA needs
+FEWEST = 4  # images in a batch, as unbiased CKA needs
 
 
 class Problem(Exception):
-    """Something that the user can mend; the message says how, in a line."""
+    """An error that the user can fix. The message says how, in one line."""
 
 
 def told(error: BaseException) -> str:
@@ -37,19 +38,16 @@ def told(error: BaseException) -> str:
 
 
 def build_model(name: str, *, pretrained: bool, classes: int | None, side: int | None) -> nn.Module:
-    """A model of timm's, or what `package.module:factory` returns. Raises `Problem`."""
+    """Builds a timm model, or calls `package.module:factory`. Raises `Problem`."""
     if not re.fullmatch(r"[\w.]+:[\w.]+", name):
         return _from_timm(name, pretrained, {"num_classes": classes, "img_size": side})
     if pretrained or classes is not None:
-        raise Problem("arguments --pretrained and --classes: are for models of timm's; let the factory see to it")
+        raise Problem("arguments --pretrained and --classes: only for timm models; the factory has to handle them")
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        model: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            model = getattr(model, part)
-        model = model()
+        model: Any = operator.attrgetter(attribute)(importlib.import_module(module))()
     except Exception as error:  # a factory is the user's code
         raise Problem(f"argument MODEL: {name} can't be built: {told(error)}") from error
     if not isinstance(model, nn.Module):
@@ -60,8 +58,8 @@ def build_model(name: str, *, pretrained: bool, classes: int | None, side: int |
 def _from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # torchvision, of another build than torch, misses ops of its own
-        advice = "name one of timm's models with timm installed, or package.module:factory"
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch lacks its own ops
+        advice = "install timm to name its models, or give package.module:factory"
         raise Problem(f"argument MODEL: {name!r}: timm can't be imported ({told(error)}); {advice}") from error
     if not timm.is_model(name.partition(".")[0]) and not re.match("hf[-_]hub:", name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -80,7 +78,7 @@ def _from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
 
 
 def load_checkpoint(model: nn.Module, file: Path) -> None:
-    """A `state_dict`, or a dict that holds one under "state_dict", "model" or "model_ema". Raises `Problem`."""
+    """Loads a `state_dict`, or a dict with one under "state_dict", "model" or "model_ema". Raises `Problem`."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -111,7 +109,7 @@ def _shape(value: object) -> object:
 
 
 def ensure_paths(model: nn.Module, images: Tensor) -> str | None:
-    """Converts a model without paths; what the conversion did. Raises `Problem`."""
+    """Converts a model without paths and returns a summary, or None for one with paths. Raises `Problem`."""
     try:
         with torch.no_grad():
             output_of(model.eval()(images))
@@ -136,7 +134,7 @@ def ensure_paths(model: nn.Module, images: Tensor) -> str | None:
 
 
 def output_of(output: Any) -> Tensor:
-    """The tensor among what a model returns: logits, or the first."""
+    """The tensor in what a model returns: its logits, or else the first one."""
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values()), None))
     elif isinstance(output, tuple | list) and output:
@@ -151,7 +149,7 @@ def output_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of images `[B, C, H, W]`; labels `[B]`, number of classes, and what is to be said of them."""
+    """Batches of images `[B, C, H, W]`, their labels `[B]`, the number of classes, and notes for the report."""
 
     images: list[Tensor]
     labels: list[Tensor] | None
@@ -164,13 +162,13 @@ class Data:
 
 
 def load_data(model: nn.Module, name: str, side: int | None, batch_size: int, batches: int, seed: int) -> Data:
-    """`random`, `digits` or a folder of class folders. Raises `Problem`."""
+    """Loads `random`, `digits` or a folder of class folders. Raises `Problem`."""
     shape, generator, count = image_shape(model, name, side), plan_generator(seed, 0), batch_size * batches
     if name == "random":
         images = torch.randn(count, *shape, generator=generator)
         note = (
-            "The images are random numbers: of an untrained network's paths they say little, and of a trained one's "
-            "not what they do with images like its own (--data)."
+            "The images are random numbers. They say little about an untrained network, and don't show what a trained "
+            "one does with images like those it was trained on (--data)."
         )
         return Data([*images.split(batch_size)], None, None, [note])
     if name == "digits":
@@ -185,22 +183,21 @@ def load_data(model: nn.Module, name: str, side: int | None, batch_size: int, ba
 
 
 def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int, int]:
-    """Channels, height and width that the model says it takes; else as its first convolution and the data have them."""
+    """The channels, height and width that the model declares, else those of its first convolution and of the data."""
     example = example_inputs_of(model)
     if not isinstance(example, Tensor) and "pixel_values" not in example:
-        raise Problem(f"argument MODEL: it must take images, but says that it takes {', '.join(example)}")
+        raise Problem(f"argument MODEL: it must take images, but declares that it takes {', '.join(example)}")
     channels, *size = (example if isinstance(example, Tensor) else example["pixel_values"]).shape[1:]
     if not any(hasattr(model, name) for name in ("pretrained_cfg", "config", "patch_embed", "image_size")):
         convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = 1 if data == "digits" else 3
+        channels, size = (1, [8, 8]) if data == "digits" else (3, size)
         channels = channels if convolution is None else convolution.in_channels
-        size = [8, 8] if data == "digits" else size
     height, width = (side, side) if side else size
     return channels, height, width
 
 
 def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Random ones of the quarter that scikit-learn's stratified split with random_state=0 holds out, in [−1, 1]."""
+    """Random digits in [−1, 1], from the quarter that scikit-learn's stratified split with random_state=0 holds out."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -219,7 +216,7 @@ def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator)
 def _folder(
     model: nn.Module, folder: Path, shape: tuple[int, int, int], count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """Random images of a folder, as timm would evaluate its own models on them, others in [−1, 1]."""
+    """Random images of a folder, for timm models transformed as in their evaluation, for others in [−1, 1]."""
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder

@@ -1,4 +1,4 @@
-"""Random choices of k out of n, all different."""
+"""Random subsets, all different."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def subsets(n: int, k: int, limit: int, generator: torch.Generator) -> list[tuple[int, ...]]:
-    """All choices of `k` out of `range(n)` where there are no more than `limit`, else `limit` different random ones."""
+    """All subsets of `range(n)` with `k` elements, or `limit` different random ones where there are more."""
     if math.comb(n, k) <= limit:
         return list(itertools.combinations(range(n), k))
     drawn: dict[tuple[int, ...], None] = {}

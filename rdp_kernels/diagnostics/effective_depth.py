@@ -1,4 +1,4 @@
-"""How deep a network effectively is: which lengths of paths through it the gradient comes from.
+"""How deep a network effectively is: through how many branches the gradient comes.
 
 Veit, Wilber and Belongie, arXiv 1605.06431, section 4.3.
 """
@@ -21,26 +21,26 @@ from ._plots import axes_or_new
 from ._progress import track
 from ._subsets import subsets
 from .gradients import checked_loss, requiring_grad
-from .observe import added, finish, standing_in, undisturbed
+from .observe import finish, overriding, undisturbed, update_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ALL_SUBSETS = 10  # up to so many paths the gradient is taken through each of the 2ⁿ subsets
-SAMPLES = 16
+ALL_SUBSETS = 10  # with up to so many paths all 2ⁿ subsets are measured: 1,024 backward passes
+SAMPLES = 16  # random subsets of each length otherwise
 
 
 @dataclass(frozen=True)
 class EffectiveDepth:
-    """The gradient at the input of the first path, by the number of branches it came through.
+    """The gradient at the input of the first path, by the number of branches that it came through.
 
     Args:
         depth: mean length, Σ length · share.
-        paths: that the model has called: the greatest length.
-        lengths: that were measured.
-        norms: the gradient's mean norm through one set of `length` branches, for each of `lengths`.
-        shares: that norm times the number of such sets, as parts of 1.
-        sets: how many sets the mean is over; C(paths, length) where these are all.
+        paths: the number of paths that the model calls, which is the greatest length.
+        lengths: the lengths that were measured.
+        norms: for each length, the mean norm of the gradient through one set of as many branches.
+        shares: for each length, this norm times the number of such sets, relative to the sum over lengths.
+        sets: for each length, how many sets the mean is over. All C(paths, length) sets, or random ones.
     """
 
     depth: float
@@ -51,7 +51,7 @@ class EffectiveDepth:
     sets: list[int]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Bars: the shares by length. Returns the axes."""
+        """Draws the shares by length as bars. Returns the axes."""
         ax = axes_or_new(ax)
         ax.bar(self.lengths, self.shares, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axvline(self.depth, color="black", linestyle="--", label=f"effective depth {self.depth:.2f} of {self.paths}")
@@ -70,40 +70,40 @@ def effective_depth(
     seed: int = 0,
     progress: bool | None = None,
 ) -> EffectiveDepth:
-    """Distribution of the gradient over the lengths of paths through a network of n residual paths, and its mean.
+    """The distribution of the gradient over the lengths of paths through a network of n residual paths, and its mean.
 
-    For a set of k paths the forward is the ordinary one, in eval mode; the backward goes through the branch alone in
-    these k, and through the shortcut alone in the others. The norm of the gradient at the input of the first path, mean
-    over sets of k, times their number C(n, k), is what length k contributes. (These are sums of norms, as in the paper,
-    not norms of sums: gradients along different paths may cancel.) Each set is a forward and a backward.
+    For a set of k paths the forward is the ordinary one, in eval mode. The backward goes only through the branch in
+    these k paths, and only through the shortcut in the others. Length k contributes the mean norm of the gradient at
+    the input of the first path, over sets of k, times the number of sets C(n, k). (As in the paper these are sums of
+    norms, not norms of sums: gradients through different sets may cancel.) Each set takes a forward and a backward.
 
     Args:
         loss: `loss(model)` is a scalar tensor.
-        samples: random sets for each length, all different; all sets where there are no more. None: all sets of a model
-            with up to 10 paths, else 16.
-        lengths: that are measured, and make up the distribution; None: 0 to n.
-        seed: of the sets, which torch's global generators take no part in.
-        progress: a bar on stderr; None: where that is a terminal.
+        samples: how many random sets are measured for each length, all different, or all sets if there are no more.
+            None: all sets of a model with up to 10 paths, else 16.
+        lengths: which lengths are measured and make up the distribution; None: 0 to n.
+        seed: for the sets. Torch's global generators aren't used.
+        progress: draw a progress bar on stderr; None draws it where stderr is a terminal.
 
-    A path that is called several times counts once. Modes, `.grad` and random states are left as they were. Raises
-    `ValueError` or `TypeError` naming the argument, and where no gradient reaches the first path.
+    A path that is called several times counts once. Modes, `.grad` and random states don't change. Raises `ValueError`
+    or `TypeError` naming the argument, and where no gradient reaches the first path.
     """
     if samples is not None:
         check_count("samples", samples, minimum=1)
-    called = _Backward(model, loss).called()
+    backward = _Backward(model, loss)
+    called = backward.called()
     n = len(called)
     limit = samples or (2**ALL_SUBSETS if n <= ALL_SUBSETS else SAMPLES)
     lengths = list(range(n + 1)) if lengths is None else [check_count("lengths", length) for length in lengths]
     if not lengths or max(lengths) > n or len(set(lengths)) < len(lengths):
         raise ValueError(f"lengths must be different numbers from 0 to {n}, the number of paths, got {lengths}")
     chosen = [subsets(n, length, limit, plan_generator(seed, length)) for length in lengths]
-    backward = _Backward(model, loss)
     flat = [subset for sets in chosen for subset in sets]
     found = iter([backward.norm({called[i] for i in subset}) for subset in track(flat, "effective depth", progress)])
     norms = [math.fsum(next(found) for _ in sets) / len(sets) for sets in chosen]
     if not any(norms) or not all(map(math.isfinite, norms)):
         raise ValueError(f"loss must have a finite gradient at the input of the first path, not 0 by all, got {norms}")
-    # In logarithms: C(2000, 1000) is no float.
+    # In logarithms, as C(2000, 1000) exceeds the range of floats.
     logs = [math.log(math.comb(n, k)) + (math.log(v) if v else -math.inf) for k, v in zip(lengths, norms, strict=True)]
     weights = [math.exp(log - max(logs)) for log in logs]
     shares = [weight / math.fsum(weights) for weight in weights]
@@ -112,56 +112,58 @@ def effective_depth(
 
 
 class _Backward:
-    """Forwards and backwards of `loss(model)`, with gradients through some of the branches only."""
+    """Runs forward and backward of `loss(model)`, with gradients only through some of the branches."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor]):
         self._model, self._loss = model, loss
 
     def called(self) -> list[int]:
-        """The paths, in the order of their first call."""
+        """The paths that are called, in the order of their first calls."""
         paths: dict[int, None] = {}
 
-        def look(path: int, call: PathCall, x: Tensor) -> Tensor:
+        def note(path: int, call: PathCall, x: Tensor) -> Tensor:
             paths[path] = None
             return call.run(x)
 
-        with undisturbed(self._model), torch.no_grad(), standing_in(self._model, look):
+        with undisturbed(self._model), torch.no_grad(), overriding(self._model, note):
             self._loss(self._model)
         if not paths:
             raise ValueError("loss must run the model it is given, but called none of its paths")
         return list(paths)
 
     def norm(self, through: set[int]) -> float:
-        """Of the gradient at the input of the first path, that comes through the branches of these paths."""
+        """The norm of the gradient at the input of the first path that comes through exactly these branches."""
         first: list[GradientEdge] = []
 
-        def pass_by(path: int, call: PathCall, x: Tensor) -> Tensor:
+        def limited(path: int, call: PathCall, x: Tensor) -> Tensor:
             if not first:
                 x, whole = requiring_grad(x, call)
                 if not whole:
                     raise ValueError(
                         "the first path's shortcut is computed outside of it, and nothing before it learns: let a "
-                        "parameter before it require grad, so that the gradient at its input is known"
+                        "parameter before it require grad, so that its input has a gradient"
                     )
                 first.append(get_gradient_edge(x))
             with torch.set_grad_enabled(path not in through):
                 residual = call.residual(x)
             with torch.set_grad_enabled(path in through):
-                branch = added(call, x)
-            return finish(call, (residual.detach() if path in through else residual) + branch)
+                update = update_of(call, x)
+            return finish(call, (residual.detach() if path in through else residual) + update)
 
         with undisturbed(self._model):
-            with torch.enable_grad(), standing_in(self._model, pass_by):
+            with torch.enable_grad(), overriding(self._model, limited):
                 value = checked_loss(self._loss(self._model))
             (grad,) = torch.autograd.grad(value, first, allow_unused=True)
         return 0.0 if grad is None else grad.double().norm().item()
 
 
 def participation(values: Sequence[float] | Tensor) -> float:
-    """How many of some contributions matter: (Σv)² / Σv², n where n are equal and 1 where one has it all; 0 where all
-    are 0. `values`: non-negative, for example sizes of branches, or how much removing each of them changes.
+    """How many of the given contributions matter: (Σv)² / Σv².
 
-    Raises `ValueError` for negative or infinite values and for none.
+    It is n for n equal values, 1 where one value has it all, and 0 where all are 0. `values`: non-negative numbers, for
+    example the sizes of branches, or how much removing each of them changes.
+
+    Raises `ValueError` for negative or infinite values, and without any.
     """
     found = torch.as_tensor(values, dtype=torch.float64).detach().flatten()
     if found.numel() == 0 or not bool((found >= 0).all()) or bool(found.isinf().any()):

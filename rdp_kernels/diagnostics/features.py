@@ -1,4 +1,4 @@
-"""How a model's features are distributed in each layer, and in how many directions they vary."""
+"""How the features of each layer are distributed, and in how many directions they vary."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 @dataclass(frozen=True, eq=False)
 class FeatureDistributions:
-    """What `feature_distributions` found, on the CPU; float64 `[L]` where nothing else is said.
+    """The result of `feature_distributions`, on the CPU. Tensors are float64 `[L]` unless stated otherwise.
 
     Args:
         labels: of the L layers, as in `LayerSimilarity`.
-        mean, std: of all finite values, whatever their sample, position and channel; NaN where there are none.
-        quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite ones of the values picked.
-        zeros: share of all values that are exactly 0.
+        mean, std: of all finite values, over samples, positions and channels. NaN where there are none.
+        quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite values among those picked.
+        zeros: the share of values that are exactly 0.
         non_finite: int64 `[L]`, how many values are NaN or Inf.
-        effective_rank: participation ratio (Σλ)² / Σλ² of the covariance of a sample's features: the number of
-            directions, were the variance in each the same. Estimated from U-statistics of each batch (HSIC_1 for Σλ²),
-            so that it converges with the number of batches and may lie above their size; batches of fewer
-            than 4 samples don't count. 0 for constant features, Inf where a single sample differs from all others, NaN
+        effective_rank: participation ratio (Σλ)² / Σλ² of the covariance of a sample's features. If k directions had
+            the same variance and all others none, it would be k. It is estimated from U-statistics of each batch
+            (HSIC_1 for Σλ²): it converges with the number of batches and may exceed their size. Batches of fewer than
+            4 samples don't count. 0 for constant features, Inf where a single sample differs from all others, NaN
             without such batches or with non-finite features.
         of: as in `layer_similarity`.
-        num_samples: how many rows of its first layer were seen.
+        num_samples: how many rows the first layer had in all batches.
     """
 
     labels: tuple[str, ...]
@@ -52,7 +52,7 @@ class FeatureDistributions:
     num_samples: int
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Bands between quantiles over depth, around the median, on `ax` or on new axes. Returns the axes."""
+        """Draws the median and bands between quantiles over depth, on `ax` or on new axes. Returns the axes."""
         ax, layers, quantiles = axes_or_new(ax), range(len(self.labels)), self.quantiles.T.tolist()
         for band, alpha in ((0, 0.15), (1, 0.3), (2, 0.5)):
             label = f"{QUANTILES[band]:.0%} to {QUANTILES[-1 - band]:.0%}"
@@ -74,14 +74,14 @@ def feature_distributions(
     seed: int = 0,
     progress: bool | None = None,
 ) -> FeatureDistributions:
-    """Moments, quantiles and effective rank of each layer's features, in eval mode; one forward for each batch.
+    """Computes moments, quantiles and effective rank of each layer's features in eval mode, one forward for each batch.
 
     Args:
-        model, batches, of, progress: as in `layer_similarity`; what is left as it was, too.
-        values_per_batch: quantiles are those of at most so many values of a layer and batch, in proportion to the
-            batches' sizes: of all values where the largest batch has no more, else of some picked at random. They are
-            kept to the end, so that memory grows with the number of batches. All else counts every value.
-        seed: of picking them, which leaves torch's own generators alone.
+        model, batches, of, progress: as in `layer_similarity`. As there, nothing else changes.
+        values_per_batch: the most values of a layer and batch that quantiles are computed from. Where the largest batch
+            has more, values are picked at random, in proportion to the batches' sizes. They are kept until the end, so
+            that memory grows with the number of batches. All other results count every value.
+        seed: for picking them. Torch's own generators aren't used.
     """
     check_choice("of", of, OF)
     limit = check_count("values_per_batch", values_per_batch, minimum=1)
@@ -103,7 +103,7 @@ def feature_distributions(
 
 @dataclass(frozen=True)
 class _Seen:
-    """One layer in one batch: its rows, what `_numbers` says, and values picked in random order."""
+    """One layer in one batch: the number of rows, the result of `_numbers`, and values picked in random order."""
 
     rows: int
     numbers: Tensor
@@ -121,8 +121,9 @@ def _look(features: Tensor, limit: int, generator: torch.Generator) -> _Seen:
 
 
 def _numbers(features: Tensor) -> Tensor:
-    """float64 `[8]`: values, finite ones, zeros, mean, sum of squared distances from it; and samples that count for the
-    effective rank, times the trace of the covariance and times its squared Frobenius norm."""
+    """float64 `[8]`: the numbers of values, finite values and zeros, the mean and the sum of squared distances from it;
+    then, for the effective rank, the number of samples, this times the trace of the covariance, and times its squared
+    Frobenius norm. The last three are 0 for batches that don't count."""
     finite, n = features[features.isfinite()].double(), len(features)
     mean = finite.mean() if len(finite) else finite.new_zeros(())
     numbers = [features.numel(), len(finite), (features == 0).sum(), mean, (finite - mean).square().sum(), 0, 0, 0]
@@ -133,7 +134,7 @@ def _numbers(features: Tensor) -> Tensor:
 
 
 def _joined(batches: list[_Seen], limit: int) -> tuple[Tensor, ...]:
-    """Mean, standard deviation, quantiles, share of zeros, non-finite values and effective rank of a layer."""
+    """Mean, standard deviation, quantiles, share of zeros, count of non-finite values and effective rank of a layer."""
     values, finite, zeros, means, squares, *rank = torch.stack([batch.numbers for batch in batches]).T
     mean = (finite * means).sum() / finite.sum()
     std = ((squares + finite * (means - mean).square()).sum() / finite.sum()).sqrt()
@@ -146,7 +147,7 @@ def _joined(batches: list[_Seen], limit: int) -> tuple[Tensor, ...]:
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """At `QUANTILES`; `torch.quantile` takes no more than 2²⁴ values."""
+    """The quantiles of `values` at `QUANTILES`. `torch.quantile` takes no more than 2²⁴ values."""
     values = values[values.isfinite()].sort().values
     if not len(values):
         return torch.full((len(QUANTILES),), math.nan, dtype=torch.float64)

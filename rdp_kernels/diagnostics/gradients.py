@@ -1,4 +1,4 @@
-"""How large gradients are, path by path: of one loss, and over the steps of a training."""
+"""How large gradients are, by path: for one loss, and over the steps of a training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..paths.binding import PathModule
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules, parameters_of
 from ._plots import axes_or_new, label_layers
-from .observe import standing_in, undisturbed
+from .observe import overriding, undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +28,9 @@ class GradientNorms:
 
     Args:
         names: of the paths.
-        parameters: ‖∂L/∂θ‖ of each path, over all its parameters that require grad; NaN if the loss depends on none.
-        stream: ‖∂L/∂x‖ at each path's input x, the residual stream before it; NaN if the loss doesn't depend on it, or
-            where nothing before the path learns and its shortcut is computed outside of it.
+        parameters: ‖∂L/∂θ‖ for each path, over all its parameters that require grad; NaN if the loss depends on none.
+        stream: ‖∂L/∂x‖ at the input x of each path, which is the residual before it. NaN if the loss doesn't depend on
+            x, or where nothing before the path learns and its shortcut is computed outside of it.
     """
 
     names: list[str]
@@ -38,9 +38,10 @@ class GradientNorms:
     stream: list[float]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Both by path, on a logarithmic scale. Returns the axes."""
+        """Draws both by path, on a logarithmic scale. Returns the axes."""
         ax = axes_or_new(ax)
-        for values, label, style in ((self.parameters, "path's parameters", "o-"), (self.stream, "stream", "s--")):
+        series = ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--"))
+        for values, label, style in series:
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")
@@ -51,15 +52,15 @@ class GradientNorms:
 
 
 def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training: bool = False) -> GradientNorms:
-    """Norms of the gradients of `loss(model)`, a scalar tensor, from one forward and backward.
+    """Measures the gradients of `loss(model)`, a scalar tensor, in one forward and backward.
 
-    The model is in eval mode, as in all diagnostics: the gradient of the network that is used for inference, which
-    doesn't depend on chance. With `training` all of it is in training mode: drop-path and dropout draw, and BatchNorm
-    takes the batch's statistics. Either way `.grad`, modes, random states and buffers are left as they were.
+    The model is in eval mode, as in all diagnostics: this is the gradient of the network that is used for inference,
+    and doesn't depend on chance. With `training` the whole model is in training mode: drop-path and dropout draw, and
+    BatchNorm uses the batch's statistics. In both cases `.grad`, modes, random states and buffers don't change.
 
-    Where weights are tied, each path's norm counts them whole; a path that is called several times has one norm over
-    all its calls. Raises `TypeError` where `loss` doesn't return a scalar that depends on the model by autograd, and
-    `RuntimeError` for `training` inside an iteration of a scheme's, where a forward is the plan's.
+    With tied weights, each path's norm includes them. A path that is called several times has one norm over all its
+    calls. Raises `TypeError` where `loss` doesn't return a scalar that depends on the model by autograd, and
+    `RuntimeError` for `training` inside an iteration of a scheme, where a forward follows the plan.
     """
     path_modules = find_path_modules(model)
     for name, path_module in path_modules.items():
@@ -68,28 +69,25 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
             raise RuntimeError(f"path {name!r} is in an open {scheme.phase} iteration: training must be False there")
     inputs: dict[int, list[GradientEdge]] = {}
 
-    def look(path: int, call: PathCall, x: Tensor) -> Tensor:
+    def note_input(path: int, call: PathCall, x: Tensor) -> Tensor:
         x, whole = requiring_grad(x, call)
-        if whole:  # the edge stays that of this value, also if something behind writes to the tensor
+        if whole:  # the edge belongs to this value, even if code behind it writes to the tensor
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x)
 
-    parameters = [
-        [p for p in {id(p): p for p in parameters_of(o)}.values() if p.requires_grad] for o in path_modules.values()
-    ]
+    parameters = [[p for p in _parameters(module) if p.requires_grad] for module in path_modules.values()]
     with undisturbed(model), _own_buffers(model) if training else contextlib.nullcontext():
         model.train(training)
-        with torch.enable_grad(), standing_in(model, look):
+        with torch.enable_grad(), overriding(model, note_input):
             value = checked_loss(loss(model))
-        streams = [inputs.get(path, []) for path in range(len(path_modules))]
-        groups: list[Sequence[Any]] = [*parameters, *streams]
+        groups: list[Sequence[Any]] = [*parameters, *(inputs.get(path, []) for path in range(len(path_modules)))]
         found = iter(torch.autograd.grad(value, [t for group in groups for t in group], allow_unused=True))
     norms = [_norm([next(found) for _ in group]) for group in groups]
     return GradientNorms(list(path_modules), norms[: len(path_modules)], norms[len(path_modules) :])
 
 
 def checked_loss(value: object) -> Tensor:
-    """A scalar tensor that autograd can differentiate. Raises `TypeError`."""
+    """`value`, if it is a scalar tensor that autograd can differentiate. Else raises `TypeError`."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         came = type(value).__name__
         if isinstance(value, Tensor):
@@ -99,14 +97,15 @@ def checked_loss(value: object) -> Tensor:
 
 
 def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
-    """A path's input as one that requires grad, also where nothing before it learns; and whether the gradient there is
-    all that comes through the path. It is not where the shortcut was computed before, from what it was instead."""
+    """The input of a path, made to require grad where nothing before it learns; and whether its gradient is all that
+    comes through the path. It isn't where a shortcut was computed before, from the original tensor."""
     if x.requires_grad:
         return x, True
     return x.detach().requires_grad_(), call.known_residual is None
 
 
 def _parameters(path_module: PathModule) -> list[nn.Parameter]:
+    """The parameters of a path, each once."""
     return list({id(p): p for p in parameters_of(path_module)}.values())
 
 
@@ -117,7 +116,7 @@ def _norm(grads: list[Tensor | None]) -> float:
 
 @contextlib.contextmanager
 def _own_buffers(model: nn.Module) -> Iterator[None]:
-    """Copies in the place of the model's buffers: what BatchNorm writes within is gone afterwards."""
+    """Replaces the model's buffers by copies within. What BatchNorm writes to them is gone afterwards."""
     places = [(module, *place) for module in model.modules() for place in module.named_buffers(recurse=False)]
     for module, name, buffer in places:
         setattr(module, name, buffer.clone())
@@ -129,31 +128,27 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 
 
 class GradientNormRecorder:
-    """Norms of the paths' `.grad` over the steps of a training, in any loop, with a scheme or without one:
+    """Records the norms of the paths' `.grad` over the steps of a training, in any loop, with a scheme or without one:
 
         recorder = GradientNormRecorder(model)
         loss.backward()
         recorder.record(step)      # before the optimizer's zero_grad; under AMP after scaler.unscale_
         recorder.plot()
 
-    A path without any gradient has NaN: with `zero_grad(set_to_none=True)`, torch's default, that is what took no part,
-    dropped paths of a drop iteration and frozen ones of a reuse iteration. `record` is one foreach norm over what is
-    there, and doesn't wait for the device. Gradients must be dense, and of plain tensors.
+    A path without any gradient has NaN. With `zero_grad(set_to_none=True)`, torch's default, these are the paths that
+    were dropped in a drop iteration, or frozen in a reuse iteration. `record` takes one foreach norm over the gradients
+    and doesn't wait for the device. Gradients must be dense, and plain tensors.
     """
 
     def __init__(self, model: nn.Module):
         path_modules = find_path_modules(model)
         self.names = list(path_modules)
         self.steps: list[int] = []
-        self._parameters = [
-            (path, parameter)
-            for path, path_module in enumerate(path_modules.values())
-            for parameter in _parameters(path_module)
-        ]
-        self._recorded: list[tuple[list[int], Tensor]] = []  # of each gradient that was there: its path, its norm
+        self._parameters = [(i, p) for i, module in enumerate(path_modules.values()) for p in _parameters(module)]
+        self._recorded: list[tuple[list[int], Tensor]] = []  # for each step the path and the norm of each gradient
 
     def record(self, step: int | None = None) -> None:
-        """Notes the norms as they are now, as those of `step`; None: of the one after the last, from 0."""
+        """Records the current norms under `step`. None counts on from the last step, beginning at 0."""
         found = [(path, p.grad) for path, p in self._parameters if p.grad is not None]
         grads = [grad for _, grad in found]
         each = torch.zeros(0)
@@ -165,7 +160,7 @@ class GradientNormRecorder:
 
     @property
     def norms(self) -> Tensor:
-        """‖grad‖ over all parameters of a path, float64 `[steps, paths]` on the CPU; NaN where there was none."""
+        """‖grad‖ over all parameters of each path, float64 `[steps, paths]` on the CPU; NaN without a gradient."""
         norms = torch.full((len(self.steps), len(self.names)), torch.nan, dtype=torch.float64)
         for row, (found, each) in zip(norms, self._recorded, strict=True):
             paths = torch.tensor(found, dtype=torch.int64)
@@ -174,8 +169,7 @@ class GradientNormRecorder:
         return norms
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """log₁₀ of the norms, steps from left to right, path 0 at the bottom; grey where there was no gradient. Returns
-        the axes."""
+        """Draws log₁₀ of the norms by step and path, grey without a gradient. Returns the axes."""
         ax = axes_or_new(ax)
         logs = self.norms.T.log10()
         logs[logs.isinf()] = torch.nan

@@ -1,4 +1,4 @@
-"""Which layers of a model, or of two models, hold similar features: a heatmap over depth."""
+"""Which layers of a model, or of two models, hold similar features, as a heatmap over depth."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
 
 @dataclass(frozen=True, eq=False)
 class LayerSimilarity:
-    """What `layer_similarity` found.
+    """The result of `layer_similarity`.
 
     Args:
         matrix: float64 `[L, L']` on the CPU; NaN for pairs that can't be compared.
-        labels: of its L rows: "input" for the stream before the first path, and the paths' names; "name#2" is the
+        labels: of the L rows: "input" for the residual before the first path, and the paths' names. "name#2" is the
             second call of a path in a forward.
-        other_labels: of its L' columns.
+        other_labels: of the L' columns.
         metric, of: as in `layer_similarity`.
-        num_samples: how many rows of its first layer were seen.
+        num_samples: how many rows the first layer had in all batches.
     """
 
     matrix: Tensor
@@ -44,14 +44,14 @@ class LayerSimilarity:
 
     @property
     def rebound(self) -> float:
-        """`heatmap_rebound` of the matrix: by how much similarity to a layer rises again behind it, mean over layers.
+        """`heatmap_rebound` of the matrix: how much the similarity to a layer rises again behind it, mean over layers.
 
         Pairs that can't be compared are left out. Raises `ValueError` where L' isn't L.
         """
         return heatmap_rebound(self.matrix).item()
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """A heatmap on `ax`, or on new axes; blank where pairs can't be compared. Returns the axes."""
+        """Draws a heatmap on `ax`, or on new axes, blank where pairs can't be compared. Returns the axes."""
         ax = axes_or_new(ax)
         known = self.matrix[self.matrix.isfinite()]
         lowest = min(0.9, math.floor(10 * known.min().item()) / 10) if len(known) else 0.0
@@ -77,28 +77,30 @@ def layer_similarity(
         model: one with paths: built from `ResidualBranch`, or converted.
         batches: an iterable of batches, each a tensor, a tuple or list of arguments, or a mapping of arguments by name;
             a tensor or a mapping alone is one batch. On the model's device.
-        of: `"stream"`, its state before the first path and after each path, or `"branch"`, what each path adds.
-        metric: `"cka"`, the unbiased minibatch estimate of linear CKA (`MinibatchCKA`), to which every batch brings at
+        of: `"stream"`, the residual before the first path and after each path, or `"branch"`, what each path adds.
+        metric: `"cka"`, the unbiased minibatch estimate of linear CKA (`MinibatchCKA`), for which every batch needs at
             least 4 samples, or `"cosine"`, the mean over samples of the cosine of their features.
         other: a second model on the same batches and device, whose layers are the columns.
-        progress: draw a bar; None does where stderr is a terminal.
+        progress: draw a progress bar; None draws it where stderr is a terminal.
 
-    A layer's features are what is behind dimension 0. Pairs that can't be compared are NaN: under `"cosine"` those that
-    differ in the number of features (stages of a CNN), and those whose rows aren't the same things (windows or patches
-    of samples, k·B rows, against samples). NaN or Inf among features give NaN too.
+    All dimensions but the first are a layer's features. Pairs that can't be compared are NaN: with `"cosine"`, layers
+    with different numbers of features (stages of a CNN), and layers whose rows mean different things (windows or
+    patches of samples, k·B rows, against samples). NaN or Inf among features give NaN too.
 
-    The model, its gradients and torch's random state are left as they were. Only features of the current batch are
-    kept, and of these, for `"cka"`, no more than `[B, B]` a layer. Raises `ValueError` or `TypeError` naming the
-    argument.
+    The model, its gradients and torch's random state don't change. Only the features of the current batch are kept,
+    for `"cka"` only a `[B, B]` matrix for each layer. Raises `ValueError` or `TypeError` naming the argument.
     """
     check_choice("of", of, OF)
     check_choice("metric", metric, tuple(METRICS))
     cka = metric == "cka"
     similarities: MinibatchCKA | MinibatchCosine = MinibatchCKA() if cka else MinibatchCosine()
-    look = _gram if cka else _copy
     labels: tuple[str, ...] | None = None
     other_labels: tuple[str, ...] | None = None
     num_samples = 0
+
+    def look(features: Tensor) -> Tensor:
+        return unbiased_gram(features.flatten(1)) if cka else features.flatten(1).clone()
+
     with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other):
         for batch in track(as_batches(batches), "layer similarity", progress):
             found = layers_of(model, batch, of, look)
@@ -113,11 +115,3 @@ def layer_similarity(
     if labels is None:
         raise none_given()
     return LayerSimilarity(similarities.value(), labels, other_labels or labels, metric, of, num_samples)
-
-
-def _gram(features: Tensor) -> Tensor:
-    return unbiased_gram(features.flatten(1))
-
-
-def _copy(features: Tensor) -> Tensor:
-    return features.flatten(1).clone()

@@ -1,7 +1,7 @@
-"""What happens to a trained network when paths are removed, or run each other's branch.
+"""What happens to a trained network when paths are removed, or swap their branches.
 
 Veit, Wilber and Belongie, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", arXiv 1605.06431,
-sections 4.1 and 4.2. Nothing is rescaled or trained again.
+sections 4.1 and 4.2. Nothing is rescaled or retrained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..plan import plan_generator
 from ._plots import axes_or_new, label_layers
 from ._progress import track
 from ._subsets import subsets
-from .observe import added, finish, standing_in, undisturbed
+from .observe import finish, overriding, undisturbed, update_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,24 +36,23 @@ Which = int | str
 
 @contextlib.contextmanager
 def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
-    """`model` without the branches of `paths`, indices or names, within: such a path gives `act(shortcut(x))`.
+    """Removes the branches of `paths`, given by index or name, within: such a path returns `act(shortcut(x))`.
 
-    In eval mode, for removing paths of a trained network; in training mode a removed path learns nothing and what a
-    scheme's plan says of it is not followed. Contexts can be nested. Raises `ValueError` or `TypeError` for a path that
-    isn't there.
+    It is meant for trained networks in eval mode. In training mode a removed path learns nothing, and the plan of a
+    scheme is ignored for it. Contexts can be nested. Raises `ValueError` or `TypeError` for a path that doesn't exist.
     """
     names = list(find_path_modules(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
-    with standing_in(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
+    with overriding(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
         yield
 
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[None]:
-    """The two paths of each pair run each other's branch within, norm and γ included; shortcut and activation stay.
+    """Swaps the branches of the two paths of each pair within, norm and γ included. Shortcuts and activations stay.
 
-    Pairs that share a path are carried out one after the other. Raises as `without`; a forward in which the two map
-    different shapes raises `ValueError`, or what the branch does.
+    Pairs that share a path are swapped one after the other. Raises the same errors as `without`. Where two paths map
+    different shapes, the forward raises `ValueError`, or what the branch raises.
     """
     path_modules = find_path_modules(model)
     names = list(path_modules)
@@ -67,13 +66,14 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[
 
     def run_other(path: int, call: PathCall, x: Tensor) -> Tensor:
         other = names[order[path]]
-        residual, branch = call.residual(x), added(PathCall(path_modules[other], x.shape[0], call.args, call.kwargs), x)
-        if branch.shape != residual.shape:
-            shapes = f"{list(branch.shape)}, where the stream is {list(residual.shape)}"
+        update = update_of(PathCall(path_modules[other], x.shape[0], call.args, call.kwargs), x)
+        residual = call.residual(x)
+        if update.shape != residual.shape:
+            shapes = f"{list(update.shape)}, where the residual is {list(residual.shape)}"
             raise ValueError(f"path {names[path]!r} can't run the branch of {other!r}, which gives {shapes}")
-        return finish(call, residual + branch)
+        return finish(call, residual + update)
 
-    with standing_in(model, run_other, only=[path for path, other in enumerate(order) if path != other]):
+    with overriding(model, run_other, only=[path for path, other in enumerate(order) if path != other]):
         yield
 
 
@@ -82,9 +82,9 @@ class Trials:
     """The same lesion at several random places.
 
     Args:
-        count: paths removed at once, or pairs swapped.
+        count: how many paths are removed, or pairs swapped, in each trial.
         choices: for each trial the paths, or the pairs of paths, by index.
-        values: what `evaluate` gave.
+        values: for each trial the result of `evaluate`.
     """
 
     count: int
@@ -97,22 +97,22 @@ class Trials:
 
     @property
     def std(self) -> float:
-        """Standard deviation over the choices (of these, not estimated for others)."""
+        """Standard deviation over these choices (not an estimate for all choices)."""
         return torch.tensor(self.values, dtype=torch.float64).std(correction=0).item() if self.values else math.nan
 
 
 @dataclass(frozen=True)
 class LesionStudy:
-    """What `lesion_study` found; all values are `evaluate`'s.
+    """The result of `lesion_study`. All values are results of `evaluate`.
 
     Args:
         names: of the paths.
-        baseline: of the whole network.
-        each: without each path alone; empty where that wasn't asked for.
-        removed: without random sets of paths, by their size.
-        swapped: with pairs of paths swapped, by their number; `choices` and `values` are empty where there aren't so
-            many pairs that map the same shape.
-        swappable: those pairs.
+        baseline: the whole network.
+        each: the network without each single path; empty where `each=False`.
+        removed: the network without random sets of paths, by the size of the sets.
+        swapped: the network with random pairs of paths swapped, by the number of pairs. `choices` and `values` are
+            empty where too few pairs can be swapped.
+        swappable: the pairs of paths that map the same shape, and so can be swapped.
     """
 
     names: list[str]
@@ -124,7 +124,7 @@ class LesionStudy:
 
     @property
     def effects(self) -> list[float]:
-        """By path: the value without it, less the baseline."""
+        """For each path, the value without it minus the baseline."""
         return [value - self.baseline for value in self.each]
 
     def __str__(self) -> str:
@@ -137,13 +137,11 @@ class LesionStudy:
             [(f"{t.count} {what}", f"{t.mean:.4g}", f"{t.std:.4g}", str(len(t.values))) for what, t in several],
         )
         if any(not trials.values for trials in self.swapped):
-            lines.append(
-                f"Pairs of paths that map the same shape, and can be swapped: {len(self.swappable) or 'none'}."
-            )
+            lines.append(f"Pairs of paths that map the same shape and can be swapped: {len(self.swappable) or 'none'}.")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Bars from the baseline to the value without each path. Returns the axes."""
+        """Draws bars from the baseline to the value without each path. Returns the axes."""
         ax = axes_or_new(ax)
         places, baseline = range(len(self.each)), self.baseline
         ax.bar(places, self.effects, bottom=baseline, color="#56B4E9", edgecolor="black", linewidth=0.5)
@@ -155,7 +153,7 @@ class LesionStudy:
         return ax
 
     def plot_counts(self, ax: Axes | None = None) -> Axes:
-        """Mean ± standard deviation over the number of paths removed, and of pairs swapped. Returns the axes."""
+        """Draws mean ± standard deviation over the number of paths removed, and of pairs swapped. Returns the axes."""
         ax = axes_or_new(ax)
         kinds = ((self.removed, "paths removed", "o-"), (self.swapped, "pairs swapped", "s--"))
         for kind, label, style in kinds:
@@ -182,20 +180,21 @@ def lesion_study(
     seed: int = 0,
     progress: bool | None = None,
 ) -> LesionStudy:
-    """`evaluate(model)` with paths of `model` removed and swapped.
+    """Runs `evaluate(model)` with paths of `model` removed and swapped.
 
-    Each evaluation begins in eval mode, from the same state of torch's random generators and without autograd; all of
-    these are left as they were, also where `evaluate` raises.
+    Each evaluation begins in eval mode, without autograd, and from the same state of torch's random generators. All of
+    these are restored, also where `evaluate` raises.
 
     Args:
-        evaluate: accuracy, loss or any number; the whole network is evaluated twice, once to see the paths' shapes.
+        evaluate: returns an accuracy, a loss or any number. It runs twice on the whole network, the first time to see
+            the paths' shapes.
         each: remove each path alone.
         counts: how many random paths are removed together; None: 2, a quarter and a half of them.
-        repeats: random choices for each count, all different; all choices where there are no more.
-        swaps: how many random pairs of paths are swapped; only paths that map the same shape are.
+        repeats: how many random choices are tried for each count, all different, or all choices if there are no more.
+        swaps: how many random pairs of paths are swapped. Only paths that map the same shape are.
         adjacent: swap only neighbours in `scheme.paths`.
-        seed: of the choices, which torch's global generators take no part in.
-        progress: a bar on stderr; None: where that is a terminal.
+        seed: for the choices. Torch's global generators aren't used.
+        progress: draw a progress bar on stderr; None draws it where stderr is a terminal.
 
     Raises `ValueError` or `TypeError` naming the argument.
     """
@@ -208,24 +207,29 @@ def lesion_study(
         if check_count("counts", count, minimum=1) > len(names):
             raise ValueError(f"counts must be at most {len(names)}, the number of paths, got {count}")
     pairs = _swappable(model, evaluate, adjacent)
-    places: list[tuple[int, list[tuple]]] = []
-    for kind, count in [*((0, count) for count in counts), *((1, check_count("swaps", k, minimum=1)) for k in swaps)]:
-        generator = plan_generator(seed, count, rank=kind)
-        drawn = subsets(len(pairs) if kind else len(names), count, repeats, generator)
-        places.append((count, [tuple(pairs[i] for i in choice) for choice in drawn] if kind else [*drawn]))
+    swaps = [check_count("swaps", count, minimum=1) for count in swaps]
 
+    def places(kind: int, counts: Sequence[int], things: Sequence[Any]) -> list[tuple[int, list[tuple]]]:
+        """For each count, random choices of as many things."""
+        drawn = [subsets(len(things), k, repeats, plan_generator(seed, k, rank=kind)) for k in counts]
+        return [(k, [tuple(things[i] for i in c) for c in found]) for k, found in zip(counts, drawn, strict=True)]
+
+    removed, exchanged = places(0, counts, range(len(names))), places(1, swaps, pairs)
     lesions: list[contextlib.AbstractContextManager] = [contextlib.nullcontext()]
     lesions += [without(model, path) for path in range(len(names) if each else 0)]
-    for i, (_, choices) in enumerate(places):
-        lesions += [(without if i < len(counts) else swapped)(model, choice) for choice in choices]
-    values = []
+    lesions += [without(model, choice) for _, choices in removed for choice in choices]
+    lesions += [swapped(model, choice) for _, choices in exchanged for choice in choices]
+    found = []
     for lesion in track(lesions, "lesions", progress):
         with lesion:
-            values.append(_value(model, evaluate))
-    left = iter(values[1 + len(names) * each :])
-    trials = [Trials(count, choices, list(itertools.islice(left, len(choices)))) for count, choices in places]
-    alone = values[1 : 1 + len(names) * each]
-    return LesionStudy(names, values[0], alone, trials[: len(counts)], trials[len(counts) :], pairs)
+            found.append(_value(model, evaluate))
+    values = iter(found)
+    baseline, alone = next(values), list(itertools.islice(values, len(names) * each))
+    trials = [
+        [Trials(count, choices, list(itertools.islice(values, len(choices)))) for count, choices in kind]
+        for kind in (removed, exchanged)
+    ]
+    return LesionStudy(names, baseline, alone, trials[0], trials[1], pairs)
 
 
 def _value(model: nn.Module, evaluate: Callable[[Any], float]) -> float:
@@ -238,16 +242,16 @@ def _value(model: nn.Module, evaluate: Callable[[Any], float]) -> float:
 
 
 def _swappable(model: nn.Module, evaluate: Callable[[Any], float], adjacent: bool) -> list[tuple[int, int]]:
-    """Pairs of paths whose calls in an evaluation had arguments, and gave results, of the same shapes."""
+    """The pairs of paths whose arguments and outputs have the same shapes in an evaluation."""
     seen: dict[int, set[str]] = {}
 
-    def look(path: int, call: PathCall, x: Tensor) -> Tensor:
+    def note_shapes(path: int, call: PathCall, x: Tensor) -> Tensor:
         out = call.run(x)
         shapes = pytree.tree_map(_shape, (x, out, call.args, call.kwargs))
         seen.setdefault(path, set()).add(repr(shapes))
         return out
 
-    with standing_in(model, look):
+    with overriding(model, note_shapes):
         _value(model, evaluate)
     if not seen:
         raise ValueError("evaluate must run the model it is given, but called none of its paths")

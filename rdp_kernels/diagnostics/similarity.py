@@ -1,6 +1,6 @@
-"""How similar two representations of the same samples are: functions of tensors, computed in float64.
+"""How similar two representations of the same samples are. Functions of tensors, computed in float64.
 
-Features are `[..., N, D]`: N samples, everything behind them flattened; leading dimensions are batched.
+Features are `[..., N, D]`: N samples with D features each. Leading dimensions are batched.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 Product = Callable[[list[Tensor], list[Tensor]], Tensor]
-"""Of A and B tensors of one shape, `[A, B]`."""
+"""Takes A and B tensors of one shape, returns `[A, B]`."""
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """Linear CKA (Kornblith et al., arXiv 1905.00414): 1 is equal up to rotation, scale and offset; 0 is unrelated.
 
     Args:
-        x, y: `[..., N, D]` and `[..., N, D']`, leading dimensions alike.
-        unbiased: with HSIC_1 in numerator and denominators (arXiv 2010.15327, eq. 3), which the number of samples does
-            not inflate; N ≥ 4. Values lie in [−1, 1] then.
+        x, y: `[..., N, D]` and `[..., N, D']`, with the same leading dimensions.
+        unbiased: use HSIC_1 in the numerator and denominators (arXiv 2010.15327, eq. 3). A small number of samples
+            doesn't inflate it; it needs N ≥ 4. Values then lie in [−1, 1].
 
-    Returns float64 `[...]`. Constant features have CKA 0 to everything, themselves included; NaN or Inf among the
+    Returns float64 `[...]`. Constant features have CKA 0 with everything, themselves included. NaN or Inf among the
     features give NaN. Raises `ValueError` for shapes that don't fit.
     """
     n = _check_samples(x, y)
@@ -32,20 +32,20 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
         a, b = gram(x), gram(y)
         return _cosine(_dot(a, b), _dot(a, a), _dot(b, b))
     a, b = _centred(x), _centred(y)
-    return _cosine(_square(a.mT @ b), _square(a.mT @ a), _square(b.mT @ b))
+    return _cosine(*(_dot(product, product) for product in (a.mT @ b, a.mT @ a, b.mT @ b)))
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3): unbiased for the squared Frobenius
-    norm of the cross-covariance. x, y as in `linear_cka`, N ≥ 4. Returns float64 `[...]`."""
+    """HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3), an unbiased estimate of the squared
+    Frobenius norm of the cross-covariance. x, y as in `linear_cka`, N ≥ 4. Returns float64 `[...]`."""
     n = _check_samples(x, y)
     return _dot(unbiased_gram(x), unbiased_gram(y)) / (n * (n - 3))
 
 
 def pairwise_cka(x: Sequence[Tensor], y: Sequence[Tensor] | None = None, *, unbiased: bool = False) -> Tensor:
-    """`linear_cka` of each of L tensors `[N, D]` with each of the L' in y, or with each other.
+    """`linear_cka` of each of L tensors `[N, D]` in x with each of L' tensors in y, or of all pairs in x.
 
-    Returns float64 `[L, L']` on the CPU; NaN where the two of a pair differ in N.
+    Returns float64 `[L, L']` on the CPU; NaN for pairs that differ in N.
     """
     gram = unbiased_gram if unbiased else centred_gram
     a = [gram(features) for features in x]
@@ -65,9 +65,9 @@ def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rebound(similarity: Tensor) -> Tensor:
-    """By how much similarity rises along depth in all: the sum of a curve's positive increments. `[..., L]` → `[...]`.
+    """How much a curve over depth rises in total: the sum of its positive increments. `[..., L]` → `[...]`.
 
-    NaN entries are left out: what is before and after them follow each other.
+    NaN entries are left out, as if their neighbours followed each other.
     """
     known = ~similarity.isnan()
     last = torch.arange(similarity.shape[-1], device=similarity.device).where(known, 0).cummax(dim=-1).values
@@ -77,7 +77,7 @@ def rebound(similarity: Tensor) -> Tensor:
 def heatmap_rebound(similarity: Tensor) -> Tensor:
     """Mean over the layers r of the rebound of row r from column r on. `[..., L, L]` → `[...]`.
 
-    Layers with fewer than two later ones that they can be compared to (not NaN) don't count; NaN where none is left.
+    A layer counts only if it has at least two later layers to compare with (not NaN). NaN where no layer counts.
     Raises `ValueError` for matrices that aren't square.
     """
     if similarity.dim() < 2 or similarity.shape[-1] != similarity.shape[-2]:
@@ -90,49 +90,49 @@ def heatmap_rebound(similarity: Tensor) -> Tensor:
 class MinibatchCKA:
     """Unbiased linear CKA between layers, from minibatches (Nguyen, Raghu, Kornblith, arXiv 2010.15327).
 
-    `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. The three means over minibatches in
-    a CKA, of HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y), are unbiased: for the distribution that samples are drawn
-    from, and for HSIC_1 of a whole data set where minibatches are random parts of it. Their ratio `value()` is not, but
-    with the number of minibatches it converges to unbiased CKA, whatever their size; means of biased CKA don't.
+    `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. A CKA has three means over
+    minibatches: HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y). They are unbiased for the distribution of the samples, and
+    for HSIC_1 of a whole data set where minibatches are random parts of it. Their ratio `value()` isn't unbiased, but
+    converges to unbiased CKA with the number of minibatches, whatever their size. Means of biased CKA don't.
     """
 
     def __init__(self) -> None:
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def update(self, x: Sequence[Tensor], y: Sequence[Tensor] | None = None) -> None:
-        """Adds a minibatch: of L layers the features `[N, D]`, N ≥ 4; y: of L' others, to which x is compared.
+        """Adds a minibatch: the features `[N, D]` of L layers, N ≥ 4; y: of L' others to compare with.
 
-        Layers of one minibatch that differ in N can't be compared: their CKA is NaN.
+        Layers of a minibatch that differ in N can't be compared, and their CKA is NaN.
         """
         self.add([unbiased_gram(f) for f in x], None if y is None else [unbiased_gram(f) for f in y])
 
     def add(self, x: list[Tensor], y: list[Tensor] | None = None) -> None:
-        """`update` by the layers' `unbiased_gram`, so that nobody has to keep all features."""
+        """Like `update`, but takes the `unbiased_gram` of each layer, so that features needn't be kept."""
         x, y = ([g / (len(g) - 3) ** 0.5 for g in side] for side in (x, x if y is None else y))
         terms = _terms(x, y)  # N · HSIC_1
         if self._sums is None:
             self._sums = terms
         elif terms[0].shape != self._sums[0].shape:
             wanted, got = list(self._sums[0].shape), list(terms[0].shape)
-            raise ValueError(f"a minibatch must have as many layers as those before, {wanted}, got {got}")
+            raise ValueError(f"a minibatch must have as many layers as the ones before, {wanted}, got {got}")
         else:
             self._sums = (self._sums[0] + terms[0], self._sums[1] + terms[1], self._sums[2] + terms[2])
 
     def value(self) -> Tensor:
-        """CKA of all that was added: float64 `[L, L']` on the CPU. Raises `RuntimeError` before the first minibatch."""
+        """CKA over all minibatches: float64 `[L, L']` on the CPU. Raises `RuntimeError` before the first minibatch."""
         if self._sums is None:
             raise RuntimeError("MinibatchCKA has no minibatch yet: call update first")
         return _cosine(*self._sums, outer=True)
 
 
 class MinibatchCosine:
-    """`cosine_similarity` between layers, from minibatches: a mean over samples, so that their sizes don't matter."""
+    """`cosine_similarity` between layers, from minibatches. A mean over samples, whatever the minibatches' sizes."""
 
     def __init__(self) -> None:
         self._sum, self._rows = torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, x: list[Tensor], y: list[Tensor] | None = None) -> None:
-        """Features `[N, ...]` of each layer, and of those they are compared to. Where shapes differ it is NaN."""
+        """Adds features `[N, ...]` of each layer in x, and in y to compare with. Pairs of different shapes are NaN."""
         self._sum = self._sum + pairs(x, x if y is None else y, _cosines)
         self._rows = self._rows + torch.tensor([len(features) for features in x])
 
@@ -141,7 +141,7 @@ class MinibatchCosine:
 
 
 def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:
-    """`product` of those of a shape, for every shape; NaN where the shapes of a pair differ. float64 `[L, L']`, CPU."""
+    """Applies `product` to the tensors of each shape. float64 `[L, L']` on the CPU, NaN where the shapes differ."""
     out = torch.full((len(x), len(y)), math.nan, dtype=torch.float64)
     for shape in {t.shape for t in x}:
         rows, columns = ([k for k, t in enumerate(side) if t.shape == shape] for side in (x, y))
@@ -152,7 +152,7 @@ def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:
 
 
 def _terms(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a CKA is made of: Gram matrices' products by pairs, and with themselves. `[L, L']`, `[L]`, `[L']`."""
+    """The terms of a CKA: products of Gram matrices by pairs, and with themselves. `[L, L']`, `[L]`, `[L']`."""
     selves = [torch.stack([_dot(gram, gram) for gram in side]).cpu() for side in (x, y)]
     return pairs(x, y, _dots), selves[0], selves[1]
 
@@ -162,7 +162,7 @@ def _dots(x: list[Tensor], y: list[Tensor]) -> Tensor:
 
 
 def _cosines(x: list[Tensor], y: list[Tensor]) -> Tensor:
-    """Summed over samples, and one of them at a time: float64 copies of all features would be large."""
+    """Cosines summed over samples. It takes one sample at a time, as float64 copies of all features would be large."""
     samples = zip(zip(*x, strict=True), zip(*y, strict=True), strict=True)
     one = (unit(torch.stack(a).flatten(1)) @ unit(torch.stack(b).flatten(1)).T for a, b in samples)
     return sum(one, torch.zeros((), dtype=torch.float64, device=x[0].device))
@@ -171,7 +171,7 @@ def _cosines(x: list[Tensor], y: list[Tensor]) -> Tensor:
 def unbiased_gram(x: Tensor) -> Tensor:
     """U-centred Gram matrix of `[..., N, D]`, N ≥ 4: float64 `[..., N, N]`.
 
-    HSIC_1 of two is their elementwise product's sum over N (N − 3), as the three terms of Song et al.'s formula give.
+    The sum of the elementwise product of two, over N (N − 3), is HSIC_1: the three terms of Song et al.'s formula.
     """
     if x.shape[-2] < 4:
         raise ValueError(
@@ -187,7 +187,7 @@ def u_centred(gram: Tensor) -> Tensor:
     gram = _hollow(gram)
     rows = gram.sum(dim=-1, keepdim=True) / (n - 2)
     gram = _hollow(gram - rows - rows.mT + rows.sum(dim=-2, keepdim=True) / (n - 1))
-    nothing_left = gram.abs().amax(dim=(-2, -1), keepdim=True) <= rounding  # where one sample differs from all others
+    nothing_left = gram.abs().amax(dim=(-2, -1), keepdim=True) <= rounding  # one sample differs from all others
     return gram.masked_fill(nothing_left, 0.0)
 
 
@@ -196,41 +196,37 @@ def _hollow(gram: Tensor) -> Tensor:
 
 
 def centred_gram(x: Tensor) -> Tensor:
-    """Gram matrix of `[..., N, D]` with the mean sample taken off: float64 `[..., N, N]`."""
+    """Gram matrix of `[..., N, D]` after subtracting the mean sample: float64 `[..., N, N]`."""
     x = _centred(x)
     return x @ x.mT
 
 
 def _centred(x: Tensor) -> Tensor:
     x = x.to(torch.float64, copy=True)
-    x -= x[..., :1, :].clone()  # what is constant is exactly 0 now, not what rounding makes of the mean
+    x -= x[..., :1, :].clone()  # makes constant features exactly 0, which rounding of the mean would not
     x -= x.mean(dim=-2, keepdim=True)
     return x
 
 
 def unit(x: Tensor) -> Tensor:
-    """float64, of length 1 along the last dimension; 0 stays 0."""
+    """Scales vectors along the last dimension to length 1, in float64. 0 stays 0."""
     x = x.double()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.where(norm != 0, 1)
-
-
-def _square(x: Tensor) -> Tensor:
-    return _dot(x, x)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=(-2, -1))
 
 
-def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, outer: bool = False) -> Tensor:
-    """`xy / √(xx · yy)`, 0 where that is 0 / 0; `outer`: xx is for rows and yy for columns."""
+def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, *, outer: bool = False) -> Tensor:
+    """`xy / √(xx · yy)`, with 0 for 0 / 0; `outer`: xx belongs to rows and yy to columns."""
     norm = xx.sqrt()[:, None] * yy.sqrt() if outer else xx.sqrt() * yy.sqrt()
     return torch.where((norm == 0) & ~xy.isnan(), 0.0, xy / norm)
 
 
 def _check_samples(x: Tensor, y: Tensor) -> int:
-    """The number of samples."""
+    """Checks shapes and returns the number of samples."""
     if x.dim() < 2 or y.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"x and y must be [..., N, D] with equal [..., N], got {list(x.shape)} and {list(y.shape)}")
     return x.shape[-2]

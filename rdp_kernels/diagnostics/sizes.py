@@ -1,4 +1,4 @@
-"""How large what the paths add is, against what they add it to."""
+"""How large the updates of paths are, relative to the residuals that they are added to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._layers import none_given, put, run, same_labels
 from ._plots import axes_or_new, label_layers
 from ._progress import track
-from .observe import Pieces, as_batches, undisturbed
+from .observe import ObservedCall, as_batches, undisturbed
 from .similarity import unit
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class BranchSizes:
     Args:
         labels: the paths' names; "name#2" is the second call of a path in a forward.
         ratio: ‖branch‖ / ‖residual‖, Euclidean norms over all features of a sample. Inf where a residual is 0.
-        residual, branch: ‖residual‖ (behind the shortcut) and ‖branch‖ (what is added, γ included).
+        residual, branch: ‖residual‖ (the output of the shortcut) and ‖branch‖ (what is added to it, γ included).
         cosine: between the two; 0 where one of them is 0.
-        num_samples: how many rows the first path saw.
+        num_samples: how many rows the first path had in all batches.
     """
 
     labels: tuple[str, ...]
@@ -38,7 +38,7 @@ class BranchSizes:
     num_samples: int
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """`ratio` over depth, on `ax` or on new axes. Returns the axes."""
+        """Draws `ratio` over depth, on `ax` or on new axes. Returns the axes."""
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
@@ -48,9 +48,9 @@ class BranchSizes:
 
 
 def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None) -> BranchSizes:
-    """Sizes of each path's branch and residual, in eval mode. Arguments and what is left as it was: `layer_similarity`.
+    """Measures each path's update and residual, in eval mode. Arguments as in `layer_similarity`; nothing else changes.
 
-    Where a path's rows aren't the samples (windows, patches) they are taken for them.
+    Each row of a path counts as a sample, also where it isn't one (windows, patches).
     """
     labels: tuple[str, ...] | None = None
     sums, counts, num_samples = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
@@ -68,9 +68,9 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
     return BranchSizes(labels, ratio, residual, branch, cosine, num_samples)
 
 
-def _sizes(call: Pieces) -> Tensor:
-    """Ratio, both norms and the cosine of each sample: float64 `[4, B]`."""
-    residual, branch = (t.flatten(1).double() for t in (call.residual, call.branch))
-    norms = [torch.linalg.vector_norm(t, dim=1) for t in (residual, branch)]
+def _sizes(call: ObservedCall) -> Tensor:
+    """Ratio, norm of the residual, norm of the update and cosine for each sample: float64 `[4, B]`."""
+    residual, update = (t.flatten(1).double() for t in (call.residual, call.update))
+    norms = [torch.linalg.vector_norm(t, dim=1) for t in (residual, update)]
     ratio = torch.where(norms[1] == 0, 0.0, norms[1] / norms[0])
-    return torch.stack([ratio, *norms, (unit(residual) * unit(branch)).sum(dim=1)])
+    return torch.stack([ratio, *norms, (unit(residual) * unit(update)).sum(dim=1)])

@@ -1,12 +1,12 @@
-"""What a scheme's iterations cost on a model, before training: behind `ResidualDropPath.estimate`.
+"""What a scheme's iterations cost on a model, before training. Behind `ResidualDropPath.estimate`.
 
 | file | does |
 |---|---|
 | `meters.py` | counts FLOPs, seconds and saved storages |
-| `pieces.py` | what a model is cut into |
-| `site.py` | repeats one call of a path by itself, in each state |
+| `pieces.py` | the pieces that a model is cut into, and their costs |
+| `repeated_call.py` | repeats one call of a path on its own, in each state |
 | `bench.py` | measures all pieces of a model |
-| `compose.py` | puts iterations together from them, for many plans at once |
+| `compose.py` | computes the costs of iterations from them, for many plans at once |
 | `report.py` | draws plans, makes rows, recommends |
 """
 

@@ -1,10 +1,10 @@
-"""Measures the pieces of a model: runs it without its branches for the rest, and each call of a path apart."""
+"""Measures the pieces of a model: the rest in runs without branches, and each call of a path on its own."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,34 +20,36 @@ from ..paths.freezing import FreezeBN
 from ..paths.path import batch_norms_of, find_paths, parameters_of
 from ..scheme.rest import Rest
 from .meters import Clock, Flops, Saved
-from .pieces import REST, Pieces, Quantity, Streams
-from .site import REPEATS, Site, argument_grads
+from .pieces import REST_STATES, STATES, Boundaries, PieceCosts, Quantity
+from .repeated_call import REPEATS, RepeatedCall, argument_grads
 
 OnCall = Callable[[int, PathCall, Tensor], Tensor]
-"""Path, call and input; returns the path's output."""
+"""`(path, call, x) -> output`: replaces one call of a path."""
 
 
 class Unmeasurable(ValueError):
-    """The pieces of a model can't be told apart; the message is for users."""
+    """The pieces of a model can't be measured separately. The message is for users."""
 
 
 @dataclass
 class _Run:
-    """A forward and backward of the rest alone."""
+    """A forward and backward of the rest alone: its cost, the backward's by piece, and for each call in order its path,
+    whether its input requires grad, and which of its further arguments do."""
 
     forward: float = 0.0
     backward: list[float] = field(default_factory=list)
-    """By piece."""
     paths: list[int] = field(default_factory=list)
-    """Which were called, in order."""
     requires_grad: list[bool] = field(default_factory=list)
-    """Whether each call's input does."""
     argument_grads: list[list[bool]] = field(default_factory=list)
-    """Whether each call's further arguments do."""
+
+
+Runs = dict[tuple[str, bool], _Run]
+REST_RUNS = tuple(itertools.product(REST_STATES, (False, True)))
+"""The state of the rest, and whether the output of the first call requires grad."""
 
 
 class Bench:
-    """Measures `model`, a copy whose gradients and statistics don't matter, on one batch.
+    """Measures `model` on one batch. It has to be a copy: its gradients and statistics change.
 
     Raises what the model raises, and `Unmeasurable`.
     """
@@ -58,88 +60,93 @@ class Bench:
         self._freezes_rest = False
         self._rest = Rest(model, self._paths, lambda: self._freezes_rest, freeze_bn)
         for path in self._paths:
-            path.module.binding.call_override = functools.partial(self._probe, path.index)
+            path.module.binding.call_override = functools.partial(self._override, path.index)
+        self._known: dict[Hashable, dict[str, tuple[float, float]]] = {}  # seconds, by the likeness of calls
         self._one = torch.ones(())
         self._own: list[Tensor] = [*model.parameters(), *model.buffers(), self._one]
-        self._device = next(
-            t for t in (*self._own, *pytree.tree_leaves((args, kwargs))) if isinstance(t, Tensor)
-        ).device
+        self._device = _tensors((self._own, args, kwargs))[0].device
 
-    def pieces(self, timed: bool) -> Pieces:
-        """All of them; `timed`: seconds too."""
-        runs = {(kind, passes): self._count_rest(kind, passes) for kind in REST for passes in (False, True)}
-        first = runs["learns", True]
+    def costs(self, timed: bool) -> PieceCosts:
+        """The costs of all pieces; seconds only where `timed`."""
+        runs: Runs = {}
+        for state, passes in REST_RUNS:
+            with Flops(self._device) as flops:
+                runs[state, passes] = self._run_rest(state, passes, flops)
+        first = runs["learning", True]
         if (calls := len(first.paths)) == 0:
             raise Unmeasurable("the model calls none of its paths")
-        flops, saved, streams = Quantity.zeros(calls), Quantity.zeros(calls), Streams.none(calls)
-        seconds = Quantity.zeros(calls) if timed else None
-        flops.forward = first.forward
-        for (kind, passes), run in runs.items():
-            flops.rest[kind][int(passes)] = torch.tensor(run.backward, dtype=torch.float64)
-        timed_before: dict[Hashable, dict[str, tuple[float, float]]] = {}
+        modules = [self._paths[path].module for path in first.paths]
+        costs = PieceCosts(
+            num_paths=len(self._paths),
+            path=torch.tensor(first.paths, dtype=torch.int64),
+            learns=_flags(any(p.requires_grad for p in parameters_of(module)) for module in modules),
+            whole=_flags(bool(batch_norms_of(module)) for module in modules),
+            input_needs_grad={state: _flags(runs[state, False].requires_grad) for state in REST_STATES},
+            flops=Quantity.zeros(calls),
+            saved=Quantity.zeros(calls),
+            boundaries=Boundaries.none(calls),
+            seconds=Quantity.zeros(calls) if timed else None,
+        )
+        costs.flops.forward = first.forward
+        self._measure_calls(costs, runs)
+        for (state, passes), run in runs.items():
+            costs.flops.rest[state][int(passes)] = torch.tensor(run.backward, dtype=torch.float64)
+            bytes_, flags = self._saved_by_rest(state, passes, costs.boundaries)
+            costs.saved.rest[state][int(passes)], costs.boundaries.by_rest[state][int(passes)] = bytes_, flags
+        if costs.seconds is not None:
+            self._time_rest(costs.seconds)
+        return costs
+
+    def _measure_calls(self, costs: PieceCosts, runs: Runs) -> None:
+        """Measures each call of a path where a forward makes it; notes which tensors are its input and output."""
+        boundaries = costs.boundaries
         numbers = itertools.count()
-        last: list[Tensor] = []  # what the call before got and gave, held so that no address is used twice
+        last: list[Tensor] = []  # the last call's input and output, kept so that no address is used twice
 
         def on_call(path: int, call: PathCall, x: Tensor) -> Tensor:
             number, residual = next(numbers), call.residual(x)
-            given = None if residual is x else residual
-            grads = {kind == "frozen": runs[kind, True].argument_grads[number] for kind in REST}
-            site = Site(call, x, given, self._freeze_bn, grads)
+            grads = {state == "frozen": runs[state, True].argument_grads[number] for state in REST_STATES}
+            repeated = RepeatedCall(call, x, None if residual is x else residual, self._freeze_bn, grads)
             with torch.enable_grad():
-                for state in flops.branch:
-                    flops.branch[state][number] = site.flops(state)
-                    saved.branch[state][number], streams.by_branch[state][number] = site.saved(state, self._own)
-                if seconds is not None:
-                    counts = [tuple(q.branch[state][number].item() for state in q.branch) for q in (flops, saved)]
-                    likeness = site.likeness(*counts)
-                    if likeness not in timed_before:
-                        timed_before[likeness] = site.seconds()
-                    for state, (whole, fixed) in timed_before[likeness].items():
-                        seconds.branch[state][number], seconds.fixed[state][number] = whole, fixed
+                self._measure_call(costs, number, repeated)
             out = PathCall(call.module, call.batch_size, call.args, call.kwargs, residual).run_here(x, ALL_ROWS)
-            _follow(streams, number, last, x, out)
-            streams.activation[number] = call.module.activation is not None
-            copies = isinstance(call.module, ConvertedPath)  # what follows in its block may write to what it gives
-            streams.passed_on[number] = residual is x and call.module.activation is None and not copies
+            _note_tensors(boundaries, number, last, x, out)
+            boundaries.has_activation[number] = call.module.activation is not None
+            copies = isinstance(call.module, ConvertedPath)  # as code behind it in its block may write to the output
+            boundaries.returns_input[number] = residual is x and call.module.activation is None and not copies
             last[:] = [x, out]
             return out
 
         with torch.no_grad():
             self._forward(on_call)
-        for kind, passes in runs:
-            saved.rest[kind][int(passes)], streams.by_rest[kind][int(passes)] = self._saved_by_rest(
-                kind, passes, streams
-            )
-        if seconds is not None:
-            self._time_rest(seconds)
-        path_modules = [self._paths[path].module for path in first.paths]
-        return Pieces(
-            num_paths=len(self._paths),
-            path=torch.tensor(first.paths, dtype=torch.int64),
-            learns=torch.tensor(
-                [any(p.requires_grad for p in parameters_of(o)) for o in path_modules], dtype=torch.bool
-            ),
-            whole=torch.tensor([bool(batch_norms_of(o)) for o in path_modules], dtype=torch.bool),
-            follows={kind: torch.tensor(runs[kind, False].requires_grad, dtype=torch.bool) for kind in REST},
-            flops=flops,
-            saved=saved,
-            streams=streams,
-            seconds=seconds,
-        )
+
+    def _measure_call(self, costs: PieceCosts, number: int, repeated: RepeatedCall) -> None:
+        flops, saved, seconds, boundaries = costs.flops, costs.saved, costs.seconds, costs.boundaries
+        for state in STATES:
+            flops.branch[state][number] = repeated.flops(state)
+            saved.branch[state][number], boundaries.by_branch[state][number] = repeated.saved(state, self._own)
+        if seconds is None:
+            return
+        counts = [tuple(q.branch[state][number].item() for state in STATES) for q in (flops, saved)]
+        likeness = repeated.likeness(*counts)
+        if likeness not in self._known:
+            self._known[likeness] = repeated.seconds()
+        for state, (whole, fixed) in self._known[likeness].items():
+            seconds.branch[state][number], seconds.fixed[state][number] = whole, fixed
 
     def _forward(self, on_call: OnCall) -> Tensor | None:
-        """Runs the model; the sum of what it returns, None where that doesn't require grad."""
+        """Runs the model and returns the sum of its outputs, or None where they don't require grad."""
         self._on_call = on_call
         sums = [t.sum() for t in _tensors(self._model(*self._args, **self._kwargs)) if t.requires_grad]
         return torch.stack([s.float() for s in sums]).sum() if sums else None
 
-    def _probe(self, path: int, call: PathCall, x: Tensor) -> Tensor:
+    def _override(self, path: int, call: PathCall, x: Tensor) -> Tensor:
         if in_backward():
             raise Unmeasurable("the model recomputes calls of its paths: switch its checkpointing off to estimate")
         return self._on_call(path, call, x) if call.module.training else call.run(x, ALL_ROWS)
 
-    def _run_rest(self, kind: str, passes: bool, meter: Flops | Clock) -> _Run:
-        """A forward and backward with every path dropped. `passes`: what the first call gives requires grad."""
+    def _run_rest(self, state: str, passes: bool, meter: Flops | Clock) -> _Run:
+        """A forward and backward with every path dropped. `passes`: the output of the first call requires grad."""
         run, read, spent = _Run(), meter.read, meter.spent
         marks: dict[int, Any] = {}
 
@@ -148,12 +155,12 @@ class Bench:
             run.paths.append(path)
             run.requires_grad.append(x.requires_grad)
             run.argument_grads.append(argument_grads(call))
-            out = self._left_out(call, x, passes and number == 0, isinstance(meter, Clock))
+            out = self._without_branch(call, x, passes and number == 0, timed=isinstance(meter, Clock))
             if out.requires_grad:
                 out.register_hook(lambda _: marks.__setitem__(number, read()))
             return out
 
-        self._freezes_rest = kind == "frozen"
+        self._freezes_rest = state == "frozen"
         start = read()
         loss = self._forward(on_call)
         run.forward = spent(start, start := read())
@@ -165,11 +172,14 @@ class Bench:
         self._model.zero_grad(set_to_none=True)
         return run
 
-    def _left_out(self, call: PathCall, x: Tensor, requires_grad: bool, timed: bool = False) -> Tensor:
-        """What a call gives without its branch; where nothing is timed, in a tensor of its own and by an operation that
-        saves something, which has a checkpoint around it recompute the call, and be found out."""
+    def _without_branch(self, call: PathCall, x: Tensor, requires_grad: bool, timed: bool) -> Tensor:
+        """The output of a call without its branch.
+
+        Where nothing is timed, it is a new tensor, made by an operation that saves something: a checkpoint around the
+        call then recomputes it, and `_override` notices.
+        """
         out = call.without_branch(x)
-        if out is not x and call.module.shortcut is None:  # what is between the residual and x has a backward too
+        if out is not x and call.module.shortcut is None:  # whatever lies between x and the residual has a backward too
             out = torch.add(out, x.sum().to(out.dtype), alpha=0)
         if not timed:
             out = out * self._one
@@ -177,50 +187,50 @@ class Bench:
             out = out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
         return out
 
-    def _count_rest(self, kind: str, passes: bool) -> _Run:
-        with Flops(self._device) as flops:
-            return self._run_rest(kind, passes, flops)
-
     def _time_rest(self, seconds: Quantity) -> None:
         clock = Clock(self._device)
-        for kind in REST:
-            for passes in (False, True):
-                runs = [self._run_rest(kind, passes, clock) for _ in range(1 + REPEATS)][1:]
-                pieces = torch.tensor([run.backward for run in runs], dtype=torch.float64)
-                seconds.rest[kind][int(passes)] = pieces.min(dim=0).values
-                if (kind, passes) == ("learns", True):
-                    seconds.forward = min(run.forward for run in runs)
+        for state, passes in REST_RUNS:
+            runs = [self._run_rest(state, passes, clock) for _ in range(1 + REPEATS)][1:]  # the first one warms up
+            pieces = torch.tensor([run.backward for run in runs], dtype=torch.float64)
+            seconds.rest[state][int(passes)] = pieces.min(dim=0).values
+            if (state, passes) == ("learning", True):
+                seconds.forward = min(run.forward for run in runs)
 
-    def _saved_by_rest(self, kind: str, passes: bool, streams: Streams) -> tuple[Tensor, Tensor]:
-        """By piece the bytes beside `streams`, and which of these are saved too."""
+    def _saved_by_rest(self, state: str, passes: bool, boundaries: Boundaries) -> tuple[Tensor, Tensor]:
+        """The bytes that each piece saves besides `boundaries`, and which of these are saved."""
         ends: list[tuple[Tensor, Tensor]] = []
         saved = Saved(self._own, lambda: len(ends))
 
         def on_call(path: int, call: PathCall, x: Tensor) -> Tensor:
-            ends.append((x, self._left_out(call, x, passes and not ends)))
+            ends.append((x, self._without_branch(call, x, passes and not ends, timed=False)))
             return ends[-1][1]
 
-        self._freezes_rest = kind == "frozen"
+        self._freezes_rest = state == "frozen"
         with saved.watching():
             self._forward(on_call)
         flags = torch.zeros(2 * len(ends), dtype=torch.bool)
         for number, (x, out) in enumerate(ends):
-            flags[streams.entry[number]] |= saved.take(x)
+            flags[boundaries.input_index[number]] |= saved.take(x)
             flags[2 * number + 1] |= saved.take(out)
         return torch.tensor(saved.bytes(len(ends) + 1), dtype=torch.float64), flags
 
 
-def _follow(streams: Streams, number: int, last: list[Tensor], x: Tensor, out: Tensor) -> None:
-    """Notes what call `number` gets and gives; `last`: what the call before did."""
-    for before, tensor in zip((streams.entry[number - 1], torch.tensor(2 * number - 1)), last, strict=False):
+def _note_tensors(boundaries: Boundaries, number: int, last: list[Tensor], x: Tensor, out: Tensor) -> None:
+    """Records `x` and `out` as input and output of call `number`; `last`: input and output of the call before."""
+    before = boundaries.input_index[number - 1], torch.tensor(2 * number - 1)
+    for index, tensor in zip(before, last, strict=False):
         if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-            streams.entry[number] = before
+            boundaries.input_index[number] = index
             break
-    streams.bytes[2 * number], streams.bytes[2 * number + 1] = (t.untyped_storage().nbytes() for t in (x, out))
+    boundaries.bytes[2 * number], boundaries.bytes[2 * number + 1] = (t.untyped_storage().nbytes() for t in (x, out))
+
+
+def _flags(values: Iterable[bool]) -> Tensor:
+    return torch.tensor([*values], dtype=torch.bool)
 
 
 def _tensors(out: Any) -> list[Tensor]:
-    """In whatever the model returns."""
+    """The tensors in whatever a model returns."""
     if isinstance(out, Mapping):
         return [t for value in out.values() for t in _tensors(value)]
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]

@@ -1,7 +1,7 @@
-"""What iterations cost, put together from the pieces of a model, for many plans at once.
+"""What iterations cost, computed from the pieces of a model, for many plans at once.
 
-A branch costs by the rows that it runs on and by its state. The rest runs forward always; backward, where it is frozen,
-only from the first path on that learns.
+A branch costs by the rows that it runs on and by its state. The rest always runs forward. Where it is frozen, it runs
+backward only from the first path that learns.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..convert.calls import arguments_of, batch_size_of, described
+from .._utils.example_inputs import arguments_of, batch_size_of, described
 from ..paths.freezing import FreezeBN
 from ..plan import PathPlan
 from .bench import Bench, Unmeasurable
-from .pieces import Pieces, Quantity
+from .pieces import PieceCosts, Quantity
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What an iteration does with each path, for many plans: float64 `[plans, paths]` shares of the rows on which the
-    branch learns and is frozen.
+    """What an iteration does with each path, for many plans.
 
     Args:
-        rest_learns: whether the rest does.
-        bypassed: gradients bypass what is frozen (`freeze="branch"`).
+        learning, frozen: float64 `[plans, paths]`, the shares of the rows on which the branch learns and is frozen.
+        rest_learns: whether the rest learns.
+        bypassed: whether no gradient passes through frozen branches (`freeze="branch"`).
     """
 
     learning: Tensor
@@ -37,29 +37,33 @@ class Shares:
     rest_learns: bool = True
     bypassed: bool = False
 
+    @property
+    def rest_state(self) -> str:
+        return "learning" if self.rest_learns else "frozen"
+
 
 @dataclass(frozen=True)
 class ModelCost:
     """FLOPs, saved bytes and seconds of iterations of one model on one batch.
 
-    Matmuls and convolutions count as FLOPs, as in `torch.utils.flop_counter`. Saved bytes are what autograd keeps
-    between forward and backward, without parameters and buffers. A model whose calls don't feed on all calls before
-    them (two towers side by side) is taken to need more gradients than it does.
+    FLOPs are those of matmuls and convolutions, as in `torch.utils.flop_counter`. Saved bytes are what autograd keeps
+    between forward and backward, without parameters and buffers. Each call of a path is assumed to depend on all calls
+    before it. For a model in which it doesn't (two towers side by side), costs are overestimated.
     """
 
-    pieces: Pieces
+    pieces: PieceCosts
     batch_size: int
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, *, freeze_bn: FreezeBN = True, timed: bool = False) -> ModelCost:
-        """Measures a copy of `model` in training mode; the model, its gradients and statistics and torch's generators
-        stay as they are.
+        """Measures a copy of `model` in training mode. The model, its gradients and statistics and torch's generators
+        don't change.
 
         Args:
-            model: with paths.
+            model: a model with paths.
             example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0.
-            freeze_bn: as of the scheme.
-            timed: seconds too: each kind of branch runs forward and backward some forty times.
+            freeze_bn: the scheme's option.
+            timed: measure seconds too. Each kind of branch then runs forward and backward some forty times.
 
         Raises `ValueError` where the model can't be copied or run, or where it recomputes calls of its paths.
         """
@@ -74,7 +78,7 @@ class ModelCost:
         devices = {t.device.index for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
         with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
             try:
-                return cls(Bench(copied, args, kwargs, freeze_bn).pieces(timed), batch_size)
+                return cls(Bench(copied, args, kwargs, freeze_bn).costs(timed), batch_size)
             except Unmeasurable:
                 raise
             except Exception as error:  # models raise what they like
@@ -82,7 +86,7 @@ class ModelCost:
                     f"example_inputs: the model can't be run on {described(example_inputs)}: {_told(error)}"
                 ) from error
 
-    # Of one plan, given as the fraction of the rows that each path keeps
+    # One plan, given as the fraction of the rows that each path keeps
 
     def plain(self) -> float:
         """FLOPs of an ordinary training step."""
@@ -93,17 +97,17 @@ class ModelCost:
         return self.flops(self.drop_shares(_rows(kept))).item()
 
     def reuse(self, kept: Sequence[float], freeze: str = "parameters", train_rest: bool = False) -> float:
-        """FLOPs of its reuse iteration."""
+        """FLOPs of the reuse iteration that follows it."""
         return self.flops(self.reuse_shares(_rows(kept), freeze, train_rest)).item()
 
-    # Of many, float64 [plans, paths] in the place of fractions
+    # Many plans, given as float64 [plans, paths]
 
     def plain_shares(self) -> Shares:
         ones = torch.ones(1, self.pieces.num_paths, dtype=torch.float64)
         return Shares(ones, torch.zeros_like(ones))
 
     def computed(self, kept: Tensor) -> Tensor:
-        """Of the rows that drop iterations keep, the shares on which branches run: with BatchNorm on all or none."""
+        """The shares of rows on which branches run in drop iterations that keep `kept`: with BatchNorm all or none."""
         whole = torch.zeros(self.pieces.num_paths, dtype=torch.bool)
         whole[self.pieces.path] = self.pieces.whole
         return torch.where(whole & (kept > 0), 1.0, kept)
@@ -117,53 +121,53 @@ class ModelCost:
         return Shares(1 - kept, kept, train_rest, freeze == "branch")
 
     def flops(self, shares: Shares) -> Tensor:
-        """Float64 `[plans]`."""
+        """FLOPs of an iteration, float64 `[plans]`."""
         return self._sum(self.pieces.flops, shares)
 
     def seconds(self, shares: Shares) -> Tensor:
-        """Float64 `[plans]`, of forward and backward; only where timed."""
+        """Seconds of forward and backward, float64 `[plans]`; only where they were measured."""
         assert self.pieces.seconds is not None
         return self._sum(self.pieces.seconds, shares)
 
     def saved_bytes(self, shares: Shares) -> Tensor:
-        """Float64 `[plans]`."""
-        pieces, streams = self.pieces, self.pieces.streams
+        """Bytes that autograd saves in an iteration, float64 `[plans]`."""
+        pieces, tensors = self.pieces, self.pieces.boundaries
         learning, frozen, passes, after = self._states(shares)
         saves = {
-            "learn": (learning, passes),
-            "first": (learning, ~passes),
+            "learning": (learning, passes),
+            "learning_first": (learning, ~passes),
             "frozen": (frozen, passes & (not shares.bypassed)),
         }
         total = self._sum(pieces.saved, shares)
-        alone, behind_learning = streams.by_rest[_kind(shares)]
-        around = (torch.arange(len(streams.bytes)) + 1) // 2
-        held = torch.where(after[:, around], behind_learning, alone).double()
+        alone, behind_learning = tensors.by_rest[shares.rest_state]
+        around = (torch.arange(len(tensors.bytes)) + 1) // 2
+        held = torch.where(after[:, around], behind_learning, alone).double()  # [plans, tensors], saved where > 0
         for state, (share, here) in saves.items():
-            by_branch = streams.by_branch[state] & here
-            held.index_add_(1, streams.entry, (by_branch & (share == 1)).double())
-            # Some rows are gathered from the stream, into a tensor of their own.
-            total += (by_branch * share * (share < 1) * streams.bytes[streams.entry]).sum(dim=1)
-        held[:, 1::2] += streams.activation & (passes | ((learning > 0) & pieces.learns))
-        for call in reversed(streams.passed_on.nonzero().flatten().tolist()):
-            given = held[:, 2 * call + 1] * ((learning + frozen)[:, call] == 0)  # left out, it gives what it gets
-            held[:, streams.entry[call]] += given
-            held[:, 2 * call + 1] -= given
-        return total + (held > 0).double() @ streams.bytes
+            by_branch = tensors.by_branch[state] & here
+            held.index_add_(1, tensors.input_index, (by_branch & (share == 1)).double())
+            # A branch that runs on some rows saves these rows in a tensor of its own.
+            total += (by_branch * share * (share < 1) * tensors.bytes[tensors.input_index]).sum(dim=1)
+        held[:, 1::2] += tensors.has_activation & (passes | ((learning > 0) & pieces.learns))
+        for call in reversed(tensors.returns_input.nonzero().flatten().tolist()):
+            moved = held[:, 2 * call + 1] * ((learning + frozen)[:, call] == 0)  # without its branch, output is input
+            held[:, tensors.input_index[call]] += moved
+            held[:, 2 * call + 1] -= moved
+        return total + (held > 0).double() @ tensors.bytes
 
     def branch_share(self) -> float:
-        """Of a plain step's time, or of its FLOPs where not timed: what branches take."""
+        """The share of a plain step's time that branches take, or of its FLOPs where time wasn't measured."""
         quantity, shares = self.pieces.seconds or self.pieces.flops, self.plain_shares()
         nothing = Shares(torch.zeros_like(shares.learning), shares.frozen)
         return 1 - (self._sum(quantity, nothing) / self._sum(quantity, shares)).item()
 
     def _states(self, shares: Shares) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shares by call that learn and that are frozen; whether a gradient is wanted of each call's input; and by
-        piece, whether a path before it learns."""
+        """Four tensors: the shares of the rows on which each call learns and is frozen, whether each call's input needs
+        a gradient, and whether a path before each piece of the rest learns."""
         pieces = self.pieces
         learning, frozen = shares.learning[:, pieces.path], shares.frozen[:, pieces.path]
         learned = ((learning > 0) & pieces.learns).cumsum(dim=1) > 0
         after = torch.cat([torch.zeros_like(learned[:, :1]), learned], dim=1)
-        return learning, frozen, after[:, :-1] | pieces.follows[_kind(shares)], after
+        return learning, frozen, after[:, :-1] | pieces.input_needs_grad[shares.rest_state], after
 
     def _sum(self, quantity: Quantity, shares: Shares) -> Tensor:
         learning, frozen, passes, after = self._states(shares)
@@ -172,10 +176,10 @@ class ModelCost:
             whole, fixed = quantity.branch[state], quantity.fixed[state]
             return torch.where(share > 0, whole * share + fixed * (1 - share), 0.0)
 
-        alone, behind_learning = quantity.rest[_kind(shares)]
+        alone, behind_learning = quantity.rest[shares.rest_state]
         rest = torch.where(after, behind_learning, alone).sum(dim=1)
-        branches = torch.where(passes, part(learning, "learn"), part(learning, "first"))
-        branches += torch.where(passes & (not shares.bypassed), part(frozen, "frozen"), part(frozen, "still"))
+        branches = torch.where(passes, part(learning, "learning"), part(learning, "learning_first"))
+        branches += torch.where(passes & (not shares.bypassed), part(frozen, "frozen"), part(frozen, "detached"))
         return quantity.forward + rest + branches.sum(dim=1)
 
 
@@ -186,10 +190,6 @@ def kept_fractions(plan: PathPlan) -> list[float]:
 
 def _rows(kept: Sequence[float]) -> Tensor:
     return torch.tensor([kept], dtype=torch.float64)
-
-
-def _kind(shares: Shares) -> str:
-    return "learns" if shares.rest_learns else "frozen"
 
 
 def _told(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What is measured of a piece of a network: FLOPs, seconds, and the storages that autograd saves."""
+"""Meters for a piece of a network: FLOPs, seconds, and the storages that autograd saves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Flops(contextlib.ExitStack):
-    """Counts matmuls and convolutions within, as `torch.utils.flop_counter` does. On the CPU, where that counts nothing
-    for scaled_dot_product_attention, it is computed by its matmuls."""
+    """Counts the FLOPs of matmuls and convolutions within, as `torch.utils.flop_counter` does.
+
+    On the CPU, scaled_dot_product_attention runs as matmuls within: the counter doesn't know its fused kernel there.
+    """
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -37,7 +39,7 @@ class Flops(contextlib.ExitStack):
 
 
 class Clock:
-    """Seconds; a GPU is timed by events, on its own clock."""
+    """Measures seconds. A GPU is timed by events, on its own clock."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -59,13 +61,13 @@ class Clock:
 
 
 class Saved:
-    """The storages that autograd saves, each once, with where it was when it saved them first."""
+    """The storages that autograd saves, each once, with the place where it was saved first."""
 
     def __init__(self, own: Iterable[Tensor], where: Callable[[], int] = lambda: 0):
-        """`own`: parameters and buffers, which aren't counted."""
+        """`own`: parameters and buffers, which aren't counted. `where` returns the number of the current place."""
         self._own = {t.untyped_storage().data_ptr() for t in own}
         self._where = where
-        self._found: dict[int, tuple[torch.UntypedStorage, int]] = {}  # held, so that no address is used twice
+        self._found: dict[int, tuple[torch.UntypedStorage, int]] = {}  # kept, so that no address is used twice
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -79,11 +81,11 @@ class Saved:
         return tensor
 
     def take(self, tensor: Tensor) -> bool:
-        """Whether `tensor`'s storage was saved; it no longer counts."""
+        """Whether the storage of `tensor` was saved. From now on it isn't counted."""
         return self._found.pop(tensor.untyped_storage().data_ptr(), None) is not None
 
     def bytes(self, places: int = 1) -> list[float]:
-        """By place."""
+        """The saved bytes by place."""
         totals = [0.0] * places
         for storage, where in self._found.values():
             totals[where] += storage.nbytes()

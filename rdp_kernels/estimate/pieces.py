@@ -1,20 +1,23 @@
-"""The pieces of a model and what they cost: every call of a path by itself, and the rest cut where a call ends.
+"""What the pieces of a model cost. A piece is one call of a path, or the part of the rest between two calls.
 
-Piece l of the rest is what is computed outside of branches between the ends of call l − 1 and of call l, shortcuts
-among it. Calls count in the order in which the model makes them, and each is taken to feed on those before it.
+The rest is what a model computes outside of branches, shortcuts included. Piece l of the rest lies between the end of
+call l − 1 and the end of call l. Calls are numbered in the order in which the model makes them, and each is assumed to
+depend on all before it.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-STATES = ("learn", "first", "frozen", "still")
-"""Of a call whose branch runs: it learns; it learns and nothing before it does, so that its input needs no gradient; it
-is frozen and gradients pass it; it runs and no gradient enters it."""
-REST = ("learns", "frozen")
+STATES = ("learning", "learning_first", "frozen", "detached")
+"""How a branch can run. It learns; it learns and its input needs no gradient, as nothing before it learns; it is frozen
+and gradients pass through it; it is frozen and no gradient enters it."""
+FROZEN_STATES = ("frozen", "detached")
+REST_STATES = ("learning", "frozen")
 
 
 @dataclass
@@ -22,11 +25,11 @@ class Quantity:
     """FLOPs, bytes or seconds of all pieces, float64.
 
     Args:
-        forward: of the rest.
-        rest: beyond that, where the rest learns and where it is frozen: `[2, calls + 1]`, by piece, first where no path
-            before it learns and then where one does.
-        branch: by state, `[calls]`, on the whole batch.
-        fixed: the part of it that fewer rows don't save.
+        forward: the forward of the rest.
+        rest: all other costs of the rest, by the state of the rest and by piece: `[2, calls + 1]`. Row 0 holds where no
+            path before the piece learns, row 1 where one does.
+        branch: the cost of each call on the whole batch, by state: `[calls]`.
+        fixed: the part of `branch` that doesn't shrink with the number of rows.
     """
 
     forward: float
@@ -36,67 +39,66 @@ class Quantity:
 
     @classmethod
     def zeros(cls, calls: int) -> Quantity:
-        def by_state() -> dict[str, Tensor]:
-            return {state: torch.zeros(calls, dtype=torch.float64) for state in STATES}
-
-        return cls(0.0, {kind: torch.zeros(2, calls + 1, dtype=torch.float64) for kind in REST}, by_state(), by_state())
+        rest = {state: torch.zeros(2, calls + 1, dtype=torch.float64) for state in REST_STATES}
+        branch, fixed = ({state: torch.zeros(calls, dtype=torch.float64) for state in STATES} for _ in range(2))
+        return cls(0.0, rest, branch, fixed)
 
 
 @dataclass
-class Streams:
-    """The tensors between branches: several pieces may save one, which takes its bytes once. Number 2l is what call l
-    gets, 2l + 1 what it gives; piece (n + 1) // 2 is about where tensor n is.
+class Boundaries:
+    """The inputs and outputs of calls. Several pieces may save the same tensor, whose bytes count once.
+
+    Tensor 2l is the input of call l and tensor 2l + 1 its output. Piece (n + 1) // 2 of the rest touches tensor n.
 
     Args:
         bytes: `[2 · calls]`.
-        entry: int64 `[calls]`: the first number of what each call gets, which an earlier call may give, or get too.
-        activation: bool `[calls]`: whether an activation follows the sum, which saves what the call gives.
-        passed_on: bool `[calls]`: whether the call gives what it gets where its branch is left out.
-        by_branch: by state, bool `[calls]`: whether the branch saves what it gets.
-        by_rest: as `Quantity.rest`, bool `[2, 2 · calls]`.
+        input_index: int64 `[calls]`, the number of each call's input. Where an earlier call has the same tensor as
+            its input or output, it is the number that the tensor has there.
+        has_activation: bool `[calls]`: whether an activation follows the sum. It saves the output.
+        returns_input: bool `[calls]`: whether the output is the input where the branch is left out.
+        by_branch: by state, bool `[calls]`: whether the branch saves its input.
+        by_rest: bool `[2, 2 · calls]`: which tensors the rest saves, by its state and in rows as in `Quantity.rest`.
     """
 
     bytes: Tensor
-    entry: Tensor
-    activation: Tensor
-    passed_on: Tensor
+    input_index: Tensor
+    has_activation: Tensor
+    returns_input: Tensor
     by_branch: dict[str, Tensor]
     by_rest: dict[str, Tensor]
 
     @classmethod
-    def none(cls, calls: int) -> Streams:
-        def flags(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.bool)
-
+    def none(cls, calls: int) -> Boundaries:
+        flags = functools.partial(torch.zeros, dtype=torch.bool)
         return cls(
             torch.zeros(2 * calls, dtype=torch.float64),
             2 * torch.arange(calls),
             flags(calls),
             flags(calls),
             {state: flags(calls) for state in STATES},
-            {kind: flags(2, 2 * calls) for kind in REST},
+            {state: flags((2, 2 * calls)) for state in REST_STATES},
         )
 
 
 @dataclass
-class Pieces:
-    """A model, measured on one batch.
+class PieceCosts:
+    """What the pieces of a model cost on one batch.
 
     Args:
-        num_paths: of the model; one that isn't called costs nothing.
-        path: int64 `[calls]`, which path is called.
-        learns: bool `[calls]`, whether it has parameters that can.
-        whole: bool `[calls]`, whether BatchNorm has it run on all rows or none.
-        follows: by what the rest does, bool `[calls]`: whether something before it learns that is no path.
-        seconds: None where not timed.
+        num_paths: the number of the model's paths. One that isn't called costs nothing.
+        path: int64 `[calls]`, the path that is called.
+        learns: bool `[calls]`, whether the path has parameters that require grad.
+        whole: bool `[calls]`, whether the path runs on all rows or none, as it has BatchNorm.
+        input_needs_grad: bool `[calls]`, by the state of the rest: whether anything but paths before the call learns.
+        seconds: None where they weren't measured.
     """
 
     num_paths: int
     path: Tensor
     learns: Tensor
     whole: Tensor
-    follows: dict[str, Tensor]
+    input_needs_grad: dict[str, Tensor]
     flops: Quantity
     saved: Quantity
-    streams: Streams
+    boundaries: Boundaries
     seconds: Quantity | None

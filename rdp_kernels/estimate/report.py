@@ -1,4 +1,4 @@
-"""The costs of a scheme's iterations over many plans, as rows, and what they speak for."""
+"""The costs of a scheme's iterations over many plans, in rows, and a recommendation."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from .compose import ModelCost
 if TYPE_CHECKING:
     from ..scheme.scheme import ResidualDropPath
 
-PLANS = 256
+PLANS = 256  # drawn for each row, which shows their mean
 MODES, FREEZES = ("block", "sample"), ("parameters", "branch", "none")  # the exact and cheapest first
-PROBS = (0.1, 0.3, 0.5)
+PROBS = (0.1, 0.3, 0.5)  # usual rates, shown beside the scheme's own
 PAYS = 0.97
-"""A step that takes no less of plain training's gains nothing that could be told from noise."""
-WIDTH = 100  # of the notes under the table
+"""A step that costs more than this share of a plain one gains nothing that can be told from noise."""
 NEAR = 0.03
-"""Ratios that differ by no more are called equal."""
+"""Ratios that differ by no more count as equal."""
 USUAL = 0.3
-"""The rate that is told about where a model has none."""
+"""The rate that is recommended where the model has none."""
+WIDTH = 100  # of the notes under the table
 PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 
 @dataclass(frozen=True)
 class Row:
-    """Means over drawn plans, of the iterations that are run: one in which nothing can learn isn't. What isn't there is
-    None: all of it where refused, the reuse iteration where nothing is dropped, times where not measured.
+    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. What wasn't
+    measured is None: everything where refused, the reuse iteration where nothing is dropped, times if not asked for.
 
     Args:
-        mode, freeze: as of the scheme.
+        mode, freeze: the scheme's options.
         drop_prob: the mean over the paths.
-        own_rates: whether the rates are the scheme's own; others are the same for all paths.
-        drop_flops, reuse_flops: that an iteration needs.
-        flop_ratio: of an optimizer step, drop or reuse, to a plain training step.
+        own_rates: whether the rates are the scheme's own. Otherwise all paths have the same rate.
+        drop_flops, reuse_flops: what an iteration needs.
+        flop_ratio: an optimizer step of the scheme, drop or reuse, relative to a plain training step.
         drop_saved_bytes, reuse_saved_bytes: what autograd keeps between forward and backward.
-        time_ratio: as `flop_ratio`, of forward and backward. The optimizer's own time isn't in it.
-        refused: why the scheme doesn't do this on this model.
+        time_ratio: like `flop_ratio`, for the time of forward and backward. The optimizer's own time isn't included.
+        refused: why the scheme refuses this mode on this model.
     """
 
     mode: str
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Of time, where measured, else of FLOPs; only where not refused."""
+        """The time ratio where time was measured, else the FLOP ratio. Only for rows that aren't refused."""
         ratio = self.flop_ratio if self.time_ratio is None else self.time_ratio
         assert ratio is not None
         return ratio
@@ -70,15 +70,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `ResidualDropPath.estimate` found. `str` of it is a table and the recommendation.
+    """The result of `ResidualDropPath.estimate`. Its `str` is a table and the recommendation.
 
     Args:
         rows: by rates, mode and freezing.
-        batch_size: of the example.
-        plain_flops, plain_saved_bytes, plain_seconds: of an ordinary training step; seconds None where not timed.
-        branch_share: of the plain step's time, or of its FLOPs where not timed, what its branches take.
-        recommendation: with its reason.
-        cost: for further plans.
+        batch_size: of the example inputs.
+        plain_flops, plain_saved_bytes, plain_seconds: an ordinary training step; seconds None where not measured.
+        branch_share: the share of the plain step's time that branches take, or of its FLOPs without times.
+        recommendation: a mode and a freezing, with the reason.
+        cost: computes the costs of further plans.
     """
 
     rows: list[Row]
@@ -101,13 +101,13 @@ class Estimate:
         return "\n".join([*lines, *(textwrap.fill(note, WIDTH) for note in notes)])
 
     def plain_step(self) -> str:
-        """In a line."""
+        """The costs of a plain step, as a sentence."""
         seconds = "" if self.plain_seconds is None else f", {1e3 * self.plain_seconds:.3g} ms without its optimizer"
         return (
             f"A plain step at batch {self.batch_size}: {self.plain_flops / 1e9:.4g} GFLOP, "
             f"{self.plain_saved_bytes / 1e6:.4g} MB saved for backward{seconds}; branches take {self.branch_share:.0%} "
-            f"of it. FLOPs and time are those of an optimizer step of the scheme, saved bytes those of an iteration, "
-            "as ratios to it"
+            "of it. The table shows ratios to it: FLOPs and time of an optimizer step of the scheme, saved bytes of an "
+            "iteration"
         )
 
     def _cells(self, row: Row) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
 
 
 def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> Row:
-    """`row` with its costs; `kept` as `_draw` gives it."""
+    """`row` with its costs; `kept`: what `_draw` returns."""
     mode, freeze = row.mode, row.freeze
     if mode == "sample" and freeze != "none":
         try:
@@ -162,31 +162,31 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> R
     drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, freeze, train_rest)
     trainable = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
     can_learn = torch.ones_like(trainable) if freeze == "none" or train_rest else trainable
-    runs = ((kept < 1) & can_learn).any(dim=1)  # the plans that a reuse iteration follows
-    drops = ((kept > 0) & trainable).any(dim=1) | ~runs  # those that have a drop iteration
+    has_reuse = ((kept < 1) & can_learn).any(dim=1)  # plans with a reuse iteration
+    has_drop = ((kept > 0) & trainable).any(dim=1) | ~has_reuse  # plans with a drop iteration
     if any(p.requires_grad for p in scheme._rest.parameters()):
-        drops = torch.ones_like(drops)
+        has_drop = torch.ones_like(has_drop)
 
     def ratio(total: Any) -> float:
-        both = total(drop)[drops].sum() + total(reuse)[runs].sum()
-        return (both / (int(drops.sum()) + int(runs.sum())) / total(cost.plain_shares())).item()
+        both = total(drop)[has_drop].sum() + total(reuse)[has_reuse].sum()
+        return (both / (int(has_drop.sum()) + int(has_reuse.sum())) / total(cost.plain_shares())).item()
 
     def mean(costs: Tensor, which: Tensor) -> float | None:
         return costs[which].mean().item() if which.any() else None
 
     return replace(
         row,
-        drop_flops=mean(cost.flops(drop), drops),
-        reuse_flops=mean(cost.flops(reuse), runs),
+        drop_flops=mean(cost.flops(drop), has_drop),
+        reuse_flops=mean(cost.flops(reuse), has_reuse),
         flop_ratio=ratio(cost.flops),
-        drop_saved_bytes=mean(cost.saved_bytes(drop), drops),
-        reuse_saved_bytes=mean(cost.saved_bytes(reuse), runs),
+        drop_saved_bytes=mean(cost.saved_bytes(drop), has_drop),
+        reuse_saved_bytes=mean(cost.saved_bytes(reuse), has_reuse),
         time_ratio=None if cost.pieces.seconds is None else ratio(cost.seconds),
     )
 
 
 def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list[float]) -> Tensor:
-    """Float64 [plans, paths], the shares of the rows that are kept: the same plans every time."""
+    """The shares of rows that plans keep, float64 [plans, paths]. Every call draws the same plans."""
     generator = plan_generator(0, 0)
     whole = [path.index for path in scheme.paths if path.module.mode == "block"]
     options = (mode, scheme.sampling, generator, [cost.batch_size], whole)
@@ -195,7 +195,7 @@ def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list
 
 
 def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
-    """What the rows of the scheme's own rates speak for, and why. Every ratio in it is that of a row in `rows`."""
+    """A recommendation for the scheme's own rates, with its reason. Every ratio in it is that of a row in `rows`."""
     what = "FLOPs" if rows[0].time_ratio is None else "time"
     exact = [row for row in rows if row.freeze == "parameters" and row.refused is None]
     block, *others = [row for row in exact if row.own_rates]  # block mode is never refused
@@ -240,7 +240,7 @@ def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
 
 
 def _for_rates_of_zero(exact: list[Row], what: str) -> str:
-    """`exact`: rows of other rates."""
+    """The recommendation where the scheme's own rates are 0; `exact`: rows of other rates."""
     usual = next(row for row in exact if (row.mode, row.drop_prob) == ("block", USUAL))
     best = usual if usual.ratio < PAYS else min(exact, key=lambda row: row.ratio)
     gain = f"{best.ratio:.2f} of plain training's {what} in {best.mode} mode"
@@ -254,8 +254,8 @@ def _why_dearer(sample: Row, block: Row, batch_size: int) -> str:
     assert sample.flop_ratio is not None
     assert block.flop_ratio is not None
     if sample.ratio - sample.flop_ratio > block.ratio - block.flop_ratio + NEAR:
-        return f"at batch {batch_size} branches on some of the rows cost more than these rows' share"
-    return "there hardly any plan has a prefix of frozen paths, which needs no backward"
+        return f"at batch {batch_size}, running a branch on a part of the rows costs more than that part of its cost"
+    return "hardly any plan begins with paths that are frozen for all samples, which need no backward"
 
 
 def _why_not(row: Row, branch_share: float, what: str) -> str:
@@ -263,8 +263,8 @@ def _why_not(row: Row, branch_share: float, what: str) -> str:
     ratio = f"In {row.mode} mode a step takes {row.ratio:.2f} of plain training's {what}"
     if row.flop_ratio < PAYS:
         return (
-            f"{ratio}, needing only {row.flop_ratio:.2f} of its FLOPs: what a branch costs beside them outweighs "
-            "that. A larger batch or wider branches may gain."
+            f"{ratio}, though it needs only {row.flop_ratio:.2f} of its FLOPs: other costs of a branch outweigh the "
+            "gain. A larger batch or wider branches may help."
         )
     if branch_share < 0.5:
         return f"{ratio}: the branches are only {branch_share:.0%} of a plain step."

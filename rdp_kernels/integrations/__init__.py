@@ -1,1 +1,1 @@
-"""The scheme inside training stacks: a small module for each, which imports the stack and is itself imported on use."""
+"""The scheme in training stacks: one small module for each, which imports the stack. Import only the one you use."""

@@ -1,4 +1,4 @@
-"""What every training loop is asked before a scheme follows it: whether the scheme's model is the one it trains."""
+"""The check that a training loop trains the model of a scheme."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from . import distributed
 
 
 def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
-    """`model`: what the loop calls, with its wrappers.
+    """Checks that `model`, which the loop calls, is the scheme's model in any number of wrappers.
 
-    Raises `ValueError` where it isn't the scheme's, a copy for example, and for `DataParallel`, whose threads would
-    freeze and unfreeze the same modules. With several ranks all of them have to call this: they agree on the masks.
+    Raises `ValueError` where it isn't, for example where it is a copy, and for `DataParallel`, whose threads would
+    freeze and unfreeze the same modules. Every rank has to call this: the ranks agree on the masks.
     """
     if isinstance(model, DataParallel):
         raise ValueError("model must not be in DataParallel: run one process for each device (torchrun), or use one")
@@ -23,8 +23,8 @@ def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
         path_module.binding.scheme is scheme for module in model.modules() for _, path_module in paths_of(module)
     ):
         raise ValueError(
-            "scheme must be of the model that is trained, but none of its paths is in that: was the model copied or "
-            "made anew (model_init) after the scheme?"
+            "scheme must belong to the model that is trained, but none of its paths is in that model: was the model "
+            "copied or made anew (model_init) after the scheme?"
         )
     if isinstance(model, DistributedDataParallel):
         distributed.register(model, scheme)

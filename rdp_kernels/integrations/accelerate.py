@@ -1,4 +1,4 @@
-"""The scheme in a loop of one's own that runs under `accelerate`:
+"""The scheme in a training loop of your own that uses `accelerate`:
 
     scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=seed)          # before or after accelerator.prepare
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -9,7 +9,7 @@
             optimizer.step()
             optimizer.zero_grad()
 
-With `accelerator.accumulate`, which decides when an optimizer steps, leave the loop as it was and say
+`accelerator.accumulate` decides when an optimizer steps. With it, leave the loop as it was and call
 `scheme.alternate(optimizer)`.
 """
 
@@ -19,15 +19,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..scheme.scheme import ResidualDropPath
+from ._checks import check_scheme
 from ._trained import check_trained
 
 
 def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPath) -> None:
-    """Makes the scheme part of `accelerator.save_state` and `load_state`, so that training goes on to the bit.
+    """Adds the scheme to `accelerator.save_state` and `load_state`, so that training resumes bit for bit.
 
     Args:
-        accelerator: that runs the loop.
-        model: what `accelerator.prepare` made of the scheme's model.
+        accelerator: the one that runs the loop.
+        model: the result of `accelerator.prepare` for the scheme's model.
         scheme: in either mode.
 
     Raises `TypeError` naming the argument, and `ValueError` where `model` isn't the scheme's.
@@ -36,7 +37,6 @@ def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPat
         raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(scheme, ResidualDropPath):
-        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
+    check_scheme(scheme)
     check_trained(model, scheme)
     accelerator.register_for_checkpointing(scheme)

@@ -1,6 +1,6 @@
-"""Compiled or captured branches: which variants there are, and how they are put in and taken out.
+"""Compiled or captured branches: their variants, and how they are put in place and removed.
 
-What a path does, and with it what learns, is decided in Python at each call; the branch alone is compiled or captured.
+Python decides at each call what a path does, and so what learns. Only the branch is compiled or captured.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..paths.freezing import Frozen, keeps_statistics
 from ..paths.path import modules_of, parameter_refs_of, parameters_of, paths_of
 
 
-def owners_of(model: nn.Module) -> dict[str, PathModule]:
-    """The path_modules of the paths of `model`, by their names in a scheme.
+def uncompiled_paths(model: nn.Module) -> dict[str, PathModule]:
+    """What stands for the paths of `model`, by their names in a scheme.
 
-    Raises `TypeError` for what is no module, `ValueError` where there are no paths and `RuntimeError` where a branch
-    has a runner already.
+    Raises `TypeError` if `model` is no module, `ValueError` if it has no paths, and `RuntimeError` if a branch is
+    compiled or captured already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -45,15 +45,15 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BranchCall:
-    """A call of a branch in one of its variants, each of which has what requires grad one way.
+    """A call of a branch in one of its variants, which differ in what requires grad:
 
     | variant | gradients |
     |---|---|
-    | `"learning"` | of weights and of its input |
-    | `"frozen"` | of its input |
-    | `"detached"` | none, and saves nothing |
+    | `"learning"` | to the weights and the input |
+    | `"frozen"` | to the input |
+    | `"detached"` | none; nothing is saved |
 
-    A variant with norms in another mode, as frozen BatchNorm is, computes something else: see `kind`.
+    The modes of norms also change what a branch computes, as with a frozen BatchNorm: `kind` tells them apart.
     """
 
     variant: str
@@ -76,21 +76,21 @@ class BranchCall:
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
-        """Equal for calls of the branch that may share a graph, the variant first."""
+        """A key that is equal for calls of the branch that may share a graph. It begins with the variant."""
         norms = [m for m in modules_of(self.module) if keeps_statistics(m)]
         modes = tuple((m.training, m.track_running_stats) for m in norms)
         return self.variant, self.normed, self.module.training, modes
 
     def run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`, which runs the branch, under the flags of the variant."""
+        """Calls `function(*args)`, which runs the branch, with the flags of the variant."""
         if self.variant != "detached":
             return function(*args)
         with torch.no_grad(), Frozen(parameter_refs_of(self.module)):
             return function(*args)
 
 
-class Runners:
-    """The runners of some branches, until `remove()`."""
+class BranchRunners:
+    """Runners that were set for some branches."""
 
     def __init__(self, runners: Iterable[tuple[PathModule, BranchRunner]]):
         self._bindings: list[PathBinding] = []
@@ -99,7 +99,7 @@ class Runners:
             self._bindings.append(path_module.binding)
 
     def remove(self) -> None:
-        """Branches run as before."""
+        """Removes the runners: branches run as before."""
         for binding in self._bindings:
             binding.branch_runner = None
         self._bindings.clear()

@@ -1,7 +1,7 @@
-"""`torch.compile` for the branches of a model: three graphs each, whatever the plans.
+"""`torch.compile` for the branches of a model: up to three graphs for each, whatever the plans.
 
-A whole model that is compiled specialises on Python's decisions, a graph for each plan. Here decisions stay in Python:
-which branch runs, on which rows, and whether it learns; what is compiled is the branch.
+A whole compiled model specialises on Python's decisions, with a graph for each plan. Here Python still decides which
+branch runs, on which rows, and whether it learns. Only the branch is compiled.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor, nn
 from ..convert.converted import ConvertedPath
 from ..paths.binding import PathModule
 from ..paths.path import own_parameters_of
-from .branches import BranchCall, Runners, owners_of, tensors_in
+from .branches import BranchCall, BranchRunners, tensors_in, uncompiled_paths
 
 
-def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> Runners:
+def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> BranchRunners:
     """Compiles the branch of every path of `model`, own or converted, with a scheme or without one.
 
     Args:
-        model: the model, in place; parameters, names and `state_dict` stay as they are.
-        dynamic: as of `torch.compile`, except that by default the number of rows is a symbol in any case: sample mode
-            runs a branch on any number of them. False is for block mode with batches of one size.
-        **options: further options of `torch.compile`. `fullgraph` is True unless given.
+        model: it is compiled in place. Parameters, names and `state_dict` don't change.
+        dynamic: as in `torch.compile`, but by default the number of rows is always symbolic, as sample mode runs a
+            branch on any number of them. Use False for block mode with batches of one size.
+        **options: further options of `torch.compile`. `fullgraph` is True by default.
 
-    Returns a handle whose `remove()` undoes it. A branch has up to three graphs: learning, frozen, and frozen where no
-    gradient passes; identical branches share them. A single row of several runs uncompiled, as compilers would make a
-    graph for the number 1. A copy or pickle of the model is not compiled, and neither are branches compiled apart
-    within a model that is compiled whole. Raises `TypeError`, `ValueError` or `RuntimeError` for a model that is
-    none, has no paths or is compiled already.
+    Returns a handle whose `remove()` undoes it. A branch has up to three graphs: learning, frozen, and frozen without
+    gradients. Identical branches share them. A single row out of several runs uncompiled, as compilers would make
+    another graph for the number 1. Copies and pickles of the model aren't compiled. If the model is also compiled as a
+    whole, its branches aren't compiled separately. Raises `TypeError`, `ValueError` or `RuntimeError` if `model` is no
+    module, has no paths or is compiled already.
     """
     shared: dict[Hashable, _CompiledBranch] = {}
     options = {"fullgraph": True, "dynamic": dynamic, **options}
-    return Runners(
+    return BranchRunners(
         [
             (path_module, shared.setdefault(_likeness(path_module), _CompiledBranch(name, options)))
-            for name, path_module in owners_of(model).items()
+            for name, path_module in uncompiled_paths(model).items()
         ]
     )
 
@@ -50,7 +50,7 @@ _numbers = itertools.count()
 
 
 class _CompiledBranch:
-    """Runs a branch, and others that are identical, compiled."""
+    """Runs a branch, and others identical to it, compiled."""
 
     def __init__(self, name: str, options: dict[str, Any]):
         self._name, self._options = name, options
@@ -66,7 +66,8 @@ class _CompiledBranch:
         return call.run(function, path_module, call.x, call.args, call.kwargs, normed)
 
     def _function(self, kind: tuple[Hashable, ...], *need_grad: bool) -> Callable[..., Tensor]:
-        """Dynamo counts graphs by code object, and looks for sizes that change by name: each variant has its own."""
+        """The function of one variant. Each has its own name and code object: Dynamo counts graphs by code object, and
+        finds changing sizes by name."""
         key = (*kind, *need_grad)
         if key not in self._functions:
             name = re.sub(r"\W", "_", f"{self._name}_{kind[0]}_{next(_numbers)}")
@@ -85,7 +86,7 @@ def _run_branch(path_module: PathModule, x: Tensor, args: tuple, kwargs: dict, n
 
 
 def _likeness(path_module: PathModule) -> Hashable:
-    """Equal for branches that a compiler can't tell apart: the same code, on modules of the same structure."""
+    """A key that is equal for branches with the same code on modules of the same structure. They share graphs."""
     code = (type(path_module.block), path_module.index) if isinstance(path_module, ConvertedPath) else type(path_module)
     own = tuple(_metadata(p) for p in own_parameters_of(path_module))
     modules = [(name, m) for module in path_module.branch_modules() for name, m in module.named_modules()]

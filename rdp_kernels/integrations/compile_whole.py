@@ -1,6 +1,7 @@
-"""`torch.compile` for a whole model with a scheme: plans are data, so that one graph serves all of them.
+"""`torch.compile` for a whole model with a scheme. Plans are data, so that one graph serves all of them.
 
-The graph has every branch on every row, and multiplies. It is exact and skips no work: `compile_branches` does.
+The graph runs every branch on every row and multiplies by 0 or the scale. It is exact but skips no work, which
+`compile_branches` does.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from .._utils.device import to_device
 from ..paths.freezing import keeps_statistics
 from ..paths.path import modules_of
 from ..scheme.scheme import ResidualDropPath
+from ._checks import check_scheme
 
 
 def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) -> nn.Module:
-    """Compiles `model`, whose scheme is `scheme`, whole.
+    """Compiles `model` as a whole, for training with `scheme`.
 
     Args:
         model: the model that `scheme` was made for.
         scheme: in block mode, or with `freeze="branch"` or `"none"`.
-        **options: those of `torch.compile`. `fullgraph` is True unless given.
+        **options: options of `torch.compile`. `fullgraph` is True by default.
 
-    Returns what `torch.compile` returns, to be called in the model's place: outputs and gradients are those of the
-    scheme for any plan, with one graph. What takes no part in an iteration gets a gradient nevertheless, which hooks
-    throw away: `.grad` stays what it was. Backward goes before the next iteration's forward.
+    Returns what `torch.compile` returns; call it instead of the model. Outputs and gradients are those of the scheme
+    for any plan, with one graph. The graph computes a gradient for idle parameters too, which hooks discard: their
+    `.grad` doesn't change. Run backward before the next iteration's forward.
 
-    Raises `ValueError` where that can't be exact: BatchNorm in branches or frozen, single samples frozen with
-    `freeze="parameters"`, a frozen weight that something else shares.
+    Raises `ValueError` where this can't be exact: with BatchNorm in branches or frozen, with single samples frozen by
+    `freeze="parameters"`, or with a frozen weight that is shared.
     """
     _check(model, scheme)
     compiled: Any = torch.compile(model, **{"fullgraph": True, **options})
@@ -43,28 +45,27 @@ def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) ->
 
 
 def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
-    if not isinstance(scheme, ResidualDropPath):
-        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
+    check_scheme(scheme)
     if not any(m is scheme._rest.model for m in model.modules()):
-        raise ValueError("model must be, or hold, the one that scheme was made for")
+        raise ValueError("model must be, or contain, the model that scheme was made for")
     rules = scheme._rules
     for path in scheme.paths:
         if any(map(keeps_statistics, modules_of(path.module))):
-            raise ValueError(f"path {path.name!r}: in a graph every branch runs and would move its running statistics")
+            raise ValueError(f"path {path.name!r}: in a graph a dropped branch would update its running statistics")
     if rules.freezes_rest and rules.freeze_bn and any(map(keeps_statistics, model.modules())):
         raise ValueError("BatchNorm can't be frozen in a graph: use train_rest=True or freeze_bn=False")
     if scheme.mode == "sample" and rules.freeze == "parameters":
         raise ValueError('weights can\'t be frozen for single samples in a graph: use freeze="branch", or mode="block"')
-    path_modules = {id(p): "the rest" for p in scheme._rest.parameters()} if rules.freezes_rest else {}
+    holders = {id(p): "the rest" for p in scheme._rest.parameters()} if rules.freezes_rest else {}
     for path in scheme.paths:
         for parameter in path.parameters():
-            other = path_modules.setdefault(id(parameter), path.name)
+            other = holders.setdefault(id(parameter), path.name)
             if other != path.name and (rules.freeze == "parameters" or other == "the rest"):
-                raise ValueError(f"a graph can't freeze a parameter of path {path.name!r} that {other} shares")
+                raise ValueError(f"in a graph, a parameter of path {path.name!r} that {other} shares can't be frozen")
 
 
 class _PlanAsData:
-    """Hands the plan to the paths for a forward, and finds out whose gradients count."""
+    """Hands the plan to the paths for a forward, and determines which gradients to discard."""
 
     def __init__(self, scheme: ResidualDropPath):
         self._scheme = weakref.ref(scheme)
@@ -87,11 +88,9 @@ class _PlanAsData:
         known = {id(p): p for p in [*rest, *(p for path in scheme.paths for p in path.parameters())]}
         self._gradients.ignored = known.keys() - {id(p) for p in learning}
         self._gradients.watch(known.values())
-        factors = to_device(iteration.graph_masks(), next(iter(known.values())).device)
-        for path, learns, constant in zip(scheme.paths, *factors, strict=True):
-            path.module.binding.graph_mask = (
-                (learns, constant) if scheme.freeze == "branch" else (learns + constant, None)
-            )
+        masks = to_device(iteration.graph_masks(), next(iter(known.values())).device)
+        for path, learns, frozen in zip(scheme.paths, *masks, strict=True):
+            path.module.binding.graph_mask = (learns, frozen) if scheme.freeze == "branch" else (learns + frozen, None)
 
     def take_back(self, *_: Any) -> None:
         scheme = self._scheme()
@@ -102,7 +101,7 @@ class _PlanAsData:
 
 
 class _Gradients:
-    """Leaves `.grad` of parameters in `ignored` as it is, whatever a backward accumulates."""
+    """Discards what a backward accumulates into the `.grad` of parameters in `ignored`, which are given by id."""
 
     def __init__(self) -> None:
         self.ignored: set[int] = set()

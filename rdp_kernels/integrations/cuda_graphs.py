@@ -1,7 +1,7 @@
-"""CUDA graphs for the branches of a model: each variant captured once, then replayed from static buffers.
+"""CUDA graphs for the branches of a model: each variant is captured once, then replayed from static buffers.
 
-Small branches on a fast GPU wait for Python to launch their kernels; a replayed graph is one launch. Which branch runs,
-and in which variant, is decided in Python as ever.
+Small branches on a fast GPU wait for Python to launch their kernels. A replayed graph is a single launch. Python still
+decides which branch runs, and in which variant.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from torch import Tensor, nn
 
 from ..paths.binding import PathModule
 from ..paths.path import own_parameters_of, parameters_of
-from .branches import BranchCall, Runners, owners_of, tensors_in
+from .branches import BranchCall, BranchRunners, tensors_in, uncompiled_paths
 
 
-def capture_branches(model: nn.Module) -> Runners:
-    """Has the branch of every path of `model`, own or converted, captured at its first call in each variant.
+def capture_branches(model: nn.Module) -> BranchRunners:
+    """Captures the branch of every path of `model`, own or converted, at its first call in each variant.
 
-    For block mode, on batches of one size: what a graph can't serve runs as before, namely another shape than the one
-    captured (a warning says so, once a path), further arguments, a second forward before the backward of the first,
-    and a branch whose weights have a gradient already. `zero_grad(set_to_none=True)` therefore belongs before every
-    backward, and as replays overwrite gradients, they have to be copied to be kept.
+    For block mode with batches of one size. A call that a graph can't serve runs uncaptured: one with another shape
+    than the captured call (with a warning, once for each path), one with further arguments, a second forward before the
+    backward of the first, and a learning branch whose weights have a gradient. So call `zero_grad(set_to_none=True)`
+    before every backward. Replays overwrite gradients: copy them to keep them.
 
-    Returns a handle whose `remove()` undoes it. A branch's three variants (learning, frozen, and frozen where no
-    gradient passes) share memory; a variant whose BatchNorms run in several modes has a graph for each. Under autocast
-    its cache has to be off. Checkpointing around captured branches is not supported. Raises `RuntimeError` without
-    CUDA and `ValueError` for a model that is elsewhere or in sample mode.
+    Returns a handle whose `remove()` undoes it. The three variants of a branch (learning, frozen, and frozen without
+    gradients) share memory. A variant whose BatchNorms run in several modes has a graph for each. Under autocast,
+    autocast's weight cache has to be off. Checkpointing around captured branches isn't supported. Raises `RuntimeError`
+    without CUDA, and `ValueError` for a model on another device or in sample mode.
     """
-    path_modules = owners_of(model)
+    path_modules = uncompiled_paths(model)
     _check(model, path_modules)
-    return Runners([(module, _CapturedBranch(name)) for name, module in path_modules.items()])
+    return BranchRunners([(module, _CapturedBranch(name)) for name, module in path_modules.items()])
 
 
 def _check(model: nn.Module, path_modules: dict[str, PathModule]) -> None:
     if not torch.cuda.is_available():
         raise RuntimeError(
-            "CUDA graphs need a GPU, and torch.cuda.is_available() is False: compile_branches of "
-            "rdp_kernels.integrations.compile is for all machines"
+            "CUDA graphs need a GPU, but torch.cuda.is_available() is False: compile_branches of "
+            "rdp_kernels.integrations.compile works on all machines"
         )
     for name, parameter in model.named_parameters():
         if not parameter.is_cuda:
@@ -54,14 +54,14 @@ def _check(model: nn.Module, path_modules: dict[str, PathModule]) -> None:
 
 
 class _CapturedBranch:
-    """Runs one branch from its graphs."""
+    """Runs one branch by its graphs."""
 
     def __init__(self, name: str):
         self._name, self._warned = name, False
         self._graphs: dict[Hashable, tuple[Hashable, Any]] = {}
         self._pool: Any = None
         self._in_flight: weakref.ref[Any] | None = None
-        """The autograd node of the last replay, whose backward needs the buffers as they are."""
+        """The autograd node of the last replay. Until its backward has run, no replay may overwrite the buffers."""
 
     def __call__(self, module: PathModule, x: Tensor, args: tuple, kwargs: dict, normed: bool) -> Tensor:
         call = BranchCall.of(module, x, args, kwargs, normed)
@@ -78,11 +78,11 @@ class _CapturedBranch:
         self._in_flight = None
 
     def _graph(self, call: BranchCall) -> Any:
-        """None where the call has to run as it is."""
+        """The graph for the call, or None where the call has to run uncaptured."""
         if self._in_flight is not None and self._in_flight() is not None:
             return None
         if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.module)):
-            return None  # which may be the buffer that a replay overwrites
+            return None  # the gradient may be the buffer that a replay overwrites
         kind = call.kind
         captured = self._graphs.get(kind)
         fits = _fits(call)
@@ -93,8 +93,8 @@ class _CapturedBranch:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"path {self._name!r} runs some calls uncaptured, with further arguments, weights that were moved, "
-                f"or an input unlike the captured one, as this of shape {list(call.x.shape)}",
+                f"path {self._name!r} runs some calls uncaptured: they have further arguments, moved weights or an "
+                f"input unlike the captured one, such as this one of shape {list(call.x.shape)}",
                 stacklevel=2,
             )
         return None
@@ -109,19 +109,19 @@ class _CapturedBranch:
             return call.run(_make_graphed, branch, sample, self._pool)
         finally:
             branch.call = None
-            for buffer, before in buffers:  # the warm-up moves a BatchNorm's statistics
+            for buffer, before in buffers:  # the warm-up updates statistics of BatchNorm
                 buffer.copy_(before)
 
 
 class _Branch(nn.Module):
-    """A branch of one argument, with its parameters."""
+    """A branch as a module of one argument, with its parameters."""
 
     def __init__(self, call: BranchCall):
         super().__init__()
         self.parts = nn.ModuleList(call.module.branch_modules())
         self.own = nn.ParameterList(own_parameters_of(call.module))
         self.call: BranchCall | None = call
-        """While it is captured."""
+        """Set during the capture."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.call is not None
@@ -133,7 +133,7 @@ def _make_graphed(branch: _Branch, sample: Tensor, pool: Any) -> Any:
 
 
 def _fits(call: BranchCall) -> Hashable:
-    """What has to be as it was at the capture."""
+    """A key that has to be the same as at the capture."""
     x = call.x
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     addresses = tuple(

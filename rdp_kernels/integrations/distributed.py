@@ -1,9 +1,9 @@
-"""Several processes: ranks agree on what is dropped, and DistributedDataParallel sends only what learns.
+"""Several processes: ranks agree on what is dropped, and DistributedDataParallel sends only gradients that exist.
 
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     distributed.register(ddp, scheme)
 
-`agree` is the half of it that holds for any kind of data parallelism; `register` adds DDP's communication hook.
+`agree` works with any kind of data parallelism. `register` also adds a communication hook to DDP.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .._utils.checks import check_bool
 from ..scheme.iteration import Iteration
 from ..scheme.scheme import ResidualDropPath
+from ._checks import check_scheme
 
 Facts = dict[str, Any]
-"""What ranks have to agree on, by names that an error can use: "rank 1 has NAME VALUE"."""
+"""What ranks have to agree on, by names that fit into an error message: "rank 1 has NAME VALUE"."""
 
 
 def register(
@@ -37,39 +38,39 @@ def register(
     compress: torch.dtype | None = None,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Makes `ddp` train by the iterations of `scheme`: gradients are those of one process on the joined batch, what
-    doesn't learn has no gradient on any rank, and isn't sent. Every rank calls it, before the first iteration; again
-    for another scheme of the same DDP, or by a loop that is started twice.
+    """Makes `ddp` train by the iterations of `scheme`. Gradients equal those of one process on the joined batch. What
+    doesn't learn has no gradient on any rank, and isn't sent. Every rank has to call this before the first iteration,
+    and again for another scheme of the same DDP. Calling it twice does no harm.
 
     Args:
-        ddp: built with `find_unused_parameters=True`, by anyone: dropped and frozen parameters are unused ones.
-        scheme: that of the model, or of a part of it; the rest of the model is sent in every iteration.
-        every_iteration, timeout: see `agree`, which is called.
-        compress: dtype in which gradients travel, for example `torch.bfloat16`; None for their own.
+        ddp: built with `find_unused_parameters=True`, as dropped and frozen parameters are unused.
+        scheme: the scheme of the model or of a part of it. Gradients of the rest are sent in every iteration.
+        every_iteration, timeout: passed to `agree`.
+        compress: the dtype in which gradients are sent, for example `torch.bfloat16`; None for their own.
 
-    DDP sends gradients in buckets, cut by size. Of a bucket in which only some parameters learn these are sent, joined
-    into one tensor: bytes are in proportion to what learns, however the buckets were cut and whoever built the DDP, and
-    there are as many messages as without. Buckets cut by path would save that copy and cost a message for each path.
+    DDP sends gradients in buckets, cut by size. Of a bucket in which only some parameters learn, only these are sent,
+    joined into one tensor. So bytes are proportional to what learns, however the buckets were cut and whoever built the
+    DDP, and the number of messages doesn't change. Buckets cut by path would save the copy but cost a message per path.
 
-    Raises `TypeError` or `ValueError` naming the argument, and `RuntimeError` where ranks disagree, or where `ddp` has
-    a communication hook already (`agree(scheme, ddp.process_group)` then does all but the saving of bytes).
+    Raises `TypeError` or `ValueError` naming the argument, and `RuntimeError` where ranks disagree or `ddp` already has
+    a communication hook (`agree(scheme, ddp.process_group)` then does everything except saving bytes).
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}")
-    _check_scheme(scheme)
+    check_scheme(scheme)
     if ddp.static_graph or not ddp.find_unused_parameters:
         wrong = "static_graph=True" if ddp.static_graph else "find_unused_parameters=False"
         raise ValueError(
-            "ddp must be built with find_unused_parameters=True and without static_graph, as what is unused differs by "
-            f"iteration, got {wrong}"
+            "ddp must be built with find_unused_parameters=True and without static_graph, as iterations leave "
+            f"different parameters unused, got {wrong}"
         )
     if compress is not None and not (isinstance(compress, torch.dtype) and compress.is_floating_point):
         raise TypeError(f"compress must be a floating-point torch.dtype or None, got {compress!r}")
-    owned = {id(p) for p in ddp.module.parameters()}
+    known = {id(p) for p in ddp.module.parameters()}
     for path in scheme.paths:
-        if any(id(p) not in owned for p in path.parameters()):
+        if any(id(p) not in known for p in path.parameters()):
             raise ValueError(
-                f"scheme must be of the model in ddp, but that hasn't the parameters of path {path.name!r}"
+                f"scheme must belong to the model in ddp, which lacks the parameters of path {path.name!r}"
             )
     agreement = agree(scheme, ddp.process_group, every_iteration=every_iteration, timeout=timeout)
     sending = _sending_of.get(ddp)
@@ -93,26 +94,27 @@ def agree(
     every_iteration: bool = True,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Compares on all ranks what decides the masks, now and at the start of every iteration. Every rank calls it.
+    """Compares between ranks what the masks depend on, now and when an iteration starts. All ranks have to call it.
 
-    Compared are the scheme's options and state, its paths, their drop probabilities and parameters; then, for each
-    iteration, its number and phase, the probabilities and, in block mode, the plan. Ranks draw apart in sample mode:
-    there each iteration tells which paths learn on any rank, so that all run the reuse iteration if one has to.
+    It compares the scheme's options and state, its paths, their drop probabilities and parameters. At each iteration it
+    compares the number and phase of the iteration, the probabilities and, in block mode, the plan. In sample mode ranks
+    draw different masks: there each iteration exchanges which paths learn on any rank, so that all ranks run the reuse
+    iteration if one has to.
 
     Args:
         process_group: the ranks; None for all.
-        every_iteration: False spares block mode the exchange at every start, 8 bytes that ranks wait for on the host.
-        timeout: for that waiting; None is torch's default, half an hour. A rank that died is noticed at once.
+        every_iteration: False skips the exchange at each start in block mode, 8 bytes that ranks wait for on the host.
+        timeout: for that wait; None is torch's default, half an hour. A rank that died is noticed at once.
 
-    Nothing waits for the device: what is exchanged are CPU tensors, in a gloo group of its own. `remove()` of what is
-    returned, or of the scheme, ends it. Raises `RuntimeError` on every rank where they disagree, naming which rank has
-    what; no iteration is open then, and a pending one stays pending.
+    Nothing waits for the device: CPU tensors are exchanged, in a separate gloo group. `remove()` of the returned handle
+    or of the scheme ends it. Raises `RuntimeError` on every rank where ranks disagree, and says which rank has what. No
+    iteration is open then, and a pending one stays pending.
     """
-    return Agreement(_check_scheme(scheme), process_group, check_bool("every_iteration", every_iteration), timeout)
+    return Agreement(check_scheme(scheme), process_group, check_bool("every_iteration", every_iteration), timeout)
 
 
 class Agreement:
-    """Of the ranks of `group`, a gloo group: what `agree` returns."""
+    """The handle that `agree` returns. Its ranks exchange CPU tensors in `group`, a gloo group."""
 
     def __init__(
         self,
@@ -122,28 +124,29 @@ class Agreement:
         timeout: timedelta | None,
     ):
         if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("torch.distributed.init_process_group() has to be called before")
+            raise RuntimeError("torch.distributed.init_process_group() must be called first")
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
-        # Its own group: should a rank skip an iteration, its other collectives don't meet these.
+        # A group of its own: if a rank skips an iteration, its other collectives can't be taken for these.
         self.group = dist.new_group(self.ranks, timeout, backend="gloo", use_local_synchronization=True)
         self._scheme, self._every_iteration = weakref.ref(scheme), every_iteration
         self.compare(facts_of(scheme))
-        scheme._on_begin[:] = [call for call in scheme._on_begin if not _is_agreement(call)]
-        scheme._on_begin.append(self._begin)
+        others = [call for call in scheme._on_begin if not isinstance(getattr(call, "__self__", None), Agreement)]
+        scheme._on_begin[:] = [*others, self._begin]
 
     def remove(self) -> None:
+        """Iterations are no longer compared."""
         scheme = self._scheme()
         if scheme is not None and self._begin in scheme._on_begin:
             scheme._on_begin.remove(self._begin)
 
     def gather(self, values: Tensor) -> Tensor:
-        """`[world, *values.shape]`: the CPU tensor `values` of all ranks, of the same shape and dtype on each."""
+        """The CPU tensors `values` of all ranks, `[world, *values.shape]`. Their shapes and dtypes have to be equal."""
         out = [torch.empty_like(values) for _ in self.ranks]
         dist.all_gather(out, values, group=self.group)
         return torch.stack(out)
 
     def compare(self, facts: Facts) -> None:
-        """Raises `RuntimeError` on every rank where `facts` aren't the same on all."""
+        """Raises `RuntimeError` on every rank unless `facts` are the same on all."""
         fingerprints = self.gather(_fingerprint(facts))
         if (fingerprints == fingerprints[0]).all():
             return
@@ -163,12 +166,8 @@ class Agreement:
         iteration.join(self.gather(iteration.presence()).any(dim=0))
 
 
-def _is_agreement(call: Any) -> bool:
-    return isinstance(getattr(call, "__self__", None), Agreement)
-
-
 def facts_of(scheme: ResidualDropPath) -> Facts:
-    """What ranks have to have in common when training begins or goes on."""
+    """What has to be equal on all ranks when training begins or resumes."""
     facts: Facts = {
         "number of paths": len(scheme.paths),
         "mode": scheme.mode,
@@ -182,14 +181,14 @@ def facts_of(scheme: ResidualDropPath) -> Facts:
         facts["plan that drops paths"] = scheme.plan.dropped_paths
     for path in scheme.paths:
         facts[f"path {path.index}"] = path.name
-        facts |= _drop_prob_of(path.name, path.drop_prob)
+        facts[f"drop_prob of path {path.name!r}"] = path.drop_prob
         facts[f"parameters in path {path.name!r}"] = [_describe(p) for p in path.parameters()]
     facts["parameters in the rest"] = [_describe(p) for p in scheme._rest.parameters()]
     return facts
 
 
 def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
-    """What ranks have to have in common in an iteration."""
+    """What has to be equal on all ranks in an iteration."""
     plan = iteration.plan
     facts = {"seed": scheme.seed, "plans drawn": scheme._pairs.drawn, "iteration": iteration.phase}
     if plan.mode == "block":
@@ -197,17 +196,17 @@ def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
     else:
         facts["number of forwards"] = len(iteration.forwards)
     for path, drop_prob in zip(iteration.paths, plan.drop_probs, strict=True):
-        facts |= _drop_prob_of(path.name, drop_prob)
+        facts[f"drop_prob of path {path.name!r}"] = drop_prob
     return facts
 
 
 def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) -> str:
-    """ "ranks disagree: rank 1 has seed 4, rank 0 has 3": the first `most` facts that differ, against the majority."""
+    """A message about the first `most` facts that differ: "ranks disagree: rank 1 has seed 4, rank 0 has 3"."""
     names = list(dict.fromkeys(name for facts in of_ranks for name in facts))
     sentences = []
     for name in names:
         values = [_shortened(facts.get(name, "none")) for facts in of_ranks]
-        usual, count = Counter(values).most_common(1)[0]  # of as many the lowest rank's
+        usual, count = Counter(values).most_common(1)[0]  # in a tie, the lowest rank's
         if count == len(ranks):
             continue
         others = [f"rank {rank} has {name} {v}" for rank, v in zip(ranks, values, strict=True) if v != usual]
@@ -218,9 +217,9 @@ def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) 
 
 
 class _Sending:
-    """Which parameters of a DDP's model the communication hook leaves out.
+    """Determines which gradients of a DDP's model the communication hook leaves out.
 
-    Settled in the forward, as the backward may come when the iteration is over. A pickle or copy sends everything.
+    It does so in the forward, as backward may run after the iteration has ended. A pickle or copy sends everything.
     """
 
     group: dist.ProcessGroup | None = None
@@ -236,7 +235,7 @@ class _Sending:
     def before_forward(self, ddp: nn.Module, *_: Any) -> None:
         if torch.is_grad_enabled():
             scheme = self._scheme()
-            # In eval mode an iteration means nothing to a forward.
+            # A forward in eval mode ignores an iteration.
             planned = scheme is not None and scheme.phase is not None and ddp.module.training  # type: ignore[union-attr]
             self.idle = frozenset(map(id, scheme.idle_parameters())) if planned else frozenset()  # type: ignore[union-attr]
 
@@ -247,39 +246,29 @@ class _Sending:
 _sending_of: weakref.WeakKeyDictionary[DistributedDataParallel, _Sending] = weakref.WeakKeyDictionary()
 
 
-def _send(state, bucket):  # torch looks at annotations and doesn't understand those that are strings
-    """The communication hook: averages what learns of a `dist.GradBucket` over the ranks, in place. Nobody reads the
-    rest of it. Gives a future of the bucket's buffer."""
+def _send(state, bucket):  # no annotations: torch checks them and doesn't understand strings
+    """The communication hook: averages the gradients that learn in a `dist.GradBucket` over the ranks, in place. The
+    rest of the bucket isn't read by anyone. Returns a future of the bucket's buffer."""
     buffer = bucket.buffer()
-    pieces = [g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in state.idle]
-    if not pieces:
+    parts = [g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in state.idle]
+    if not parts:
         done: Future[Tensor] = Future()
         done.set_result(buffer)
         return done
-    whole = len(pieces) == len(bucket.parameters())
-    sent = buffer if whole else torch.cat([piece.flatten() for piece in pieces])
+    whole = len(parts) == len(bucket.parameters())
+    sent = buffer if whole else torch.cat([part.flatten() for part in parts])
     sent = sent.to(state.compress or sent.dtype)
-    sent.div_(dist.get_world_size(state.group))  # before the sum, which would overflow earlier in 16 bits
+    sent.div_(dist.get_world_size(state.group))  # before the sum, as the sum could overflow in 16 bits
 
     def put_back(future: Future) -> Tensor:
         (mean,) = future.value()
         if whole:
             return buffer if mean.dtype == buffer.dtype else buffer.copy_(mean)
-        for piece, value in zip(pieces, mean.split([piece.numel() for piece in pieces]), strict=True):
-            piece.copy_(value.view_as(piece))
+        for part, value in zip(parts, mean.split([part.numel() for part in parts]), strict=True):
+            part.copy_(value.view_as(part))
         return buffer
 
     return dist.all_reduce(sent, group=state.group, async_op=True).get_future().then(put_back)
-
-
-def _check_scheme(scheme: object) -> ResidualDropPath:
-    if not isinstance(scheme, ResidualDropPath):
-        raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
-    return scheme
-
-
-def _drop_prob_of(name: str, drop_prob: float) -> Facts:
-    return {f"drop_prob of path {name!r}": drop_prob}
 
 
 def _describe(parameter: nn.Parameter) -> str:
@@ -288,7 +277,7 @@ def _describe(parameter: nn.Parameter) -> str:
 
 
 def _fingerprint(facts: Facts) -> Tensor:
-    """uint8 [8]."""
+    """The first 8 bytes of a hash, uint8 `[8]`."""
     return torch.frombuffer(bytearray(hashlib.sha256(repr(facts).encode()).digest()[:8]), dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`): branches as units of their own, and ranks that make the same calls.
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): each branch is a unit of its own, and all ranks make the same calls.
 
 fsdp.shard_paths(model)
 scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=seed)
@@ -19,16 +19,17 @@ from .distributed import Agreement, agree
 
 
 def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
-    """`fully_shard` of each path's branch, then of `model`: a dropped branch isn't gathered, and one in which nothing
-    learns isn't reduce-scattered. Returns `model`.
+    """Calls `fully_shard` on each path's branch, then on `model`. A dropped branch isn't gathered, and one in which
+    nothing learns isn't reduce-scattered. Returns `model`.
 
     Args:
-        model: built from `ResidualBranch`, or converted, without a scheme. What was sharded before stays as it is.
-        options: those of `fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, `offload_policy`, ...
+        model: built from `ResidualBranch`, or converted, without a scheme. Modules that are sharded already stay so.
+        options: of `fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, `offload_policy`, ...
 
-    A unit holds what a branch calls (norm and `fn`); γ and what else is outside of branches belong to the model's.
-    Branches that share a module belong to the first one's unit, or to the model's where only a part of it is shared.
-    Make the scheme and the optimizer afterwards. Raises as `ResidualDropPath` does for a model without paths.
+    A unit holds the modules that a branch calls (norm and `fn`). γ and everything outside of branches belong to the
+    model's unit. Branches that share a module belong to the first one's unit, or to the model's if only a part of a
+    module is shared. Make the scheme and the optimizer afterwards. Raises the errors of `ResidualDropPath` for a model
+    without paths.
     """
     for path in find_paths(model):
         modules = [m for m in path.module.branch_modules() if next(m.parameters(), None) is not None]
@@ -42,11 +43,11 @@ def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
 def register(
     model: nn.Module, scheme: ResidualDropPath, *, every_iteration: bool = True, timeout: timedelta | None = None
 ) -> Agreement:
-    """Makes ranks agree on what is dropped, and in sample mode call the same branches. Every rank calls it.
+    """Makes ranks agree on what is dropped, and in sample mode call the same branches. Every rank has to call it.
 
-    Without it, ranks whose masks differ wait for each other for ever. Arguments and errors as of `distributed.agree`;
-    `model` is sharded already, else that is a `TypeError`.
+    Without it, ranks whose masks differ wait for each other forever. Arguments and errors as in `distributed.agree`.
+    Raises `TypeError` where `model` isn't sharded yet.
     """
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise TypeError("model must be sharded by fully_shard (or shard_paths) before, and holds no FSDPModule")
+        raise TypeError("model must be sharded by fully_shard (or shard_paths) first, but holds no FSDPModule")
     return agree(scheme, every_iteration=every_iteration, timeout=timeout)

@@ -1,9 +1,9 @@
-"""The scheme inside Lightning's `Trainer`:
+"""The scheme in Lightning's `Trainer`:
 
     scheme = rdp.ResidualDropPath(module, drop_prob=0.2, seed=seed)
     trainer = L.Trainer(callbacks=[ResidualDropPathCallback(scheme)])
 
-With automatic optimization every optimizer step is the next iteration, on the next batch. With manual optimization
+With automatic optimization every optimizer step is an iteration, on its own batch. With manual optimization
 `training_step` loops over the scheme's pairs itself:
 
     for _ in self.scheme.iterations():
@@ -20,23 +20,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..scheme.alternation import Alternation
 from ..scheme.scheme import ResidualDropPath
+from ._checks import check_scheme
 from ._trained import check_trained
 
 
 class ResidualDropPathCallback(Callback):
-    """Alternates between the scheme's drop and reuse iterations under automatic optimization, which takes block mode.
-    In either kind of optimization the scheme's state is in every checkpoint, and `trainer.fit(ckpt_path=...)` goes on
-    to the bit, also with a reuse iteration next.
+    """Alternates between the scheme's drop and reuse iterations under automatic optimization, which needs block mode.
 
-    An iteration is an optimizer step: accumulated batches stay inside of it, and a step that fp16 skips is made up for
-    by the next. None is open after training, however that ended. Raises `TypeError`, and in `fit()` `ValueError` where
-    the scheme is not in block mode or of another model.
+    In either kind of optimization every checkpoint has the scheme's state, and `trainer.fit(ckpt_path=...)` resumes bit
+    for bit, also where a reuse iteration is next.
+
+    An iteration is an optimizer step. Accumulated batches belong to one iteration. If fp16 skips a step, the next step
+    completes the iteration. No iteration is open after training, however it ended. Raises `TypeError`, and in `fit()`
+    `ValueError` where the scheme isn't in block mode or belongs to another model.
     """
 
     def __init__(self, scheme: ResidualDropPath):
-        if not isinstance(scheme, ResidualDropPath):
-            raise TypeError(f"scheme must be a ResidualDropPath, got {type(scheme).__name__}")
-        self._scheme = scheme
+        self._scheme = check_scheme(scheme)
         self._alternation: Alternation | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

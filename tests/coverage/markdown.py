@@ -16,33 +16,35 @@ import timm
 import rdp_kernels as rdp
 
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.2)
-print(rdp.convert(model))  # what became of each residual branch
+print(rdp.convert(model))  # a table of the residual branches
 scheme = rdp.ResidualDropPath(model, seed=0)
 ```
 
 `rdp.convert` knows no model by name: it follows a block's own forward from the call of its drop-path, and cuts out what is
-computed for that call alone. This page says what came of it for every block class of the libraries below that owns a
-drop-path. It is written by `python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`, which builds one small
-model for each class, with random weights, converts it and measures what follows.
+computed for that call alone. This page has the results for every block class of the libraries below that owns a drop-path. It
+is written by `python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`, which builds one small
+model for each class, with random weights, converts it and measures it.
 
-**Converted** means: where its plan drops a branch, nothing of the branch is computed. For each model that was measured the
-keys of the `state_dict` are the same and the evaluation is equal to the bit; with all, some and no rows kept, outputs and
-gradients of inputs and parameters equal those of the unconverted model with the same masks; so do a drop and a reuse
-iteration with half of the paths dropped, and with the other half; copies and pickles are converted too, and `rdp.revert` gives
-the original back. Dropout is off, and so are drop-paths that stay masked; BatchNorm is measured in eval and in training
-mode, in eval mode with two rows kept or more: for one, torch's own backward is wrong on CPUs (2.13, whichever library calls
-it).
+**Converted** means that nothing of a dropped branch is computed. For each measured model the following holds:
 
-**Stays masked**, as in the library: what was *refused*, where the report says why, and a drop-path *inside of another
-branch*, which is skipped along with that branch. In a model that is converted in part the scheme plans the converted
-paths only, and the other drop-paths go on drawing masks of their own, in both iterations.
+- The keys of the `state_dict` are the same, and evaluation is bit-identical.
+- With all, some and no rows kept, outputs and gradients of inputs and parameters equal those of the unconverted model with the
+  same masks. So do those of a drop and a reuse iteration with half of the paths dropped, and with the other half.
+- Copies and pickles are converted too, and `rdp.revert` restores the original.
+
+Dropout is off, and so are drop-paths that stay masked. BatchNorm is measured in eval and in training mode, in eval mode with
+at least two rows kept: for a single row, torch's own backward is wrong on CPUs (2.13, whichever library calls it).
+
+**Stays masked**, as in the library: what was *refused*, with the reason in the report, and a drop-path *inside of another
+branch*, which is skipped along with that branch. In a partly converted model the scheme plans only the converted paths. The
+other drop-paths still draw their own masks, in both iterations.
 
 **BatchNorm** in a branch: skipped in block mode, run whole and masked in sample mode. **Rows** that aren't samples (windows,
-patches): the branch is dropped for the whole batch in either mode. Models without a drop-path get one for each residual
-add with `rdp.convert(model, drop_prob=0.2)`, DenseNet's layers one whose dropped result is zeros.
+patches): the branch is dropped for the whole batch in either mode. In models without a drop-path,
+`rdp.convert(model, drop_prob=0.2)` adds one for each residual add. DenseNet's layers get one whose dropped result is zeros.
 
-**Side products** of a branch (attention maps, counters, what hooks store) are of the last call in which it ran, and of the
-rows of that.
+**Side products** of a branch (attention maps, counters, what hooks store) come from the last call in which it ran, and cover
+only the rows of that call.
 """
 
 

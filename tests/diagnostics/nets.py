@@ -52,15 +52,15 @@ EACH_MODEL = pytest.mark.parametrize("build", MODELS, ids=[build.__name__ for bu
 
 @contextlib.contextmanager
 def left_as_it_was(model):
-    """Checks that a block leaves modes, weights, statistics, gradients, flags, random states and probes alone; begins
+    """Checks that a block leaves modes, weights, statistics, gradients, flags, random states and overrides alone; begins
     with modes and gradients that are not all the same."""
     parts = list(model.modules())
     parts[-1].eval()
     parameters = list(model.parameters())
     for number, parameter in enumerate(parameters):
         parameter.grad = None if number % 2 else torch.full_like(parameter, number)
-    owners = find_path_modules(model).values()
-    probe = next(iter(owners)).binding.call_override = lambda call, x: call.run(x)
+    path_modules = find_path_modules(model).values()
+    override = next(iter(path_modules)).binding.call_override = lambda call, x: call.run(x)
 
     def state():
         return [
@@ -75,8 +75,8 @@ def left_as_it_was(model):
     yield
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
     assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
-    assert [owner.binding.call_override for owner in owners] == [probe] + [None] * (len(owners) - 1)
-    next(iter(owners)).binding.call_override = None
+    assert [module.binding.call_override for module in path_modules] == [override] + [None] * (len(path_modules) - 1)
+    next(iter(path_modules)).binding.call_override = None
 
 
 # Factories for the command

@@ -88,7 +88,7 @@ def test_the_report_holds_what_the_functions_give(tmp_path, capsys, checkpoint):
     assert facts["effective depth"] == pytest.approx(depth.depth, rel=1e-3)
     assert facts["rebound of the similarity"] == pytest.approx(layer_similarity(model, images).rebound, abs=1e-4)
     assert report["checkpoint"] == str(file)
-    assert not any("weights are new" in note or "random" in note for note in report["notes"])
+    assert not any("weights are untrained" in note or "random" in note for note in report["notes"])
 
     files = {file.name for file in (tmp_path / "new" / "out").iterdir()}
     page = (tmp_path / "new" / "out" / "report.md").read_text()
@@ -136,7 +136,7 @@ def test_labels_of_other_classes_are_not_used(capsys):
 
 def test_where_nothing_can_be_swapped_it_says_so():
     report = found(f"{HERE}:one_path", "--data", "digits", *QUICK)
-    assert "No two paths map the same shape" in report.text()
+    assert "as no two map the same shape" in report.text()
     assert "nan" not in report.text()
     assert "swapped" not in "".join(report.facts())
 
@@ -194,10 +194,10 @@ def test_models_of_timm(capsys, tmp_path):
     torch.save(timm.create_model("test_vit", img_size=32, num_classes=10).state_dict(), file)
     text = reported(capsys, *argv, "--checkpoint", file, "--data", "digits")
     assert "12 paths in 6 blocks converted" in text
-    assert "weights are new" not in text
+    assert "weights are untrained" not in text
     assert "accuracy" in text
     text = reported(capsys, "test_byobnet", "--image-size", "32", *QUICK)  # takes images of any size
-    assert "weights are new" in text
+    assert "weights are untrained" in text
 
 
 def test_models_that_are_not_there(capsys):

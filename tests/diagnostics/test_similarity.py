@@ -180,7 +180,7 @@ def test_minibatches_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="at least 4 samples in each batch, got 3"):
         cka.update([features(3, 2)])
     cka.update([features(4, 2)])
-    with pytest.raises(ValueError, match=r"as many layers as those before, \[1, 1\], got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"as many layers as the ones before, \[1, 1\], got \[2, 2\]"):
         cka.update([features(4, 2)] * 2)
     assert cka.value().tolist() == [[pytest.approx(1)]]
 

@@ -60,7 +60,7 @@ def snapshot(model):
     others = {
         "requires_grad": [p.requires_grad for p in parameters.values()],
         "modes": [m.training for m in modules],
-        "probes": [owner.binding.call_override for owner in find_path_modules(model).values()],
+        "overrides": [module.binding.call_override for module in find_path_modules(model).values()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
     }
     return tensors, others

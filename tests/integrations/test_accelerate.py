@@ -161,7 +161,7 @@ def test_a_step_that_the_scaler_skips_is_made_up_for(tmp_path):
 def test_refused():
     accelerator, net = Accelerator(cpu=True), Net()
     scheme = rdp.ResidualDropPath(net)
-    with pytest.raises(ValueError, match="scheme must be of the model that is trained"):
+    with pytest.raises(ValueError, match="scheme must belong to the model that is trained"):
         register(accelerator, accelerator.prepare(Net()), scheme)
     for wrong in [(net, net, scheme), (accelerator, scheme, scheme), (accelerator, net, net)]:
         with pytest.raises(TypeError, match=r"(accelerator|model|scheme) must be an? .*, got"):

@@ -222,7 +222,7 @@ def test_arguments_with_a_row_per_sample(mode):
 def test_checkpointing(kind):
     """Budget: 5 seconds."""
     compare(Net(kind), double(6, 3).requires_grad_(), mode="sample", backend="aot_eager")
-    assert graphs() == (3 if kind == "reentrant" else 2), "what is constant is run without grad first"
+    assert graphs() == (3 if kind == "reentrant" else 2), "a detached branch runs without grad first"
 
 
 def test_dropout():

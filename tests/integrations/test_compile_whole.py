@@ -194,20 +194,20 @@ def test_refusals():
 
     with pytest.raises(ValueError, match='weights can\'t be frozen for single samples in a graph: use freeze="branch"'):
         whole(Net(), mode="sample")
-    with pytest.raises(ValueError, match="path 'paths.0': in a graph every branch runs and would move its running"):
+    with pytest.raises(ValueError, match="path 'paths.0': in a graph a dropped branch would update"):
         whole(nets.batch_norm_net())
     for freeze_bn in (True, "running"):
         for norm in (nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)):
             with pytest.raises(ValueError, match="BatchNorm can't be frozen in a graph: use train_rest=True"):
                 whole(nn.Sequential(norm, rdp.ResidualBranch(nn.Linear(4, 4))), freeze_bn=freeze_bn)
-    with pytest.raises(ValueError, match=r"can't freeze a parameter of path 'paths.3' that paths.1 shares"):
+    with pytest.raises(ValueError, match=r"a parameter of path 'paths.3' that paths.1 shares can't be frozen"):
         net = nets.tied_net()
         net.paths[2].fn.weight = nn.Parameter(torch.randn(4, 4).double())
         whole(net)
-    with pytest.raises(ValueError, match=r"can't freeze a parameter of path 'paths.2' that the rest shares"):
+    with pytest.raises(ValueError, match=r"a parameter of path 'paths.2' that the rest shares can't be frozen"):
         whole(nets.tied_net(), freeze="branch")
     net = Net()
-    with pytest.raises(ValueError, match="model must be, or hold, the one that scheme was made for"):
+    with pytest.raises(ValueError, match="model must be, or contain, the model that scheme was made for"):
         compile_whole(Net(), rdp.ResidualDropPath(net, 0.5))
     with pytest.raises(TypeError, match="scheme must be a ResidualDropPath, got Net"):
         compile_whole(net, net)

@@ -91,7 +91,7 @@ def compare(plain, x, steps=6, **options):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(RuntimeError, match=r"CUDA graphs need a GPU, and torch.cuda.is_available\(\) is False"):
+    with pytest.raises(RuntimeError, match=r"CUDA graphs need a GPU, but torch.cuda.is_available\(\) is False"):
         capture_branches(Net())
 
 
@@ -110,8 +110,8 @@ def test_where_it_can_not_be(monkeypatch):
 def test_each_variant_is_captured_once(captures, freeze):
     compare(Net(), double(4, 3), 20, freeze=freeze)
     variants = {
-        "parameters": ["constant", "frozen", "learning"],
-        "branch": ["constant", "learning"],
+        "parameters": ["detached", "frozen", "learning"],
+        "branch": ["detached", "learning"],
         "none": ["learning"],
     }
     assert sorted(set(captures)) == [(variant, variant == "learning") for variant in variants[freeze]]
@@ -199,7 +199,7 @@ def test_other_shapes_and_arguments_run_uncaptured(captures):
     capture_branches(net)
     for rows in (4, 4):
         torch.testing.assert_close(net(x := double(rows, 3)), expected(x))
-    with pytest.warns(UserWarning, match=r"path '0' runs some calls uncaptured, .* shape \[2, 3\]"):
+    with pytest.warns(UserWarning, match=r"path '0' runs some calls uncaptured: .* shape \[2, 3\]"):
         torch.testing.assert_close(net(x := double(2, 3)), expected(x))
     torch.testing.assert_close(net(x := double(5, 3)), expected(x))
     net[0].fn.weight.data = expected[0].fn.weight.data = double(3, 3)

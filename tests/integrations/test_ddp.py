@@ -76,7 +76,7 @@ def test_wrong_arguments_are_named(alone):
     with pytest.raises(ValueError, match=r"without static_graph.* got static_graph=True"):
         distributed.register(DistributedDataParallel(model, static_graph=True), scheme)
     other = net()
-    with pytest.raises(ValueError, match=r"the model in ddp, but that hasn't the parameters of path '1'"):
+    with pytest.raises(ValueError, match=r"the model in ddp, which lacks the parameters of path '1'"):
         distributed.register(ddp, rdp.ResidualDropPath(other, 0.5))
     with pytest.raises(TypeError, match="compress must be a floating-point torch.dtype or None, got torch.int8"):
         distributed.register(ddp, scheme, compress=torch.int8)

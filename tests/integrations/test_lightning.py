@@ -250,7 +250,7 @@ def test_an_averaged_model_is_ordinary(tmp_path):
 def test_another_model_is_refused(tmp_path):
     module = Module()
     module.scheme = rdp.ResidualDropPath(Net(), seed=3)
-    with pytest.raises(ValueError, match="scheme must be of the model that is trained"):
+    with pytest.raises(ValueError, match="scheme must belong to the model that is trained"):
         fit(module, tmp_path)
     with pytest.raises(TypeError, match="scheme must be a ResidualDropPath, got Net"):
         ResidualDropPathCallback(Net())

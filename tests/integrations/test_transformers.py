@@ -210,7 +210,7 @@ def test_refused(tmp_path):
     model, other = vit(), vit()
     trainer = trainer_of(model, tmp_path)
     attach(trainer, rdp.ResidualDropPath(other))
-    with pytest.raises(ValueError, match="scheme must be of the model that is trained"):
+    with pytest.raises(ValueError, match="scheme must belong to the model that is trained"):
         trainer.train()
     with pytest.raises(TypeError, match="scheme must be a ResidualDropPath, got ViTForImageClassification"):
         attach(trainer, model)

@@ -1,4 +1,4 @@
-"""One call of a path, repeated by itself in each state."""
+"""One call of a path, repeated on its own in each state."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of, row_set
-from ..paths.binding import PathModule
 from ..paths.call import PathCall
 from ..paths.decision import FROZEN, LEARN, ROWS, Decision
 from ..paths.freezing import FreezeBN
 from ..paths.path import batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
-from .pieces import STATES
+from .pieces import FROZEN_STATES, STATES
 
 REPEATS = 5
+"""How often a piece is timed. The fastest run counts; of five, one is hardly disturbed by other programs."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """A call on `x`.
+class RepeatedCall:
+    """A call of a path with input `x`, to be measured.
 
     Args:
-        residual: what the shortcut gave; None where that is `x`.
-        freeze_bn: as of the scheme.
+        residual: the shortcut's output; None where the residual is `x` itself.
+        freeze_bn: the scheme's option.
         argument_grads: which of the further arguments require grad, by whether the rest is frozen.
     """
 
@@ -39,19 +39,15 @@ class Site:
     freeze_bn: FreezeBN
     argument_grads: Mapping[bool, Sequence[bool]]
 
-    @property
-    def path_module(self) -> PathModule:
-        return self.call.module
-
     def likeness(self, *counts: Hashable) -> Hashable:
-        """Equal for calls that take the same time: the same modules on tensors of the same shapes that count the
-        same."""
-        modules = tuple(type(module) for module in modules_of(self.path_module))
-        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.path_module))
-        return type(self.path_module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
+        """A key that is equal for calls that take the same time: calls of the same modules with tensors of the same
+        shapes, for which `counts` are the same."""
+        modules = tuple(type(module) for module in modules_of(self.call.module))
+        weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.call.module))
+        return type(self.call.module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
 
     def flops(self, state: str) -> float:
-        """Forward and backward."""
+        """FLOPs of a forward and a backward."""
         call, x, decision = self._prepare(state)
         with Flops(self.x.device) as flops:
             _backward(call.run_here(x, decision))
@@ -59,7 +55,7 @@ class Site:
         return float(flops.read())
 
     def saved(self, state: str, own: Sequence[Tensor]) -> tuple[float, bool]:
-        """Bytes, those of the input, the output and the arguments left out; and whether the input is saved too."""
+        """The bytes that autograd saves besides input, output and arguments, and whether it saves the input."""
         call, x, decision = self._prepare(state)
         saved = Saved([*own, *_tensors(call)])
         with saved.watching():
@@ -69,48 +65,45 @@ class Site:
         return saved.bytes()[0], input_too
 
     def seconds(self) -> dict[str, tuple[float, float]]:
-        """By state: on the whole batch, and the part of it that fewer rows don't save."""
+        """Seconds on the whole batch, by state, and the part of them that doesn't shrink with the number of rows."""
         runs: dict[tuple[str, str], RowSet | None] = {(state, "whole"): None for state in STATES}
         size = self.call.batch_size
         keep = torch.arange(size) % 2 == 0
         share = int(keep.sum()) / size
-        splits = self.path_module.mode == "sample" and size > 1 and not batch_norms_of(self.path_module)
+        splits = self.call.module.mode == "sample" and size > 1 and not batch_norms_of(self.call.module)
         if splits:
             order, inverse = to_device(orders_of(keep), self.x.device)
             mixed = RowSet(order, int(keep.sum()), inverse)
-            runs |= {
-                ("learn", "some"): row_set(keep, self.x.device),
-                ("frozen", "mixed"): mixed,
-                ("still", "mixed"): mixed,
-            }
-        # In turn, and the fastest of each: differences between them count, and other programs only ever add to one.
+            runs |= {("learning", "some"): row_set(keep, self.x.device)}
+            runs |= {(state, "mixed"): mixed for state in FROZEN_STATES}
+        # Runs take turns and the fastest of each counts: differences matter, and other programs only add time.
         rounds = [{run: self._seconds(run[0], rows) for run, rows in runs.items()} for _ in range(1 + REPEATS)]
         fastest = {run: min(times[run] for times in rounds[1:]) for run in runs}
         whole, fixed = {state: fastest[state, "whole"] for state in STATES}, dict.fromkeys(STATES, 0.0)
         if splits:
-            learning = fastest["learn", "some"]
-            fixed["learn"] = fixed["first"] = _fixed_part(whole["learn"], learning, share)
-            for state in ("frozen", "still"):
+            learning = fastest["learning", "some"]
+            fixed["learning"] = fixed["learning_first"] = _fixed_part(whole["learning"], learning, share)
+            for state in FROZEN_STATES:
                 fixed[state] = _fixed_part(whole[state], fastest[state, "mixed"] - learning, 1 - share)
         return {state: (whole[state], fixed[state]) for state in STATES}
 
     def _prepare(self, state: str, rows: RowSet | None = None) -> tuple[PathCall, Tensor, Decision]:
-        """The call in `state`, on inputs of its own. With `rows`, on these: some learn, others may be in `state`."""
-        passes = rows is not None or state in ("learn", "frozen")
-        frozen = state in ("frozen", "still")
-        freeze = "branch" if state == "still" else "parameters"
+        """The call in `state`, on copies of its inputs. With `rows`, `state` is that of the frozen rows."""
+        passes = rows is not None or state in ("learning", "frozen")
+        frozen = state in FROZEN_STATES
+        freeze = "branch" if state == "detached" else "parameters"
         kind = ROWS if rows is not None else FROZEN if frozen else LEARN
         decision = Decision(kind, rows, freeze=freeze, freeze_bn=self.freeze_bn)
         arguments, structure = pytree.tree_flatten((self.call.args, self.call.kwargs))
         flags = self.argument_grads[frozen]
-        entering = (_entering(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))
+        entering = (_copied(v, passes and flag) for v, flag in zip(arguments, flags, strict=True))
         args, kwargs = pytree.tree_unflatten(list(entering), structure)
-        residual = None if self.residual is None else _entering(self.residual, passes)
-        call = PathCall(self.path_module, self.call.batch_size, args, kwargs, residual)
-        return call, _entering(self.x, passes), decision
+        residual = None if self.residual is None else _copied(self.residual, passes)
+        call = PathCall(self.call.module, self.call.batch_size, args, kwargs, residual)
+        return call, _copied(self.x, passes), decision
 
     def _seconds(self, state: str, rows: RowSet | None) -> float:
-        """Forward and backward, once."""
+        """Seconds of one forward and backward."""
         clock = Clock(self.x.device)
         grad = torch.ones_like(self.x if self.residual is None else self.residual)
         call, x, decision = self._prepare(state, rows)
@@ -121,12 +114,12 @@ class Site:
         return seconds
 
     def _forget(self) -> None:
-        for parameter in parameters_of(self.path_module):
+        for parameter in parameters_of(self.call.module):
             parameter.grad = None
 
 
 def argument_grads(call: PathCall) -> list[bool]:
-    """Of the further arguments, containers taken apart."""
+    """Whether each further argument requires grad, with containers flattened."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     return [isinstance(value, Tensor) and value.requires_grad for value in leaves]
 
@@ -135,8 +128,8 @@ def _tensors(call: PathCall) -> list[Tensor]:
     return [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
 
 
-def _entering(value: Any, requires_grad: bool) -> Any:
-    """As it comes in the model: not a leaf, which may not be written to."""
+def _copied(value: Any, requires_grad: bool) -> Any:
+    """A copy that requires grad or not. It is no leaf, which the model might not write to."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
@@ -149,5 +142,5 @@ def _backward(out: Tensor, grad: Tensor | None = None) -> None:
 
 
 def _fixed_part(whole: float, part: float, share: float) -> float:
-    """Of `whole`, where `share` of the rows take `part`: time as a straight line over the rows."""
+    """The part of `whole` that all numbers of rows take, where `share` of the rows take `part` and time is linear."""
     return max(0.0, (part - share * whole) / (1 - share))
