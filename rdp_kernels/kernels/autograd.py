@@ -7,6 +7,7 @@ Its backward adds the gradient of the next branch's rows into the residual's; as
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, is_grad_enabled
 from .._utils.checks import LARGEST_FLOAT32, is_transformed
 from . import dispatch, eager, registered
 from .buffers import joined, parted
-from .dispatch import PLAIN, Kernels, checking_kernels
+from .dispatch import PLAIN, checking_kernels
 from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, compute_dtype, residual_of
 
 
@@ -157,7 +158,7 @@ class FusedCall:
 
     def __init__(
         self,
-        kernels: Kernels | None,
+        kernels: ModuleType | None,
         add: Add | None,
         next_input: NextInput | None = None,
         previous: FusedCall | None = None,
@@ -183,7 +184,9 @@ class FusedCall:
         results, self.context = self.kernels.fused_add_fwd(operands, add, next_input, num_saved, self.in_place)
         out = operands.residual if add is None else results.out
         norm_input = results.norm_input
-        spec_tensors, self.numbers = parted(add, next_input, self.kernels.READS_INVERSES)
+        spec_tensors, self.numbers = parted(add, next_input)
+        if not self.kernels.READS_INVERSES:
+            spec_tensors = spec_tensors._replace(inverse=None, next_inverse=None)
         self.add = self.next_input = None
         self.owns_out = add is not None and norm_input is not out
         ctx.set_materialize_grads(False)

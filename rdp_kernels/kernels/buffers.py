@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,53 +104,25 @@ def part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
     return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.index.shape[0] - rows.num_learning)
 
 
-class SpecTensors(NamedTuple):
-    """The tensors in an `Add` and a `NextInput`. Autograd saves them, to notice changes in place and to free them."""
-
-    rows: Any = None
-    inverse: Any = None
-    row_scale: Any = None
-    next_rows: Any = None
-    next_inverse: Any = None
-
-
-class SpecNumbers(NamedTuple):
-    """All else in an `Add` and a `NextInput`, with whether each of the two is given."""
-
-    adds: Any = False
-    num_learning: Any = 0
-    scale: Any = 1.0
-    channel_dim: Any = -1
-    activation: Any = None
-    gives_next: Any = False
-    num_next_learning: Any = 0
-    norm: Any = None
-    eps: Any = 0.0
-    detached: Any = None
+SpecTensors = namedtuple("SpecTensors", ("rows", "inverse", "row_scale", "next_rows", "next_inverse"))
+"""The tensors in an `Add` and a `NextInput`. Autograd saves them, to notice changes in place and to free them."""
+SpecNumbers = namedtuple(
+    "SpecNumbers",
+    "adds num_learning scale channel_dim activation gives_next num_next_learning norm eps detached",
+)
+"""All else in an `Add` and a `NextInput`, and whether the two are given."""
+_NO_ADD, _NO_NEXT_INPUT, _NO_ROWS = Add(), NextInput(), RowSet(None, 0)  # type: ignore[arg-type]
 
 
-def parted(add: Add | None, next_input: NextInput | None, inverses: bool = True) -> tuple[SpecTensors, SpecNumbers]:
-    """Takes a call apart: its tensors, and all else. `inverses`: whether those of row sets are wanted."""
-    rows = inverse = row_scale = next_rows = next_inverse = activation = norm = detached = None
-    num_learning, num_next_learning, scale, channel_dim, eps = 0, 0, 1.0, -1, 0.0
-    if add is not None:
-        scale, row_scale, channel_dim, activation = add.scale, add.row_scale, add.channel_dim, add.activation
-        if add.rows is not None:
-            rows, num_learning = add.rows.index, add.rows.num_learning
-            inverse = add.rows.inverse if inverses else None
-    if next_input is not None:
-        norm, eps, detached, some = next_input.norm, next_input.eps, next_input.detached, next_input.rows
-        if some is not None:
-            next_rows, next_inverse, num_next_learning = (
-                some.index,
-                some.inverse if inverses else None,
-                some.num_learning,
-            )
+def parted(add: Add | None, next_input: NextInput | None) -> tuple[SpecTensors, SpecNumbers]:
+    """Takes a call apart: its tensors, and all else."""
+    a, n = add or _NO_ADD, next_input or _NO_NEXT_INPUT
+    rows, next_rows = a.rows or _NO_ROWS, n.rows or _NO_ROWS
     return (
-        SpecTensors(rows, inverse, row_scale, next_rows, next_inverse),
+        SpecTensors(rows.index, rows.inverse, a.row_scale, next_rows.index, next_rows.inverse),
         SpecNumbers(
-            add is not None, num_learning, scale, channel_dim, activation,
-            next_input is not None, num_next_learning, norm, eps, detached,
+            add is not None, rows.num_learning, a.scale, a.channel_dim, a.activation,
+            next_input is not None, next_rows.num_learning, n.norm, n.eps, n.detached,
         ),
     )  # fmt: skip
 
@@ -157,11 +130,7 @@ def parted(add: Add | None, next_input: NextInput | None, inverses: bool = True)
 def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
     """Makes a call of what `parted` made of it."""
     t, n = SpecTensors(*tensors), SpecNumbers(*numbers)
-    add = next_input = None
-    if n.adds:
-        rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
-        add = Add(rows, n.scale, t.row_scale, n.channel_dim, n.activation)
-    if n.gives_next:
-        next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)
-        next_input = NextInput(next_rows, n.norm, n.eps, n.detached)
-    return add, next_input
+    rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
+    next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)
+    add = Add(rows, n.scale, t.row_scale, n.channel_dim, n.activation) if n.adds else None
+    return add, NextInput(next_rows, n.norm, n.eps, n.detached) if n.gives_next else None

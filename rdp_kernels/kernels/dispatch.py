@@ -11,7 +11,8 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from types import ModuleType
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,41 +24,13 @@ from torch.nn import Parameter
 from .._utils.checks import NO_RULE, check_choice, why_not_plain
 from . import native, triton
 from .buffers import context_of
-from .spec import Add, NextInput, Operands, Results
-
-
-class Kernels(Protocol):
-    """The launchers of a kernel library: a module of functions."""
-
-    READS_INVERSES: bool
-    """Whether the kernels read `RowSet.inverse`."""
-
-    def fused_add_fwd(
-        self,
-        operands: Operands,
-        add: Add | None,
-        next_input: NextInput | None,
-        num_saved: int = 0,
-        in_place: bool = False,
-    ) -> tuple[Results, Any]:
-        """Returns the results, and a context for the backward."""
-
-    def fused_add_bwd(
-        self,
-        context: Any,
-        operands: Operands,
-        results: Results,
-        gradients: Results,
-        add: Add | None,
-        next_input: NextInput | None,
-        wanted: Operands,
-        in_place: bool = False,
-    ) -> Operands:
-        """Returns the wanted gradients."""
+from .spec import Add, NextInput, Operands
 
 
 class Library(Protocol):
-    """A kernel library: a package that says what it can serve without importing a kernel."""
+    """A kernel library: a package that says what it can serve without importing a kernel. `kernels()` imports its
+    launchers, a module with `fused_add_fwd`, `fused_add_bwd`, and `READS_INVERSES`: whether they read
+    `RowSet.inverse`."""
 
     HAS_NORMS: bool
     """Whether its kernels take norms. Without them torch's norm follows the kernel."""
@@ -74,20 +47,19 @@ class Library(Protocol):
     ) -> str | None:
         """Why calls on such tensors can't be served, or None. `forced`: the backend was asked for by name."""
 
-    def kernels(self) -> Any:
-        """Imports the `Kernels`."""
+    def kernels(self) -> ModuleType:
+        """The launchers."""
 
 
 class Served(NamedTuple):
-    """Who serves a call."""
+    """Who serves a call: a library, or the eager reference (None). If the library doesn't take the call's norm, torch's
+    norm follows."""
 
     library: str | None
-    """None stands for the eager reference."""
     takes_norm: bool = True
-    """Whether the kernels take the norm of the call, if it has one. If not, torch's norm follows."""
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> ModuleType | None:
         return None if self.library is None else kernels_named(self.library)
 
 
@@ -165,7 +137,7 @@ def resolve_in_graph(
     return served.library if served.takes_norm else None
 
 
-def checking_kernels(residual: Tensor) -> Any:
+def checking_kernels(residual: Tensor) -> ModuleType | None:
     """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
     a call on this residual. Only types and flags are looked at, since this is asked at every call."""
     if (
@@ -191,10 +163,9 @@ for _asked_in_graphs in (resolve_in_graph, is_free):
 
 
 @functools.cache
-def kernels_named(name: str) -> Kernels:
-    """The kernels of a library."""
-    kernels: Kernels = _LIBRARIES[name].kernels()
-    return kernels
+def kernels_named(name: str) -> ModuleType:
+    """The launchers of a library."""
+    return _LIBRARIES[name].kernels()
 
 
 def choice() -> str:

@@ -1,6 +1,6 @@
 """Every op in a few lines of plain torch: the specification that kernels are tested against, and the eager backend.
 
-Arguments are taken as checked. Arithmetic runs in float32 (float64 where an argument is float64) and is cast once, at
+Arguments must have been checked. Arithmetic runs in float32 (float64 where an argument is float64) and is cast once, at
 the end, to the residual's dtype. Double backward works.
 """
 
@@ -26,11 +26,11 @@ def residual_add(
 ) -> Tensor:
     """`act(residual + row_scale · γ · branch)`, the sum over `rows` only where these are given.
 
-    `frozen`: with `rows` and a number as `row_scale`, a second (rows, branch), other rows, for which γ is a constant.
-    A row whose scale is 0 is never read.
+    `frozen`: a second pair of rows and branch, for other rows, through which no gradient goes to γ. It goes with `rows`
+    and with a number as `row_scale`. A row whose scale is 0 is never read.
     """
     dtype = compute_dtype(residual, branch, gamma)
-    stream, update = residual.to(dtype), branch.to(dtype)
+    total, update = residual.to(dtype), branch.to(dtype)
     scale = 1.0 if row_scale is None else row_scale
     if isinstance(scale, Tensor) or scale == 0:
         update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(update.shape[0])), 1.0
@@ -42,42 +42,42 @@ def residual_add(
     if rows is not None:
         parts = [(rows, update if factor is None else update * factor)]
         if frozen is not None:
-            constant = frozen[1].to(dtype)
-            parts.append((frozen[0], constant if factor is None else constant * factor.detach()))
-        out = _add_rows(stream, scale, parts)
+            frozen_update = frozen[1].to(dtype)
+            parts.append((frozen[0], frozen_update if factor is None else frozen_update * factor.detach()))
+        out = _add_rows(total, scale, parts)
     elif factor is not None:
-        out = torch.addcmul(stream, update, factor, value=scale)
+        out = torch.addcmul(total, update, factor, value=scale)
     else:
-        out = torch.add(stream, update, alpha=scale)
+        out = torch.add(total, update, alpha=scale)
     return activated(out, activation).to(residual.dtype)
 
 
-def _add_rows(stream: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum with updates of some rows: pairs of rows and update."""
+def _add_rows(residual: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Adds updates to some rows. `parts` are pairs of rows and update."""
     if _wants_plain_ops():
         for rows, update in parts:
-            stream = stream.index_add(0, rows, update, alpha=scale)
-        return stream
+            residual = residual.index_add(0, rows, update, alpha=scale)
+        return residual
     all_rows, updates = zip(*parts, strict=True)
-    return _AddRows.apply(stream, scale, all_rows, *updates)
+    return _AddRows.apply(residual, scale, all_rows, *updates)
 
 
 def _wants_plain_ops() -> bool:
-    """Whether autograd functions of Python's can't take part: in transforms, and in what `torch.jit.trace` records."""
+    """Whether Python's autograd functions can't be used: within transforms, and where `torch.jit.trace` records."""
     return is_transformed() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 class _AddRows(torch.autograd.Function):
-    """`stream.index_add(0, rows, update, alpha=scale)` for each pair of rows and update, saving the rows alone.
+    """`residual.index_add(0, rows, update, alpha=scale)` for each pair of rows and update. Saves only the rows.
 
     Torch's own index_add keeps `update` alive until the backward, for its shape. Double backward works.
     """
 
     @staticmethod
-    def forward(ctx, stream, scale, rows, *updates):
+    def forward(ctx, residual, scale, rows, *updates):
         ctx.save_for_backward(*rows)
         ctx.scale = scale
-        out = stream.index_add(0, rows[0], updates[0], alpha=scale)
+        out = residual.index_add(0, rows[0], updates[0], alpha=scale)
         for more_rows, update in zip(rows[1:], updates[1:], strict=True):
             out.index_add_(0, more_rows, update, alpha=scale)
         return out
@@ -108,22 +108,22 @@ def normalise(
 
 
 def fused_add(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results:
-    """A branch added to the stream, the next branch's rows, or both: the ops above, one after the other."""
-    residual, branch, frozen, gamma, *_ = operands
+    """Adds an update to the residual, gathers the next branch's rows, or both: the ops above, one after the other."""
+    residual, update, frozen_update, gamma, *_ = operands
     if add is not None:
         scale = add.scale if add.row_scale is None else add.row_scale
         if residual is None:
-            return Results(drop_path(branch, torch.as_tensor(scale, device=branch.device).expand(branch.shape[0])))
+            return Results(drop_path(update, torch.as_tensor(scale, device=update.device).expand(update.shape[0])))
         rows = add.rows
         residual = residual_add(
             residual,
-            branch,
+            update,
             rows=None if rows is None else rows.learning,
             row_scale=scale,
             gamma=gamma,
             channel_dim=add.channel_dim,
             activation=add.activation,
-            frozen=None if frozen is None or rows is None else (rows.frozen, frozen),
+            frozen=None if frozen_update is None or rows is None else (rows.frozen, frozen_update),
         )
     if next_input is None:
         return Results(residual)
@@ -132,7 +132,7 @@ def fused_add(operands: Operands, add: Add | None, next_input: NextInput | None)
 
 
 def normalised(results: Results, operands: Operands, next_input: NextInput) -> Results:
-    """With the norm, where `next_input` has one, over the next rows. Its weights are constants for frozen ones."""
+    """Norms the next rows where `next_input` has a norm. No gradient goes from the frozen rows to its weights."""
     if next_input.norm is None:
         return results
     weight, bias, dtype = operands.weight, operands.bias, compute_dtype(*operands)
@@ -150,7 +150,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 
 def _fork_rows(x: Tensor, next_input: NextInput, owned: bool) -> tuple[Tensor, ...]:
-    """The stream, and the next branch's rows. `owned`: nobody else ever sees `x`."""
+    """The residual, and the next branch's rows. `owned`: nobody else ever sees `x`."""
     rows = next_input.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or next_input.detached else [rows.learning, rows.frozen]
@@ -163,13 +163,13 @@ def _fork_rows(x: Tensor, next_input: NextInput, owned: bool) -> tuple[Tensor, .
 
 
 class ForkRows(torch.autograd.Function):
-    """`(x, x[parts[0]], x[parts[1]], ...)`: the stream, and the rows that branches run on. `parts` are disjoint.
+    """`(x, x[parts[0]], x[parts[1]], ...)`: the residual, and the rows that branches run on. `parts` are disjoint.
 
-    As one autograd function the backward copies the stream's gradient once and adds the rows' gradients into it;
+    As one autograd function the backward copies the residual's gradient once and adds the rows' gradients into it;
     separate gathers would each write a zero-filled `[B, ...]` for autograd to add. Saves the row indices only. The
     backward is made of differentiable ops, so double backward works.
 
-    The stream that comes out may be changed in place where `x` is `owned`; autograd takes it for a view elsewhere.
+    The first result may be changed in place where `x` is `owned`; otherwise autograd takes it for a view of `x`.
     """
 
     @staticmethod
@@ -180,9 +180,9 @@ class ForkRows(torch.autograd.Function):
         return x.detach() if owned else x, *(x.index_select(0, rows) for rows in parts)
 
     @staticmethod
-    def backward(ctx, dstream, *dparts):
+    def backward(ctx, dresidual, *dparts):
         pairs = [(rows, dpart) for rows, dpart in zip(ctx.saved_tensors, dparts, strict=True) if dpart is not None]
-        dx, owned = dstream, False
+        dx, owned = dresidual, False
         for rows, dpart in pairs:
             if dx is None:
                 dx, owned = dpart.new_zeros(ctx.like), True

@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import is_transformed
-from .buffers import (
-    Context,
-    SpecNumbers,
-    SpecTensors,
-    context_of,
-    empty_gradients,
-    empty_results,
-    joined,
-    parted,
-)
+from .buffers import Context, SpecNumbers, SpecTensors, context_of, empty_gradients, empty_results, joined, parted
 from .dispatch import kernels_named
 from .layout import Layout
 from .spec import Add, NextInput, Operands, Results, residual_of

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .._utils.checks import check_stream
 from ..kernels.autograd import FusedCall, plain_add
-from ..kernels.dispatch import Kernels, resolve
+from ..kernels.dispatch import resolve
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, Detached, NextInput, Operands, Results
 from .arguments import Args, Kwargs, for_each
@@ -57,7 +58,7 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) ->
 class _Chain:
     """The residual, and the update that is still to be added to it."""
 
-    def __init__(self, kernels: Kernels, x: Tensor):
+    def __init__(self, kernels: ModuleType, x: Tensor):
         self._kernels, self._residual = kernels, x
         self._last_call: FusedCall | None = None
         """The call that returned the residual, if nobody else has the residual."""

@@ -24,15 +24,7 @@ from .support import MAX_NORM_WIDTH, unavailable, why_not_kind
 
 HAS_NORMS = True
 
-__all__ = [
-    "HAS_NORMS",
-    "MAX_NORM_WIDTH",
-    "MAX_TILE_ROWS",
-    "kernels",
-    "unavailable",
-    "why_not_kind",
-    "why_not_rows",
-]
+__all__ = ["HAS_NORMS", "MAX_NORM_WIDTH", "MAX_TILE_ROWS", "kernels", "unavailable", "why_not_kind", "why_not_rows"]
 
 
 def kernels() -> ModuleType:
