@@ -54,7 +54,7 @@ def traced(run):
             if not inside:
                 found.append([])
             inside += 1
-            found[-1].append(frame.f_code.co_qualname)
+            found[-1].append(f"{type(frame.f_locals.get('self')).__name__}.{frame.f_code.co_name}")
         elif event == "return" and inside:
             inside -= 1
             if not inside:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..paths.binding import PathModule, StochasticDepth
+from ..paths.binding import PathBinding, PathModule, StochasticDepth
 from ..paths.decision import FROZEN, SKIP, Decision
 from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, parameters_of
@@ -33,7 +33,6 @@ from .check import (
     _spread,
     _without_dropout,
     called,
-    decided_by,
     depends_on_dtype,
     device_type_of,
     precision_of,
@@ -182,7 +181,7 @@ class _Decided(StochasticDepth):
 
 def _decide(block: nn.Module, decision: Decision) -> None:
     for _, path in block.__dict__[CONVERTED]:
-        path.binding = decided_by(_Decided(decision))
+        path.binding = PathBinding(_Decided(decision))
 
 
 def _ours(ours: nn.Module, when: str, run: Callable[[], _Step]) -> _Step:

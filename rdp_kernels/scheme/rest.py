@@ -12,16 +12,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..paths import freezing
 from ..paths.binding import PathModule
-from ..paths.freezing import (
-    FreezeBN,
-    Frozen,
-    ParameterRef,
-    check_freezable,
-    keeps_statistics,
-    refuse_second_derivatives,
-    tensors_of,
-)
+from ..paths.freezing import FreezeBN, Frozen, ParameterRef
 from ..paths.path import Path, path_modules_among, walk
 
 
@@ -73,7 +66,7 @@ class Rest:
         for name, module in walked:
             named = module._parameters.items()
             own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
-            batch_norm = keeps_statistics(module) and id(module) not in inside
+            batch_norm = freezing.keeps_statistics(module) and id(module) not in inside
             self._refs += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
@@ -155,7 +148,7 @@ class Rest:
         # Paths in training mode follow the plan, and then the rest does, even in eval mode.
         training = module.training or any(path.module.training for path in self.paths)
         if training and self._is_frozen():
-            check_freezable(self._refs)
+            freezing.check_freezable(self._refs)
             self._outermost, self.is_entered = module, True
             self._freeze = Frozen(self._refs, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
@@ -163,8 +156,8 @@ class Rest:
     def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
         if not self.in_graph and self._outermost is module:
             self.release()
-            for tensor in tensors_of(out):
-                refuse_second_derivatives(tensor)
+            for tensor in freezing.tensors_of(out):
+                freezing.refuse_second_derivatives(tensor)
 
 
 def _around(name: str) -> Iterator[str]:

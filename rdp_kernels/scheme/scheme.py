@@ -160,7 +160,6 @@ class ResidualDropPath:
         """
         pairs = self._pairs
         iteration = pairs.drop(batch_size, plan)
-        pairs.announce(iteration)
         if plan is None and pairs.drops_all(iteration):
             pairs.pending = iteration
             raise RuntimeError(
@@ -247,7 +246,7 @@ class ResidualDropPath:
         pairs = self._pairs
         pairs.check_none_open()
         pairs.open_next()
-        self._alternation = Alternation(self._rest.model, optimizer, self._turn, self._end_alternation, self._warn_idle)
+        self._alternation = Alternation(pairs, optimizer, self._end_alternation)
         pairs.trains_more = self._alternation.trains_more
         return self._alternation
 
@@ -340,21 +339,8 @@ class ResidualDropPath:
         warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
-    # What an alternation calls
-
-    def _turn(self) -> bool:
-        iteration = self._pairs.open
-        if iteration is None or not iteration.begun:
-            return False
-        self._pairs.close(completed=True)
-        self._pairs.open_next()
-        return True
-
     def _end_alternation(self, alternation: Alternation) -> None:
         if self._alternation is alternation:
             state, self._alternation, self._pairs.trains_more = self.state_dict(), None, None
             self._pairs.reset()
             self.load_state_dict(state)
-
-    def _warn_idle(self, where: str) -> None:
-        self._pairs.notices.warn_not_begun(where, self.paths)
