@@ -74,7 +74,7 @@ def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
     for number, takes in enumerate(taken):
         if len(args) > len(takes.positional) and not takes.any_positional:
             raise TypeError(
-                f"branch {number} of the sequence takes {len(takes.positional)} positional arguments behind x, got "
+                f"branch {number} of the sequence takes {len(takes.positional)} positional arguments after x, got "
                 f"{len(args)}: pass by name what not every branch takes"
             )
     if any(takes.any_by_name for takes in taken):

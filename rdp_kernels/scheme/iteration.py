@@ -86,7 +86,7 @@ class Iteration:
         index = module.binding.index
         if self.phase == "reuse":
             rest = self.rest
-            if not (recomputing or rest.is_entered) and (rest.owners or self.is_provisional):
+            if not (recomputing or rest.runs_frozen) and (rest.names or self.is_provisional):
                 self._check_entry(index)
             (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
         self._ran[index] = True
@@ -109,11 +109,11 @@ class Iteration:
 
     @property
     def is_in_frozen_rest(self) -> bool:
-        return self.rest.is_entered
+        return self.rest.runs_frozen
 
     def look_again(self) -> None:
         """Looks up again what belongs to which path, where that may have changed since the iteration opened."""
-        if self.is_provisional and not self.begun and not self.rest.is_entered:
+        if self.is_provisional and not self.begun and not self.rest.runs_frozen:
             self.rest.refresh()
             self.look_up()
 

@@ -45,7 +45,7 @@ class History:
 
     @property
     def is_in_frozen_rest(self) -> bool:
-        return self.rest.is_entered
+        return self.rest.runs_frozen
 
     def decide(self, module: PathModule, x: Tensor) -> Decision:
         recomputing = in_backward()
@@ -68,10 +68,8 @@ class History:
 
     def _freezes_rest(self) -> bool:
         """Whether a module of the rest that is called now runs frozen."""
-        if not self._rules.freezes_rest:
-            return False
         recomputing = in_backward()
-        iteration = self._current(recomputing)
+        iteration = self._current(recomputing) if self._rules.freezes_rest else None
         if iteration is None or iteration.phase != "reuse":
             return False
         if not recomputing:

@@ -32,13 +32,13 @@ class Rest:
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
         """While a model that is compiled whole runs: flags may not change then; gradients are discarded instead."""
-        self.is_entered = False
+        self.runs_frozen = False
         """Whether a module of the rest is running, frozen."""
         self.modules: list[list[nn.Module]] = []
         """For each path the modules of its branch."""
         self.shared: list[list[ParameterRef]] = []
         """For each path its parameters that the rest shares."""
-        self.owners: set[str] = set()
+        self.names: set[str] = set()
         """Names of the modules that own parameters or running statistics of the rest."""
         self.handles: dict[int, list[RemovableHandle]] = {}
         """The handles of the hooks, by the module's id."""
@@ -52,7 +52,7 @@ class Rest:
         self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._holders: dict[int, str] = {}
-        self.owners = set()
+        self.names = set()
         branches = [path.module.branch_modules() for path in self.paths]
         self._branches = {id(module) for modules in branches for module in modules}
         self.modules = [
@@ -70,7 +70,7 @@ class Rest:
             self._refs += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
-                self.owners.add(name)
+                self.names.add(name)
             for path_module in path_modules_among([module]):
                 self._holders[id(path_module)] = name
         self._hook(walked)
@@ -82,8 +82,8 @@ class Rest:
             self.shared.append(shared)
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
-        """Puts hooks on the owners and the modules around them, and takes them off others."""
-        around = {name for owner in self.owners for name in _around(owner)}
+        """Puts hooks on the modules in `names` and those around them, and takes them off others."""
+        around = {name for own in self.names for name in _around(own)}
         wanted = {id(module): module for name, module in walked if name in around}
         for key in self._hooked.keys() - wanted.keys():
             for handle in self.handles.pop(key):
@@ -109,10 +109,10 @@ class Rest:
         Something else then ran before it, such as a method of the model, and may have used parameters that should have
         been frozen.
         """
-        if self.is_entered:
+        if self.runs_frozen:
             return
         for around in reversed([*_around(self._holders.get(id(path.module), ""))]):
-            own = self.model.get_submodule(around).parameters(recurse=False) if around in self.owners else ()
+            own = self.model.get_submodule(around).parameters(recurse=False) if around in self.names else ()
             if any(p.requires_grad for p in own):
                 raise RuntimeError(
                     f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
@@ -125,7 +125,7 @@ class Rest:
         if self._freeze is not None:
             self._freeze.__exit__()
         self._outermost = self._freeze = None
-        self.is_entered = False
+        self.runs_frozen = False
 
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules outside of branches with their names, each once, parents first."""
@@ -143,13 +143,13 @@ class Rest:
                     stack.append((prefix + child_name, child))
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        if self.in_graph or self.is_entered:
+        if self.in_graph or self.runs_frozen:
             return
         # Paths in training mode follow the plan, and then the rest does, even in eval mode.
         training = module.training or any(path.module.training for path in self.paths)
         if training and self._is_frozen():
             freezing.check_freezable(self._refs)
-            self._outermost, self.is_entered = module, True
+            self._outermost, self.runs_frozen = module, True
             self._freeze = Frozen(self._refs, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
