@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,20 +143,14 @@ class Iteration:
         """Whether path `index` learns, on any row of this process."""
         return self._blockwise_decisions[index].kind is LEARN
 
-    def paths_that_learn(self) -> Iterator[Path]:
-        """The paths that learn on any row of this process, and those in eval mode."""
-        return (path for path in self.paths if self.learns(path.index) or not path.module.training)
-
-    def learning_paths(self) -> list[Path]:
+    def learning_paths(self, anywhere: bool = True) -> list[Path]:
         """The paths that learn, and those in eval mode, which follow no plan. In sample mode, where each rank draws its
-        own plan, these are the paths that learn on any rank or, before `join`, those that may."""
-        if self._presence is not None:
+        own plan, `anywhere` adds the paths that learn on other ranks or, before `join`, those that may."""
+        learns = self._any_learns
+        if anywhere and self._presence is not None:
             learns = self._branch_calls(self._presence)["learning"].any(dim=0)
-        else:
-            learns = self._any_learns
-            if self.mode == "sample":
-                never = 1.0 if self.phase == "drop" else 0.0
-                learns = learns | (torch.tensor(self.plan.drop_probs) != never)
+        elif anywhere and self.mode == "sample":
+            learns = learns | (torch.tensor(self.plan.drop_probs) != (1.0 if self.phase == "drop" else 0.0))
         return [p for p, flag in zip(self.paths, learns.tolist(), strict=True) if flag or not p.module.training]
 
     @property

@@ -142,8 +142,7 @@ class Pairs:
 
     def _learns_anything(self, iteration: Iteration) -> bool:
         # Ranks that draw apart and haven't agreed must not leave out what others run.
-        anywhere = iteration.mode == "sample" and world_size() > 1
-        paths = iteration.learning_paths() if anywhere else iteration.paths_that_learn()
+        paths = iteration.learning_paths(anywhere=iteration.mode == "sample" and world_size() > 1)
         if any(p.requires_grad for path in paths for p in path.parameters()):
             return True
         if self.trains_more is not None and self.trains_more():
