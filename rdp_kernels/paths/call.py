@@ -66,7 +66,7 @@ class PathCall:
             decision = module.binding.decider.decide(module, x) if module.training else ALL_ROWS
         if not decision.dummy_calls:
             return self.run_here(x, decision)
-        # In the order of the calls that other ranks make: collectives of theirs wait for ours.
+        # All ranks make these calls in one order, because their collectives wait for each other.
         others = [self.run_dummy(x, decision, learning=False)] if "frozen" in decision.dummy_calls else []
         out = self.run_here(x, decision)
         if "learning" in decision.dummy_calls:

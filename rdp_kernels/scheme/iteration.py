@@ -54,6 +54,7 @@ class Iteration:
         self.is_provisional = False
         """Under `alternate` the iteration opens right after a step, and users may change the model before they call it.
         Until a path has run, what belongs to which path is looked up again."""
+        self._freezes_rest = phase == "reuse" and rules.freezes_rest
         self._blockwise = [self.mode == "block" or path.module.mode == "block" for path in self.paths]
         self._ran, self._calls = [False] * len(self.paths), [0] * len(self.paths)
         self._without_grad, self._with_grad = set[int](), set[int]()
@@ -86,7 +87,8 @@ class Iteration:
         index = module.binding.index
         if self.phase == "reuse":
             rest = self.rest
-            if not (recomputing or rest.runs_frozen) and (rest.names or self.is_provisional):
+            to_check = self.is_provisional or (self._freezes_rest and rest.names)
+            if to_check and not (recomputing or rest.runs_frozen):
                 self._check_entry(index)
             (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
         self._ran[index] = True
@@ -227,7 +229,7 @@ class Iteration:
 
     def _check_entry(self, index: int) -> None:
         self.look_again()
-        if self.rules.freezes_rest:
+        if self._freezes_rest:
             self.rest.check_entry(self.paths[index])
 
     def _no_such_forward(self, index: int, recomputing: bool) -> Exception:
