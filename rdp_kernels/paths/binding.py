@@ -64,18 +64,17 @@ class PathModule(Protocol):
 
 
 class Decider(Protocol):
-    """Decides about the calls of a path: `StochasticDepth`, or an iteration of a scheme."""
+    """Decides how calls of a path run, in training mode: `StochasticDepth`, or an iteration of a scheme.
+
+    `phase` is `"drop"` or `"reuse"` while an iteration is open, else None. `is_in_frozen_rest` tells whether a module
+    around the path runs frozen, which then refuses second derivatives itself.
+    """
 
     @property
-    def phase(self) -> str | None:
-        """`"drop"` or `"reuse"` while an iteration is open, else None."""
-
+    def phase(self) -> str | None: ...
     @property
-    def is_in_frozen_rest(self) -> bool:
-        """Whether a module around the path runs frozen, and refuses second derivatives itself."""
-
-    def decide(self, module: PathModule, x: Tensor) -> Decision:
-        """The decision for a call of `module`, in training mode, on `x`."""
+    def is_in_frozen_rest(self) -> bool: ...
+    def decide(self, module: PathModule, x: Tensor) -> Decision: ...
 
 
 class StochasticDepth:

@@ -293,8 +293,7 @@ class ResidualDropPath:
         resuming starts over with an iteration whose optimizer step was still to come. In sample mode each rank saves
         its own.
         """
-        if not self._at_rest():
-            raise RuntimeError(f"state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        self._check_at_rest("state_dict")
         pairs = self._pairs
         drawn, pair = pairs.drawn, pairs.pending
         if pairs.open is not None and pairs.open.phase == "drop":
@@ -310,8 +309,7 @@ class ResidualDropPath:
         Raises `ValueError` for a damaged state or one of another mode or number of paths, and `RuntimeError` inside an
         iteration; the scheme is then as before.
         """
-        if not self._at_rest():
-            raise RuntimeError(f"load_state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        self._check_at_rest("load_state_dict")
         loaded = State.from_dict(state)
         if (loaded.mode, loaded.num_paths) != (self.mode, len(self.paths)):
             raise ValueError(
@@ -324,8 +322,9 @@ class ResidualDropPath:
         if self._alternation is not None:
             self._pairs.open_next()
 
-    def _at_rest(self) -> bool:
-        return self._pairs.open is None or self._alternation is not None
+    def _check_at_rest(self, method: str) -> None:
+        if self._pairs.open is not None and self._alternation is None:
+            raise RuntimeError(f"{method}() inside an open {self.phase} iteration: call it after the iteration")
 
     def __copy__(self) -> NoReturn:
         raise TypeError(COPIED)
