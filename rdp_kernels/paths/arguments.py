@@ -61,7 +61,7 @@ def _signature(forward: Callable[..., Any], before: int) -> Takes:
     )
 
 
-for _asked_in_graphs in (_of_class, _signature):  # as in `_backend`
+for _asked_in_graphs in (_of_class, _signature):  # torch.compile runs them while it traces, for constants
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
