@@ -36,7 +36,7 @@ def drop_path_rates(drop_prob: float, num_paths: int, schedule: str = "constant"
 
 
 def kept_scale(drop_prob: float, scale_by_keep: bool) -> float:
-    """What a kept row of a branch is multiplied by in training: 1 / (1 − p), or 1 (with p = 1 nothing is kept)."""
+    """The factor of a branch's kept rows in training: 1 / (1 − p), or 1 (with p = 1 nothing is kept)."""
     return 1.0 / (1.0 - drop_prob) if scale_by_keep and drop_prob < 1 else 1.0
 
 
@@ -54,9 +54,8 @@ class PathPlan:
     def __init__(self, keep: Tensor, drop_probs: Sequence[float], mode: str):
         check_choice("mode", mode, MODES)
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-            raise TypeError(
-                f"keep must be a bool tensor, got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}"
-            )
+            came = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+            raise TypeError(f"keep must be a bool tensor, got {came}")
         if keep.device.type != "cpu":
             raise ValueError(
                 f"keep must be on the CPU, where row counts are known without synchronising, got {keep.device}"
@@ -93,12 +92,8 @@ class PathPlan:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PathPlan:
-        keep = torch.tensor(state["keep"], dtype=torch.bool)
-        return cls(
-            keep.view(len(state["drop_probs"]), -1) if state["mode"] == "sample" else keep,
-            state["drop_probs"],
-            state["mode"],
-        )
+        keep, drop_probs, mode = torch.tensor(state["keep"], dtype=torch.bool), state["drop_probs"], state["mode"]
+        return cls(keep.view(len(drop_probs), -1) if mode == "sample" else keep, drop_probs, mode)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PathPlan):
@@ -115,15 +110,15 @@ class PathPlan:
 def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
     """The CPU generator of plan `number` of a run: a function of its arguments, so that resuming needs only the number.
 
-    The arguments are hashed: torch's CPU generator uses the lower 32 bits of its seed only, and users pass the seed
-    that they gave to `torch.manual_seed`, whose numbers already went into weights and data order.
+    The arguments are hashed, because torch's CPU generator uses only the lower 32 bits of its seed, and because users
+    pass the seed that they gave to `torch.manual_seed`, whose numbers already went into weights and data order.
     """
     digest = hashlib.sha256(f"rdp_kernels plan {seed} {number} {rank}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
-    """Bool [paths]: one decision a path. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths with marginal rates exactly p."""
+    """One decision for each path, bool [paths]. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths with marginal rates exactly p."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     if sampling == "bernoulli":
         return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs
@@ -137,7 +132,7 @@ def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch
 
 
 def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str, generator: torch.Generator) -> Tensor:
-    """Bool [paths, batch]: a decision a sample. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of each path."""
+    """A decision for each sample, bool [paths, batch]. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of each path."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     noise = torch.rand(len(probs), batch_size, dtype=torch.float64, generator=generator)
     if sampling == "bernoulli":
@@ -152,14 +147,14 @@ def draw_keep(
     sampling: str,
     generator: torch.Generator,
     batch_sizes: Sequence[int] = (),
-    whole: Sequence[int] = (),
+    blockwise: Sequence[int] = (),
 ) -> Tensor:
-    """`PathPlan.keep`: in sample mode for the samples of several forwards, each drawn apart; paths in `whole` are
-    decided for all samples at once."""
+    """`PathPlan.keep`. In sample mode it is for the samples of several forwards, each of which is drawn by itself; one
+    draw decides for all samples of a path in `blockwise`."""
     if mode == "block":
         return draw_block_keep(drop_probs, sampling, generator)
     keep = torch.cat([draw_sample_keep(drop_probs, size, sampling, generator) for size in batch_sizes], dim=1)
-    keep[list(whole)] = draw_block_keep([drop_probs[path] for path in whole], sampling, generator)[:, None]
+    keep[list(blockwise)] = draw_block_keep([drop_probs[path] for path in blockwise], sampling, generator)[:, None]
     return keep
 
 

@@ -135,7 +135,7 @@ def test_scripted_and_traced_modules_are_branches():
         (lambda x: sequence(nn.Linear(DIM, DIM))(x, input=x), "no branch of the sequence takes 'input'"),
         (
             lambda x: sequence(Masked(), nn.Linear(DIM, DIM))(x, x),
-            "branch 1 of the sequence takes 0 positional arguments behind x, got 1: pass by name",
+            "branch 1 of the sequence takes 0 positional arguments after x, got 1: pass by name",
         ),
         (lambda x: sequence(ByName())(x, x), "branch 0 .* takes 0 positional"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-import rdp_kernels.paths.call
+import rdp_kernels.paths.freezing
 import rdp_kernels.scheme.iteration
 from examples.libraries import installed
 from rdp_kernels.kernels.spec import orders_of
@@ -134,12 +134,12 @@ def _other_rows_kept(monkeypatch):
 
 
 def _nothing_frozen(model, monkeypatch):
-    monkeypatch.setattr(rdp_kernels.paths.call, "Frozen", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(rdp_kernels.paths.freezing, "Frozen", lambda *_: contextlib.nullcontext())
 
 
 def _frozen_batch_norm_learns(model, monkeypatch):
-    original = rdp_kernels.paths.call.Frozen
-    monkeypatch.setattr(rdp_kernels.paths.call, "Frozen", lambda parameters, *_: original(parameters))
+    original = rdp_kernels.paths.freezing.Frozen
+    monkeypatch.setattr(rdp_kernels.paths.freezing, "Frozen", lambda parameters, *_: original(parameters))
 
 
 def _after_conversion(change):

@@ -54,7 +54,7 @@ def traced(run):
             if not inside:
                 found.append([])
             inside += 1
-            found[-1].append(frame.f_code.co_qualname)
+            found[-1].append(f"{type(frame.f_locals.get('self')).__name__}.{frame.f_code.co_name}")
         elif event == "return" and inside:
             inside -= 1
             if not inside:
@@ -72,9 +72,10 @@ def traced(run):
 @pytest.mark.parametrize("chain", [True, False])
 @pytest.mark.parametrize("build", [model, paths])
 @pytest.mark.parametrize("mode", ["block", "sample"])
-def test_a_decision_is_one_function(mode, build, chain):
+@pytest.mark.parametrize("train_rest", [False, True])
+def test_a_decision_is_one_function(train_rest, mode, build, chain):
     net, x = build(chain), torch.randn(4, 3)
-    scheme = rdp.ResidualDropPath(net, 0.5, mode=mode)
+    scheme = rdp.ResidualDropPath(net, 0.5, mode=mode, train_rest=train_rest)
     for phase in scheme.iterations(plan=PLANS[mode]):
         decisions = traced(lambda: net(x).sum().backward())
         assert [decision.kind for _, decision in decisions] == KINDS[mode, phase]

@@ -238,7 +238,7 @@ def test_nothing_changes():
     model.stem.eval()
     model.head = nn.Sequential(nn.Dropout(0.5), model.head)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
-    runner = model.paths[0].binding.branch_runner = lambda owner, x, args, kwargs, normed: owner.run_branch(
+    runner = model.paths[0].binding.branch_runner = lambda path_module, x, args, kwargs, normed: path_module.run_branch(
         x, args, kwargs
     )
 

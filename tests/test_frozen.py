@@ -24,7 +24,7 @@ CONVS = [
 
 
 @pytest.mark.parametrize(("module", "shape"), CONVS, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "")
-def test_lean_ops_change_no_bit_of_the_forward_and_no_gradient(module, shape):
+def test_saving_less_change_no_bit_of_the_forward_and_no_gradient(module, shape):
     module = copy.deepcopy(module).double().requires_grad_(False)
     for name, buffer in module.named_buffers():
         if "running" in name:
@@ -45,7 +45,7 @@ def test_lean_ops_change_no_bit_of_the_forward_and_no_gradient(module, shape):
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
-def test_lean_ops_leave_learning_and_half_precision_alone():
+def test_saving_less_leave_learning_and_half_precision_alone():
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
     with SaveLess():
         conv(x).sum().backward()
@@ -122,7 +122,7 @@ def test_freeze_bn_is_checked(freeze_bn):
         rdp.ResidualDropPath(nn.Sequential(rdp.ResidualBranch(nn.BatchNorm1d(2))), freeze_bn=freeze_bn)
 
 
-def test_lean_ops_are_used_where_they_save_something():
+def test_saving_less_are_used_where_they_save_something():
     by_batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert not save_less_pays(by_batch.modules())
     assert save_less_pays(by_batch.eval().modules())

@@ -258,7 +258,7 @@ def test_take_part():
 @pytest.mark.parametrize(
     "module", [nn.Conv2d(3, 2, 3, padding=1), nn.BatchNorm2d(3).eval()], ids=["convolution", "BatchNorm"]
 )
-def test_lean_ops(module):
+def test_saving_less(module):
     module.requires_grad_(False)
     x, tangent = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(2, 3, 5, 5)
     expected = func.jvp(module, (x.detach(),), (tangent,))

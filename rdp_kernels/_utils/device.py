@@ -1,4 +1,4 @@
-"""Host data on its way to a device."""
+"""Copies host data to a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .checks import host_has
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """`host`, a CPU tensor, on `device`: to a GPU by one asynchronous copy from pinned memory."""
+    """Returns the CPU tensor `host` on `device`. A GPU gets it by one asynchronous copy from pinned memory."""
     if device.type == "cpu":
         return host
     pinned = device.type == "cuda" and host_has(host)

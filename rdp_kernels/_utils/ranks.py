@@ -1,4 +1,4 @@
-"""This process among those of `torch.distributed`."""
+"""The rank of this process in `torch.distributed`, and how many there are."""
 
 import torch.distributed as dist
 

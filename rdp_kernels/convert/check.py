@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.spec import row_set
-from ..paths.binding import Decider, PathBinding, PathModule, StochasticDepth
+from ..paths.binding import PathBinding, PathModule, StochasticDepth
 from ..paths.decision import ROWS, SKIP, Decision
 from ..paths.path import CONVERTED
 from .calls import BlockCall, Refused, cloned
@@ -167,16 +167,10 @@ def planning(block: nn.Module, carved: Carved, pattern: tuple[int, ...]) -> Bloc
     """Runs the converted forward under decisions that keep and drop the rows of the masks."""
     silence(block)
     for index, path in enumerate(path for _, path in block.__dict__[CONVERTED]):
-        path.binding = decided_by(_Fixed(pattern, index))
+        path.binding = PathBinding(_Fixed(pattern, index))
         if path.drop_path is not None:
             path.drop_path.training = True
     return called(block)
-
-
-def decided_by(decider: Decider) -> PathBinding:
-    binding = PathBinding()
-    binding.decider = decider
-    return binding
 
 
 class _Fixed(StochasticDepth):

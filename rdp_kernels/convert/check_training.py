@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..paths.binding import PathModule, StochasticDepth
+from ..paths.binding import PathBinding, PathModule, StochasticDepth
 from ..paths.decision import FROZEN, SKIP, Decision
 from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, parameters_of
 from .calls import BlockCall, Refused, cloned, quiet
 from .carve import Carved
-from .check import decided_by, depends_on_dtype, device_type_of, masking, planning, precision_of, silence, spread
+from .check import depends_on_dtype, device_type_of, masking, planning, precision_of, silence, spread
 from .differences import ROUNDINGS, Differences, relative_difference, rounded
 from .libraries import is_drop_path
 from .report import describe
@@ -58,7 +58,7 @@ class _Decided(StochasticDepth):
 
 def _decide(block: nn.Module, decision: Decision) -> None:
     for _, path in block.__dict__[CONVERTED]:
-        path.binding = decided_by(_Decided(decision))
+        path.binding = PathBinding(_Decided(decision))
 
 
 def _step_of_original(

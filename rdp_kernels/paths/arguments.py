@@ -61,7 +61,7 @@ def _signature(forward: Callable[..., Any], before: int) -> Takes:
     )
 
 
-for _asked_in_graphs in (_of_class, _signature):  # as in `_backend`
+for _asked_in_graphs in (_of_class, _signature):  # torch.compile runs them while it traces, for constants
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
@@ -74,7 +74,7 @@ def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
     for number, takes in enumerate(taken):
         if len(args) > len(takes.positional) and not takes.any_positional:
             raise TypeError(
-                f"branch {number} of the sequence takes {len(takes.positional)} positional arguments behind x, got "
+                f"branch {number} of the sequence takes {len(takes.positional)} positional arguments after x, got "
                 f"{len(args)}: pass by name what not every branch takes"
             )
     if any(takes.any_by_name for takes in taken):

@@ -25,7 +25,11 @@ GraphMask = tuple[Tensor, Tensor | None]
 
 
 class PathModule(Protocol):
-    """What stands for a path: a module itself, or one of the paths of a converted block."""
+    """What stands for a path: a module itself, or one of the paths of a converted block.
+
+    `promotion` makes the sum as wide as torch's own add does; None: the sum has the residual's dtype. `norm` is the
+    norm before the branch, apart from it so that it can be fused with the gather of rows.
+    """
 
     binding: PathBinding
     training: bool
@@ -40,13 +44,9 @@ class PathModule(Protocol):
     @property
     def activation(self) -> str | None: ...
     @property
-    def promotion(self) -> Promotion | None:
-        """Makes the sum as wide as torch's own add does. None: the sum has the residual's dtype."""
-
+    def promotion(self) -> Promotion | None: ...
     @property
-    def norm(self) -> nn.Module | None:
-        """The norm before the branch, apart from it so that it can be fused with the gather of rows."""
-
+    def norm(self) -> nn.Module | None: ...
     def branch_modules(self) -> list[nn.Module]:
         """The modules whose parameters are the path's."""
 
@@ -64,18 +64,17 @@ class PathModule(Protocol):
 
 
 class Decider(Protocol):
-    """Decides about the calls of a path: `StochasticDepth`, or an iteration of a scheme."""
+    """Decides how calls of a path run, in training mode: `StochasticDepth`, or an iteration of a scheme.
+
+    `phase` is `"drop"` or `"reuse"` while an iteration is open, else None. `is_in_frozen_rest` tells whether a module
+    around the path runs frozen, which then refuses second derivatives itself.
+    """
 
     @property
-    def phase(self) -> str | None:
-        """`"drop"` or `"reuse"` while an iteration is open, else None."""
-
+    def phase(self) -> str | None: ...
     @property
-    def is_in_frozen_rest(self) -> bool:
-        """Whether a module around the path runs frozen, and refuses second derivatives itself."""
-
-    def decide(self, module: PathModule, x: Tensor) -> Decision:
-        """The decision for a call of `module`, in training mode, on `x`."""
+    def is_in_frozen_rest(self) -> bool: ...
+    def decide(self, module: PathModule, x: Tensor) -> Decision: ...
 
 
 class StochasticDepth:
@@ -114,15 +113,13 @@ STOCHASTIC_DEPTH = StochasticDepth()
 
 
 class PathBinding:
-    """Ties a path to the scheme that decides for it. A copy or pickle of the path's module has a binding without one.
+    """Ties a path to the scheme that decides for it, which it holds weakly. A copy or pickle of the path's module has a
+    binding without a scheme."""
 
-    The scheme is held weakly. What decides in its place holds no reference to it.
-    """
-
-    def __init__(self) -> None:
-        self.decider: Decider = STOCHASTIC_DEPTH
+    def __init__(self, decider: Decider = STOCHASTIC_DEPTH):
+        self.decider = decider
         self.index, self.name = -1, ""
-        """Of the path in its scheme."""
+        """The path's, in its scheme."""
         self._scheme: weakref.ref[Any] | None = None
         self.branch_runner: BranchRunner | None = None
         """Runs the branch instead of the path's `run_branch`: compiled, or captured."""

@@ -18,20 +18,10 @@ from ..kernels.autograd import fused_add, plain_add, unchecked_add
 from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
 from ..kernels.spec import Add, Operands, RowSet, activated, compute_dtype
-from . import recorded
+from . import freezing, recorded
 from .arguments import Args, Kwargs, left_behind
 from .binding import STOCHASTIC_DEPTH, PathModule, name_of, not_a_tensor
 from .decision import ALL_ROWS, FROZEN, LEARN, ROWS, SKIP, Decision
-from .freezing import (
-    Frozen,
-    RequiresGrad,
-    SaveLess,
-    add_detached,
-    check_freezable,
-    refuse_second_derivatives,
-    save_less_pays,
-    touch,
-)
 from .norms import Norm
 from .path import ROWS_OF_BATCH_NORM, batch_norms_of, modules_of, parameter_refs_of
 
@@ -75,7 +65,7 @@ class PathCall:
             decision = module.binding.decider.decide(module, x) if module.training else ALL_ROWS
         if not decision.dummy_calls:
             return self.run_here(x, decision)
-        # In the order of the calls that other ranks make: collectives of theirs wait for ours.
+        # All ranks make these calls in one order, because their collectives wait for each other.
         others = [self.run_dummy(x, decision, learning=False)] if "frozen" in decision.dummy_calls else []
         out = self.run_here(x, decision)
         if "learning" in decision.dummy_calls:
@@ -83,7 +73,7 @@ class PathCall:
             others += [update, *([] if gamma is None else [gamma])]
             if decision.kind is SKIP:
                 out = self.promoted(out, update.dtype)
-        return touch(out, others)
+        return freezing.touch(out, others)
 
     def run_dummy(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
         """The branch on a row of zeros; with BatchNorm, whose statistics ranks may share, on the batch."""
@@ -175,7 +165,7 @@ class PathCall:
     ) -> Tensor:
         if not decision.also_learns:
             return self.branch(x, rows, normed)
-        with RequiresGrad(decision.also_learns, True):
+        with freezing.RequiresGrad(decision.also_learns, True):
             return self.branch(x, rows, normed)
 
     def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
@@ -186,7 +176,7 @@ class PathCall:
 
     def guarded(self, out: Tensor) -> Tensor:
         """Refuses second derivatives of a frozen call's output, unless the frozen rest around the path does so."""
-        return out if self.module.binding.decider.is_in_frozen_rest else refuse_second_derivatives(out)
+        return out if self.module.binding.decider.is_in_frozen_rest else freezing.refuse_second_derivatives(out)
 
     def needs_all_rows(self, rows: RowSet) -> bool:
         """Whether a branch with BatchNorm has to run on all rows, because the result on some rows would be wrong.
@@ -301,19 +291,20 @@ class PathCall:
     def run_frozen(self, x: Tensor, decision: Decision) -> Tensor:
         """The branch on all rows, frozen or, with `freeze="branch"`, detached."""
         residual = self.residual(x)
+        compute = lambda: self.add(residual, self.branch(x))  # noqa: E731 (γ is frozen as well)
         with self._frozen(decision):
             if decision.freeze == "branch":
-                return add_detached(residual, lambda: self.add(residual, self.branch(x)), self.module.activation)
-            return self.guarded(self.add(residual, self.branch(x)))  # γ is frozen as well
+                return freezing.add_detached(residual, compute, self.module.activation)
+            return self.guarded(compute())
 
     @contextlib.contextmanager
     def _frozen(self, decision: Decision) -> Iterator[None]:
         modules = self.modules if decision.modules is None else decision.modules
         refs = parameter_refs_of(self.module, modules)
-        check_freezable(refs)
-        with Frozen(refs, modules, decision.freeze_bn):
-            saves_less = decision.freeze == "parameters" and save_less_pays(modules)
-            with SaveLess() if saves_less else contextlib.nullcontext():
+        freezing.check_freezable(refs)
+        with freezing.Frozen(refs, modules, decision.freeze_bn):
+            saves_less = decision.freeze == "parameters" and freezing.save_less_pays(modules)
+            with freezing.SaveLess() if saves_less else contextlib.nullcontext():
                 yield
 
 

@@ -126,15 +126,13 @@ def check_freezable(refs: Iterable[ParameterRef]) -> None:
     if not is_transformed():
         return
     parameters = [module._parameters.get(name) for module, name in refs]
-    if torch._C._are_functorch_transforms_active() or any(p is not None and _has_tangent(p) for p in parameters):
+    unpack = torch.autograd.forward_ad.unpack_dual
+    has_tangent = any(p is not None and unpack(p).tangent is not None for p in parameters)
+    if torch._C._are_functorch_transforms_active() or has_tangent:
         raise RuntimeError(
             "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
             'a reuse iteration by backward() or torch.autograd.grad, or take freeze="none"'
         )
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def refuse_second_derivatives(out: Tensor) -> Tensor:
@@ -169,10 +167,8 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 
 
 def add_detached(residual: Tensor, compute: Callable[[], Tensor], activation: str | None = None) -> Tensor:
-    """`compute()`, a path's whole output `act(residual + branch)`, with the branch detached.
-
-    The gradient is that of `act(residual + constant)`. `compute` runs without recording anything.
-    """
+    """`compute()`, a path's whole output, with the branch detached: the gradient is that of `act(residual + constant)`.
+    `compute` runs without recording anything."""
     if not is_transformed():
         return _AddDetached.apply(residual, compute, activation)
     with torch.no_grad():
@@ -184,9 +180,8 @@ def add_detached(residual: Tensor, compute: Callable[[], Tensor], activation: st
 class _AddDetached(torch.autograd.Function):
     """A path whose branch is detached: d residual = d out, with relu d out · [out > 0].
 
-    It saves nothing, or with relu its output. It skips the branch's backward altogether: an autograd function's
-    `forward` runs without grad, so the branch's graph never exists. Double backward works, as the gradient is linear in
-    d out.
+    It saves nothing, or with relu its output. The branch's graph never exists, because an autograd function's `forward`
+    runs without grad. Double backward works, as the gradient is linear in d out.
     """
 
     @staticmethod
@@ -263,19 +258,8 @@ class _FrozenConv(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.config
         shape_only = dout.new_empty(1).expand(ctx.shape)
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dout,
-            shape_only,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [True, False, False],
-        )
+        options = (stride, padding, dilation, False, [0] * len(stride), groups)
+        dx, *_ = torch.ops.aten.convolution_backward(dout, shape_only, weight, None, *options, [True, False, False])
         return dx, None, None, None, None, None, None
 
 

@@ -53,13 +53,10 @@ def find_paths(
     for name, path_module in path_modules.items():
         if path_module.binding.scheme is not None and id(path_module) not in known:
             raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
-    rates: list[float | None] = [None] * len(path_modules)
-    if drop_prob is not None:
-        rates = [*drop_path_rates(drop_prob, len(path_modules), schedule)]
-    return [
-        Path(index, name, path_modules[name], rate)
-        for index, (name, rate) in enumerate(zip(path_modules, rates, strict=True))
-    ]
+    count = len(path_modules)
+    rates = [None] * count if drop_prob is None else drop_path_rates(drop_prob, count, schedule)
+    found = zip(path_modules.items(), rates, strict=True)
+    return [Path(index, name, module, rate) for index, ((name, module), rate) in enumerate(found)]
 
 
 def find_path_modules(model: nn.Module) -> dict[str, PathModule]:

@@ -28,11 +28,8 @@ from .recorded import check_arguments
 
 
 def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-    """`for path in paths: x = path(x, *args, **kwargs)`, each with those keyword arguments that it takes.
-
-    A path is a `PathModule` that is a module itself. Its `takes()` says which arguments it takes, and its `is_plain()`
-    whether the chain may run its parts instead of calling it.
-    """
+    """`for path in paths: x = path(x, *args, **kwargs)`, each with the keyword arguments that its `takes()` names. Runs
+    the parts of paths that are `is_plain()`, and calls others."""
     kernels, compiling = None, torch.compiler.is_compiling()
     recorded = not compiling and is_recorded(x)
     if recorded:
@@ -90,7 +87,8 @@ class _Chain:
         """Runs one path: its input comes with the sum of the last update, and its own update is kept for later."""
         module = call.module
         decision = module.binding.decider.decide(module, self._residual) if module.training else ALL_ROWS
-        if decision.dummy_calls or decision.row_scale is not None or self._needs_all_rows(call, decision):
+        needs_all_rows = decision.rows is not None and call.needs_all_rows(decision.rows)
+        if decision.dummy_calls or decision.row_scale is not None or needs_all_rows:
             self.go_on_from(call.run(self.finish(), decision))
             return
         if decision.kind is SKIP:
@@ -108,10 +106,6 @@ class _Chain:
         operands = Operands(self._residual, update, frozen, gamma)
         add = call.checked_add(operands, decision.rows, decision.scale)
         self._update = operands._replace(residual=None), add
-
-    @staticmethod
-    def _needs_all_rows(call: PathCall, decision: Decision) -> bool:
-        return decision.rows is not None and call.needs_all_rows(decision.rows)
 
     def _inputs(self, norm: Norm, decision: Decision) -> Results:
         """What the branch gets."""

@@ -6,29 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+
+from .pairs import Pairs
 
 
 class Alternation:
     """The handle of `ResidualDropPath.alternate`: keeps one iteration open and turns to the next at every step.
 
-    Args:
-        model: the scheme's.
-        optimizer: its steps end iterations.
-        turn: closes the open iteration and opens the next. Returns False, doing nothing, where no path has run in it.
-        end: ends this alternation.
-        warn: warns that no path ran, given where.
+    `end` is called with the handle when that is removed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        turn: Callable[[], bool],
-        end: Callable[[Alternation], None],
-        warn: Callable[[str], None],
-    ):
-        self._model, self._optimizer, self._turn, self._end, self._warn = model, optimizer, turn, end, warn
+    def __init__(self, pairs: Pairs, optimizer: torch.optim.Optimizer, end: Callable[[Alternation], None]):
+        self._pairs, self._optimizer, self._end = pairs, optimizer, end
         self._empty_steps = 0
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -39,20 +28,23 @@ class Alternation:
 
     def trains_more(self) -> bool:
         """Whether the optimizer has parameters of other models that can learn: a head outside of the scheme's."""
-        owned = {id(p) for p in self._model.parameters()}
+        owned = {id(p) for p in self._pairs.rest.model.parameters()}
         trained = (p for group in self._optimizer.param_groups for p in group["params"])
         return any(p.requires_grad and id(p) not in owned for p in trained)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if getattr(optimizer, "found_inf", None):  # a GradScaler has a fused optimizer skip by itself, inside its step
             return
-        if self._turn():
+        pairs = self._pairs
+        if pairs.open is not None and pairs.open.begun:
             self._empty_steps = 0
+            pairs.close(completed=True)
+            pairs.open_next()
             return
         # Not every step follows a forward: torch.distributed.checkpoint makes an optimizer's state by an empty one.
         self._empty_steps += 1
         if self._empty_steps == 2:
-            self._warn("two optimizer steps in a row")
+            pairs.notices.warn_not_begun("two optimizer steps in a row", pairs.paths)
 
 
 def stepped_by(optimizer: Any) -> Any:

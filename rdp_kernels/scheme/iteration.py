@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._utils.autograd import NO_BACKWARD
 from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of
 from ..paths.binding import Decider, PathModule
-from ..paths.decision import FROZEN, LEARN, ROWS, SKIP, Decision, Kind
+from ..paths.decision import FROZEN, LEARN, ROWS, SKIP, Decision
 from ..paths.freezing import FreezeBN, ParameterRef
 from ..paths.path import Path
 from ..plan import PathPlan, kept_scale
@@ -38,90 +38,68 @@ class Iteration:
     """One drop or reuse iteration. While it is open, the bindings of its paths hold it.
 
     Args:
-        phase: `"drop"` or `"reuse"`.
-        plan: which paths the drop iteration keeps, for which samples. The reuse iteration does the opposite.
-        rest: the model outside of the branches of `paths`.
+        plan: which paths the drop iteration keeps, for which samples.
         history: decides about recomputations. Held weakly, because it holds the iteration.
         forwards: in sample mode, the batch size of each forward in order. A single entry serves any number of forwards
             of that size.
     """
 
     def __init__(
-        self,
-        phase: str,
-        plan: PathPlan,
-        paths: Sequence[Path],
-        rules: Rules,
-        rest: Rest,
-        history: Decider,
-        forwards: tuple[int, ...] = (),
+        self, phase: str, plan: PathPlan, rules: Rules, rest: Rest, history: Decider, forwards: tuple[int, ...]
     ):
-        self.phase, self.plan, self.paths, self.rules, self.rest = phase, plan, paths, rules, rest
-        self.forwards = forwards
-        self.first_node = torch._C._autograd._get_sequence_nr()
-        self.last_node = float("inf")
+        self.phase, self.plan, self.mode, self.rules, self.forwards = phase, plan, plan.mode, rules, forwards
+        self.rest, self.paths, self._history = rest, rest.paths, weakref.ref(history)
+        self.first_node, self.last_node = torch._C._autograd._get_sequence_nr(), float("inf")
         """The autograd nodes of the iteration have sequence numbers in [first_node, last_node)."""
         self.is_provisional = False
         """Under `alternate` the iteration opens right after a step, and users may change the model before they call it.
         Until a path has run, what belongs to which path is looked up again."""
-        self._history = weakref.ref(history)
-        self._blockwise = [plan.mode == "block" or path.module.mode == "block" for path in paths]
-        self._ran = [False] * plan.num_paths
-        self._without_grad: set[int] = set()
-        self._with_grad: set[int] = set()
-        self._calls = [0] * plan.num_paths
+        self._freezes_rest = phase == "reuse" and rules.freezes_rest
+        self._blockwise = [self.mode == "block" or path.module.mode == "block" for path in self.paths]
+        self._ran, self._calls = [False] * len(self.paths), [0] * len(self.paths)
+        self._without_grad, self._with_grad = set[int](), set[int]()
         learns = plan.keep if phase == "drop" else ~plan.keep
-        if phase == "reuse" and rules.freeze == "none":
-            learns = torch.ones_like(learns)
-        self._learns = learns
-        sample = plan.mode == "sample"
-        self._num_learning = [part.sum(dim=1).tolist() for part in learns.split(forwards, dim=1)] if sample else []
-        """For each forward and path, how many rows learn."""
+        self._learns = torch.ones_like(learns) if phase == "reuse" and rules.freeze == "none" else learns
+        self._any_learns = self._learns if self.mode == "block" else self._learns.any(dim=1)
         self._presence: Tensor | None = None
-        """The presence on any rank, where `join` has told it."""
-        several = sample and len(forwards) > 1
+        """The presence on any rank, after `join`."""
+        several = self.mode == "sample" and len(forwards) > 1
         self._dummy_calls = self._missing_calls(self.presence()) if several else {}
         self.look_up()
 
     def look_up(self) -> None:
         """Makes the decisions anew, with the modules and shared parameters that paths have now."""
-        self._modules: Sequence[Sequence[nn.Module] | None] = [None] * len(self.paths)
-        self._also_learn: Sequence[tuple[ParameterRef, ...]] = [()] * len(self.paths)
-        if self.phase == "reuse":
-            self._modules = self.rest.modules
-            self._also_learn = [tuple(filter(_requires_grad, shared)) for shared in self.rest.shared]
+        self._modules = self.rest.modules
+        self._also_learn = [tuple(filter(_requires_grad, shared)) for shared in self.rest.shared]
         self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
-        """For a forward whose rows are on this device: the decision of each path."""
-        flags = (self._learns if self.plan.mode == "block" else self._learns.any(dim=1)).tolist()
-        kinds = [LEARN if flag else FROZEN if self.phase == "reuse" else SKIP for flag in flags]
-        self._blockwise_decisions = [self._decision(path, kind) for path, kind in enumerate(kinds)]
-        """For each path the decision that holds for all rows, where it is decided for the whole batch."""
+        """The decisions of all paths, for a forward whose rows are on this device."""
+        self._blockwise_decisions = [self._decision(path, flag) for path, flag in enumerate(self._any_learns.tolist())]
+        """The decisions of all paths, where one holds for the whole batch."""
 
     def decide(self, module: PathModule, x: Tensor, recomputing: bool = False) -> Decision:
         """The decision for a call of `module` on `x`. Raises `ValueError` for a batch that doesn't fit the plan.
 
-        In a backward, checkpointing recomputes a forward, which may be another iteration's: the history finds out
-        which, and that iteration decides with `recomputing`.
+        In a backward, checkpointing recomputes a forward: the history finds the iteration that this one belongs to,
+        which then decides with `recomputing`.
         """
         if not recomputing and torch._C._current_graph_task_id() != NO_BACKWARD:
-            history = self._history()
-            assert history is not None  # it lives as long as the scheme, and bindings are cleared with that
-            return history.decide(module, x)
+            return self._history().decide(module, x)  # type: ignore[union-attr]  # bindings are cleared before it dies
         index = module.binding.index
         if self.phase == "reuse":
             rest = self.rest
-            if not (recomputing or rest.is_entered) and (rest.owners or self.is_provisional):
+            to_check = self.is_provisional or (self._freezes_rest and rest.names)
+            if to_check and not (recomputing or rest.runs_frozen):
                 self._check_entry(index)
             (self._with_grad if torch.is_grad_enabled() else self._without_grad).add(index)
         self._ran[index] = True
         if self._blockwise[index]:
             return self._blockwise_decisions[index]
-        forward, several = 0, len(self.forwards) > 1
-        if several:
+        forward = 0
+        if len(self.forwards) > 1:
             forward = self._calls[index]  # every path counts its own calls
             if recomputing or forward == len(self.forwards):
                 raise self._no_such_forward(index, recomputing)
-            self._calls[index] = forward + 1
+            self._calls[index] += 1
         if x.shape[0] != self.forwards[forward]:
             raise ValueError(
                 f"path {self.paths[index].name!r} got {x.shape[0]} rows where this iteration's forward {forward} has "
@@ -133,11 +111,11 @@ class Iteration:
 
     @property
     def is_in_frozen_rest(self) -> bool:
-        return self.rest.is_entered
+        return self.rest.runs_frozen
 
     def look_again(self) -> None:
-        """Looks up again what belongs to which path, where users may have changed that since the iteration opened."""
-        if self.is_provisional and not self.begun and not self.rest.is_entered:
+        """Looks up again what belongs to which path, where that may have changed since the iteration opened."""
+        if self.is_provisional and not self.begun and not self.rest.runs_frozen:
             self.rest.refresh()
             self.look_up()
 
@@ -167,26 +145,15 @@ class Iteration:
         """Whether path `index` learns, on any row of this process."""
         return self._blockwise_decisions[index].kind is LEARN
 
-    @property
-    def mode(self) -> str:
-        return self.plan.mode
-
-    def paths_that_learn(self) -> Iterator[Path]:
-        """The paths that learn on any row of this process, and those in eval mode."""
-        return (path for path in self.paths if self.learns(path.index) or not path.module.training)
-
-    def learning_paths(self) -> list[Path]:
+    def learning_paths(self, anywhere: bool = True) -> list[Path]:
         """The paths that learn, and those in eval mode, which follow no plan. In sample mode, where each rank draws its
-        own plan, these are the paths that learn on any rank or, before `join`, those that may."""
-        if self._presence is not None:
+        own plan, `anywhere` adds the paths that learn on other ranks or, before `join`, those that may."""
+        learns = self._any_learns
+        if anywhere and self._presence is not None:
             learns = self._branch_calls(self._presence)["learning"].any(dim=0)
-        else:
-            learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
-            if self.plan.mode == "sample":
-                never = 1.0 if self.phase == "drop" else 0.0
-                learns = learns | (torch.tensor(self.plan.drop_probs) != never)
-        flags = learns.tolist()
-        return [path for path, flag in zip(self.paths, flags, strict=True) if flag or not path.module.training]
+        elif anywhere and self.mode == "sample":
+            learns = learns | (torch.tensor(self.plan.drop_probs) != (1.0 if self.phase == "drop" else 0.0))
+        return [p for p, flag in zip(self.paths, learns.tolist(), strict=True) if flag or not p.module.training]
 
     @property
     def dropped_paths(self) -> list[int]:
@@ -245,8 +212,7 @@ class Iteration:
     def check_complete(self) -> None:
         """Raises `RuntimeError` where a path ran in some but not all of the announced forwards, and where a path that
         learns never ran with grad although others did."""
-        learns = self._learns if self.plan.mode == "block" else self._learns.any(dim=1)
-        ran_without = [self.paths[i] for i in sorted(self._without_grad - self._with_grad) if learns[i]]
+        ran_without = [self.paths[i] for i in sorted(self._without_grad - self._with_grad) if self._any_learns[i]]
         lost = [path for path in ran_without if any(p.requires_grad for p in path.parameters())]
         if lost and self._with_grad:
             raise RuntimeError(
@@ -263,7 +229,7 @@ class Iteration:
 
     def _check_entry(self, index: int) -> None:
         self.look_again()
-        if self.rules.freezes_rest:
+        if self._freezes_rest:
             self.rest.check_entry(self.paths[index])
 
     def _no_such_forward(self, index: int, recomputing: bool) -> Exception:
@@ -281,27 +247,28 @@ class Iteration:
     def _decide_forward(self, forward: int, device: torch.device) -> list[Decision]:
         """The decisions of all paths for a forward on `device`. The rows of all paths take one copy to the device."""
         start, size = sum(self.forwards[:forward]), self.forwards[forward]
-        decisions = []
+        learns, decisions = self._learns[:, start : start + size], []
         with torch.inference_mode(False):  # a forward with grad may be the next to read the rows
-            orders, inverses = to_device(orders_of(self._learns[:, start : start + size]), device)
-            for index, count in enumerate(self._num_learning[forward]):
+            orders, inverses = to_device(orders_of(learns), device)
+            for index, count in enumerate(learns.sum(dim=1).tolist()):
                 rows = None
-                kind = LEARN if count == size else FROZEN if self.phase == "reuse" else SKIP
                 if 0 < count < size:
                     # In a drop iteration the rows behind the learning ones are dropped: the branch doesn't get them.
                     order = orders[index][:count] if self.phase == "drop" else orders[index]
-                    kind, rows = ROWS, RowSet(order, count, inverses[index])
-                decisions.append(self._decision(index, kind, rows, forward))
+                    rows = RowSet(order, count, inverses[index])
+                decisions.append(self._decision(index, count > 0, rows, forward))
         self._decisions[forward, device] = decisions
         return decisions
 
-    def _decision(self, index: int, kind: Kind, rows: RowSet | None = None, forward: int = 0) -> Decision:
-        rules, scale = self.rules, 1.0
-        if self.phase == "drop":
-            scale = kept_scale(self.plan.drop_probs[index], rules.scale_by_keep)
-        modules, also_learns = self._modules[index], self._also_learn[index]
+    def _decision(self, index: int, learns: bool, rows: RowSet | None = None, forward: int = 0) -> Decision:
+        kind = ROWS if rows is not None else LEARN if learns else FROZEN if self.phase == "reuse" else SKIP
         dummy_calls = self._dummy_calls.get((forward, index), ())
-        return Decision(kind, rows, scale, rules.freeze, rules.freeze_bn, modules, also_learns, dummy_calls=dummy_calls)
+        options = self.rules.freeze, self.rules.freeze_bn
+        if self.phase == "drop":
+            scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep)
+            return Decision(kind, rows, scale, *options, dummy_calls=dummy_calls)
+        shared = self._also_learn[index]
+        return Decision(kind, rows, 1.0, *options, self._modules[index], shared, dummy_calls=dummy_calls)
 
 
 def _requires_grad(ref: ParameterRef) -> bool:

@@ -5,20 +5,76 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._utils.autograd import in_backward
 from .._utils.ranks import rank, world_size
-from ..paths.binding import Decider, PathBinding
+from ..paths.binding import STOCHASTIC_DEPTH, Decider, PathBinding, PathModule
+from ..paths.decision import Decision
 from ..paths.path import Path, find_paths, path_modules_among, refuse_batch_norm
 from ..plan import PathPlan, draw_keep, plan_generator
-from .history import History
 from .iteration import Iteration, Rules, check_plan
 from .notices import Notices
+from .rest import Rest
 from .state import PHASES, BatchSize, State, forwards_of
+
+MOST_CLOSED = 16
+"""How many closed iterations are remembered: more than a loop leaves behind before the last of their backwards."""
+
+
+class History:
+    """Decides for the paths of a scheme while no iteration is open. Holds no reference to the scheme, which would
+    otherwise live as long as its paths."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[Path], rules: Rules):
+        self.open: Iteration | None = None
+        self.closed: deque[Iteration] = deque(maxlen=MOST_CLOSED)
+        self._rules = rules
+        itself = weakref.ref(self)
+        self.rest = Rest(model, paths, lambda: (it := itself()) is not None and it._freezes_rest(), rules.freeze_bn)
+
+    @property
+    def phase(self) -> str | None:
+        return None if self.open is None else self.open.phase
+
+    @property
+    def is_in_frozen_rest(self) -> bool:
+        return self.rest.runs_frozen
+
+    def decide(self, module: PathModule, x: Tensor) -> Decision:
+        recomputing = in_backward()
+        iteration = self._current(recomputing)
+        if iteration is None:
+            return STOCHASTIC_DEPTH.decide(module, x)
+        return iteration.decide(module, x, recomputing)
+
+    def _current(self, recomputing: bool) -> Iteration | None:
+        """The open iteration, or the one whose forward is recomputed, which autograd's sequence numbers tell."""
+        if not recomputing:
+            return self.open
+        node = torch._C._current_autograd_node()._sequence_nr()
+        for iteration in (self.open, *reversed(self.closed)):
+            if iteration is not None and iteration.first_node <= node < iteration.last_node:
+                return iteration
+        if len(self.closed) == MOST_CLOSED and node < self.closed[0].first_node:
+            raise RuntimeError(f"checkpointing recomputes a forward from over {MOST_CLOSED} iterations ago")
+        return None
+
+    def _freezes_rest(self) -> bool:
+        """Whether a module of the rest that is called now runs frozen."""
+        recomputing = in_backward()
+        iteration = self._current(recomputing) if self._rules.freezes_rest else None
+        if iteration is None or iteration.phase != "reuse":
+            return False
+        if not recomputing:
+            iteration.look_again()
+        return True
 
 
 class Pairs:
@@ -45,10 +101,8 @@ class Pairs:
         self.trains_more: Callable[[], bool] | None = None
         """Under `alternate`: whether the optimizer has parameters of other models that can learn."""
         self.notices = Notices()
-        self.history = History(model, self.paths, rules)
-        self.rest = self.history.rest
-        self._scheme = weakref.ref(scheme)
-        self._bindings: list[weakref.ref[PathBinding]] = []
+        self.history, self._scheme = History(model, self.paths, rules), weakref.ref(scheme)
+        self.rest, self._bindings = self.history.rest, list[weakref.ref[PathBinding]]()
         self._bind()
         self.remove = weakref.finalize(scheme, _remove, self.rest.handles, self._bindings)
 
@@ -74,7 +128,7 @@ class Pairs:
         return [p for p in self.rest.model.parameters() if id(p) not in learning]
 
     def drops_all(self, iteration: Iteration) -> bool:
-        """Whether nothing can learn in a drop iteration because its plan drops all that can."""
+        """Whether nothing can learn in a drop iteration, because its plan drops all that can."""
         return not self._learns_anything(iteration) and self._can_learn(iteration.dropped_paths)
 
     def _can_learn(self, dropped: list[int]) -> bool:
@@ -88,8 +142,7 @@ class Pairs:
 
     def _learns_anything(self, iteration: Iteration) -> bool:
         # Ranks that draw apart and haven't agreed must not leave out what others run.
-        anywhere = iteration.mode == "sample" and world_size() > 1
-        paths = iteration.learning_paths() if anywhere else iteration.paths_that_learn()
+        paths = iteration.learning_paths(anywhere=iteration.mode == "sample" and world_size() > 1)
         if any(p.requires_grad for path in paths for p in path.parameters()):
             return True
         if self.trains_more is not None and self.trains_more():
@@ -101,7 +154,7 @@ class Pairs:
 
     # Making iterations
 
-    def drop(self, batch_size: BatchSize, plan: PathPlan | None) -> Iteration:
+    def drop(self, batch_size: BatchSize = None, plan: PathPlan | None = None) -> Iteration:
         """The drop iteration of a new pair. Draws its plan unless one is given."""
         self.check_none_open()
         self._look_up_paths()
@@ -110,7 +163,7 @@ class Pairs:
             plan = self._draw(forwards)
         else:
             check_plan(plan, self.paths, self.mode, forwards, self.rules)
-        return self._iteration("drop", plan, forwards)
+        return self._announced(self._iteration("drop", plan, forwards))
 
     def reuse(self) -> Iteration:
         """The reuse iteration that is pending."""
@@ -121,7 +174,7 @@ class Pairs:
         self.rest.refresh()
         if path_modules_among(itertools.chain.from_iterable(self.rest.modules)):
             find_paths(self.rest.model)  # raises: one lies inside another
-        return self._iteration("reuse", self.pending.plan, self.pending.forwards)
+        return self._announced(self._iteration("reuse", self.pending.plan, self.pending.forwards))
 
     def refuse_reuse(self) -> NoReturn:
         raise RuntimeError(
@@ -130,16 +183,20 @@ class Pairs:
         )
 
     def check_none_open(self) -> None:
-        if self.open is None:
-            return
-        if self.trains_more is not None:
+        if self.open is not None and self.trains_more is not None:
             raise RuntimeError("alternate() has iterations open already: call its handle's remove() first")
-        raise RuntimeError(
-            f"a {self.open.phase} iteration is open, and iterations don't nest: leave it, or call reset()"
-        )
+        if self.open is not None:
+            raise RuntimeError(
+                f"a {self.open.phase} iteration is open, and iterations don't nest: leave it, or call reset()"
+            )
+
+    def _announced(self, iteration: Iteration) -> Iteration:
+        for call in self.on_begin:
+            call(iteration)
+        return iteration
 
     def _iteration(self, phase: str, plan: PathPlan, forwards: tuple[int, ...]) -> Iteration:
-        return Iteration(phase, plan, self.paths, self.rules, self.rest, self.history, forwards)
+        return Iteration(phase, plan, self.rules, self.rest, self.history, forwards)
 
     def _forwards(self, batch_size: BatchSize, plan: PathPlan | None) -> tuple[int, ...]:
         forwards = () if batch_size is None else forwards_of(batch_size)
@@ -171,7 +228,6 @@ class Pairs:
         An optimizer step without gradients fails under AMP, so an iteration in which nothing can learn is left out, and
         what follows it is next. Where nothing of the model ever can, something elsewhere learns: the iteration is run.
         """
-        self.announce(iteration)
         if iteration.phase == "drop":
             if not self.drops_all(iteration):
                 return True
@@ -181,10 +237,6 @@ class Pairs:
             return True
         self.pending = None
         return False
-
-    def announce(self, iteration: Iteration) -> None:
-        for call in self.on_begin:
-            call(iteration)
 
     @contextlib.contextmanager
     def opened(self, iteration: Iteration) -> Iterator[None]:
@@ -200,14 +252,12 @@ class Pairs:
 
     def open_next(self) -> None:
         """Under `alternate`: opens the next iteration in which anything can learn."""
-        iteration = self._next()
-        while not self.starts(iteration):
-            iteration = self._next()
+        while True:
+            iteration = self.drop() if self.pending is None else self.reuse()
+            if self.starts(iteration):
+                break
         iteration.is_provisional = iteration.phase == "reuse"
         self.begin(iteration)
-
-    def _next(self) -> Iteration:
-        return self.drop(None, None) if self.pending is None else self.reuse()
 
     def begin(self, iteration: Iteration) -> None:
         self.pending, self.history.open = None, iteration
@@ -219,7 +269,10 @@ class Pairs:
         leaves_idle = iteration.phase == ("drop" if self.rules.freeze == "none" else "reuse")
         if completed and leaves_idle and self.notices.looks_at_gradients():
             idle = self.idle_parameters()
-        self.history.close()
+        iteration.close()
+        self.rest.release()
+        self.history.open = None
+        self.history.closed.append(iteration)
         self._hand_over(self.history)
         if not completed:
             return
@@ -251,8 +304,7 @@ class Pairs:
     # The paths
 
     def _look_up_paths(self) -> None:
-        """Finds the model's paths anew where they have changed. Raises `RuntimeError` between two iterations of a pair,
-        whose plan is about the paths as they were."""
+        """Finds the model's paths anew if they have changed. Raises `RuntimeError` between the iterations of a pair."""
         path_modules = self.rest.path_modules()
         if path_modules == [path.module for path in self.paths]:
             return

@@ -12,16 +12,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..paths import freezing
 from ..paths.binding import PathModule
-from ..paths.freezing import (
-    FreezeBN,
-    Frozen,
-    ParameterRef,
-    check_freezable,
-    keeps_statistics,
-    refuse_second_derivatives,
-    tensors_of,
-)
+from ..paths.freezing import FreezeBN, Frozen, ParameterRef
 from ..paths.path import Path, path_modules_among, walk
 
 
@@ -39,13 +32,13 @@ class Rest:
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
         """While a model that is compiled whole runs: flags may not change then; gradients are discarded instead."""
-        self.is_entered = False
+        self.runs_frozen = False
         """Whether a module of the rest is running, frozen."""
         self.modules: list[list[nn.Module]] = []
         """For each path the modules of its branch."""
         self.shared: list[list[ParameterRef]] = []
         """For each path its parameters that the rest shares."""
-        self.owners: set[str] = set()
+        self.names: set[str] = set()
         """Names of the modules that own parameters or running statistics of the rest."""
         self.handles: dict[int, list[RemovableHandle]] = {}
         """The handles of the hooks, by the module's id."""
@@ -59,7 +52,7 @@ class Rest:
         self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._holders: dict[int, str] = {}
-        self.owners = set()
+        self.names = set()
         branches = [path.module.branch_modules() for path in self.paths]
         self._branches = {id(module) for modules in branches for module in modules}
         self.modules = [
@@ -73,11 +66,11 @@ class Rest:
         for name, module in walked:
             named = module._parameters.items()
             own = [(module, key) for key, p in named if p is not None and (id(module), key) not in owned]
-            batch_norm = keeps_statistics(module) and id(module) not in inside
+            batch_norm = freezing.keeps_statistics(module) and id(module) not in inside
             self._refs += own
             self._batch_norms += [module] * batch_norm
             if own or batch_norm:
-                self.owners.add(name)
+                self.names.add(name)
             for path_module in path_modules_among([module]):
                 self._holders[id(path_module)] = name
         self._hook(walked)
@@ -89,8 +82,8 @@ class Rest:
             self.shared.append(shared)
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
-        """Puts hooks on the owners and the modules around them, and takes them off others."""
-        around = {name for owner in self.owners for name in _around(owner)}
+        """Puts hooks on the modules in `names` and those around them, and takes them off others."""
+        around = {name for own in self.names for name in _around(own)}
         wanted = {id(module): module for name, module in walked if name in around}
         for key in self._hooked.keys() - wanted.keys():
             for handle in self.handles.pop(key):
@@ -116,10 +109,10 @@ class Rest:
         Something else then ran before it, such as a method of the model, and may have used parameters that should have
         been frozen.
         """
-        if self.is_entered:
+        if self.runs_frozen:
             return
         for around in reversed([*_around(self._holders.get(id(path.module), ""))]):
-            own = self.model.get_submodule(around).parameters(recurse=False) if around in self.owners else ()
+            own = self.model.get_submodule(around).parameters(recurse=False) if around in self.names else ()
             if any(p.requires_grad for p in own):
                 raise RuntimeError(
                     f"path {path.name!r} runs in a reuse iteration without a call of {around or 'the model'!r}, whose "
@@ -132,7 +125,7 @@ class Rest:
         if self._freeze is not None:
             self._freeze.__exit__()
         self._outermost = self._freeze = None
-        self.is_entered = False
+        self.runs_frozen = False
 
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules outside of branches with their names, each once, parents first."""
@@ -150,21 +143,21 @@ class Rest:
                     stack.append((prefix + child_name, child))
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        if self.in_graph or self.is_entered:
+        if self.in_graph or self.runs_frozen:
             return
         # Paths in training mode follow the plan, and then the rest does, even in eval mode.
         training = module.training or any(path.module.training for path in self.paths)
         if training and self._is_frozen():
-            check_freezable(self._refs)
-            self._outermost, self.is_entered = module, True
+            freezing.check_freezable(self._refs)
+            self._outermost, self.runs_frozen = module, True
             self._freeze = Frozen(self._refs, self._batch_norms, self._freeze_bn)
             self._freeze.__enter__()
 
     def _leave(self, module: nn.Module, _: Any, out: Any) -> None:
         if not self.in_graph and self._outermost is module:
             self.release()
-            for tensor in tensors_of(out):
-                refuse_second_derivatives(tensor)
+            for tensor in freezing.tensors_of(out):
+                freezing.refuse_second_derivatives(tensor)
 
 
 def _around(name: str) -> Iterator[str]:

@@ -160,7 +160,6 @@ class ResidualDropPath:
         """
         pairs = self._pairs
         iteration = pairs.drop(batch_size, plan)
-        pairs.announce(iteration)
         if plan is None and pairs.drops_all(iteration):
             pairs.pending = iteration
             raise RuntimeError(
@@ -247,7 +246,7 @@ class ResidualDropPath:
         pairs = self._pairs
         pairs.check_none_open()
         pairs.open_next()
-        self._alternation = Alternation(self._rest.model, optimizer, self._turn, self._end_alternation, self._warn_idle)
+        self._alternation = Alternation(pairs, optimizer, self._end_alternation)
         pairs.trains_more = self._alternation.trains_more
         return self._alternation
 
@@ -294,8 +293,7 @@ class ResidualDropPath:
         resuming starts over with an iteration whose optimizer step was still to come. In sample mode each rank saves
         its own.
         """
-        if not self._at_rest():
-            raise RuntimeError(f"state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        self._check_at_rest("state_dict")
         pairs = self._pairs
         drawn, pair = pairs.drawn, pairs.pending
         if pairs.open is not None and pairs.open.phase == "drop":
@@ -311,8 +309,7 @@ class ResidualDropPath:
         Raises `ValueError` for a damaged state or one of another mode or number of paths, and `RuntimeError` inside an
         iteration; the scheme is then as before.
         """
-        if not self._at_rest():
-            raise RuntimeError(f"load_state_dict() inside an open {self.phase} iteration: call it after the iteration")
+        self._check_at_rest("load_state_dict")
         loaded = State.from_dict(state)
         if (loaded.mode, loaded.num_paths) != (self.mode, len(self.paths)):
             raise ValueError(
@@ -325,8 +322,9 @@ class ResidualDropPath:
         if self._alternation is not None:
             self._pairs.open_next()
 
-    def _at_rest(self) -> bool:
-        return self._pairs.open is None or self._alternation is not None
+    def _check_at_rest(self, method: str) -> None:
+        if self._pairs.open is not None and self._alternation is None:
+            raise RuntimeError(f"{method}() inside an open {self.phase} iteration: call it after the iteration")
 
     def __copy__(self) -> NoReturn:
         raise TypeError(COPIED)
@@ -340,21 +338,8 @@ class ResidualDropPath:
         warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
-    # What an alternation calls
-
-    def _turn(self) -> bool:
-        iteration = self._pairs.open
-        if iteration is None or not iteration.begun:
-            return False
-        self._pairs.close(completed=True)
-        self._pairs.open_next()
-        return True
-
     def _end_alternation(self, alternation: Alternation) -> None:
         if self._alternation is alternation:
             state, self._alternation, self._pairs.trains_more = self.state_dict(), None, None
             self._pairs.reset()
             self.load_state_dict(state)
-
-    def _warn_idle(self, where: str) -> None:
-        self._pairs.notices.warn_not_begun(where, self.paths)
