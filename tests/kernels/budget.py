@@ -141,7 +141,8 @@ def _share(error: Tensor, allowed: Tensor) -> Tensor:
 def _norm_is_torchs(case: Case, operands: Operands) -> bool:
     if case.norm is None:
         return False
-    return resolve("path", operands, None, NextInput(norm=case.norm), required=False).library is None
+    served = resolve("path", operands, None, NextInput(norm=case.norm), required=False)
+    return served.library is None or not served.takes_norm
 
 
 def gradients(results: Results, operands: Operands, douts: Results) -> Operands:
