@@ -129,7 +129,7 @@ def unchecked_add(
         options = rows, scale, channel_dim, activation_code(activation)
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
     if learns and is_grad_enabled():
-        return _run(kernels.ShortAdd(factors, options), residual, update, gamma)
+        return _run(kernels.ShortAdd, (factors, options), residual, update, gamma)
     return kernels.residual_add(residual, update, gamma, factors, *options)
 
 
@@ -139,7 +139,7 @@ def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
     if kernels is None or type(rows) is not Tensor:
         return None
     if residual.requires_grad and is_grad_enabled():
-        return _run(kernels.ShortGather(rows), residual)
+        return _run(kernels.ShortGather, rows, residual)
     return kernels.gather_rows(residual, rows)
 
 
@@ -172,12 +172,12 @@ class FusedCall:
 
     def __call__(self, operands: Operands) -> Results:
         """The results, except for what the norm's backward needs."""
-        return Results(*_FusedAdd.apply(self, *operands)[:3])
+        return Results(*_FusedAdd.apply(FusedCall, self, *operands)[:3])
 
     def forward(self, ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass
         through, what the norm saw with its statistics, and the sum where there is an activation."""
-        operands, needed = Operands(*tensors), Operands(*ctx.needs_input_grad[1:])
+        operands, needed, ctx.call = Operands(*tensors), Operands(*ctx.needs_input_grad[2:]), self
         add, next_input, num_saved = self.add, self.next_input, 0
         if next_input is not None and next_input.norm is not None and self.is_recorded and any(needed):
             num_saved = next_input.num_with_gradient(operands.residual.shape[0])
@@ -207,10 +207,11 @@ class FusedCall:
             ctx.mark_non_differentiable(*(t for t in detached if t is not None))
         return out, results.next, results.frozen_next, None if norm_input is out else norm_input
 
-    def passes_on(self, saved: tuple, needs: tuple) -> bool:
-        return False
+    passed_on = None
 
-    def backward(self, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
+    @staticmethod
+    def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
+        self = ctx.call
         update, gamma, weight, out, norm_input, mean, rstd, *spec_tensors = saved
         add, next_input = joined(spec_tensors, self.numbers)
         grads = self.kernels.fused_add_bwd(
@@ -220,7 +221,7 @@ class FusedCall:
             Results(*gradients[:3]),
             add,
             next_input,
-            Operands(*needs[1:]),
+            Operands(*needs[2:]),
             in_place=self.owns_gradient and not twice,
         )
         if self.previous is not None:
@@ -229,28 +230,31 @@ class FusedCall:
 
 
 class _FusedAdd(torch.autograd.Function):
-    """The one node over all kernels. `call` saves what its backward needs, and runs the kernels.
+    """The one node over all kernels. `kind`, `FusedCall` or a class of `native.short`, runs them for a `call` and saves
+    what its backward needs.
 
     Differentiable once: what a call saves is an operand or a result, so that autograd knows that the gradients depend
     on the operands.
     """
 
     @staticmethod
-    def forward(ctx, call, *operands):
-        ctx.call = call
-        return call.forward(ctx, *operands)
+    def forward(ctx, kind, call, *operands):
+        ctx.kind = kind
+        return kind.forward(call, ctx, *operands)
 
     @staticmethod
     def backward(ctx, *gradients):
-        call, saved, needs, twice = ctx.call, ctx.saved_tensors, ctx.needs_input_grad, torch.is_grad_enabled()
-        if call.passes_on(saved, needs):
-            return tuple(gradients[0] if needed else None for needed in needs)
+        kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
+        if kind.passed_on is not None:
+            grads = kind.passed_on(ctx, saved, gradients, needs)
+            if grads is not None:
+                return None, None, *grads
         check_untransformed(*gradients)
-        if not twice:
-            return None, *call.backward(saved, gradients, needs, False)
+        if not is_grad_enabled():
+            return None, None, *kind.backward(ctx, saved, gradients, needs, False)
         with torch.no_grad():
-            grads = call.backward(saved, gradients, needs, True)
-        return None, *differentiable_once(grads, (*gradients, *saved))
+            grads = kind.backward(ctx, saved, gradients, needs, True)
+        return None, None, *differentiable_once(grads, (*gradients, *saved))
 
 
 # `Function.apply` without its look for functorch, which isn't active here: a quarter of what it costs.
