@@ -18,24 +18,19 @@ from .dispatch import kernels_named
 from .layout import Layout
 from .spec import Add, NextInput, Operands, Results, residual_of
 
-_TYPES = dict.fromkeys((*Operands._fields, *Results._fields, *SpecTensors._fields), "Tensor?") | {
-    "library": "str",
-    "adds": "bool",
-    "num_learning": "SymInt",
-    "scale": "float",
-    "channel_dim": "int",
-    "activation": "str?",
-    "gives_next": "bool",
-    "num_next_learning": "SymInt",
-    "norm": "str?",
-    "eps": "float",
-    "detached": "str?",
-    "saves": "bool",
-    "shape": "SymInt[]",
-    "order": "int[]",
-    "dtypes": "str[]",
-    "wanted": "bool[]",
+_NAMES_BY_TYPE = {
+    "str": ("library",),
+    "bool": ("adds", "gives_next", "saves"),
+    "int": ("channel_dim",),
+    "SymInt": ("num_learning", "num_next_learning"),
+    "float": ("scale", "eps"),
+    "str?": ("activation", "norm", "detached"),
+    "SymInt[]": ("shape",),
+    "int[]": ("order",),
+    "str[]": ("dtypes",),
+    "bool[]": ("wanted",),
 }
+_TYPES = {name: kind for kind, names in _NAMES_BY_TYPE.items() for name in names}  # all others are "Tensor?"
 _GRADIENTS = tuple(f"d{name}" for name in Results._fields[:3])
 _SPEC = (*SpecTensors._fields, *SpecNumbers._fields)
 _SAVED = ("update", "gamma", "weight", "bias", "out", "norm_input", "mean", "rstd")
@@ -43,13 +38,8 @@ _GEOMETRY = ("shape", "order", "dtypes")
 # The arguments of the two ops, in order.
 _FORWARD = ("library", *Operands._fields, *_SPEC, "saves")
 _BACKWARD = ("library", *_GRADIENTS, *_SAVED, *_SPEC, *_GEOMETRY, "wanted")
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {getattr(torch, name): name for name in ("float32", "float64", "bfloat16", "float16")}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 DIFFERENTIABLE_ONCE = (
     "the kernels of rdp_kernels are differentiable once: for second derivatives run the forward and its backwards, or "
     'export them, within rdp.use_backend("eager")'

@@ -31,12 +31,8 @@ def fused_add_fwd(
     num_saved: int = 0,
     in_place: bool = False,
 ) -> tuple[Results, Context]:
-    """Adds an update to the residual, gathers the next branch's rows, or both.
-
-    Args:
-        in_place: the sum overwrites `operands.residual`, which must be dense; there must be no activation.
-        num_saved: used by libraries that have norms.
-    """
+    """Adds an update to the residual, gathers the next branch's rows, or both. Arguments as in `triton.launchers`;
+    `num_saved` is for libraries that have norms."""
     context = context_of(operands, None, None)
     residual, update, frozen_update = (_conform(context.layout, t) for t in operands[:3])
     spec = Add() if add is None else add
@@ -67,14 +63,7 @@ def fused_add_bwd(
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
-    """The gradients of the operands that are `wanted` (bools).
-
-    Args:
-        operands: `update` where dγ is wanted, `gamma` where a gradient passes through it; else None.
-        results: `out` where there is an activation.
-        gradients: the results' gradients; None means zero.
-        in_place: the residual's gradient may overwrite the gradient of `out`, which must be dense.
-    """
+    """The gradients of the operands that are `wanted`. Arguments as in `triton.launchers`, without those of a norm."""
     dout, dnext, dfrozen_next = (_conform(context.layout, t) for t in gradients[:3])
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
