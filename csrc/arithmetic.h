@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define RDP_ELEMENT __host__ __device__ __forceinline__
@@ -27,10 +28,21 @@ RDP_ELEMENT T activated(T x) {
   return KIND == Activation::relu && x < T(0) ? T(0) : x;
 }
 
-// The gradient of a ReLU's argument; `out` is its result. NaN passes, as in torch.
-template <class T>
-RDP_ELEMENT T relu_gradient(T dout, T out) {
-  return out <= T(0) ? T(0) : dout;
+// The gradient of an activation's argument; `out` is the activation's result. NaN passes, as in torch.
+template <Activation KIND, class T>
+RDP_ELEMENT T activation_gradient(T dout, T out) {
+  return KIND == Activation::relu && out <= T(0) ? T(0) : dout;
+}
+
+// Calls `body` with the activation as a constant: `decltype(kind)::value` within it.
+template <class Body>
+RDP_ELEMENT void with_activation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::none:
+      return body(std::integral_constant<Activation, Activation::none>());
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+  }
 }
 
 // The term of one element in the sum for dγ.

@@ -61,6 +61,7 @@ struct BackwardArguments {
   const Tensor *dout = nullptr, *dnext = nullptr, *dfrozen_next = nullptr;
   const Tensor *branch = nullptr, *out = nullptr, *dresidual = nullptr;
   Addend addend;
+  Activation activation = Activation::none;
   NextRows next;
   int64_t batch_size = 0;
   bool in_float64 = false, wants_residual = false;
@@ -148,6 +149,9 @@ BackwardResults backward(const BackwardArguments& given) {
   call.geometry = layout.geometry(batch_size, channel_dim);
   call.gamma = layout.vector("gamma", addend.gamma, layout.size(channel_dim));
   call.in_float64 = given.in_float64;
+  call.activation = given.activation;
+  STD_TORCH_CHECK((call.activation != Activation::none) == (given.out != nullptr),
+                  "out must be given where there is an activation, and only there");
   for (const Samples* samples : {&call.dnext, &call.dfrozen_next, &call.out}) {
     STD_TORCH_CHECK(!*samples || samples->dtype == dtype, "dnext, dfrozen_next and out must have the dtype of dout");
   }
@@ -193,8 +197,8 @@ ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, c
 FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext, const MaybeTensor& dfrozen_next,
                           const MaybeTensor& branch, const MaybeTensor& gamma, const MaybeTensor& out,
                           const MaybeTensor& rows, int64_t num_learning, const MaybeTensor& row_scale, double scale,
-                          int64_t channel_dim, const MaybeTensor& next_rows, int64_t num_next_learning,
-                          int64_t batch_size, bool in_float64, bool wants_residual, MaybeType branch_dtype,
+                          int64_t channel_dim, int64_t activation, const MaybeTensor& next_rows,
+                          int64_t num_next_learning, int64_t batch_size, bool in_float64, bool wants_residual, MaybeType branch_dtype,
                           MaybeType frozen_dtype, MaybeType gamma_dtype, const MaybeTensor& dresidual) {
   auto [made, dbranch, dfrozen, dgamma] = backward({
       .dout = pointer(dout),
@@ -204,6 +208,7 @@ FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext
       .out = pointer(out),
       .dresidual = pointer(dresidual),
       .addend = {pointer(gamma), pointer(rows), pointer(row_scale), num_learning, scale, channel_dim},
+      .activation = activation_of(activation),
       .next = {pointer(next_rows), num_next_learning},
       .batch_size = batch_size,
       .in_float64 = in_float64,
@@ -241,7 +246,7 @@ MaybeTensor residual_add(const Tensor& residual, const Tensor& branch, const May
 ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch, const MaybeTensor& gamma,
                                    const MaybeTensor& row_scale, bool wants_branch, const MaybeTensor& out,
                                    const MaybeTensor& rows, double scale, int64_t channel_dim,
-                                   MaybeType branch_dtype) {
+                                   MaybeType branch_dtype, int64_t activation) {
   STD_TORCH_CHECK(dout.dim() > 0, "dout must have its rows in dimension 0");
   STD_TORCH_CHECK(gamma || !branch, "gamma must be given where its gradient is wanted, that is, where branch is");
   const ScalarType dout_dtype = dout.scalar_type(), gamma_dtype = gamma ? gamma->scalar_type() : dout_dtype;
@@ -252,6 +257,7 @@ ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch
       .branch = pointer(branch),
       .out = pointer(out),
       .addend = {pointer(gamma), pointer(rows), pointer(row_scale), ALL, scale, channel_dim},
+      .activation = activation_of(activation),
       .batch_size = dout.size(0),
       .in_float64 = dout_dtype == DOUBLE || gamma_dtype == DOUBLE || *branch_dtype == DOUBLE,
       .wants_residual = out.has_value(),
@@ -286,7 +292,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add_backward(Tensor dout, Tensor? branch=None, Tensor? gamma=None, Tensor? row_scale=None, "
       "bool wants_branch=True, Tensor? out=None, Tensor? rows=None, float scale=1.0, int channel_dim=-1, "
-      "ScalarType? branch_dtype=None) -> (Tensor?, Tensor?, Tensor?)");
+      "ScalarType? branch_dtype=None, int activation=0) -> (Tensor?, Tensor?, Tensor?)");
   ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor?");
   ops.def("native_gather_rows_backward(Tensor dout, Tensor rows, int batch_size) -> Tensor");
   ops.def(
@@ -295,7 +301,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
       "int num_next_learning, Tensor(a!)? out) -> (Tensor?, Tensor?, Tensor?)");
   ops.def(
       "native_fused_add_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
-      "Tensor? out, Tensor? rows, int num_learning, Tensor? row_scale, float scale, int channel_dim, "
+      "Tensor? out, Tensor? rows, int num_learning, Tensor? row_scale, float scale, int channel_dim, int activation, "
       "Tensor? next_rows, int num_next_learning, int batch_size, bool in_float64, bool wants_residual, "
       "ScalarType? branch_dtype, ScalarType? frozen_dtype, ScalarType? gamma_dtype, Tensor(a!)? dresidual) "
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");

@@ -87,6 +87,7 @@ struct FusedAddForward {
 struct FusedAddBackward {
   Geometry geometry;
   bool in_float64 = false;
+  Activation activation = Activation::none;  // `out` is given where there is one
   RowSet rows, next_rows;
   Scale scale;
   Samples dout, dnext, dfrozen_next, out, update;

@@ -31,7 +31,7 @@ def fused_add_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gam
                   num_learning=-1, row_scale=None, channel_dim=-1, next_rows=None, num_next_learning=-1, batch_size=B,
                   gamma_dtype=torch.float32, dresidual=None, wants_residual=True):  # fmt: skip
     return OPS.native_fused_add_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, num_learning, row_scale, 1.0,
-                                    channel_dim, next_rows, num_next_learning, batch_size, False, wants_residual,
+                                    channel_dim, int(out is not None), next_rows, num_next_learning, batch_size, False, wants_residual,
                                     torch.float32, None, gamma_dtype, dresidual)  # fmt: skip
 
 

@@ -158,7 +158,7 @@ class ItemBackward {
     if (!changes) return d;
     const Acc* out = call_.out ? buffer_.read(loops_, call_.out, sample, piece) : nullptr;
     Acc* to = call_.dresidual ? combined_.target(call_.dresidual, sample, piece) : combined_.elements;
-    loops_.combine(to, d, dnext, out, piece.n);
+    loops_.combine(to, d, dnext, out, call_.activation, piece.n);
     if (call_.dresidual) combined_.store(loops_, call_.dresidual, sample, piece);
     return to;
   }

@@ -13,7 +13,7 @@ struct RowLoops {
   void (*add)(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, Activation activation,
               int64_t n);
   void (*activate)(Acc* out, const Acc* x, Activation activation, int64_t n);
-  void (*combine)(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, int64_t n);
+  void (*combine)(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, Activation activation, int64_t n);
   void (*scaled)(Acc* to, const Acc* d, const Acc* gamma, Acc scale, int64_t n);
   void (*accumulate)(Acc* sums, const Acc* d, const Acc* update, Acc scale, int64_t n);
   void (*scaled_and_accumulated)(Acc* to, Acc* sums, const Acc* d, const Acc* update, const Acc* gamma, Acc scale,

@@ -123,33 +123,32 @@ void add_to(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, 
 template <class Acc>
 void add(Acc* out, const Acc* residual, const Acc* update, const Acc* gamma, Acc scale, Activation activation,
          int64_t n) {
-  switch (activation) {
-    case Activation::none:
-      return add_to<Acc, Activation::none>(out, residual, update, gamma, scale, n);
-    case Activation::relu:
-      return add_to<Acc, Activation::relu>(out, residual, update, gamma, scale, n);
-  }
+  with_activation(activation, [=](auto kind) {
+    add_to<Acc, decltype(kind)::value>(out, residual, update, gamma, scale, n);
+  });
 }
 
 template <class Acc>
 void activate(Acc* out, const Acc* x, Activation activation, int64_t n) {
-  if (activation != Activation::relu) return;
-  RDP_VECTORISED
-  for (int64_t i = 0; i < n; ++i) out[i] = activated<Activation::relu>(x[i]);
+  with_activation(activation, [=](auto kind) {
+    RDP_VECTORISED
+    for (int64_t i = 0; i < n; ++i) out[i] = activated<decltype(kind)::value>(x[i]);
+  });
 }
 
-// The gradient of the sum before its activation. A null `dnext` stands for zeros, a null `out` for no activation.
+// The gradient of the sum before its activation. A null `dnext` stands for zeros. Without an activation `out` is null.
 template <class Acc>
-void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, int64_t n) {
+void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, Activation activation, int64_t n) {
   if (dnext != nullptr) {
     RDP_VECTORISED
     for (int64_t i = 0; i < n; ++i) to[i] = dout[i] + dnext[i];
     dout = to;
   }
-  if (out != nullptr) {
+  if (out == nullptr) return;
+  with_activation(activation, [=](auto kind) {
     RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) to[i] = relu_gradient(dout[i], out[i]);
-  }
+    for (int64_t i = 0; i < n; ++i) to[i] = activation_gradient<decltype(kind)::value>(dout[i], out[i]);
+  });
 }
 
 template <class Acc>

@@ -51,10 +51,10 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
           sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
         }
       }
-      if (call.activation == Activation::relu) {
+      with_activation(call.activation, [&](auto kind) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] = activated<Activation::relu>(sum[i]);
-      }
+        for (int i = 0; i < N; ++i) sum[i] = activated<decltype(kind)::value>(sum[i]);
+      });
       store<S, N>(at<S>(call.out, sample, offset), sum);
     }
   }
@@ -77,8 +77,10 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& 
   if (call.out) {
     float out[N];
     load<S, N>(out, at<const S>(call.out, sample, offset));
+    with_activation(call.activation, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] = relu_gradient(d[i], out[i]);
+      for (int i = 0; i < N; ++i) d[i] = activation_gradient<decltype(kind)::value>(d[i], out[i]);
+    });
   }
   return true;
 }

@@ -23,18 +23,20 @@ Detached = Literal["frozen", "all"]
 
 @dataclass(frozen=True)
 class ActivationKind:
-    """A function that may follow the sum. Kernels compute its derivative from its output.
+    """A function that may follow the sum.
 
     Args:
-        code: its number in kernels, that of `Activation` in `csrc/fused_add.h`; 0 stands for no activation.
+        code: its number in `Activation` of `csrc/arithmetic.h`, where 0 means no activation.
         formula: the function in torch.
+        derivative: its derivative as a function of its output, which is what a backward has.
     """
 
     code: int
     formula: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
 
 
-ACTIVATIONS: dict[str, ActivationKind] = {"relu": ActivationKind(1, torch.relu)}
+ACTIVATIONS: dict[str, ActivationKind] = {"relu": ActivationKind(1, torch.relu, lambda out: out > 0)}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from .._utils.checks import is_transformed
+from ..kernels.spec import ACTIVATIONS
 
 ParameterRef = tuple[nn.Module, str]
 """A parameter, as its module and its name there. FSDP puts another object under that name while the module runs."""
@@ -173,20 +174,21 @@ def add_detached(residual: Tensor, compute: Callable[[], Tensor], activation: st
         return _AddDetached.apply(residual, compute, activation)
     with torch.no_grad():
         out = compute().detach()
-    passed = residual if activation is None else residual * (out > 0)
+    passed = residual if activation is None else residual * ACTIVATIONS[activation].derivative(out)
     return out + (passed - passed.detach())  # has the values of `out`
 
 
 class _AddDetached(torch.autograd.Function):
-    """A path whose branch is detached: d residual = d out, with relu d out · [out > 0].
+    """A path whose branch is detached: d residual = d out · act'(out).
 
-    It saves nothing, or with relu its output. The branch's graph never exists, because an autograd function's `forward`
-    runs without grad. Double backward works, as the gradient is linear in d out.
+    It saves nothing, or with an activation its output. The branch's graph never exists, because an autograd function's
+    `forward` runs without grad. Double backward works, as the gradient is linear in d out.
     """
 
     @staticmethod
     def forward(ctx, residual, compute, activation):
         out = compute()
+        ctx.activation = activation
         if activation is not None:
             ctx.save_for_backward(out)
         return out
@@ -194,7 +196,7 @@ class _AddDetached(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         for out in ctx.saved_tensors:
-            dout = dout * (out > 0)
+            dout = dout * ACTIVATIONS[ctx.activation].derivative(out)
         return dout, None, None
 
 

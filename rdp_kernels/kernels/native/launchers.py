@@ -81,6 +81,7 @@ def fused_add_bwd(
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
+        activation_code(spec.activation),
         *_rows(None if next_input is None else next_input.rows),
         context.shape[0],
         context.compute == torch.float64,

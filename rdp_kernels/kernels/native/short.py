@@ -58,8 +58,8 @@ class ShortAdd:
         options: tuple = ()
         if further:
             rows, out = further
-            scale, channel_dim, _ = ctx.numbers
-            options = wants_update, out, rows, scale, channel_dim, ctx.update_dtype
+            scale, channel_dim, activation = ctx.numbers
+            options = wants_update, out, rows, scale, channel_dim, ctx.update_dtype, activation
         elif not wants_update or ctx.update_dtype is not None:
             options = wants_update, None, None, 1.0, -1, ctx.update_dtype
         dresidual, dupdate, dgamma = _residual_add_backward(
