@@ -78,12 +78,13 @@ class Step:
     state: dict[str, Any]
     generators: dict[str, Any]
 
-    def numbers(self, with_buffers: bool) -> dict[str, Tensor]:
+    def numbers(self, buffers: bool = False) -> dict[str, Tensor]:
         """The outputs, the gradients that aren't None and, if asked for, the buffers, by the words for them."""
         found = {f"output {i}": t.detach() for i, t in enumerate(tensors_of(self.output))}
         found |= {name: t for name, t in self.gradients.items() if t is not None}
-        buffers = {name: t for name, t in self.state.items() if name.startswith("the buffer") and t is not None}
-        return found | (buffers if with_buffers else {})
+        if buffers:
+            found |= {name: t for name, t in self.state.items() if name.startswith("the buffer") and t is not None}
+        return found
 
 
 def step_of(
