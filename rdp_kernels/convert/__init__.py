@@ -43,7 +43,7 @@ from .converted import ConvertedPath, class_among
 from .differences import likeness
 from .followed import Followed
 from .graphs import is_add
-from .libraries import MODULE_CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from .libraries import MODULE_CONTAINERS, REFUSED, drop_paths_of, rate_of
 from .observed import Law, kind_of, law_of
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
 from .side_products import side_products_of
@@ -95,7 +95,7 @@ def convert(
     names = {id(module): name for name, module in model.named_modules()}
     report, inside = _found_already(model, names)
     blocks = [module for module in model.modules() if _may_convert(module)]
-    with_drop_path = [block for block in blocks if owns_drop_path(block)]
+    with_drop_path = [block for block in blocks if drop_paths_of(block)]
     without = [] if drop_prob is None else [block for block in blocks if block not in with_drop_path]
     refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
     done: list[nn.Module] = []

@@ -35,10 +35,10 @@ from .check import (
 from .differences import Differences, rounded
 from .libraries import is_drop_path
 from .report import describe
-from .snapshot import generator_states, moved_generators, preserved_generators
+from .snapshot import generator_states, moved_generators, preserved_generators, set_seed
 from .source import install
 from .spec import Recipe
-from .step import BlockRunner, Setting, Step, called, set_seed, state_of, step_of, step_of_converted
+from .step import BlockRunner, Setting, Step, called, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
 """There are two, as one mask of dropout may hide a difference."""

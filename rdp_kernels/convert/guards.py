@@ -68,11 +68,6 @@ class Guard:
     num_modules: int = 0
     kind: str = "value"
 
-    @classmethod
-    def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> Guard:
-        """A guard with a copy of the value, as lists and dicts may change in place."""
-        return cls(place, tuple(path), copy.deepcopy(value), num_modules, kind)
-
     def __deepcopy__(self, memo: object) -> Guard:
         return self
 
@@ -125,8 +120,9 @@ class Findings:
         return tuple(self._guards.values())
 
     def guard(self, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> None:
-        """Adds a guard, unless there is one for the same place and kind. The arguments are those of `Guard.of`."""
-        self._guards.setdefault((place, tuple(path), kind), Guard.of(place, path, value, num_modules, kind))
+        """Adds a guard with a copy of the value, which may change in place, unless its place and kind have one."""
+        copied = copy.deepcopy(value)
+        self._guards.setdefault((place, tuple(path), kind), Guard(place, tuple(path), copied, num_modules, kind))
 
     def guard_of(self, place: str, path: Sequence[str], kind: str = "value") -> Guard | None:
         return self._guards.get((place, tuple(path), kind))

@@ -218,16 +218,13 @@ def global_containers(base: type) -> Iterator[tuple[str, Any]]:
         if function.__code__ in seen or not of_user(function.__code__):
             continue
         seen.add(function.__code__)
-        for name in names_in(function.__code__):
-            value = function.__globals__.get(name)
+        held = [(name, function.__globals__.get(name)) for name in names_in(function.__code__)]
+        held += zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
+        held += [("a default argument", value) for value in function.__defaults__ or ()]
+        for name, value in held:
             if isinstance(value, types.FunctionType):
                 stack.append(value)
             elif type(value) in CONTAINERS:
-                yield name, value
-        stack += [f for cell in function.__closure__ or () if isinstance(f := contents_of(cell), types.FunctionType)]
-        held = zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
-        for name, value in (*held, *(("a default argument", value) for value in function.__defaults__ or ())):
-            if type(value) in CONTAINERS:
                 yield name, value
 
 

@@ -10,24 +10,21 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import os
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .called import ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
+from .called import TORCH, ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
 from .calls import Refused
 from .guards import MISSING, Findings, Guard, can_be_pickled, is_constant
 from .libraries import MODULE_CONTAINERS
 from .python_code import CodeReader, RanCode, class_of_user, global_containers, names_in
 from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_generators, set_generator_states
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _SCALARS = (int, float, bool, str, type(None))
 
 
@@ -189,7 +186,7 @@ class Watch:
     def _sees_change(self, frame: types.FrameType) -> bool:
         """Whether a change is the forward's own or made for it by a method of `torch.nn.Module`."""
         file = frame.f_code.co_filename
-        by_torch = file.startswith(_TORCH) and not file.startswith(_TORCH + "fx")
+        by_torch = file.startswith(TORCH) and not file.startswith(TORCH + "fx")
         return not self.paused and threading.get_ident() == self._thread and (by_torch or of_user(frame.f_code))
 
     def _dotted(self, module: nn.Module, name: str) -> str:
