@@ -27,12 +27,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._utils.checks import check_bool, check_probability
 from .._utils.example_inputs import example_inputs_of
 from .._utils.modes import in_eval
 from ..paths.binding import PathBinding
+from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, paths_of
 from .calls import BlockCall, Refused, record_calls
 from .carve import Carved, carve
@@ -349,7 +350,10 @@ class _Converter:
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
-            if any(t.is_meta for t in [*block.parameters(), *block.buffers(), *_tensors_of(calls)]):
+            if any(
+                t.is_meta
+                for t in [*block.parameters(), *block.buffers(), *tensors_of([call.flat()[0] for call in calls])]
+            ):
                 raise Refused(
                     "it is on the meta device, and the check needs numbers: materialise the model first (to_empty, and "
                     "load its weights), or call rdp.convert(model, check=False)"
@@ -382,10 +386,6 @@ def _why_none(named: dict[str, nn.Module], carved: Carved) -> str:
     if any(map(is_add, carved.reference.nodes)):
         return "no add in its own forward has a summand that is computed with weights from the other"
     return "no add in its own forward"
-
-
-def _tensors_of(calls: Sequence[BlockCall]) -> list[Tensor]:
-    return [value for call in calls for value in call.flat()[0] if isinstance(value, Tensor)]
 
 
 def _code(traced: Trace) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import sysconfig
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,19 @@ _FUNCTIONS_OF_TENSORS = {
     "is_distributed", "is_inference", "is_coalesced", "is_contiguous", "is_pinned", "is_set_to", "is_shared",
 }  # fmt: skip
 _IMPURE_TORCH = ("distributed", "random", "cuda", "backends", "amp", "autograd/graph", "autograd/grad_mode", "_C")
+
+
+def classes_of(kind: type) -> list[type]:
+    """A class and its bases outside of torch."""
+    return [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code and the code of what is defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_in(constant)
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from .graphs import (
     Values,
     check_mutations,
     computed_only_for,
-    copy_of,
     drop_dead,
     fold_nothing,
     is_add,
@@ -76,7 +75,8 @@ def carve(
     sites = drop_path_sites(graph, modules, values)
     if not sites and unnamed:
         sites = unnamed_sites(block, graph, modules, values)
-    reference = copy_of(graph)
+    reference = fx.Graph()
+    reference.output(reference.graph_copy(graph, {}))
     carving = _Carving(block, graph, modules, values, batch_sizes)
     found: dict[int, tuple[PathSpec, fx.Graph]] = {}
     refused: list[tuple[str, str]] = []
@@ -93,13 +93,15 @@ def carve(
             if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
-    carving.renumber(sorted(found))
+    places = {number: place for place, number in enumerate(sorted(found))}
+    for number, place in places.items():
+        call = carving.calls[number]
+        call.args = (place, *call.args[1:])
     drop_dead(graph)
     graph.lint()
-    specs, branches = zip(*(found[number] for number in sorted(found)), strict=True) if found else ((), ())
-    places = {number: place for place, number in enumerate(sorted(found))}
     called = [(site.drop_path, places.get(number)) for number, site in enumerate(sites)]
-    return Carved(graph, list(branches), list(specs), refused, nested, reference, called)
+    specs, branches = [found[number][0] for number in places], [found[number][1] for number in places]
+    return Carved(graph, branches, specs, refused, nested, reference, called)
 
 
 @dataclass
@@ -109,7 +111,8 @@ class _Carving:
     modules: dict[str, nn.Module]
     values: Values
     batch_sizes: tuple[int, ...]
-    _calls: dict[int, fx.Node] = field(default_factory=dict)
+    calls: dict[int, fx.Node] = field(default_factory=dict)
+    """The call of each path, by the number of its site."""
     gone: dict[fx.Node, str] = field(default_factory=dict)
     """The nodes that were cut out, each with the name of the path whose branch took it."""
 
@@ -164,7 +167,7 @@ class _Carving:
             kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
             # torch.fx prints this as `self._rdp_run_path(...)`, like the call of a child.
             call = self.graph.create_node("call_module", RUN_PATH, (number, x, *further), kwargs, "residual")
-        self._calls[number] = call
+        self.calls[number] = call
         self.values.alias(call, replaced)
         replaced.replace_all_uses_with(call)
         for node in [replaced, site.node, *reversed(inside)]:
@@ -172,12 +175,6 @@ class _Carving:
                 self.graph.erase_node(node)
                 self.gone[node] = spec.name
         return spec, branch
-
-    def renumber(self, numbers: list[int]) -> None:
-        """Makes the calls name each path by its place among those that were cut."""
-        for place, number in enumerate(numbers):
-            call = self._calls[number]
-            call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
         """Raises `Refused` where a branch picks rows by number or compares their count: both change if rows drop."""

@@ -237,11 +237,14 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
         _check_generators(probe)
         mode = _mode(probe)
         _check_gradient(probe)
-        _check_dtypes(probe)
+        for dtype in (torch.bfloat16, torch.float16):
+            if _scale(probe, 0.5, dtype, 1e-2) != _scale(probe, 0.5):
+                raise NoLaw(f"it scales {_short(dtype)} in another way than float32")
     with at(0.0):
         _check_identity(probe.run(), probe.x(4), "in training, where it doesn't drop,")
-    scales = []
-    for wanted in (*_PROBED, *_present(probe, attribute, keeps)):
+    now, scales = float(probe.numbers[attribute]), []
+    present = [1 - now if keeps else now] if 0.0 < now < 0.95 else []
+    for wanted in (*_PROBED, *present):
         with at(wanted) as value:
             p = 1 - value if keeps else value
             _check_identity(probe.run(training=False), probe.x(4), "in eval mode")
@@ -256,11 +259,6 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
     if len(set(scales)) > 1:
         raise NoLaw("it scales by 1 / (1 - p) at some rates only")
     return mode, scales[0] != 1.0
-
-
-def _present(probe: Probe, attribute: str, keeps: bool) -> list[float]:
-    value = float(probe.numbers[attribute])
-    return [1 - value if keeps else value] if 0.0 < value < 0.95 else []
 
 
 def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> float:
@@ -337,12 +335,6 @@ def _check_gradient(probe: Probe) -> None:
         wanted = probe.x(64, seed=2) * factors.reshape(-1, *[1] * (x.dim() - 1))
         if x.grad is None or not torch.allclose(x.grad, wanted, rtol=1e-5, atol=1e-6):
             raise NoLaw("its gradient isn't what it multiplies its input by")
-
-
-def _check_dtypes(probe: Probe) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        if _scale(probe, 0.5, dtype, 1e-2) != _scale(probe, 0.5):
-            raise NoLaw(f"it scales {_short(dtype)} in another way than float32")
 
 
 def _check_others(probe: Probe, attribute: str) -> None:

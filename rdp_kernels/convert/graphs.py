@@ -127,12 +127,6 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (tuple, list)) and all(map(_is_nothing, value)))
 
 
-def copy_of(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
-
-
 def module_calls(nodes: Iterable[fx.Node]) -> list[str]:
     """The names of the modules that the nodes call, each once. Calls of paths are left out."""
     names = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")

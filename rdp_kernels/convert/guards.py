@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .called import classes_of
 from .calls import CONSTANTS
 
 _CONSTANTS = (*CONSTANTS, numbers.Number, enum.Enum, bytes, range, torch.memory_format, torch.layout)
@@ -168,12 +169,7 @@ class Guards:
 def functions_of(base: type) -> Iterator[types.FunctionType]:
     """The functions of a class and of its bases outside of torch, and the functions in their closures."""
     seen: set[int] = set()
-    stack: list[Any] = [
-        value
-        for cls in base.__mro__
-        if not cls.__module__.startswith("torch.") and cls is not object
-        for value in vars(cls).values()
-    ]
+    stack: list[Any] = [value for cls in classes_of(base) for value in vars(cls).values()]
     while stack:
         value = stack.pop(0)
         value = getattr(value, "__func__", value)

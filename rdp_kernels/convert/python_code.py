@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .called import library_of, of_user
+from .called import codes_in, library_of, of_user
 from .guards import Findings, can_be_pickled, cells_of, contents_of, functions_of, is_constant
 from .snapshot import CONTAINERS
 
@@ -229,7 +229,7 @@ def global_containers(base: type) -> Iterator[tuple[str, Any]]:
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+    return {name for inner in codes_in(code) for name in inner.co_names}
 
 
 def class_of_user(cls: type) -> bool:
@@ -301,8 +301,7 @@ def _qualified(code: types.CodeType) -> str:
 
 
 def _holds(outer: types.CodeType, inner: types.CodeType) -> bool:
-    codes = [c for c in outer.co_consts if isinstance(c, types.CodeType)]
-    return any(code is inner or _holds(code, inner) for code in codes)
+    return any(code is inner for code in codes_in(outer))
 
 
 def _is_library(module: types.ModuleType) -> bool:

@@ -100,8 +100,8 @@ class _Tracer(fx.Tracer):
         try:
             with torch.enable_grad():
                 self._ambient = ambient()
-                self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}))
-                self._watch.several_inputs = sum(isinstance(value, Tensor) for value in self._inputs) > 1
+                several = sum(isinstance(value, Tensor) for value in self._inputs) > 1
+                self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}), several)
                 with self._watch():
                     graph = self.trace(block)
         finally:

@@ -25,6 +25,8 @@ from .libraries import MODULE_CONTAINERS
 from .python_code import CodeReader, RanCode, class_of_user, global_containers, names_in
 from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_generators, set_generator_states
 
+_LISTINGS = [n + kind for kind in ("parameters", "buffers", "children", "modules") for n in ("", "named_")]
+"""Methods of `nn.Module` that list what a module holds."""
 _SCALARS = (int, float, bool, str, type(None))
 
 
@@ -33,10 +35,11 @@ class Watch:
 
     Args:
         tensor: makes the stand-in for a tensor, given its name, that the block's code reads from a module.
+        several_inputs: whether the forward is called with more than one tensor.
     """
 
-    def __init__(self, block: nn.Module, tensor: Callable[[str], Any]):
-        self._block, self._tensor = block, tensor
+    def __init__(self, block: nn.Module, tensor: Callable[[str], Any], several_inputs: bool):
+        self._block, self._tensor, self._several_inputs = block, tensor, several_inputs
         self._paths = {id(module): name for name, module in block.named_modules()}
         self._thread = threading.get_ident()
         self._swapped: dict[int, tuple[Any, type]] = {}
@@ -50,8 +53,6 @@ class Watch:
         self._classes = [(cls, dict(vars(cls))) for cls in classes if class_of_user(cls)]
         self.paused = False
         """True while children run for their values."""
-        self.several_inputs = False
-        """Whether the forward is called with more than one tensor."""
 
     @property
     def guards(self) -> tuple[Guard, ...]:
@@ -93,7 +94,7 @@ class Watch:
             )
         if ambient() != around:
             self._findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
-        CodeReader(self._block, self._ran, self._findings, self.several_inputs).read()
+        CodeReader(self._block, self._ran, self._findings, self._several_inputs).read()
         if self._findings.refusals:
             raise Refused(self._findings.refusals[0])
 
@@ -139,43 +140,31 @@ class Watch:
                 raise watch.refuse(f"its forward deletes {watch._name(module, name)}")
             delete(module, name)
 
-        walks = {
-            name: getattr(nn.Module, name) for name in ("parameters", "buffers", "named_parameters", "named_buffers")
-        }
+        originals = {name: getattr(nn.Module, name) for name in _LISTINGS}
 
-        def walk(original: Callable[..., Iterator[Any]], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def list_held(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
             found = original(module, *args, **kwargs)
             if not (watch._sees(sys._getframe(2)) and id(module) in watch._paths):
                 return found
-            named = original.__name__.startswith("named_")
-            names = [name for name, _ in walks[f"named_{original.__name__.removeprefix('named_')}"](module)]
-            stand_ins = [(name, watch._tensor(watch._dotted(module, name))) for name in names]
-            return iter(stand_ins if named else [tensor for _, tensor in stand_ins])
-
-        listings = {
-            name: getattr(nn.Module, name) for name in ("children", "modules", "named_children", "named_modules")
-        }
-
-        def list_children(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            found = original(module, *args, **kwargs)
-            if watch._sees(sys._getframe(2)) and id(module) in watch._paths:
-                deep = original.__name__.endswith("modules")
-                for inner in list(listings["modules"](module)) if deep else [module]:
+            what = original.__name__.removeprefix("named_")
+            if what in ("children", "modules"):
+                for inner in list(originals["modules"](module)) if what == "modules" else [module]:
                     watch._guard_names(inner)
-            return found
+                return found
+            names = [name for name, _ in originals[f"named_{what}"](module)]
+            stand_ins = [(name, watch._tensor(watch._dotted(module, name))) for name in names]
+            return iter([tensor for _, tensor in stand_ins] if what == original.__name__ else stand_ins)
 
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__, nn.Module.__delattr__ = write, remove  # type: ignore[method-assign, assignment]
-        for name, original in walks.items():
-            setattr(nn.Module, name, _method(walk, original))
-        for name, original in listings.items():
-            setattr(nn.Module, name, _method(list_children, original))
+        for name, original in originals.items():
+            setattr(nn.Module, name, _method(list_held, original))
         try:
             yield
         finally:
             del nn.Module.__getattribute__
             nn.Module.__setattr__, nn.Module.__delattr__ = set_, delete  # type: ignore[method-assign]
-            for name, original in (walks | listings).items():
+            for name, original in originals.items():
                 setattr(nn.Module, name, original)
             for thing, kind in self._swapped.values():
                 object.__setattr__(thing, "__class__", kind)
