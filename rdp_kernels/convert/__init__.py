@@ -350,10 +350,8 @@ class _Converter:
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
-            if any(
-                t.is_meta
-                for t in [*block.parameters(), *block.buffers(), *tensors_of([call.flat()[0] for call in calls])]
-            ):
+            given = tensors_of([call.flat()[0] for call in calls])
+            if any(t.is_meta for t in (*block.parameters(), *block.buffers(), *given)):
                 raise Refused(
                     "it is on the meta device, and the check needs numbers: materialise the model first (to_empty, and "
                     "load its weights), or call rdp.convert(model, check=False)"

@@ -49,7 +49,10 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         raise NoLaw("it has parameters")
     found_numbers, constants = dict[str, Any](), dict[str, Any]()
     own = {name: value for name, value in module.__dict__.items() if name not in _BASE}
-    for name, value in {**_of_classes(type(module)), **own, **module._buffers}.items():
+    held = dict[str, Any]()
+    for cls in reversed(classes_of(type(module))):  # without the methods
+        held |= {name: v for name, v in vars(cls).items() if not name.startswith("__") and not hasattr(v, "__get__")}
+    for name, value in (held | own | module._buffers).items():
         if is_number(value):
             found_numbers[name] = value
         elif _is_constant(value):
@@ -63,14 +66,6 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _is_constant(value: Any) -> bool:
     return all(map(_is_constant, value)) if type(value) in (tuple, torch.Size) else isinstance(value, _CONSTANTS)
-
-
-def _of_classes(kind: type) -> dict[str, Any]:
-    """The attributes of a module's classes that aren't methods."""
-    found: dict[str, Any] = {}
-    for cls in reversed(classes_of(kind)):
-        found |= {name: v for name, v in vars(cls).items() if not name.startswith("__") and not hasattr(v, "__get__")}
-    return found
 
 
 def reads_training(kind: type[nn.Module]) -> bool:

@@ -115,8 +115,8 @@ class _Tracer(fx.Tracer):
             self._guard_dtypes(block)
         graph.lint()
         inputs = tuple(map(self._what_decided, self._inputs)) if self._decided else None
-        sets = tuple(self._watch.sets.items())
-        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
+        guards, sets = self._watch.findings.guards, tuple(self._watch.sets.items())
+        return Trace(graph, self._signature, guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
 
     def _guard_dtypes(self, block: nn.Module) -> None:
         """Guards one parameter of each dtype, as `half()` changes all of them."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .called import TORCH, ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
 from .calls import Refused
-from .guards import MISSING, Findings, Guard, can_be_pickled, is_constant
+from .guards import MISSING, Findings, can_be_pickled, is_constant
 from .libraries import MODULE_CONTAINERS
 from .python_code import CodeReader, RanCode, class_of_user, global_containers, names_in
 from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_generators, set_generator_states
@@ -43,7 +43,7 @@ class Watch:
         self._paths = {id(module): name for name, module in block.named_modules()}
         self._thread = threading.get_ident()
         self._swapped: dict[int, tuple[Any, type]] = {}
-        self._ran, self._findings = RanCode(), Findings()
+        self._ran, self.findings = RanCode(), Findings()
         self.sets: dict[str, Any] = {}
         """Attributes that the forward sets on the block to the same constant in each call."""
         self._unset: dict[str, Any] = {}
@@ -54,18 +54,14 @@ class Watch:
         self.paused = False
         """True while children run for their values."""
 
-    @property
-    def guards(self) -> tuple[Guard, ...]:
-        return self._findings.guards
-
     def refuse(self, reason: str) -> Refused:
         """Notes a reason and returns the error to raise. The reason counts even if the forward catches the error."""
-        self._findings.refuse(reason)
+        self.findings.refuse(reason)
         return Refused(reason)
 
     def guard(self, path: tuple[str, ...], value: Any, num_modules: int = 0, kind: str = "value") -> None:
         """Adds a guard on an attribute of the block."""
-        self._findings.guard("block", path, value, num_modules, kind)
+        self.findings.guard("block", path, value, num_modules, kind)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -81,29 +77,29 @@ class Watch:
         except Refused:
             raise
         except Exception as error:
-            if self._findings.refusals:
-                raise Refused(self._findings.refusals[0]) from error
+            if self.findings.refusals:
+                raise Refused(self.findings.refusals[0]) from error
             raise
         finally:
             moved = moved_generators(before, generator_states())
             set_generator_states(before)
             self._put_back()
         if moved:
-            self._findings.refusals.insert(
+            self.findings.refusals.insert(
                 0, f"its forward draws random numbers from {moved[0]} that no tensor's operation draws"
             )
         if ambient() != around:
-            self._findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
-        CodeReader(self._block, self._ran, self._findings, self._several_inputs).read()
-        if self._findings.refusals:
-            raise Refused(self._findings.refusals[0])
+            self.findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
+        CodeReader(self._block, self._ran, self.findings, self._several_inputs).read()
+        if self.findings.refusals:
+            raise Refused(self.findings.refusals[0])
 
     def _put_back(self) -> None:
         """Restores attributes, containers and classes that the forward changed."""
         for name, value in self._unset.items():
-            read = self._findings.guard_of("block", (name,))
+            read = self.findings.guard_of("block", (name,))
             if read is not None and read.value != self.sets[name]:  # the next call would read another value
-                self._findings.refuse(f"its forward sets {name!r}")
+                self.findings.refuse(f"its forward sets {name!r}")
             if value is MISSING:
                 self._block.__dict__.pop(name, None)
             else:
@@ -111,12 +107,12 @@ class Watch:
         for name, container, contents in self._containers.values():
             if items_of(container) != items_of(contents):
                 fill(container, contents)
-                self._findings.refuse(f"its forward changes what is in {name!r}")
+                self.findings.refuse(f"its forward changes what is in {name!r}")
         for cls, before in self._classes:
             for name in before.keys() | vars(cls).keys():
                 value = vars(cls).get(name, MISSING)
                 if value is not before.get(name, MISSING):
-                    self._findings.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
+                    self.findings.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
                     delattr(cls, name) if name not in before else setattr(cls, name, before[name])
 
     # Attributes
@@ -329,7 +325,7 @@ class Watch:
             return
         if event == "c_call":
             if of_user(frame.f_code):
-                self._findings.refuse(why_not_built_in(called))
+                self.findings.refuse(why_not_built_in(called))
             return
         code, caller = frame.f_code, frame.f_back
         library = library_of(code.co_filename)
@@ -345,9 +341,9 @@ class Watch:
             return
         by_user = of_user(caller.f_code)
         if code.co_name == "__enter__" and (by_user or library == "user" or is_context(code, caller.f_code)):
-            self._findings.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
+            self.findings.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
         elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
-            self._findings.refuse(why_not_library(code))
+            self.findings.refuse(why_not_library(code))
 
 
 class _Nothing:
