@@ -27,12 +27,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._utils.checks import check_bool, check_probability
 from .._utils.example_inputs import example_inputs_of
 from .._utils.modes import in_eval
 from ..paths.binding import PathBinding
+from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, paths_of
 from .calls import BlockCall, Refused, record_calls
 from .carve import Carved, carve
@@ -43,7 +44,7 @@ from .converted import ConvertedPath, class_among
 from .differences import likeness
 from .followed import Followed
 from .graphs import is_add
-from .libraries import MODULE_CONTAINERS, REFUSED, drop_paths_of, owns_drop_path, rate_of
+from .libraries import MODULE_CONTAINERS, REFUSED, drop_paths_of, rate_of
 from .observed import Law, kind_of, law_of
 from .report import BlockReport, ConversionError, ConversionReport, PathReport, describe
 from .side_products import side_products_of
@@ -95,7 +96,7 @@ def convert(
     names = {id(module): name for name, module in model.named_modules()}
     report, inside = _found_already(model, names)
     blocks = [module for module in model.modules() if _may_convert(module)]
-    with_drop_path = [block for block in blocks if owns_drop_path(block)]
+    with_drop_path = [block for block in blocks if drop_paths_of(block)]
     without = [] if drop_prob is None else [block for block in blocks if block not in with_drop_path]
     refused_before = {block: block.__dict__.get(REFUSED) for block in with_drop_path}
     done: list[nn.Module] = []
@@ -349,7 +350,8 @@ class _Converter:
         carved = carve(block, traced, inputs, self._batch_sizes, unnamed)  # type: ignore[arg-type]
         recipe = recipe_of(traced, carved)
         if self._checks and recipe.paths:
-            if any(t.is_meta for t in [*block.parameters(), *block.buffers(), *_tensors_of(calls)]):
+            given = tensors_of([call.flat()[0] for call in calls])
+            if any(t.is_meta for t in (*block.parameters(), *block.buffers(), *given)):
                 raise Refused(
                     "it is on the meta device, and the check needs numbers: materialise the model first (to_empty, and "
                     "load its weights), or call rdp.convert(model, check=False)"
@@ -382,10 +384,6 @@ def _why_none(named: dict[str, nn.Module], carved: Carved) -> str:
     if any(map(is_add, carved.reference.nodes)):
         return "no add in its own forward has a summand that is computed with weights from the other"
     return "no add in its own forward"
-
-
-def _tensors_of(calls: Sequence[BlockCall]) -> list[Tensor]:
-    return [value for call in calls for value in call.flat()[0] if isinstance(value, Tensor)]
 
 
 def _code(traced: Trace) -> str:

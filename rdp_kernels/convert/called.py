@@ -7,13 +7,14 @@ import os
 import re
 import sysconfig
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
 _PURE = {
     "functools", "typing", "enum", "collections", "copy", "dataclasses", "abc", "numbers", "operator", "types", "re",
@@ -37,12 +38,25 @@ _FUNCTIONS_OF_TENSORS = {
 _IMPURE_TORCH = ("distributed", "random", "cuda", "backends", "amp", "autograd/graph", "autograd/grad_mode", "_C")
 
 
+def classes_of(kind: type) -> list[type]:
+    """A class and its bases outside of torch."""
+    return [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code and the code of what is defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_in(constant)
+
+
 @functools.cache
 def library_of(file: str) -> str:
     """Whose file it is: "user", "torch", "ours" or "stdlib"."""
     if file.startswith(_OURS) or file.startswith("<rdp.convert"):
         return "ours"
-    if file.startswith(_TORCH):
+    if file.startswith(TORCH):
         return "torch"
     if file.startswith(_STDLIB) and "site-packages" not in file and "dist-packages" not in file:
         return "stdlib"
@@ -56,8 +70,8 @@ def of_user(code: types.CodeType) -> bool:
 def why_not_library(code: types.CodeType) -> str | None:
     """Why a graph can't repeat a call of a Python function of torch or of the standard library; None where it can."""
     file, name = code.co_filename, code.co_name
-    if file.startswith(_TORCH):
-        place = file[len(_TORCH) :].removesuffix(".py")
+    if file.startswith(TORCH):
+        place = file[len(TORCH) :].removesuffix(".py")
         if place == "nn/modules/module" and name.startswith(("register_", "add_", "_apply", "load_", "zero_", "apply")):
             return f"its forward calls {name} of a module, which changes it"
         if place == "utils/checkpoint":
@@ -96,9 +110,7 @@ def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
     """Whether an `__enter__` with this code and caller is a context of torch's, or is entered through contextlib. A
     decorator of the forward may enter it too."""
     places = ("amp/autocast_mode.py", "autograd/grad_mode.py", "autograd/graph.py", "autograd/profiler.py", "random.py")
-    return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(
-        tuple(_TORCH + p for p in places)
-    )
+    return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(tuple(TORCH + p for p in places))
 
 
 def context_name(frame: types.FrameType) -> str:

@@ -79,7 +79,7 @@ class Signature:
         if kwargs or not self.is_flat or len(args) != len(self.is_input) or any(map(_is_container, args)):
             flat, structure = pytree.tree_flatten((args, kwargs))
             if structure != _loaded(self.structure):  # a torch.Size was recorded as a tuple
-                flat, structure = pytree.tree_flatten(pytree.tree_map(_itself, (args, kwargs)))
+                flat, structure = pytree.tree_flatten(pytree.tree_map(lambda value: value, (args, kwargs)))
                 if structure != _loaded(self.structure):
                     return None
         inputs = []
@@ -95,10 +95,6 @@ class Signature:
         values = iter(inputs)
         flat = [next(values) if given else c for given, c in zip(self.is_input, self.constants, strict=True)]
         return pytree.tree_unflatten(flat, _loaded(self.structure))
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def _is_container(value: Any) -> bool:

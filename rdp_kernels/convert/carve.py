@@ -16,17 +16,15 @@ from ..paths.path import paths_of
 from .calls import HoldsPaths, Refused
 from .converted import RUN_PATH
 from .graphs import (
+    IN_PLACE_ADDS,
     Values,
     check_mutations,
     computed_only_for,
-    copied_into,
-    copy_of,
     drop_dead,
     fold_nothing,
     is_add,
     is_float,
     is_heavy,
-    is_in_place,
     module_calls,
 )
 from .guards import is_constant
@@ -77,7 +75,8 @@ def carve(
     sites = drop_path_sites(graph, modules, values)
     if not sites and unnamed:
         sites = unnamed_sites(block, graph, modules, values)
-    reference = copy_of(graph)
+    reference = fx.Graph()
+    reference.output(reference.graph_copy(graph, {}))
     carving = _Carving(block, graph, modules, values, batch_sizes)
     found: dict[int, tuple[PathSpec, fx.Graph]] = {}
     refused: list[tuple[str, str]] = []
@@ -86,7 +85,7 @@ def carve(
         site = sites[number]
         try:
             if site.node not in graph.nodes:
-                nested.insert(0, (site.name, carving.around(site.node)))
+                nested.insert(0, (site.name, carving.gone[site.node]))
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
@@ -94,13 +93,15 @@ def carve(
             if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
-    carving.renumber(sorted(found))
+    places = {number: place for place, number in enumerate(sorted(found))}
+    for number, place in places.items():
+        call = carving.calls[number]
+        call.args = (place, *call.args[1:])
     drop_dead(graph)
     graph.lint()
-    specs, branches = zip(*(found[number] for number in sorted(found)), strict=True) if found else ((), ())
-    places = {number: place for place, number in enumerate(sorted(found))}
     called = [(site.drop_path, places.get(number)) for number, site in enumerate(sites)]
-    return Carved(graph, list(branches), list(specs), refused, nested, reference, called)
+    specs, branches = [found[number][0] for number in places], [found[number][1] for number in places]
+    return Carved(graph, branches, specs, refused, nested, reference, called)
 
 
 @dataclass
@@ -110,8 +111,10 @@ class _Carving:
     modules: dict[str, nn.Module]
     values: Values
     batch_sizes: tuple[int, ...]
-    _calls: dict[int, fx.Node] = field(default_factory=dict)
-    _gone: dict[fx.Node, str] = field(default_factory=dict)
+    calls: dict[int, fx.Node] = field(default_factory=dict)
+    """The call of each path, by the number of its site."""
+    gone: dict[fx.Node, str] = field(default_factory=dict)
+    """The nodes that were cut out, each with the name of the path whose branch took it."""
 
     def cut(self, site: DropSite, number: int) -> tuple[PathSpec, fx.Graph]:
         """Replaces a site's branch by a call of its path, and returns path and branch. Raises `Refused`."""
@@ -135,37 +138,43 @@ class _Carving:
         inputs = self._inputs(inside, rows)
         residual = None if add is None else self._other(add, site.node)
         x = self._rows_of(inputs, residual)
-        further = [node for node, kind in inputs if node is not x and kind in ("row", "shared")]
-        kinds = tuple(kind for node, kind in inputs if node is not x and kind in ("row", "shared"))
+        taken = {node: kind for node, kind in inputs if node is not x and isinstance(kind, str)}
+        further = list(taken)
         branch, norm = self._branch(inside, output, x, inputs, rows, further)
-        zeros = None if add is not None else self._zeros(output, x)
-        dtype = self._only_dtype([x, output, *further], inside)
-        sum_dtype = self._sum_dtype(add, site.node)
-        spec = self._spec(site, inside, kinds, norm, zeros, sum_dtype, dtype, rows)
+        sum_dtype = "both"
+        if add is None or add.target in IN_PLACE_ADDS:  # an add in place keeps its first summand's dtype
+            sum_dtype = "branch" if add is None or add.args[0] is site.node else "residual"
+        called = module_calls(inside)
+        foreign = rows != self.batch_sizes
+        spec = PathSpec(
+            name=site.name,
+            drop_path=site.drop_path,
+            mode="block" if foreign else "sample",
+            kinds=tuple(taken.values()),
+            modules=tuple(called),
+            parameters=self._own_parameters(inside, called),
+            norm=norm,
+            zeros=None if add is not None else self._zeros(output, x),
+            sum_dtype=sum_dtype,
+            dtype=self._only_dtype([x, output, *further], inside),
+            batch_norm=any(isinstance(m, _BatchNorm) for node in inside for m in self._modules_in(node)),
+            foreign_rows=foreign,
+            dims=self.values[site.node].dim(),
+        )
 
         replaced = site.node if add is None else add
         with self.graph.inserting_before(replaced):
             kwargs: dict[str, Any] = {} if residual is None or residual is x else {"residual": residual}
             # torch.fx prints this as `self._rdp_run_path(...)`, like the call of a child.
             call = self.graph.create_node("call_module", RUN_PATH, (number, x, *further), kwargs, "residual")
-        self._calls[number] = call
+        self.calls[number] = call
         self.values.alias(call, replaced)
         replaced.replace_all_uses_with(call)
         for node in [replaced, site.node, *reversed(inside)]:
             if not node.users and node in self.graph.nodes:
                 self.graph.erase_node(node)
-                self._gone[node] = spec.name
+                self.gone[node] = spec.name
         return spec, branch
-
-    def around(self, node: fx.Node) -> str:
-        """The name of the path whose branch took a node out of the graph."""
-        return self._gone[node]
-
-    def renumber(self, numbers: list[int]) -> None:
-        """Makes the calls name each path by its place among those that were cut."""
-        for place, number in enumerate(numbers):
-            call = self._calls[number]
-            call.args = (place, *call.args[1:])
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
         """Raises `Refused` where a branch picks rows by number or compares their count: both change if rows drop."""
@@ -224,13 +233,6 @@ class _Carving:
         whole = isinstance(other, Tensor) and other.shape == self.values[site].shape == out.shape
         widens = out.dtype == torch.float64 != other.dtype  # `Promotion` does the other promotions
         return user if whole and is_float(other) and not widens else None
-
-    @staticmethod
-    def _sum_dtype(add: fx.Node | None, site: fx.Node) -> str:
-        """The `sum_dtype` of `PathSpec`."""
-        if add is not None and not is_in_place(add):
-            return "both"
-        return "branch" if add is None or add.args[0] is site else "residual"
 
     @staticmethod
     def _other(add: fx.Node, site: fx.Node) -> fx.Node:
@@ -300,7 +302,8 @@ class _Carving:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in made:
                     made[source] = graph.node_copy(source)
-            made[node] = copied_into(graph, node, made)
+            args, kwargs = (fx.map_arg(a, made.__getitem__) for a in (node.args, node.kwargs))
+            made[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         graph.output(made[output])
         graph.lint()
         return graph, None if norm is None else str(norm.target)
@@ -332,35 +335,12 @@ class _Carving:
         dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
-    def _spec(self, site: DropSite, inside: list[fx.Node], kinds: tuple[str, ...], norm: str | None,
-              zeros: tuple[int | None, ...] | None, sum_dtype: str, dtype: torch.dtype | None,
-              rows: tuple[int, ...]) -> PathSpec:  # fmt: skip
-        called = module_calls(inside)
+    def _own_parameters(self, inside: list[fx.Node], called: list[str]) -> tuple[str, ...]:
+        """The parameters that a branch reads itself and that belong to none of the modules that it calls."""
         owned = {id(p) for name in called for p in self.modules[name].parameters()}
-        own = dict.fromkeys(
-            str(source.target)
-            for node in inside
-            for source in (node, *node.all_input_nodes)
-            if source.op == "get_attr" and id(self.values[source]) not in owned
-        )
-        parameters = tuple(name for name in own if isinstance(_attribute(self.block, name), nn.Parameter))
-        batch_norm = any(isinstance(m, _BatchNorm) for name in called for m in self.modules[name].modules())
-        foreign = rows != self.batch_sizes
-        return PathSpec(
-            name=site.name,
-            drop_path=site.drop_path,
-            mode="block" if foreign else "sample",
-            kinds=kinds,
-            modules=tuple(called),
-            parameters=parameters,
-            norm=norm,
-            zeros=zeros,
-            sum_dtype=sum_dtype,
-            dtype=dtype,
-            batch_norm=batch_norm,
-            foreign_rows=foreign,
-            dims=self.values[site.node].dim(),
-        )
+        read = [n for node in inside for n in (node, *node.all_input_nodes) if n.op == "get_attr"]
+        found = {str(n.target): operator.attrgetter(str(n.target))(self.block) for n in read}
+        return tuple(n for n, p in found.items() if isinstance(p, nn.Parameter) and id(p) not in owned)
 
 
 def _follows(a: Any, b: Any, rows: tuple[int, ...]) -> bool:
@@ -374,9 +354,3 @@ def _multiple(a: Any, b: Any, rows: tuple[int, ...]) -> tuple[bool, Any] | None:
     if type(a) is int and a % rows[0] == 0 and a * rows[1] == b * rows[0]:
         return False, a // rows[0]
     return None
-
-
-def _attribute(root: Any, name: str) -> Any:
-    for part in name.split("."):
-        root = getattr(root, part)
-    return root

@@ -15,20 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..paths.binding import PathBinding, PathModule, StochasticDepth
 from ..paths.decision import FROZEN, SKIP, Decision
 from ..paths.freezing import tensors_of
 from ..paths.path import CONVERTED, parameters_of
 from .calls import BlockCall, Refused, cloned, quiet
 from .carve import Carved
-from .check import depends_on_dtype, device_type_of, masking, planning, precision_of, silence, spread
-from .differences import ROUNDINGS, Differences, relative_difference, rounded
+from .check import (
+    but_for_numbers,
+    deciding,
+    depends_on_dtype,
+    device_type_of,
+    difference_of,
+    masking,
+    planning,
+    precision_of,
+    silence,
+    spread,
+)
+from .differences import Differences, rounded
 from .libraries import is_drop_path
 from .report import describe
-from .snapshot import generator_states, moved_generators, preserved_generators
+from .snapshot import generator_states, moved_generators, preserved_generators, set_seed
 from .source import install
 from .spec import Recipe
-from .step import BlockRunner, Setting, Step, called, set_seed, state_of, step_of, step_of_converted
+from .step import BlockRunner, Setting, Step, called, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
 """There are two, as one mask of dropout may hide a difference."""
@@ -44,21 +54,6 @@ def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Block
             settings.append(Setting(" under autocast to bfloat16, called with bfloat16", torch.bfloat16, device))
         _Whole(block, recipe, call).check([Setting(), *settings])
         _Masked(block, carved, recipe, call).check([replace(setting, random=False) for setting in settings])
-
-
-class _Decided(StochasticDepth):
-    """Always decides the same."""
-
-    def __init__(self, decision: Decision):
-        self._decision = decision
-
-    def decide(self, module: PathModule, x: Tensor) -> Decision:
-        return self._decision
-
-
-def _decide(block: nn.Module, decision: Decision) -> None:
-    for _, path in block.__dict__[CONVERTED]:
-        path.binding = PathBinding(_Decided(decision))
 
 
 def _step_of_original(
@@ -83,7 +78,7 @@ class _Whole:
         self._original, self._converted = (Setting().copy_of(block) for _ in range(2))
         self._call = call
         install(self._converted, recipe, 0.5)
-        _decide(self._converted, Decision())
+        deciding(self._converted, lambda path, x: Decision())
         for copied in (self._original, self._converted):
             for name, module in copied.named_modules():
                 if is_drop_path(name.rpartition(".")[2], module):
@@ -160,8 +155,8 @@ class _Masked:
     def check(self, settings: Sequence[Setting]) -> None:
         """Compares all patterns in each of `settings`, which use autocast, and then the frozen branches."""
         some, few, none = (1, 0, 1, 1, 0), (0, 0, 1, 0, 0), (0,)
-        dtypes = {t.dtype for t in [*self._block.parameters(), *self._call.flat()[0]] if _is_float(t)}
-        if len(dtypes) > 1:  # float64 would hide promotions between them
+        tensors = [*self._block.parameters(), *tensors_of(self._call.flat()[0])]
+        if len({t.dtype for t in tensors if t.is_floating_point()}) > 1:  # float64 would hide promotions between them
             settings = [Setting(random=False), *settings]
         for pattern, what in (some, "some rows dropped"), (none, "all rows dropped"):
             exact = self._compare(pattern, what, self._exact)
@@ -185,11 +180,9 @@ class _Masked:
         if expected is None:
             return None
         ours = self._converted(setting)
-        run = planning(ours, self._carved, pattern)
-        actual = step_of_converted(ours, self._call, run, setting, when, backward=backward)
-        differences = Differences(lambda a, b: None, requires_grad=False)  # zeros require no gradient
-        found = differences.between("what it returns", expected.output, actual.output)
-        found = found or self._of_numbers(expected, actual, exact, setting, with_buffers=pattern != (0,))
+        actual = step_of_converted(ours, self._call, planning(ours, pattern), setting, when, backward=backward)
+        found = but_for_numbers().between("what it returns", expected.output, actual.output)
+        found = found or difference_of(expected, actual, setting, self._tolerance, exact, buffers=pattern != (0,))
         if found:
             raise Refused(f"{when} {found}{_WHY if exact is None and pattern != (0,) else ''}")
         return expected
@@ -208,31 +201,6 @@ class _Masked:
             silence(original)
         run = called(original) if pattern is None else masking(original, self._carved, self._recipe, pattern)
         return _step_of_original(original, self._call, run, setting, when, backward=backward)
-
-    def _of_numbers(
-        self, expected: Step, actual: Step, exact: Step | None, setting: Setting, with_buffers: bool
-    ) -> str | None:
-        """The first difference of numbers, in words. Where the original's step is known with more digits (`exact`),
-        outputs may differ from that by twice what the original's own do here, as both round equally often. Gradients
-        are then left to the comparison with more digits."""
-        wanted, got = expected.numbers(with_buffers), actual.numbers(with_buffers)
-        best = wanted if exact is None else exact.numbers(with_buffers)
-        for name, value in wanted.items():
-            ours = got.get(name, value.new_zeros(value.shape))  # no gradient where a branch wasn't run
-            if not value.is_floating_point():
-                if exact is None and not torch.equal(value, ours):
-                    return f"{name} differs from the original's"
-                continue
-            error = relative_difference(best[name], ours)
-            budget = self._tolerance
-            if exact is not None:
-                if not name.startswith("output"):
-                    continue
-                dtype = torch.bfloat16 if setting.autocast is not None else value.dtype
-                budget = 2 * relative_difference(best[name], value) + ROUNDINGS * torch.finfo(dtype).eps
-            if not error <= budget:
-                return f"{name} differs from the original's by {error:.1e} of its largest element"
-        return None
 
     def _check_frozen(self) -> None:
         """Raises `Refused` where a frozen branch computes something else than one that learns, or changes its own
@@ -260,13 +228,12 @@ class _Masked:
             learns = id(parameter) in own and expected.gradients.pop(gradient, None) is not None
             if learns and actual.gradients[gradient] is not None:
                 raise Refused(f"{when} {name} gets a gradient")
-        found = self._of_numbers(expected, actual, None, self._exact, with_buffers=False)
+        found = difference_of(expected, actual, self._exact, self._tolerance)
         if found:
             raise Refused(f"{when} {found}")
 
     def _decided(self, ours: nn.Module, decision: Decision, when: str) -> Step:
-        run = planning(ours, self._carved, ())
-        _decide(ours, decision)
+        run = deciding(ours, lambda path, x: decision)
         return step_of_converted(ours, self._call, run, self._exact, when)
 
 
@@ -277,10 +244,6 @@ def _tensors_held(block: nn.Module) -> dict[str, list[Tensor]]:
 
 def _changed(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> set[str]:
     return {name for name, value in after.items() if Differences().between("", before.get(name, []), value)}
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 _WHY = (

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .called import classes_of, codes_in
+
 _BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters", "_is_hf_initialized"}
 """Entries of a module's `__dict__` that don't change what its forward does."""
 _CONSTANTS = (bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -47,7 +49,10 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         raise NoLaw("it has parameters")
     found_numbers, constants = dict[str, Any](), dict[str, Any]()
     own = {name: value for name, value in module.__dict__.items() if name not in _BASE}
-    for name, value in {**_of_classes(type(module)), **own, **module._buffers}.items():
+    held = dict[str, Any]()
+    for cls in reversed(classes_of(type(module))):  # without the methods
+        held |= {name: v for name, v in vars(cls).items() if not name.startswith("__") and not hasattr(v, "__get__")}
+    for name, value in (held | own | module._buffers).items():
         if is_number(value):
             found_numbers[name] = value
         elif _is_constant(value):
@@ -63,31 +68,11 @@ def _is_constant(value: Any) -> bool:
     return all(map(_is_constant, value)) if type(value) in (tuple, torch.Size) else isinstance(value, _CONSTANTS)
 
 
-def _of_classes(kind: type) -> dict[str, Any]:
-    """The attributes of a module's classes that aren't methods."""
-    found: dict[str, Any] = {}
-    for cls in reversed(_classes(kind)):
-        found |= {name: v for name, v in vars(cls).items() if not name.startswith("__") and not hasattr(v, "__get__")}
-    return found
-
-
-def _classes(kind: type) -> list[type]:
-    return [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
-
-
 def reads_training(kind: type[nn.Module]) -> bool:
     """Whether a method of the class reads an attribute named `training`."""
-    methods = [f for cls in _classes(kind) for f in vars(cls).values() if isinstance(f, types.FunctionType)]
-    codes = [code for method in map(inspect.unwrap, methods) for code in _codes(method.__code__)]  # type: ignore[attr-defined]
+    methods = [f for cls in classes_of(kind) for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    codes = [code for method in map(inspect.unwrap, methods) for code in codes_in(method.__code__)]  # type: ignore[attr-defined]
     return any("training" in code.co_names for code in codes)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code and the code of what is defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 FoundFunctions = tuple[tuple[Mapping[str, Any], str, Any], ...]
@@ -119,7 +104,7 @@ def _check_function(function: types.FunctionType, kind: type, seen: dict[Any, An
             _check_value(repr(name), cell.cell_contents, kind, seen)
         except ValueError:  # an empty cell
             continue
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         for names in _reads(code):
             _check_name(names, function, kind, seen)
 
@@ -150,7 +135,7 @@ def _check_name(names: list[str], function: types.FunctionType, kind: type, seen
         return
     first, *rest = names
     if first == ".":  # perhaps an attribute of self
-        for cls in _classes(kind):
+        for cls in classes_of(kind):
             value = vars(cls).get(rest[0])
             if value is not None and not is_number(value) and not _is_constant(value):
                 seen[cls, rest[0]] = vars(cls), rest[0], value

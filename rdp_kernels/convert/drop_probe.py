@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
-import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .drop_code import NoLaw, is_number
-from .snapshot import preserved_generators
+from .snapshot import preserved_generators, set_seed
 
 _PROBED = (0.05, 0.3, 0.8)
 """Values of P(drop) at which frequency and scale are compared with the law."""
@@ -25,15 +23,6 @@ _SIGMAS = 5.0
 _CHI_SQUARED = 45.0
 """Bound for 7 degrees of freedom: independent rows exceed it once in 7 million observations."""
 _NO_ATTRIBUTE = "how often it drops follows none of its attributes, so that a schedule's changes would go unseen"
-
-
-class Seen(NamedTuple):
-    """What was seen of a drop-path. The fields mean what they mean in `Law`."""
-
-    attribute: str | None
-    keeps: bool = False
-    mode: str = "sample"
-    scale_by_keep: bool = True
 
 
 class Probe:
@@ -95,7 +84,7 @@ class Probe:
     def masks(self, calls: int, rows: int = 4, seed: int | None = None, x: Tensor | None = None) -> Tensor:
         """Which rows the calls keep, bool `[calls, rows]`, judged by the first number of each row."""
         if seed is not None:
-            _seed(seed)
+            set_seed(seed)
         x = self.x(rows) if x is None else x
         return torch.stack([self.run(x).detach().flatten(1)[:, 0] != 0 for _ in range(calls)])
 
@@ -116,14 +105,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed)
-
-
 @contextlib.contextmanager
 def undisturbed(kind: type) -> Iterator[None]:
     """Restores the global generators and the attributes of a class, and keeps the caller's contexts out."""
@@ -138,7 +119,7 @@ def undisturbed(kind: type) -> Iterator[None]:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            _seed(0)
+            set_seed(0)
             yield
     finally:
         for cls, before in of_classes:
@@ -149,15 +130,16 @@ def undisturbed(kind: type) -> Iterator[None]:
 # What is observed
 
 
-def seen_in(probe: Probe) -> Seen:
-    """What a drop-path does. Raises `NoLaw` if it does anything but drop rows at the rate in one of its attributes."""
+def seen_in(probe: Probe) -> tuple[str | None, bool, str, bool]:
+    """What a drop-path does: `attribute`, `keeps`, `mode` and `scale_by_keep` of its `Law`. Raises `NoLaw` if it does
+    anything but drop rows at the rate in one of its attributes."""
     _check_it_stands_still(probe)
     attribute, keeps = _governing(probe)
     if attribute is None:
-        return Seen(None)
+        return None, False, "sample", True
     mode, scale_by_keep = _mode_and_scale(probe, attribute, keeps)
     _check_others(probe, attribute)
-    return Seen(attribute, keeps, mode, scale_by_keep)
+    return attribute, keeps, mode, scale_by_keep
 
 
 def rows_dropped(probe: Probe) -> str:
@@ -255,11 +237,14 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
         _check_generators(probe)
         mode = _mode(probe)
         _check_gradient(probe)
-        _check_dtypes(probe)
+        for dtype in (torch.bfloat16, torch.float16):
+            if _scale(probe, 0.5, dtype, 1e-2) != _scale(probe, 0.5):
+                raise NoLaw(f"it scales {_short(dtype)} in another way than float32")
     with at(0.0):
         _check_identity(probe.run(), probe.x(4), "in training, where it doesn't drop,")
-    scales = []
-    for wanted in (*_PROBED, *_present(probe, attribute, keeps)):
+    now, scales = float(probe.numbers[attribute]), []
+    present = [1 - now if keeps else now] if 0.0 < now < 0.95 else []
+    for wanted in (*_PROBED, *present):
         with at(wanted) as value:
             p = 1 - value if keeps else value
             _check_identity(probe.run(training=False), probe.x(4), "in eval mode")
@@ -274,11 +259,6 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
     if len(set(scales)) > 1:
         raise NoLaw("it scales by 1 / (1 - p) at some rates only")
     return mode, scales[0] != 1.0
-
-
-def _present(probe: Probe, attribute: str, keeps: bool) -> list[float]:
-    value = float(probe.numbers[attribute])
-    return [1 - value if keeps else value] if 0.0 < value < 0.95 else []
 
 
 def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> float:
@@ -345,9 +325,9 @@ def _check_gradient(probe: Probe) -> None:
     x = probe.x(64).requires_grad_()
     for seed in range(6):
         x.grad = None
-        _seed(seed)
+        set_seed(seed)
         factors = probe.factors(x)
-        _seed(seed)
+        set_seed(seed)
         out = probe.run(x)
         if not out.requires_grad and not factors.any():
             continue  # new zeros, which don't depend on the input
@@ -357,23 +337,17 @@ def _check_gradient(probe: Probe) -> None:
             raise NoLaw("its gradient isn't what it multiplies its input by")
 
 
-def _check_dtypes(probe: Probe) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        if _scale(probe, 0.5, dtype, 1e-2) != _scale(probe, 0.5):
-            raise NoLaw(f"it scales {_short(dtype)} in another way than float32")
-
-
 def _check_others(probe: Probe, attribute: str) -> None:
     """Raises `NoLaw` where another number than `attribute` changes what the module does."""
     with probe.having(attribute, 0.5):
-        _seed(4)
+        set_seed(4)
         expected = [probe.run(probe.x(16)) for _ in range(8)]
         for name, number in probe.numbers.items():
             values = {0.0, 0.5, 1.0, -1.0, 1e9, float(number) + 1, float(number) / 2} if name != attribute else ()
             for value in values:
                 with probe.having(name, value):
                     try:
-                        _seed(4)
+                        set_seed(4)
                         same = all(torch.equal(out, probe.run(probe.x(16))) for out in expected)
                     except Exception:
                         same = False

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from .called import codes_in
+
 _READS = {"LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD"}
 _digests: dict[tuple[Any, ...], str] = {}
 
@@ -119,15 +121,8 @@ def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tupl
 @functools.lru_cache(1024)
 def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     """The names that a function's code reads, each with whether it is a global's or an attribute's."""
-    found = {
-        (instruction.argval, instruction.opname == "LOAD_GLOBAL"): None
-        for instruction in dis.get_instructions(code)
-        if instruction.opname in _READS
-    }
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= dict.fromkeys(_names(constant))
-    return tuple(found)
+    read = (step for inner in codes_in(code) for step in dis.get_instructions(inner) if step.opname in _READS)
+    return tuple(dict.fromkeys((step.argval, step.opname == "LOAD_GLOBAL") for step in read))
 
 
 def source(function: Any) -> str:

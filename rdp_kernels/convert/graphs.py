@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .in_place import iadd
 from .trace import of_length, run_graph
 
 _ADDS = {operator.add, torch.add, "add", "__add__"}
-_IN_PLACE_ADDS = {iadd, operator.iadd, "add_", "__iadd__"}
+IN_PLACE_ADDS = {iadd, operator.iadd, "add_", "__iadd__"}
 _HEAVY = {
     "linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "einsum", "baddbmm", "addmm", "__matmul__",
     "scaled_dot_product_attention", "multi_head_attention_forward",
@@ -75,13 +75,8 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 def is_add(node: fx.Node) -> bool:
     """Whether a node adds two values."""
-    adds = node.op in ("call_function", "call_method") and node.target in _ADDS | _IN_PLACE_ADDS
+    adds = node.op in ("call_function", "call_method") and node.target in _ADDS | IN_PLACE_ADDS
     return adds and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
-
-
-def is_in_place(add: fx.Node) -> bool:
-    """Whether an add writes to its first summand and so keeps that summand's dtype."""
-    return add.target in _IN_PLACE_ADDS
 
 
 def is_heavy(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -123,29 +118,13 @@ def fold_nothing(graph: fx.Graph, values: Values) -> None:
     for node in list(graph.nodes):
         if node.target is operator.getitem and node.users and all(map(_is_nothing, values.of(node))):
             for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), _replacing(node, values[node]))
+                taken: dict[fx.Node, Any] = {n: n for n in user.all_input_nodes} | {node: values[node]}
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), taken.__getitem__)
             graph.erase_node(node)
 
 
 def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (tuple, list)) and all(map(_is_nothing, value)))
-
-
-def _replacing(node: fx.Node, constant: Any) -> Callable[[fx.Node], Any]:
-    return lambda other: constant if other is node else other
-
-
-def copy_of(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
-
-
-def copied_into(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
-    """A copy of `node` in another graph. `made` maps the nodes that it takes to nodes of that graph, or to tuples of
-    nodes and numbers for sizes."""
-    args, kwargs = (fx.map_arg(a, made.__getitem__) for a in (node.args, node.kwargs))
-    return graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
 
 
 def module_calls(nodes: Iterable[fx.Node]) -> list[str]:

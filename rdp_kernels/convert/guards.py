@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .called import classes_of
 from .calls import CONSTANTS
 
 _CONSTANTS = (*CONSTANTS, numbers.Number, enum.Enum, bytes, range, torch.memory_format, torch.layout)
@@ -68,11 +69,6 @@ class Guard:
     num_modules: int = 0
     kind: str = "value"
 
-    @classmethod
-    def of(cls, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> Guard:
-        """A guard with a copy of the value, as lists and dicts may change in place."""
-        return cls(place, tuple(path), copy.deepcopy(value), num_modules, kind)
-
     def __deepcopy__(self, memo: object) -> Guard:
         return self
 
@@ -125,8 +121,9 @@ class Findings:
         return tuple(self._guards.values())
 
     def guard(self, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> None:
-        """Adds a guard, unless there is one for the same place and kind. The arguments are those of `Guard.of`."""
-        self._guards.setdefault((place, tuple(path), kind), Guard.of(place, path, value, num_modules, kind))
+        """Adds a guard with a copy of the value, which may change in place, unless its place and kind have one."""
+        copied = copy.deepcopy(value)
+        self._guards.setdefault((place, tuple(path), kind), Guard(place, tuple(path), copied, num_modules, kind))
 
     def guard_of(self, place: str, path: Sequence[str], kind: str = "value") -> Guard | None:
         return self._guards.get((place, tuple(path), kind))
@@ -172,12 +169,7 @@ class Guards:
 def functions_of(base: type) -> Iterator[types.FunctionType]:
     """The functions of a class and of its bases outside of torch, and the functions in their closures."""
     seen: set[int] = set()
-    stack: list[Any] = [
-        value
-        for cls in base.__mro__
-        if not cls.__module__.startswith("torch.") and cls is not object
-        for value in vars(cls).values()
-    ]
+    stack: list[Any] = [value for cls in classes_of(base) for value in vars(cls).values()]
     while stack:
         value = stack.pop(0)
         value = getattr(value, "__func__", value)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+from .called import TORCH
 
 
 def iadd(x: Any, y: Any) -> Any:
@@ -49,6 +47,6 @@ class Proxy(fx.Proxy):
 
     def __hash__(self) -> int:
         """Raises where code outside of torch looks the proxy up, as no set or dict of numbers holds it."""
-        if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+        if not sys._getframe(1).f_code.co_filename.startswith(TORCH):
             raise fx.proxy.TraceError("it looks something up by a value that isn't known while it is recorded")
         return id(self)

@@ -62,11 +62,6 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
     return unknown and drops_rows(module) is True
 
 
-def owns_drop_path(module: nn.Module) -> bool:
-    """Whether a module has a drop-path among its children or in a container among these."""
-    return bool(drop_paths_of(module))
-
-
 def drop_paths_of(module: nn.Module) -> dict[str, nn.Module]:
     """The drop-paths that a module's own forward may call, by name: its children, and what its containers hold."""
     found: dict[str, nn.Module] = {}

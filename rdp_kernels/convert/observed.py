@@ -1,11 +1,5 @@
-"""Finds out what a drop-path does by running it: how often it drops, whether whole batches, and how it scales.
-
-| file | does |
-|---|---|
-| `observed.py` | says which law a module follows, and caches it |
-| `drop_probe.py` | runs a copy of the module on the CPU |
-| `drop_code.py` | refuses modules that may do what running them doesn't show |
-"""
+"""Finds out what a drop-path does by running it: how often it drops, whether whole batches, and how it scales. Laws are
+cached. `drop_probe.py` runs a copy; `drop_code.py` refuses modules that may do what running them doesn't show."""
 
 from __future__ import annotations
 
@@ -45,9 +39,9 @@ class Law:
         kind, found = type(module), module.__dict__
         if kind is not self.kind or kind.forward is not self.forward:
             return False
-        if not torch.compiler.is_compiling() and len(found) != self.size:  # Dynamo may have no len
-            return False
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # Dynamo may have no len
+            if len(found) != self.size:
+                return False
             for space, name, function in self.code:
                 if space.get(name) is not function:
                     return False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dis
 import enum
-import functools
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .called import library_of, of_user
+from .called import codes_in, library_of, of_user
 from .guards import Findings, can_be_pickled, cells_of, contents_of, functions_of, is_constant
 from .snapshot import CONTAINERS
 
+_FIXED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+"""Types of values that variables of enclosing functions are taken to keep."""
 _HARMLESS = (type(None), types.ModuleType, logging.Logger, nn.Module, enum.Enum)
 
 
@@ -54,7 +56,7 @@ class CodeReader:
             self._see_defaults(function)
         read, written = set[str](), set[str]()
         for code, space in self._ran.codes.items():
-            if _is_numeric_library(code.co_filename):
+            if f"{os.sep}numpy{os.sep}" in code.co_filename:
                 continue
             self._read_globals(code, space)
             self._read_closure(code)
@@ -189,16 +191,16 @@ class CodeReader:
 
     def _read_closure(self, code: types.CodeType) -> None:
         held = [(name, value) for other, name, value in self._ran.variables if other is code]
-        names = [name for name in code.co_freevars if any(n == name and not _is_fixed(value) for n, value in held)]
+        names = [name for name in code.co_freevars if any(n == name and not isinstance(v, _FIXED) for n, v in held)]
         if not names or any(_holds(other, code) for other in self._ran.codes if other is not code):
             return  # the enclosing function ran too, so that its variables belong to the trace
         cells = dict(cells_of(type(self._block)))
+        function = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no co_qualname
         for name in names:
-            path = next((p for p in cells if p == (_qualified(code), name)), None)
-            if path is not None and len({id(value) for n, value in held if n == name}) > 1:
-                path = None  # several functions have this code
-            value = None if path is None else contents_of(cells[path])
-            if path is None:
+            path = (function, name)
+            value = contents_of(cells[path]) if path in cells else None
+            several = len({id(value) for n, value in held if n == name}) > 1  # functions with this code
+            if several or path not in cells:
                 self._findings.refuse(f"{code.co_name} reads {name!r} of an enclosing function")
             elif is_constant(value):
                 self._findings.guard("closure", path, value)
@@ -218,21 +220,18 @@ def global_containers(base: type) -> Iterator[tuple[str, Any]]:
         if function.__code__ in seen or not of_user(function.__code__):
             continue
         seen.add(function.__code__)
-        for name in names_in(function.__code__):
-            value = function.__globals__.get(name)
+        held = [(name, function.__globals__.get(name)) for name in names_in(function.__code__)]
+        held += zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
+        held += [("a default argument", value) for value in function.__defaults__ or ()]
+        for name, value in held:
             if isinstance(value, types.FunctionType):
                 stack.append(value)
             elif type(value) in CONTAINERS:
                 yield name, value
-        stack += [f for cell in function.__closure__ or () if isinstance(f := contents_of(cell), types.FunctionType)]
-        held = zip(function.__code__.co_freevars, map(contents_of, function.__closure__ or ()), strict=True)
-        for name, value in (*held, *(("a default argument", value) for value in function.__defaults__ or ())):
-            if type(value) in CONTAINERS:
-                yield name, value
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+    return {name for inner in codes_in(code) for name in inner.co_names}
 
 
 def class_of_user(cls: type) -> bool:
@@ -242,15 +241,8 @@ def class_of_user(cls: type) -> bool:
 
 def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
     """The attributes that the first instructions read one from the other."""
-    for instruction in instructions:
-        if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-            return
-        yield str(instruction.argval)
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a variable of an enclosing function that has this value is taken never to change."""
-    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
+    reads = itertools.takewhile(lambda read: read.opname in ("LOAD_ATTR", "LOAD_METHOD"), instructions)
+    return (str(read.argval) for read in reads)
 
 
 def _is_holder(value: Any) -> bool:
@@ -299,20 +291,10 @@ def _are_locals(loads: list[dis.Instruction]) -> bool:
     return names[-1].count("LOAD_FAST") > 1 or all(name.startswith("LOAD_FAST") for name in names)
 
 
-def _qualified(code: types.CodeType) -> str:
-    return getattr(code, "co_qualname", code.co_name)
-
-
 def _holds(outer: types.CodeType, inner: types.CodeType) -> bool:
-    codes = [c for c in outer.co_consts if isinstance(c, types.CodeType)]
-    return any(code is inner or _holds(code, inner) for code in codes)
+    return any(code is inner for code in codes_in(outer))
 
 
 def _is_library(module: types.ModuleType) -> bool:
     file = getattr(module, "__file__", None)
     return file is None or library_of(file) != "user" or module.__name__.partition(".")[0] == "numpy"
-
-
-@functools.cache
-def _is_numeric_library(file: str) -> bool:
-    return f"{os.sep}numpy{os.sep}" in file

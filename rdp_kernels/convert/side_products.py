@@ -48,9 +48,7 @@ def _state(block: nn.Module) -> dict[str, list[tuple[Any, int]]]:
 
 
 def _differ(before: list[tuple[Any, int]], after: list[tuple[Any, int]]) -> bool:
-    if len(before) != len(after):
-        return True
-    for (old, then), (new, now) in zip(before, after, strict=True):
-        if then != now or (old is not new and (isinstance(new, Tensor) or (isinstance(new, CONSTANTS) and old != new))):
-            return True
-    return False
+    return len(before) != len(after) or any(
+        then != now or (old is not new and (isinstance(new, Tensor) or (isinstance(new, CONSTANTS) and old != new)))
+        for (old, then), (new, now) in zip(before, after, strict=True)
+    )

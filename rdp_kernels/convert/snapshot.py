@@ -36,6 +36,20 @@ def set_generator_states(states: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
 
+def set_seed(seed: int) -> None:
+    """Seeds the global generators. `torch.manual_seed` would also seed a CUDA that isn't initialised yet."""
+    seed_torch(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def seed_torch(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def moved_generators(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The names of the generators whose states differ."""
     return [name for name, state in before.items() if repr_of(state) != repr_of(after[name])]

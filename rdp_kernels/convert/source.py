@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import linecache
+import operator
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -78,10 +79,8 @@ def _place_of(value: Any) -> tuple[str, str]:
 
 
 def _import(module: str, name: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in name.split(".") if name else ():
-        found = getattr(found, part)
-    return found
+    found = importlib.import_module(module)
+    return operator.attrgetter(name)(found) if name else found
 
 
 def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> type[nn.Module]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..paths.freezing import tensors_of
 from .calls import BlockCall, Refused, cloned
 from .report import describe
-from .snapshot import generator_states
+from .snapshot import generator_states, seed_torch, set_seed
 
 BlockRunner = Callable[[BlockCall], Any]
 """Runs a block on the arguments of a call and returns what the block returns."""
@@ -78,12 +76,13 @@ class Step:
     state: dict[str, Any]
     generators: dict[str, Any]
 
-    def numbers(self, with_buffers: bool) -> dict[str, Tensor]:
+    def numbers(self, buffers: bool = False) -> dict[str, Tensor]:
         """The outputs, the gradients that aren't None and, if asked for, the buffers, by the words for them."""
         found = {f"output {i}": t.detach() for i, t in enumerate(tensors_of(self.output))}
         found |= {name: t for name, t in self.gradients.items() if t is not None}
-        buffers = {name: t for name, t in self.state.items() if name.startswith("the buffer") and t is not None}
-        return found | (buffers if with_buffers else {})
+        if buffers:
+            found |= {name: t for name, t in self.state.items() if name.startswith("the buffer") and t is not None}
+        return found
 
 
 def step_of(
@@ -177,13 +176,13 @@ class _SameForAllRows(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        _seed_torch(0)
+        seed_torch(0)
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if not isinstance(out, Tensor) or out.dim() == 0:
             return out
         many = out.new_empty((_MANY, *out.shape[1:]))
-        _seed_torch(0)
+        seed_torch(0)
         if name in _FILL or (name == "bernoulli_" and not isinstance(args[1], Tensor)):
             func(many, *args[1:], **kwargs)
         elif name in ("rand_like", "randn_like", "randint_like"):
@@ -200,17 +199,3 @@ class _SameForAllRows(TorchDispatchMode):
 _FILL = {"uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_"}
 _MANY = 33
 """Rows from which the first is taken: torch fills the last sixteen numbers of a small tensor in another way."""
-
-
-def set_seed(seed: int) -> None:
-    """Seeds the global generators. `torch.manual_seed` would also seed a CUDA that isn't initialised yet."""
-    _seed_torch(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-
-
-def _seed_torch(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)

@@ -23,7 +23,7 @@ from . import in_place
 from .called import ambient
 from .calls import BlockCall, Refused, Signature, cloned
 from .guards import Guard
-from .libraries import owns_drop_path
+from .libraries import drop_paths_of
 from .report import describe
 from .snapshot import preserved_generators
 from .watch import Watch, of_user
@@ -100,8 +100,8 @@ class _Tracer(fx.Tracer):
         try:
             with torch.enable_grad():
                 self._ambient = ambient()
-                self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}))
-                self._watch.several_inputs = sum(isinstance(value, Tensor) for value in self._inputs) > 1
+                several = sum(isinstance(value, Tensor) for value in self._inputs) > 1
+                self._watch = Watch(block, lambda path: self.create_proxy("get_attr", path, (), {}), several)
                 with self._watch():
                     graph = self.trace(block)
         finally:
@@ -115,8 +115,8 @@ class _Tracer(fx.Tracer):
             self._guard_dtypes(block)
         graph.lint()
         inputs = tuple(map(self._what_decided, self._inputs)) if self._decided else None
-        sets = tuple(self._watch.sets.items())
-        return Trace(graph, self._signature, self._watch.guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
+        guards, sets = self._watch.findings.guards, tuple(self._watch.sets.items())
+        return Trace(graph, self._signature, guards, inputs, tuple(self._sizes), sets, tuple(self._dtypes))
 
     def _guard_dtypes(self, block: nn.Module) -> None:
         """Guards one parameter of each dtype, as `half()` changes all of them."""
@@ -126,7 +126,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _has_any_global_hook()
-        return bool(hooks) or not (type(m) is nn.Sequential and owns_drop_path(m))
+        return bool(hooks) or not (type(m) is nn.Sequential and drop_paths_of(m))
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = []
@@ -325,8 +325,7 @@ class _Guided(in_place.Proxy):
     def __index__(self) -> int:
         return int(self.tracer.concrete(self))
 
-    def __int__(self) -> int:
-        return int(self.tracer.concrete(self))
+    __int__ = __index__
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self))
@@ -350,10 +349,7 @@ def run_node(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:
 
     args, kwargs = (plain(fx.map_arg(a, values.__getitem__)) for a in (node.args, node.kwargs))
     if node.op == "get_attr":
-        value: Any = root
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
+        return operator.attrgetter(str(node.target))(root)
     if node.op == "call_module":
         return root.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":

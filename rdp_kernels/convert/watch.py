@@ -10,24 +10,23 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import os
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .called import ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
+from .called import TORCH, ambient, context_name, is_context, library_of, of_user, why_not_built_in, why_not_library
 from .calls import Refused
-from .guards import MISSING, Findings, Guard, can_be_pickled, is_constant
+from .guards import MISSING, Findings, can_be_pickled, is_constant
 from .libraries import MODULE_CONTAINERS
 from .python_code import CodeReader, RanCode, class_of_user, global_containers, names_in
 from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_generators, set_generator_states
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_LISTINGS = [n + kind for kind in ("parameters", "buffers", "children", "modules") for n in ("", "named_")]
+"""Methods of `nn.Module` that list what a module holds."""
 _SCALARS = (int, float, bool, str, type(None))
 
 
@@ -36,14 +35,15 @@ class Watch:
 
     Args:
         tensor: makes the stand-in for a tensor, given its name, that the block's code reads from a module.
+        several_inputs: whether the forward is called with more than one tensor.
     """
 
-    def __init__(self, block: nn.Module, tensor: Callable[[str], Any]):
-        self._block, self._tensor = block, tensor
+    def __init__(self, block: nn.Module, tensor: Callable[[str], Any], several_inputs: bool):
+        self._block, self._tensor, self._several_inputs = block, tensor, several_inputs
         self._paths = {id(module): name for name, module in block.named_modules()}
         self._thread = threading.get_ident()
         self._swapped: dict[int, tuple[Any, type]] = {}
-        self._ran, self._findings = RanCode(), Findings()
+        self._ran, self.findings = RanCode(), Findings()
         self.sets: dict[str, Any] = {}
         """Attributes that the forward sets on the block to the same constant in each call."""
         self._unset: dict[str, Any] = {}
@@ -53,21 +53,15 @@ class Watch:
         self._classes = [(cls, dict(vars(cls))) for cls in classes if class_of_user(cls)]
         self.paused = False
         """True while children run for their values."""
-        self.several_inputs = False
-        """Whether the forward is called with more than one tensor."""
-
-    @property
-    def guards(self) -> tuple[Guard, ...]:
-        return self._findings.guards
 
     def refuse(self, reason: str) -> Refused:
         """Notes a reason and returns the error to raise. The reason counts even if the forward catches the error."""
-        self._findings.refuse(reason)
+        self.findings.refuse(reason)
         return Refused(reason)
 
     def guard(self, path: tuple[str, ...], value: Any, num_modules: int = 0, kind: str = "value") -> None:
         """Adds a guard on an attribute of the block."""
-        self._findings.guard("block", path, value, num_modules, kind)
+        self.findings.guard("block", path, value, num_modules, kind)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -83,29 +77,29 @@ class Watch:
         except Refused:
             raise
         except Exception as error:
-            if self._findings.refusals:
-                raise Refused(self._findings.refusals[0]) from error
+            if self.findings.refusals:
+                raise Refused(self.findings.refusals[0]) from error
             raise
         finally:
             moved = moved_generators(before, generator_states())
             set_generator_states(before)
             self._put_back()
         if moved:
-            self._findings.refusals.insert(
+            self.findings.refusals.insert(
                 0, f"its forward draws random numbers from {moved[0]} that no tensor's operation draws"
             )
         if ambient() != around:
-            self._findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
-        CodeReader(self._block, self._ran, self._findings, self.several_inputs).read()
-        if self._findings.refusals:
-            raise Refused(self._findings.refusals[0])
+            self.findings.refuse("its forward leaves autocast, the grad mode or another global setting changed")
+        CodeReader(self._block, self._ran, self.findings, self._several_inputs).read()
+        if self.findings.refusals:
+            raise Refused(self.findings.refusals[0])
 
     def _put_back(self) -> None:
         """Restores attributes, containers and classes that the forward changed."""
         for name, value in self._unset.items():
-            read = self._findings.guard_of("block", (name,))
+            read = self.findings.guard_of("block", (name,))
             if read is not None and read.value != self.sets[name]:  # the next call would read another value
-                self._findings.refuse(f"its forward sets {name!r}")
+                self.findings.refuse(f"its forward sets {name!r}")
             if value is MISSING:
                 self._block.__dict__.pop(name, None)
             else:
@@ -113,12 +107,12 @@ class Watch:
         for name, container, contents in self._containers.values():
             if items_of(container) != items_of(contents):
                 fill(container, contents)
-                self._findings.refuse(f"its forward changes what is in {name!r}")
+                self.findings.refuse(f"its forward changes what is in {name!r}")
         for cls, before in self._classes:
             for name in before.keys() | vars(cls).keys():
                 value = vars(cls).get(name, MISSING)
                 if value is not before.get(name, MISSING):
-                    self._findings.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
+                    self.findings.refuse(f"its forward sets {name!r} of the class {cls.__name__}")
                     delattr(cls, name) if name not in before else setattr(cls, name, before[name])
 
     # Attributes
@@ -142,43 +136,31 @@ class Watch:
                 raise watch.refuse(f"its forward deletes {watch._name(module, name)}")
             delete(module, name)
 
-        walks = {
-            name: getattr(nn.Module, name) for name in ("parameters", "buffers", "named_parameters", "named_buffers")
-        }
+        originals = {name: getattr(nn.Module, name) for name in _LISTINGS}
 
-        def walk(original: Callable[..., Iterator[Any]], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def list_held(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
             found = original(module, *args, **kwargs)
             if not (watch._sees(sys._getframe(2)) and id(module) in watch._paths):
                 return found
-            named = original.__name__.startswith("named_")
-            names = [name for name, _ in walks[f"named_{original.__name__.removeprefix('named_')}"](module)]
-            stand_ins = [(name, watch._tensor(watch._dotted(module, name))) for name in names]
-            return iter(stand_ins if named else [tensor for _, tensor in stand_ins])
-
-        listings = {
-            name: getattr(nn.Module, name) for name in ("children", "modules", "named_children", "named_modules")
-        }
-
-        def list_children(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            found = original(module, *args, **kwargs)
-            if watch._sees(sys._getframe(2)) and id(module) in watch._paths:
-                deep = original.__name__.endswith("modules")
-                for inner in list(listings["modules"](module)) if deep else [module]:
+            what = original.__name__.removeprefix("named_")
+            if what in ("children", "modules"):
+                for inner in list(originals["modules"](module)) if what == "modules" else [module]:
                     watch._guard_names(inner)
-            return found
+                return found
+            names = [name for name, _ in originals[f"named_{what}"](module)]
+            stand_ins = [(name, watch._tensor(watch._dotted(module, name))) for name in names]
+            return iter([tensor for _, tensor in stand_ins] if what == original.__name__ else stand_ins)
 
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__, nn.Module.__delattr__ = write, remove  # type: ignore[method-assign, assignment]
-        for name, original in walks.items():
-            setattr(nn.Module, name, _method(walk, original))
-        for name, original in listings.items():
-            setattr(nn.Module, name, _method(list_children, original))
+        for name, original in originals.items():
+            setattr(nn.Module, name, _method(list_held, original))
         try:
             yield
         finally:
             del nn.Module.__getattribute__
             nn.Module.__setattr__, nn.Module.__delattr__ = set_, delete  # type: ignore[method-assign]
-            for name, original in (walks | listings).items():
+            for name, original in originals.items():
                 setattr(nn.Module, name, original)
             for thing, kind in self._swapped.values():
                 object.__setattr__(thing, "__class__", kind)
@@ -189,7 +171,7 @@ class Watch:
     def _sees_change(self, frame: types.FrameType) -> bool:
         """Whether a change is the forward's own or made for it by a method of `torch.nn.Module`."""
         file = frame.f_code.co_filename
-        by_torch = file.startswith(_TORCH) and not file.startswith(_TORCH + "fx")
+        by_torch = file.startswith(TORCH) and not file.startswith(TORCH + "fx")
         return not self.paused and threading.get_ident() == self._thread and (by_torch or of_user(frame.f_code))
 
     def _dotted(self, module: nn.Module, name: str) -> str:
@@ -343,7 +325,7 @@ class Watch:
             return
         if event == "c_call":
             if of_user(frame.f_code):
-                self._findings.refuse(why_not_built_in(called))
+                self.findings.refuse(why_not_built_in(called))
             return
         code, caller = frame.f_code, frame.f_back
         library = library_of(code.co_filename)
@@ -359,9 +341,9 @@ class Watch:
             return
         by_user = of_user(caller.f_code)
         if code.co_name == "__enter__" and (by_user or library == "user" or is_context(code, caller.f_code)):
-            self._findings.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
+            self.findings.refuse(f"its forward enters a context ({context_name(frame)}), which a graph doesn't have")
         elif library in ("torch", "stdlib") and by_user and code.co_name != "__init__":
-            self._findings.refuse(why_not_library(code))
+            self.findings.refuse(why_not_library(code))
 
 
 class _Nothing:
