@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._utils.checks import check_count
+from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..plan import plan_generator
 from ._plots import axes_or_new
 from ._progress import track
 from ._subsets import subsets
 from .gradients import checked_loss, requiring_grad
-from .observe import finish, overriding, undisturbed, update_of
+from .observe import overriding, undisturbed, update_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,7 +149,8 @@ class _Backward:
                 residual = call.residual(x)
             with torch.set_grad_enabled(path in through):
                 update = update_of(call, x)
-            return finish(call, (residual.detach() if path in through else residual) + update)
+            residual = residual.detach() if path in through else residual
+            return activated(residual + update, call.module.activation)
 
         with undisturbed(self._model):
             with torch.enable_grad(), overriding(self._model, limited):

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice, check_count
-from ._layers import OF, layers_of, none_given, same_labels
+from ._layers import OF, layers_of, measure
 from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import as_batches, undisturbed
 from .similarity import centred_gram, u_centred
 
 if TYPE_CHECKING:
@@ -86,15 +84,12 @@ def feature_distributions(
     check_choice("of", of, OF)
     limit = check_count("values_per_batch", values_per_batch, minimum=1)
     generator = torch.Generator().manual_seed(check_count("seed", seed))
-    labels: tuple[str, ...] | None = None
+
+    def look(model: nn.Module, batch: Any) -> dict[str, _Seen]:
+        return layers_of(model, batch, of, lambda features: _look(features, limit, generator))
+
     seen: list[list[_Seen]] = []
-    with undisturbed(model):
-        for batch in track(as_batches(batches), "feature distributions", progress):
-            found = layers_of(model, batch, of, lambda features: _look(features, limit, generator))
-            labels = same_labels(labels, found)
-            seen.append(list(found.values()))
-    if labels is None:
-        raise none_given()
+    (labels,) = measure([model], batches, "feature distributions", progress, look, seen.append)
     columns = zip(*(_joined(list(layer), limit) for layer in zip(*seen, strict=True)), strict=True)
     mean, std, quantiles, zeros, non_finite, rank = (torch.stack(column) for column in columns)
     num_samples = sum(layers[0].rows for layers in seen)
@@ -112,10 +107,8 @@ class _Seen:
 
 def _look(features: Tensor, limit: int, generator: torch.Generator) -> _Seen:
     count = features.numel()
-    if count > limit:
-        some = torch.randint(count, (limit,), generator=generator)
-    else:
-        some = torch.randperm(count, generator=generator)
+    many = count > limit
+    some = torch.randint(count, (limit,), generator=generator) if many else torch.randperm(count, generator=generator)
     picked = features.flatten()[some.to(features.device)].cpu()
     return _Seen(len(features), _numbers(features).cpu(), picked)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..paths.binding import PathModule
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules, parameters_of
 from ._plots import axes_or_new, label_layers
@@ -75,7 +74,8 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x)
 
-    parameters = [[p for p in _parameters(module) if p.requires_grad] for module in path_modules.values()]
+    modules = path_modules.values()
+    parameters = [[p for p in dict.fromkeys(parameters_of(module)) if p.requires_grad] for module in modules]
     with undisturbed(model), _own_buffers(model) if training else contextlib.nullcontext():
         model.train(training)
         with torch.enable_grad(), overriding(model, note_input):
@@ -102,11 +102,6 @@ def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
     if x.requires_grad:
         return x, True
     return x.detach().requires_grad_(), call.known_residual is None
-
-
-def _parameters(path_module: PathModule) -> list[nn.Parameter]:
-    """The parameters of a path, each once."""
-    return list({id(p): p for p in parameters_of(path_module)}.values())
 
 
 def _norm(grads: list[Tensor | None]) -> float:
@@ -144,7 +139,8 @@ class GradientNormRecorder:
         path_modules = find_path_modules(model)
         self.names = list(path_modules)
         self.steps: list[int] = []
-        self._parameters = [(i, p) for i, module in enumerate(path_modules.values()) for p in _parameters(module)]
+        modules = enumerate(path_modules.values())
+        self._parameters = [(i, p) for i, module in modules for p in dict.fromkeys(parameters_of(module))]
         self._recorded: list[tuple[list[int], Tensor]] = []  # for each step the path and the norm of each gradient
 
     def record(self, step: int | None = None) -> None:

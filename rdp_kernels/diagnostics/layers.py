@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice
-from ._layers import OF, layers_of, none_given, same_labels
+from ._layers import OF, layers_of, measure
 from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import as_batches, undisturbed
 from .similarity import MinibatchCKA, MinibatchCosine, heatmap_rebound, unbiased_gram
 
 if TYPE_CHECKING:
@@ -94,24 +91,19 @@ def layer_similarity(
     check_choice("metric", metric, tuple(METRICS))
     cka = metric == "cka"
     similarities: MinibatchCKA | MinibatchCosine = MinibatchCKA() if cka else MinibatchCosine()
-    labels: tuple[str, ...] | None = None
-    other_labels: tuple[str, ...] | None = None
     num_samples = 0
 
-    def look(features: Tensor) -> Tensor:
+    def kept(features: Tensor) -> Tensor:
         return unbiased_gram(features.flatten(1)) if cka else features.flatten(1).clone()
 
-    with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other):
-        for batch in track(as_batches(batches), "layer similarity", progress):
-            found = layers_of(model, batch, of, look)
-            labels, layers = same_labels(labels, found), list(found.values())
-            num_samples += len(layers[0])
-            if other is None:
-                similarities.add(layers)
-            else:
-                others = layers_of(other, batch, of, look)
-                other_labels = same_labels(other_labels, others)
-                similarities.add(layers, list(others.values()))
-    if labels is None:
-        raise none_given()
-    return LayerSimilarity(similarities.value(), labels, other_labels or labels, metric, of, num_samples)
+    def look(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return layers_of(model, batch, of, kept)
+
+    def add(layers: list[Tensor], others: list[Tensor] | None = None) -> None:
+        nonlocal num_samples
+        similarities.add(layers, others)
+        num_samples += len(layers[0])
+
+    models = [model] if other is None else [model, other]
+    labels = measure(models, batches, "layer similarity", progress, look, add)
+    return LayerSimilarity(similarities.value(), labels[0], labels[-1], metric, of, num_samples)

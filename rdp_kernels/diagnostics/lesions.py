@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_count
 from .._utils.table import table
+from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules
 from ..plan import plan_generator
 from ._plots import axes_or_new, label_layers
 from ._progress import track
 from ._subsets import subsets
-from .observe import finish, overriding, undisturbed, update_of
+from .observe import overriding, undisturbed, update_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
     """
     names = list(find_path_modules(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
-    with overriding(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
+    with overriding(model, lambda _, call, x: activated(call.without_branch(x), call.module.activation), only=removed):
         yield
 
 
@@ -71,7 +72,7 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[
         if update.shape != residual.shape:
             shapes = f"{list(update.shape)}, where the residual is {list(residual.shape)}"
             raise ValueError(f"path {names[path]!r} can't run the branch of {other!r}, which gives {shapes}")
-        return finish(call, residual + update)
+        return activated(residual + update, call.module.activation)
 
     with overriding(model, run_other, only=[path for path, other in enumerate(order) if path != other]):
         yield

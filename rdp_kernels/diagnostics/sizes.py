@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._layers import none_given, put, run, same_labels
+from ._layers import measure, put, run
 from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import ObservedCall, as_batches, undisturbed
+from .observe import ObservedCall
 from .similarity import unit
 
 if TYPE_CHECKING:
@@ -52,25 +51,20 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
 
     Each row of a path counts as a sample, also where it isn't one (windows, patches).
     """
-    labels: tuple[str, ...] | None = None
-    sums, counts, num_samples = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
-    with undisturbed(model):
-        for batch in track(as_batches(batches), "branch sizes", progress):
-            found: dict[str, Tensor] = {}
-            run(model, batch, lambda call, found=found: put(found, call.name, _sizes(call)))  # type: ignore[misc]
-            labels = same_labels(labels, found)
-            rows = [sizes.shape[1] for sizes in found.values()]
-            sums = sums + torch.stack([sizes.sum(dim=1).cpu() for sizes in found.values()], dim=1)
-            counts, num_samples = counts + torch.tensor(rows), num_samples + rows[0]
-    if labels is None:
-        raise none_given()
-    ratio, residual, branch, cosine = sums / counts
-    return BranchSizes(labels, ratio, residual, branch, cosine, num_samples)
+
+    def look(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return run(model, batch, lambda call, found: put(found, call.name, _sizes(call)))
+
+    found: list[list[Tensor]] = []
+    (labels,) = measure([model], batches, "branch sizes", progress, look, found.append)
+    *sums, rows = torch.stack([torch.stack(sizes, dim=1).cpu() for sizes in found]).sum(dim=0)
+    return BranchSizes(labels, *(total / rows for total in sums), num_samples=int(rows[0]))
 
 
 def _sizes(call: ObservedCall) -> Tensor:
-    """Ratio, norm of the residual, norm of the update and cosine for each sample: float64 `[4, B]`."""
+    """Sums over samples, float64 `[5]`: of the ratio, the norms of residual and update, the cosine, and 1."""
     residual, update = (t.flatten(1).double() for t in (call.residual, call.update))
     norms = [torch.linalg.vector_norm(t, dim=1) for t in (residual, update)]
     ratio = torch.where(norms[1] == 0, 0.0, norms[1] / norms[0])
-    return torch.stack([ratio, *norms, (unit(residual) * unit(update)).sum(dim=1)])
+    cosine = (unit(residual) * unit(update)).sum(dim=1)
+    return torch.stack([ratio, *norms, cosine, torch.ones_like(cosine)]).sum(dim=1)
