@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice, check_count
 from ._layers import OF, layers_of, measure
-from ._plots import axes_or_new, label_layers
+from ._plots import Axes, axes_or_new, label_layers
 from .similarity import centred_gram, u_centred
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

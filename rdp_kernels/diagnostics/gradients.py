@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules, parameters_of
-from ._plots import axes_or_new, label_layers
+from ._plots import Axes, axes_or_new, label_layers
 from .observe import overriding, undisturbed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)

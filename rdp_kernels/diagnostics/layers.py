@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice
 from ._layers import OF, layers_of, measure
-from ._plots import axes_or_new, label_layers
+from ._plots import Axes, axes_or_new, label_layers
 from .similarity import MinibatchCKA, MinibatchCosine, heatmap_rebound, unbiased_gram
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
 

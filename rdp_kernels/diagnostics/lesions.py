@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,13 +23,10 @@ from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules
 from ..plan import plan_generator
-from ._plots import axes_or_new, label_layers
+from ._plots import Axes, axes_or_new, label_layers
 from ._progress import track
 from ._subsets import subsets
 from .observe import overriding, undisturbed, update_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Which = int | str
 """A path: its index in registration order, as in `scheme.paths`, or its name."""
@@ -148,8 +145,7 @@ class LesionStudy:
         ax.bar(places, self.effects, bottom=baseline, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axhline(baseline, color="black", linestyle="--", label=f"all paths: {baseline:.4g}")
         label_layers(ax, self.names)
-        ax.set_xlabel("path")
-        ax.set_ylabel("value without the path")
+        ax.set(xlabel="path", ylabel="value without the path")
         ax.legend()
         return ax
 

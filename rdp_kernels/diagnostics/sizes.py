@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._layers import measure, put, run
-from ._plots import axes_or_new, label_layers
+from ._plots import Axes, axes_or_new, label_layers
 from .observe import ObservedCall
 from .similarity import unit
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +38,7 @@ class BranchSizes:
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
-        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples")
-        ax.set_ylim(bottom=0)
+        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples", ylim=(0, None))
         return ax
 
 
@@ -58,7 +54,8 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
     found: list[list[Tensor]] = []
     (labels,) = measure([model], batches, "branch sizes", progress, look, found.append)
     *sums, rows = torch.stack([torch.stack(sizes, dim=1).cpu() for sizes in found]).sum(dim=0)
-    return BranchSizes(labels, *(total / rows for total in sums), num_samples=int(rows[0]))
+    ratio, residual, branch, cosine = (total / rows for total in sums)
+    return BranchSizes(labels, ratio, residual, branch, cosine, int(rows[0]))
 
 
 def _sizes(call: ObservedCall) -> Tensor:

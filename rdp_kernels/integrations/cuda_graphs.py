@@ -6,6 +6,7 @@ decides which branch runs, and in which variant.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -106,7 +107,8 @@ class _CapturedBranch:
         branch = _Branch(call)
         buffers = [(buffer, buffer.clone()) for buffer in branch.buffers()]
         try:
-            return call.run(_make_graphed, branch, sample, self._pool)
+            make: Any = functools.partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=self._pool)
+            return call.run(make, branch, (sample,))
         finally:
             branch.call = None
             for buffer, before in buffers:  # the warm-up updates statistics of BatchNorm
@@ -126,10 +128,6 @@ class _Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.call is not None
         return self.call.module.run_branch(x, self.call.args, self.call.kwargs, self.call.normed)
-
-
-def _make_graphed(branch: _Branch, sample: Tensor, pool: Any) -> Any:
-    return torch.cuda.make_graphed_callables(branch, (sample,), allow_unused_input=True, pool=pool)
 
 
 def _fits(call: BranchCall) -> Hashable:
