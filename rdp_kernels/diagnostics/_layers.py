@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ._progress import track
+from ._display import track
 from .observe import ObservedCall, as_batches, forward, observing, undisturbed
 
 T = TypeVar("T")
+
+OnCall = Callable[[ObservedCall, dict[str, T]], None]
+"""Gets each call of a path, and puts values into a dict."""
 
 OF = ("stream", "branch")
 """The residual before the first path ("input") and after each path; the update that each path adds to it."""
@@ -23,10 +27,10 @@ def measure(
     batches: Any,
     what: str,
     progress: bool | None,
-    look: Callable[[nn.Module, Any], dict[str, T]],
+    on_call: OnCall[T],
     add: Callable[..., object],
 ) -> list[tuple[str, ...]]:
-    """Calls `look(model, batch)` for each batch and model, in eval mode, then `add` with the values from each model.
+    """Runs each model on each batch, in eval mode, and calls `add` with the values from each model.
 
     Returns the labels of each model. Raises `ValueError` without a batch, or where batches have different labels.
     """
@@ -35,7 +39,7 @@ def measure(
         for model in models:
             stack.enter_context(undisturbed(model))
         for batch in track(as_batches(batches), what, progress):
-            found = [look(model, batch) for model in models]
+            found = [run(model, batch, on_call) for model in models]
             for before, now in zip(labels, map(tuple, found), strict=False):  # nothing before the first batch
                 if before != now:
                     raise ValueError(
@@ -48,23 +52,8 @@ def measure(
     return labels
 
 
-def layers_of(model: nn.Module, batch: Any, of: str, look: Callable[[Tensor], T]) -> dict[str, T]:
-    """Calls `look` on each layer in one forward, as `run` does. `look` gets a tensor in its shape in the path, which
-    code behind the layer may write to."""
-
-    def on_call(call: ObservedCall, found: dict[str, T]) -> None:
-        if of == "stream" and not found:
-            put(found, "input", look(call.x))
-        put(found, call.name, look(call.out if of == "stream" else call.update))
-
-    return run(model, batch, on_call)
-
-
-def run(model: nn.Module, batch: Any, on_call: Callable[[ObservedCall, dict[str, T]], None]) -> dict[str, T]:
-    """Runs one forward without gradients. `on_call` puts a value for each call into the dict that is returned.
-
-    Raises `ValueError` where no path is called.
-    """
+def run(model: nn.Module, batch: Any, on_call: OnCall[T]) -> dict[str, T]:
+    """Runs one forward without gradients. Returns the values by label. Raises `ValueError` where no path is called."""
     found: dict[str, T] = {}
     with torch.no_grad(), observing(model, lambda call: on_call(call, found)):
         forward(model, batch)
@@ -73,10 +62,19 @@ def run(model: nn.Module, batch: Any, on_call: Callable[[ObservedCall, dict[str,
     return found
 
 
+def layers_of(of: str, look: Callable[[Tensor], T]) -> OnCall[T]:
+    """An `OnCall` that puts the result of `look` for each layer. `look` gets the tensor as the path has it; code behind
+    the layer may write to it."""
+
+    def on_call(call: ObservedCall, found: dict[str, T]) -> None:
+        if of == "stream" and not found:
+            put(found, "input", look(call.x))
+        put(found, call.name, look(call.out if of == "stream" else call.update))
+
+    return on_call
+
+
 def put(found: dict[str, T], name: str, value: T) -> None:
     """Stores `value` under `name`, or under `name#2` in the second call of a path."""
-    label, count = name, 1
-    while label in found:
-        count += 1
-        label = f"{name}#{count}"
-    found[label] = value
+    labels = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(2)))
+    found[next(label for label in labels if label not in found)] = value

@@ -18,11 +18,10 @@ from .._utils.checks import check_count
 from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..plan import plan_generator
-from ._plots import Axes, axes_or_new
-from ._progress import track
-from ._subsets import subsets
+from ._display import Axes, axes_or_new, track
 from .gradients import checked_loss, requiring_grad
-from .observe import overriding, undisturbed, update_of
+from .lesions import subsets
+from .observe import observing, overriding, undisturbed, update_of
 
 ALL_SUBSETS = 10  # with up to so many paths all 2ⁿ subsets are measured: 1,024 backward passes
 SAMPLES = 16  # random subsets of each length otherwise
@@ -110,12 +109,7 @@ def effective_depth(
 def _called(model: nn.Module, loss: Callable[[Any], Tensor]) -> list[int]:
     """The paths that are called, in the order of their first calls."""
     paths: dict[int, None] = {}
-
-    def note(path: int, call: PathCall, x: Tensor) -> Tensor:
-        paths[path] = None
-        return call.run(x)
-
-    with undisturbed(model), torch.no_grad(), overriding(model, note):
+    with undisturbed(model), torch.no_grad(), observing(model, lambda call: paths.setdefault(call.path)):
         loss(model)
     if not paths:
         raise ValueError("loss must run the model it is given, but called none of its paths")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice, check_count
+from ._display import Axes, axes_or_new, label_layers
 from ._layers import OF, layers_of, measure
-from ._plots import Axes, axes_or_new, label_layers
 from .similarity import centred_gram, u_centred
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -81,20 +81,16 @@ def feature_distributions(
     check_choice("of", of, OF)
     limit = check_count("values_per_batch", values_per_batch, minimum=1)
     generator = torch.Generator().manual_seed(check_count("seed", seed))
-
-    def look(model: nn.Module, batch: Any) -> dict[str, _Seen]:
-        return layers_of(model, batch, of, lambda features: _look(features, limit, generator))
-
     seen: list[list[_Seen]] = []
-    (labels,) = measure([model], batches, "feature distributions", progress, look, seen.append)
+    on_call = layers_of(of, lambda features: _look(features, limit, generator))
+    (labels,) = measure([model], batches, "feature distributions", progress, on_call, seen.append)
     columns = zip(*(_joined(list(layer), limit) for layer in zip(*seen, strict=True)), strict=True)
     mean, std, quantiles, zeros, non_finite, rank = (torch.stack(column) for column in columns)
     num_samples = sum(layers[0].rows for layers in seen)
     return FeatureDistributions(labels, mean, std, quantiles, zeros, non_finite.long(), rank, of, num_samples)
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """One layer in one batch: the number of rows, the result of `_numbers`, and values picked in random order."""
 
     rows: int

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules, parameters_of
-from ._plots import Axes, axes_or_new, label_layers
+from ._display import Axes, axes_or_new, label_layers
 from .observe import overriding, undisturbed
 
 
@@ -36,8 +36,7 @@ class GradientNorms:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws both by path, on a logarithmic scale. Returns the axes."""
         ax = axes_or_new(ax)
-        series = ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--"))
-        for values, label, style in series:
+        for values, label, style in ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--")):
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice
+from ._display import Axes, axes_or_new, label_layers
 from ._layers import OF, layers_of, measure
-from ._plots import Axes, axes_or_new, label_layers
 from .similarity import MinibatchCKA, MinibatchCosine, heatmap_rebound, unbiased_gram
 
 METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
@@ -93,14 +93,11 @@ def layer_similarity(
     def kept(features: Tensor) -> Tensor:
         return unbiased_gram(features.flatten(1)) if cka else features.flatten(1).clone()
 
-    def look(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        return layers_of(model, batch, of, kept)
-
     def add(layers: list[Tensor], others: list[Tensor] | None = None) -> None:
         nonlocal num_samples
         similarities.add(layers, others)
         num_samples += len(layers[0])
 
     models = [model] if other is None else [model, other]
-    labels = measure(models, batches, "layer similarity", progress, look, add)
+    labels = measure(models, batches, "layer similarity", progress, layers_of(of, kept), add)
     return LayerSimilarity(similarities.value(), labels[0], labels[-1], metric, of, num_samples)

@@ -70,7 +70,6 @@ def overriding(model: nn.Module, override: Override, only: Collection[int] | Non
 @contextlib.contextmanager
 def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iterator[list[str]]:
     """`on_call` gets every call of a path within, in the order of the forward. Yields the names of the paths."""
-    names: list[str] = []
 
     def observe(path: int, call: PathCall, x: Tensor) -> Tensor:
         residual, update = call.residual(x), update_of(call, x)
@@ -78,9 +77,8 @@ def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iter
         on_call(ObservedCall(path, names[path], x, residual, update, out))
         return out
 
-    with overriding(model, observe) as found:
-        names += found
-        yield found
+    with overriding(model, observe) as names:
+        yield names
 
 
 def update_of(call: PathCall, x: Tensor) -> Tensor:
@@ -96,9 +94,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
     """Runs `model` on a batch: one argument, a tuple or list of arguments, or a mapping of arguments by name."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def as_batches(batches: Any) -> Iterable[Any]:

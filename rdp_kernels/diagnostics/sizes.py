@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._layers import measure, put, run
-from ._plots import Axes, axes_or_new, label_layers
+from ._display import Axes, axes_or_new, label_layers
+from ._layers import measure, put
 from .observe import ObservedCall
 from .similarity import unit
 
@@ -48,11 +48,11 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
     Each row of a path counts as a sample, also where it isn't one (windows, patches).
     """
 
-    def look(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        return run(model, batch, lambda call, found: put(found, call.name, _sizes(call)))
+    def on_call(call: ObservedCall, found: dict[str, Tensor]) -> None:
+        put(found, call.name, _sizes(call))
 
     found: list[list[Tensor]] = []
-    (labels,) = measure([model], batches, "branch sizes", progress, look, found.append)
+    (labels,) = measure([model], batches, "branch sizes", progress, on_call, found.append)
     *sums, rows = torch.stack([torch.stack(sizes, dim=1).cpu() for sizes in found]).sum(dim=0)
     ratio, residual, branch, cosine = (total / rows for total in sums)
     return BranchSizes(labels, ratio, residual, branch, cosine, int(rows[0]))

@@ -60,7 +60,7 @@ class _CapturedBranch:
     def __init__(self, name: str):
         self._name, self._warned = name, False
         self._graphs: dict[Hashable, tuple[Hashable, Any]] = {}
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         self._in_flight: weakref.ref[Any] | None = None
         """The autograd node of the last replay. Until its backward has run, no replay may overwrite the buffers."""
 
@@ -84,9 +84,8 @@ class _CapturedBranch:
             return None
         if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.module)):
             return None  # the gradient may be the buffer that a replay overwrites
-        kind = call.kind
+        kind, fits = call.kind, _fits(call)
         captured = self._graphs.get(kind)
-        fits = _fits(call)
         if captured is None and not tensors_in(call.args, call.kwargs):
             captured = self._graphs[kind] = fits, self._capture(call)
         if captured is not None and captured[0] == fits:
@@ -101,8 +100,6 @@ class _CapturedBranch:
         return None
 
     def _capture(self, call: BranchCall) -> Any:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         sample = call.x.detach().clone().requires_grad_(call.x.requires_grad)
         branch = _Branch(call)
         buffers = [(buffer, buffer.clone()) for buffer in branch.buffers()]

@@ -159,13 +159,11 @@ class Agreement:
     def _begin(self, iteration: Iteration) -> None:
         scheme = self._scheme()
         assert scheme is not None
-        facts = facts_of_iteration(scheme, iteration)
-        if iteration.plan.mode == "block":
-            if self._every_iteration:
-                self.compare(facts)
-            return
-        self.compare(facts)
-        iteration.join(self.gather(iteration.presence()).any(dim=0))
+        by_sample = iteration.plan.mode == "sample"
+        if by_sample or self._every_iteration:
+            self.compare(facts_of_iteration(scheme, iteration))
+        if by_sample:
+            iteration.join(self.gather(iteration.presence()).any(dim=0))
 
 
 def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
@@ -225,9 +223,8 @@ def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
 
 def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) -> str:
     """A message about the first `most` facts that differ: "ranks disagree: rank 1 has seed 4, rank 0 has 3"."""
-    names = list(dict.fromkeys(name for facts in of_ranks for name in facts))
     sentences = []
-    for name in names:
+    for name in dict.fromkeys(name for facts in of_ranks for name in facts):
         values = [_shortened(facts.get(name, "none")) for facts in of_ranks]
         usual, count = Counter(values).most_common(1)[0]  # in a tie, the lowest rank's
         if count == len(ranks):

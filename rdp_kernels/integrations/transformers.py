@@ -50,8 +50,7 @@ class _Alternate(TrainerCallback):
         if self._trainer.model_wrapped is not self._checked:  # equal where train() is called again
             self._checked = self._trainer.model_wrapped
             check_trained(self._checked, self._scheme)
-        saved = state.stateful_callbacks.get(KEY)
-        if saved is not None:
+        if (saved := state.stateful_callbacks.get(KEY)) is not None:
             self._scheme.load_state_dict(saved)
         self._alternation.callback(self._scheme.alternate(self._trainer.optimizer).remove)
 
