@@ -22,8 +22,8 @@ class FeatureDistributions:
     """The result of `feature_distributions`, on the CPU. Tensors are float64 `[L]` unless stated otherwise.
 
     Args:
-        labels: of the L layers, as in `LayerSimilarity`.
-        mean, std: of all finite values, over samples, positions and channels. NaN where there are none.
+        labels: the names of the L layers, as in `LayerSimilarity`.
+        mean, std: those of all finite values, over samples, positions and channels. NaN where there are none.
         quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite values among those picked.
         zeros: the share of values that are exactly 0.
         non_finite: int64 `[L]`, how many values are NaN or Inf.

@@ -23,7 +23,7 @@ class GradientNorms:
     """Euclidean norms of a loss's gradients; NaN where there is none.
 
     Args:
-        names: of the paths.
+        names: the paths' names.
         parameters: ‖∂L/∂θ‖ for each path, over all its parameters that require grad; NaN if the loss depends on none.
         stream: ‖∂L/∂x‖ at the input x of each path, which is the residual before it. NaN if the loss doesn't depend on
             x, or where nothing before the path learns and its shortcut is computed outside of it.

@@ -22,9 +22,9 @@ class LayerSimilarity:
 
     Args:
         matrix: float64 `[L, L']` on the CPU; NaN for pairs that can't be compared.
-        labels: of the L rows: "input" for the residual before the first path, and the paths' names. "name#2" is the
-            second call of a path in a forward.
-        other_labels: of the L' columns.
+        labels: the names of the L rows: "input" for the residual before the first path, and the paths' names.
+            "name#2" is the second call of a path in a forward.
+        other_labels: the names of the L' columns.
         metric, of: as in `layer_similarity`.
         num_samples: how many rows the first layer had in all batches.
     """

@@ -98,7 +98,7 @@ class LesionStudy:
     """The result of `lesion_study`. All values are results of `evaluate`.
 
     Args:
-        names: of the paths.
+        names: the paths' names.
         baseline: the whole network.
         each: the network without each single path; empty where `each=False`.
         removed: the network without random sets of paths, by the size of the sets.

@@ -35,8 +35,8 @@ PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 @dataclass(frozen=True)
 class Row:
-    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. What wasn't
-    measured is None: everything where refused, the reuse iteration where nothing is dropped, times if not asked for.
+    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. Costs are None
+    where the mode is refused, those of the reuse iteration where nothing is dropped, times where they weren't measured.
 
     Args:
         mode, freeze: the scheme's options.
@@ -74,9 +74,9 @@ class Estimate:
     """The result of `ResidualDropPath.estimate`. Its `str` is a table and the recommendation.
 
     Args:
-        rows: by rates, mode and freezing.
-        batch_size: of the example inputs.
-        plain_flops, plain_saved_bytes, plain_seconds: an ordinary training step; seconds None where not measured.
+        rows: one for each choice of rates, mode and freezing.
+        batch_size: the number of samples in the example inputs.
+        plain_flops, plain_saved_bytes, plain_seconds: what an ordinary training step costs; seconds may be None.
         branch_share: the share of the plain step's time that branches take, or of its FLOPs without times.
         recommendation: a mode and a freezing, with the reason.
         cost: computes the costs of further plans.

@@ -82,8 +82,8 @@ class _PlanAsData:
             return
         scheme._rest.refresh()
         rest_learns = iteration.phase == "drop" or not scheme._rules.freezes_rest
-        groups = [(path.parameters(), iteration.learns(path.index)) for path in scheme.paths]
-        groups.append((scheme._rest.parameters(), rest_learns))
+        groups = [(scheme._rest.parameters(), rest_learns)]
+        groups += [(path.parameters(), iteration.learns(path.index)) for path in scheme.paths]
         known = {id(p): p for parameters, _ in groups for p in parameters}
         self._gradients.ignored = known.keys() - {id(p) for parameters, learn in groups if learn for p in parameters}
         self._gradients.watch(known.values())

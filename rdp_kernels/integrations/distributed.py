@@ -23,7 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._utils.checks import check_bool
 from .._utils.ranks import world_size
-from ..paths.path import paths_of
+from ..paths.path import path_modules_among
 from ..scheme.iteration import Iteration
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
@@ -50,7 +50,7 @@ def register(
         every_iteration, timeout: passed to `agree`.
         compress: the dtype in which gradients are sent, for example `torch.bfloat16`; None for their own.
 
-    DDP sends gradients in buckets, cut by size. Of a bucket in which only some parameters learn, only these are sent,
+    DDP sends gradients in buckets, cut by size. Where only some parameters of a bucket learn, only these are sent,
     joined into one tensor. So bytes are proportional to what learns, however the buckets were cut and whoever built the
     DDP, and the number of messages doesn't change. Buckets cut by path would save the copy but cost a message per path.
 
@@ -174,9 +174,7 @@ def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
     """
     if isinstance(model, DataParallel):
         raise ValueError("model must not be in DataParallel: run one process for each device (torchrun), or use one")
-    if not any(
-        path_module.binding.scheme is scheme for module in model.modules() for _, path_module in paths_of(module)
-    ):
+    if not any(path_module.binding.scheme is scheme for path_module in path_modules_among(model.modules())):
         raise ValueError(
             "scheme must belong to the model that is trained, but none of its paths is in that model: was the model "
             "copied or made anew (model_init) after the scheme?"

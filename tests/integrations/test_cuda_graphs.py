@@ -64,7 +64,7 @@ def graphed(branch, samples, pool, allow_unused_input):
 def captures(monkeypatch):
     """The variants captured, in order."""
     found = []
-    monkeypatch.setattr(cuda_graphs, "_check", lambda model, owners: None)
+    monkeypatch.setattr(cuda_graphs, "_check", lambda model, path_modules: None)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: found)
     return found
