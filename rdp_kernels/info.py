@@ -13,11 +13,15 @@ from .kernels.native.library import PACKAGE, has_cuda
 
 def describe() -> str:
     """The report as text, one fact a line."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
     lines = [
         f"rdp_kernels  {__version__}, imported from {PACKAGE}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
-        f"triton       {_version('triton')}",
+        f"triton       {triton}",
     ]
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     lines += [f"device {index}     {name}" for index, name in enumerate(devices)] or ["devices      CPU only"]
@@ -26,13 +30,6 @@ def describe() -> str:
         if name == "native" and reason is None:
             lines[-1] += ", for CPUs and CUDA" if has_cuda() else ", for CPUs (built without CUDA)"
     return "\n".join(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

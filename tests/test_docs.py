@@ -55,3 +55,15 @@ def test_what_is_named_exists(name):
     headings = {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.*)", text, re.M)}
     for link in re.findall(r"\]\(#([\w-]+)\)", text):
         assert link in headings, link
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_named_exist(name):
+    """A file or folder may be named without the folders around it, as in a table about one of them."""
+    tops = ("benchmarks", "csrc", "docs", "examples", "rdp_kernels", "tests")
+    there = [f"/{path.relative_to(ROOT).as_posix()}" for top in tops for path in (ROOT / top).rglob("*")]
+    there += [f"/{path.name}" for path in ROOT.iterdir()]
+    named = set(re.findall(r"`([\w./-]+(?:\.(?:py|md|h|cpp|cu|txt)|/))`", (ROOT / name).read_text(encoding="utf-8")))
+    assert len(named) > 10
+    missing_files = [file for file in sorted(named) if not any(path.endswith(f"/{file.rstrip('/')}") for path in there)]
+    assert not missing_files

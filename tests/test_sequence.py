@@ -233,7 +233,7 @@ def test_backward_twice_and_partly():
     assert torch.equal(alone, first[names.index(wanted)])
 
 
-def test_a_bypassed_path_saves_nothing():
+def test_a_detached_path_saves_nothing():
     """freeze="branch": beyond what the learning path needs, autograd keeps no byte."""
     paths = sequence(2)
     scheme = rdp.ResidualDropPath(paths, 0.5, freeze="branch", train_rest=True)

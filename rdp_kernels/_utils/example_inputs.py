@@ -30,9 +30,8 @@ def resized(example_inputs: Any, size: int) -> tuple[tuple, dict[str, Any]]:
     batch_size = batch_size_of(example_inputs)
 
     def resize(x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[0] != batch_size:
-            return x
-        return x[torch.arange(size, device=x.device) % batch_size]
+        has_samples = x.dim() > 0 and x.shape[0] == batch_size
+        return x[torch.arange(size, device=x.device) % batch_size] if has_samples else x
 
     return pytree.tree_map_only(Tensor, resize, arguments_of(example_inputs))
 

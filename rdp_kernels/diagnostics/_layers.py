@@ -2,70 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .observe import ObservedCall, forward, observing
+from ._display import track
+from .observe import ObservedCall, as_batches, forward, observing, undisturbed
 
 T = TypeVar("T")
+
+OnCall = Callable[[ObservedCall, dict[str, T]], None]
+"""Gets each call of a path, and puts values into a dict."""
 
 OF = ("stream", "branch")
 """The residual before the first path ("input") and after each path; the update that each path adds to it."""
 
 
-def layers_of(model: nn.Module, batch: Any, of: str, look: Callable[[Tensor], T]) -> dict[str, T]:
-    """Calls `look` on each layer in one forward. Returns the results by label, in the order of the calls.
+def measure(
+    models: Sequence[nn.Module],
+    batches: Any,
+    what: str,
+    progress: bool | None,
+    on_call: OnCall[T],
+    add: Callable[..., object],
+) -> list[tuple[str, ...]]:
+    """Runs each model on each batch, in eval mode, and calls `add` with the values from each model.
 
-    Code behind a layer may write to the tensor that `look` gets. Its shape is the one that it has in the path. Raises
-    `ValueError` where no path is called.
+    Returns the labels of each model. Raises `ValueError` without a batch, or where batches have different labels.
     """
-    found: dict[str, T] = {}
+    labels: list[tuple[str, ...]] = []
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(undisturbed(model))
+        for batch in track(as_batches(batches), what, progress):
+            found = [run(model, batch, on_call) for model in models]
+            for before, now in zip(labels, map(tuple, found), strict=False):  # nothing before the first batch
+                if before != now:
+                    raise ValueError(
+                        f"model must call the same paths on every batch, got {list(now)} after {list(before)}"
+                    )
+            labels = [tuple(layers) for layers in found]
+            add(*([*layers.values()] for layers in found))
+    if not labels:
+        raise ValueError("batches must hold at least one batch, got none")
+    return labels
 
-    def on_call(call: ObservedCall) -> None:
+
+def run(model: nn.Module, batch: Any, on_call: OnCall[T]) -> dict[str, T]:
+    """Runs one forward without gradients. Returns the values by label. Raises `ValueError` where no path is called."""
+    found: dict[str, T] = {}
+    with torch.no_grad(), observing(model, lambda call: on_call(call, found)):
+        forward(model, batch)
+    if not found:
+        raise ValueError("model calls none of its paths on these batches: does its forward use them?")
+    return found
+
+
+def layers_of(of: str, look: Callable[[Tensor], T]) -> OnCall[T]:
+    """An `OnCall` that puts the result of `look` for each layer. `look` gets the tensor as the path has it; code behind
+    the layer may write to it."""
+
+    def on_call(call: ObservedCall, found: dict[str, T]) -> None:
         if of == "stream" and not found:
             put(found, "input", look(call.x))
         put(found, call.name, look(call.out if of == "stream" else call.update))
 
-    run(model, batch, on_call)
-    return found
-
-
-def run(model: nn.Module, batch: Any, on_call: Callable[[ObservedCall], None]) -> None:
-    """Runs one forward without gradients and passes its calls to `on_call`. Raises `ValueError` without any."""
-    calls = 0
-
-    def counting(call: ObservedCall) -> None:
-        nonlocal calls
-        calls += 1
-        on_call(call)
-
-    with torch.no_grad(), observing(model, counting):
-        forward(model, batch)
-    if not calls:
-        raise ValueError("model calls none of its paths on these batches: does its forward use them?")
+    return on_call
 
 
 def put(found: dict[str, T], name: str, value: T) -> None:
     """Stores `value` under `name`, or under `name#2` in the second call of a path."""
-    label, count = name, 1
-    while label in found:
-        count += 1
-        label = f"{name}#{count}"
-    found[label] = value
-
-
-def same_labels(before: tuple[str, ...] | None, found: dict[str, T]) -> tuple[str, ...]:
-    """The labels of `found`. Raises `ValueError` where the batch before had others."""
-    labels = tuple(found)
-    if before not in (None, labels):
-        raise ValueError(
-            f"model must call the same paths on every batch, got {list(labels)} after {list(before or ())}"
-        )
-    return labels
-
-
-def none_given() -> ValueError:
-    return ValueError("batches must hold at least one batch, got none")
+    labels = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(2)))
+    found[next(label for label in labels if label not in found)] = value

@@ -66,8 +66,8 @@ class Report:
         facts: dict[str, float | None] = {"loss": self.lesions.baseline} if self.metric == "loss" else {}
         facts |= {} if self.accuracy is None else {"accuracy": self.accuracy}
         facts |= {} if self.depth is None else {"effective depth": self.depth.depth}
-        facts["paths that matter, by what removing them does"] = _or_none(participation, effects)
-        facts["paths that matter, by their size"] = _or_none(participation, ratios)
+        facts["paths that matter, by what removing them does"] = _participation(effects)
+        facts["paths that matter, by their size"] = _participation(ratios)
         facts["rebound of the similarity"] = self.similarity.rebound
         for trials in self.lesions.removed:
             facts[f"{self.metric} without {trials.count} random paths"] = trials.mean
@@ -175,27 +175,24 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
 
 def prepare(folder: Path) -> None:
     """Creates the folder and checks that files can be written to it. Raises `Problem`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"argument --out: can't write to {folder}: {error.strerror or error}") from error
     write(folder / ".probe", b"")
     (folder / ".probe").unlink()
 
 
 def write(file: Path, content: bytes) -> None:
-    """Replaces the file atomically. Raises `Problem`."""
+    """Replaces the file atomically, and creates its folder. Raises `Problem`."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, file)
     except OSError as error:
-        raise Problem(f"argument --out: can't write {file}: {error.strerror or error}") from error
+        raise Problem(f"argument --out: can't write to {file.parent}: {error.strerror or error}") from error
 
 
-def _or_none(function: Callable[[list[float]], float], values: list[float]) -> float | None:
+def _participation(values: list[float]) -> float | None:
     try:
-        return function(values)
+        return participation(values)
     except ValueError:  # NaN and Inf, from a model that overflows
         return None
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import operator
 import pickle
+import pkgutil
 import re
 import sys
 from collections.abc import Mapping
@@ -43,11 +42,10 @@ def build_model(name: str, *, pretrained: bool, classes: int | None, side: int |
         return _from_timm(name, pretrained, {"num_classes": classes, "img_size": side})
     if pretrained or classes is not None:
         raise Problem("arguments --pretrained and --classes: only for timm models; the factory has to handle them")
-    module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        model: Any = operator.attrgetter(attribute)(importlib.import_module(module))()
+        model: Any = pkgutil.resolve_name(name)()
     except Exception as error:  # a factory is the user's code
         raise Problem(f"argument MODEL: {name} can't be built: {told(error)}") from error
     if not isinstance(model, nn.Module):

@@ -8,23 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._utils.checks import check_count
+from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..plan import plan_generator
-from ._plots import axes_or_new
-from ._progress import track
-from ._subsets import subsets
+from ._display import Axes, axes_or_new, track
 from .gradients import checked_loss, requiring_grad
-from .observe import finish, overriding, undisturbed, update_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .lesions import subsets
+from .observe import observing, overriding, undisturbed, update_of
 
 ALL_SUBSETS = 10  # with up to so many paths all 2ⁿ subsets are measured: 1,024 backward passes
 SAMPLES = 16  # random subsets of each length otherwise
@@ -55,8 +52,7 @@ class EffectiveDepth:
         ax = axes_or_new(ax)
         ax.bar(self.lengths, self.shares, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axvline(self.depth, color="black", linestyle="--", label=f"effective depth {self.depth:.2f} of {self.paths}")
-        ax.set_xlabel("branches that the gradient comes through")
-        ax.set_ylabel("share of the gradient")
+        ax.set(xlabel="branches that the gradient comes through", ylabel="share of the gradient")
         ax.legend()
         return ax
 
@@ -90,16 +86,15 @@ def effective_depth(
     """
     if samples is not None:
         check_count("samples", samples, minimum=1)
-    backward = _Backward(model, loss)
-    called = backward.called()
+    called = _called(model, loss)
     n = len(called)
     limit = samples or (2**ALL_SUBSETS if n <= ALL_SUBSETS else SAMPLES)
     lengths = list(range(n + 1)) if lengths is None else [check_count("lengths", length) for length in lengths]
     if not lengths or max(lengths) > n or len(set(lengths)) < len(lengths):
         raise ValueError(f"lengths must be different numbers from 0 to {n}, the number of paths, got {lengths}")
     chosen = [subsets(n, length, limit, plan_generator(seed, length)) for length in lengths]
-    flat = [subset for sets in chosen for subset in sets]
-    found = iter([backward.norm({called[i] for i in subset}) for subset in track(flat, "effective depth", progress)])
+    flat = [{called[i] for i in subset} for sets in chosen for subset in sets]
+    found = iter([_norm(model, loss, through) for through in track(flat, "effective depth", progress)])
     norms = [math.fsum(next(found) for _ in sets) / len(sets) for sets in chosen]
     if not any(norms) or not all(map(math.isfinite, norms)):
         raise ValueError(f"loss must have a finite gradient at the input of the first path, not 0 by all, got {norms}")
@@ -111,50 +106,41 @@ def effective_depth(
     return EffectiveDepth(depth, n, lengths, norms, shares, [len(sets) for sets in chosen])
 
 
-class _Backward:
-    """Runs forward and backward of `loss(model)`, with gradients only through some of the branches."""
+def _called(model: nn.Module, loss: Callable[[Any], Tensor]) -> list[int]:
+    """The paths that are called, in the order of their first calls."""
+    paths: dict[int, None] = {}
+    with undisturbed(model), torch.no_grad(), observing(model, lambda call: paths.setdefault(call.path)):
+        loss(model)
+    if not paths:
+        raise ValueError("loss must run the model it is given, but called none of its paths")
+    return list(paths)
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor]):
-        self._model, self._loss = model, loss
 
-    def called(self) -> list[int]:
-        """The paths that are called, in the order of their first calls."""
-        paths: dict[int, None] = {}
+def _norm(model: nn.Module, loss: Callable[[Any], Tensor], through: set[int]) -> float:
+    """The norm of the gradient at the input of the first path that comes through exactly these branches."""
+    first: list[GradientEdge] = []
 
-        def note(path: int, call: PathCall, x: Tensor) -> Tensor:
-            paths[path] = None
-            return call.run(x)
+    def limited(path: int, call: PathCall, x: Tensor) -> Tensor:
+        if not first:
+            x, whole = requiring_grad(x, call)
+            if not whole:
+                raise ValueError(
+                    "the first path's shortcut is computed outside of it, and nothing before it learns: let a "
+                    "parameter before it require grad, so that its input has a gradient"
+                )
+            first.append(get_gradient_edge(x))
+        passes = path in through
+        with torch.set_grad_enabled(not passes):
+            residual = call.residual(x)
+        with torch.set_grad_enabled(passes):
+            update = update_of(call, x)
+        return activated((residual.detach() if passes else residual) + update, call.module.activation)
 
-        with undisturbed(self._model), torch.no_grad(), overriding(self._model, note):
-            self._loss(self._model)
-        if not paths:
-            raise ValueError("loss must run the model it is given, but called none of its paths")
-        return list(paths)
-
-    def norm(self, through: set[int]) -> float:
-        """The norm of the gradient at the input of the first path that comes through exactly these branches."""
-        first: list[GradientEdge] = []
-
-        def limited(path: int, call: PathCall, x: Tensor) -> Tensor:
-            if not first:
-                x, whole = requiring_grad(x, call)
-                if not whole:
-                    raise ValueError(
-                        "the first path's shortcut is computed outside of it, and nothing before it learns: let a "
-                        "parameter before it require grad, so that its input has a gradient"
-                    )
-                first.append(get_gradient_edge(x))
-            with torch.set_grad_enabled(path not in through):
-                residual = call.residual(x)
-            with torch.set_grad_enabled(path in through):
-                update = update_of(call, x)
-            return finish(call, (residual.detach() if path in through else residual) + update)
-
-        with undisturbed(self._model):
-            with torch.enable_grad(), overriding(self._model, limited):
-                value = checked_loss(self._loss(self._model))
-            (grad,) = torch.autograd.grad(value, first, allow_unused=True)
-        return 0.0 if grad is None else grad.double().norm().item()
+    with undisturbed(model):
+        with torch.enable_grad(), overriding(model, limited):
+            value = checked_loss(loss(model))
+        (grad,) = torch.autograd.grad(value, first, allow_unused=True)
+    return 0.0 if grad is None else grad.double().norm().item()
 
 
 def participation(values: Sequence[float] | Tensor) -> float:

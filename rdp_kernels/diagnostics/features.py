@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice, check_count
-from ._layers import OF, layers_of, none_given, same_labels
-from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import as_batches, undisturbed
+from ._display import Axes, axes_or_new, label_layers
+from ._layers import OF, layers_of, measure
 from .similarity import centred_gram, u_centred
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -27,8 +22,8 @@ class FeatureDistributions:
     """The result of `feature_distributions`, on the CPU. Tensors are float64 `[L]` unless stated otherwise.
 
     Args:
-        labels: of the L layers, as in `LayerSimilarity`.
-        mean, std: of all finite values, over samples, positions and channels. NaN where there are none.
+        labels: the names of the L layers, as in `LayerSimilarity`.
+        mean, std: those of all finite values, over samples, positions and channels. NaN where there are none.
         quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite values among those picked.
         zeros: the share of values that are exactly 0.
         non_finite: int64 `[L]`, how many values are NaN or Inf.
@@ -86,23 +81,16 @@ def feature_distributions(
     check_choice("of", of, OF)
     limit = check_count("values_per_batch", values_per_batch, minimum=1)
     generator = torch.Generator().manual_seed(check_count("seed", seed))
-    labels: tuple[str, ...] | None = None
     seen: list[list[_Seen]] = []
-    with undisturbed(model):
-        for batch in track(as_batches(batches), "feature distributions", progress):
-            found = layers_of(model, batch, of, lambda features: _look(features, limit, generator))
-            labels = same_labels(labels, found)
-            seen.append(list(found.values()))
-    if labels is None:
-        raise none_given()
+    on_call = layers_of(of, lambda features: _look(features, limit, generator))
+    (labels,) = measure([model], batches, "feature distributions", progress, on_call, seen.append)
     columns = zip(*(_joined(list(layer), limit) for layer in zip(*seen, strict=True)), strict=True)
     mean, std, quantiles, zeros, non_finite, rank = (torch.stack(column) for column in columns)
     num_samples = sum(layers[0].rows for layers in seen)
     return FeatureDistributions(labels, mean, std, quantiles, zeros, non_finite.long(), rank, of, num_samples)
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """One layer in one batch: the number of rows, the result of `_numbers`, and values picked in random order."""
 
     rows: int
@@ -112,10 +100,8 @@ class _Seen:
 
 def _look(features: Tensor, limit: int, generator: torch.Generator) -> _Seen:
     count = features.numel()
-    if count > limit:
-        some = torch.randint(count, (limit,), generator=generator)
-    else:
-        some = torch.randperm(count, generator=generator)
+    many = count > limit
+    some = torch.randint(count, (limit,), generator=generator) if many else torch.randperm(count, generator=generator)
     picked = features.flatten()[some.to(features.device)].cpu()
     return _Seen(len(features), _numbers(features).cpu(), picked)
 

@@ -6,20 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..paths.binding import PathModule
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules, parameters_of
-from ._plots import axes_or_new, label_layers
+from ._display import Axes, axes_or_new, label_layers
 from .observe import overriding, undisturbed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class GradientNorms:
     """Euclidean norms of a loss's gradients; NaN where there is none.
 
     Args:
-        names: of the paths.
+        names: the paths' names.
         parameters: ‖∂L/∂θ‖ for each path, over all its parameters that require grad; NaN if the loss depends on none.
         stream: ‖∂L/∂x‖ at the input x of each path, which is the residual before it. NaN if the loss doesn't depend on
             x, or where nothing before the path learns and its shortcut is computed outside of it.
@@ -40,8 +36,7 @@ class GradientNorms:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws both by path, on a logarithmic scale. Returns the axes."""
         ax = axes_or_new(ax)
-        series = ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--"))
-        for values, label, style in series:
+        for values, label, style in ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--")):
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
         label_layers(ax, self.names)
         ax.set_xlabel("path")
@@ -75,7 +70,8 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x)
 
-    parameters = [[p for p in _parameters(module) if p.requires_grad] for module in path_modules.values()]
+    modules = path_modules.values()
+    parameters = [[p for p in dict.fromkeys(parameters_of(module)) if p.requires_grad] for module in modules]
     with undisturbed(model), _own_buffers(model) if training else contextlib.nullcontext():
         model.train(training)
         with torch.enable_grad(), overriding(model, note_input):
@@ -102,11 +98,6 @@ def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
     if x.requires_grad:
         return x, True
     return x.detach().requires_grad_(), call.known_residual is None
-
-
-def _parameters(path_module: PathModule) -> list[nn.Parameter]:
-    """The parameters of a path, each once."""
-    return list({id(p): p for p in parameters_of(path_module)}.values())
 
 
 def _norm(grads: list[Tensor | None]) -> float:
@@ -144,7 +135,8 @@ class GradientNormRecorder:
         path_modules = find_path_modules(model)
         self.names = list(path_modules)
         self.steps: list[int] = []
-        self._parameters = [(i, p) for i, module in enumerate(path_modules.values()) for p in _parameters(module)]
+        modules = enumerate(path_modules.values())
+        self._parameters = [(i, p) for i, module in modules for p in dict.fromkeys(parameters_of(module))]
         self._recorded: list[tuple[list[int], Tensor]] = []  # for each step the path and the norm of each gradient
 
     def record(self, step: int | None = None) -> None:

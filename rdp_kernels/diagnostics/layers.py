@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from .._utils.checks import check_choice
-from ._layers import OF, layers_of, none_given, same_labels
-from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import as_batches, undisturbed
+from ._display import Axes, axes_or_new, label_layers
+from ._layers import OF, layers_of, measure
 from .similarity import MinibatchCKA, MinibatchCosine, heatmap_rebound, unbiased_gram
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
 
@@ -28,9 +22,9 @@ class LayerSimilarity:
 
     Args:
         matrix: float64 `[L, L']` on the CPU; NaN for pairs that can't be compared.
-        labels: of the L rows: "input" for the residual before the first path, and the paths' names. "name#2" is the
-            second call of a path in a forward.
-        other_labels: of the L' columns.
+        labels: the names of the L rows: "input" for the residual before the first path, and the paths' names.
+            "name#2" is the second call of a path in a forward.
+        other_labels: the names of the L' columns.
         metric, of: as in `layer_similarity`.
         num_samples: how many rows the first layer had in all batches.
     """
@@ -94,24 +88,16 @@ def layer_similarity(
     check_choice("metric", metric, tuple(METRICS))
     cka = metric == "cka"
     similarities: MinibatchCKA | MinibatchCosine = MinibatchCKA() if cka else MinibatchCosine()
-    labels: tuple[str, ...] | None = None
-    other_labels: tuple[str, ...] | None = None
     num_samples = 0
 
-    def look(features: Tensor) -> Tensor:
+    def kept(features: Tensor) -> Tensor:
         return unbiased_gram(features.flatten(1)) if cka else features.flatten(1).clone()
 
-    with undisturbed(model), contextlib.nullcontext() if other is None else undisturbed(other):
-        for batch in track(as_batches(batches), "layer similarity", progress):
-            found = layers_of(model, batch, of, look)
-            labels, layers = same_labels(labels, found), list(found.values())
-            num_samples += len(layers[0])
-            if other is None:
-                similarities.add(layers)
-            else:
-                others = layers_of(other, batch, of, look)
-                other_labels = same_labels(other_labels, others)
-                similarities.add(layers, list(others.values()))
-    if labels is None:
-        raise none_given()
-    return LayerSimilarity(similarities.value(), labels, other_labels or labels, metric, of, num_samples)
+    def add(layers: list[Tensor], others: list[Tensor] | None = None) -> None:
+        nonlocal num_samples
+        similarities.add(layers, others)
+        num_samples += len(layers[0])
+
+    models = [model] if other is None else [model, other]
+    labels = measure(models, batches, "layer similarity", progress, layers_of(of, kept), add)
+    return LayerSimilarity(similarities.value(), labels[0], labels[-1], metric, of, num_samples)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -19,23 +19,18 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_bool, check_count
 from .._utils.table import table
+from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules
 from ..plan import plan_generator
-from ._plots import axes_or_new, label_layers
-from ._progress import track
-from ._subsets import subsets
-from .observe import finish, overriding, undisturbed, update_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ._display import Axes, axes_or_new, label_layers, track
+from .observe import overriding, undisturbed, update_of
 
 Which = int | str
 """A path: its index in registration order, as in `scheme.paths`, or its name."""
 
 
-@contextlib.contextmanager
-def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
+def without(model: nn.Module, paths: Which | Iterable[Which]) -> contextlib.AbstractContextManager[Any]:
     """Removes the branches of `paths`, given by index or name, within: such a path returns `act(shortcut(x))`.
 
     It is meant for trained networks in eval mode. In training mode a removed path learns nothing, and the plan of a
@@ -43,12 +38,10 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> Iterator[None]:
     """
     names = list(find_path_modules(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
-    with overriding(model, lambda _, call, x: finish(call, call.without_branch(x)), only=removed):
-        yield
+    return overriding(model, lambda _, call, x: activated(call.without_branch(x), call.module.activation), only=removed)
 
 
-@contextlib.contextmanager
-def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[None]:
+def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> contextlib.AbstractContextManager[Any]:
     """Swaps the branches of the two paths of each pair within, norm and γ included. Shortcuts and activations stay.
 
     Pairs that share a path are swapped one after the other. Raises the same errors as `without`. Where two paths map
@@ -71,10 +64,9 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> Iterator[
         if update.shape != residual.shape:
             shapes = f"{list(update.shape)}, where the residual is {list(residual.shape)}"
             raise ValueError(f"path {names[path]!r} can't run the branch of {other!r}, which gives {shapes}")
-        return finish(call, residual + update)
+        return activated(residual + update, call.module.activation)
 
-    with overriding(model, run_other, only=[path for path, other in enumerate(order) if path != other]):
-        yield
+    return overriding(model, run_other, only=[path for path, other in enumerate(order) if path != other])
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class LesionStudy:
     """The result of `lesion_study`. All values are results of `evaluate`.
 
     Args:
-        names: of the paths.
+        names: the paths' names.
         baseline: the whole network.
         each: the network without each single path; empty where `each=False`.
         removed: the network without random sets of paths, by the size of the sets.
@@ -147,16 +139,14 @@ class LesionStudy:
         ax.bar(places, self.effects, bottom=baseline, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axhline(baseline, color="black", linestyle="--", label=f"all paths: {baseline:.4g}")
         label_layers(ax, self.names)
-        ax.set_xlabel("path")
-        ax.set_ylabel("value without the path")
+        ax.set(xlabel="path", ylabel="value without the path")
         ax.legend()
         return ax
 
     def plot_counts(self, ax: Axes | None = None) -> Axes:
         """Draws mean ± standard deviation over the number of paths removed, and of pairs swapped. Returns the axes."""
         ax = axes_or_new(ax)
-        kinds = ((self.removed, "paths removed", "o-"), (self.swapped, "pairs swapped", "s--"))
-        for kind, label, style in kinds:
+        for kind, label, style in ((self.removed, "paths removed", "o-"), (self.swapped, "pairs swapped", "s--")):
             found = [trials for trials in kind if trials.values]
             if found:
                 counts = [0, *(trials.count for trials in found)]
@@ -209,27 +199,33 @@ def lesion_study(
     pairs = _swappable(model, evaluate, adjacent)
     swaps = [check_count("swaps", count, minimum=1) for count in swaps]
 
-    def places(kind: int, counts: Sequence[int], things: Sequence[Any]) -> list[tuple[int, list[tuple]]]:
-        """For each count, random choices of as many things."""
-        drawn = [subsets(len(things), k, repeats, plan_generator(seed, k, rank=kind)) for k in counts]
-        return [(k, [tuple(things[i] for i in c) for c in found]) for k, found in zip(counts, drawn, strict=True)]
+    def drawn(kind: int, counts: Sequence[int], things: Sequence[Any]) -> list[Trials]:
+        """For each count, trials with random choices of as many things, without values yet."""
+        places = [subsets(len(things), k, repeats, plan_generator(seed, k, rank=kind)) for k in counts]
+        choices = [[tuple(things[i] for i in place) for place in found] for found in places]
+        return [Trials(count, chosen, []) for count, chosen in zip(counts, choices, strict=True)]
 
-    removed, exchanged = places(0, counts, range(len(names))), places(1, swaps, pairs)
-    lesions: list[contextlib.AbstractContextManager] = [contextlib.nullcontext()]
-    lesions += [without(model, path) for path in range(len(names) if each else 0)]
-    lesions += [without(model, choice) for _, choices in removed for choice in choices]
-    lesions += [swapped(model, choice) for _, choices in exchanged for choice in choices]
-    found = []
-    for lesion in track(lesions, "lesions", progress):
+    baseline: list[float] = []
+    alone: list[float] = []
+    removed, exchanged = drawn(0, counts, range(len(names))), drawn(1, swaps, pairs)
+    runs: list[tuple[list[float], contextlib.AbstractContextManager]] = [(baseline, contextlib.nullcontext())]
+    runs += [(alone, without(model, path)) for path in range(len(names) if each else 0)]
+    runs += [(trials.values, without(model, choice)) for trials in removed for choice in trials.choices]
+    runs += [(trials.values, swapped(model, choice)) for trials in exchanged for choice in trials.choices]
+    for values, lesion in track(runs, "lesions", progress):
         with lesion:
-            found.append(_value(model, evaluate))
-    values = iter(found)
-    baseline, alone = next(values), list(itertools.islice(values, len(names) * each))
-    trials = [
-        [Trials(count, choices, list(itertools.islice(values, len(choices)))) for count, choices in kind]
-        for kind in (removed, exchanged)
-    ]
-    return LesionStudy(names, baseline, alone, trials[0], trials[1], pairs)
+            values.append(_value(model, evaluate))
+    return LesionStudy(names, baseline[0], alone, removed, exchanged, pairs)
+
+
+def subsets(n: int, k: int, limit: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """All subsets of `range(n)` with `k` elements, or `limit` different random ones where there are more."""
+    if math.comb(n, k) <= limit:
+        return list(itertools.combinations(range(n), k))
+    drawn: dict[tuple[int, ...], None] = {}
+    while len(drawn) < limit:
+        drawn[tuple(sorted(torch.randperm(n, generator=generator)[:k].tolist()))] = None
+    return list(drawn)
 
 
 def _value(model: nn.Module, evaluate: Callable[[Any], float]) -> float:

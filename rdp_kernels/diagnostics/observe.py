@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.modes import in_eval
+from ..kernels.spec import activated
 from ..paths.call import PathCall
 from ..paths.path import find_path_modules
 
@@ -47,7 +48,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     It may be used inside an iteration of a scheme: a forward in eval mode is plain inference and advances nothing.
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)), in_eval(model):
+    with torch.random.fork_rng(devices=devices), in_eval(model):
         yield
 
 
@@ -69,17 +70,15 @@ def overriding(model: nn.Module, override: Override, only: Collection[int] | Non
 @contextlib.contextmanager
 def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iterator[list[str]]:
     """`on_call` gets every call of a path within, in the order of the forward. Yields the names of the paths."""
-    names: list[str] = []
 
     def observe(path: int, call: PathCall, x: Tensor) -> Tensor:
         residual, update = call.residual(x), update_of(call, x)
-        out = finish(call, residual + update)
+        out = activated(residual + update, call.module.activation)
         on_call(ObservedCall(path, names[path], x, residual, update, out))
         return out
 
-    with overriding(model, observe) as found:
-        names += found
-        yield found
+    with overriding(model, observe) as names:
+        yield names
 
 
 def update_of(call: PathCall, x: Tensor) -> Tensor:
@@ -91,18 +90,11 @@ def update_of(call: PathCall, x: Tensor) -> Tensor:
     return update * path_module.gamma.view([-1 if d == dim else 1 for d in range(update.dim())])
 
 
-def finish(call: PathCall, out: Tensor) -> Tensor:
-    """Applies the path's activation to the sum."""
-    return out.relu() if call.module.activation == "relu" else out
-
-
 def forward(model: nn.Module, batch: Any) -> Any:
     """Runs `model` on a batch: one argument, a tuple or list of arguments, or a mapping of arguments by name."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def as_batches(batches: Any) -> Iterable[Any]:

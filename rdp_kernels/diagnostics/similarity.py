@@ -11,9 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Product = Callable[[list[Tensor], list[Tensor]], Tensor]
-"""Takes A and B tensors of one shape, returns `[A, B]`."""
-
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """Linear CKA (Kornblith et al., arXiv 1905.00414): 1 is equal up to rotation, scale and offset; 0 is unrelated.
@@ -140,8 +137,9 @@ class MinibatchCosine:
         return self._sum / self._rows[:, None]
 
 
-def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:
-    """Applies `product` to the tensors of each shape. float64 `[L, L']` on the CPU, NaN where the shapes differ."""
+def pairs(x: list[Tensor], y: list[Tensor], product: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
+    """Applies `product` to the tensors of each shape: it takes A and B of them and returns `[A, B]`. The result is
+    float64 `[L, L']` on the CPU, NaN where the shapes differ."""
     out = torch.full((len(x), len(y)), math.nan, dtype=torch.float64)
     for shape in {t.shape for t in x}:
         rows, columns = ([k for k, t in enumerate(side) if t.shape == shape] for side in (x, y))
@@ -154,11 +152,8 @@ def pairs(x: list[Tensor], y: list[Tensor], product: Product) -> Tensor:
 def _terms(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The terms of a CKA: products of Gram matrices by pairs, and with themselves. `[L, L']`, `[L]`, `[L']`."""
     selves = [torch.stack([_dot(gram, gram) for gram in side]).cpu() for side in (x, y)]
-    return pairs(x, y, _dots), selves[0], selves[1]
-
-
-def _dots(x: list[Tensor], y: list[Tensor]) -> Tensor:
-    return torch.stack(x).flatten(1) @ torch.stack(y).flatten(1).T
+    dots = pairs(x, y, lambda a, b: torch.stack(a).flatten(1) @ torch.stack(b).flatten(1).T)
+    return dots, selves[0], selves[1]
 
 
 def _cosines(x: list[Tensor], y: list[Tensor]) -> Tensor:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._layers import none_given, put, run, same_labels
-from ._plots import axes_or_new, label_layers
-from ._progress import track
-from .observe import ObservedCall, as_batches, undisturbed
+from ._display import Axes, axes_or_new, label_layers
+from ._layers import measure, put
+from .observe import ObservedCall
 from .similarity import unit
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +38,7 @@ class BranchSizes:
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
-        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples")
-        ax.set_ylim(bottom=0)
+        ax.set(xlabel="path", ylabel="‖branch‖ / ‖residual‖, mean over samples", ylim=(0, None))
         return ax
 
 
@@ -52,25 +47,21 @@ def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None
 
     Each row of a path counts as a sample, also where it isn't one (windows, patches).
     """
-    labels: tuple[str, ...] | None = None
-    sums, counts, num_samples = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
-    with undisturbed(model):
-        for batch in track(as_batches(batches), "branch sizes", progress):
-            found: dict[str, Tensor] = {}
-            run(model, batch, lambda call, found=found: put(found, call.name, _sizes(call)))  # type: ignore[misc]
-            labels = same_labels(labels, found)
-            rows = [sizes.shape[1] for sizes in found.values()]
-            sums = sums + torch.stack([sizes.sum(dim=1).cpu() for sizes in found.values()], dim=1)
-            counts, num_samples = counts + torch.tensor(rows), num_samples + rows[0]
-    if labels is None:
-        raise none_given()
-    ratio, residual, branch, cosine = sums / counts
-    return BranchSizes(labels, ratio, residual, branch, cosine, num_samples)
+
+    def on_call(call: ObservedCall, found: dict[str, Tensor]) -> None:
+        put(found, call.name, _sizes(call))
+
+    found: list[list[Tensor]] = []
+    (labels,) = measure([model], batches, "branch sizes", progress, on_call, found.append)
+    *sums, rows = torch.stack([torch.stack(sizes, dim=1).cpu() for sizes in found]).sum(dim=0)
+    ratio, residual, branch, cosine = (total / rows for total in sums)
+    return BranchSizes(labels, ratio, residual, branch, cosine, int(rows[0]))
 
 
 def _sizes(call: ObservedCall) -> Tensor:
-    """Ratio, norm of the residual, norm of the update and cosine for each sample: float64 `[4, B]`."""
+    """Sums over samples, float64 `[5]`: of the ratio, the norms of residual and update, the cosine, and 1."""
     residual, update = (t.flatten(1).double() for t in (call.residual, call.update))
     norms = [torch.linalg.vector_norm(t, dim=1) for t in (residual, update)]
     ratio = torch.where(norms[1] == 0, 0.0, norms[1] / norms[0])
-    return torch.stack([ratio, *norms, (unit(residual) * unit(update)).sum(dim=1)])
+    cosine = (unit(residual) * unit(update)).sum(dim=1)
+    return torch.stack([ratio, *norms, cosine, torch.ones_like(cosine)]).sum(dim=1)

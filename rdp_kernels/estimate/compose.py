@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .._utils.example_inputs import arguments_of, batch_size_of, described
-from ..paths.freezing import FreezeBN
+from ..paths.freezing import FreezeBN, tensors_of
 from ..plan import PathPlan
 from .bench import Bench, Unmeasurable
 from .pieces import PieceCosts, Quantity
@@ -29,13 +29,13 @@ class Shares:
     Args:
         learning, frozen: float64 `[plans, paths]`, the shares of the rows on which the branch learns and is frozen.
         rest_learns: whether the rest learns.
-        bypassed: whether no gradient passes through frozen branches (`freeze="branch"`).
+        detached: whether no gradient passes through frozen branches (`freeze="branch"`).
     """
 
     learning: Tensor
     frozen: Tensor
     rest_learns: bool = True
-    bypassed: bool = False
+    detached: bool = False
 
     @property
     def rest_state(self) -> str:
@@ -75,8 +75,8 @@ class ModelCost:
         if not model.training:
             copied.train()
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments_of(example_inputs))
-        devices = {t.device.index for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
+        devices = {t.device for t in tensors_of((args, kwargs)) if t.is_cuda}
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
             try:
                 return cls(Bench(copied, args, kwargs, freeze_bn).costs(timed), batch_size)
             except Unmeasurable:
@@ -103,8 +103,7 @@ class ModelCost:
     # Many plans, given as float64 [plans, paths]
 
     def plain_shares(self) -> Shares:
-        ones = torch.ones(1, self.pieces.num_paths, dtype=torch.float64)
-        return Shares(ones, torch.zeros_like(ones))
+        return self.drop_shares(torch.ones(1, self.pieces.num_paths, dtype=torch.float64))
 
     def computed(self, kept: Tensor) -> Tensor:
         """The shares of rows on which branches run in drop iterations that keep `kept`: with BatchNorm all or none."""
@@ -117,7 +116,7 @@ class ModelCost:
 
     def reuse_shares(self, kept: Tensor, freeze: str = "parameters", train_rest: bool = False) -> Shares:
         if freeze == "none":
-            return Shares(torch.ones_like(kept), torch.zeros_like(kept))
+            return self.drop_shares(torch.ones_like(kept))
         return Shares(1 - kept, kept, train_rest, freeze == "branch")
 
     def flops(self, shares: Shares) -> Tensor:
@@ -136,7 +135,7 @@ class ModelCost:
         saves = {
             "learning": (learning, passes),
             "learning_first": (learning, ~passes),
-            "frozen": (frozen, passes & (not shares.bypassed)),
+            "frozen": (frozen, passes & (not shares.detached)),
         }
         total = self._sum(pieces.saved, shares)
         alone, behind_learning = tensors.by_rest[shares.rest_state]
@@ -179,7 +178,7 @@ class ModelCost:
         alone, behind_learning = quantity.rest[shares.rest_state]
         rest = torch.where(after, behind_learning, alone).sum(dim=1)
         branches = torch.where(passes, part(learning, "learning"), part(learning, "learning_first"))
-        branches += torch.where(passes & (not shares.bypassed), part(frozen, "frozen"), part(frozen, "detached"))
+        branches += torch.where(passes & (not shares.detached), part(frozen, "frozen"), part(frozen, "detached"))
         return quantity.forward + rest + branches.sum(dim=1)
 
 

@@ -14,7 +14,7 @@ from .._utils.device import to_device
 from ..kernels.spec import RowSet, orders_of, row_set
 from ..paths.call import PathCall
 from ..paths.decision import FROZEN, LEARN, ROWS, Decision
-from ..paths.freezing import FreezeBN
+from ..paths.freezing import FreezeBN, tensors_of
 from ..paths.path import batch_norms_of, modules_of, parameters_of
 from .meters import Clock, Flops, Saved
 from .pieces import FROZEN_STATES, STATES
@@ -57,7 +57,7 @@ class RepeatedCall:
     def saved(self, state: str, own: Sequence[Tensor]) -> tuple[float, bool]:
         """The bytes that autograd saves besides input, output and arguments, and whether it saves the input."""
         call, x, decision = self._prepare(state)
-        saved = Saved([*own, *_tensors(call)])
+        saved = Saved([*own, *tensors_of((call.args, call.kwargs))])
         with saved.watching():
             out = call.run_here(x, decision)
         input_too = saved.take(x)
@@ -122,10 +122,6 @@ def argument_grads(call: PathCall) -> list[bool]:
     """Whether each further argument requires grad, with containers flattened."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     return [isinstance(value, Tensor) and value.requires_grad for value in leaves]
-
-
-def _tensors(call: PathCall) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
 
 
 def _copied(value: Any, requires_grad: bool) -> Any:

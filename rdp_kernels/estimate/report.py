@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,8 +35,8 @@ PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 @dataclass(frozen=True)
 class Row:
-    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. What wasn't
-    measured is None: everything where refused, the reuse iteration where nothing is dropped, times if not asked for.
+    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. Costs are None
+    where the mode is refused, those of the reuse iteration where nothing is dropped, times where they weren't measured.
 
     Args:
         mode, freeze: the scheme's options.
@@ -73,9 +74,9 @@ class Estimate:
     """The result of `ResidualDropPath.estimate`. Its `str` is a table and the recommendation.
 
     Args:
-        rows: by rates, mode and freezing.
-        batch_size: of the example inputs.
-        plain_flops, plain_saved_bytes, plain_seconds: an ordinary training step; seconds None where not measured.
+        rows: one for each choice of rates, mode and freezing.
+        batch_size: the number of samples in the example inputs.
+        plain_flops, plain_saved_bytes, plain_seconds: what an ordinary training step costs; seconds may be None.
         branch_share: the share of the plain step's time that branches take, or of its FLOPs without times.
         recommendation: a mode and a freezing, with the reason.
         cost: computes the costs of further plans.
@@ -114,9 +115,7 @@ class Estimate:
         rates = f"{row.drop_prob:.3g}" + (" (own)" if row.own_rates else "")
         if row.refused is not None:
             return (rates, row.mode, row.freeze, "refused", "", "", "")
-        saved = [
-            None if b is None else b / self.plain_saved_bytes for b in (row.drop_saved_bytes, row.reuse_saved_bytes)
-        ]
+        saved = (b and b / self.plain_saved_bytes for b in (row.drop_saved_bytes, row.reuse_saved_bytes))
         values = (row.flop_ratio, row.time_ratio, *saved)
         return (rates, row.mode, row.freeze, *("–" if v is None else f"{v:.3f}" for v in values))
 
@@ -126,18 +125,14 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
     check_bool("timed", timed)
     if scheme.phase is not None:
         raise RuntimeError(f"estimate() inside an open {scheme.phase} iteration: call it before training")
-    rules, model = scheme._rules, scheme._rest.model
-    cost = ModelCost.of(model, example_inputs, freeze_bn=rules.freeze_bn, timed=timed)
+    cost = ModelCost.of(scheme._rest.model, example_inputs, freeze_bn=scheme._rules.freeze_bn, timed=timed)
     own = [path.drop_prob for path in scheme.paths]
     rates = [(own, True), *(([p] * len(own), False) for p in PROBS if [p] * len(own) != own)]
     rows = []
-    for drop_probs, is_own in rates:
-        for mode in MODES:
-            kept = _draw(scheme, cost, mode, drop_probs)
-            mean = sum(drop_probs) / len(drop_probs)
-            rows += [_row(scheme, cost, Row(mode, freeze, mean, is_own), kept) for freeze in FREEZES]
-    shares = cost.plain_shares()
-    share = cost.branch_share()
+    for (drop_probs, is_own), mode in itertools.product(rates, MODES):
+        kept, mean = _draw(scheme, cost, mode, drop_probs), sum(drop_probs) / len(drop_probs)
+        rows += [_row(scheme, cost, Row(mode, freeze, mean, is_own), kept) for freeze in FREEZES]
+    shares, share = cost.plain_shares(), cost.branch_share()
     return Estimate(
         rows=rows,
         batch_size=cost.batch_size,
@@ -152,16 +147,15 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
 
 def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> Row:
     """`row` with its costs; `kept`: what `_draw` returns."""
-    mode, freeze = row.mode, row.freeze
-    if mode == "sample" and freeze != "none":
+    if row.mode == "sample" and row.freeze != "none":
         try:
             refuse_batch_norm(scheme.paths)
         except ValueError as error:
             return replace(row, refused=str(error))
     train_rest = scheme._rules.train_rest
-    drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, freeze, train_rest)
+    drop, reuse = cost.drop_shares(cost.computed(kept)), cost.reuse_shares(kept, row.freeze, train_rest)
     trainable = torch.tensor([any(p.requires_grad for p in path.parameters()) for path in scheme.paths])
-    can_learn = torch.ones_like(trainable) if freeze == "none" or train_rest else trainable
+    can_learn = torch.ones_like(trainable) if row.freeze == "none" or train_rest else trainable
     has_reuse = ((kept < 1) & can_learn).any(dim=1)  # plans with a reuse iteration
     has_drop = ((kept > 0) & trainable).any(dim=1) | ~has_reuse  # plans with a drop iteration
     if any(p.requires_grad for p in scheme._rest.parameters()):
@@ -209,33 +203,29 @@ def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
         (row for row in rows if row.own_rates and row.freeze == "branch" and row.refused is None),
         key=lambda row: row.ratio,
     )
-    cheaper = approximate.ratio < chosen.ratio - NEAR
-    of_approximate = f"{approximate.ratio:.2f} in {approximate.mode} mode, but its gradients are approximate."
     if chosen.ratio >= PAYS:
         sentences = [f"{PLAINLY} {_why_not(chosen, branch_share, what)}"]
-        more = next(
-            (r for r in exact if r.mode == chosen.mode and r.drop_prob > chosen.drop_prob and r.ratio < PAYS), None
-        )
-        if more is not None:
-            sentences.append(f"At p = {more.drop_prob:.3g} it would take {more.ratio:.2f}.")
-        if cheaper and approximate.ratio < PAYS:
-            sentences.append(f'freeze="branch" would take {of_approximate}')
-        return " ".join(sentences)
-    beside = "" if chosen is block else f", in block mode {block.ratio:.2f}"
-    sentences = [
-        f'Recommendation: mode="{chosen.mode}", freeze="parameters". A step takes {chosen.ratio:.2f} of plain '
-        f"training's {what}{beside}; gradients are exact."
-    ]
-    if sample is None:
-        sentences.append("Sample mode is refused, see above.")
-    elif chosen is block and sample.ratio <= block.ratio + NEAR:
+        more = [r for r in exact if r.mode == chosen.mode and r.drop_prob > chosen.drop_prob and r.ratio < PAYS]
+        sentences += [f"At p = {row.drop_prob:.3g} it would take {row.ratio:.2f}." for row in more[:1]]
+    else:
+        beside = "" if chosen is block else f", in block mode {block.ratio:.2f}"
+        sentences = [
+            f'Recommendation: mode="{chosen.mode}", freeze="parameters". A step takes {chosen.ratio:.2f} of plain '
+            f"training's {what}{beside}; gradients are exact."
+        ]
+        if sample is None:
+            sentences.append("Sample mode is refused, see above.")
+        elif chosen is block and sample.ratio <= block.ratio + NEAR:
+            sentences.append(
+                f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
+            )
+        elif chosen is block:
+            sentences.append(f"Sample mode takes {sample.ratio:.2f}: {_why_dearer(sample, block, batch_size)}.")
+    if approximate.ratio < min(PAYS, chosen.ratio - NEAR):
         sentences.append(
-            f"Sample mode, where masks differ from sample to sample, costs about the same: {sample.ratio:.2f}."
+            f'freeze="branch" would take {approximate.ratio:.2f} in {approximate.mode} mode, but its gradients are '
+            "approximate."
         )
-    elif chosen is block:
-        sentences.append(f"Sample mode takes {sample.ratio:.2f}: {_why_dearer(sample, block, batch_size)}.")
-    if cheaper:
-        sentences.append(f'freeze="branch" would take {of_approximate}')
     return " ".join(sentences)
 
 

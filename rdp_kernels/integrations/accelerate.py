@@ -20,7 +20,7 @@ from torch import nn
 
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
-from ._trained import check_trained
+from .distributed import check_trained
 
 
 def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPath) -> None:

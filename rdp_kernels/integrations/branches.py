@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..paths.binding import BranchRunner, PathBinding, PathModule
 from ..paths.freezing import Frozen, keeps_statistics
-from ..paths.path import modules_of, parameter_refs_of, parameters_of, paths_of
+from ..paths.path import find_path_modules, modules_of, parameter_refs_of, parameters_of
 
 
 def uncompiled_paths(model: nn.Module) -> dict[str, PathModule]:
@@ -24,15 +24,7 @@ def uncompiled_paths(model: nn.Module) -> dict[str, PathModule]:
     Raises `TypeError` if `model` is no module, `ValueError` if it has no paths, and `RuntimeError` if a branch is
     compiled or captured already.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    path_modules = {
-        ".".join(part for part in (name, label) if part): path_module
-        for name, module in model.named_modules()
-        for label, path_module in paths_of(module)
-    }
-    if not path_modules:
-        raise ValueError("model has no paths: call rdp.convert(model) first, or build it from ResidualBranch")
+    path_modules = find_path_modules(model, nested=True)
     for name, path_module in path_modules.items():
         if path_module.binding.branch_runner is not None:
             raise RuntimeError(f"the branch of path {name!r} is compiled or captured already: call remove() first")

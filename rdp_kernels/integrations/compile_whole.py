@@ -81,12 +81,11 @@ class _PlanAsData:
         if iteration is None:
             return
         scheme._rest.refresh()
-        rest = scheme._rest.parameters()
         rest_learns = iteration.phase == "drop" or not scheme._rules.freezes_rest
-        learning = [p for path in scheme.paths if iteration.learns(path.index) for p in path.parameters()]
-        learning += rest if rest_learns else []
-        known = {id(p): p for p in [*rest, *(p for path in scheme.paths for p in path.parameters())]}
-        self._gradients.ignored = known.keys() - {id(p) for p in learning}
+        groups = [(scheme._rest.parameters(), rest_learns)]
+        groups += [(path.parameters(), iteration.learns(path.index)) for path in scheme.paths]
+        known = {id(p): p for parameters, _ in groups for p in parameters}
+        self._gradients.ignored = known.keys() - {id(p) for parameters, learn in groups if learn for p in parameters}
         self._gradients.watch(known.values())
         masks = to_device(iteration.graph_masks(), next(iter(known.values())).device)
         for path, learns, frozen in zip(scheme.paths, *masks, strict=True):

@@ -6,6 +6,7 @@ decides which branch runs, and in which variant.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -59,7 +60,7 @@ class _CapturedBranch:
     def __init__(self, name: str):
         self._name, self._warned = name, False
         self._graphs: dict[Hashable, tuple[Hashable, Any]] = {}
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         self._in_flight: weakref.ref[Any] | None = None
         """The autograd node of the last replay. Until its backward has run, no replay may overwrite the buffers."""
 
@@ -83,9 +84,8 @@ class _CapturedBranch:
             return None
         if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.module)):
             return None  # the gradient may be the buffer that a replay overwrites
-        kind = call.kind
+        kind, fits = call.kind, _fits(call)
         captured = self._graphs.get(kind)
-        fits = _fits(call)
         if captured is None and not tensors_in(call.args, call.kwargs):
             captured = self._graphs[kind] = fits, self._capture(call)
         if captured is not None and captured[0] == fits:
@@ -100,13 +100,12 @@ class _CapturedBranch:
         return None
 
     def _capture(self, call: BranchCall) -> Any:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         sample = call.x.detach().clone().requires_grad_(call.x.requires_grad)
         branch = _Branch(call)
         buffers = [(buffer, buffer.clone()) for buffer in branch.buffers()]
         try:
-            return call.run(_make_graphed, branch, sample, self._pool)
+            make: Any = functools.partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=self._pool)
+            return call.run(make, branch, (sample,))
         finally:
             branch.call = None
             for buffer, before in buffers:  # the warm-up updates statistics of BatchNorm
@@ -126,10 +125,6 @@ class _Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.call is not None
         return self.call.module.run_branch(x, self.call.args, self.call.kwargs, self.call.normed)
-
-
-def _make_graphed(branch: _Branch, sample: Tensor, pool: Any) -> Any:
-    return torch.cuda.make_graphed_callables(branch, (sample,), allow_unused_input=True, pool=pool)
 
 
 def _fits(call: BranchCall) -> Hashable:

@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._utils.checks import check_bool
+from .._utils.ranks import world_size
+from ..paths.path import path_modules_among
 from ..scheme.iteration import Iteration
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
@@ -48,7 +50,7 @@ def register(
         every_iteration, timeout: passed to `agree`.
         compress: the dtype in which gradients are sent, for example `torch.bfloat16`; None for their own.
 
-    DDP sends gradients in buckets, cut by size. Of a bucket in which only some parameters learn, only these are sent,
+    DDP sends gradients in buckets, cut by size. Where only some parameters of a bucket learn, only these are sent,
     joined into one tensor. So bytes are proportional to what learns, however the buckets were cut and whoever built the
     DDP, and the number of messages doesn't change. Buckets cut by path would save the copy but cost a message per path.
 
@@ -157,13 +159,30 @@ class Agreement:
     def _begin(self, iteration: Iteration) -> None:
         scheme = self._scheme()
         assert scheme is not None
-        facts = facts_of_iteration(scheme, iteration)
-        if iteration.plan.mode == "block":
-            if self._every_iteration:
-                self.compare(facts)
-            return
-        self.compare(facts)
-        iteration.join(self.gather(iteration.presence()).any(dim=0))
+        by_sample = iteration.plan.mode == "sample"
+        if by_sample or self._every_iteration:
+            self.compare(facts_of_iteration(scheme, iteration))
+        if by_sample:
+            iteration.join(self.gather(iteration.presence()).any(dim=0))
+
+
+def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
+    """Checks that `model`, which the loop calls, is the scheme's model in any number of wrappers.
+
+    Raises `ValueError` where it isn't, for example where it is a copy, and for `DataParallel`, whose threads would
+    freeze and unfreeze the same modules. Every rank has to call this: the ranks agree on the masks.
+    """
+    if isinstance(model, DataParallel):
+        raise ValueError("model must not be in DataParallel: run one process for each device (torchrun), or use one")
+    if not any(path_module.binding.scheme is scheme for path_module in path_modules_among(model.modules())):
+        raise ValueError(
+            "scheme must belong to the model that is trained, but none of its paths is in that model: was the model "
+            "copied or made anew (model_init) after the scheme?"
+        )
+    if isinstance(model, DistributedDataParallel):
+        register(model, scheme)
+    elif world_size() > 1:
+        agree(scheme)
 
 
 def facts_of(scheme: ResidualDropPath) -> Facts:
@@ -202,9 +221,8 @@ def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
 
 def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) -> str:
     """A message about the first `most` facts that differ: "ranks disagree: rank 1 has seed 4, rank 0 has 3"."""
-    names = list(dict.fromkeys(name for facts in of_ranks for name in facts))
     sentences = []
-    for name in names:
+    for name in dict.fromkeys(name for facts in of_ranks for name in facts):
         values = [_shortened(facts.get(name, "none")) for facts in of_ranks]
         usual, count = Counter(values).most_common(1)[0]  # in a tie, the lowest rank's
         if count == len(ranks):

@@ -24,7 +24,7 @@ def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         model: built from `ResidualBranch`, or converted, without a scheme. Modules that are sharded already stay so.
-        options: of `fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, `offload_policy`, ...
+        options: passed to `fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, `offload_policy`, ...
 
     A unit holds the modules that a branch calls (norm and `fn`). γ and everything outside of branches belong to the
     model's unit. Branches that share a module belong to the first one's unit, or to the model's if only a part of a

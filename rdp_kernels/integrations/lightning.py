@@ -14,14 +14,14 @@ With automatic optimization every optimizer step is an iteration, on its own bat
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..scheme.alternation import Alternation
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
-from ._trained import check_trained
+from .distributed import check_trained
 
 
 class ResidualDropPathCallback(Callback):
@@ -37,17 +37,15 @@ class ResidualDropPathCallback(Callback):
 
     def __init__(self, scheme: ResidualDropPath):
         self._scheme = check_scheme(scheme)
-        self._alternation: Alternation | None = None
+        self._alternation = contextlib.ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trained(trainer.strategy.model, self._scheme)
         if pl_module.automatic_optimization:
-            self._alternation = self._scheme.alternate(trainer.optimizers[0])
+            self._alternation.callback(self._scheme.alternate(trainer.optimizers[0]).remove)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alternation is not None:
-            self._alternation.remove()
-            self._alternation = None
+        self._alternation.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)

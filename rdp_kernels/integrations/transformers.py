@@ -9,14 +9,14 @@ bit for bit, also where a reuse iteration is next.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..scheme.alternation import Alternation
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
-from ._trained import check_trained
+from .distributed import check_trained
 
 KEY = "ResidualDropPath"
 """The key of the scheme's state in `TrainerState.stateful_callbacks`."""
@@ -42,7 +42,7 @@ def attach(trainer: Trainer, scheme: ResidualDropPath) -> None:
 class _Alternate(TrainerCallback):
     def __init__(self, trainer: Trainer, scheme: ResidualDropPath):
         self._trainer, self._scheme = trainer, scheme
-        self._alternation: Alternation | None = None
+        self._alternation = contextlib.ExitStack()
         self._checked: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -50,16 +50,13 @@ class _Alternate(TrainerCallback):
         if self._trainer.model_wrapped is not self._checked:  # equal where train() is called again
             self._checked = self._trainer.model_wrapped
             check_trained(self._checked, self._scheme)
-        saved = state.stateful_callbacks.get(KEY)
-        if saved is not None:
+        if (saved := state.stateful_callbacks.get(KEY)) is not None:
             self._scheme.load_state_dict(saved)
-        self._alternation = self._scheme.alternate(self._trainer.optimizer)
+        self._alternation.callback(self._scheme.alternate(self._trainer.optimizer).remove)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # TrainerCallback has no hook before saving, so the state is updated after each step.
         state.stateful_callbacks[KEY] = self._scheme.state_dict()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._alternation is not None:
-            self._alternation.remove()
-            self._alternation = None
+        self._alternation.close()

@@ -59,8 +59,9 @@ def find_paths(
     return [Path(index, name, module, rate) for index, ((name, module), rate) in enumerate(found)]
 
 
-def find_path_modules(model: nn.Module) -> dict[str, PathModule]:
-    """The path modules of `model` by name, in registration order. Raises as `find_paths`, except for schemes."""
+def find_path_modules(model: nn.Module, nested: bool = False) -> dict[str, PathModule]:
+    """The path modules of `model` by name, in registration order. Raises as `find_paths`, except for schemes and, with
+    `nested`, for paths inside of paths."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     path_modules: dict[str, PathModule] = {}
@@ -68,7 +69,7 @@ def find_path_modules(model: nn.Module) -> dict[str, PathModule]:
     for prefix, module in model.named_modules():
         named = {".".join(filter(None, (prefix, name))): path_module for name, path_module in paths_of(module)}
         for path in named:
-            if id(module) in inside:
+            if id(module) in inside and not nested:
                 raise ValueError(
                     f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
                 )

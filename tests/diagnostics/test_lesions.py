@@ -11,7 +11,7 @@ from torch import nn
 import rdp_kernels as rdp
 from examples.models import forward_with_ends
 from rdp_kernels.diagnostics import lesion_study, swapped, without
-from rdp_kernels.diagnostics._subsets import subsets
+from rdp_kernels.diagnostics.lesions import subsets
 
 from .nets import EACH_MODEL, batch_norm_resnet, converted_timm, left_as_it_was, own_vit
 

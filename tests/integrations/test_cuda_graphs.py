@@ -19,12 +19,13 @@ from ..test_stacks import Net, assert_same, gradients
 from .test_compile import double
 
 
-def graphed(branch, sample, pool):
+def graphed(branch, samples, pool, allow_unused_input):
     """On CPUs: what the last replay computed is what any backward sees, after a warm-up."""
     parameters = tuple(branch.parameters())
     call, run = branch.call, branch.call.module.run_branch
     pool.append((call.variant, any(p.requires_grad for p in parameters)))
     wanted, addresses = [p for p in parameters if p.requires_grad], [p.data_ptr() for p in parameters]
+    (sample,) = samples
     static_input, static = sample.detach().clone(), {}
 
     def compute():
@@ -63,8 +64,8 @@ def graphed(branch, sample, pool):
 def captures(monkeypatch):
     """The variants captured, in order."""
     found = []
-    monkeypatch.setattr(cuda_graphs, "_check", lambda model, owners: None)
-    monkeypatch.setattr(cuda_graphs, "_make_graphed", graphed)
+    monkeypatch.setattr(cuda_graphs, "_check", lambda model, path_modules: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: found)
     return found
 

@@ -94,13 +94,13 @@ def one_process_equals(rank, one, net, inputs, pairs=5, **options):
     lonely = rdp.ResidualDropPath(one, **options)
     scheme = rdp.ResidualDropPath(net, **options)
     fsdp.register(net, scheme)
-    reuses = absent = 0
+    reuses = dummy_calls = 0
     for number in range(pairs):
         whole = inputs(number)
         batch = len(whole) // 2
         here = whole[rank * batch : (rank + 1) * batch]
         for phase in scheme.iterations(batch):
-            absent += len(scheme._pairs.open._dummy_calls)
+            dummy_calls += len(scheme._pairs.open._dummy_calls)
             if phase == "drop":
                 alone = lonely.iterations(len(whole), plan=joined(scheme.plan, batch))
             assert next(alone) == phase
@@ -111,7 +111,7 @@ def one_process_equals(rank, one, net, inputs, pairs=5, **options):
             one.zero_grad(), net.zero_grad()
         assert next(alone, None) is None
     scheme.remove(), lonely.remove()
-    return reuses, absent
+    return reuses, dummy_calls
 
 
 def random_inputs(batch, *shape):
@@ -149,9 +149,9 @@ def check_cases(rank):
 def test_gradients_are_those_of_one_process(results):
     """With two samples a rank, one often keeps none, or drops none, where the other does."""
     for found in results["check_cases"]:
-        for (_, _, options), (reuses, absent) in zip(CASES, found, strict=True):
+        for (_, _, options), (reuses, dummy_calls) in zip(CASES, found, strict=True):
             assert reuses > 3
-            assert (absent > 0) == (options["mode"] == "sample")
+            assert (dummy_calls > 0) == (options["mode"] == "sample")
 
 
 class Converted(nn.Module):

@@ -70,7 +70,7 @@ ROWS = {
     "equal micro-batches": Row("conv", "sample", "branch", ADAM, micro_batches=(3, 3)),
     # recomputed in the backward, with the flags of the forward
     "checkpoint": Row("tokens", "sample", "parameters", ADAMW, checkpointed="non-reentrant"),
-    "checkpoint, bypassed": Row("tied", "block", "branch", SGD, checkpointed="non-reentrant"),
+    "checkpoint, detached": Row("tied", "block", "branch", SGD, checkpointed="non-reentrant"),
     "reentrant checkpoint": Row("tokens", "block", "parameters", ADAMW, checkpointed="reentrant"),
     "reentrant checkpoint per sample": Row("tied", "sample", "branch", ADAM, checkpointed="reentrant"),
     "checkpointed micro-batches": Row(
@@ -358,8 +358,8 @@ def test_sharpness_aware_minimization(mode):
             everything = {name for name, _ in net.named_parameters()}
             step(net, optimizers[0], lambda x=x: net(x).square().sum(), everything)
             step(twin, optimizers[1], lambda x=x, i=iteration: textbook(twin, x, i).square().sum(), part)
-            still = everything - part
-            assert not still & {name.partition(":")[0] for name in moved(before, snapshot(net, optimizers[0]))}
+            frozen = everything - part
+            assert not frozen & {name.partition(":")[0] for name in moved(before, snapshot(net, optimizers[0]))}
             for name, value in tensors(net).items():
                 torch.testing.assert_close(value, tensors(twin)[name], rtol=1e-10, atol=1e-10)
 

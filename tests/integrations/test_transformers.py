@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     )
     from transformers.utils import logging
 
-    from rdp_kernels.integrations._trained import check_trained
+    from rdp_kernels.integrations.distributed import check_trained
     from rdp_kernels.integrations.transformers import attach
 
 logging.set_verbosity_error()
