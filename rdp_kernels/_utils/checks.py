@@ -43,7 +43,7 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
     return int(value)
 
 
-def check_stream(name: str, value: object) -> Tensor:
+def check_batch(name: str, value: object) -> Tensor:
     """Returns a floating-point tensor with rows in dimension 0."""
     if not isinstance(value, Tensor):
         hint = ""
@@ -85,7 +85,7 @@ def check_residual_add(
     channel_dim: int = -1,
 ) -> None:
     """Checks the arguments of `residual_add`, except for the values of `rows`, which cost a pass over them."""
-    residual, branch = check_stream("residual", residual), check_stream("branch", branch)
+    residual, branch = check_batch("residual", residual), check_batch("branch", branch)
     num_rows = residual.shape[0] if rows is None else rows.shape[0]
     wanted = [num_rows, *residual.shape[1:]]
     if list(branch.shape) != wanted:

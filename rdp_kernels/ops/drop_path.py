@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_bool, check_probability, check_residual_add, check_stream
+from .._utils.checks import check_batch, check_bool, check_probability, check_residual_add
 from .._utils.device import to_device
 from ..kernels.autograd import fused_add, unchecked_add
 from ..kernels.recorded import drop_rows, is_recorded
@@ -33,7 +33,7 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
 def _drop_path(x: Tensor, drop_prob: float, training: bool, scale_by_keep: bool) -> Tensor:
     recorded = not torch.compiler.is_compiling() and is_recorded(x)
     if not recorded:
-        check_stream("x", x)
+        check_batch("x", x)
     drop_prob = check_probability("drop_prob", drop_prob)
     check_bool("scale_by_keep", scale_by_keep)
     if not training or drop_prob == 0:

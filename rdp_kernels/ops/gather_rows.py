@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._utils.checks import check_rows, check_stream
+from .._utils.checks import check_batch, check_rows
 from ..kernels.autograd import fused_add, unchecked_gather
 from ..kernels.spec import NextInput, Operands, RowSet
 
@@ -21,7 +21,7 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
     out = unchecked_gather(residual, rows)
     if out is not None:
         return out
-    check_stream("residual", residual)
+    check_batch("residual", residual)
     check_rows("rows", rows, residual.shape[0], residual.device)
     next_input = NextInput(RowSet(rows, rows.shape[0]))
     gathered: Tensor = fused_add("gather_rows", Operands(residual), next_input=next_input).next

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_choice, check_residual_add, check_rows, check_stream
+from .._utils.checks import check_batch, check_choice, check_residual_add, check_rows
 from ..kernels.autograd import fused_add, scale_of_rows, unchecked_add
 from ..kernels.spec import ACTIVATIONS, ActivationName, Add, Operands, RowSet
 
@@ -39,7 +39,7 @@ def residual_add(
     if out is not None:
         return out
     if rows is not None:
-        check_stream("residual", residual)
+        check_batch("residual", residual)
         check_rows("rows", rows, residual.shape[0], residual.device)
     check_choice("activation", activation, (None, *ACTIVATIONS))
     check_residual_add(residual, branch, rows, row_scale, gamma, channel_dim)

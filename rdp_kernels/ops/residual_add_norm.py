@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._utils.checks import check_choice, check_norm, check_residual_add, check_rows, check_stream
+from .._utils.checks import check_batch, check_choice, check_norm, check_residual_add, check_rows
 from ..kernels.autograd import fused_add
 from ..kernels.spec import NORMS, NextInput, NormName, Operands, RowSet
 from .residual_add import add_of
@@ -38,7 +38,7 @@ def residual_add_norm(
     it is stored. Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or
     `TypeError` naming the argument; values of `rows` and `next_rows` are checked where they are on the CPU.
     """
-    check_stream("residual", residual)
+    check_batch("residual", residual)
     for name, indices in (("rows", rows), ("next_rows", next_rows)):
         if indices is not None:
             check_rows(name, indices, residual.shape[0], residual.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._utils.checks import check_residual_add, check_stream
+from .._utils.checks import check_batch, check_residual_add
 from ..kernels.autograd import fused_add, plain_add, unchecked_add
 from ..kernels.eager import residual_add
 from ..kernels.recorded import is_recorded
@@ -34,7 +34,7 @@ def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual
     compiling = torch.compiler.is_compiling()
     if not compiling and is_recorded(x):
         return recorded.run_path(module, x, args, kwargs, residual)
-    check_stream("x", x)
+    check_batch("x", x)
     call, binding = PathCall(module, x.shape[0], args, kwargs, residual), module.binding
     if binding.call_override is not None:
         return binding.call_override(call, x)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_stream
+from .._utils.checks import check_batch
 from ..kernels.autograd import FusedCall, plain_add
 from ..kernels.dispatch import resolve
 from ..kernels.recorded import is_recorded
@@ -35,7 +35,7 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) ->
     if recorded:
         check_arguments(paths, args, kwargs)
     else:
-        check_stream("x", x)
+        check_batch("x", x)
     if not (recorded or compiling):
         kernels = resolve("path", Operands(x), required=False).kernels
     given: Iterable[Kwargs] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
