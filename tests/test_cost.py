@@ -63,7 +63,7 @@ def needed_reuse(kept: list[int], freeze: str, train_rest: bool) -> int:
     """FLOPs of the reuse iteration to it: path l learns on `BATCH - kept[l]` samples and is frozen on the others."""
     rest_learns = train_rest or freeze == "none"
     total = flops(PATCHES, BATCH, dgrad=True, wgrad=rest_learns)
-    something_learned = rest_learns  # so far along the stream: what is after it has to pass gradients back to it
+    something_learned = rest_learns  # so far along the residual: what is after it has to pass gradients back to it
     for path, rows in enumerate(kept):
         matmuls = MLP if path % 2 else ATTENTION
         frozen = 0 if freeze == "none" else rows
@@ -250,7 +250,7 @@ def saved_bytes(*models: nn.Module) -> Iterator[Callable[[], int]]:
 def saved_in_reuse(
     branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str, freeze_bn: bool | str = True
 ) -> int:
-    """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a stream that requires grad."""
+    """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a residual that requires grad."""
     model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Linear(1, 1)))
     options = {"freeze": freeze, "freeze_bn": freeze_bn}
     scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, train_rest=True, **options)
@@ -310,14 +310,14 @@ def test_frozen_rows_save_what_their_dgrad_needs(backend, freeze):
 
 
 @pytest.mark.parametrize(
-    ("freeze_bn", "streams", "vectors"),
+    ("freeze_bn", "residuals", "vectors"),
     [
         (True, 3, 2 * MEAN_RSTD),  # both BatchNorms' inputs, with means and rstds, and the ReLU's output
         ("running", 1, 2),  # the ReLU's output, and a factor a channel for each BatchNorm
         (False, 3, 2 * MEAN_RSTD),
     ],
 )
-def test_a_frozen_conv_branch_saves_no_input_of_a_conv(freeze_bn, streams, vectors):
+def test_a_frozen_conv_branch_saves_no_input_of_a_conv(freeze_bn, residuals, vectors):
     def conv() -> list[nn.Module]:
         return [nn.Conv2d(DIM, DIM, 3, padding=1, bias=False), nn.BatchNorm2d(DIM)]
 
@@ -326,7 +326,7 @@ def test_a_frozen_conv_branch_saves_no_input_of_a_conv(freeze_bn, streams, vecto
     # Learning: both convolutions' and both BatchNorms' inputs (conv 2's is the ReLU's output), means and rstds.
     wanted = (4 * x.numel() + 2 * MEAN_RSTD * DIM) * FLOAT
     assert saved_in_reuse(branch, x, LEARNING, "parameters", freeze_bn) == wanted
-    wanted = (streams * x.numel() + vectors * DIM) * FLOAT
+    wanted = (residuals * x.numel() + vectors * DIM) * FLOAT
     assert saved_in_reuse(branch, x, FROZEN, "parameters", freeze_bn) == wanted
     assert saved_in_reuse(branch, x, FROZEN, "branch", freeze_bn) == 0
 

@@ -163,7 +163,7 @@ def test_gamma_is_copied_or_kept():
     assert branch.gamma.tolist() == [1, 1, 1]
 
 
-def test_autocast_keeps_the_streams_dtype():
+def test_autocast_keeps_the_residuals_dtype():
     branch = rdp.ResidualBranch(nn.Linear(3, 3), gamma=torch.ones(3), drop_prob=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         assert branch(torch.randn(8, 3)).dtype == torch.float32

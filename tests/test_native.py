@@ -21,7 +21,7 @@ X, BRANCH, GAMMA = torch.randn(B, T, C), torch.randn(B, T, C), torch.randn(C)
 SCALE, ROWS = torch.tensor([1.5, 0.0, 2.0, 1.0]), torch.tensor([2, 0])
 
 
-def tail(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
+def fused_add(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
          gathers=False, next_rows=None, num_next_learning=-1, out=None):  # fmt: skip
     return OPS.native_fused_add(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, 0,
                            gathers, next_rows, num_next_learning, out)  # fmt: skip
@@ -37,43 +37,43 @@ def fused_add_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gam
 
 STRIDED, TRANSPOSED = torch.randn(B, T, 2 * C)[:, :, ::2], torch.randn(B, C, T).transpose(1, 2)
 BAD = {
-    "int": (lambda: tail(residual=X.long()), "residual must be float32, float64, bfloat16 or float16, got Long"),
-    "complex branch": (lambda: tail(branch=BRANCH.cfloat()), "branch must be float32"),
-    "nothing": (lambda: tail(residual=None, branch=None, gamma=None), "no tensor arguments"),
-    "no dimension": (lambda: tail(residual=torch.tensor(1.0)), "residual must have 1 to 16 dimensions, got 0"),
-    "17 dimensions": (lambda: tail(residual=torch.ones([1] * 17)), "residual must have 1 to 16 dimensions, got 17"),
-    "rank": (lambda: tail(branch=BRANCH[0]), r"branch must have shape \[4, 3, 5\], got \[3, 5\]"),
-    "batch": (lambda: tail(branch=BRANCH[:3]), r"branch must have shape \[4, 3, 5\], got \[3, 3, 5\]"),
-    "channels": (lambda: tail(branch=BRANCH[:, :, :4]), r"branch must have shape \[4, 3, 5\], got \[4, 3, 4\]"),
-    "strided": (lambda: tail(residual=STRIDED), "residual must be contiguous"),
-    "strided branch": (lambda: tail(branch=STRIDED), "branch must be contiguous"),
-    "another order": (lambda: tail(branch=TRANSPOSED), "branch must be contiguous, or each of its samples in the order"),
-    "expanded": (lambda: tail(branch=BRANCH[:, :1].expand(B, T, C)), "branch must be contiguous"),
-    "γ's size": (lambda: tail(gamma=torch.ones(C + 1)), r"gamma must have shape \[5\], got \[6\]"),
-    "γ's rank": (lambda: tail(gamma=torch.ones(1, C)), r"gamma must have shape \[5\], got \[1, 5\]"),
-    "γ's stride": (lambda: tail(gamma=torch.ones(2 * C)[::2]), "gamma must be contiguous, got stride 2"),
-    "batch as channels": (lambda: tail(channel_dim=0), "channel_dim must name a dimension of the residual behind its rows"),
-    "no such channels": (lambda: tail(channel_dim=3), "channel_dim must name a dimension.*got 3 for 3 dimensions"),
-    "far channels": (lambda: tail(channel_dim=-(2**62)), "channel_dim must name a dimension"),
-    "scales": (lambda: tail(row_scale=SCALE[:3]), r"row_scale must have shape \[4\], got \[3\]"),
-    "scales of rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS, row_scale=SCALE), r"row_scale must have shape \[2\]"),
-    "narrow scales": (lambda: tail(row_scale=SCALE.half()), "row_scale must be float32"),
-    "wide scales": (lambda: tail(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the residual is"),
-    "too far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 4])), r"rows must be in \[0, 4\), got 4"),
-    "negative": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, -1])), r"rows must be in \[0, 4\), got -1"),
-    "very far": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 2**62])), r"rows must be in \[0, 4\)"),
-    "twice": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([1, 1])), "rows must not repeat a row, got 1 twice"),
-    "int32": (lambda: tail(branch=BRANCH[:2], rows=ROWS.int()), "rows must be an int64 tensor.*got Int"),
-    "2-d rows": (lambda: tail(branch=BRANCH[:2], rows=ROWS[None]), r"rows must be an int64 tensor.*shape \[1, 2\]"),
-    "strided rows": (lambda: tail(branch=BRANCH[:2], rows=torch.tensor([0, 9, 2])[::2]), "rows must be contiguous"),
-    "learning": (lambda: tail(branch=BRANCH[:2], rows=ROWS, num_learning=3), "learning rows must be at most 2, got 3"),
-    "frozen": (lambda: tail(branch=BRANCH[:1], frozen=BRANCH, rows=ROWS, num_learning=1), r"frozen must have shape \[1, 3"),
-    "no frozen": (lambda: tail(branch=BRANCH[:1], rows=ROWS, num_learning=1), "frozen must be given where rows are frozen"),
-    "next rows": (lambda: tail(gathers=True, next_rows=torch.tensor([7])), r"next_rows must be in \[0, 4\), got 7"),
-    "γ alone": (lambda: tail(branch=None), "branch must be given where"),
-    "out's shape": (lambda: tail(out=torch.empty(B, T, C + 1)), "out must have shape"),
-    "out's dtype": (lambda: tail(out=torch.empty(B, T, C).half()), "out must have the dtype of the residual"),
-    "out's strides": (lambda: tail(out=torch.empty(B, C, T).transpose(1, 2)), "out must be contiguous"),
+    "int": (lambda: fused_add(residual=X.long()), "residual must be float32, float64, bfloat16 or float16, got Long"),
+    "complex branch": (lambda: fused_add(branch=BRANCH.cfloat()), "branch must be float32"),
+    "nothing": (lambda: fused_add(residual=None, branch=None, gamma=None), "no tensor arguments"),
+    "no dimension": (lambda: fused_add(residual=torch.tensor(1.0)), "residual must have 1 to 16 dimensions, got 0"),
+    "17 dimensions": (lambda: fused_add(residual=torch.ones([1] * 17)), "residual must have 1 to 16 dimensions, got 17"),
+    "rank": (lambda: fused_add(branch=BRANCH[0]), r"branch must have shape \[4, 3, 5\], got \[3, 5\]"),
+    "batch": (lambda: fused_add(branch=BRANCH[:3]), r"branch must have shape \[4, 3, 5\], got \[3, 3, 5\]"),
+    "channels": (lambda: fused_add(branch=BRANCH[:, :, :4]), r"branch must have shape \[4, 3, 5\], got \[4, 3, 4\]"),
+    "strided": (lambda: fused_add(residual=STRIDED), "residual must be contiguous"),
+    "strided branch": (lambda: fused_add(branch=STRIDED), "branch must be contiguous"),
+    "another order": (lambda: fused_add(branch=TRANSPOSED), "branch must be contiguous, or each of its samples in the order"),
+    "expanded": (lambda: fused_add(branch=BRANCH[:, :1].expand(B, T, C)), "branch must be contiguous"),
+    "γ's size": (lambda: fused_add(gamma=torch.ones(C + 1)), r"gamma must have shape \[5\], got \[6\]"),
+    "γ's rank": (lambda: fused_add(gamma=torch.ones(1, C)), r"gamma must have shape \[5\], got \[1, 5\]"),
+    "γ's stride": (lambda: fused_add(gamma=torch.ones(2 * C)[::2]), "gamma must be contiguous, got stride 2"),
+    "batch as channels": (lambda: fused_add(channel_dim=0), "channel_dim must name a dimension of the residual behind its rows"),
+    "no such channels": (lambda: fused_add(channel_dim=3), "channel_dim must name a dimension.*got 3 for 3 dimensions"),
+    "far channels": (lambda: fused_add(channel_dim=-(2**62)), "channel_dim must name a dimension"),
+    "scales": (lambda: fused_add(row_scale=SCALE[:3]), r"row_scale must have shape \[4\], got \[3\]"),
+    "scales of rows": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS, row_scale=SCALE), r"row_scale must have shape \[2\]"),
+    "narrow scales": (lambda: fused_add(row_scale=SCALE.half()), "row_scale must be float32"),
+    "wide scales": (lambda: fused_add(row_scale=SCALE.double()), "row_scale must be float32, or float64 where the residual is"),
+    "too far": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([0, 4])), r"rows must be in \[0, 4\), got 4"),
+    "negative": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([0, -1])), r"rows must be in \[0, 4\), got -1"),
+    "very far": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([0, 2**62])), r"rows must be in \[0, 4\)"),
+    "twice": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([1, 1])), "rows must not repeat a row, got 1 twice"),
+    "int32": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS.int()), "rows must be an int64 tensor.*got Int"),
+    "2-d rows": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS[None]), r"rows must be an int64 tensor.*shape \[1, 2\]"),
+    "strided rows": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([0, 9, 2])[::2]), "rows must be contiguous"),
+    "learning": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS, num_learning=3), "learning rows must be at most 2, got 3"),
+    "frozen": (lambda: fused_add(branch=BRANCH[:1], frozen=BRANCH, rows=ROWS, num_learning=1), r"frozen must have shape \[1, 3"),
+    "no frozen": (lambda: fused_add(branch=BRANCH[:1], rows=ROWS, num_learning=1), "frozen must be given where rows are frozen"),
+    "next rows": (lambda: fused_add(gathers=True, next_rows=torch.tensor([7])), r"next_rows must be in \[0, 4\), got 7"),
+    "γ alone": (lambda: fused_add(branch=None), "branch must be given where"),
+    "out's shape": (lambda: fused_add(out=torch.empty(B, T, C + 1)), "out must have shape"),
+    "out's dtype": (lambda: fused_add(out=torch.empty(B, T, C).half()), "out must have the dtype of the residual"),
+    "out's strides": (lambda: fused_add(out=torch.empty(B, C, T).transpose(1, 2)), "out must be contiguous"),
     "no gradient": (lambda: fused_add_backward(dout=None), "dout, dnext or dfrozen_next must be given"),
     "its batch": (lambda: fused_add_backward(batch_size=3), r"dout must have shape \[3, 3, 5\], got \[4, 3, 5\]"),
     "negative batch": (lambda: fused_add_backward(batch_size=-1), "batch_size must be at least 0, got -1"),
@@ -100,9 +100,9 @@ def test_bad_arguments_raise(name):
 
 def test_other_devices_raise():
     with pytest.raises(NotImplementedError):
-        tail(residual=X.to("meta"), branch=BRANCH.to("meta"), gamma=None)
+        fused_add(residual=X.to("meta"), branch=BRANCH.to("meta"), gamma=None)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        tail(branch=BRANCH.to("meta"))
+        fused_add(branch=BRANCH.to("meta"))
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (0, 0), (2, 0, 3), (2, 3, 0), (3, 1, 1, 0)])
@@ -167,7 +167,7 @@ class TestDirect:
         torch.testing.assert_close(out, STRIDED + TRANSPOSED)
 
     def test_a_gradient_in_another_layout(self):
-        """The stream is in channels last, what comes back is not, and the other way round."""
+        """The residual is in channels last, what comes back is not, and the other way round."""
         for ours, theirs in (
             (torch.channels_last, torch.contiguous_format),
             (torch.contiguous_format, torch.channels_last),
@@ -209,14 +209,14 @@ def test_several_work_items(name):
 def test_a_gradient_from_the_next_rows_alone(dtype, used):
     """Where that is converted, nothing else may use its buffer: the branch, for dγ, is read after it."""
     rows = dict(rows=(4, 0, 3), num_learning=2, next_rows=(1, 4, 3, 0), num_next_learning=3)
-    case = Case((5, 2, 7), (dtype,) * 4, gamma=True, row_scale=1 / 0.7, follows=True, used=used, **rows)
+    case = Case((5, 2, 7), (dtype,) * 4, gamma=True, row_scale=1 / 0.7, gives_next=True, used=used, **rows)
     with rdp.use_backend("native"):
         check(case, ops.joint)
 
 
 def test_a_gradient_without_rows_says_nothing_of_their_order():
     layouts = ("dense", "dense", "channels_last", "dense")
-    case = Case((3, 2, 3, 2), layouts=layouts, gamma=True, follows=True, used=("next",), next_rows=())
+    case = Case((3, 2, 3, 2), layouts=layouts, gamma=True, gives_next=True, used=("next",), next_rows=())
     with rdp.use_backend("native"):
         check(case, ops.joint)
 

@@ -37,8 +37,8 @@ def naive_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, ac
 )  # fmt: skip
 def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_dim, activation):
     generator = torch.Generator().manual_seed(seed)
-    stream_dtype, branch_dtype, gamma_dtype = (getattr(torch, name) for name in dtypes)
-    residual = torch.randn(shape, generator=generator).to(stream_dtype).requires_grad_()
+    residual_dtype, branch_dtype, gamma_dtype = (getattr(torch, name) for name in dtypes)
+    residual = torch.randn(shape, generator=generator).to(residual_dtype).requires_grad_()
     rows = None
     if use_rows:
         count = int(torch.randint(shape[0] + 1, (), generator=generator))
@@ -59,9 +59,9 @@ def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_d
         residual, branch, rows=rows, row_scale=row_scale, gamma=gamma, channel_dim=channel_dim, activation=activation
     )
     expected = naive_residual_add(residual, branch, rows, row_scale, gamma, channel_dim, activation)
-    assert out.dtype == stream_dtype
+    assert out.dtype == residual_dtype
     assert torch.equal(residual, given_residual), "never in place"
-    eps = torch.finfo(stream_dtype).eps  # one rounding to the stream's dtype, and float32 arithmetic
+    eps = torch.finfo(residual_dtype).eps  # one rounding to the residual's dtype, and float32 arithmetic
     torch.testing.assert_close(
         out.double(), expected, rtol=max(eps, 1e-6) if eps > 1e-10 else 1e-12, atol=1e-6 if eps > 1e-10 else 1e-12
     )
@@ -74,8 +74,8 @@ def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_d
         assert a.dtype == leaf.dtype
         w = torch.zeros_like(a) if w is None else w
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(leaf.dtype, 2e-2)
-        if torch.finfo(stream_dtype).eps > 1e-6:
-            tolerance = 2e-2  # the incoming gradient is rounded to the stream's dtype
+        if torch.finfo(residual_dtype).eps > 1e-6:
+            tolerance = 2e-2  # the incoming gradient is rounded to the residual's dtype
         torch.testing.assert_close(
             a, w, rtol=tolerance, atol=tolerance * max(1.0, float(w.abs().max()) if w.numel() else 1.0)
         )
@@ -120,10 +120,10 @@ def test_gather_and_fork_rows():
             fork = lambda x, owned=owned, parts=parts: ForkRows.apply(x, owned, *parts)  # noqa: E731
             assert torch.autograd.gradcheck(fork, x)
             assert torch.autograd.gradgradcheck(fork, x)
-    stream, a, b = ForkRows.apply(x, False, rows, others)
-    for loss in (stream.sum(), a.sum(), b.sum() + a.sum()):  # an output that takes no part
+    residual, a, b = ForkRows.apply(x, False, rows, others)
+    for loss in (residual.sum(), a.sum(), b.sum() + a.sum()):  # an output that takes no part
         (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (expected,) = torch.autograd.grad({id(stream): x}.get(id(loss), loss), x, retain_graph=True)
+        (expected,) = torch.autograd.grad({id(residual): x}.get(id(loss), loss), x, retain_graph=True)
         assert torch.equal(grad, expected)
     (grad,) = torch.autograd.grad(b.sum(), x)
     assert grad.sum(dim=1).tolist() == [0, 3, 0, 0, 3]

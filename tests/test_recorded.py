@@ -152,7 +152,7 @@ def test_gamma_along_any_dimension(record, channel_dim):
 
 
 @pytest.mark.parametrize("record", [symbolic_trace, trace])
-def test_the_streams_dtype_stays(record):
+def test_the_residuals_dtype_stays(record):
     model, x = nn.Sequential(rdp.ResidualBranch(nn.Identity(), gamma=torch.rand(DIM))), torch.randn(2, DIM).bfloat16()
     out = record(model, x)(x)
     assert torch.equal(out, model(x))

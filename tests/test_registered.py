@@ -48,7 +48,7 @@ def calls():
         "channels_last": (Operands(image, tensor(2, 4, 3, 2), gamma=tensor(4)), Add(rows_of(0, 3), channel_dim=1), None),
         "gather": (Operands(x), None, NextInput(next_parts)),
         "gather and norm": (Operands(x, weight=weight), None, NextInput(None, "rms", 1e-6)),
-        "norm of a transposed stream": (
+        "norm of a transposed residual": (
             Operands(tensor(BATCH, DIM, TOKENS, grad=False).mT.requires_grad_(), weight=weight), None, NextInput(None, "layer", 1e-6),
         ),
         "add, norm": (Operands(x, update, gamma=gamma, weight=weight, bias=bias), Add(rows_of(4, 1)), NextInput(None, "layer", 1e-6)),
@@ -70,7 +70,7 @@ def test_opcheck(library, name):
         next_input = replace(next_input, norm=None)
         operands = operands._replace(weight=None, bias=None)
     if next_input == NextInput():
-        return  # the head of a path without rows and norm is the stream itself
+        return  # the next input without rows and norm is the residual itself
     opcheck(torch.ops.rdp.fused_add.default, (library, *operands, *registered.spell(add, next_input), True))
 
 
@@ -268,10 +268,10 @@ def test_float64_stays_float64_when_compiled(backend):
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)
-@pytest.mark.parametrize("wide", ["both", "stream"])
+@pytest.mark.parametrize("wide", ["both", "residual"])
 def test_a_number_as_scale_is_as_exact_as_the_rest_when_compiled(backend, wide):
     torch._dynamo.reset()
-    dtypes = [torch.float64 if wide in (name, "both") else torch.float32 for name in ("stream", "branch", "gamma")]
+    dtypes = [torch.float64 if wide in (name, "both") else torch.float32 for name in ("residual", "branch", "gamma")]
     x, update, gamma = (
         torch.randint(-9, 9, shape, device=DEVICE).to(dtype).requires_grad_()
         for shape, dtype in zip(((BATCH, DIM), (2, DIM), (DIM,)), dtypes, strict=True)
@@ -332,7 +332,7 @@ def test_inductor_makes_one_kernel_of_the_dense_add_each_way():
 
     with torch.no_grad():
         assert kernels_of(lambda: compiled(*leaves, row_scale)) == 1
-    assert kernels_of(both_ways) <= 1 + 2, "forward; gradients of stream and branch, and the sum over rows for dγ"
+    assert kernels_of(both_ways) <= 1 + 2, "forward; gradients of residual and branch, and the sum over rows for dγ"
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels import autograd as tail_module
+from rdp_kernels.kernels import autograd
 from rdp_kernels.kernels.triton import launch
 
 from .conftest import DEVICE
@@ -40,7 +40,7 @@ def sequence(depth=DEPTH, norm=nn.LayerNorm, **options):
     return rdp.ResidualSequence(*branches).to(DEVICE)
 
 
-def stream(**options):
+def samples(**options):
     return torch.randn(BATCH, TOKENS, DIM, device=DEVICE, **options)
 
 
@@ -77,7 +77,7 @@ def gradients(run, x, paths):
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])
 def test_equals_its_branches_one_by_one(norm, drop_prob):
     """The same draws, too: a decision is drawn when its path's turn comes."""
-    paths, x = sequence(norm=norm, drop_prob=drop_prob, per_sample=["bias"]).double(), stream(dtype=torch.float64)
+    paths, x = sequence(norm=norm, drop_prob=drop_prob, per_sample=["bias"]).double(), samples(dtype=torch.float64)
     bias = torch.randn(BATCH, 1, DIM, dtype=torch.float64, device=DEVICE)
     torch.manual_seed(1)
     actual = gradients(lambda x: paths(x, bias=bias), x, paths)
@@ -89,7 +89,7 @@ def test_equals_its_branches_one_by_one(norm, drop_prob):
 
 def test_one_kernel_between_two_branches(monkeypatch):
     """Head, hand-overs, last add; in the backward the same with two stages of sums each: dγ, dweight, dbias."""
-    paths, x = sequence(), stream(requires_grad=True)
+    paths, x = sequence(), samples(requires_grad=True)
     with launched(monkeypatch) as names:
         out = paths(x)
     assert names == ["_residual_add_norm_fwd_kernel"] * DEPTH + ["_residual_add_fwd_kernel"]
@@ -101,19 +101,19 @@ def test_one_kernel_between_two_branches(monkeypatch):
 
 
 def test_rows_are_touched_in_place_only(monkeypatch):
-    """From the second add on the stream is one allocation, and so is its gradient up to the last path's."""
+    """From the second add on the residual is one allocation, and so is its gradient up to the last path's."""
     seen = []
-    original = tail_module._FusedAdd.apply
-    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
-    paths, x = sequence(drop_prob=0.5, mode="sample"), stream(requires_grad=True)
+    original = autograd._FusedAdd.apply
+    monkeypatch.setattr(autograd._FusedAdd, "apply", lambda call, *args: seen.append(call) or original(call, *args))
+    paths, x = sequence(drop_prob=0.5, mode="sample"), samples(requires_grad=True)
     before = x.detach().clone()
     out = paths(x)
-    assert [tail.in_place for tail in seen] == [False, False, *[True] * (DEPTH - 1)]
+    assert [call.in_place for call in seen] == [False, False, *[True] * (DEPTH - 1)]
     dout = torch.randn_like(out)
     dout_before = dout.clone()
     out.backward(dout)
-    # The last tail's incoming gradient is the caller's, and its own is that one: the tail before it has to allocate.
-    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    # The last call's incoming gradient is the caller's, and its own is that one: the call before it has to allocate.
+    assert [call.owns_gradient for call in seen] == [*[True] * (DEPTH - 1), False, False]
     assert torch.equal(dout, dout_before)
     assert torch.equal(x, before)
 
@@ -122,16 +122,16 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     """Where all rows have a norm the sum is saved, and nothing else is; its gradient is one allocation all the same.
     Without a gradient nothing is saved, and where some rows have a norm these are copied."""
     seen = []
-    original = tail_module._FusedAdd.apply
-    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
-    paths, x = sequence(), stream(requires_grad=True)
+    original = autograd._FusedAdd.apply
+    monkeypatch.setattr(autograd._FusedAdd, "apply", lambda call, *args: seen.append(call) or original(call, *args))
+    paths, x = sequence(), samples(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
-    assert [tail.in_place for tail in seen] == [False] * (DEPTH + 1)
-    assert [tail.owns_gradient for tail in seen] == [*[True] * (DEPTH - 1), False, False]
+    assert [call.in_place for call in seen] == [False] * (DEPTH + 1)
+    assert [call.owns_gradient for call in seen] == [*[True] * (DEPTH - 1), False, False]
     seen.clear()
     with torch.no_grad():
         paths(x)
-    assert [tail.in_place for tail in seen] == [False, False, *[True] * (DEPTH - 1)]
+    assert [call.in_place for call in seen] == [False, False, *[True] * (DEPTH - 1)]
     seen.clear()
     keep = torch.ones(DEPTH, BATCH, dtype=torch.bool)
     keep[[0, 1, 3], 2] = False
@@ -139,7 +139,7 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
         plan=rdp.PathPlan(keep, [0.5] * DEPTH, "sample")
     ):
         paths(x).sum().backward()
-    assert [tail.in_place for tail in seen] == [False, False, True, False, True]
+    assert [call.in_place for call in seen] == [False, False, True, False, True]
 
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
@@ -147,20 +147,20 @@ def test_where_nothing_is_fused_the_add_is_torchs_own(freeze, monkeypatch):
     """Whole branches without γ or a norm that kernels serve: torch's add has no backward of its own, where a kernel's
     would copy the gradient."""
     branches = (rdp.ResidualBranch(nn.Sequential(nn.LayerNorm(DIM), Mlp())) for _ in range(DEPTH))
-    paths, x = rdp.ResidualSequence(*branches).to(DEVICE, torch.float64), stream(dtype=torch.float64)
+    paths, x = rdp.ResidualSequence(*branches).to(DEVICE, torch.float64), samples(dtype=torch.float64)
     scheme = rdp.ResidualDropPath(paths, 0.5, freeze=freeze)
     plan = rdp.PathPlan(torch.tensor([True, False, True, False]), [0.5] * DEPTH, "block")
     with rdp.use_backend("eager"):
         expected = [gradients(lambda x: one_by_one(paths, x), x, paths) for _ in scheme.iterations(plan=plan)]
-    called = tail_module.FusedCall.__call__
-    tails = []
+    called = autograd.FusedCall.__call__
+    calls = []
     monkeypatch.setattr(
-        tail_module.FusedCall, "__call__", lambda tail, operands: tails.append(tail) or called(tail, operands)
+        autograd.FusedCall, "__call__", lambda call, operands: calls.append(call) or called(call, operands)
     )
     with rdp.use_backend("auto"):
         actual = [gradients(paths, x, paths) for _ in scheme.iterations(plan=plan)]
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    assert tails == []
+    assert calls == []
 
 
 def test_branches_may_keep_what_they_get_and_return():
@@ -179,13 +179,13 @@ def test_branches_may_keep_what_they_get_and_return():
     for norm in (None, nn.LayerNorm):
         for drop_prob in (0.0, 0.5):
             branches = [rdp.ResidualBranch(Keeps(), norm=norm and norm(DIM), drop_prob=drop_prob) for _ in range(DEPTH)]
-            rdp.ResidualSequence(*branches).to(DEVICE)(stream(requires_grad=True)).sum().backward()
+            rdp.ResidualSequence(*branches).to(DEVICE)(samples(requires_grad=True)).sum().backward()
     assert len(kept) >= 4 * DEPTH
     assert all(torch.equal(t, copy) for t, copy in kept)
 
 
-def test_hooks_see_the_stream_and_keep_it():
-    paths, x = sequence(drop_prob=0.5), stream(requires_grad=True)
+def test_hooks_see_the_residual_and_keep_it():
+    paths, x = sequence(drop_prob=0.5), samples(requires_grad=True)
     features, normed = [], []
     for branch in paths[1:3]:
         branch.register_forward_hook(lambda module, inputs, out: features.extend([*inputs, out]))
@@ -212,7 +212,7 @@ def test_own_forward_of_a_subclass_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    paths, x = sequence(2), stream()
+    paths, x = sequence(2), samples()
     paths = rdp.ResidualSequence(paths[0], Twice(Mlp(), norm=nn.LayerNorm(DIM)).to(DEVICE), paths[1])
     with rdp.use_backend("eager"):
         expected = one_by_one(paths, x)
@@ -221,7 +221,7 @@ def test_own_forward_of_a_subclass_is_called():
 
 def test_backward_twice_and_partly():
     """retain_graph gives the same bits again; a gradient asked of one parameter only runs part of the chain."""
-    paths, x = sequence(drop_prob=0.5), stream(requires_grad=True)
+    paths, x = sequence(drop_prob=0.5), samples(requires_grad=True)
     loss = paths(x).square().sum()
     leaves = [x, *paths.parameters()]
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) for _ in range(2))
@@ -248,7 +248,7 @@ def test_a_detached_path_saves_nothing():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = paths(stream(requires_grad=True))
+            out = paths(samples(requires_grad=True))
         saved[phase] = sum(dict(sizes).values())
         out.sum().backward()
     tokens = BATCH * TOKENS
@@ -258,7 +258,7 @@ def test_a_detached_path_saves_nothing():
 
 
 def test_in_eval_and_without_grad(monkeypatch):
-    paths, x = sequence(drop_prob=0.5).eval(), stream()
+    paths, x = sequence(drop_prob=0.5).eval(), samples()
     before = x.clone()
     with torch.no_grad(), launched(monkeypatch) as names:
         out = paths(x)

@@ -55,7 +55,7 @@ def expanded(*shape, device=DEVICE, channels_last=False):
 
 
 def case(x, channel_dim=None, norm=None):
-    """A stream, and how γ and a norm lie on it."""
+    """A residual, and how γ and a norm lie on it."""
     gamma = None if channel_dim is None else x.new_ones(x.shape[channel_dim])
     add = Add(channel_dim=-1 if channel_dim is None else channel_dim)
     return Operands(x, x, gamma=gamma), add, None if norm is None else NextInput(norm=norm)

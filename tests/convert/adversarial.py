@@ -1256,7 +1256,7 @@ class NoGrad(Residual):
 
 @refused("context")
 class NoGradAfterwards(Residual):
-    """The residual add is recorded, a part of the stream behind it isn't."""
+    """The residual add is recorded, a part of the residual behind it isn't."""
 
     plain = False
 

@@ -1,4 +1,4 @@
-"""Where torch's add promotes, a converted block's stream has its dtype and its numbers, however the path runs.
+"""Where torch's add promotes, a converted block's residual has its dtype and its numbers, however the path runs.
 
 The drop scale is 2, so that masks round nothing, and a kept branch's sum is the original's to the bit.
 """
@@ -77,8 +77,8 @@ class IntoBranch(Bare):
         return out
 
 
-class IntoStream(Scaled):
-    """The stream, which is narrower, keeps its dtype; and so does what is multiplied in place."""
+class IntoResidual(Scaled):
+    """The residual, which is narrower, keeps its dtype; and so does what is multiplied in place."""
 
     def __init__(self, drop_prob):
         super().__init__(drop_prob)
@@ -136,7 +136,7 @@ ROWS = [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1]]
 
 
 def run(model, x, around):
-    """Output, and the gradient at the input, whose dtype is the stream's as it comes."""
+    """Output, and the gradient at the input, whose dtype is the residual's as it comes."""
     x = x.clone().requires_grad_()
     with around():
         out = model(x)
@@ -182,7 +182,7 @@ def test_some_rows(world, freeze):
             torch.testing.assert_close(grad, expected_grad, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("block", [Bare, IntoBranch, IntoStream, Widening])
+@pytest.mark.parametrize("block", [Bare, IntoBranch, IntoResidual, Widening])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_float32_input_gives_what_it_gave(block, keep):
     """Under autocast bfloat16, where nothing is added or in place; and what float64 is added to becomes float64."""
@@ -200,7 +200,7 @@ def test_a_float32_input_gives_what_it_gave(block, keep):
 
 
 def test_weights_that_are_cast_after_the_conversion():
-    """A float32 stream needs no look at a dropped branch, unless something in it is float64."""
+    """A float32 residual needs no look at a dropped branch, unless something in it is float64."""
     _, model = converted(Scaled)
     scheme = rdp.ResidualDropPath(model, 0.5)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -268,7 +268,7 @@ def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
 
 
 def test_float32_asks_nobody():
-    """Nor does a float32 stream under autocast."""
+    """Nor does a float32 residual under autocast."""
     _, model = converted(Scaled, Bare)
     calls = []
     for block in list(model)[1:]:
@@ -445,8 +445,8 @@ def outputs(model, scheme, x):
 # Paths of one's own
 
 
-def test_own_paths_keep_the_streams_dtype():
-    """As their documentation says: what a bfloat16 stream is too coarse for is lost, and a float32 stream keeps it."""
+def test_own_paths_keep_the_residuals_dtype():
+    """As their documentation says: what a bfloat16 residual is too coarse for is lost, and a float32 residual keeps it."""
     branch = rdp.ResidualBranch(nn.Linear(DIM, DIM), gamma=torch.full((DIM,), 1e-6))
     x = torch.randn(4, DIM)
     with autocast(torch.bfloat16):

@@ -131,7 +131,7 @@ def test_dropped_branches_are_not_computed():
 
 
 def test_a_block_that_returns_its_input_survives_what_works_in_place_behind_it():
-    """ReLU in place must not change the stream of a block whose branch was dropped, which the user may have kept."""
+    """ReLU in place must not change the residual of a block whose branch was dropped, which the user may have kept."""
     model = nets.image_net()
     rdp.convert(model, example_inputs=nets.images())
     scheme = rdp.ResidualDropPath(model, 0.5)

@@ -257,7 +257,7 @@ def test_autocast(model):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_tensors_beside_the_stream():
+def test_tensors_beside_the_residual():
     """A bias for all samples is handed on, a row for each sample is gathered."""
     torch.manual_seed(0)
     block, x = nets.Block(0.4).double(), tokens(dtype=torch.float64)

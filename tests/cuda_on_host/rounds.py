@@ -41,7 +41,7 @@ def _native():
 def test_sums_against_float64(dtypes, width, layout):
     """400 rows, of which the first two samples of the branch learn."""
     layouts = (layout, *["dense"] * 3)
-    case = Case((5, 80, width), (*dtypes, "float32"), layouts, follows=True, row_scale=1 / 0.7, **ROWS)
+    case = Case((5, 80, width), (*dtypes, "float32"), layouts, gives_next=True, row_scale=1 / 0.7, **ROWS)
     check(replace(case, gamma=True), ops.joint)
     check(case, ops.joint)
 
@@ -62,7 +62,7 @@ def test_vectors_at_odd_addresses_against_float64(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_rows_against_float64(dtype):
     """The gradient of nothing has no data, but a dtype, in which the stream's zeros are written."""
-    case = Case((3, 40), (dtype,) * 4, adds=False, follows=True, next_rows=(), used=("next",))
+    case = Case((3, 40), (dtype,) * 4, adds=False, gives_next=True, next_rows=(), used=("next",))
     check(case, ops.gather_rows)
 
 

@@ -3,8 +3,8 @@
 1. By the issue's rule, against the formula in float64 on the same (rounded) arguments: the largest error of a tensor
    is at most twice torch's in the same dtypes, plus a floor for tensors on which torch is right by luck.
 2. By the contract, "arithmetic in float32 (float64 for float64), one cast at the end": every single element is off by
-   half a unit in its last place at most, and by what float32 arithmetic may cost. The norm sees the stream as it is
-   stored, so here the formula sees the stream that the op returned. Without the rule a kernel may compute in float16
+   half a unit in its last place at most, and by what float32 arithmetic may cost. The norm sees the residual as it is
+   stored, so here the formula sees the residual that the op returned. Without the rule a kernel may compute in float16
    where torch does. Torch's own norm, where it comes after the kernels, rounds the gradient that it hands on to them.
 
 Both floors are multiples of a rounding error and of `formula.magnitudes`: an error that isn't one of rounding is
@@ -55,16 +55,16 @@ def check(case: Case, op: Op, twice: bool = False) -> Used:
         for name, first, second in zip(names, (*results, *grads), (*again, *grads_again), strict=True):
             assert same_bits(first, second), f"{name}: other bits in a second run"
     assert all(before is None or same(before, t) for before, t in zip(given, operands, strict=True)), "written to"
-    assert all(t is None or t.dtype == case.stream_dtype for t in results)
+    assert all(t is None or t.dtype == case.residual_dtype for t in results)
 
     wide, wide_scale, wide_douts = Operands(*map(_double, operands)), _double(row_scale), Results(*map(_double, douts))
-    truth = formula.tail(wide, case, wide_scale)
+    truth = formula.fused_add(wide, case, wide_scale)
     exact = _named(truth, gradients(truth, wide, wide_douts))
-    torchs = formula.tail(operands, case, row_scale)
+    torchs = formula.fused_add(operands, case, row_scale)
     torchs = _named(torchs, gradients(torchs, operands, douts))
     on_stored = exact
     if case.norm is not None:
-        truth = formula.tail(wide, case, wide_scale, _double(results.out).detach())
+        truth = formula.fused_add(wide, case, wide_scale, _double(results.out).detach())
         on_stored = _named(truth, gradients(truth, wide, wide_douts))
     sizes = _named(*formula.magnitudes(wide, case, wide_scale, wide_douts))
     handed_on = {"dresidual", "dupdate", "dfrozen_update", "dgamma"} if _norm_is_torchs(case, operands) else set()
@@ -104,7 +104,7 @@ def compare(
     gradient that there isn't is zero.
 
     Args:
-        handed_on: a gradient of the norm's input is part of it, which was rounded to the stream's dtype.
+        handed_on: a gradient of the norm's input is part of it, which was rounded to the residual's dtype.
     """
     like = exact if ours is None else ours
     dtype = like.dtype if ours is not None else case.dtype_of(name[1:])
@@ -115,8 +115,8 @@ def compare(
     if like.numel() == 0:
         return None
     arithmetic = ROUNDINGS * torch.finfo(case.compute_dtype).eps * size
-    rounded = torch.finfo(case.stream_dtype).eps / 2 * size
-    # The sum that a norm sees is stored in the stream's dtype. What is only read is exact.
+    rounded = torch.finfo(case.residual_dtype).eps / 2 * size
+    # The sum that a norm sees is stored in the residual's dtype. What is only read is exact.
     stored = rounded if case.norm is not None and case.adds else 0.0 * size
     error, torch_error = (ours - exact).abs().max(), (torchs - exact).abs().max()
     floor = (half_ulp(size, dtype) + stored + arithmetic).max()

@@ -29,20 +29,20 @@ class Case:
     """One call; its values follow from `seed`. Rows are numbers in the order in which the call gets them.
 
     Args:
-        shape: of the stream.
-        dtypes: of the stream, the branch, γ, and the norm's weight and bias.
-        layouts: of the stream, the branch, the incoming gradients, and the vectors; see `values.laid_out`.
-        adds, follows: whether a branch is added, and whether a next branch gets rows.
-        residual: whether there is a stream to add to.
+        shape: of the residual.
+        dtypes: of the residual, the branch, γ, and the norm's weight and bias.
+        layouts: of the residual, the branch, the incoming gradients, and the vectors; see `values.laid_out`.
+        adds, gives_next: whether a branch is added, and whether a next branch gets rows.
+        residual: whether there is a residual to add to.
         row_scale: None, a number, or `"tensor"`: some rows are dropped.
         drop_prob: with it, rows are dropped as `drop_path` does.
         num_learning, num_next_learning: how many of the rows learn, the others being frozen; None for all.
         norm, eps, weight, bias, detached: of the next branch.
         wanted: the operands that require grad; None for all.
         used: the results that a gradient comes from; None for all.
-        spread: of the stream's and the branch's values; small ones let eps matter.
-        offset: of the stream's values, in units of the spread.
-        in_place: the sum overwrites the stream, and the stream's gradient that of the sum.
+        spread: of the residual's and the branch's values; small ones let eps matter.
+        offset: of the residual's values, in units of the spread.
+        in_place: the sum overwrites the residual, and the residual's gradient that of the sum.
         tiles: how kernels cut their work; see `tiles.py`.
     """
 
@@ -50,7 +50,7 @@ class Case:
     dtypes: tuple[str, str, str, str] = ("float32",) * 4
     layouts: tuple[str, str, str, str] = ("dense",) * 4
     adds: bool = True
-    follows: bool = False
+    gives_next: bool = False
     residual: bool = True
     rows: tuple[int, ...] | None = None
     num_learning: int | None = None
@@ -109,7 +109,7 @@ class Case:
         return getattr(torch, self.dtypes[of[operand]])
 
     @property
-    def stream_dtype(self) -> torch.dtype:
+    def residual_dtype(self) -> torch.dtype:
         return self.dtype_of("residual" if self.residual else "update")
 
     @property
@@ -134,7 +134,7 @@ def in_parts(number: int) -> Callable[[Callable], Callable]:
     return lambda test: pytest.mark.parametrize("part", parts)(examples(number // len(parts))(test))
 
 
-# Stream, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.
+# Residual, branch, gamma, weight and bias: alike; narrower and wider ones; as autocast and LayerScale leave them.
 DTYPES = [
     *((dtype,) * 4 for dtype in ("float32", "float32", "float64", "bfloat16", "float16")),
     ("float32", "bfloat16", "float32", "float32"),
@@ -222,7 +222,7 @@ def residual_adds(draw: st.DrawFn, activations: tuple[str | None, ...] = (None, 
 
 @st.composite
 def gathers(draw: st.DrawFn) -> Case:
-    case = draw(_calls(adds=False, follows=True))
+    case = draw(_calls(adds=False, gives_next=True))
     rows = draw(_row_lists(case.shape[0]).filter(lambda rows: rows is not None))
     return replace(case, next_rows=rows, used=("next",))
 
@@ -230,7 +230,7 @@ def gathers(draw: st.DrawFn) -> Case:
 @st.composite
 def residual_add_norms(draw: st.DrawFn) -> Case:
     case = draw(residual_adds(activations=(None,), least_dims=2, tiles=_NORM_TILES))
-    case = _with_norm(draw, replace(case, channel_dim=-1, follows=True), ("layer", "rms"))
+    case = _with_norm(draw, replace(case, channel_dim=-1, gives_next=True), ("layer", "rms"))
     case = replace(case, next_rows=draw(_row_lists(case.shape[0])))
     used = draw(st.sampled_from([None, None, ("out",), ("next",)]))
     return replace(case, wanted=_subsets(draw, case.operands), used=used)
@@ -246,12 +246,12 @@ def drop_paths(draw: st.DrawFn, residual: bool) -> Case:
 
 @st.composite
 def joints(draw: st.DrawFn) -> Case:
-    """The tail of a path and the head of the next, either of which may be missing, with learning and frozen rows."""
-    parts = draw(st.sampled_from(["both", "both", "both", "head", "tail"]))
-    normed = parts != "tail" and draw(st.booleans())
+    """The add of one path and the input of the next, either of which may be missing, with learning and frozen rows."""
+    parts = draw(st.sampled_from(["both", "both", "both", "input", "add"]))
+    normed = parts != "add" and draw(st.booleans())
     case = draw(_calls(least_dims=2, tiles=_NORM_TILES if normed else ("tuned", "small")))
     batch_size, dims = case.shape[0], len(case.shape)
-    case = replace(case, adds=parts != "head", follows=parts != "tail")
+    case = replace(case, adds=parts != "input", gives_next=parts != "add")
     if case.adds:
         rows = draw(_row_lists(batch_size))
         case = replace(
@@ -261,17 +261,17 @@ def joints(draw: st.DrawFn) -> Case:
             row_scale=draw(st.sampled_from([None, None, 1 / 0.7, 0.0])),
             gamma=draw(st.booleans()),
             channel_dim=-1 if normed else draw(st.sampled_from(range(1, dims))),
-            activation=None if case.follows else draw(st.sampled_from([None, "relu"])),
+            activation=None if case.gives_next else draw(st.sampled_from([None, "relu"])),
         )
-    if case.follows:
+    if case.gives_next:
         rows = draw(_row_lists(batch_size))
         if rows is None and not normed:
-            rows = tuple(range(batch_size))  # the head of a path without rows and norm is the stream itself
+            rows = tuple(range(batch_size))  # the next input without rows and norm is the residual itself
         count = None if rows is None else draw(st.integers(0, len(rows)))
         detached = draw(st.sampled_from([None, None, "frozen", "all"]))
         case = replace(case, next_rows=rows, num_next_learning=count, detached=detached)
         case = _with_norm(draw, case, ("layer", "rms")) if normed else case
-    results = ["out", *(["next", "frozen_next"][: len(case.next_parts)] if case.follows else [])]
+    results = ["out", *(["next", "frozen_next"][: len(case.next_parts)] if case.gives_next else [])]
     return replace(case, wanted=_subsets(draw, case.operands), used=_subsets(draw, results))
 
 

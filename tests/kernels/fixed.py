@@ -22,14 +22,14 @@ from .cases import Case
 CUDA_KERNELS = DEVICE == "cuda" or os.environ.get("RDP_CUDA_ON_HOST") == "1"
 """Whether the compiled library runs those: also in `tests/cuda_on_host`."""
 
-# Of the stream, the branch, γ, and the norm's weight and bias.
+# Of the residual, the branch, γ, and the norm's weight and bias.
 FP32, BF16, FP16, FP64 = (((dtype,) * 4) for dtype in ("float32", "bfloat16", "float16", "float64"))
-AUTOCAST = ("float32", "bfloat16", "float32", "float32")  # a bfloat16 branch on a float32 stream
-WIDE_VECTORS = ("bfloat16", "bfloat16", "float32", "float32")  # a bfloat16 stream, parameters in float32
+AUTOCAST = ("float32", "bfloat16", "float32", "float32")  # a bfloat16 branch on a float32 residual
+WIDE_VECTORS = ("bfloat16", "bfloat16", "float32", "float32")  # a bfloat16 residual, parameters in float32
 FP16_WIDE_VECTORS = ("float16", "float16", "float32", "float32")
 WIDE_BRANCH = ("bfloat16", "float32", "bfloat16", "bfloat16")
 
-# Of the stream, the branch, the incoming gradients, and the vectors.
+# Of the residual, the branch, the incoming gradients, and the vectors.
 DENSE, OFFSET, CHANNELS_LAST = (((layout,) * 4) for layout in ("dense", "offset", "channels_last"))
 PADDED = ("padded", "padded", "padded", "dense")
 STRIDED = ("strided", "strided", "dense", "strided")
@@ -122,10 +122,10 @@ PER_POSITION = dict(gamma=True, channel_dim=1)
 PER_FRAME = dict(gamma=True, channel_dim=2)
 SCALED = dict(gamma=True, row_scale=1 / 0.7)
 DROPPED = dict(gamma=True, row_scale="tensor")
-GATHER = dict(adds=False, follows=True, used=("next",))
-LAYER = dict(gamma=True, follows=True, norm="layer", weight=True, bias=True)
-RMS = dict(gamma=True, follows=True, norm="rms", weight=True)
-HANDOVER = dict(gamma=True, follows=True)
+GATHER = dict(adds=False, gives_next=True, used=("next",))
+LAYER = dict(gamma=True, gives_next=True, norm="layer", weight=True, bias=True)
+RMS = dict(gamma=True, gives_next=True, norm="rms", weight=True)
+HANDOVER = dict(gamma=True, gives_next=True)
 
 # fmt: off
 TABLE = [
@@ -145,7 +145,7 @@ TABLE = [
     Row("add-offset", ops.residual_add, BASE_VIT, BF16, "no 16-byte packs: every address is odd", layouts=OFFSET, options=DROPPED),
     Row("add-odd-vectors", ops.residual_add, BASE_VIT, BF16, "γ alone is at an odd address", layouts=ODD_VECTORS, options=DROPPED),
     Row("add-autocast", ops.residual_add, BASE_VIT, AUTOCAST, "as under autocast, some of the rows dropped", rows="some", options=DROPPED),
-    Row("add-wide-branch", ops.residual_add, BASE_VIT, WIDE_BRANCH, "the branch is wider than the stream", options=SCALED, refused=NO_WIDE_BRANCH),
+    Row("add-wide-branch", ops.residual_add, BASE_VIT, WIDE_BRANCH, "the branch is wider than the residual", options=SCALED, refused=NO_WIDE_BRANCH),
     Row("add-fp16", ops.residual_add, LARGE_VIT, FP16, "sizes that are powers of 2", rows="some", options=SCALED),
     Row("add-fp64", ops.residual_add, (8, 197, 384), FP64, "a number as factor becomes a tensor", rows="some", options=SCALED, refused=NO_FLOAT64),
     Row("add-transposed", ops.residual_add, (16, 197, 384), FP32, "channels before tokens in memory: a factor a position", layouts=TRANSPOSED, options=GAMMA, refused=NO_GAMMA_PER_POSITION),
@@ -167,7 +167,7 @@ TABLE = [
     Row("gather-odd", ops.gather_rows, ODD, BF16, "words of 2 bytes", next_rows="some", options=GATHER),
 
     # drop_path and drop_path_add
-    Row("drop-path", ops.drop_path, BASE_VIT, BF16, "a branch without a stream", options={"residual": False, "drop_prob": 0.3}),
+    Row("drop-path", ops.drop_path, BASE_VIT, BF16, "a branch without a residual", options={"residual": False, "drop_prob": 0.3}),
     Row("drop-path-unscaled", ops.drop_path, BASE_VIT, BF16, "kept rows aren't scaled", options={"residual": False, "drop_prob": 0.6, "scale_by_keep": False}),
     Row("drop-path-fp64", ops.drop_path, ODD, FP64, "a scale in float64", options={"residual": False, "drop_prob": 0.3}, refused=NO_FLOAT64),
     Row("drop-path-add", ops.drop_path_add, BASE_VIT, BF16, "mask, γ and sum in one", options={"gamma": True, "drop_prob": 0.3}),
@@ -181,8 +181,8 @@ TABLE = [
     Row("layer-some", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "some rows, others go on", rows="some", next_rows="some", options=LAYER | DROPPED),
     Row("layer-one-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "one row kept, one goes on", rows="one", next_rows="one", options=LAYER | DROPPED),
     Row("layer-no-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "none kept, none goes on", rows="none", next_rows="none", options=LAYER | DROPPED),
-    Row("layer-dropped", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "all rows of a narrow stream: the norm's backward reads the sum", options=LAYER | DROPPED),
-    Row("layer-bare", ops.residual_add_norm, BASE_VIT, BF16, "no γ, no weight, no bias", next_rows="some", options={"follows": True, "norm": "layer"}),
+    Row("layer-dropped", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "all rows of a narrow residual: the norm's backward reads the sum", options=LAYER | DROPPED),
+    Row("layer-bare", ops.residual_add_norm, BASE_VIT, BF16, "no γ, no weight, no bias", next_rows="some", options={"gives_next": True, "norm": "layer"}),
     Row("layer-fp64", ops.residual_add_norm, (4, 197, 384), FP64, "all arithmetic in float64", rows="some", next_rows="some", options=LAYER, refused=NO_FLOAT64),
     Row("layer-odd-fp16", ops.residual_add_norm, ODD, FP16_WIDE_VECTORS, "rows that end within a tile, odd addresses", layouts=OFFSET, next_rows="some", options=LAYER),
     Row("layer-ones", ops.residual_add_norm, ONES, FP32, "one channel: the variance is 0", options=LAYER),
@@ -191,22 +191,22 @@ TABLE = [
     Row("rms-5120", ops.residual_add_norm, (4, 50, 5120), WIDE_VECTORS, "wider: the backward goes through it in pieces", next_rows="some", options=RMS),
     Row("layer-5120", ops.residual_add_norm, (2, 50, 5120), FP32, "the same of LayerNorm", rows="some", options=LAYER),
 
-    # The tail of a path and the head of the next
+    # The add of one path and the input of the next
     Row("path", ops.joint, BASE_VIT, WIDE_VECTORS, "learning and frozen rows come, learning and frozen ones go", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
     Row("path-autocast", ops.joint, BASE_VIT, AUTOCAST, "the same under autocast", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
-    Row("path-detached", ops.joint, BASE_VIT, WIDE_VECTORS, "gradients bypass frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"detached": "frozen"}),
+    Row("path-detached", ops.joint, BASE_VIT, WIDE_VECTORS, "no gradient passes through frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"detached": "frozen"}),
     Row("path-frozen", ops.joint, BASE_VIT, AUTOCAST, "no row learns", rows="frozen", next_rows="frozen", options=LAYER | SCALED),
     Row("path-no-norm", ops.joint, BASE_VIT, AUTOCAST, "rows are handed over as they are", rows="mixed", next_rows="mixed", options=HANDOVER),
     Row("path-images", ops.joint, STAGE_1, FP16, "a factor a position, over learning rows alone", rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION, refused=NO_GAMMA_PER_POSITION),
     Row("path-channels-last", ops.joint, STAGE_4, AUTOCAST, "ConvNeXt in channels last", layouts=CHANNELS_LAST, rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION),
     Row("path-odd", ops.joint, ODD, BF16, "rows that end within a tile", rows="mixed", next_rows="mixed", options=RMS),
     Row("head", ops.joint, BASE_VIT, WIDE_VECTORS, "a first path: rows and norm, nothing is added", next_rows="mixed", options=LAYER | {"adds": False, "gamma": False}),
-    Row("tail", ops.joint, BASE_VIT, WIDE_VECTORS, "a last path: nothing follows; learning and frozen rows share the factors", rows="mixed", options=DROPPED),
+    Row("last-add", ops.joint, BASE_VIT, WIDE_VECTORS, "a last path: no next branch; learning and frozen rows share the factors", rows="mixed", options=DROPPED),
 
     # The same in place, as between two branches of a ResidualSequence
     Row("in-place-path", ops.in_place, BASE_VIT, WIDE_VECTORS, "untouched samples keep what they hold", rows="mixed", next_rows="mixed", options=LAYER | SCALED),
     Row("in-place-no-norm", ops.in_place, BASE_VIT, AUTOCAST, "rows are handed over as they are", rows="mixed", next_rows="mixed", options=HANDOVER),
-    Row("in-place-tail", ops.in_place, BASE_VIT, BF16, "the last sum: the gradient is passed on", rows="some", options=SCALED),
+    Row("in-place-last-add", ops.in_place, BASE_VIT, BF16, "the last sum: the gradient is passed on", rows="some", options=SCALED),
     Row("in-place-no-row", ops.in_place, BASE_VIT, AUTOCAST, "nothing is written", rows="none", next_rows="none", options=HANDOVER),
     Row("in-place-channels-last", ops.in_place, STAGE_4, AUTOCAST, "images, dropped rows", layouts=CHANNELS_LAST, next_rows="some", options=HANDOVER | PER_POSITION | {"row_scale": "tensor"}),
     Row("in-place-5120", ops.in_place, (4, 50, 5120), BF16, "wide rows in pieces", rows="some", next_rows="some", options=RMS),

@@ -18,16 +18,16 @@ from .cases import Case
 Scale = Tensor | float | None
 
 
-def tail(t: Operands, case: Case, row_scale: Scale, stored: Tensor | None = None) -> Results:
-    """`stored`: the values that the norm sees of the stream, in place of those of the formula."""
+def fused_add(t: Operands, case: Case, row_scale: Scale, stored: Tensor | None = None) -> Results:
+    """`stored`: the values that the norm sees of the residual, in place of those of the formula."""
     out = add(t, case, row_scale) if case.adds else t.residual
-    if not case.follows:
+    if not case.gives_next:
         return Results(out)
-    stream = out if stored is None else out + (stored - out).detach()
+    residual = out if stored is None else out + (stored - out).detach()
     parts = []
     for number, rows in enumerate(case.next_parts):
         frozen = number == 1
-        x = stream.index_select(0, _index(rows))
+        x = residual.index_select(0, _index(rows))
         if case.detached == "all" or (case.detached == "frozen" and frozen):
             x = x.detach()
         if case.norm is not None:
@@ -74,7 +74,7 @@ def _part(row_scale: Scale, rows: slice) -> Scale:
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, case: Case) -> Tensor:
-    """With a weight that is wider than the stream, as under autocast: in the weight's dtype."""
+    """With a weight that is wider than the residual, as under autocast: in the weight's dtype."""
     wide = x.dtype
     for vector in (weight, bias):
         wide = wide if vector is None else torch.promote_types(wide, vector.dtype)
@@ -96,20 +96,20 @@ def magnitudes(t: Operands, case: Case, row_scale: Scale, douts: Results) -> tup
     with torch.enable_grad():
         out = add(positive, case, scale) if case.adds else positive.residual
     with torch.no_grad():
-        stream = add(t, case, row_scale) if case.adds else t.residual
-        dstream = torch.zeros_like(stream) if douts.out is None else douts.out.abs()
+        residual = add(t, case, row_scale) if case.adds else t.residual
+        dresidual = torch.zeros_like(residual) if douts.out is None else douts.out.abs()
         parts, dvectors = [], []
-        for number, (rows, dy) in enumerate(zip(case.next_parts if case.follows else [], douts[1:3], strict=False)):
+        for number, (rows, dy) in enumerate(zip(case.next_parts if case.gives_next else [], douts[1:3], strict=False)):
             rows = _index(rows)
             part, dx = out[rows].detach(), None if dy is None else dy.abs()
             if case.norm is not None:
-                part, dx, dvector = _norm_magnitudes(stream[rows], part, positive, case, dx)
+                part, dx, dvector = _norm_magnitudes(residual[rows], part, positive, case, dx)
                 dvectors += [] if dvector is None or number == 1 else [dvector]
             parts.append(part)
             if dx is not None:
-                dstream = dstream.index_add(0, rows, dx)
+                dresidual = dresidual.index_add(0, rows, dx)
     leaves = [v for v in positive[:4] if v is not None and v.requires_grad]
-    grads = iter(torch.autograd.grad(out, leaves, dstream, allow_unused=True) if leaves and out.requires_grad else [])
+    grads = iter(torch.autograd.grad(out, leaves, dresidual, allow_unused=True) if leaves and out.requires_grad else [])
     of_leaves = [next(grads, None) if v is not None and v.requires_grad else None for v in positive[:4]]
     return Results(out.detach(), *parts), Operands(*of_leaves, *(dvectors[0] if dvectors else ()))
 

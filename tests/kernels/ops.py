@@ -31,7 +31,7 @@ def residual_add(t: Operands, case: Case) -> Results:
 
 
 def gather_rows(t: Operands, case: Case) -> Results:
-    """With the stream itself as first result."""
+    """With the residual itself as first result."""
     return Results(t.residual, rdp.gather_rows(t.residual, index(case.next_rows, case)))
 
 
@@ -63,23 +63,23 @@ def drop_path_add(t: Operands, case: Case) -> Results:
 
 
 def joint(t: Operands, case: Case) -> Results:
-    """The node of a path's tail and the next one's head, as a chain of paths runs it."""
+    """The node of one path's add and the next one's input, as a chain of paths runs it."""
     return fused_add("path", t, *_parts(case))
 
 
 def in_place(t: Operands, case: Case) -> Results:
-    """The same as an inner node of `ResidualSequence`: nobody else has the stream, which the sum overwrites, nor the
-    sum's gradient, which the stream's overwrites."""
+    """The same as an inner node of `ResidualSequence`: nobody else has the residual, which the sum overwrites, nor the
+    sum's gradient, which the residual's overwrites."""
     add, next_input = _parts(case)
-    stream = t.residual.clone()
-    operands, fused = t._replace(residual=stream), next_input
+    residual = t.residual.clone()
+    operands, fused = t._replace(residual=residual), next_input
     served = resolve("path", operands, add, next_input)
     if not served.takes_norm:  # torch's norm comes after the kernels
         operands, fused = operands._replace(weight=None, bias=None), replace(next_input, norm=None)
-    tail = FusedCall(served.kernels, add, fused)
-    tail.in_place = tail.owns_gradient = True
-    results = tail(operands)
-    assert results.out.data_ptr() == stream.data_ptr(), "the sum isn't in place"
+    call = FusedCall(served.kernels, add, fused)
+    call.in_place = call.owns_gradient = True
+    results = call(operands)
+    assert results.out.data_ptr() == residual.data_ptr(), "the sum isn't in place"
     return results if fused is next_input else eager.normalised(results, t, next_input)
 
 
@@ -91,7 +91,7 @@ def _parts(case: Case) -> tuple[Add | None, NextInput | None]:
         of_rows = isinstance(scale, torch.Tensor)
         number = 1.0 if of_rows or scale is None else scale
         add = Add(rows, number, scale if of_rows else None, case.channel_dim, case.activation)
-    if case.follows:
+    if case.gives_next:
         rows = None if case.next_rows is None else _row_set(case.next_rows, len(case.next_parts[0]), case)
         next_input = NextInput(rows, case.norm, case.eps if case.norm else 0.0, case.detached)
     return add, next_input

@@ -18,7 +18,7 @@ from .tiles import cut
 from .values import douts_of, operands_of
 
 ROWS = Case((4, 2, 3), rows=(2, 0), row_scale="tensor", gamma=True)
-NORMED = replace(ROWS, follows=True, next_rows=(1, 2, 3), norm="layer", weight=True, bias=True, eps=0.1)
+NORMED = replace(ROWS, gives_next=True, next_rows=(1, 2, 3), norm="layer", weight=True, bias=True, eps=0.1)
 MIXED = replace(NORMED, rows=(2, 0, 3), num_learning=1, row_scale=1 / 0.7, num_next_learning=2)
 CALLS = {
     "residual_add": (ops.residual_add, replace(ROWS, rows=None)),
@@ -28,7 +28,7 @@ CALLS = {
         ops.residual_add,
         Case((2, 3, 2, 2), gamma=True, channel_dim=1, activation="relu"),
     ),
-    "gather_rows": (ops.gather_rows, Case((4, 3), adds=False, follows=True, next_rows=(3, 1), used=("next",))),
+    "gather_rows": (ops.gather_rows, Case((4, 3), adds=False, gives_next=True, next_rows=(3, 1), used=("next",))),
     "layer norm": (ops.residual_add_norm, NORMED),
     "rms norm": (ops.residual_add_norm, replace(NORMED, rows=None, next_rows=None, norm="rms", bias=False)),
     "norm without vectors": (ops.residual_add_norm, replace(NORMED, gamma=False, weight=False, bias=False)),
@@ -153,7 +153,7 @@ HEAD = replace(CALLS["joint, head"][1], next_rows=None, num_next_learning=None)
 
 @pytest.mark.parametrize("changed", ["residual", "out"])
 @pytest.mark.parametrize("call", ["residual_add_norm", "head"])
-def test_a_stream_that_a_norm_saw_may_not_change(backend, call, changed):
+def test_a_residual_that_a_norm_saw_may_not_change(backend, call, changed):
     """As with torch's norm it is saved itself, and autograd notices."""
     op, case = {"residual_add_norm": CALLS["rms norm"], "head": (ops.joint, HEAD)}[call]
     operands = operands_of(case)
@@ -169,7 +169,7 @@ def test_a_stream_that_a_norm_saw_may_not_change(backend, call, changed):
 
 
 def test_rows_that_a_norm_saw_are_a_copy(backend):
-    """The stream that they come from may change."""
+    """The residual that they come from may change."""
     op, case = CALLS["layer norm"]
     found = []
     for factor in (1, 2):

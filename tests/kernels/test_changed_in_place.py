@@ -34,7 +34,7 @@ def add_norm(leaf, num_rows=4, **options):
 
 
 def joint(leaf, changed, **by_name):
-    """A path's tail with the next one's head."""
+    """A path's add with the next one's input."""
     inverse = torch.tensor([2, 3, 0, 1], device=DEVICE)
     sets = {name: RowSet(torch.tensor([2, 3, 0], device=DEVICE), 2, inverse) for name in ("rows", "next_rows")}
     sets[changed] = replace(sets[changed], **by_name)
@@ -130,7 +130,7 @@ def test_a_buffer_that_nothing_reads_any_more(backend):
 @pytest.mark.parametrize("compiled", [False, True])
 @EACH_BACKEND
 def test_results_that_are_changed_in_place(backend, compiled):
-    """The stream beside the next rows, and these, as in torch's own formula."""
+    """The residual beside the next rows, and these, as in torch's own formula."""
     x, update, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((4, 3), (2, 3), (3,)))
     rows, next_rows = torch.tensor([3, 1], device=DEVICE), torch.tensor([0, 3, 2], device=DEVICE)
 

@@ -28,7 +28,7 @@ class Subclass(torch.Tensor):
 
 
 def ops_on(residual):
-    """Every public op on a stream and what follows from it."""
+    """Every public op on a residual and what follows from it."""
     rows, branch = ROWS.to(residual.device), torch.zeros_like(residual)
     return {
         "residual_add": lambda: rdp.residual_add(residual, branch),
@@ -47,10 +47,10 @@ UNSERVED = [
 
 
 @pytest.mark.parametrize("op", list(ops_on(x())))
-@pytest.mark.parametrize(("stream", "reason"), UNSERVED, ids=["dtype", "device", "subclass"])
-def test_a_backend_by_name_says_why_not(backend, stream, reason, op):
+@pytest.mark.parametrize(("residual", "reason"), UNSERVED, ids=["dtype", "device", "subclass"])
+def test_a_backend_by_name_says_why_not(backend, residual, reason, op):
     with pytest.raises(RuntimeError, match=f"^{op}: backend '{backend}' can't serve this call: .*{reason}"):
-        ops_on(stream)[op]()
+        ops_on(residual)[op]()
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_torch_func_is_refused(backend):
     def loss(residual):
         return rdp.residual_add(residual, residual, row_scale=2.0).square().sum()
 
-    stream = x()
+    residual = x()
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(loss)(stream)
+        torch.func.grad(loss)(residual)
     with rdp.use_backend("auto"):
-        torch.testing.assert_close(torch.func.grad(loss)(stream), 18 * stream)
+        torch.testing.assert_close(torch.func.grad(loss)(residual), 18 * residual)
 
 
 class TestWidestNorm:
@@ -161,11 +161,11 @@ class TestChoice:
 
     def test_auto_tells_the_log_once(self, monkeypatch, caplog):
         monkeypatch.setattr(dispatch, "_logged", set())
-        stream = x().to("meta")
+        residual = x().to("meta")
         with caplog.at_level(logging.DEBUG, logger="rdp_kernels"), rdp.use_backend("auto"):
             for _ in range(2):
-                assert add(stream).shape == (4, 3)
-                rdp.gather_rows(stream, ROWS.to("meta"))
+                assert add(residual).shape == (4, 3)
+                rdp.gather_rows(residual, ROWS.to("meta"))
         told = [
             (record.levelname, record.getMessage()) for record in caplog.records if "'triton'" in record.getMessage()
         ]
@@ -205,14 +205,14 @@ class TestWithoutTriton:
 
     @pytest.mark.parametrize("op", list(ops_on(x())))
     def test_ops_work(self, op):
-        stream = x(requires_grad=True)
+        residual = x(requires_grad=True)
         torch.manual_seed(0)
-        out = ops_on(stream)[op]()
+        out = ops_on(residual)[op]()
         out.square().sum().backward()
         with rdp.use_backend("eager"):
             torch.manual_seed(0)
-            assert torch.equal(out, ops_on(stream)[op]())
-        assert stream.grad.isfinite().all()
+            assert torch.equal(out, ops_on(residual)[op]())
+        assert residual.grad.isfinite().all()
 
 
 # A machine without triton, as far as Python can tell: importing it fails.
@@ -222,18 +222,18 @@ import sys
 import torch
 import rdp_kernels as rdp
 assert {loaded} not in sys.modules, "imported"
-stream = torch.randn(4, 3, requires_grad=True)
+residual = torch.randn(4, 3, requires_grad=True)
 rows = torch.tensor([2, 0])
 with rdp.use_backend({backend!r}):
-    out, normed = rdp.residual_add_norm(stream, stream, torch.ones(3), next_rows=rows)
+    out, normed = rdp.residual_add_norm(residual, residual, torch.ones(3), next_rows=rows)
     out = rdp.residual_add(out, normed, rows=rows, gamma=torch.ones(3), activation="relu")
     out = rdp.drop_path_add(out, rdp.drop_path(out, 0.5, training=True), 0.5, training=True)
     rdp.gather_rows(out, rows).sum().backward()
     branch = rdp.ResidualBranch(torch.nn.Linear(3, 3), norm=torch.nn.LayerNorm(3), drop_prob=0.5)
     scheme = rdp.ResidualDropPath(branch, 0.5)
     for _ in scheme.iterations(4):
-        branch(stream).sum().backward()
-assert stream.grad.isfinite().all()
+        branch(residual).sum().backward()
+assert residual.grad.isfinite().all()
 assert {loaded} not in sys.modules, "imported by an op"
 assert not torch.cuda.is_initialized()
 """

@@ -16,7 +16,7 @@ def test_against_float64(numerics_backend, check_new, part, case):
 
 @pytest.mark.parametrize("width", [1, 3, 13, 64, 197, 257, 1000, 5000])
 def test_widths(backend, width):
-    check(Case((4, width), adds=False, follows=True, next_rows=(3, 0, 1), layouts=("offset",) * 4), ops.gather_rows)
+    check(Case((4, width), adds=False, gives_next=True, next_rows=(3, 0, 1), layouts=("offset",) * 4), ops.gather_rows)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -25,7 +25,7 @@ def test_bits_are_copied(backend, dtype):
     special = torch.tensor(
         [torch.inf, -torch.inf, torch.nan, -0.0, torch.finfo(getattr(torch, dtype)).smallest_normal / 4]
     )
-    case = Case((3, 5), (dtype,) * 4, adds=False, follows=True, next_rows=(2, 1))
+    case = Case((3, 5), (dtype,) * 4, adds=False, gives_next=True, next_rows=(2, 1))
     operands = operands_of(case)
     operands = operands._replace(residual=special.to(operands.residual).repeat(3, 1))
     gathered = ops.gather_rows(operands, case).next

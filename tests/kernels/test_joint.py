@@ -1,4 +1,4 @@
-"""The node that a chain of paths runs: the tail of one and the head of the next, with learning and frozen rows."""
+"""The node that a chain of paths runs: the add of one and the input of the next, with learning and frozen rows."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from .budget import check
 from .cases import Case, in_parts, joints
 from .values import operands_of
 
-MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, follows=True, next_rows=(1, 4, 3, 2), num_next_learning=3, norm="layer", weight=True, bias=True)  # fmt: skip
+MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, gives_next=True, next_rows=(1, 4, 3, 2), num_next_learning=3, norm="layer", weight=True, bias=True)  # fmt: skip
 
 
 @in_parts(200)
@@ -32,7 +32,7 @@ def test_all_or_none_learn(backend, num_learning, num_next_learning, tiles):
     check(replace(MIXED, num_learning=num_learning, num_next_learning=num_next_learning, tiles=tiles), ops.joint)
 
 
-GOES_ON = {
+NEXT_INPUTS = {
     "all rows": {},
     "some rows": dict(next_rows=(4, 1, 3)),
     "frozen rows": dict(next_rows=(4, 1, 3, 0), num_next_learning=2),
@@ -41,17 +41,17 @@ GOES_ON = {
 
 
 @pytest.mark.parametrize(("norm", "dtype"), [("layer", "bfloat16"), ("rms", "float16")])
-@pytest.mark.parametrize("goes_on", GOES_ON.values(), ids=GOES_ON)
+@pytest.mark.parametrize("next_input", NEXT_INPUTS.values(), ids=NEXT_INPUTS)
 @pytest.mark.parametrize("tiles", ["tuned", "wide"])
 @pytest.mark.parametrize("how", ["nothing is added", "added", "added in place"])
-def test_a_norm_sees_a_narrow_stream_exactly(backend, how, tiles, goes_on, norm, dtype):
+def test_a_norm_sees_a_narrow_residual_exactly(backend, how, tiles, next_input, norm, dtype):
     """Its backward too, with vectors in float32: what is only read isn't rounded, and the sum once, as by torch."""
     dtypes = (dtype, dtype, "float32", "float32")
-    case = Case((5, 2, 20), dtypes, follows=True, norm=norm, weight=True, bias=norm == "layer", tiles=tiles)
+    case = Case((5, 2, 20), dtypes, gives_next=True, norm=norm, weight=True, bias=norm == "layer", tiles=tiles)
     if how == "nothing is added":
-        check(replace(case, adds=False, **goes_on), ops.joint)
+        check(replace(case, adds=False, **next_input), ops.joint)
         return
-    case = replace(case, rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, **goes_on)
+    case = replace(case, rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, **next_input)
     if how == "added":
         check(case, ops.joint)
     else:

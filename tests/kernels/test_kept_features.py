@@ -1,4 +1,4 @@
-"""Streams that a user keeps are never changed, whatever is computed from them."""
+"""Residuals that a user keeps are never changed, whatever is computed from them."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ DIM = 5
 ROWS = torch.tensor([3, 0, 1], device=DEVICE)
 
 
-def stream():
+def samples():
     return torch.randn(4, 2, DIM, device=DEVICE, requires_grad=True)
 
 
 def test_over_a_chain_of_ops(backend):
     """Every kind of step, each from the last; backwards run from every one of the features."""
-    features = [stream()]
+    features = [samples()]
     features.append(features[0].view(4, 2, DIM))
     weight = torch.rand(DIM, device=DEVICE, requires_grad=True)
     steps = [
@@ -39,7 +39,7 @@ def test_over_a_chain_of_ops(backend):
 
 def test_an_incoming_gradient_is_not_changed(backend):
     """Nor one that a hook keeps."""
-    x, kept = stream(), []
+    x, kept = samples(), []
     weight = torch.rand(DIM, device=DEVICE, requires_grad=True)
     middle, normed = rdp.residual_add_norm(x, x.tanh(), weight, next_rows=ROWS)
     middle.register_hook(lambda grad: kept.append((grad, grad.clone())))
@@ -73,7 +73,7 @@ def test_through_a_sequence(backend, mode, freeze, hooked):
     seen = 0
     for _ in range(2):
         for _ in scheme.iterations(4):
-            x = stream()
+            x = samples()
             out = paths(x)
             kept += [(x, x.detach().clone()), (out, out.detach().clone())]
             out.square().sum().backward()
@@ -82,10 +82,10 @@ def test_through_a_sequence(backend, mode, freeze, hooked):
     assert all(torch.equal(t, copy) for t, copy in kept)
 
 
-def test_parts_of_a_sequence_see_the_same_streams(backend):
+def test_parts_of_a_sequence_see_the_same_residuals(backend):
     """The outputs of the first one, two, ... branches, all kept: as from branches called one by one."""
     branches = [rdp.ResidualBranch(nn.Linear(DIM, DIM), norm=nn.RMSNorm(DIM)) for _ in range(3)]
-    paths, x = rdp.ResidualSequence(*branches).to(DEVICE), stream()
+    paths, x = rdp.ResidualSequence(*branches).to(DEVICE), samples()
     features = [paths[:count](x) for count in range(4)]
     copies = [feature.detach().clone() for feature in features]
     sum(feature.sum() for feature in features).backward()

@@ -8,7 +8,7 @@ from tests.conftest import DEVICE
 
 from .values import laid_out
 
-STREAMS = {
+RESIDUALS = {
     "tokens": ((4, 3, 5), "dense"),
     "misaligned": ((4, 3, 5), "offset"),
     "rows apart": ((4, 3, 5), "padded"),
@@ -19,13 +19,13 @@ STREAMS = {
     "transposed matrix": ((4, 5), "transposed"),
     "numbers": ((4,), "strided"),
 }
-EACH = pytest.mark.parametrize(("shape", "layout"), STREAMS.values(), ids=STREAMS)
+EACH = pytest.mark.parametrize(("shape", "layout"), RESIDUALS.values(), ids=RESIDUALS)
 
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_results_are_like_the_stream(backend, shape, layout, dtype):
-    """Dense, in the order of the stream's dimensions where a sample of it is dense, and of its dtype."""
+def test_results_are_like_the_residual(backend, shape, layout, dtype):
+    """Dense, in the order of the residual's dimensions where a sample of it is dense, and of its dtype."""
     x = laid_out(torch.randn(shape).to(dtype), layout)
     rows = torch.tensor([3, 1], device=DEVICE)
     branch = torch.ones_like(x, memory_format=torch.contiguous_format).float()
@@ -41,7 +41,7 @@ def test_results_are_like_the_stream(backend, shape, layout, dtype):
     assert gathered.stride()[1:] == dense.stride()[1:]
 
 
-def test_gradients_are_like_the_stream(backend):
+def test_gradients_are_like_the_residual(backend):
     """An image network in channels last stays there, forward and backward."""
     x = torch.randn(4, 3, 2, 5, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
     branch = torch.randn(2, 3, 2, 5, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -51,10 +51,10 @@ def test_gradients_are_like_the_stream(backend):
         assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("stream", [name for name, (shape, _) in STREAMS.items() if len(shape) > 1])
-def test_norms_of_any_layout(backend, stream):
+@pytest.mark.parametrize("residual", [name for name, (shape, _) in RESIDUALS.items() if len(shape) > 1])
+def test_norms_of_any_layout(backend, residual):
     """The norm is over the last dimension, wherever that lies."""
-    shape, layout = STREAMS[stream]
+    shape, layout = RESIDUALS[residual]
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
     weight, rows = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE), torch.tensor([3, 1], device=DEVICE)
     out, normed = rdp.residual_add_norm(x, torch.ones_like(x), weight, next_rows=rows)

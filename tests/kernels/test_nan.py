@@ -17,14 +17,14 @@ def samples_of(rows, batch_size):
 @examples(60)
 @given(case=joints().filter(lambda case: case.activation is None and case.shape[0] > 1))
 def test_nan_stays_in_its_rows(backend, case):
-    """Of samples that go on to no branch the stream is NaN, of those without a branch row the gradient is NaN, and of
-    those frozen rows that don't go on the branch is NaN."""
+    """The residual is NaN at samples that the next branch doesn't get, the gradient at those without a branch row, and
+    the branch at frozen rows that the next branch doesn't get."""
     batch_size = case.shape[0]
     everywhere = set(range(batch_size))
-    goes_on = {row for part in case.next_parts for row in part} if case.follows else set()
+    next_rows = {row for part in case.next_parts for row in part} if case.gives_next else set()
     reads = samples_of(case.rows, batch_size) if case.adds and case.row_scale != 0 else set()
-    stays, unread = sorted(everywhere - goes_on), sorted(everywhere - reads)
-    frozen = [place for place, row in enumerate(case.frozen) if row not in goes_on]
+    stays, unread = sorted(everywhere - next_rows), sorted(everywhere - reads)
+    frozen = [place for place, row in enumerate(case.frozen) if row not in next_rows]
 
     def run(poison):
         operands = operands_of(case)
@@ -43,7 +43,7 @@ def test_nan_stays_in_its_rows(backend, case):
 
     results, grads = run(torch.nan)
     expected, expected_grads = run(1.0)
-    kept = sorted(goes_on)
+    kept = sorted(next_rows)
     assert same(results.out[kept], expected.out[kept])
     for actual, wanted in zip((*results[1:3], *grads[1:]), (*expected[1:3], *expected_grads[1:]), strict=True):
         assert (actual is None and wanted is None) or torch.equal(actual, wanted)

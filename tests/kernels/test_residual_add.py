@@ -19,7 +19,7 @@ def test_against_float64(numerics_backend, check_new, part, case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 3, 13, 64, 197, 257, 1000])
 def test_widths(backend, width, dtype):
-    """With a stream in one layout and a branch in another; one column short of a tile, and one past it."""
+    """With a residual in one layout and a branch in another; one column short of a tile, and one past it."""
     layouts = ("offset", "padded", "dense", "strided")
     case = Case((3, 2, width), (dtype,) * 4, layouts, rows=(2, 0), row_scale=1 / 0.7, gamma=True)
     check(case, ops.residual_add)

@@ -28,7 +28,7 @@ def test_widths(backend, width, norm, dtypes):
         rows=(3, 0, 2),
         row_scale=1 / 0.7,
         gamma=True,
-        follows=True,
+        gives_next=True,
         next_rows=(1, 3, 0),
         norm=norm,
         weight=True,
@@ -44,7 +44,7 @@ def test_a_row_that_registers_do_not_hold(backend, width, norm):
         (3, width),
         rows=(2, 0),
         gamma=True,
-        follows=True,
+        gives_next=True,
         next_rows=(1, 2),
         norm=norm,
         weight=True,
@@ -61,7 +61,7 @@ def test_a_row_that_registers_do_not_hold(backend, width, norm):
 def test_eps_and_scale(backend, norm, spread, offset, eps):
     """Eps outweighs the variance, vanishes beside it, both are tiny; a mean that drowns the variance in its square."""
     vectors = dict(gamma=True, weight=True, bias=norm == "layer")
-    case = Case((3, 2, 17), follows=True, norm=norm, eps=eps, spread=spread, offset=offset, **vectors)
+    case = Case((3, 2, 17), gives_next=True, norm=norm, eps=eps, spread=spread, offset=offset, **vectors)
     check(case, ops.residual_add_norm)
 
 
@@ -85,7 +85,9 @@ def test_rows_without_variance(backend, width):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_no_row_has_a_norm(backend, norm):
-    """No next row, no sample, no token: the stream's gradient passes, the vectors' are zero."""
+    """No next row, no sample, no token: the residual's gradient passes, the vectors' are zero."""
     for shape, next_rows in (((3, 2, 5), ()), ((0, 2, 5), None), ((3, 0, 5), None), ((3, 0, 5), (1,))):
-        case = Case(shape, gamma=True, follows=True, next_rows=next_rows, norm=norm, weight=True, bias=norm == "layer")
+        case = Case(
+            shape, gamma=True, gives_next=True, next_rows=next_rows, norm=norm, weight=True, bias=norm == "layer"
+        )
         check(case, ops.residual_add_norm)

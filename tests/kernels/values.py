@@ -19,7 +19,7 @@ def operands_of(case: Case) -> Operands:
     """The leaves. What a call mustn't read is NaN: rows of the branch that are dropped, and gaps between elements."""
     generator = torch.Generator().manual_seed(case.seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    stream, of_branch, _, of_vectors = case.layouts
+    of_residual, of_branch, _, of_vectors = case.layouts
     num_rows = case.shape[0] if case.rows is None else len(case.learning)
     inner = case.shape[1:]
     values = Operands(
@@ -43,7 +43,7 @@ def operands_of(case: Case) -> Operands:
     wanted = case.operands if case.wanted is None else case.wanted
     leaves = {}
     for name in case.operands:
-        layout = of_vectors if name in VECTORS else stream if name == "residual" else of_branch
+        layout = of_vectors if name in VECTORS else of_residual if name == "residual" else of_branch
         leaf = laid_out(getattr(values, name), layout)
         leaves[name] = leaf.requires_grad_(name in wanted)
     return Operands(**leaves)
@@ -58,7 +58,7 @@ def row_scale_of(case: Case) -> Tensor | float | None:
     if case.drop_prob is not None:
         torch.manual_seed(case.seed)  # the mask comes from the global generator
         keep = torch.rand(case.shape[0]) >= case.drop_prob
-        dtype = torch.float64 if case.stream_dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if case.residual_dtype == torch.float64 else torch.float32
         return (keep.to(dtype) * kept_scale(case.drop_prob, case.scale_by_keep)).to(DEVICE)
     if case.row_scale != "tensor":
         return case.row_scale

@@ -1,4 +1,4 @@
-"""Tails run under the counter, and what they are held to."""
+"""Fused adds run under the counter, and what they are held to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def row_scale(kept: list[int], num_rows: int = BATCH) -> Tensor:
     return scale
 
 
-def stream(num_rows: int = BATCH, dtype: torch.dtype = torch.float32, learns: bool = True) -> Tensor:
+def samples(num_rows: int = BATCH, dtype: torch.dtype = torch.float32, learns: bool = True) -> Tensor:
     return torch.randn(num_rows, TOKENS, CHANNELS).to(dtype).requires_grad_(learns)
 
 

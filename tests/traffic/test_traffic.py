@@ -25,7 +25,7 @@ from tests.traffic.fused_adds import (
     row_scale,
     row_set,
     run,
-    stream,
+    samples,
     vector,
 )
 
@@ -41,7 +41,7 @@ each_p = pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_dense(p, dtype):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept))
-    forward, backward = run(add, residual=stream(dtype=dtype), update=stream(dtype=dtype))
+    forward, backward = run(add, residual=samples(dtype=dtype), update=samples(dtype=dtype))
     row = TOKENS * CHANNELS * dtype.itemsize
     minimum = (BATCH + len(kept) + BATCH) * row  # residual, branch; out
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
@@ -54,7 +54,7 @@ def test_dense(p, dtype):
 def test_dense_with_gamma(p, gamma_learns):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept))
-    forward, backward = run(add, residual=stream(), update=stream(), gamma=vector(learns=gamma_learns))
+    forward, backward = run(add, residual=samples(), update=samples(), gamma=vector(learns=gamma_learns))
     minimum = (BATCH + len(kept) + BATCH) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
     reads, minimum = {"dout_ptr": kept}, (len(kept) + BATCH) * ROW  # dout; dupdate
@@ -68,7 +68,7 @@ def test_dense_with_gamma(p, gamma_learns):
 def test_dense_relu(p, gamma):
     kept = ROWS[p]
     add = Add(row_scale=row_scale(kept), activation="relu")
-    forward, backward = run(add, residual=stream(), update=stream(), gamma=vector() if gamma else None)
+    forward, backward = run(add, residual=samples(), update=samples(), gamma=vector() if gamma else None)
     minimum = (BATCH + len(kept) + BATCH) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
     reads = {"dout_ptr": ALL, "out_ptr": ALL}  # where the sum was positive the gradient passes
@@ -81,7 +81,7 @@ def test_dense_relu(p, gamma):
 @each_p
 def test_dense_in_place(p):
     kept = ROWS[p]
-    forward, backward = run(Add(row_scale=row_scale(kept)), in_place=True, residual=stream(), update=stream())
+    forward, backward = run(Add(row_scale=row_scale(kept)), in_place=True, residual=samples(), update=samples())
     minimum = (len(kept) + len(kept) + len(kept)) * ROW  # residual, branch; out: dropped rows are what they should be
     check(forward, minimum, {"residual_ptr": kept, "update_ptr": kept}, {"out_ptr": kept})
     check(backward, (len(kept) + BATCH) * ROW, {"dout_ptr": kept}, {"dupdate_ptr": ALL})
@@ -94,7 +94,7 @@ def test_dense_in_place(p):
 @pytest.mark.parametrize("gamma", [False, True])
 def test_rows(p, gamma):
     rows = ROWS[p]
-    tensors = dict(residual=stream(), update=stream(len(rows)), gamma=vector() if gamma else None)
+    tensors = dict(residual=samples(), update=samples(len(rows)), gamma=vector() if gamma else None)
     forward, backward = run(Add(row_set(rows)), **tensors)
     minimum = (BATCH + len(rows) + BATCH) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL})
@@ -107,7 +107,7 @@ def test_rows(p, gamma):
 @each_p
 def test_rows_in_place(p):
     rows = ROWS[p]
-    forward, _ = run(Add(row_set(rows), 1.25), in_place=True, residual=stream(), update=stream(len(rows)))
+    forward, _ = run(Add(row_set(rows), 1.25), in_place=True, residual=samples(), update=samples(len(rows)))
     minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": rows, "update_ptr": ALL}, {"out_ptr": rows})
 
@@ -117,7 +117,7 @@ def test_rows_of_which_some_are_dropped(in_place):
     rows, kept = [4, 0, 3, 1], [0, 2]  # `kept` are places in `rows`
     kept_rows = [rows[k] for k in kept]
     add = Add(row_set(rows), row_scale=row_scale(kept, 4))
-    forward, backward = run(add, in_place=in_place, residual=stream(), update=stream(4), gamma=vector())
+    forward, backward = run(add, in_place=in_place, residual=samples(), update=samples(4), gamma=vector())
     touched = kept_rows if in_place else list(range(BATCH))
     minimum = (len(touched) + 2 + len(touched)) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": touched, "update_ptr": kept}, {"out_ptr": touched})
@@ -129,7 +129,7 @@ def test_rows_of_which_some_are_dropped(in_place):
 def test_learning_and_frozen_rows(in_place):
     """Both parts pass gradients on; γ learns from the first only, so that is all of the branch that is read."""
     rows, next_input = row_set([4, 0, 3], 2), row_set([5, 4, 1, 2], 1)
-    tensors = dict(residual=stream(), update=stream(2), frozen_update=stream(1), gamma=vector())
+    tensors = dict(residual=samples(), update=samples(2), frozen_update=samples(1), gamma=vector())
     forward, backward = run(Add(rows), NextInput(next_input), in_place, **tensors)
     written = [0, 3, 4] if in_place else ALL
     minimum = (6 + 2 + 1 + (3 if in_place else 6) + 1 + 3) * ROW  # residual, branch, frozen; out, next, frozen_next
@@ -147,9 +147,9 @@ def test_learning_and_frozen_rows(in_place):
 
 @each_p
 def test_gather(p):
-    """The stream goes on as it is, so its backward is a node of both: the rows' gradients on top of the stream's."""
+    """The residual goes on as it is, so its backward is a node of both: the rows' gradients on top of the residual's."""
     rows = NEXT_ROWS[p]
-    forward, backward = run(None, NextInput(row_set(rows)), residual=stream())
+    forward, backward = run(None, NextInput(row_set(rows)), residual=samples())
     if not rows:
         check(forward, 0)
         check(backward, 0)  # the gradient goes on as it is too
@@ -162,7 +162,7 @@ def test_gather(p):
 
 def test_gather_whose_gradient_is_owned():
     rows = NEXT_ROWS[0.5]
-    forward, backward = run(None, NextInput(row_set(rows, 2)), in_place=True, residual=stream())
+    forward, backward = run(None, NextInput(row_set(rows, 2)), in_place=True, residual=samples())
     check(forward, (3 + 3) * ROW, {"x_ptr": rows}, {"out_ptr": ALL, "frozen_out_ptr": ALL})
     minimum = (3 + 2 + 1 + 3) * ROW  # dout, dnext, dfrozen_next; dresidual
     reads = {"residual_ptr": rows, "update_ptr": ALL, "frozen_update_ptr": ALL}
@@ -227,7 +227,7 @@ def misaligned_sectors(counted, rows, row):
 
 def test_rows_at_a_distance():
     """Samples lie apart, as a slice leaves them: what lies between isn't touched."""
-    residual, branch = (stream().detach()[:, :5].requires_grad_() for _ in range(2))
+    residual, branch = (samples().detach()[:, :5].requires_grad_() for _ in range(2))
     forward, backward = run(Add(), residual=residual, update=branch, gamma=vector())
     row = 5 * CHANNELS * FLOAT
     check(forward, 3 * BATCH * row, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": ALL})
@@ -243,7 +243,7 @@ def test_vectors_lists_and_sums():
     num_tiles, programs = 6, 3  # a tile is 8 positions of 64 channels; programs where it sums
     add = Add(row_set(ROWS[0.5], inverted=False), row_scale=row_scale([0, 2], 3))
     next_input = NextInput(row_set(NEXT_ROWS[0.5], inverted=False))
-    forward, backward = run(add, next_input, residual=stream(), update=stream(3), gamma=vector())
+    forward, backward = run(add, next_input, residual=samples(), update=samples(3), gamma=vector())
     one, positions = CHANNELS * FLOAT, BATCH * TOKENS
     lists = {"inverse_ptr": positions * INDEX, "next_inverse_ptr": positions * INDEX}
     read = {"gamma_ptr": num_tiles * one, "row_scale_ptr": 3 * TOKENS * FLOAT, **lists}
@@ -263,14 +263,14 @@ def small_bytes(launch):
 def test_one_copy_of_a_tensor_that_is_not_dense():
     """What a kernel can't address it gets a copy of: torch reads and writes that once."""
     branch = torch.randn(BATCH, CHANNELS, TOKENS).mT.requires_grad_()
-    forward, backward = run(Add(), residual=stream(), update=branch)
+    forward, backward = run(Add(), residual=samples(), update=branch)
     assert forward.torch_ops == ["aten.copy_.default"]
     check(backward, (BATCH + BATCH) * ROW, {"dout_ptr": ALL}, {"dupdate_ptr": ALL})
 
 
 def test_a_scale_of_zero():
     """A number drops the whole branch: it isn't an argument any more, and its gradient is filled with zeros."""
-    forward, backward = run(Add(scale=0.0), residual=stream(), update=stream(), gamma=vector())
+    forward, backward = run(Add(scale=0.0), residual=samples(), update=samples(), gamma=vector())
     check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"out_ptr": ALL})
     assert backward.launches == []
     assert backward.torch_ops == ["aten.zero_.default"]

@@ -1,4 +1,4 @@
-"""As `test_traffic`, for the add with the next branch's norm, and for whole paths: tail and gather, both ways."""
+"""As `test_traffic`, for the add with the next branch's norm, and for whole paths: add and gather, both ways."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.traffic.fused_adds import (
     row_scale,
     row_set,
     run,
-    stream,
+    samples,
     vector,
 )
 
@@ -53,7 +53,7 @@ def next_input(norm, rows=None, **how):
 @each_p
 def test_dense(p, norm):
     kept = ROWS[p]
-    tensors = dict(residual=stream(), update=stream(), gamma=vector(), **weights(norm))
+    tensors = dict(residual=samples(), update=samples(), gamma=vector(), **weights(norm))
     forward, backward = run(Add(row_scale=row_scale(kept)), next_input(norm), **tensors)
     # residual, branch; out, next
     minimum = (BATCH + len(kept) + BATCH + BATCH) * ROW
@@ -70,7 +70,7 @@ def test_dense(p, norm):
 @each_dtype
 def test_rows(norm, in_place, dtype):
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]  # row 3 is in both
-    tensors = dict(residual=stream(dtype=dtype), update=stream(3, dtype), **weights(norm))
+    tensors = dict(residual=samples(dtype=dtype), update=samples(3, dtype), **weights(norm))
     forward, backward = run(Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place, **tensors)
     row = TOKENS * CHANNELS * dtype.itemsize
     touched, added, changed = ([0, 1, 3, 4, 5], rows, next_rows) if in_place else (ALL, ALL, ALL)
@@ -86,7 +86,7 @@ def test_rows(norm, in_place, dtype):
 @each_norm
 def test_learning_and_frozen_rows(norm):
     """Both parts of the next rows pass gradients on, of which the second learns nothing from."""
-    tensors = dict(residual=stream(), update=stream(2), frozen_update=stream(1), gamma=vector(), **weights(norm))
+    tensors = dict(residual=samples(), update=samples(2), frozen_update=samples(1), gamma=vector(), **weights(norm))
     forward, backward = run(Add(row_set([4, 0, 3], 2)), next_input(norm, row_set([5, 4, 1, 2], 1)), **tensors)
     minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, norm_input
     reads = {"residual_ptr": ALL, "update_ptr": ALL, "frozen_update_ptr": ALL}
@@ -101,9 +101,9 @@ def test_learning_and_frozen_rows(norm):
 @each_norm
 @pytest.mark.parametrize("next_p", [0.0, 0.5])
 def test_gather(norm, next_p):
-    """Without an add there is no sum to write, and of the stream only the next rows are read."""
+    """Without an add there is no sum to write, and of the residual only the next rows are read."""
     rows = NEXT_ROWS[next_p]
-    forward, backward = run(None, next_input(norm, row_set(rows)), residual=stream(), **weights(norm))
+    forward, backward = run(None, next_input(norm, row_set(rows)), residual=samples(), **weights(norm))
     minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, norm_input
     check(forward, minimum, {"residual_ptr": rows}, {"next_ptr": ALL, "norm_input_ptr": ALL})
     minimum = (BATCH + len(rows) + len(rows) + BATCH) * ROW  # dout, dnext, norm_input; dresidual
@@ -114,8 +114,8 @@ def test_gather(norm, next_p):
 @each_norm
 @pytest.mark.parametrize("learns", [False, True])
 def test_head_on_all_rows(norm, learns):
-    """The stream is read, and read again in the backward: it isn't copied."""
-    forward, backward = run(None, next_input(norm), residual=stream(learns=learns), **weights(norm))
+    """The residual is read, and read again in the backward: it isn't copied."""
+    forward, backward = run(None, next_input(norm), residual=samples(learns=learns), **weights(norm))
     check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"next_ptr": ALL})
     reads, writes = {"dnext_ptr": ALL, "norm_input_ptr": ALL}, {}
     if learns:
@@ -128,7 +128,7 @@ def test_head_on_all_rows(norm, learns):
 def test_all_rows_in_place(norm):
     """Of the sum, which the norm's backward reads, the samples are written that a branch is added to."""
     rows = ROWS[0.5]
-    tensors = dict(residual=stream(), update=stream(3), **weights(norm))
+    tensors = dict(residual=samples(), update=samples(3), **weights(norm))
     forward, backward = run(Add(row_set(rows)), next_input(norm), in_place=True, **tensors)
     minimum = (6 + 3 + 3 + 6) * ROW  # residual, out; branch; next
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": ALL}, {"out_ptr": rows, "next_ptr": ALL})
@@ -141,9 +141,9 @@ def test_all_rows_in_place(norm):
 @pytest.mark.parametrize("rows", [None, NEXT_ROWS[0.5]], ids=["all", "some"])
 @each_dtype
 def test_statistics(norm, rows, dtype):
-    """Of a position with a norm 8 bytes are kept, rstd's alone by RMSNorm, in float32 whatever the stream's dtype."""
+    """Of a position with a norm 8 bytes are kept, rstd's alone by RMSNorm, in float32 whatever the residual's dtype."""
     positions = TOKENS * (BATCH if rows is None else len(rows))
-    tensors = dict(residual=stream(dtype=dtype), update=stream(dtype=dtype), **weights(norm))
+    tensors = dict(residual=samples(dtype=dtype), update=samples(dtype=dtype), **weights(norm))
     forward, backward = run(Add(), next_input(norm, rows and row_set(rows)), **tensors)
     expected = dict.fromkeys(["mean_ptr", "rstd_ptr"][norm == "rms" :], FLOAT * positions)
     for counted, how in ((forward, "written"), (backward, "read")):
@@ -157,13 +157,13 @@ def test_statistics(norm, rows, dtype):
 @pytest.mark.parametrize("learn", [False, True], ids=["", "no_grad"])
 def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
     """Because nothing requires one, or because autograd doesn't record."""
-    tensors = dict(residual=stream(), update=stream(3), **weights(norm))
+    tensors = dict(residual=samples(), update=samples(3), **weights(norm))
     tensors = {name: t if t is None or learn else t.detach() for name, t in tensors.items()}
     with torch.set_grad_enabled(not learn):
         forward, _ = run(Add(row_set(ROWS[0.5])), next_input(norm, rows and row_set(rows)), **tensors)
-    goes_on = BATCH if rows is None else len(rows)
+    num_next = BATCH if rows is None else len(rows)
     writes = {"out_ptr": ALL, "next_ptr": ALL}
-    check(forward, (6 + 3 + 6 + goes_on) * ROW, {"residual_ptr": ALL, "update_ptr": ALL}, writes)
+    check(forward, (6 + 3 + 6 + num_next) * ROW, {"residual_ptr": ALL, "update_ptr": ALL}, writes)
     assert not {"mean_ptr", "rstd_ptr"} & {*forward.launches[0].tensors}
 
 
@@ -221,7 +221,7 @@ def test_odd_channels(norm, dtype, in_place):
     check(backward, rows * row, reads, {"dresidual_ptr": changed, "dupdate_ptr": ALL}, sectors)
 
 
-# A path: its tail with the gather of the next path's rows, forward and backward
+# A path: its add with the gather of the next path's rows, forward and backward
 
 
 @each_p
@@ -232,19 +232,19 @@ def test_path(p, next_p, norm, in_place):
     rows, next_rows = ROWS[p], NEXT_ROWS[next_p]
     forward, backward = run(
         Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place,
-        residual=stream(), update=stream(len(rows)), gamma=vector(), **weights(norm),
+        residual=samples(), update=samples(len(rows)), gamma=vector(), **weights(norm),
     )  # fmt: skip
-    kept, goes_on = len(rows), len(next_rows)
+    kept, num_next = len(rows), len(next_rows)
     either = len({*rows, *next_rows})
-    seen = goes_on if norm else 0  # by the norm
+    seen = num_next if norm else 0  # by the norm
     if in_place:
-        sums, dsums = either + kept, either + goes_on  # residual, out; dout, dresidual
+        sums, dsums = either + kept, either + num_next  # residual, out; dout, dresidual
     else:
         sums, dsums = BATCH + BATCH, BATCH + BATCH
-    if goes_on == 0:
+    if num_next == 0:
         dsums = kept  # dresidual is dout
-    there = sums + kept + goes_on + seen  # branch; next, norm_input
-    back = dsums + goes_on + seen + kept + kept  # dnext, norm_input, branch for dγ; dupdate
+    there = sums + kept + num_next + seen  # branch; next, norm_input
+    back = dsums + num_next + seen + kept + kept  # dnext, norm_input, branch for dγ; dupdate
     check_total(forward + backward, (there + back) * ROW)
 
 
@@ -252,11 +252,11 @@ def test_path(p, next_p, norm, in_place):
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @each_dtype
 def test_path_with_scales(p, norm, dtype):
-    """Every row goes on, as where rows are dropped by their scale: without a norm the stream is the next rows."""
+    """Every row goes on, as where rows are dropped by their scale: without a norm the residual is the next rows."""
     kept = len(ROWS[p])
     forward, backward = run(
         Add(row_scale=row_scale(ROWS[p])), next_input(norm) if norm else None,
-        residual=stream(dtype=dtype), update=stream(dtype=dtype), **weights(norm),
+        residual=samples(dtype=dtype), update=samples(dtype=dtype), **weights(norm),
     )  # fmt: skip
     there = BATCH + kept + BATCH  # residual, branch; out
     back = kept + BATCH  # dout; dupdate
@@ -268,12 +268,12 @@ def test_path_with_scales(p, norm, dtype):
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_two_paths(norm):
-    """The sum is handed from tail to tail and overwritten, and so is its gradient on the way back; the branch between
+    """The sum is handed from call to call and overwritten, and so is its gradient on the way back; the branch between
     is the identity. Autograd adds nothing up: torch touches no tensor."""
     rows, next_rows, last_rows = row_set([4, 0, 3]), row_set([3, 1, 5]), row_set([2, 5])
     first = FusedCall(kernels(), Add(rows), next_input(norm, next_rows))
     second = FusedCall(kernels(), Add(next_rows), next_input(norm, last_rows), previous=first)
-    x, branch = stream(), stream(3)
+    x, branch = samples(), samples(3)
     with count_traffic() as forward:
         results = first(Operands(x, branch, **weights(norm)))
         results = second(Operands(results.out, results.next, **weights(norm)))
@@ -295,7 +295,7 @@ def test_two_paths_on_all_rows(norm):
     """A sum that is kept for the norm's backward isn't overwritten by the next: to write that elsewhere moves no more
     bytes, and nothing is copied. The gradient is overwritten all the same."""
     first = FusedCall(kernels(), Add(), next_input(norm))
-    x, branch = stream(), stream()
+    x, branch = samples(), samples()
     with count_traffic() as forward:
         results = first(Operands(x, branch, **weights(norm)))
         second = FusedCall(kernels(), Add(), next_input(norm), previous=first)

@@ -15,7 +15,7 @@ from tests.traffic.fused_adds import (
     row_scale,
     row_set,
     run,
-    stream,
+    samples,
     vector,
 )
 
@@ -38,7 +38,7 @@ def weights(norm, learn=True):
 def test_constant_frozen_part(gamma):
     """The gradient of the sum is read where the branch learns, not where it is a detached."""
     rows = [4, 0, 3]
-    tensors = dict(residual=stream(), update=stream(1), frozen_update=stream(2, learns=False))
+    tensors = dict(residual=samples(), update=samples(1), frozen_update=samples(2, learns=False))
     _, backward = run(Add(row_set(rows, 1)), **tensors, gamma=vector() if gamma else None)
     reads = {"dout_ptr": [4], "update_ptr": ALL} if gamma else {"dout_ptr": [4]}
     check(backward, (len(reads) + 1) * ROW, reads, {"dupdate_ptr": ALL})
@@ -48,7 +48,7 @@ def test_constant_frozen_part(gamma):
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_constant_frozen_next_rows(norm, in_place):
     """No gradient comes back from them: in place their rows stay as they are, and nothing is kept of them."""
-    rows, next_rows, tensors = [4, 0], row_set([3, 4, 5], 1), dict(residual=stream(), update=stream(2))
+    rows, next_rows, tensors = [4, 0], row_set([3, 4, 5], 1), dict(residual=samples(), update=samples(2))
     after = next_input(norm, next_rows, detached="frozen")
     forward, backward = run(Add(row_set(rows)), after, in_place, **tensors, **weights(norm))
     read, written = ([0, 3, 4, 5], rows) if in_place else (ALL, ALL)
@@ -66,53 +66,53 @@ def test_constant_frozen_next_rows(norm, in_place):
 
 
 def test_constant_frozen_rows_of_a_gather():
-    """The owned gradient of the stream is read and written where one is added to it."""
+    """The owned gradient of the residual is read and written where one is added to it."""
     after = next_input(None, row_set([3, 4, 5], 1), detached="frozen")
-    _, backward = run(None, after, in_place=True, residual=stream())
+    _, backward = run(None, after, in_place=True, residual=samples())
     check(backward, (1 + 1 + 1) * ROW, {"residual_ptr": [3], "update_ptr": ALL}, {"out_ptr": [3]})
 
 
 @out_of_place_and_in_place
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 def test_no_next_rows(norm, in_place):
-    """The stream's gradient goes on as it is; the norm's weights get zeros."""
-    tensors = dict(residual=stream(), update=stream(3), **weights(norm))
+    """The residual's gradient goes on as it is; the norm's weights get zeros."""
+    tensors = dict(residual=samples(), update=samples(3), **weights(norm))
     _, backward = run(Add(row_set(ROWS[0.5])), next_input(norm, row_set([])), in_place, **tensors)
     check(backward, (3 + 3) * ROW, {"dout_ptr": ROWS[0.5]}, {"dupdate_ptr": ALL})
-    _, backward = run(None, next_input(norm, row_set([])), residual=stream(), **weights(norm))
+    _, backward = run(None, next_input(norm, row_set([])), residual=samples(), **weights(norm))
     check(backward, 0)
 
 
-# A stream that needs no gradient, as before the first weights that learn
+# A residual that needs no gradient, as before the first weights that learn
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_add_without_the_streams_gradient(activation):
+def test_add_without_the_residuals_gradient(activation):
     kept, rows = [0, 2], [4, 0, 3]
     kept_rows = [4, 3]
     add = Add(row_set(rows), row_scale=row_scale(kept, 3), activation=activation)
-    _, backward = run(add, residual=stream(learns=False), update=stream(3))
+    _, backward = run(add, residual=samples(learns=False), update=samples(3))
     reads = {"dout_ptr": kept_rows}
     if activation:
         reads["out_ptr"] = kept_rows
     check(backward, (2 * len(reads) + 3) * ROW, reads, {"dupdate_ptr": ALL})
 
 
-def test_next_rows_without_the_streams_gradient():
+def test_next_rows_without_the_residuals_gradient():
     """Of dnext those rows that the branch was added to: row 3 alone."""
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]
     after = next_input(None, row_set(next_rows))
-    _, backward = run(Add(row_set(rows)), after, residual=stream(learns=False), update=stream(3))
+    _, backward = run(Add(row_set(rows)), after, residual=samples(learns=False), update=samples(3))
     reads = {"dout_ptr": rows, "dnext_ptr": [next_rows.index(3)]}
     check(backward, (3 + 1 + 3) * ROW, reads, {"dupdate_ptr": ALL})
 
 
 @each_norm
 @pytest.mark.parametrize("weights_learn", [False, True])
-def test_norm_without_the_streams_gradient(norm, weights_learn):
+def test_norm_without_the_residuals_gradient(norm, weights_learn):
     """The weights need dnext and the norm's input of all rows, the branch those of its own."""
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]
-    tensors = dict(residual=stream(learns=False), update=stream(3), **weights(norm, learn=weights_learn))
+    tensors = dict(residual=samples(learns=False), update=samples(3), **weights(norm, learn=weights_learn))
     _, backward = run(Add(row_set(rows)), next_input(norm, row_set(next_rows)), **tensors)
     needed = [0, 1, 2] if weights_learn else [next_rows.index(3)]
     reads = {"dout_ptr": rows, "dnext_ptr": needed, "norm_input_ptr": needed}
@@ -120,9 +120,9 @@ def test_norm_without_the_streams_gradient(norm, weights_learn):
 
 
 @each_norm
-def test_norm_of_a_stream_that_needs_no_gradient(norm):
-    """The weights' gradients are sums over the next rows: the stream's own gradient isn't read."""
-    _, backward = run(None, next_input(norm, None), residual=stream(learns=False), **weights(norm))
+def test_norm_of_a_residual_that_needs_no_gradient(norm):
+    """The weights' gradients are sums over the next rows: the residual's own gradient isn't read."""
+    _, backward = run(None, next_input(norm, None), residual=samples(learns=False), **weights(norm))
     check(backward, (BATCH + BATCH) * ROW, {"dnext_ptr": ALL, "norm_input_ptr": ALL})
 
 
@@ -139,11 +139,11 @@ def test_vectors_and_lists_at_a_distance(inverted):
     index, inverse = torch.tensor([4, 0, 3]), torch.tensor([1, 3, 4, 2, 0, 5])
     rows = RowSet(apart(index), 3, apart(inverse) if inverted else None)
     gamma, weight, bias = (apart(vector()) for _ in range(3))
-    tensors = dict(residual=stream(), update=stream(3), gamma=gamma, weight=weight, bias=bias)
+    tensors = dict(residual=samples(), update=samples(3), gamma=gamma, weight=weight, bias=bias)
     forward, backward = run(Add(rows, row_scale=apart(row_scale([0, 2], 3))), next_input("layer", rows), **tensors)
     writes = {"out_ptr": ALL, "next_ptr": ALL, "norm_input_ptr": ALL}
     check(forward, (6 + 2 + 6 + 3 + 3) * ROW, {"residual_ptr": ALL, "update_ptr": [0, 2]}, writes)
     reads = {"dout_ptr": ALL, "dnext_ptr": ALL, "norm_input_ptr": ALL, "update_ptr": [0, 2]}
     check(backward, (6 + 3 + 3 + 2 + 6 + 3) * ROW, reads, {"dresidual_ptr": ALL, "dupdate_ptr": ALL})
-    forward, _ = run(None, NextInput(rows), residual=stream())
+    forward, _ = run(None, NextInput(rows), residual=samples())
     check(forward, (3 + 3) * ROW, {"x_ptr": [4, 0, 3]}, {"out_ptr": ALL})
