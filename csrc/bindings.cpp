@@ -14,7 +14,7 @@ namespace {
 using ThreeTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
 using FourTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 using MaybeType = std::optional<ScalarType>;
-constexpr int64_t ALL = -1;
+constexpr int64_t ALL = -1;  // as a number of learning rows: all of them
 
 const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
@@ -127,8 +127,8 @@ BackwardResults backward(const BackwardArguments& given) {
   const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
   const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
   const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
-  const SampleLayout layout(from_branch ? "branch" : given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next",
-                            from_branch ? *given.branch : gradient);
+  const char* name = given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next";
+  const SampleLayout layout(from_branch ? "branch" : name, from_branch ? *given.branch : gradient);
   const int64_t batch_size = given.batch_size;
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
 
@@ -284,7 +284,7 @@ Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batc
 }  // namespace
 }  // namespace rdp
 
-// The most usual arguments stand first, because arguments that are left out cost less.
+// The arguments that are given most often come first: those that are left out cost less.
 STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add(Tensor residual, Tensor branch, Tensor? gamma=None, Tensor? row_scale=None, "
@@ -318,7 +318,7 @@ void implement(Library& ops) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rdp, CPU, ops) { implement(ops); }
-// These two refuse tensors of other devices by a null, where the dispatcher would raise.
+// These two return null for tensors on other devices, for which the dispatcher would raise.
 STABLE_TORCH_LIBRARY_IMPL(rdp, CompositeExplicitAutograd, ops) {
   ops.impl("native_residual_add", TORCH_BOX(&rdp::residual_add));
   ops.impl("native_gather_rows", TORCH_BOX(&rdp::gather_rows));

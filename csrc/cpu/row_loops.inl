@@ -2,7 +2,7 @@
 // a namespace and a `#pragma GCC target` of its own. It holds plain loops that the compiler vectorises, and includes no
 // header: no function of the standard library may be compiled for an instruction set that a machine lacks.
 
-#define RDP_VECTORISED _Pragma("GCC ivdep")  // an in-update_row sum reads and writes the same element only
+#define RDP_VECTORISED _Pragma("GCC ivdep")  // a sum in place reads and writes the same element only
 
 inline __attribute__((always_inline)) uint32_t bits_of(float x) {
   uint32_t bits;
@@ -183,7 +183,7 @@ void scaled_and_accumulated(Acc* to, Acc* sums, const Acc* d, const Acc* update,
 // Sums over the whole piece, in as many lanes as the widest instruction set has: all then add in the same order.
 template <class Acc>
 Acc total(const Acc* d, const Acc* update, Acc scale, int64_t n) {
-  constexpr int LANES = 16;
+  constexpr int LANES = 16;  // float32 elements of an AVX-512 register
   Acc lanes[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {

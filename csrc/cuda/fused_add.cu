@@ -189,7 +189,7 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
 void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device) {
   if (batch_size == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  invert_rows_kernel<<<1, 1024, 0, current_stream(device)>>>(inverse, rows, num_rows, batch_size);
+  invert_rows_kernel<<<1, MAX_THREADS, 0, current_stream(device)>>>(inverse, rows, num_rows, batch_size);
   check_launch();
 }
 

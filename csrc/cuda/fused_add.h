@@ -13,7 +13,7 @@ namespace rdp::cuda {
 void fused_add_forward(const FusedAddForward& call, int32_t device);
 void fused_add_backward(const FusedAddBackward& call, int32_t device);
 
-// inverse [batch_size] of rows [num_rows], both int64. RowSet out of range are left out.
+// inverse [batch_size] of rows [num_rows], both int64. Rows out of range are left out.
 void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device);
 
 }  // namespace rdp::cuda

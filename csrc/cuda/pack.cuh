@@ -11,9 +11,9 @@
 
 namespace rdp::cuda {
 
-constexpr int64_t PACK_BYTES = 16;
+constexpr int64_t PACK_BYTES = 16;  // the widest load and store of a thread
 
-// By name: torch compiles extensions without the narrow types' own conversions.
+// Conversions by name, because torch compiles extensions without the implicit ones of the narrow types.
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -21,14 +21,14 @@ __device__ __forceinline__ void round_to(float& to, float x) { to = x; }
 __device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
 
-// `N` elements, loaded and stored in pieces of 16 bytes, or in one of 8.
+// `N` elements, loaded and stored as words of 16 bytes, or as one of 8.
 template <class T, int N>
 union Pack {
-  using Piece = std::conditional_t<(N * sizeof(T) >= 16), int4, std::conditional_t<(N * sizeof(T) == 8), int2, T>>;
-  static constexpr int PIECES = N * sizeof(T) / sizeof(Piece);
+  using Word = std::conditional_t<(N * sizeof(T) >= 16), int4, std::conditional_t<(N * sizeof(T) == 8), int2, T>>;
+  static constexpr int WORDS = N * sizeof(T) / sizeof(Word);
 
   T elements[N];
-  Piece pieces[PIECES];
+  Word words[WORDS];
 
   __device__ Pack() {}
 };
@@ -38,13 +38,13 @@ __device__ __forceinline__ void load(float (&values)[N], const T* from) {
   using P = Pack<T, N>;
   P pack;
 #pragma unroll
-  for (int i = 0; i < P::PIECES; ++i) pack.pieces[i] = reinterpret_cast<const typename P::Piece*>(from)[i];
+  for (int i = 0; i < P::WORDS; ++i) pack.words[i] = reinterpret_cast<const typename P::Word*>(from)[i];
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = to_float(pack.elements[i]);
 }
 
-// An ordinary store that stays whole: left to itself the compiler takes that of an int4 apart.
-__device__ __forceinline__ void store_piece(int4* to, int4 x) {
+// One store of 16 bytes. The compiler would split the store of an int4 into narrower ones.
+__device__ __forceinline__ void store_word(int4* to, int4 x) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_piece(int4* to, int4 x) {
 #endif
 }
 template <class T>
-__device__ __forceinline__ void store_piece(T* to, T x) {
+__device__ __forceinline__ void store_word(T* to, T x) {
   *to = x;
 }
 
@@ -65,10 +65,10 @@ __device__ __forceinline__ void store(T* to, const float (&values)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) round_to(pack.elements[i], values[i]);
 #pragma unroll
-  for (int i = 0; i < P::PIECES; ++i) store_piece(reinterpret_cast<typename P::Piece*>(to) + i, pack.pieces[i]);
+  for (int i = 0; i < P::WORDS; ++i) store_word(reinterpret_cast<typename P::Word*>(to) + i, pack.words[i]);
 }
 
-// γ may have any dtype; all threads of a launch take the same way.
+// γ may have any dtype; all threads of a launch take the same case.
 template <int N>
 __device__ __forceinline__ void load_gamma(float (&values)[N], const Vector& gamma, int64_t column) {
   switch (gamma.dtype) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_gamma(float (&values)[N], const Vector& gam
   }
 }
 
-// Whether each sample begins where a pack may: the alternative is one element at a time.
+// Whether each sample begins at an address where a pack may begin. If not, kernels go element by element.
 inline bool samples_are_aligned(const Samples& samples) {
   return reinterpret_cast<uintptr_t>(samples.data) % PACK_BYTES == 0 &&
          samples.row_stride * size_of(samples.dtype) % PACK_BYTES == 0;
