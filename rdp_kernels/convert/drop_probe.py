@@ -263,7 +263,7 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
 
 def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> float:
     """1.0 if kept rows stay as they are, 0.0 if they are divided by P(keep). Raises `NoLaw` otherwise."""
-    for _ in range(200):
+    for _ in range(200):  # at P(drop) = 0.8 a right one keeps nothing in all of them once in 10¹⁹
         factors = probe.factors(probe.x(64, dtype=dtype), tolerance)
         if (factors != 0).any():
             break
@@ -283,7 +283,8 @@ def _mode(probe: Probe) -> str:
     if mode == "sample":
         many = probe.masks(16, rows=255)
         counts = many.double().sum(1)
-        spread = float(((counts - counts.mean()) ** 2).sum()) / (255 / 4)  # χ² with 15 degrees of freedom
+        # χ² with 15 degrees of freedom: independent rows are outside of the bounds once in 2 million observations.
+        spread = float(((counts - counts.mean()) ** 2).sum()) / (255 / 4)
         if not (_independent(kept) and _independent(many.reshape(-1, 3)) and 1 < spread < 60):
             raise NoLaw("whether it drops a row depends on the others of its batch, or on the row's place")
     if mode == "block" and len(probe.factors(probe.x(64)).unique()) > 1:

@@ -118,7 +118,7 @@ def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tupl
                 _follow(value, stack, helpers)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(1024)  # the functions of a few models
 def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     """The names that a function's code reads, each with whether it is a global's or an attribute's."""
     read = (step for inner in codes_in(code) for step in dis.get_instructions(inner) if step.opname in _READS)

@@ -174,7 +174,7 @@ def _is_identity(module: nn.Module) -> bool:
 
 def _cached(found: dict, key: tuple, make: Callable[[], Any]) -> Any:
     if key not in found:
-        if len(found) >= 256:
+        if len(found) >= 256:  # more kinds of modules than a program has
             found.clear()
         found[key] = make()
     return found[key]

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diagnostics: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 130  # as a shell reports an interrupt
     return 0
 
 

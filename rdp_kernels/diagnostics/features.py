@@ -14,7 +14,7 @@ from ._display import Axes, axes_or_new, label_layers
 from ._layers import OF, layers_of, measure
 from .similarity import centred_gram, u_centred
 
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # the median and three bands around it
 
 
 @dataclass(frozen=True, eq=False)

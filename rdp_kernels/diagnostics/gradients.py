@@ -148,7 +148,8 @@ class GradientNormRecorder:
             wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
             each = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2, dtype=wide)])
         self._recorded.append(([path for path, _ in found], each))
-        self.steps.append(step if step is not None else self.steps[-1] + 1 if self.steps else 0)
+        next_step = self.steps[-1] + 1 if self.steps else 0
+        self.steps.append(next_step if step is None else step)
 
     @property
     def norms(self) -> Tensor:

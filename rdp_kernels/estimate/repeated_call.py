@@ -92,7 +92,9 @@ class RepeatedCall:
         passes = rows is not None or state in ("learning", "frozen")
         frozen = state in FROZEN_STATES
         freeze = "branch" if state == "detached" else "parameters"
-        kind = ROWS if rows is not None else FROZEN if frozen else LEARN
+        kind = FROZEN if frozen else LEARN
+        if rows is not None:
+            kind = ROWS
         decision = Decision(kind, rows, freeze=freeze, freeze_bn=self.freeze_bn)
         arguments, structure = pytree.tree_flatten((self.call.args, self.call.kwargs))
         flags = self.argument_grads[frozen]

@@ -1,1 +1,1 @@
-"""Who computes: the eager reference, the Triton kernels, the compiled library, and the autograd function over them."""
+"""What computes: the eager reference, the Triton kernels, the compiled library, and the autograd function over them."""

@@ -21,7 +21,7 @@ from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_cod
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
-    """One call on the backend of the moment. Arguments must have been checked. `op` is its name in errors and the log.
+    """Runs one call on the backend that is chosen. Arguments must have been checked. `op` names it in errors and logs.
 
     Under `torch.compile` the dense add is plain aten, which inductor fuses with what surrounds it into one kernel each
     way; an op of ours would stand in its way. Rows and norms stay ours there, as registered ops.
@@ -144,14 +144,14 @@ def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
 
 
 class FusedCall:
-    """One call of kernels: what is computed, and who owns the residual. Its node of the graph keeps it, without its
-    tensors: those autograd saves, which raises where they are changed in place meanwhile, and frees them in the end.
+    """One call of kernels: what is computed, and who owns the residual. Its autograd node keeps this object without
+    the tensors. Autograd saves those, raises where one was changed in place since, and frees them after the backward.
 
     Args:
         kernels: the library's launchers.
         add: how the update is added; None if nothing is added.
         next_input: what the next branch gets; None if there is none.
-        previous: the call that the residual comes from, where nobody else ever sees that residual. If that call
+        previous: the call that the residual comes from, where nothing else refers to that residual. If that call
             allocated it and doesn't save it, the sum overwrites it; and if this call's backward allocates its gradient,
             the previous call's backward overwrites that in turn.
     """
@@ -230,8 +230,8 @@ class FusedCall:
 
 
 class _FusedAdd(torch.autograd.Function):
-    """The one node over all kernels. `kind`, `FusedCall` or a class of `native.short`, runs them for a `call` and saves
-    what its backward needs.
+    """The one autograd function over all kernels. `kind`, which is `FusedCall` or a class of `native.short`, runs them
+    for a `call` and saves what its backward needs.
 
     Differentiable once: what a call saves is an operand or a result, so that autograd knows that the gradients depend
     on the operands.

@@ -1,4 +1,4 @@
-"""What a call allocates, its results and the gradients of its operands; and what it keeps for its backward."""
+"""Allocates the results of a call and the gradients of its operands, and holds what its backward has to know."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def parted(add: Add | None, next_input: NextInput | None) -> tuple[SpecTensors, 
 
 
 def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
-    """Makes a call of what `parted` made of it."""
+    """The inverse of `parted`."""
     t, n = SpecTensors(*tensors), SpecNumbers(*numbers)
     rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
     next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)

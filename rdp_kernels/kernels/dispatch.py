@@ -52,8 +52,8 @@ class Library(Protocol):
 
 
 class Served(NamedTuple):
-    """Who serves a call: a library, or the eager reference (None). If the library doesn't take the call's norm, torch's
-    norm follows."""
+    """What serves a call: a library, or the eager reference (None). If the library doesn't take the call's norm, the
+    norm of torch comes after it."""
 
     library: str | None
     takes_norm: bool = True
@@ -102,7 +102,7 @@ def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[
 def resolve(
     op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None, required: bool = True
 ) -> Served:
-    """Who serves a call. `op` is the name of the call in errors and in the log.
+    """Finds what serves a call. `op` names the call in errors and in the log.
 
     Raises `RuntimeError` where a backend that was asked for by name can't serve the call, if that is `required`; else
     the eager reference serves it.
@@ -173,7 +173,7 @@ def choice() -> str:
     return _from_environment() if _chosen is None else _chosen
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(1024)  # more devices and dtypes than a program meets
 def _why_not_kind(
     name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
 ) -> str | None:

@@ -150,7 +150,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 
 def _fork_rows(x: Tensor, next_input: NextInput, owned: bool) -> tuple[Tensor, ...]:
-    """The residual, and the next branch's rows. `owned`: nobody else ever sees `x`."""
+    """The residual, and the next branch's rows. `owned`: nothing else refers to `x`."""
     rows = next_input.rows
     assert rows is not None
     parts = [rows.learning] if rows.num_frozen == 0 or next_input.detached else [rows.learning, rows.frozen]

@@ -38,7 +38,7 @@ class Layout:
 
     @classmethod
     def of(cls, x: Tensor) -> Layout:
-        """That of `x`, or the standard one where a sample of x isn't dense."""
+        """The layout of `x`, or the standard one where a sample of x isn't dense."""
         standard = tuple(range(x.dim()))
         if x.dim() < 3 or x.is_contiguous():
             return cls(standard)

@@ -1,4 +1,4 @@
-"""What `torch.fx` and `torch.jit` record in the place of kernels: plain torch ops, masks drawn in the graph."""
+"""What `torch.fx` and `torch.jit` record in place of kernels: plain torch ops, and masks drawn in the graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 
 def is_recorded(x: object) -> bool:
-    """Whether `x` is a proxy of `torch.fx`, or `torch.jit.trace` runs. Not for `torch.compile` to ask."""
+    """Whether `x` is a proxy of `torch.fx`, or `torch.jit.trace` runs. Mustn't be called under `torch.compile`."""
     return torch._C._is_tracing() or isinstance(x, fx.Proxy)
 
 

@@ -18,6 +18,7 @@ from .._utils.device import to_device
 
 ActivationName = Literal["relu"]
 NormName = Literal["layer", "rms"]
+NormModule = nn.LayerNorm | nn.RMSNorm
 Detached = Literal["frozen", "all"]
 
 
@@ -41,7 +42,7 @@ ACTIVATIONS: dict[str, ActivationKind] = {"relu": ActivationKind(1, torch.relu, 
 
 @dataclass(frozen=True)
 class NormKind:
-    """A norm over the last dimension.
+    """A norm over the last dimension. The kernels divide by the root of the mean square, around the mean if it centers.
 
     Args:
         module: torch's class.

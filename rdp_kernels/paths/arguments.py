@@ -25,8 +25,8 @@ class Takes(NamedTuple):
 
 
 def taken_by(module: nn.Module) -> Takes:
-    """What the forward of `module` takes now. Looks into `torch.compile`'s and checkpoint wrappers; of others it tells
-    what their own forward takes, which may be anything."""
+    """What the forward of `module` takes now. Looks inside the wrappers of `torch.compile` and of checkpointing. Of any
+    other wrapper it is what its own forward takes."""
     while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
         module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:

@@ -1,4 +1,4 @@
-"""What stands for a path, and what ties it to whoever decides about its calls."""
+"""What stands for a path, and what binds it to the object that decides about its calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PathModule(Protocol):
 class Decider(Protocol):
     """Decides how calls of a path run, in training mode: `StochasticDepth`, or an iteration of a scheme.
 
-    `phase` is `"drop"` or `"reuse"` while an iteration is open, else None. `is_in_frozen_rest` tells whether a module
+    `phase` is `"drop"` or `"reuse"` while an iteration is open, else None. `is_in_frozen_rest` is True while a module
     around the path runs frozen, which then refuses second derivatives itself.
     """
 
@@ -119,7 +119,7 @@ class PathBinding:
     def __init__(self, decider: Decider = STOCHASTIC_DEPTH):
         self.decider = decider
         self.index, self.name = -1, ""
-        """The path's, in its scheme."""
+        """The path's index and name in its scheme."""
         self._scheme: weakref.ref[Any] | None = None
         self.branch_runner: BranchRunner | None = None
         """Runs the branch instead of the path's `run_branch`: compiled, or captured."""

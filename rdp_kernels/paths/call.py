@@ -59,7 +59,7 @@ class PathCall:
         return modules_of(self.module)
 
     def run(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        """The path's output. Without a `decision`, whoever decides for the path is asked for one."""
+        """The path's output. Without a `decision`, the path's decider is asked for one."""
         if decision is None:
             module = self.module
             decision = module.binding.decider.decide(module, x) if module.training else ALL_ROWS
@@ -181,8 +181,8 @@ class PathCall:
     def needs_all_rows(self, rows: RowSet) -> bool:
         """Whether a branch with BatchNorm has to run on all rows, because the result on some rows would be wrong.
 
-        So it is in training mode, where statistics of some rows differ from those of the batch. In eval mode it is so
-        for a single row: torch 2.13's backward of that is wrong on CPUs for a gradient of strides (C, 1, W·C, C).
+        In training mode it has to, because the statistics of some rows differ from those of the batch. In eval mode it
+        has to for a single row: torch 2.13's backward is then wrong on CPUs for a gradient of strides (C, 1, W·C, C).
         """
         batch_norms = batch_norms_of(self.module, self.modules)
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)

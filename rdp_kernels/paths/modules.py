@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._utils.checks import check_bool, check_choice, check_probability
-from ..kernels.spec import ACTIVATIONS, NORMS, ActivationName
+from ..kernels.spec import ACTIVATIONS, NORMS, ActivationName, NormModule
 from ..plan import MODES
 from .arguments import Args, Kwargs, Takes, taken_by
 from .binding import PathBinding
@@ -74,7 +74,7 @@ class ResidualBranch(nn.Module):
         drop_prob: float = 0.0,
         mode: Literal["sample", "block"] = "sample",
         scale_by_keep: bool = True,
-        norm: nn.LayerNorm | nn.RMSNorm | None = None,
+        norm: NormModule | None = None,
         gamma: Tensor | None = None,
         shortcut: nn.Module | None = None,
         activation: ActivationName | None = None,

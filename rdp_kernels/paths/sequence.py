@@ -58,11 +58,11 @@ class _Chain:
     def __init__(self, kernels: ModuleType, x: Tensor):
         self._kernels, self._residual = kernels, x
         self._last_call: FusedCall | None = None
-        """The call that returned the residual, if nobody else has the residual."""
+        """The call that returned the residual, if nothing else refers to the residual."""
         self._update: tuple[Operands, Add] | None = None
 
     def go_on_from(self, x: Tensor) -> None:
-        """Replaces the residual by one that others have too."""
+        """Replaces the residual by one that others refer to as well."""
         self._residual, self._last_call = x, None
 
     def finish(self) -> Tensor:

@@ -168,9 +168,9 @@ class Iteration:
         return torch.stack([torch.stack([k.any(dim=1) for k in keep]) for keep in (parts, [~part for part in parts])])
 
     def join(self, presence: Tensor) -> None:
-        """Tells the `presence()` on any rank, before any forward: in sample mode each rank draws its own plan.
+        """Sets the `presence()` over all ranks, before any forward. In sample mode each rank draws its own plan.
 
-        All ranks then make the same calls, and have the same gradients to average or scatter.
+        All ranks then make the same calls, and have gradients of the same parameters to average or scatter.
         """
         self._presence, self._dummy_calls = presence, self._missing_calls(presence)
         self.look_up()
@@ -261,7 +261,11 @@ class Iteration:
         return decisions
 
     def _decision(self, index: int, learns: bool, rows: RowSet | None = None, forward: int = 0) -> Decision:
-        kind = ROWS if rows is not None else LEARN if learns else FROZEN if self.phase == "reuse" else SKIP
+        kind = LEARN if learns else SKIP
+        if rows is not None:
+            kind = ROWS
+        elif not learns and self.phase == "reuse":
+            kind = FROZEN
         dummy_calls = self._dummy_calls.get((forward, index), ())
         options = self.rules.freeze, self.rules.freeze_bn
         if self.phase == "drop":

@@ -81,7 +81,7 @@ class Pairs:
     """Makes the iterations of a scheme and opens them: drop, then reuse if anything was dropped that can learn.
 
     Args:
-        scheme: the owner, held weakly. Paths are bound to it, and released when it dies.
+        scheme: the `ResidualDropPath`, held weakly. Paths are bound to it, and released when it dies.
         rates: the drop probability and the schedule.
     """
 
@@ -92,12 +92,12 @@ class Pairs:
         self.paths = find_paths(model, *rates)
         self._check_paths(self.paths)
         self.seed, self.drawn = 0, 0
-        """Of the plans, and how many of them have been drawn."""
+        """The seed of the plans, and how many of them have been drawn."""
         self.completed = dict.fromkeys(PHASES, 0)
         self.pending: Iteration | None = None
         """A finished drop iteration whose complement is to learn."""
         self.on_begin: list[Callable[[Iteration], None]] = []
-        """Integrations: called with an iteration before it is open. An error keeps it shut and a pair pending."""
+        """Called with an iteration before it opens. If one raises, it doesn't open, and its pair stays pending."""
         self.trains_more: Callable[[], bool] | None = None
         """Under `alternate`: whether the optimizer has parameters of other models that can learn."""
         self.notices = Notices()

@@ -21,7 +21,7 @@ def _files_in(package: Path) -> list[Path]:
 
 
 def _elsewhere(search: list[str]) -> str:
-    """Where this copy has no library: what to say of an installed one that has, which a checkout hides."""
+    """A hint for errors: this checkout, which has no library, hides an installed copy that has one. Else empty."""
     for folder in search:
         package = Path(folder, PACKAGE.name).absolute()
         if _files_in(package):

@@ -1,8 +1,8 @@
-"""The residual add and the gather of rows on CPU tensors whose arguments nobody has checked: the ops check them.
+"""The residual add and the gather of rows on CPU tensors where arguments haven't been checked: the ops check them.
 
-On small tensors, checks and copies in Python would cost more than the work. The ops give None where an argument is
-wrong, or has to be copied first; the caller then takes the long way. Within the autograd function `ShortAdd` and
-`ShortGather` run them, without an object for the call, which would cost as much as a check.
+On small tensors, checks and copies in Python would cost more than the work. The ops return None where an argument is
+wrong, or has to be copied first. The caller then checks the arguments itself. Within the autograd function `ShortAdd`
+and `ShortGather` run the ops, without an object for the call, which would cost as much as a check.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _gather_rows_backward = without_python(torch.ops.rdp.native_gather_rows_backward
 
 
 class ShortAdd:
-    """A residual add. A call is the row scale and the options: rows, scale, channel_dim and the activation's code; or
-    none where all of them are the usual ones, since each argument of an op costs time."""
+    """A residual add. A call is the row scale and the options: rows, scale, channel_dim and the activation's code. The
+    options are empty where all have their defaults, because each argument of an op costs time."""
 
     @staticmethod
     def forward(call: tuple, ctx: Any, residual: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor | None:
@@ -43,7 +43,7 @@ class ShortAdd:
 
     @staticmethod
     def passed_on(ctx: Any, saved: tuple, gradients: tuple, needs: tuple) -> tuple | None:
-        """The gradients where the sum's is that of every operand, and no kernel is needed; else None."""
+        """The gradients, where each is the sum's own gradient, so that no kernel is needed; else None."""
         _, gamma, row_scale, *further = saved
         if needs[3] or needs[4]:
             same = gamma is None and row_scale is None and not further and ctx.update_dtype is None

@@ -37,6 +37,9 @@ class LaunchConfig:
 Widths = tuple[tuple[int, LaunchConfig], ...]
 """Pairs (largest width, config) in ascending order; the last one also serves wider rows."""
 
+# Elements of a tile that a thread holds, at 32 threads a warp: 8 in adds and most backwards, whose operands share the
+# registers (16 bytes of a 16-bit one); 16 in the wide backward; 16 to 32 in norms, which keep their row; 32 in gathers.
+# A program that sums works through 8 tiles, so that partial sums are an eighth of what they sum.
 _ADD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
 _ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),)
@@ -148,7 +151,7 @@ class Tiles:
 
 
 def why_not_rows(num_rows: int) -> str | None:
-    """Why a call can't have so many tile rows, which are positions of samples (see `layout.Tiling`)."""
+    """Why a call can't have this many tile rows (see `layout.Tiling`); None if it can."""
     if num_rows <= MAX_TILE_ROWS:
         return None
     return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"

@@ -1,4 +1,4 @@
-"""The launchers: which kernel serves a call, and with which arguments."""
+"""The launchers: they choose the kernel for a call, and its arguments."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def _gather(context: Context, x: Tensor | None, results: Results, next_input: Ne
 
 
 def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
-    """int64 [B]: the number of each sample's row in the list; K or more for samples without one."""
+    """int64 [B]: the place of each sample's row in the list of K rows; K or more for samples without a row."""
     if rows is None or rows.inverse is not None:
         return None if rows is None else _contiguous(rows.inverse)
     batch_size = context.shape[0]
@@ -353,7 +353,7 @@ def _inverse(context: Context, rows: RowSet | None) -> Tensor | None:
 def _update_rows(
     context: Context, add: Add | None, update: Tensor | None, frozen_update: Tensor | None
 ) -> dict[str, Any]:
-    """Which samples have an update, and its scale. Kernels take float arguments in 32 bits: float64 needs a tensor."""
+    """The arguments about samples that have an update. Float arguments have 32 bits: a float64 scale needs a tensor."""
     if add is None or (update is None and frozen_update is None):
         return dict(inverse_ptr=None, num_rows=0, num_learning=0, row_scale_ptr=None, scale=1.0)
     num_learning, num_frozen = part_sizes(context, add.rows)

@@ -1,7 +1,8 @@
 """The backward of `residual_add_norm.py` for rows so wide that the rows and the sums over them don't fit in registers.
 
-A program goes through a row twice, in pieces: once for the norm's two dot products, once for the gradients. The second
-time the row comes from the cache. The program's sums stay in its row of partial sums, which the cache holds as well.
+A program goes through a row twice, part by part: once for the norm's two dot products, once for the gradients. The
+second time the row comes from the cache. The program's sums stay in its row of partial sums, which the cache holds as
+well.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _residual_add_norm_bwd_wide_kernel(
     CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As `_residual_add_norm_bwd_kernel`, in pieces of BLOCK_N columns; BLOCK_M is 1."""
+    """As `_residual_add_norm_bwd_kernel`, BLOCK_N columns at a time; BLOCK_M is 1."""
     for start in range(0, width, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         cell = tl.program_id(0).to(tl.int64) * width + n
