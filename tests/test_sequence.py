@@ -104,7 +104,9 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     """From the second add on the stream is one allocation, and so is its gradient up to the last path's."""
     seen = []
     original = tail_module._FusedAdd.apply
-    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    monkeypatch.setattr(
+        tail_module._FusedAdd, "apply", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
+    )
     paths, x = sequence(drop_prob=0.5, mode="sample"), stream(requires_grad=True)
     before = x.detach().clone()
     out = paths(x)
@@ -123,7 +125,9 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     Without a gradient nothing is saved, and where some rows have a norm these are copied."""
     seen = []
     original = tail_module._FusedAdd.apply
-    monkeypatch.setattr(tail_module._FusedAdd, "apply", lambda tail, *args: seen.append(tail) or original(tail, *args))
+    monkeypatch.setattr(
+        tail_module._FusedAdd, "apply", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
+    )
     paths, x = sequence(), stream(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
     assert [tail.in_place for tail in seen] == [False] * (DEPTH + 1)
