@@ -104,7 +104,9 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     """From the second add on the residual is one allocation, and so is its gradient up to the last path's."""
     seen = []
     original = autograd._FusedAdd.apply
-    monkeypatch.setattr(autograd._FusedAdd, "apply", lambda call, *args: seen.append(call) or original(call, *args))
+    monkeypatch.setattr(
+        autograd._FusedAdd, "apply", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
+    )
     paths, x = sequence(drop_prob=0.5, mode="sample"), samples(requires_grad=True)
     before = x.detach().clone()
     out = paths(x)
@@ -123,7 +125,9 @@ def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     Without a gradient nothing is saved, and where some rows have a norm these are copied."""
     seen = []
     original = autograd._FusedAdd.apply
-    monkeypatch.setattr(autograd._FusedAdd, "apply", lambda call, *args: seen.append(call) or original(call, *args))
+    monkeypatch.setattr(
+        autograd._FusedAdd, "apply", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
+    )
     paths, x = sequence(), samples(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
     assert [call.in_place for call in seen] == [False] * (DEPTH + 1)

@@ -213,7 +213,7 @@ def difference_of(
     Where the original's step is known with more digits (`exact`), outputs may differ from that by twice what the
     original's own do here, as both round equally often. Gradients are then left to the comparison with more digits.
     """
-    found = but_for_numbers().between("its output", *([*tensors_of(step.output)] for step in (expected, actual)))
+    found = but_for_numbers().between("what it returns", *([*tensors_of(step.output)] for step in (expected, actual)))
     if found:
         return found
     wanted, got = expected.numbers(buffers), actual.numbers(buffers)

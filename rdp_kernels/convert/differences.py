@@ -143,7 +143,7 @@ def likeness(block: nn.Module, left_out: Collection[str] = ()) -> tuple[Any, ...
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, Tensor)) or (hasattr(value, "__float__") and not isinstance(value, (int, bool)))
+    return isinstance(value, (float, Tensor)) or (hasattr(value, "__float__") and not isinstance(value, int))
 
 
 def _seen(value: Any) -> Any:

@@ -20,7 +20,6 @@ _HEAVY = {
     "linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "einsum", "baddbmm", "addmm", "__matmul__",
     "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
-
 _CHEAP = {
     operator.getitem, getattr, of_length, "size", "dim", operator.mod, operator.floordiv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,

@@ -29,13 +29,13 @@ class Shares:
     Args:
         learning, frozen: float64 `[plans, paths]`, the shares of the rows on which the branch learns and is frozen.
         rest_learns: whether the rest learns.
-        detached: whether no gradient passes through frozen branches (`freeze="branch"`).
+        bypassed: whether no gradient passes through frozen branches (`freeze="branch"`).
     """
 
     learning: Tensor
     frozen: Tensor
     rest_learns: bool = True
-    detached: bool = False
+    bypassed: bool = False
 
     @property
     def rest_state(self) -> str:
@@ -135,7 +135,7 @@ class ModelCost:
         saves = {
             "learning": (learning, passes),
             "learning_first": (learning, ~passes),
-            "frozen": (frozen, passes & (not shares.detached)),
+            "frozen": (frozen, passes & (not shares.bypassed)),
         }
         total = self._sum(pieces.saved, shares)
         alone, behind_learning = tensors.by_rest[shares.rest_state]
@@ -178,7 +178,7 @@ class ModelCost:
         alone, behind_learning = quantity.rest[shares.rest_state]
         rest = torch.where(after, behind_learning, alone).sum(dim=1)
         branches = torch.where(passes, part(learning, "learning"), part(learning, "learning_first"))
-        branches += torch.where(passes & (not shares.detached), part(frozen, "frozen"), part(frozen, "detached"))
+        branches += torch.where(passes & (not shares.bypassed), part(frozen, "frozen"), part(frozen, "detached"))
         return quantity.forward + rest + branches.sum(dim=1)
 
 

@@ -272,10 +272,10 @@ def test_two_paths(norm):
     is the identity. Autograd adds nothing up: torch touches no tensor."""
     rows, next_rows, last_rows = row_set([4, 0, 3]), row_set([3, 1, 5]), row_set([2, 5])
     first = FusedCall(kernels(), Add(rows), next_input(norm, next_rows))
-    second = FusedCall(kernels(), Add(next_rows), next_input(norm, last_rows), previous=first)
     x, branch = samples(), samples(3)
     with count_traffic() as forward:
         results = first(Operands(x, branch, **weights(norm)))
+        second = FusedCall(kernels(), Add(next_rows), next_input(norm, last_rows), previous=first)
         results = second(Operands(results.out, results.next, **weights(norm)))
     outs = [results.out, results.next]
     douts = [torch.randn_like(out) for out in outs]
