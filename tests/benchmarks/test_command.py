@@ -27,7 +27,7 @@ def instant(monkeypatch):
         needed = {"plain": 1e6, "naive": 0.7e6, "drop-path": 0.7e6, "ours exact": 0.7e6, "ours branch-frozen": 0.6e6}
         providers = [
             Provider.missing(trainer.name, "BatchNorm in a branch")
-            if trainer.gives_next_scheme and (model, mode) == ("resnet", "sample")
+            if trainer.follows_scheme and (model, mode) == ("resnet", "sample")
             else Provider(
                 trainer.name, lambda turn: time.sleep(1e-4), lambda: Check(0.0, 1.0), needed_flop=needed[trainer.name]
             )

@@ -34,7 +34,7 @@ def rows(size="full"):
             "provider": trainer.name,
             "work": "scheme",
         }
-        missing = trainer.gives_next_scheme and model == "resnet"
+        missing = trainer.follows_scheme and model == "resnet"
         numbers = {"ratio_rounds": "0.75", "ratio_min": "0.7", "needed_ratio": "0.66"}
         if trainer.name == "naive":
             numbers |= {"ratio_rounds": "1.5", "ratio_min": "0.875"}
