@@ -127,8 +127,8 @@ BackwardResults backward(const BackwardArguments& given) {
   const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
   const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
   const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
-  const char* name = given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next";
-  const SampleLayout layout(from_branch ? "branch" : name, from_branch ? *given.branch : gradient);
+  const char* given_name = given.dout ? "dout" : from_next ? "dnext" : "dfrozen_next";
+  const SampleLayout layout(from_branch ? "branch" : given_name, from_branch ? *given.branch : gradient);
   const int64_t batch_size = given.batch_size;
   STD_TORCH_CHECK(batch_size >= 0, "batch_size must be at least 0, got ", batch_size);
 
@@ -178,9 +178,9 @@ BackwardResults backward(const BackwardArguments& given) {
 }
 
 ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, const MaybeTensor& frozen,
-                  const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
-                  const MaybeTensor& row_scale, double scale, int64_t channel_dim, int64_t activation, bool gathers,
-                  const MaybeTensor& next_rows, int64_t num_next_learning, const MaybeTensor& out) {
+                       const MaybeTensor& gamma, const MaybeTensor& rows, int64_t num_learning,
+                       const MaybeTensor& row_scale, double scale, int64_t channel_dim, int64_t activation,
+                       bool gathers, const MaybeTensor& next_rows, int64_t num_next_learning, const MaybeTensor& out) {
   auto [made, next, frozen_next] = forward({
       .residual = pointer(residual),
       .branch = pointer(branch),
@@ -195,11 +195,12 @@ ThreeTensors fused_add(const MaybeTensor& residual, const MaybeTensor& branch, c
 }
 
 FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext, const MaybeTensor& dfrozen_next,
-                          const MaybeTensor& branch, const MaybeTensor& gamma, const MaybeTensor& out,
-                          const MaybeTensor& rows, int64_t num_learning, const MaybeTensor& row_scale, double scale,
-                          int64_t channel_dim, int64_t activation, const MaybeTensor& next_rows,
-                          int64_t num_next_learning, int64_t batch_size, bool in_float64, bool wants_residual, MaybeType branch_dtype,
-                          MaybeType frozen_dtype, MaybeType gamma_dtype, const MaybeTensor& dresidual) {
+                               const MaybeTensor& branch, const MaybeTensor& gamma, const MaybeTensor& out,
+                               const MaybeTensor& rows, int64_t num_learning, const MaybeTensor& row_scale,
+                               double scale, int64_t channel_dim, int64_t activation, const MaybeTensor& next_rows,
+                               int64_t num_next_learning, int64_t batch_size, bool in_float64, bool wants_residual,
+                               MaybeType branch_dtype, MaybeType frozen_dtype, MaybeType gamma_dtype,
+                               const MaybeTensor& dresidual) {
   auto [made, dbranch, dfrozen, dgamma] = backward({
       .dout = pointer(dout),
       .dnext = pointer(dnext),
@@ -296,9 +297,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def("native_gather_rows(Tensor residual, Tensor rows) -> Tensor?");
   ops.def("native_gather_rows_backward(Tensor dout, Tensor rows, int batch_size) -> Tensor");
   ops.def(
-      "native_fused_add(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, int num_learning, "
-      "Tensor? row_scale, float scale, int channel_dim, int activation, bool gathers, Tensor? next_rows, "
-      "int num_next_learning, Tensor(a!)? out) -> (Tensor?, Tensor?, Tensor?)");
+      "native_fused_add(Tensor? residual, Tensor? branch, Tensor? frozen, Tensor? gamma, Tensor? rows, "
+      "int num_learning, Tensor? row_scale, float scale, int channel_dim, int activation, bool gathers, "
+      "Tensor? next_rows, int num_next_learning, Tensor(a!)? out) -> (Tensor?, Tensor?, Tensor?)");
   ops.def(
       "native_fused_add_backward(Tensor? dout, Tensor? dnext, Tensor? dfrozen_next, Tensor? branch, Tensor? gamma, "
       "Tensor? out, Tensor? rows, int num_learning, Tensor? row_scale, float scale, int channel_dim, int activation, "

@@ -41,7 +41,8 @@ Target target_of_this_machine() {
   const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
   const bool at_most_default = asked != nullptr && std::strcmp(asked, "default") == 0;
   const bool at_most_avx2 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && !at_most_default && !at_most_avx2) return Target::avx512;

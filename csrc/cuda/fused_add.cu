@@ -177,7 +177,8 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     residual_add_bwd_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials.data());
     check_launch();
     const auto sum = [&](auto* dgamma) {
-      sum_partials_kernel<<<(width + THREADS - 1) / THREADS, THREADS, 0, stream>>>(dgamma, partials.data(), chunks, width);
+      const int64_t blocks = (width + THREADS - 1) / THREADS;
+      sum_partials_kernel<<<blocks, THREADS, 0, stream>>>(dgamma, partials.data(), chunks, width);
       check_launch();
     };
     call.dgamma.dtype == Dtype::float32    ? sum(static_cast<float*>(call.dgamma.data))
