@@ -31,14 +31,14 @@ class ShortAdd:
         out = residual_add(residual, update, gamma, row_scale, *options)
         if out is None:
             return None
-        kept = update if ctx.needs_input_grad[4] else None
+        kept = update if gamma is not None and gamma.requires_grad else None
         if options:
             rows, *ctx.numbers = options
             ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None)
         else:
             ctx.save_for_backward(kept, gamma, row_scale)
-        ctx.update_dtype = None if update.dtype is residual.dtype else update.dtype
-        ctx.layout = None if residual.is_contiguous() else Layout.of(residual)
+        usual = update.dtype is residual.dtype and residual.is_contiguous()
+        ctx.form = None if usual else (update.dtype, Layout.of(residual))
         return out
 
     @staticmethod
@@ -46,7 +46,8 @@ class ShortAdd:
         """The gradients, where each is the sum's own gradient, so that no kernel is needed; else None."""
         _, gamma, row_scale, *further = saved
         if needs[3] or needs[4]:
-            same = gamma is None and row_scale is None and not further and ctx.update_dtype is None
+            same = gamma is None and row_scale is None and not further
+            same = same and (ctx.form is None or ctx.form[0] is gradients[0].dtype)
             return (*gradients, *gradients, None) if same else None
         return (*gradients, None, None) if not further or further[1] is None else None
 
@@ -54,16 +55,17 @@ class ShortAdd:
     def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> tuple[Tensor | None, ...]:
         (dout,) = gradients
         update, gamma, row_scale, *further = saved
+        update_dtype, layout = ctx.form or (None, None)
         wants_update, out = needs[3], None
         options: tuple = ()
         if further:
             rows, out = further
             scale, channel_dim, activation = ctx.numbers
-            options = wants_update, out, rows, scale, channel_dim, ctx.update_dtype, activation
-        elif not wants_update or ctx.update_dtype is not None:
-            options = wants_update, None, None, 1.0, -1, ctx.update_dtype
+            options = wants_update, out, rows, scale, channel_dim, update_dtype, activation
+        elif not wants_update or update_dtype is not None:
+            options = wants_update, None, None, 1.0, -1, update_dtype
         dresidual, dupdate, dgamma = _residual_add_backward(
-            _conformed(dout, ctx.layout), update, gamma, row_scale, *options
+            _conformed(dout, layout), update, gamma, row_scale, *options
         )
         return dout if out is None else dresidual, dupdate, dgamma
 
