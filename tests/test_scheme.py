@@ -519,6 +519,20 @@ class TestRest:
             assert ("head" in learned(net)) == (phase == "drop")
             net.zero_grad()
 
+    @pytest.mark.parametrize("mode", ["block", "sample"])
+    def test_a_shared_layer_may_change_between_pairs(self, mode):
+        """As by a parametrization, which takes the weight away: no drop iteration asks for it."""
+        net, x = Net(), torch.randn(2, 3)
+        net.paths[0].fn = nn.Sequential(net.paths[0].fn, shared := nn.Linear(4, 4))
+        net.head = nn.Sequential(shared, net.head)
+        scheme = rdp.ResidualDropPath(net, 1.0, mode=mode)
+        assert run(scheme, net, 2, 2) == ["drop", "reuse"]
+        nn.utils.parametrizations.weight_norm(shared)
+        for phase in scheme.iterations(2):
+            net(x).sum().backward()
+            assert shared.parametrizations.weight.original0.grad is not None, phase
+            net.zero_grad()
+
 
 class Nested(nn.Module):
     def __init__(self):
@@ -632,6 +646,13 @@ def test_repr_says_what_it_does():
         "ResidualDropPath(3 paths, drop_prob=0–0.4, mode='block', freeze='parameters', sampling='bernoulli', "
         "seed=7, phase=None)"
     )
+
+
+@pytest.mark.parametrize("option", ["mode", "freeze", "sampling"])
+def test_options_that_a_scheme_was_made_with_stay(option):
+    scheme = rdp.ResidualDropPath(Net(), 0.5)
+    with pytest.raises(AttributeError):
+        setattr(scheme, option, getattr(scheme, option))
 
 
 def test_no_warnings_and_no_growth():

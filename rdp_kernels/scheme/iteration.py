@@ -70,7 +70,9 @@ class Iteration:
     def look_up(self) -> None:
         """Makes the decisions anew, with the modules and shared parameters that paths have now."""
         self._modules = self.rest.modules
-        self._also_learn = [tuple(filter(_requires_grad, shared)) for shared in self.rest.shared]
+        # In a drop iteration nothing is frozen, and the rest has not been looked up since the last pair.
+        shared_refs = self.rest.shared if self.phase == "reuse" else []
+        self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared_refs]
         self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
         """The decisions of all paths, for a forward whose rows are on this device."""
         self._blockwise_decisions = [self._decision(path, flag) for path, flag in enumerate(self._any_learns.tolist())]

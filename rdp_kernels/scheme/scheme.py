@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator, Iterator
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -77,9 +77,6 @@ class ResidualDropPath:
             check_probability("drop_prob", drop_prob)
         elif schedule != "constant":
             raise ValueError(f"schedule={schedule!r} spreads a number over the paths: give drop_prob")
-        self.mode: Final = mode
-        self.freeze: Final = freeze
-        self.sampling: Final = sampling
         seed = check_count("seed", seed, minimum=-(2**63))
         flags = check_bool("scale_by_keep", scale_by_keep), check_bool("train_rest", train_rest)
         self._rules = Rules(freeze, *flags, check_freeze_bn(freeze_bn))
@@ -105,6 +102,18 @@ class ResidualDropPath:
     def paths(self) -> list[Path]:
         """The model's paths, in the order of the rows of a plan."""
         return self._pairs.paths
+
+    @property
+    def mode(self) -> str:
+        return self._pairs.mode
+
+    @property
+    def freeze(self) -> str:
+        return self._rules.freeze
+
+    @property
+    def sampling(self) -> str:
+        return self._pairs.sampling
 
     @property
     def seed(self) -> int:
