@@ -136,6 +136,12 @@ void activate(Acc* out, const Acc* x, Activation activation, int64_t n) {
   });
 }
 
+template <class Acc, Activation KIND>
+void apply_gradient(Acc* to, const Acc* dout, const Acc* out, int64_t n) {
+  RDP_VECTORISED
+  for (int64_t i = 0; i < n; ++i) to[i] = activation_gradient<KIND>(dout[i], out[i]);
+}
+
 // The gradient of the sum before its activation. A null `dnext` stands for zeros. Without an activation `out` is null.
 template <class Acc>
 void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, Activation activation, int64_t n) {
@@ -145,10 +151,7 @@ void combine(Acc* to, const Acc* dout, const Acc* dnext, const Acc* out, Activat
     dout = to;
   }
   if (out == nullptr) return;
-  with_activation(activation, [=](auto kind) {
-    RDP_VECTORISED
-    for (int64_t i = 0; i < n; ++i) to[i] = activation_gradient<decltype(kind)::value>(dout[i], out[i]);
-  });
+  with_activation(activation, [=](auto kind) { apply_gradient<Acc, decltype(kind)::value>(to, dout, out, n); });
 }
 
 template <class Acc>
