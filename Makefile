@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench results evidence gpu-library clean
+.PHONY: demo test test-all lint docs bench results evidence gpu-library clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_digits.py $(ARGS)
@@ -25,6 +25,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds docs/_build/html, executes the notebooks, and fails at the first warning.
+docs: .venv/built
+	$(BIN)/python -m sphinx -W --keep-going --jobs auto --quiet docs docs/_build/html
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --quick $(ARGS)

@@ -1,0 +1,11 @@
+"""timm and transformers import torchvision where they find it, also one that doesn't match torch's build."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[4]))
+from examples.libraries import import_torchvision, installed  # noqa: E402
+
+if installed("torchvision"):
+    import_torchvision()
+sys.path.pop()

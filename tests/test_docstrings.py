@@ -1,0 +1,99 @@
+"""Docstrings of public names, in Google's style: what `help()`, an IDE and the reference show.
+
+`make lint` compares sections with signatures (pydoclint). Here every public name has all sections, and an example that
+runs. Examples use `torch`, `nn` and `rdp` without importing them, as docs/reference/index.md says.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+
+import docstring_parser_fork as docstring_parser
+import pytest
+import torch
+from torch import nn
+
+import rdp_kernels as rdp
+from examples.libraries import import_torchvision, installed
+
+from .markdown import ROOT
+
+MODULES = (
+    "", "diagnostics", "estimate", "convert", "integrations.accelerate", "integrations.compile",
+    "integrations.compile_whole", "integrations.cuda_graphs", "integrations.distributed", "integrations.fsdp",
+    "integrations.lightning", "integrations.timm", "integrations.transformers",
+)  # fmt: skip
+NEEDS = {"accelerate", "lightning", "transformers"}
+
+
+def public_names() -> Iterator[tuple[str, object]]:
+    if installed("torchvision"):
+        import_torchvision()  # transformers and Lightning import it where they find it
+    seen = set()
+    for name in MODULES:
+        last = name.rpartition(".")[2]
+        if last in NEEDS and not installed(last):
+            continue
+        module = importlib.import_module(f"rdp_kernels.{name}".rstrip("."))
+        for public in module.__all__:
+            value = getattr(module, public)
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{module.__name__}.{public}", value
+
+
+PUBLIC = dict(public_names())
+
+
+def callables() -> Iterator[tuple[str, object]]:
+    """Functions, classes that users construct, and public methods; what a class inherits from elsewhere isn't ours."""
+    for name, value in PUBLIC.items():
+        yield name, value
+        for method, member in vars(value).items() if inspect.isclass(value) else ():
+            inner = getattr(member, "__func__", member)
+            if not method.startswith("_") and inspect.isfunction(inner) and method not in ("forward", "extra_repr"):
+                yield f"{name}.{method}", inner
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_summary_of_one_line_and_an_example_that_runs(name):
+    doc = inspect.getdoc(PUBLIC[name]) or ""
+    summary, _, _ = doc.partition("\n\n")
+    assert summary.endswith(".") and "\n" not in summary, f"{name} begins with one line, a sentence: {summary!r}"
+    examples = doctest.DocTestParser().get_doctest(doc, {"torch": torch, "nn": nn, "rdp": rdp}, name, None, None)
+    assert examples.examples, f"{name} has no example"
+    torch.manual_seed(0)
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert not runner.run(examples, out=said.append).failed, "".join(said)
+
+
+@pytest.mark.parametrize("name, value", callables(), ids=lambda value: value if isinstance(value, str) else "")
+def test_sections_say_what_comes_in_and_out(name, value):
+    parsed = docstring_parser.parse(inspect.getdoc(value) or "", style=docstring_parser.DocstringStyle.GOOGLE)
+    assert parsed.short_description, f"{name} has no docstring"
+    result = inspect.isclass(value) and (hasattr(value, "__dataclass_fields__") or issubclass(value, Exception))
+    if result:  # users read it, they don't make one: its fields are described
+        return
+    parameters = [p for p in inspect.signature(value).parameters.values() if p.name != "self"]
+    told = {param.arg_name.lstrip("*"): param.description for param in parsed.params}
+    assert list(told) == [p.name for p in parameters], name
+    assert all(told.values()), name
+    if not inspect.isclass(value) and returns_something(value):
+        assert parsed.returns or parsed.many_returns, f"{name} doesn't say what it returns"
+
+
+def returns_something(function: object) -> bool:
+    return typing.get_type_hints(function, include_extras=True).get("return", type(None)) is not type(None)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)", pages, re.MULTILINE)
+    missing = [name for name in PUBLIC if name.rpartition(".")[2] not in {entry.rpartition(".")[2] for entry in listed}]
+    assert not missing
