@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterator
 
-import docstring_parser_fork as docstring_parser
+import docstring_parser
 import pytest
 import torch
 from torch import nn

@@ -22,6 +22,8 @@ from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 from .distributed import check_trained
 
+__all__ = ["register"]
+
 
 def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPath) -> None:
     """Adds the scheme to `accelerator.save_state` and `load_state`, so that training resumes bit for bit.

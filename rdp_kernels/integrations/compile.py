@@ -20,6 +20,8 @@ from ..paths.binding import PathModule
 from ..paths.path import own_parameters_of
 from .branches import BranchCall, BranchRunners, tensors_in, uncompiled_paths
 
+__all__ = ["compile_branches"]
+
 
 def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> BranchRunners:
     """Compiles the branch of every path of `model`, own or converted, with a scheme or without one.

@@ -20,6 +20,8 @@ from ..paths.path import modules_of
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 
+__all__ = ["compile_whole"]
+
 
 def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) -> nn.Module:
     """Compiles `model` as a whole, for training with `scheme`.

@@ -19,6 +19,8 @@ from ..paths.binding import PathModule
 from ..paths.path import own_parameters_of, parameters_of
 from .branches import BranchCall, BranchRunners, tensors_in, uncompiled_paths
 
+__all__ = ["capture_branches"]
+
 
 def capture_branches(model: nn.Module) -> BranchRunners:
     """Captures the branch of every path of `model`, own or converted, at its first call in each variant.

@@ -28,6 +28,8 @@ from ..scheme.iteration import Iteration
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 
+__all__ = ["Agreement", "agree", "register"]
+
 Facts = dict[str, Any]
 """What ranks have to agree on, by names that fit into an error message: "rank 1 has NAME VALUE"."""
 

@@ -17,6 +17,8 @@ from ..paths.path import find_paths
 from ..scheme.scheme import ResidualDropPath
 from .distributed import Agreement, agree
 
+__all__ = ["register", "shard_paths"]
+
 
 def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
     """Calls `fully_shard` on each path's branch, then on `model`. A dropped branch isn't gathered, and one in which

@@ -23,6 +23,8 @@ from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 from .distributed import check_trained
 
+__all__ = ["ResidualDropPathCallback"]
+
 
 class ResidualDropPathCallback(Callback):
     """Alternates between the scheme's drop and reuse iterations under automatic optimization, which needs block mode.

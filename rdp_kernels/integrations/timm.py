@@ -17,6 +17,8 @@ from ..scheme.alternation import Alternation
 from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 
+__all__ = ["attach"]
+
 KEY = "ResidualDropPath"
 """The key of the scheme's state in `optimizer.state_dict()`."""
 

@@ -18,6 +18,8 @@ from ..scheme.scheme import ResidualDropPath
 from ._checks import check_scheme
 from .distributed import check_trained
 
+__all__ = ["attach"]
+
 KEY = "ResidualDropPath"
 """The key of the scheme's state in `TrainerState.stateful_callbacks`."""
 
