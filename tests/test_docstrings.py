@@ -64,7 +64,8 @@ def callables() -> Iterator[tuple[str, object]]:
 def test_a_summary_of_one_line_and_an_example_that_runs(name):
     doc = inspect.getdoc(PUBLIC[name]) or ""
     summary, _, _ = doc.partition("\n\n")
-    assert summary.endswith(".") and "\n" not in summary, f"{name} begins with one line, a sentence: {summary!r}"
+    one_line = summary.endswith(".") and "\n" not in summary
+    assert one_line, f"{name} begins with one line, a sentence: {summary!r}"
     examples = doctest.DocTestParser().get_doctest(doc, {"torch": torch, "nn": nn, "rdp": rdp}, name, None, None)
     assert examples.examples, f"{name} has no example"
     torch.manual_seed(0)
@@ -73,7 +74,7 @@ def test_a_summary_of_one_line_and_an_example_that_runs(name):
     assert not runner.run(examples, out=said.append).failed, "".join(said)
 
 
-@pytest.mark.parametrize("name, value", callables(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "value"), callables(), ids=lambda value: value if isinstance(value, str) else "")
 def test_sections_say_what_comes_in_and_out(name, value):
     parsed = docstring_parser.parse(inspect.getdoc(value) or "", style=docstring_parser.DocstringStyle.GOOGLE)
     assert parsed.short_description, f"{name} has no docstring"

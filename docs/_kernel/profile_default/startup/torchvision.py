@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[4]))
-from examples.libraries import import_torchvision, installed  # noqa: E402
+from examples.libraries import import_torchvision, installed
 
 if installed("torchvision"):
     import_torchvision()
