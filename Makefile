@@ -14,7 +14,7 @@ test: .venv/built lint
 	RDP_EXAMPLES=0.5 $(PYTEST) -m "not slow"
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compiled
 
-test-all: .venv/built
+test-all: .venv/built docs
 	$(PYTEST) -m slow --durations=12
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
 	RDP_EXAMPLES=4 $(PYTEST) tests/kernels tests/test_exactness.py -k "against_float64 or equals_the_textbook"

@@ -1,33 +1,48 @@
-"""Python code blocks of README.md and docs/, which run as tests."""
+"""README.md and the pages of docs/: their code blocks and commands, which run as tests."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from examples.libraries import import_torchvision, installed
 
 ROOT = Path(__file__).parent.parent
+README = "README.md"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "docs").rglob("*.md")
+    if not any(part.startswith("_") for part in path.relative_to(ROOT).parts)
+)
 
 
-def python_blocks(name: str) -> dict[str, str]:
-    """The blocks of a file, by the heading above and their number below it."""
-    found: dict[str, str] = {}
-    for section in re.split(r"^#+ ", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE):
-        heading = section.partition("\n")[0]
-        for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL), 1):
-            found[f"{heading}, {number}"] = block
-    return found
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def missing(block: str) -> list[str]:
-    """Libraries that it imports and that aren't installed."""
-    imported = re.findall(r"^\s*(?:import|from) (\w+)", block, re.MULTILINE)
-    return [library for library in dict.fromkeys(imported) if not installed(library)]
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of `page` in `language`."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text_of(page), re.DOTALL | re.MULTILINE)
 
 
-def run(name: str, block: str, namespace: dict) -> dict:
+def commands(page: str) -> list[list[str]]:
+    """The shell commands of `page`, split into words; comments are left out."""
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def run(page: str) -> dict:
+    """Runs the Python blocks of `page` from top to bottom, in a namespace that is empty at first; returns that."""
     if installed("torchvision"):
         import_torchvision()  # timm, transformers and Lightning import it where they find it
-    exec(compile(block, name, "exec"), namespace)
+    namespace: dict = {"__name__": page}
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
     return namespace
+
+
+def missing(page: str) -> list[str]:
+    """Libraries that the page imports and that aren't installed."""
+    imported = re.findall(r"^\s*(?:import|from) (\w+)", "".join(blocks(page, "python")), re.MULTILINE)
+    return [library for library in dict.fromkeys(imported) if not installed(library)]

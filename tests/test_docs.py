@@ -1,69 +1,77 @@
-"""The code in docs/ runs, each block by itself or a page from top to bottom, and it names what exists."""
+"""README.md and docs/: their code runs, their commands work, their links lead somewhere, and what they name exists.
+
+`make test` runs the README's code and commands, `make test-all` those of docs/. The notebooks run in `make docs`.
+"""
+
+from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
-import torch
 
 import rdp_kernels as rdp
 
-from .markdown import ROOT, missing, python_blocks, run
+from .commands import run_small, understand
+from .markdown import PAGES, README, ROOT, blocks, commands, missing, run, text_of
 
-DOCS = (
-    "docs/diagnostics.md", "docs/evidence.md", "docs/integrations.md", "docs/limits.md", "docs/models.md",
-    "docs/performance.md",
-)  # fmt: skip
-FROM_TOP_TO_BOTTOM = "docs/diagnostics.md"
-BLOCKS = [
-    pytest.param(name, block, id=f"{name}: {where}")
-    for name in DOCS
-    for where, block in python_blocks(name).items()
-    if name != FROM_TOP_TO_BOTTOM
-]
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+COMMANDS = [(page, words) for page in [README, "CONTRIBUTING.md", *PAGES] for words in commands(page)]
 
 
-@pytest.mark.filterwarnings("default")  # other libraries' warnings aren't ours to mend
-@pytest.mark.parametrize(("name", "block"), BLOCKS)
-def test_code_blocks_run(name, block):
-    if absent := missing(block):
+def run_if_installed(page):
+    if absent := missing(page):
         pytest.skip(f"not installed: {', '.join(absent)}")
-    run(name, block, {"torch": torch, "rdp": rdp})
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # other libraries' warnings aren't ours to mend
+        return run(page)
 
 
-def test_code_blocks_run_from_top_to_bottom():
-    namespace: dict = {}
-    for block in python_blocks(FROM_TOP_TO_BOTTOM).values():
-        run(FROM_TOP_TO_BOTTOM, block, namespace)
-    assert namespace["study"].baseline > 0
-    assert namespace["recorder"].norms.isnan().any(), "what is frozen has no gradient"
+def test_the_readme_runs():
+    namespace = run_if_installed(README)
+    assert len(blocks(README, "python")) >= 3
+    assert namespace["scheme"].phase is None
 
 
-@pytest.mark.parametrize("name", DOCS)
-def test_public_names_exist(name):
-    for public in set(re.findall(r"\brdp\.(\w+)", "".join(python_blocks(name).values()))):
-        assert public in rdp.__all__, public
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_a_page_runs(page):
+    """A page may take 10 seconds."""
+    run_if_installed(page)
 
 
-@pytest.mark.parametrize("name", DOCS)
-def test_what_is_named_exists(name):
-    """Files, and headings that are linked to."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:tests|examples|benchmarks|rdp_kernels)/[\w./]+)`", text):
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_commands_are_understood(page, words):
+    """Up to where they would begin to work."""
+    understand(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", dict.fromkeys(tuple(words) for _, words in COMMANDS), ids=" ".join)
+def test_commands_run(words, tmp_path):
+    """In small, each up to two minutes."""
+    run_small(list(words), tmp_path)
+
+
+@pytest.mark.parametrize("page", [README, "CONTRIBUTING.md", *PAGES])
+def test_what_is_named_exists(page):
+    text = text_of(page)
+    for name in set(re.findall(r"\brdp\.(\w+)", text)):
+        assert name in rdp.__all__, name
+    for file in re.findall(r"`((?:tests|examples|benchmarks|rdp_kernels|csrc|docs)/[\w./-]+)`", text):
         assert (ROOT / file).exists(), file
-    for file in re.findall(r"\]\((?!https?:)([\w./-]+)(?:#[\w-]+)?\)", text):
-        assert (ROOT / name).parent.joinpath(file).exists(), file
-    headings = {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.*)", text, re.M)}
-    for link in re.findall(r"\]\(#([\w-]+)\)", text):
-        assert link in headings, link
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
-def test_files_that_are_named_exist(name):
-    """A file or folder may be named without the folders around it, as in a table about one of them."""
-    tops = ("benchmarks", "csrc", "docs", "examples", "rdp_kernels", "tests")
-    there = [f"/{path.relative_to(ROOT).as_posix()}" for top in tops for path in (ROOT / top).rglob("*")]
-    there += [f"/{path.name}" for path in ROOT.iterdir()]
-    named = set(re.findall(r"`([\w./-]+(?:\.(?:py|md|h|cpp|cu|txt)|/))`", (ROOT / name).read_text(encoding="utf-8")))
-    assert len(named) > 10
-    missing_files = [file for file in sorted(named) if not any(path.endswith(f"/{file.rstrip('/')}") for path in there)]
-    assert not missing_files
+@pytest.mark.parametrize("page", [README, "CONTRIBUTING.md", *PAGES])
+def test_links_lead_somewhere(page):
+    """To files, and to headings as GitHub and Sphinx name them."""
+    for file, heading in re.findall(r"\]\((?!https?:)([\w./-]*)(?:#([\w-]+))?\)", text_of(page)):
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), file
+        if heading:
+            assert heading in anchors(target.read_text(encoding="utf-8")), f"{file}#{heading}"
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().replace(" ", "-").lower() for heading in headings}
