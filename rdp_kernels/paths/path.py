@@ -21,7 +21,25 @@ ROWS_OF_BATCH_NORM = (
 
 
 class Path:
-    """One residual path of a scheme's model. Row `index` of `plan.keep` is about it."""
+    """One residual path of a scheme's model, an entry of `scheme.paths`.
+
+    The arguments are also attributes.
+
+    Args:
+        index: the path's number, in the order in which the model registers its paths. Row `index` of `PathPlan.keep`
+            decides about it.
+        name: its name in the model, as in `model.named_modules()`.
+        module: what stands for the path: a `ResidualBranch`, or a path of a converted block.
+        drop_prob: P(drop) from the scheme, or None for the module's own.
+
+    Example:
+        >>> model = rdp.ResidualSequence(*(rdp.ResidualBranch(nn.Linear(2, 2)) for _ in range(3)))
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, schedule="linear")
+        >>> scheme.paths
+        [Path(0, '0', drop_prob=0), Path(1, '1', drop_prob=0.25), Path(2, '2', drop_prob=0.5)]
+        >>> [tuple(p.shape) for p in scheme.paths[1].parameters()]
+        [(2, 2), (2,)]
+    """
 
     def __init__(self, index: int, name: str, module: PathModule, drop_prob: float | None):
         self.index, self.name, self.module = index, name, module
@@ -29,11 +47,15 @@ class Path:
 
     @property
     def drop_prob(self) -> float:
-        """P(drop) under the scheme: from the scheme's number and schedule, else the module's own, read at each draw."""
+        """P(drop) under the scheme. The module's own is read anew at each draw."""
         return self.module.drop_prob if self._drop_prob is None else self._drop_prob
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the branch (its norm included) and its gamma, each once."""
+        """The parameters of the path.
+
+        Returns:
+            The parameters of the branch, of its norm, and its gamma, each once.
+        """
         return list({id(p): p for p in parameters_of(self.module)}.values())
 
     def __repr__(self) -> str:
