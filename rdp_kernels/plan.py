@@ -61,7 +61,8 @@ class PathPlan:
     Args:
         keep: bool CPU tensor, `[paths]` in block mode, `[paths, batch]` in sample mode; False means dropped. It is
             copied, so that a plan doesn't change once it is made.
-        drop_probs: the drop probability p of each path, in [0, 1]. Kept branches are scaled by 1 / (1 − p).
+        drop_probs: the drop probability p of each path, in [0, 1], from which the scale 1 / (1 − p) of kept branches
+            follows.
         mode: `"block"` (one decision for the whole batch) or `"sample"` (one for each sample).
 
     Raises:
@@ -162,7 +163,7 @@ def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
 
 
 def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
-    """Draws one decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths with marginal rates exactly p."""
+    """Draws a decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths, each at a rate of exactly p."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     if sampling == "bernoulli":
         return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs
@@ -176,7 +177,7 @@ def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch
 
 
 def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str, generator: torch.Generator) -> Tensor:
-    """Draws a decision for each sample, bool `[paths, batch]`. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of each path."""
+    """Draws a decision for each sample, bool `[paths, batch]`. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of a path."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     noise = torch.rand(len(probs), batch_size, dtype=torch.float64, generator=generator)
     if sampling == "bernoulli":

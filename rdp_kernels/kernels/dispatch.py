@@ -130,8 +130,8 @@ def resolve(
 ) -> Served:
     """Finds what serves a call. `op` names the call in errors and in the log.
 
-    Raises `RuntimeError` where a backend that was asked for by name can't serve the call, if that is `required`; else
-    the eager reference serves it.
+    If a backend that was asked for by name can't serve the call, raises `RuntimeError` where that is `required`; else
+    the eager reference serves the call.
     """
     tensors = [t for t in (*operands, None if add is None else add.row_scale) if t is not None]
     residual = tensors[0]
@@ -183,7 +183,7 @@ def is_free() -> bool:
     return choice() == "auto"
 
 
-# What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
+# What torch.compiler.assume_constant_result does, without importing dynamo here, which imports triton.
 for _asked_in_graphs in (resolve_in_graph, is_free):
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 

@@ -38,9 +38,9 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_b
         >>> rdp.drop_path(torch.ones(4, 1), drop_prob=0.5, training=True).flatten()
         tensor([0., 2., 0., 0.])
     """
-    if torch.jit.is_scripting():  # its compiler takes neither the checks nor the kernels
+    if torch.jit.is_scripting():  # TorchScript compiles neither the checks nor the kernels
         return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep)) if training and drop_prob > 0 else x
-    else:  # noqa: RET505 (what follows a return would be compiled)
+    else:  # noqa: RET505 (code after a return would be compiled as well)
         return _drop_path(x, drop_prob, training, scale_by_keep)
 
 
@@ -108,6 +108,9 @@ def drop_path_add(
 
 
 def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
-    """`[B]` on x's device: 0 for dropped rows, 1 or 1 / (1 − p) for kept ones (float32; float64 for a float64 x)."""
+    """Draws a factor for each row: 0 for dropped rows, 1 or 1 / (1 − p) for kept ones.
+
+    It is `[B]` on the device of `x`, float32, or float64 for a float64 `x`.
+    """
     keep = torch.rand(x.shape[0]) >= drop_prob
     return to_device(keep.to(compute_dtype(x)) * kept_scale(drop_prob, scale_by_keep), x.device)

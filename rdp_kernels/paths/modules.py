@@ -49,6 +49,7 @@ class DropPath(nn.Module):
         self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns `drop_path(x, drop_prob, training, scale_by_keep)`."""
         return ops.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
     def extra_repr(self) -> str:
@@ -142,6 +143,7 @@ class ResidualBranch(nn.Module):
         self.binding = PathBinding()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the path on `x`, `[B, ...]`. The further arguments go to `fn`."""
         return run_path(self, x, args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -173,7 +175,7 @@ class ResidualBranch(nn.Module):
         return [self.fn] if self.norm is None else [self.norm, self.fn]
 
     def own_parameters(self) -> list[ParameterRef]:
-        """The path's parameters outside of these modules.
+        """The path's parameters outside of `branch_modules`.
 
         Returns:
             This module and the name of its `gamma`, if it has one.
@@ -280,6 +282,7 @@ class ResidualSequence(nn.Sequential):
             _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Runs the paths on `x`, `[B, ...]`, one after the other."""
         return run_sequence(self, x, args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -65,8 +65,8 @@ class Path:
 def find_paths(
     model: nn.Module, drop_prob: float | None = None, schedule: str = "constant", known: Container[int] = ()
 ) -> list[Path]:
-    """The paths of `model` in registration order. With `drop_prob` None each keeps its own. `known` holds the ids of
-    path modules that may have a scheme: that of the caller.
+    """The paths of `model` in registration order. With `drop_prob` None each keeps its own. Path modules whose ids are
+    in `known` may have a scheme already, which is the caller's.
 
     Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
     path that has a scheme.
@@ -74,7 +74,7 @@ def find_paths(
     path_modules = find_path_modules(model)
     for name, path_module in path_modules.items():
         if path_module.binding.scheme is not None and id(path_module) not in known:
-            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
+            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or delete the scheme")
     count = len(path_modules)
     rates = [None] * count if drop_prob is None else drop_path_rates(drop_prob, count, schedule)
     found = zip(path_modules.items(), rates, strict=True)
@@ -93,7 +93,7 @@ def find_path_modules(model: nn.Module, nested: bool = False) -> dict[str, PathM
         for path in named:
             if id(module) in inside and not nested:
                 raise ValueError(
-                    f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
+                    f"path {path!r} lies inside path {inside[id(module)]!r}: a plan can't decide about nested paths"
                 )
         path_modules |= named
         for path, path_module in named.items():
@@ -144,7 +144,7 @@ def path_modules_among(modules: Iterable[nn.Module]) -> list[PathModule]:
 
 
 def parameters_of(path_module: PathModule) -> Iterator[nn.Parameter]:
-    """All parameters of a path. Those that several modules share come more than once."""
+    """All parameters of a path. A parameter that several modules share comes more than once."""
     for module in path_module.branch_modules():
         yield from module.parameters()
     yield from own_parameters_of(path_module)
