@@ -163,7 +163,7 @@ def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
 
 
 def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
-    """Draws a decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths, each at a rate of exactly p."""
+    """Draws a decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths at rates of exactly p."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     if sampling == "bernoulli":
         return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs

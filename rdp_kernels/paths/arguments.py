@@ -30,7 +30,7 @@ def taken_by(module: nn.Module) -> Takes:
     while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
         module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
-        return _signature(module.forward, 1)  # it is scripted, compiled, or wrapped by hooks
+        return _signature(module.forward, 1)  # scripted, compiled, or wrapped by another library's hooks
     return _of_class(type(module))
 
 
@@ -61,7 +61,7 @@ def _signature(forward: Callable[..., Any], before: int) -> Takes:
     )
 
 
-for _asked_in_graphs in (_of_class, _signature):  # torch.compile traces their results as constants
+for _asked_in_graphs in (_of_class, _signature):  # torch.compile takes their results for constants
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 

@@ -236,7 +236,7 @@ class PathCall:
         return Add(rows, scale, row_scale, module.channel_dim, module.activation)
 
     def run_masked(self, x: Tensor, decision: Decision) -> Tensor:
-        """Runs the branch on all rows, and adds the dropped ones times 0."""
+        """Runs the branch on all rows, with a factor of 0 for the dropped ones."""
         rows = decision.rows
         assert rows is not None
         if rows.num_frozen:
