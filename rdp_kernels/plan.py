@@ -136,6 +136,7 @@ class PathPlan:
             KeyError: if an entry is missing.
             TypeError: if an entry has the wrong type.
             ValueError: if the entries don't fit each other.
+            RuntimeError: if `keep` can't have a row for each of `drop_probs`.
         """
         keep, drop_probs, mode = torch.tensor(state["keep"], dtype=torch.bool), state["drop_probs"], state["mode"]
         return cls(keep.view(len(drop_probs), -1) if mode == "sample" else keep, drop_probs, mode)

@@ -23,7 +23,7 @@ ROWS_OF_BATCH_NORM = (
 class Path:
     """One residual path of a scheme's model, an entry of `scheme.paths`.
 
-    The arguments are also attributes.
+    `index`, `name` and `module` are also attributes.
 
     Args:
         index: the path's number, in the order in which the model registers its paths. Row `index` of `PathPlan.keep`
