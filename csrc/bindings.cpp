@@ -285,7 +285,7 @@ Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batc
 }  // namespace
 }  // namespace rdp
 
-// The arguments that are given most often come first: those that are left out cost less.
+// The arguments that are given most often come first, because arguments that are left out cost less.
 STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add(Tensor residual, Tensor branch, Tensor? gamma=None, Tensor? row_scale=None, "

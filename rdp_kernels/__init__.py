@@ -1,4 +1,4 @@
-"""Cheap stochastic depth and the two-iteration ResidualDroppath scheme (arXiv 2411.09475) for PyTorch."""
+"""Stochastic depth that skips the dropped work, and the two-iteration ResidualDroppath scheme (arXiv 2411.09475)."""
 
 from .convert import ConversionError, ConversionReport, convert, revert
 from .kernels.dispatch import available_backends, use_backend

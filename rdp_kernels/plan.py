@@ -22,10 +22,22 @@ SAMPLINGS = ("bernoulli", "fixed")
 def drop_path_rates(drop_prob: float, num_paths: int, schedule: str = "constant") -> list[float]:
     """Drop probabilities of `num_paths` paths in forward order.
 
-    `schedule="constant"` gives every path `drop_prob`; `"linear"` grows from 0 at the first path to `drop_prob` at the
-    last (Huang et al., arXiv 1603.09382; the same values as timm's linspace, so a single path gets 0).
+    Args:
+        drop_prob: P(drop) in [0, 1]: of every path, or of the last one.
+        num_paths: the number of paths, at least 0.
+        schedule: `"constant"` gives every path `drop_prob`. `"linear"` grows from 0 at the first path to `drop_prob` at
+            the last (Huang et al., arXiv 1603.09382). It has the values of timm's linspace, so a single path gets 0.
 
-    Raises `ValueError` or `TypeError` for a probability outside [0, 1], a negative count or an unknown schedule.
+    Returns:
+        A list of `num_paths` probabilities.
+
+    Raises:
+        TypeError: if `drop_prob` isn't a number, or `num_paths` isn't an integer.
+        ValueError: if `drop_prob` isn't in [0, 1], `num_paths` is negative, or `schedule` is unknown.
+
+    Example:
+        >>> rdp.drop_path_rates(0.5, 5, schedule="linear")
+        [0.0, 0.125, 0.25, 0.375, 0.5]
     """
     drop_prob = check_probability("drop_prob", drop_prob)
     num_paths = check_count("num_paths", num_paths)
@@ -41,14 +53,29 @@ def kept_scale(drop_prob: float, scale_by_keep: bool) -> float:
 
 
 class PathPlan:
-    """Which paths a drop iteration keeps, for which samples.
+    """A plan says which paths a drop iteration keeps, for which samples.
+
+    A `ResidualDropPath` scheme draws a plan for each drop iteration. A plan of your own goes to its `iterations` or
+    `drop_iteration` as `plan=`. The arguments are also attributes. Plans are compared by value.
 
     Args:
-        keep: bool CPU tensor, `[paths]` in block mode, `[paths, batch]` in sample mode; False means dropped.
-        drop_probs: the drop probability of each path, from which the scale 1 / (1 − p) follows.
-        mode: `"sample"` (an entry per sample) or `"block"` (one for the whole batch).
+        keep: bool CPU tensor, `[paths]` in block mode, `[paths, batch]` in sample mode; False means dropped. It is
+            copied, so that a plan doesn't change once it is made.
+        drop_probs: the drop probability p of each path, in [0, 1], from which the scale 1 / (1 − p) of kept branches
+            follows.
+        mode: `"block"` (one decision for the whole batch) or `"sample"` (one for each sample).
 
-    The tensor is copied, so a plan doesn't change once made. Raises `TypeError` or `ValueError` naming the argument.
+    Raises:
+        TypeError: if `keep` isn't a bool tensor, or an entry of `drop_probs` isn't a number.
+        ValueError: if `keep` has the wrong shape or isn't on the CPU, if `drop_probs` has another length than `keep` or
+            an entry outside of [0, 1], or if `mode` is unknown.
+
+    Example:
+        >>> plan = rdp.PathPlan(torch.tensor([True, False, True]), [0.1, 0.2, 0.3], mode="block")
+        >>> plan
+        PathPlan(mode='block', keep=2 of 3 kept)
+        >>> plan.dropped_paths
+        [1]
     """
 
     def __init__(self, keep: Tensor, drop_probs: Sequence[float], mode: str):
@@ -73,25 +100,44 @@ class PathPlan:
 
     @property
     def num_paths(self) -> int:
+        """The number of paths that the plan decides for."""
         return self.keep.shape[0]
 
     @property
     def batch_size(self) -> int | None:
-        """Samples that the plan decides for; None in block mode, where a plan fits any batch."""
+        """The number of samples that the plan decides for. It is None in block mode, where a plan fits any batch."""
         return self.keep.shape[1] if self.mode == "sample" else None
 
     @property
     def dropped_paths(self) -> list[int]:
-        """Indices of the paths that are dropped for at least one sample: those that learn in the reuse iteration."""
+        """Indices of the paths that are dropped for at least one sample. They learn in the reuse iteration."""
         dropped = ~self.keep if self.mode == "block" else (~self.keep).any(dim=1)
         return dropped.nonzero().flatten().tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan in plain types."""
+        """The plan in plain Python types.
+
+        Returns:
+            A dict for `from_state_dict`, which JSON can hold as well.
+        """
         return {"keep": self.keep.tolist(), "drop_probs": list(self.drop_probs), "mode": self.mode}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PathPlan:
+        """Makes the plan that `state_dict` described.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Returns:
+            A plan equal to that one.
+
+        Raises:
+            KeyError: if an entry is missing.
+            TypeError: if an entry has the wrong type.
+            ValueError: if the entries don't fit each other.
+            RuntimeError: if `keep` can't have a row for each of `drop_probs`.
+        """
         keep, drop_probs, mode = torch.tensor(state["keep"], dtype=torch.bool), state["drop_probs"], state["mode"]
         return cls(keep.view(len(drop_probs), -1) if mode == "sample" else keep, drop_probs, mode)
 
@@ -100,7 +146,7 @@ class PathPlan:
             return NotImplemented
         return self.mode == other.mode and self.drop_probs == other.drop_probs and torch.equal(self.keep, other.keep)
 
-    __hash__ = None  # type: ignore[assignment]  # compared by value, and holds a tensor
+    __hash__ = None  # type: ignore[assignment]  # plans are compared by value, and hold a tensor
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.keep.shape))
@@ -118,7 +164,7 @@ def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
 
 
 def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
-    """One decision for each path, bool [paths]. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths with marginal rates exactly p."""
+    """Draws a decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths at rates of exactly p."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     if sampling == "bernoulli":
         return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs
@@ -132,7 +178,7 @@ def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch
 
 
 def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str, generator: torch.Generator) -> Tensor:
-    """A decision for each sample, bool [paths, batch]. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of each path."""
+    """Draws a decision for each sample, bool `[paths, batch]`. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of a path."""
     probs = torch.tensor(drop_probs, dtype=torch.float64)
     noise = torch.rand(len(probs), batch_size, dtype=torch.float64, generator=generator)
     if sampling == "bernoulli":
@@ -149,8 +195,8 @@ def draw_keep(
     batch_sizes: Sequence[int] = (),
     blockwise: Sequence[int] = (),
 ) -> Tensor:
-    """`PathPlan.keep`. In sample mode it is for the samples of several forwards, each of which is drawn by itself; one
-    draw decides for all samples of a path in `blockwise`."""
+    """Draws `PathPlan.keep`. In sample mode `batch_sizes` has an entry for each forward, whose samples are drawn by
+    themselves; for a path in `blockwise` one draw decides for all samples."""
     if mode == "block":
         return draw_block_keep(drop_probs, sampling, generator)
     keep = torch.cat([draw_sample_keep(drop_probs, size, sampling, generator) for size in batch_sizes], dim=1)
@@ -159,6 +205,6 @@ def draw_keep(
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Midpoints of a grid of 2³² cells in (0, 1): no nearer to 0 or 1 than 2⁻³³, which rounding errors never bridge, so
-    that 0.1 · 20 drops exactly 2 every time."""
+    """Draws midpoints of a grid of 2³² cells in (0, 1). They are no nearer to 0 or 1 than 2⁻³³, which rounding errors
+    never bridge, so that 0.1 · 20 drops exactly 2 every time."""
     return (torch.randint(2**32, shape, generator=generator).double() + 0.5) / 2**32

@@ -1,4 +1,4 @@
-// Cuts a fused add into work items, and these into pieces. Both follow from shapes alone, so that sums over items are
+// Cuts a fused add into work items, and these into pieces. Both follow from shapes alone, so that sums over items have
 // the same bits for any number of threads.
 #pragma once
 

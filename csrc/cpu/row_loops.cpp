@@ -12,7 +12,7 @@ namespace baseline {
 #include "row_loops.inl"
 }
 
-// Clang spells the pragma differently; there the baseline serves.
+// Clang spells the pragma differently, and compiles the baseline only.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RDP_SEVERAL_TARGETS
 

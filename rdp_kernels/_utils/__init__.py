@@ -1,1 +1,1 @@
-"""Leaves: what every floor may use, and what uses nothing of this package."""
+"""Leaves: modules that every floor of the package may import, and that import nothing else of it."""

@@ -49,7 +49,7 @@ def described(example_inputs: Any) -> str:
 
 
 def example_inputs_of(model: Any) -> Any:
-    """Two samples of an input that the model's own description asks for, else two images of 224 × 224 pixels."""
+    """Makes two samples of the input that the model's own description asks for, else two images of 224 × 224 pixels."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = torch.float32 if parameter is None or not parameter.is_floating_point() else parameter.dtype

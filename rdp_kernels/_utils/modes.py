@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""A context in which a model is in eval mode."""
 
 import contextlib
 from collections.abc import Iterator

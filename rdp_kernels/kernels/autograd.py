@@ -61,7 +61,7 @@ def _without_norm(next_input: NextInput | None) -> NextInput | None:
 
 
 def _norm_after(results: Results, operands: Operands, next_input: NextInput | None) -> Results:
-    """Torch's norm of what kernels gave."""
+    """Applies torch's norm to the results of kernels."""
     assert next_input is not None
     if next_input.rows is None:
         results = results._replace(next=results.out)
@@ -272,9 +272,9 @@ def check_untransformed(*gradients: Tensor | None) -> None:
         else:
             return
     raise RuntimeError(
-        "the backward of the kernels of rdp_kernels takes plain gradients only, none of vmap (is_grads_batched and "
-        "vectorize=True are one), of another torch.func transform or of forward-mode AD: run the forward within "
-        'rdp.use_backend("eager")'
+        "the backward of the kernels of rdp_kernels takes plain gradients only, not those of vmap (which "
+        "is_grads_batched and vectorize=True use), of other torch.func transforms or of forward-mode AD: run the "
+        'forward within rdp.use_backend("eager")'
     )
 
 

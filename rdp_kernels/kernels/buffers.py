@@ -18,7 +18,7 @@ from .spec import NORMS, Add, NextInput, Operands, Results, RowSet
 
 @dataclass(frozen=True)
 class Context:
-    """What a backward needs to know of its forward beside tensors.
+    """What a backward needs to know of its forward besides tensors.
 
     Args:
         shape: the residual's.

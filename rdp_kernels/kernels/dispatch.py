@@ -76,19 +76,45 @@ _logged: set[tuple[str, str, str]] = set()
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name with None where it can be used, else the reason why not."""
+    """Says which backends can be used here.
+
+    Returns:
+        The name of each backend, with None where it can be used, else the reason why it can't.
+
+    Example:
+        >>> backends = rdp.available_backends()
+        >>> sorted(backends)
+        ['eager', 'native', 'triton']
+        >>> backends["eager"] is None
+        True
+    """
     return {"eager": None} | {name: library.unavailable() for name, library in _LIBRARIES.items()}
 
 
 @contextlib.contextmanager
 def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
-    """Runs the ops of a `with` block on one backend: `"auto"`, `"eager"`, `"triton"` or `"native"`.
+    """Runs the ops within a `with` block on one backend.
 
-    `"auto"` takes the fastest that can serve a call; a backend asked for by name raises `RuntimeError`, with the
-    reason, on a call that it can't serve. Kernels serve no call within `torch.func` transforms and forward-mode AD, for
-    which they have no rules: there `"auto"` is eager. The environment variable `RDP_BACKEND`, which is read once, sets
-    the same for a whole process.
-    Raises `ValueError` for an unknown name and `RuntimeError`, with the reason, for a backend that is not available.
+    `"auto"`, the default outside of such blocks, takes the fastest backend that can serve a call. A backend that was
+    asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve. Kernels have no rules for
+    `torch.func` transforms and forward-mode AD: there `"auto"` takes `"eager"`. The choice holds for all threads. The
+    environment variable `RDP_BACKEND`, which is read once, sets the default of a process.
+
+    Args:
+        name: `"auto"`, `"eager"` (plain torch, works for everything), `"triton"` or `"native"` (the compiled library).
+
+    Yields:
+        None: The `with` block runs on the backend.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if the backend isn't available. The error says why.
+
+    Example:
+        >>> with rdp.use_backend("eager"):
+        ...     rdp.residual_add(torch.ones(2, 2), torch.ones(2, 2), row_scale=0.5)
+        tensor([[1.5000, 1.5000],
+                [1.5000, 1.5000]])
     """
     global _chosen
     _require("name", name)
@@ -104,8 +130,8 @@ def resolve(
 ) -> Served:
     """Finds what serves a call. `op` names the call in errors and in the log.
 
-    Raises `RuntimeError` where a backend that was asked for by name can't serve the call, if that is `required`; else
-    the eager reference serves it.
+    If a backend that was asked for by name can't serve the call, raises `RuntimeError` where that is `required`; else
+    the eager reference serves the call.
     """
     tensors = [t for t in (*operands, None if add is None else add.row_scale) if t is not None]
     residual = tensors[0]
@@ -157,7 +183,7 @@ def is_free() -> bool:
     return choice() == "auto"
 
 
-# What torch.compiler.assume_constant_result does, without importing dynamo, and with it triton, here.
+# What torch.compiler.assume_constant_result does, without importing dynamo here, which imports triton.
 for _asked_in_graphs in (resolve_in_graph, is_free):
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 

@@ -1,7 +1,8 @@
 """The kernels as registered ops, `rdp::fused_add` and its backward: what `torch.compile` and export put into a graph.
 
-Schemas know no dataclasses, so a call goes by the fields of `SpecTensors` and `SpecNumbers`. An absent result is an
-empty tensor. Dtypes go by name: torch 2.11 hands a `ScalarType[]` over as numbers, where an op runs on fake tensors.
+Schemas have no dataclasses, so a call is passed as the fields of `SpecTensors` and `SpecNumbers`. An absent result is
+an empty tensor. Dtypes are passed by name: torch 2.11 passes a `ScalarType[]` as numbers where an op runs on fake
+tensors.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     elif next_input.detached == "frozen" or next_input.rows is None or next_input.rows.num_frozen == 0:
         dfrozen_next = None
     if not numbers.adds:
-        dout = None  # the residual went past the op
+        dout = None  # the residual isn't a result of the op
     passes = wanted.residual and saved["out"] is None and dnext is None and dfrozen_next is None
     grads = torch.ops.rdp.fused_add_backward(
         ctx.library, dout, dnext, dfrozen_next, *saved.values(), *spec_tensors, *numbers, *ctx.geometry,
@@ -170,7 +171,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _context_of_backward(given: _Arguments) -> tuple[Context, Tensor]:
-    """The forward's, and any tensor of the call."""
+    """The forward's context, and any tensor of the call."""
     dtypes = [_DTYPES[name] for name in given.dtypes]
     like = next(t for t in given.several((*_GRADIENTS, *_SAVED)) if t is not None)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,7 +1,7 @@
 """One call of the kernels as data: how an update is added to the residual, and which rows the next branch gets.
 
-A kernel library serves every op of this package through two functions of these, `fused_add_fwd` and `fused_add_bwd`.
-The kinds of activations and of norms stand in one table each.
+A kernel library serves every op of this package through two functions that take these classes, `fused_add_fwd` and
+`fused_add_bwd`. The kinds of activations and of norms stand in one table each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public functional ops: an op checks its arguments, then the backend that `kernels.dispatch` chooses computes.
+"""The public functional ops. Each checks its arguments and then calls the backend that `kernels.dispatch` chooses.
 
 On small CPU tensors the checks would cost more than the work. There the compiled library checks (`unchecked_add` and
 `unchecked_gather`), and the checks here run only where it refuses.

@@ -14,19 +14,33 @@ from ..plan import kept_scale
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
-    """Drops each sample of `x` with probability `drop_prob` in training; timm's function, same meaning.
+    """Drops each sample of `x` with probability `drop_prob` in training, as timm's function of the same name.
+
+    This is stochastic depth (Huang et al., arXiv 1603.09382). Unlike timm's function, it never reads a dropped row, so
+    that NaN or Inf there becomes 0. The mask comes from torch's global CPU generator on every device. A
+    traced or scripted function draws it on the device of `x`.
 
     Args:
-        x: `[B, ...]`, any floating dtype. Returned as it is when not training, and where `drop_prob` is 0.
+        x: the branch's output, `[B, ...]`, any floating dtype.
         drop_prob: P(drop), in [0, 1].
-        scale_by_keep: kept samples are scaled by 1 / (1 − drop_prob).
+        training: whether to drop. If False, `x` is returned.
+        scale_by_keep: whether kept samples are scaled by 1 / (1 − drop_prob).
 
-    Unlike timm's, a dropped row is never read: NaN or Inf there becomes 0. The mask comes from torch's global CPU
-    generator on every device. Raises `ValueError` or `TypeError` naming the argument.
+    Returns:
+        A tensor like `x`; `x` itself if not training, and if `drop_prob` is 0.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype. The error names the argument.
+        ValueError: if `drop_prob` isn't in [0, 1], or `x` has no dimensions.
+        RuntimeError: if the backend that `use_backend` asks for can't serve the call.
+
+    Example:
+        >>> rdp.drop_path(torch.ones(4, 1), drop_prob=0.5, training=True).flatten()
+        tensor([0., 2., 0., 0.])
     """
-    if torch.jit.is_scripting():  # its compiler takes neither the checks nor the kernels
+    if torch.jit.is_scripting():  # TorchScript compiles neither the checks nor the kernels
         return drop_rows(x, drop_prob, kept_scale(drop_prob, scale_by_keep)) if training and drop_prob > 0 else x
-    else:  # noqa: RET505 (what follows a return would be compiled)
+    else:  # noqa: RET505 (code after a return would be compiled as well)
         return _drop_path(x, drop_prob, training, scale_by_keep)
 
 
@@ -54,7 +68,32 @@ def drop_path_add(
     gamma: Tensor | None = None,
     scale_by_keep: bool = True,
 ) -> Tensor:
-    """`residual + drop_path(γ · branch)` in one op; arguments as in `drop_path` and `residual_add`."""
+    """`residual + drop_path(γ · branch)` in one op.
+
+    Arithmetic runs in float32, or in float64 where an argument is float64. The branch of a dropped row is never read.
+    The mask comes from torch's global CPU generator on every device.
+
+    Args:
+        residual: the residual, `[B, ...]`, any floating dtype.
+        branch: the update, of the residual's shape, any floating dtype.
+        drop_prob: P(drop), in [0, 1].
+        training: whether to drop. If False, every row of the branch is added, unscaled.
+        gamma: the LayerScale vector, `[C]` along the last dimension, any floating dtype. None means 1.
+        scale_by_keep: whether kept rows are scaled by 1 / (1 − drop_prob).
+
+    Returns:
+        The sum, `[B, ...]`, in the residual's dtype.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype. The error names the argument.
+        ValueError: if an argument has the wrong shape, device or values. The error names the argument.
+        RuntimeError: if the backend that `use_backend` asks for can't serve the call.
+
+    Example:
+        >>> residual, branch = torch.full((4, 1), 10.0), torch.ones(4, 1)
+        >>> rdp.drop_path_add(residual, branch, drop_prob=0.5, training=True).flatten()
+        tensor([10., 12., 10., 10.])
+    """
     drop_prob = check_probability("drop_prob", drop_prob)
     check_bool("scale_by_keep", scale_by_keep)
     check_residual_add(residual, branch, None, None, gamma)
@@ -69,6 +108,9 @@ def drop_path_add(
 
 
 def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
-    """`[B]` on x's device: 0 for dropped rows, 1 or 1 / (1 − p) for kept ones (float32; float64 for a float64 x)."""
+    """Draws a factor for each row: 0 for dropped rows, 1 or 1 / (1 − p) for kept ones.
+
+    It is `[B]` on the device of `x`, float32, or float64 for a float64 `x`.
+    """
     keep = torch.rand(x.shape[0]) >= drop_prob
     return to_device(keep.to(compute_dtype(x)) * kept_scale(drop_prob, scale_by_keep), x.device)

@@ -1,4 +1,4 @@
-"""The rows that a branch runs on."""
+"""The gather of the rows that a branch runs on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,27 @@ from ..kernels.spec import NextInput, Operands, RowSet
 
 
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
-    """`residual[rows]`: `[K, ...]` from `[B, ...]`.
+    """Gathers rows: `residual[rows]`.
+
+    The values of `rows` are checked only where they are on the CPU. The result is differentiable with respect to
+    `residual`; second derivatives need `use_backend("eager")`.
 
     Args:
-        residual: `[B, ...]`, any floating dtype.
+        residual: the residual, `[B, ...]`, any floating dtype.
         rows: int64 `[K]`, unique, in [0, B), on the residual's device.
 
-    Raises `ValueError` or `TypeError` naming the argument; values of `rows` are checked where they are on the CPU.
+    Returns:
+        The rows, `[K, ...]`, in the residual's dtype.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype. The error names the argument.
+        ValueError: if an argument has the wrong shape, device or values. The error names the argument.
+        RuntimeError: if the backend that `use_backend` asks for can't serve the call.
+
+    Example:
+        >>> rdp.gather_rows(torch.tensor([[0.0], [10.0], [20.0]]), torch.tensor([2, 0]))
+        tensor([[20.],
+                [ 0.]])
     """
     out = unchecked_gather(residual, rows)
     if out is not None:

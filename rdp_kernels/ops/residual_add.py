@@ -22,18 +22,38 @@ def residual_add(
 ) -> Tensor:
     """`act(residual + row_scale[b] · γ[c] · branch)`, out of place.
 
+    Arithmetic runs in float32, or in float64 where an argument is float64. The values of `rows` are checked only where
+    they are on the CPU. The result is differentiable with respect to `residual`, `branch` and `gamma`; second
+    derivatives need `use_backend("eager")`.
+
     Args:
-        residual: `[B, ...]`; the result has its dtype.
-        branch: the residual's shape, or `[K, ...]` when `rows` is given; any floating dtype.
-        rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to.
-        row_scale: float32 `[B]` (`[K]` with rows) or a finite number. A row whose scale is 0 is dropped: its branch is
-            never read, so that NaN or Inf there reaches neither the result nor a gradient. Not differentiated.
-        gamma: LayerScale vector `[C]` along `channel_dim` (Touvron et al., arXiv 2103.17239).
-        channel_dim: −1 for `[..., C]`, 1 for NCHW.
+        residual: the residual, `[B, ...]`, any floating dtype.
+        branch: the update, of the residual's shape, or `[K, ...]` where `rows` is given; any floating dtype.
+        rows: int64 `[K]`, unique, in [0, B), on the residual's device: the rows of the residual that `branch` is added
+            to. None means all.
+        row_scale: float32 `[B]` (`[K]` with `rows`; float64 is allowed where the residual is float64), or a finite
+            number. A row whose scale is 0 is dropped: its branch is never read, so that NaN or Inf there reaches
+            neither the result nor a gradient. It must not require grad. None means 1.
+        gamma: the LayerScale vector, `[C]` along `channel_dim`, any floating dtype (Touvron et al., arXiv 2103.17239).
+            None means 1.
+        channel_dim: the dimension of the channels: −1 for `[..., C]`, 1 for NCHW.
         activation: None or `"relu"`, applied to every row after the sum.
 
-    Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or `TypeError` naming the
-    argument; values of `rows` are checked where they are on the CPU.
+    Returns:
+        The sum, `[B, ...]`, in the residual's dtype.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype. The error names the argument.
+        ValueError: if an argument has the wrong shape, device or values. The error names the argument.
+        RuntimeError: if the backend that `use_backend` asks for can't serve the call.
+
+    Example:
+        >>> residual, branch = torch.zeros(4, 2), torch.ones(2, 2)
+        >>> rdp.residual_add(residual, branch, rows=torch.tensor([1, 3]), row_scale=2.0)
+        tensor([[0., 0.],
+                [2., 2.],
+                [0., 0.],
+                [2., 2.]])
     """
     out = unchecked_add(residual, branch, gamma, row_scale, rows, channel_dim, activation)
     if out is not None:
@@ -55,7 +75,7 @@ def add_of(
     channel_dim: int = -1,
     activation: str | None = None,
 ) -> Add:
-    """The checked options of `residual_add`. Under `torch.compile` a number becomes data: see `scale_of_rows`."""
+    """Makes an `Add` from checked arguments. Under `torch.compile` a number becomes data: see `scale_of_rows`."""
     if row_scale is not None and torch.compiler.is_compiling():
         row_scale = scale_of_rows(operands, row_scale)
     row_set = None if rows is None else RowSet(rows, rows.shape[0])

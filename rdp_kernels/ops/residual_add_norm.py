@@ -1,4 +1,4 @@
-"""The masked residual add with the norm of the next branch's rows."""
+"""The masked residual add, followed by the norm of the next branch's rows."""
 
 from __future__ import annotations
 
@@ -23,20 +23,48 @@ def residual_add_norm(
     norm: NormName = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, norm(out)[next_rows])` with `out = residual + row_scale[b] · γ[c] · branch`, in one kernel.
+    """Adds an update to the residual and norms the next branch's rows of the sum, in one kernel.
+
+    Computes `out = residual + row_scale[b] · γ[c] · branch` and returns `(out, norm(out)[next_rows])`. The norm sees
+    the sum as it is stored, in the residual's dtype. Arithmetic runs in float32, or in float64 where an argument is
+    float64. The values of `rows` and `next_rows` are checked only where they are on the CPU. Both results are
+    differentiable; second derivatives need `use_backend("eager")`. Where a backend has no norms, torch's norm follows
+    its kernel.
 
     Args:
-        residual, branch, rows, row_scale, gamma: as in `residual_add`, with channels in the last dimension.
-        weight, bias: the norm's, `[C]` or None; RMSNorm has no bias.
-        next_rows: int64 `[K']`, unique, in [0, B): the rows that the next branch runs on; None for all.
+        residual: the residual, `[B, ..., C]`, any floating dtype.
+        branch: the update, of the residual's shape, or `[K, ..., C]` where `rows` is given; any floating dtype.
+        weight: the norm's weight, `[C]`, or None.
+        bias: the norm's bias, `[C]`, or None. It must be None for RMSNorm, which has no bias.
+        rows: int64 `[K]`, unique, in [0, B): the rows of the residual that `branch` is added to. None means all.
+        row_scale: a factor for each row of `branch`, or a number, as in `residual_add`. None means 1.
+        gamma: the LayerScale vector, `[C]`, along the last dimension. None means 1.
+        next_rows: int64 `[K']`, unique, in [0, B): the rows that the next branch runs on. None means all.
         norm: `"layer"` (Ba et al., arXiv 1607.06450) or `"rms"` (Zhang & Sennrich, arXiv 1910.07467), over the last
             dimension.
-        eps: added to the variance or the mean square. The default is that of timm's ViTs, as torch's own defaults
-            differ between its norms (1e-5 for LayerNorm, the dtype's `finfo.eps` for RMSNorm).
+        eps: added to the variance or to the mean square. The default is that of timm's ViTs, because torch's own
+            defaults differ between its norms (1e-5 for LayerNorm, the dtype's `finfo.eps` for RMSNorm).
 
-    Returns the sum `[B, ...]` and the normed rows `[K', ...]`, both of the residual's dtype; the norm sees the sum as
-    it is stored. Arithmetic runs in float32 (float64 where an argument is float64). Raises `ValueError` or
-    `TypeError` naming the argument; values of `rows` and `next_rows` are checked where they are on the CPU.
+    Returns:
+        The sum, `[B, ..., C]`, and the normed rows, `[K', ..., C]`, both in the residual's dtype.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype. The error names the argument.
+        ValueError: if an argument has the wrong shape, device or values. The error names the argument.
+        RuntimeError: if the backend that `use_backend` asks for can't serve the call.
+
+    Example:
+        >>> residual, branch = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]])
+        >>> out, normed = rdp.residual_add_norm(
+        ...     residual, branch, None, rows=torch.tensor([1]), next_rows=torch.tensor([1, 2]), norm="rms"
+        ... )
+        >>> out
+        tensor([[0., 0.],
+                [3., 4.],
+                [0., 0.]])
+        >>> normed  # 3 and 4 over the root of their mean square, 3.54
+        tensor([[0.8485, 1.1314],
+                [0.0000, 0.0000]])
     """
     check_batch("residual", residual)
     for name, indices in (("rows", rows), ("next_rows", next_rows)):

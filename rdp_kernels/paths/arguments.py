@@ -25,8 +25,8 @@ class Takes(NamedTuple):
 
 
 def taken_by(module: nn.Module) -> Takes:
-    """What the forward of `module` takes now. Looks inside the wrappers of `torch.compile` and of checkpointing. Of any
-    other wrapper it is what its own forward takes."""
+    """What the forward of `module` takes now. For the wrappers of `torch.compile` and of checkpointing, it is what the
+    wrapped module takes; for any other wrapper, it is what the wrapper's own forward takes."""
     while (inner := next((getattr(module, n) for n in _WRAPPED if hasattr(module, n)), None)) is not None:
         module = inner
     if "forward" in module.__dict__ or getattr(type(module), "forward", None) is None:
@@ -61,7 +61,7 @@ def _signature(forward: Callable[..., Any], before: int) -> Takes:
     )
 
 
-for _asked_in_graphs in (_of_class, _signature):  # torch.compile runs them while it traces, for constants
+for _asked_in_graphs in (_of_class, _signature):  # torch.compile takes their results for constants
     _asked_in_graphs._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
@@ -75,7 +75,7 @@ def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
         if len(args) > len(takes.positional) and not takes.any_positional:
             raise TypeError(
                 f"branch {number} of the sequence takes {len(takes.positional)} positional arguments after x, got "
-                f"{len(args)}: pass by name what not every branch takes"
+                f"{len(args)}: pass by name the arguments that not every branch takes"
             )
     if any(takes.any_by_name for takes in taken):
         unknown = []
@@ -83,7 +83,7 @@ def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
         unknown = [name for name in kwargs if not any(name in takes.by_name for takes in taken)]
     if unknown and taken:
         names = sorted({name for takes in taken for name in takes.by_name})
-        raise TypeError(f"no branch of the sequence takes {', '.join(map(repr, unknown))}; by name they take {names}")
+        raise TypeError(f"no branch of the sequence takes {', '.join(map(repr, unknown))}; the names taken are {names}")
     return [
         kwargs if takes.any_by_name else {name: v for name, v in kwargs.items() if name in takes.by_name}
         for takes in taken
@@ -93,8 +93,8 @@ def for_each(paths: Iterable[Any], args: Args, kwargs: Kwargs) -> list[Kwargs]:
 def left_behind(
     batch_size: int, args: Args, kwargs: Kwargs, of_rows: tuple[Args, Kwargs], takes: Takes
 ) -> list[str | int]:
-    """The arguments, by name or else position, that hold a tensor of `batch_size` rows and are unchanged in `of_rows`,
-    what the branch got with only some rows of x."""
+    """The arguments, by name or else by position, that hold a tensor of `batch_size` rows and are unchanged in
+    `of_rows`, the arguments that the branch got with only some rows of x."""
     positions = [takes.positional[i] if i < len(takes.positional) else i for i in range(len(args))]
     given = [*zip(positions, args, of_rows[0], strict=True), *((k, v, of_rows[1][k]) for k, v in kwargs.items())]
     return [name for name, before, after in given if before is after and _has_rows(before, batch_size)]

@@ -1,4 +1,4 @@
-"""What stands for a path, and what binds it to the object that decides about its calls."""
+"""The protocol of what stands for a path, and its binding to the object that decides about its calls."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ GraphMask = tuple[Tensor, Tensor | None]
 class PathModule(Protocol):
     """What stands for a path: a module itself, or one of the paths of a converted block.
 
-    `promotion` makes the sum as wide as torch's own add does; None: the sum has the residual's dtype. `norm` is the
-    norm before the branch, apart from it so that it can be fused with the gather of rows.
+    `promotion` gives the sum the dtype that torch's own add would give it. Where it is None, the sum has the residual's
+    dtype. `norm` is the norm before the branch. It is kept apart so that it can be fused with the gather of rows.
     """
 
     binding: PathBinding
@@ -99,7 +99,7 @@ class StochasticDepth:
             return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
         kept = int(keep.sum())
         if kept == 0:
-            # As after other libraries' drop-path, every rank has a gradient: DDP and FSDP need one from each.
+            # Every rank gets a gradient, as with other libraries' drop-path: DDP and FSDP need one from each.
             return Decision(SKIP, dummy_calls=("learning",) if world_size() > 1 else ())
         return Decision(ROWS, row_set(keep, x.device), scale)
 
@@ -122,7 +122,7 @@ class PathBinding:
         """The path's index and name in its scheme."""
         self._scheme: weakref.ref[Any] | None = None
         self.branch_runner: BranchRunner | None = None
-        """Runs the branch instead of the path's `run_branch`: compiled, or captured."""
+        """Runs the branch in place of the path's `run_branch`, for example compiled or captured."""
         self.graph_mask: GraphMask | None = None
         """The plan as data, where the whole model is compiled."""
         self.call_override: Callable[[Any, Tensor], Tensor] | None = None
@@ -157,7 +157,7 @@ def not_a_tensor(module: PathModule, what: str, out: object) -> TypeError:
 
 
 def name_of(module: PathModule) -> str:
-    """A path's name for messages: its name in a scheme, else what its module is."""
+    """A path's name for messages: its name in a scheme, else a description of its module."""
     if module.binding.scheme is not None:
         return f"path {module.binding.name!r}"
     fn = getattr(module, "fn", None)

@@ -76,7 +76,7 @@ class PathCall:
         return freezing.touch(out, others)
 
     def run_dummy(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
-        """The branch on a row of zeros; with BatchNorm, whose statistics ranks may share, on the batch."""
+        """Runs the branch on a row of zeros, or on the batch if it has BatchNorm, whose statistics ranks may share."""
         rows = None
         if not batch_norms_of(self.module):
             rows = torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -129,7 +129,7 @@ class PathCall:
         if rows is not None:
             args, kwargs = self.module.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
         runner = self.module.binding.branch_runner
-        single = rows is not None and x.shape[0] == 1  # compilers make a graph of its own for a single row
+        single = rows is not None and x.shape[0] == 1  # compilers make a separate graph for a single row
         try:
             if runner is None or single or torch.compiler.is_compiling():
                 out = self.module.run_branch(x, args, kwargs, normed)
@@ -227,7 +227,7 @@ class PathCall:
     def checked_add(
         self, operands: Operands, rows: RowSet | None, scale: float = 1.0, row_scale: Tensor | None = None
     ) -> Add:
-        """How the branch's output is added. Raises `ValueError` or `TypeError` where it doesn't fit."""
+        """Checks how the branch's output is added. Raises `ValueError` or `TypeError` where it doesn't fit."""
         module, residual = self.module, operands.residual
         options = (row_scale, module.gamma, module.channel_dim)
         check_residual_add(residual, operands.update, None if rows is None else rows.learning, *options)
@@ -236,7 +236,7 @@ class PathCall:
         return Add(rows, scale, row_scale, module.channel_dim, module.activation)
 
     def run_masked(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch on all rows, with factors of 0 for the dropped ones."""
+        """Runs the branch on all rows, with a factor of 0 for the dropped ones."""
         rows = decision.rows
         assert rows is not None
         if rows.num_frozen:
@@ -246,7 +246,7 @@ class PathCall:
         return self.add(self.residual(x), self.learning_branch(x, decision), row_scale=row_scale)
 
     def run_in_graph(self, x: Tensor, learning: Tensor, detached: Tensor | None) -> Tensor:
-        """Under `torch.compile`, where no plan may be part of the graph: the branch runs on all rows. Its output is
+        """Runs the branch on all rows, under `torch.compile`, where no plan may be part of the graph. Its output is
         added times `learning` and, detached, times `detached`; for each row one of the two factors is 0."""
         module, residual, update = self.module, self.residual(x), self.branch(x)
         if detached is not None:
@@ -258,11 +258,11 @@ class PathCall:
         return self.add(residual, update, row_scale=self.for_rows(learning, x))
 
     def for_rows(self, scale: Tensor, x: Tensor) -> Tensor:
-        """A factor for each row from one for all, or one for each; in the dtype that the ops take."""
+        """Expands one factor for all rows, or one for each, to `[B]` in the dtype that the ops take."""
         return scale.to(compute_dtype(x)).expand(self.batch_size).contiguous()
 
     def run_rows(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch on learning and on frozen rows: two calls and one add."""
+        """Runs the branch on the learning and on the frozen rows: two calls and one add."""
         # A runner runs the norm as well, so that branches on all rows and on some can share a graph.
         fuses = self.module.binding.branch_runner is None
         norm = Norm.of(self.module.norm, x, decision.also_learns) if fuses else Norm()
@@ -282,14 +282,14 @@ class PathCall:
         if x_frozen is not None and parametrize._cache_enabled and any(map(parametrize.is_parametrized, self.modules)):
             raise RuntimeError(
                 f"{name_of(self.module)} has parametrized weights, and parametrize.cached() would give its learning "
-                "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or take "
+                "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or use "
                 "mode='block'"
             )
         frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows.frozen, normed)
         return self.learning_branch(x, decision, rows.learning, normed), frozen
 
     def run_frozen(self, x: Tensor, decision: Decision) -> Tensor:
-        """The branch on all rows, frozen or, with `freeze="branch"`, detached."""
+        """Runs the branch on all rows, frozen or, with `freeze="branch"`, detached."""
         residual = self.residual(x)
         compute = lambda: self.add(residual, self.branch(x))  # noqa: E731 (γ is frozen as well)
         with self._frozen(decision):

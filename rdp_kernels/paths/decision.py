@@ -13,8 +13,8 @@ from .freezing import FreezeBN, ParameterRef
 
 
 class Kind(enum.Enum):
-    """What a call does with its branch. It skips it, or runs it on all rows, which learn or are frozen, or runs it on
-    some rows, `Decision.rows`, some of which may be frozen."""
+    """What a call does with its branch. `SKIP`: the branch doesn't run. `LEARN`, `FROZEN`: it runs on all rows, which
+    learn or are frozen. `ROWS`: it runs on the rows `Decision.rows`, a part of which may be frozen."""
 
     SKIP, LEARN, FROZEN, ROWS = range(4)
 
@@ -34,8 +34,8 @@ class Decision:
         modules: the modules of the branch, where they were looked up before.
         also_learns: parameters of this path that the frozen rest shares. They learn inside the branch's call.
         row_scale: for `LEARN`, a factor for each row or one for all, where the host doesn't know which are 0.
-        dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and this one has no rows
-            for.
+        dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and that this rank has no
+            rows for.
     """
 
     kind: Kind = LEARN

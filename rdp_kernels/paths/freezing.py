@@ -61,7 +61,7 @@ class RequiresGrad:
         flag = self._flag
         for module, name in self._refs:
             parameter = module._parameters.get(name)
-            if parameter is None or parameter.requires_grad == flag:  # a tied parameter's second mention has it
+            if parameter is None or parameter.requires_grad == flag:  # also where a tied parameter comes again
                 continue
             if parameter.is_leaf:
                 parameter.requires_grad_(flag)
@@ -100,9 +100,9 @@ class Frozen(RequiresGrad):
             setattr(norm, self._switch, False)
             if not norm.training or type(norm).forward in _READ_THE_SWITCH:
                 continue
-            if isinstance(norm, _InstanceNorm):  # it moves the statistics that it has in spite of the switch
+            if isinstance(norm, _InstanceNorm):  # it moves its statistics in spite of the switch
                 norm._buffers = {**buffers, "running_mean": None, "running_var": None}
-            else:  # so may the forwards of other libraries' BatchNorms: they move copies
+            else:  # other libraries' BatchNorms may do so as well: they move copies
                 norm._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
         return self
 
@@ -131,8 +131,8 @@ def check_freezable(refs: Iterable[ParameterRef]) -> None:
     has_tangent = any(p is not None and unpack(p).tangent is not None for p in parameters)
     if torch._C._are_functorch_transforms_active() or has_tangent:
         raise RuntimeError(
-            "weights are frozen by requires_grad, which neither torch.func nor forward-mode AD asks for: differentiate "
-            'a reuse iteration by backward() or torch.autograd.grad, or take freeze="none"'
+            "weights are frozen by requires_grad, which torch.func and forward-mode AD ignore: differentiate a reuse "
+            'iteration by backward() or torch.autograd.grad, or use freeze="none"'
         )
 
 
@@ -152,9 +152,9 @@ def refuse_second_derivatives(out: Tensor) -> Tensor:
 def _refuse(_: tuple[Tensor | None, ...]) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a backward with create_graph=True reached what a reuse iteration has frozen, and freezing stops first "
-            "derivatives only, so that second ones would give frozen weights gradients: take a gradient penalty and "
-            'the like in the drop iteration, or outside of iterations, or take freeze="none"'
+            "a backward with create_graph=True reached what a reuse iteration has frozen. Freezing stops first "
+            "derivatives only, so that second derivatives would give gradients to frozen weights: compute gradient "
+            'penalties in the drop iteration or outside of iterations, or use freeze="none"'
         )
 
 

@@ -20,9 +20,27 @@ from .sequence import run_sequence
 
 
 class DropPath(nn.Module):
-    """Stochastic depth of a branch's output, per sample: timm's `DropPath`, same meaning and repr.
+    """Drops samples of a branch's output in training: timm's `DropPath`, with the same meaning and repr.
 
-    Args: as in `drop_path`. The branch is still computed for every sample; `ResidualBranch` skips the dropped ones.
+    The forward is `drop_path`. The branch before it is computed for every sample. A `ResidualBranch` skips the dropped
+    ones instead.
+
+    Args:
+        drop_prob: P(drop), in [0, 1].
+        scale_by_keep: whether kept samples are scaled by 1 / (1 − drop_prob).
+
+    Raises:
+        TypeError: if an argument has the wrong type. The error names the argument.
+        ValueError: if `drop_prob` isn't in [0, 1].
+
+    Example:
+        >>> drop = rdp.DropPath(0.5)
+        >>> drop
+        DropPath(drop_prob=0.500)
+        >>> drop(torch.ones(4, 1)).flatten()
+        tensor([0., 2., 0., 0.])
+        >>> drop.eval()(torch.ones(4, 1)).flatten()
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
@@ -31,6 +49,7 @@ class DropPath(nn.Module):
         self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns `drop_path(x, drop_prob, training, scale_by_keep)`."""
         return ops.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
     def extra_repr(self) -> str:
@@ -38,31 +57,49 @@ class DropPath(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """One residual path, `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
+    """One residual path: `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
 
-    Alone it is stochastic depth that computes kept samples only, and the plain residual in eval mode. Under a
-    `ResidualDropPath` scheme it follows the scheme's plan.
+    Without a scheme it is stochastic depth that computes the kept samples only (Huang et al., arXiv 1603.09382); masks
+    come from torch's global CPU generator. In eval mode it is the plain residual. Under a `ResidualDropPath` scheme it
+    follows the scheme's plan.
 
     The output has the dtype of the residual, `shortcut(x)` or x, whatever the branch's dtype is, under autocast too. A
     bfloat16 residual loses updates that are small beside it, for example behind a γ of 1e-6: cast it to float32.
 
+    `fn` isn't run on dropped samples, so that its forward hooks see the kept rows only. A path that is dropped for the
+    whole batch returns x itself, without a copy: don't change the output in place.
+
+    `fn`, `norm` and `shortcut` are submodules, and `gamma` is a parameter.
+
     Args:
         fn: the branch, a module that treats the samples (rows of dimension 0) independently, except for BatchNorm.
-        drop_prob: P(drop) in [0, 1].
+        drop_prob: P(drop), in [0, 1].
         mode: `"sample"` draws for each sample, `"block"` once for the batch. `"block"` holds under a scheme in sample
             mode too: it is for branches whose rows are not the samples (windows, patches).
-        scale_by_keep: kept rows are scaled by 1 / (1 − drop_prob) in training.
-        norm: a LayerNorm or RMSNorm before `fn`, given apart so that it can be fused with the gather of rows.
-        gamma: LayerScale vector `[C]` or None. A tensor is copied, a Parameter is kept.
+        scale_by_keep: whether kept rows are scaled by 1 / (1 − drop_prob) in training.
+        norm: a LayerNorm or RMSNorm before `fn`. As an argument of its own it can be fused with the gather of rows.
+        gamma: the LayerScale vector, `[C]`, or None. A tensor is copied, a Parameter is kept.
         shortcut: a module for the residual, for example a strided convolution; None for the identity.
         activation: None or `"relu"`, after the sum.
-        channel_dim: γ's dimension: −1 for `[..., C]`, 1 for NCHW.
-        per_sample: names of keyword arguments, or positions among the arguments after `x`, that carry a row per
-            sample and follow the rows of x. Other arguments are passed on as they are.
+        channel_dim: the dimension of the channels, for γ: −1 for `[..., C]`, 1 for NCHW.
+        per_sample: names of keyword arguments, or positions among the arguments after `x`, that have a row for each
+            sample. The branch gets only the rows of these that belong to its samples. Other arguments are passed on as
+            they are.
 
-    Submodules `fn`, `norm`, `shortcut`; parameter `gamma`. `fn` isn't run on dropped samples, so its forward hooks see
-    the kept rows only. A path that is dropped for the whole batch returns x itself, without a copy: don't change the
-    output in place. Raises `TypeError` or `ValueError` naming the argument.
+    Raises:
+        TypeError: if an argument has the wrong type. The error names the argument.
+        ValueError: if `drop_prob` isn't in [0, 1], `channel_dim` is 0, `mode` or `activation` is unknown, or
+            `per_sample` names something that `fn` doesn't take.
+
+    Example:
+        >>> block = rdp.ResidualBranch(nn.Linear(8, 8), norm=nn.LayerNorm(8), drop_prob=0.5)
+        >>> _ = block.fn.register_forward_hook(lambda fn, args, out: print("rows computed:", len(out)))
+        >>> block(torch.randn(8, 8)).shape
+        rows computed: 6
+        torch.Size([8, 8])
+        >>> block.eval()(torch.randn(8, 8)).shape
+        rows computed: 8
+        torch.Size([8, 8])
     """
 
     promotion = None
@@ -106,14 +143,19 @@ class ResidualBranch(nn.Module):
         self.binding = PathBinding()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the path on `x`, `[B, ...]`. The further arguments go to `fn`."""
         return run_path(self, x, args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise _cant_be_scripted(self)
 
     def is_plain(self) -> bool:
-        """Whether `ResidualSequence` may run the parts of a call itself: it is `run_path`, without a shortcut or an
-        activation, and nothing else sees it."""
+        """Whether `ResidualSequence` may run the parts of a call itself.
+
+        Returns:
+            True if the call is `run_path`, has no shortcut and no activation, and is seen by nothing else, such as
+            hooks.
+        """
         return (
             type(self).forward is ResidualBranch.forward
             and type(self).run_branch is ResidualBranch.run_branch
@@ -125,14 +167,40 @@ class ResidualBranch(nn.Module):
         )
 
     def branch_modules(self) -> list[nn.Module]:
+        """The modules of the branch.
+
+        Returns:
+            `norm`, if there is one, and `fn`.
+        """
         return [self.fn] if self.norm is None else [self.norm, self.fn]
 
     def own_parameters(self) -> list[ParameterRef]:
+        """The path's parameters outside of `branch_modules`.
+
+        Returns:
+            This module and the name of its `gamma`, if it has one.
+        """
         return [] if self.gamma is None else [(self, "gamma")]
 
     def map_rows(
         self, function: Callable[[Tensor], Tensor], batch_size: int | None, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
+        """Applies a function to the further arguments that have a row for each sample.
+
+        Args:
+            function: a function of a tensor, such as the choice of some of its rows.
+            batch_size: the number of rows that these arguments must have; None skips the check.
+            args: the positional arguments after `x`.
+            kwargs: the keyword arguments.
+
+        Returns:
+            The positional and the keyword arguments, with `function` applied to those that `per_sample` names.
+
+        Raises:
+            TypeError: if an argument that `per_sample` names isn't a tensor.
+            ValueError: if it doesn't have a row for each sample.
+        """
+
         def apply(name: str | int, value: Any) -> Any:
             if name not in self.per_sample or value is None:
                 return value
@@ -148,7 +216,11 @@ class ResidualBranch(nn.Module):
         return tuple(apply(i, v) for i, v in enumerate(args)), {name: apply(name, v) for name, v in kwargs.items()}
 
     def takes(self) -> Takes:
-        """The further arguments of a call."""
+        """The arguments that a call takes besides `x`.
+
+        Returns:
+            Their names, those that go by position and those that go by name, and whether there may be any others.
+        """
         if type(self).forward is not ResidualBranch.forward:
             own = taken_by(self)
             if not (own.any_positional or own.any_by_name):
@@ -156,6 +228,17 @@ class ResidualBranch(nn.Module):
         return taken_by(self.fn)
 
     def run_branch(self, x: Tensor, args: Args, kwargs: Kwargs, normed: bool = False) -> Tensor:
+        """Runs the branch alone, without γ and the residual add.
+
+        Args:
+            x: the rows to run on, `[K, ...]`.
+            args: the positional arguments after `x`.
+            kwargs: the keyword arguments.
+            normed: whether `x` is the output of `norm` already.
+
+        Returns:
+            The update, `[K, ...]`.
+        """
         out: Tensor = self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
         return out
 
@@ -169,18 +252,28 @@ class ResidualBranch(nn.Module):
 
 
 class ResidualSequence(nn.Sequential):
-    """A `Sequential` of `ResidualBranch` that passes further arguments to each of them.
+    """A `torch.nn.Sequential` of `ResidualBranch` modules that passes further arguments on to them.
 
     `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`, except that a branch
-    gets only those keyword arguments that its `fn.forward` takes by name, or all if that takes `**kwargs`: an attention
-    branch with a `mask` and an MLP without one can stand in one sequence.
+    gets only those keyword arguments that its `fn.forward` takes by name, or all if that takes `**kwargs`. An attention
+    branch with a `mask` and an MLP without one can therefore stand in one sequence. The forward raises `TypeError` for
+    a keyword argument that no branch takes, and for positional arguments that a branch doesn't take.
 
-    Where kernels serve it, one kernel adds a branch, normalises the sum and gathers the next branch's rows. The
-    residual between branches, which nothing else sees, is then updated in place, unless the backward of a norm reads
-    it. A branch with hooks, a shortcut or an activation is called as a module.
+    Where kernels serve it, one kernel adds a branch's update, normalises the sum and gathers the next branch's rows.
+    The residual between branches, which nothing else sees, is then updated in place, unless the backward of a norm
+    reads it. A branch with hooks, a shortcut or an activation is called as a module.
 
-    Raises `TypeError` for a module that is not a `ResidualBranch`, for a keyword argument that no branch takes, and for
-    positional arguments that a branch doesn't take.
+    Args:
+        *branches: modules of type `ResidualBranch`, or one `OrderedDict` of them, as `torch.nn.Sequential` takes it.
+
+    Raises:
+        TypeError: if a module isn't a `ResidualBranch`.
+
+    Example:
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8), norm=nn.LayerNorm(8)) for _ in range(3)]
+        >>> net, x = rdp.ResidualSequence(*branches), torch.randn(4, 8)
+        >>> torch.allclose(net(x), branches[2](branches[1](branches[0](x))), atol=1e-6)
+        True
     """
 
     def __init__(self, *branches: Any):
@@ -189,6 +282,7 @@ class ResidualSequence(nn.Sequential):
             _check_module(f"branches[{name}]", branch, ResidualBranch, "a ResidualBranch")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Runs the paths on `x`, `[B, ...]`, one after the other."""
         return run_sequence(self, x, args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:

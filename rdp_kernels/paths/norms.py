@@ -40,9 +40,10 @@ class Norm:
 
     @classmethod
     def of(cls, module: Any, x: Tensor, also_learns: Sequence[object] = ()) -> Norm:
-        """The fused norm, where it means exactly what calling `module` on `x` does, and kernels serve it.
+        """The fused norm, where it computes exactly what `module(x)` does and kernels serve it.
 
-        `also_learns`: parameters that learn although they don't require grad now, which needs the module's own call.
+        `also_learns` holds parameters that learn although they don't require grad now. With any, the norm isn't fused,
+        because such parameters learn in the module's own call only.
         """
         name = _NAMES.get(type(module))
         if name is None or also_learns or torch.compiler.is_compiling():
@@ -68,6 +69,6 @@ def _keeps_dtype(module: Any, x: Tensor) -> bool:
     if x.dtype not in (torch.float32, torch.float64) and torch.is_autocast_enabled(x.device.type):
         return False
     if module.eps is None and x.dtype not in (torch.float32, torch.float64):
-        return False  # its default depends on the version of torch
+        return False  # the default eps depends on the version of torch
     allowed = {x.dtype} if x.dtype == torch.float64 else {x.dtype, torch.float32}
     return all(p.dtype in allowed for p in module.parameters())

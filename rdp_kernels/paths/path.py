@@ -21,7 +21,25 @@ ROWS_OF_BATCH_NORM = (
 
 
 class Path:
-    """One residual path of a scheme's model. Row `index` of `plan.keep` is about it."""
+    """One residual path of a scheme's model, an entry of `scheme.paths`.
+
+    `index`, `name` and `module` are also attributes.
+
+    Args:
+        index: the path's number, in the order in which the model registers its paths. Row `index` of `PathPlan.keep`
+            decides about it.
+        name: its name in the model, as in `model.named_modules()`.
+        module: what stands for the path: a `ResidualBranch`, or a path of a converted block.
+        drop_prob: P(drop) from the scheme, or None for the module's own.
+
+    Example:
+        >>> model = rdp.ResidualSequence(*(rdp.ResidualBranch(nn.Linear(2, 2)) for _ in range(3)))
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, schedule="linear")
+        >>> scheme.paths
+        [Path(0, '0', drop_prob=0), Path(1, '1', drop_prob=0.25), Path(2, '2', drop_prob=0.5)]
+        >>> [tuple(p.shape) for p in scheme.paths[1].parameters()]
+        [(2, 2), (2,)]
+    """
 
     def __init__(self, index: int, name: str, module: PathModule, drop_prob: float | None):
         self.index, self.name, self.module = index, name, module
@@ -29,11 +47,15 @@ class Path:
 
     @property
     def drop_prob(self) -> float:
-        """P(drop) under the scheme: from the scheme's number and schedule, else the module's own, read at each draw."""
+        """P(drop) under the scheme. The module's own is read anew at each draw."""
         return self.module.drop_prob if self._drop_prob is None else self._drop_prob
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the branch (its norm included) and its gamma, each once."""
+        """The parameters of the path.
+
+        Returns:
+            The parameters of the branch, of its norm, and its gamma, each once.
+        """
         return list({id(p): p for p in parameters_of(self.module)}.values())
 
     def __repr__(self) -> str:
@@ -43,8 +65,8 @@ class Path:
 def find_paths(
     model: nn.Module, drop_prob: float | None = None, schedule: str = "constant", known: Container[int] = ()
 ) -> list[Path]:
-    """The paths of `model` in registration order. With `drop_prob` None each keeps its own. `known` holds the ids of
-    path modules that may have a scheme: that of the caller.
+    """The paths of `model` in registration order. With `drop_prob` None each keeps its own. Path modules whose ids are
+    in `known` may have a scheme already, which is the caller's.
 
     Raises `TypeError` or `ValueError` for a model without paths or with one inside another, and `RuntimeError` for a
     path that has a scheme.
@@ -52,7 +74,7 @@ def find_paths(
     path_modules = find_path_modules(model)
     for name, path_module in path_modules.items():
         if path_module.binding.scheme is not None and id(path_module) not in known:
-            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or let go of it")
+            raise RuntimeError(f"path {name!r} has a scheme already: call its remove() first, or delete the scheme")
     count = len(path_modules)
     rates = [None] * count if drop_prob is None else drop_path_rates(drop_prob, count, schedule)
     found = zip(path_modules.items(), rates, strict=True)
@@ -71,7 +93,7 @@ def find_path_modules(model: nn.Module, nested: bool = False) -> dict[str, PathM
         for path in named:
             if id(module) in inside and not nested:
                 raise ValueError(
-                    f"path {path!r} lies inside path {inside[id(module)]!r}: nested paths can't be planned apart"
+                    f"path {path!r} lies inside path {inside[id(module)]!r}: a plan can't decide about nested paths"
                 )
         path_modules |= named
         for path, path_module in named.items():
@@ -122,7 +144,7 @@ def path_modules_among(modules: Iterable[nn.Module]) -> list[PathModule]:
 
 
 def parameters_of(path_module: PathModule) -> Iterator[nn.Parameter]:
-    """All parameters of a path. Those that several modules share come more than once."""
+    """All parameters of a path. A parameter that several modules share comes more than once."""
     for module in path_module.branch_modules():
         yield from module.parameters()
     yield from own_parameters_of(path_module)

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .arguments import Args, Kwargs
 
 MOST_KNOWN = 32
-"""How many dtypes a path remembers. A training meets a few; the bound is for a program that meets ever new ones."""
+"""How many dtypes a path remembers. A training meets a few; the bound is for programs that keep meeting new ones."""
 
 
 class SkippedCall(Protocol):
-    """What is asked of a `PathCall` whose branch isn't to run. Its `module` is a path of a converted block."""
+    """The part of a `PathCall` that is used where its branch isn't to run. Its `module` is a converted block's path."""
 
     args: Args
     kwargs: Kwargs
@@ -35,9 +35,10 @@ class Promotion:
     residual's.
 
     Args:
-        whose: whose dtype the sum has. `"both"`: torch promotes the two. `"branch"`, `"residual"`: the sum has the
-            dtype of that one, because the other is added to it in place, or because it is added to zeros.
-        dtype: the dtype of the branch's output where all that it is computed from has it. None: not known.
+        whose: which operand gives the sum its dtype. `"both"`: torch promotes the two dtypes. `"branch"` or
+            `"residual"`: the sum has the dtype of that operand, because the other one is added to it in place, or
+            because it is added to zeros.
+        dtype: the dtype of the branch's output where all its inputs and weights have that dtype. None: not known.
     """
 
     def __init__(self, whose: str, dtype: torch.dtype | None):
@@ -62,7 +63,7 @@ class Promotion:
         path = call.module
         dtypes = [t.dtype for t in (x, *_tensors(call.args), *_weights(path))]
         if self.whose == "both" and residual == torch.float32 and torch.float64 not in (self._dtype, *dtypes):
-            return residual  # a branch that widens to float64 by itself was seen in the conversion, and isn't added
+            return residual  # `convert` makes no path of a sum whose branch widens to float64 by itself
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         if not autocast and all(d == self._dtype or not d.is_floating_point for d in dtypes):

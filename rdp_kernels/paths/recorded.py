@@ -32,8 +32,8 @@ def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual
     phase = module.binding.decider.phase
     if module.training and phase is not None:
         raise RuntimeError(
-            f"torch.fx and torch.jit.trace can't record the {phase} iteration that is open, as its plan would "
-            "stay in the graph for ever: record the model in eval mode, or outside of iterations"
+            f"torch.fx and torch.jit.trace can't record the {phase} iteration that is open, because the graph would "
+            "always follow its plan: record the model in eval mode, or outside of iterations"
         )
     branch = module.run_branch(x, args, kwargs)
     if not isinstance(branch, (Tensor, fx.Proxy)):

@@ -72,8 +72,8 @@ class _Chain:
         return self._residual
 
     def _add_plainly(self, operands: Operands, add: Add) -> bool:
-        """Whether torch's own add did it all: a branch on all rows, added to a residual that others have. That add has
-        no backward, where a kernel's would copy the gradient."""
+        """Adds an update on all rows by torch's own add, if the residual isn't the chain's own. Returns whether it did.
+        That add passes the gradient on as it is, where a kernel's backward would copy it."""
         if self._last_call is not None or add.rows is not None or operands.gamma is not None:
             return False
         out = plain_add(self._residual, operands.update, add.scale)
@@ -108,7 +108,7 @@ class _Chain:
         self._update = operands._replace(residual=None), add
 
     def _inputs(self, norm: Norm, decision: Decision) -> Results:
-        """What the branch gets."""
+        """Computes the inputs of the branch."""
         frozen = decision.kind is FROZEN
         detached: Detached | None = None
         if decision.freeze == "branch":

@@ -1,4 +1,4 @@
-"""Loads the compiled library once; where it is missing everything else works without it."""
+"""Loads the compiled library once. Where it is missing, everything else works without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 PACKAGE = Path(__file__).parent.parent.parent
 """Where this package was imported from."""
-_HOW_TO_BUILD = "with a C++ compiler: RDP_BUILD=cpu pip install --no-build-isolation . (says what is wrong if it fails)"
+_HOW_TO_BUILD = "with a C++ compiler: RDP_BUILD=cpu pip install --no-build-isolation . (if it fails, it says why)"
 
 
 def _files_in(package: Path) -> list[Path]:

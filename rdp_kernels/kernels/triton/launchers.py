@@ -38,10 +38,16 @@ def fused_add_fwd(
     """Adds an update to the residual, gathers the next branch's rows, or both.
 
     Args:
+        operands: the tensors that the call computes with.
+        add: how the update is added; None if nothing is added.
+        next_input: what the next branch gets; None if there is none.
         num_saved: how many leading rows of the next branch keep what the norm's backward needs. Without a list of rows
             `norm_input` is no copy: it is `out`, or the residual where nothing is added.
         in_place: the sum overwrites `operands.residual`, which must be dense; not possible with an activation.
         batch_size: the result's, needed where there is no residual.
+
+    Returns:
+        The results, and the context that the backward needs.
     """
     norm = None if next_input is None else next_input.norm
     context = context_of(operands, norm, batch_size)
@@ -90,13 +96,20 @@ def fused_add_bwd(
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
-    """The gradients of the operands that are `wanted` (bools).
+    """Computes the gradients of the operands.
 
     Args:
+        context: the forward's.
         operands: `update` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
         results: `out` where there is an activation, `norm_input`, `mean` and `rstd` where there is a norm.
         gradients: the gradients of the results; None stands for zero.
+        add: as in the forward.
+        next_input: as in the forward.
+        wanted: for each operand, whether its gradient is wanted.
         in_place: the residual's gradient may overwrite the gradient of `out`, which must be dense.
+
+    Returns:
+        The wanted gradients. None stands for zero.
     """
     if all(gradient is None for gradient in gradients[:3]):
         return Operands()

@@ -36,7 +36,8 @@ def unavailable() -> str | None:
 
 
 def _why_not_interpreted() -> str | None:
-    """Triton before 3.7 converts one-element arrays to numbers implicitly; numpy 2.4 removed that."""
+    """Why the interpreter can't run, or None. Triton before 3.7 converts one-element arrays to numbers implicitly, and
+    numpy 2.4 removed that."""
     triton, numpy = _version_of("triton"), _version_of("numpy")
     if triton and numpy and triton[:2] < (3, 7) and numpy[:2] >= (2, 4):
         found = ".".join(map(str, triton))
@@ -58,9 +59,8 @@ def why_not_kind(
 ) -> str | None:
     """Why calls on such tensors can't be served; None if they can.
 
-    Args:
-        norm_width: the number of channels of the norm, if there is one.
-        forced: whether the user asked for this backend. The interpreter serves such calls only, as it is for tests.
+    `norm_width` is the number of channels of the norm, if there is one. `forced` tells whether the user asked for this
+    backend. The interpreter serves such calls only, as it is for tests.
     """
     reason = unavailable()
     if reason is not None:
@@ -77,7 +77,7 @@ def why_not_kind(
         if dtype not in DTYPES:
             return f"the Triton kernels have float32, bfloat16, float16 and float64, not {dtype}"
     if norm_width is not None and norm_width > MAX_NORM_WIDTH:
-        return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, what one kernel holds"
+        return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, the most that one kernel holds"
     return None
 
 
