@@ -64,28 +64,46 @@ def convert(
 ) -> ConversionReport:
     """Turns the residual blocks of a model into paths, in place.
 
-    Each block becomes an instance of a generated subclass of its class. In training mode, this class calls `run_path`
-    where the block called its drop-path; in eval mode, the block's own forward runs. No submodule is added, the keys of
-    `state_dict` stay, and `deepcopy` and `pickle` go on working. `revert` undoes the conversion. Blocks that were
-    converted before stay as they are, and the report says so.
+    A path is a residual branch with its add. In training mode a converted block calls its paths where it called its
+    drop-path or added its branch, so that a dropped branch isn't computed; in eval mode its own forward runs. Each
+    block becomes an instance of a generated subclass of its class. No submodule is added, the keys of `state_dict`
+    stay, and `deepcopy` and `pickle` work as before. `revert` undoes the conversion. Blocks that were converted before
+    stay as they are, and the report says so. If an error is raised, the model is as before.
 
     Args:
-        model: with timm's `DropPath`, torchvision's `StochasticDepth` or one of the `*DropPath` of transformers.
-        drop_prob: P(drop) of all paths, including those that were converted before; residual blocks without a drop-path
-            become paths too. None: each path keeps its own, and only blocks with a drop-path are converted.
-        strict: raise where anything is refused, and leave the model as it was.
+        model: a model whose blocks have timm's `DropPath`, torchvision's `StochasticDepth`, one of the `*DropPath` of
+            transformers or another module that drops rows. With `drop_prob` its blocks need none.
+        drop_prob: P(drop) of all paths, in [0, 1], also of those that were converted before. Residual blocks without a
+            drop-path become paths too. With None, the default, each path keeps its own rate, and only blocks with a
+            drop-path are converted.
+        strict: whether to raise an error if a path is refused. Default: False.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
-            with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
-        check: compare each converted block with the original, on copies: outputs and gradients with fixed masks, in
-            float64 where the block can be cast; then in training mode, children too, in its own dtypes and under
-            autocast to bfloat16, with everything that it returns and leaves behind. A block that differs is refused.
+            with, samples in dimension 0. With None, the default, they follow the model's configuration, or are images
+            of 224 × 224 pixels.
+        check: whether to compare each kind of block with the original, on copies. The first comparison is of outputs
+            and gradients with fixed masks, in float64 where the block can be cast. The second is in training mode, in
+            the block's own dtypes and under autocast to bfloat16, and covers everything that the block returns and
+            changes. A block that differs is refused. A model on the meta device can only be converted with False.
+            Default: True.
 
-    The report names every path and, with `drop_prob`, every block that has none, with the reason. A model on the meta
-    device can be converted only with `check=False`.
+    Returns:
+        A report that names every path and, with `drop_prob`, every block without one and the reason.
 
-    Raises `ConversionError` if `strict` and anything is refused, `RuntimeError` if there are new paths while a scheme
-    of the model is in the middle of a pair of iterations, and `TypeError` or `ValueError` naming the argument. The
-    model is then as before.
+    Raises:
+        ConversionError: if `strict` is True and a path is refused.
+        ValueError: if an argument has a wrong value, or if the model can't run on `example_inputs`.
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if there are new paths while a scheme of the model is in the middle of a pair of iterations.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> model = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> report = rdp.convert(model, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> report.summary()
+        '4 paths in 2 blocks converted'
+        >>> scheme = rdp.ResidualDropPath(model, seed=0)
+        >>> len(scheme.paths)
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -212,8 +230,24 @@ def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = Fa
 def revert(model: nn.Module) -> None:
     """Gives the converted blocks of a model their own classes back.
 
-    Raises `RuntimeError` while a scheme has their paths, and where another library has derived a class from a
-    converted one. The model is then as before.
+    If an error is raised, the model is as before.
+
+    Args:
+        model: a model that was converted by `convert`. Other models stay as they are.
+
+    Raises:
+        TypeError: if `model` isn't a `torch.nn.Module`.
+        RuntimeError: if a scheme has paths of the model, or if another library has derived a class from the class of a
+            converted block.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> report = rdp.convert(layer, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> type(layer) is nn.TransformerEncoderLayer
+        False
+        >>> rdp.revert(layer)
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
