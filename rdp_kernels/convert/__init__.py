@@ -4,20 +4,20 @@
 |---|---|
 | `libraries.py` | knows the drop-paths of other libraries by their names |
 | `observed.py`, `drop_probe.py`, `drop_code.py` | find out what a drop-path does |
-| `calls.py` | runs the model on an example and records what each block is called with |
+| `calls.py` | runs the model on an example and records the arguments of each block |
 | `trace.py`, `in_place.py` | make a graph of one block's forward, with its children as leaves |
 | `watch.py`, `called.py`, `python_code.py` | see what a forward does that a graph doesn't show |
 | `guards.py` | compares Python values before each call with what they were |
 | `carve.py`, `sites.py`, `graphs.py` | cut the branches out of the graph |
 | `source.py`, `spec.py` | write Python source, make a subclass of the block's class from it, and pickle that |
-| `followed.py` | sees whether the functions that were traced are still the same |
-| `converted.py` | runs in a converted block |
-| `step.py`, `differences.py` | run one step of a block and compare what it leaves |
+| `followed.py` | checks whether the functions that were traced are still the same |
+| `converted.py` | is the code that runs in a converted block |
+| `step.py`, `differences.py` | run one step of a block and compare its results |
 | `check.py` | compares the converted block with the original, children in eval mode |
 | `check_training.py` | compares them as users run them: in training mode, under autocast |
 | `snapshot.py` | restores the model and the generators |
-| `side_products.py` | finds what a branch leaves on its modules |
-| `report.py` | says what was done |
+| `side_products.py` | finds the attributes that a branch sets on its modules |
+| `report.py` | reports what was done |
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def convert(
 
 
 def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport, strict: bool) -> Exception | None:
-    """Why the conversion of the blocks in `done` must be undone; None where it may stay."""
+    """The error for which the conversion of the blocks in `done` must be undone; None if it may stay."""
     if done and (busy := _busy_with(model)):
         return RuntimeError(
             f"new paths can't be made now: a scheme of the model {busy}, whose plan covers only the paths that it had. "
@@ -163,7 +163,7 @@ def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport,
 
 
 def _busy_with(model: nn.Module) -> str | None:
-    """What a scheme of the model's paths is in the middle of, in words; None where it looks for its paths anew."""
+    """The iteration that a scheme of the model has open or pending, in words; None if there is none."""
     for scheme in {path_module.binding.scheme for m in model.modules() for _, path_module in paths_of(m)}:
         if scheme is not None and scheme.phase is not None:
             return f"has a {scheme.phase} iteration open"
@@ -185,8 +185,8 @@ def _held_twice(model: nn.Module, blocks: set[str]) -> list[str]:
 
 
 def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionReport, dict[int, str]]:
-    """Rows for the paths of blocks that are converted already; and, by the module's id, the name of the path for each
-    module that lies in the branch of any path."""
+    """A report with the paths of blocks that are converted already; and the modules that lie in the branch of any path:
+    the path's name by the module's id."""
     report, inside = ConversionReport(), dict[int, str]()
     for module in model.modules():
         name = names[id(module)]
@@ -292,7 +292,7 @@ class _Converter:
     done: list[nn.Module] = field(default_factory=list)
     without_paths: list[BlockReport] = field(default_factory=list)
     _carved: dict[Any, list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = field(default_factory=dict)
-    """The results for blocks that are alike, each with the kinds of the drop-paths that it was found for."""
+    """The results for blocks that are alike, each with the kinds of the drop-paths that it holds for."""
     _side_products: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """The side products of the branches, by the recipe's id."""
 
@@ -318,8 +318,8 @@ class _Converter:
             replaced = "forward" if "forward" in vars(block) else Followed.of(type(block)).replaced_on(block)
             if replaced is not None:
                 raise Refused(
-                    f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only its class's can "
-                    "be followed: convert before that"
+                    f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only the class's can "
+                    "be followed: convert before it is replaced"
                 )
             with in_eval(block):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
@@ -400,8 +400,8 @@ class _Converter:
 def _serves(
     found: tuple[Recipe, Carved] | Refused, known: dict[str, int], kinds: dict[str, int], block: nn.Module
 ) -> bool:
-    """Whether what was found for a block with drop-paths of the `known` kinds holds for a block with these `kinds`.
-    They may differ because an Identity replaces a drop-path whose rate is 0."""
+    """Whether a result for a block with drop-paths of the `known` kinds holds for a block with these `kinds`. The kinds
+    may differ because an Identity replaces a drop-path whose rate is 0."""
     if known == kinds:
         return True
     if isinstance(found, Refused) or found[1].refused or known.keys() != kinds.keys():

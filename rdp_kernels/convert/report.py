@@ -180,7 +180,7 @@ class ConversionReport:
 
 
 def describe(error: BaseException) -> str:
-    """The type of an error, and the first line of its message or, without one, the user's code that raised it."""
+    """The type of an error, and the first line of its message or, if it has none, the user's code that raised it."""
     message = str(error).strip()
     if message:
         return f"{type(error).__name__}: {message.splitlines()[0]}"

@@ -112,8 +112,7 @@ class ResidualDropPath:
         warn_left_over(model)
         if not any(path.drop_prob for path in self.paths):
             self._pairs.notices.warn(
-                "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
-                "training"
+                "every path's drop_prob is 0: until that changes, drawn plans drop nothing, which is plain training"
             )
 
     def __repr__(self) -> str:
@@ -226,7 +225,7 @@ class ResidualDropPath:
             pairs.pending = iteration
             raise RuntimeError(
                 "drop_iteration(): its plan drops every path that can learn, and nothing else can learn, so that there "
-                "is nothing to run. The reuse iteration is pending: go on with reuse_iteration(), or loop over "
+                "is nothing to run. The reuse iteration is pending: continue with reuse_iteration(), or loop over "
                 "iterations(), which does so by itself"
             )
         with pairs.opened(iteration):
@@ -347,7 +346,7 @@ class ResidualDropPath:
         """
         if self.mode != "block":
             raise ValueError(
-                "alternate needs mode='block': in sample mode the next batch's size would have to be known"
+                "alternate needs mode='block': in sample mode it would have to know the size of the next batch"
             )
         optimizer = stepped_by(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -408,7 +407,7 @@ class ResidualDropPath:
             >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
             >>> estimate = scheme.estimate(torch.randn(16, 8), timed=False)
         """
-        from ..estimate import estimate  # the one import of what stands above: most trainings never ask
+        from ..estimate import estimate  # the one import of a higher floor, which most trainings don't need
 
         return estimate(self, example_inputs, timed)
 
@@ -476,12 +475,12 @@ class ResidualDropPath:
         raise TypeError(COPIED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoScheme:
-        if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # not the copy of a module that has it
+        if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # the scheme is copied by itself
             raise TypeError(COPIED)
         return NoScheme()
 
     def __reduce__(self) -> tuple[type[NoScheme], tuple[()]]:
-        warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
+        warnings.warn(f"the scheme is pickled as a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
     def _end_alternation(self, alternation: Alternation) -> None:
