@@ -59,7 +59,7 @@ def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Block
 def _step_of_original(
     block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
 ) -> Step | None:
-    """A step of the original; None if it fails under autocast, where the block then can't be in use."""
+    """A step of the original; None if it fails under autocast, and so can't be used there."""
     try:
         return step_of(block, call, run, setting, **options)
     except Exception as error:

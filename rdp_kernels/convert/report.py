@@ -135,7 +135,7 @@ class ConversionReport:
     rows: list[PathReport] = field(default_factory=list)
     """The paths in registration order of their blocks, converted or not."""
     notes: list[str] = field(default_factory=list)
-    """Sentences about blocks: one for each class without a path and each reason, and one for each shared block."""
+    """Notes on blocks without a path, on shared blocks and on earlier conversions."""
     without_paths: list[BlockReport] = field(default_factory=list)
     """The blocks in which no path was found. Blocks without a drop-path are searched only if `drop_prob` is given."""
 

@@ -317,7 +317,8 @@ class Pairs:
             return
         if self.pending is not None:
             raise RuntimeError(
-                "the model's paths have changed since the drop iteration, whose plan is for the earlier paths: call reset()"
+                "the model's paths have changed since the drop iteration, whose plan is for the earlier paths: "
+                "call reset()"
             )
         before = {id(path.module): path.module for path in self.paths}
         paths = find_paths(self.rest.model, *self._rates, known=before)

@@ -32,10 +32,11 @@ class ResidualDropPath:
 
     Nothing is added to the model's `state_dict`, and copies and pickles of the model carry no scheme. If a module has
     its scheme as an attribute, its copies have a `NoScheme` there. The scheme itself can't be copied: save its
-    `state_dict`. The scheme looks up what belongs to which path, and to the rest, when an iteration opens.
+    `state_dict`. When an iteration opens, the scheme looks up what belongs to which path and to the rest, which is
+    everything outside of the branches.
 
-    The scheme warns once where it does nothing: if all rates are 0, if the model doesn't run a path, or if parameters
-    that don't learn have gradients of zero instead of None.
+    The scheme warns once if all rates are 0, if the model is in eval mode or doesn't run a path, and if parameters that
+    don't learn have gradients of zero instead of None.
 
     Args:
         model: a network with paths, built from `ResidualBranch` or converted by `convert`.
@@ -176,7 +177,7 @@ class ResidualDropPath:
         after `integrations.distributed.agree`, those that do.
 
         Returns:
-            The parameters, each once. The list is empty where no iteration is open.
+            The parameters, each once. The list is empty if no iteration is open.
         """
         return self._pairs.learning_parameters()
 
@@ -184,7 +185,7 @@ class ResidualDropPath:
         """Lists the model's other parameters, which get no gradient in the open iteration.
 
         Returns:
-            The parameters, each once. Where no iteration is open, these are all parameters of the model.
+            The parameters, each once. If no iteration is open, these are all parameters of the model.
         """
         return self._pairs.idle_parameters()
 
@@ -387,7 +388,7 @@ class ResidualDropPath:
 
         It compares FLOPs, bytes saved for the backward and time with those of plain training, in each mode, at the
         scheme's own rates and at others, and gives a recommendation. It measures a copy of the model, whose branches
-        aren't compiled. Nothing changes.
+        aren't compiled. The model and the scheme don't change.
 
         Args:
             example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0, of
