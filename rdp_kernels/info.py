@@ -1,4 +1,4 @@
-"""`python -m rdp_kernels.info` prints where the package is, versions, devices, and backends or why they are missing."""
+"""`python -m rdp_kernels.info` prints the place, versions, devices, and which backends are missing and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .kernels.native.library import PACKAGE, has_cuda
 
 
 def describe() -> str:
-    """The report as text, one fact a line."""
+    """The report as text, one fact per line."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -427,7 +427,7 @@ class TestCopies:
                 with told:
                     other = clone(net)
         with pytest.raises(
-            AttributeError, match=r"no 'iterations' here: .*rdp.ResidualDropPath\(model, ...\).*state_dict"
+            AttributeError, match=r"NoScheme has no 'iterations': .*rdp.ResidualDropPath\(model, ...\).*state_dict"
         ):
             other.scheme.iterations(3)
         assert repr(clone(other).scheme) == "NoScheme()", "a copy of a copy"
@@ -446,7 +446,7 @@ class TestCopies:
         for around in ([scheme], {"model": 1, "scheme": scheme}):
             with pytest.raises(TypeError, match="can't be copied"):
                 copy.deepcopy(around)
-        with pytest.warns(UserWarning, match=r"in a pickle there will be a NoScheme: .*save its state_dict\(\)"):
+        with pytest.warns(UserWarning, match=r"the scheme is pickled as a NoScheme: .*save its state_dict\(\)"):
             pickled = pickle.dumps(scheme)
         with pytest.raises(AttributeError, match=r"load_state_dict\(\)"):
             _ = pickle.loads(pickled).plan

@@ -129,7 +129,7 @@ class TestNothingCanLearn:
     def test_drop_iteration_says_so_and_leaves_the_reuse_iteration_pending(self):
         model = paths_alone()
         scheme = rdp.ResidualDropPath(model, 1.0)
-        with pytest.raises(RuntimeError, match=r"nothing else can learn.*go on with reuse_iteration\(\)"):
+        with pytest.raises(RuntimeError, match=r"nothing else can learn.*continue with reuse_iteration\(\)"):
             scheme.drop_iteration().__enter__()
         with scheme.reuse_iteration():
             model(X).sum().backward()

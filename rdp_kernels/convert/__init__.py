@@ -4,20 +4,20 @@
 |---|---|
 | `libraries.py` | knows the drop-paths of other libraries by their names |
 | `observed.py`, `drop_probe.py`, `drop_code.py` | find out what a drop-path does |
-| `calls.py` | runs the model on an example and records what each block is called with |
+| `calls.py` | runs the model on an example and records the arguments of each block |
 | `trace.py`, `in_place.py` | make a graph of one block's forward, with its children as leaves |
 | `watch.py`, `called.py`, `python_code.py` | see what a forward does that a graph doesn't show |
 | `guards.py` | compares Python values before each call with what they were |
 | `carve.py`, `sites.py`, `graphs.py` | cut the branches out of the graph |
 | `source.py`, `spec.py` | write Python source, make a subclass of the block's class from it, and pickle that |
-| `followed.py` | sees whether the functions that were traced are still the same |
-| `converted.py` | runs in a converted block |
-| `step.py`, `differences.py` | run one step of a block and compare what it leaves |
+| `followed.py` | checks whether the functions that were traced are still the same |
+| `converted.py` | is the code that runs in a converted block |
+| `step.py`, `differences.py` | run one step of a block and compare its results |
 | `check.py` | compares the converted block with the original, children in eval mode |
 | `check_training.py` | compares them as users run them: in training mode, under autocast |
 | `snapshot.py` | restores the model and the generators |
-| `side_products.py` | finds what a branch leaves on its modules |
-| `report.py` | says what was done |
+| `side_products.py` | finds the attributes that a branch sets on its modules |
+| `report.py` | reports what was done |
 """
 
 from __future__ import annotations
@@ -64,28 +64,46 @@ def convert(
 ) -> ConversionReport:
     """Turns the residual blocks of a model into paths, in place.
 
-    Each block becomes an instance of a generated subclass of its class. In training mode, this class calls `run_path`
-    where the block called its drop-path; in eval mode, the block's own forward runs. No submodule is added, the keys of
-    `state_dict` stay, and `deepcopy` and `pickle` go on working. `revert` undoes the conversion. Blocks that were
-    converted before stay as they are, and the report says so.
+    A path is a residual branch with its add. In training mode a converted block calls its paths where it called its
+    drop-path or added its branch, so that a dropped branch isn't computed; in eval mode its own forward runs. Each
+    block becomes an instance of a generated subclass of its class. No submodule is added, the keys of `state_dict`
+    stay, and `deepcopy` and `pickle` work as before. `revert` undoes the conversion. Blocks that were converted before
+    stay as they are, and the report says so. If an error is raised, the model is as before.
 
     Args:
-        model: with timm's `DropPath`, torchvision's `StochasticDepth` or one of the `*DropPath` of transformers.
-        drop_prob: P(drop) of all paths, including those that were converted before; residual blocks without a drop-path
-            become paths too. None: each path keeps its own, and only blocks with a drop-path are converted.
-        strict: raise where anything is refused, and leave the model as it was.
+        model: a model whose blocks have timm's `DropPath`, torchvision's `StochasticDepth`, one of the `*DropPath` of
+            transformers or another module that drops rows. With `drop_prob` its blocks need none.
+        drop_prob: P(drop) of all paths, in [0, 1], also of those that were converted before. Residual blocks without a
+            drop-path become paths too. With None, the default, each path keeps its own rate, and only blocks with a
+            drop-path are converted.
+        strict: whether to raise an error if a path is refused. Default: False.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments that the model can be called
-            with, samples in dimension 0. None: what the model says of itself, or an image of 224 × 224 pixels.
-        check: compare each converted block with the original, on copies: outputs and gradients with fixed masks, in
-            float64 where the block can be cast; then in training mode, children too, in its own dtypes and under
-            autocast to bfloat16, with everything that it returns and leaves behind. A block that differs is refused.
+            with, samples in dimension 0. With None, the default, they follow the model's configuration, or are images
+            of 224 × 224 pixels.
+        check: whether to compare each kind of block with the original, on copies. The first comparison is of outputs
+            and gradients with fixed masks, in float64 where the block can be cast. The second is in training mode, in
+            the block's own dtypes and under autocast to bfloat16, and covers everything that the block returns and
+            changes. A block that differs is refused. A model on the meta device can only be converted with False.
+            Default: True.
 
-    The report names every path and, with `drop_prob`, every block that has none, with the reason. A model on the meta
-    device can be converted only with `check=False`.
+    Returns:
+        A report that names every path and, with `drop_prob`, every block without one and the reason.
 
-    Raises `ConversionError` if `strict` and anything is refused, `RuntimeError` if there are new paths while a scheme
-    of the model is in the middle of a pair of iterations, and `TypeError` or `ValueError` naming the argument. The
-    model is then as before.
+    Raises:
+        ConversionError: if `strict` is True and a path is refused.
+        ValueError: if an argument has a wrong value, or if the model can't run on `example_inputs`.
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if there are new paths while a scheme of the model is in the middle of a pair of iterations.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> model = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> report = rdp.convert(model, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> report.summary()
+        '4 paths in 2 blocks converted'
+        >>> scheme = rdp.ResidualDropPath(model, seed=0)
+        >>> len(scheme.paths)
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -132,7 +150,7 @@ def convert(
 
 
 def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport, strict: bool) -> Exception | None:
-    """Why the conversion of the blocks in `done` must be undone; None where it may stay."""
+    """The error for which the conversion of the blocks in `done` must be undone; None if it may stay."""
     if done and (busy := _busy_with(model)):
         return RuntimeError(
             f"new paths can't be made now: a scheme of the model {busy}, whose plan covers only the paths that it had. "
@@ -145,7 +163,7 @@ def _why_undo(model: nn.Module, done: list[nn.Module], report: ConversionReport,
 
 
 def _busy_with(model: nn.Module) -> str | None:
-    """What a scheme of the model's paths is in the middle of, in words; None where it looks for its paths anew."""
+    """The iteration that a scheme of the model has open or pending, in words; None if there is none."""
     for scheme in {path_module.binding.scheme for m in model.modules() for _, path_module in paths_of(m)}:
         if scheme is not None and scheme.phase is not None:
             return f"has a {scheme.phase} iteration open"
@@ -167,8 +185,8 @@ def _held_twice(model: nn.Module, blocks: set[str]) -> list[str]:
 
 
 def _found_already(model: nn.Module, names: dict[int, str]) -> tuple[ConversionReport, dict[int, str]]:
-    """Rows for the paths of blocks that are converted already; and, by the module's id, the name of the path for each
-    module that lies in the branch of any path."""
+    """A report with the paths of blocks that are converted already; and the modules that lie in the branch of any path:
+    the path's name by the module's id."""
     report, inside = ConversionReport(), dict[int, str]()
     for module in model.modules():
         name = names[id(module)]
@@ -212,8 +230,24 @@ def _row_of(name: str, block: nn.Module, path: ConvertedPath, already: bool = Fa
 def revert(model: nn.Module) -> None:
     """Gives the converted blocks of a model their own classes back.
 
-    Raises `RuntimeError` while a scheme has their paths, and where another library has derived a class from a
-    converted one. The model is then as before.
+    If an error is raised, the model is as before.
+
+    Args:
+        model: a model that was converted by `convert`. Other models stay as they are.
+
+    Raises:
+        TypeError: if `model` isn't a `torch.nn.Module`.
+        RuntimeError: if a scheme has paths of the model, or if another library has derived a class from the class of a
+            converted block.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> report = rdp.convert(layer, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> type(layer) is nn.TransformerEncoderLayer
+        False
+        >>> rdp.revert(layer)
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -258,7 +292,7 @@ class _Converter:
     done: list[nn.Module] = field(default_factory=list)
     without_paths: list[BlockReport] = field(default_factory=list)
     _carved: dict[Any, list[tuple[dict[str, int], tuple[Recipe, Carved] | Refused]]] = field(default_factory=dict)
-    """The results for blocks that are alike, each with the kinds of the drop-paths that it was found for."""
+    """The results for blocks that are alike, each with the kinds of the drop-paths that it holds for."""
     _side_products: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """The side products of the branches, by the recipe's id."""
 
@@ -284,8 +318,8 @@ class _Converter:
             replaced = "forward" if "forward" in vars(block) else Followed.of(type(block)).replaced_on(block)
             if replaced is not None:
                 raise Refused(
-                    f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only its class's can "
-                    "be followed: convert before that"
+                    f"its {replaced} was replaced on the instance, as accelerate's hooks do, and only the class's can "
+                    "be followed: convert before it is replaced"
                 )
             with in_eval(block):  # children are run
                 recipe, carved = self._recipe(block, self._calls[id(block)])
@@ -366,8 +400,8 @@ class _Converter:
 def _serves(
     found: tuple[Recipe, Carved] | Refused, known: dict[str, int], kinds: dict[str, int], block: nn.Module
 ) -> bool:
-    """Whether what was found for a block with drop-paths of the `known` kinds holds for a block with these `kinds`.
-    They may differ because an Identity replaces a drop-path whose rate is 0."""
+    """Whether a result for a block with drop-paths of the `known` kinds holds for a block with these `kinds`. The kinds
+    may differ because an Identity replaces a drop-path whose rate is 0."""
     if known == kinds:
         return True
     if isinstance(found, Refused) or found[1].refused or known.keys() != kinds.keys():

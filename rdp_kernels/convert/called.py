@@ -1,4 +1,4 @@
-"""Which calls of a forward's own code a graph can't repeat, and why."""
+"""Tells which calls in a forward's own code a graph can't repeat, and why."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def classes_of(kind: type) -> list[type]:
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code and the code of what is defined in it."""
+    """The code itself, and the code of the functions and classes that are defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -53,7 +53,7 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @functools.cache
 def library_of(file: str) -> str:
-    """Whose file it is: "user", "torch", "ours" or "stdlib"."""
+    """The owner of a file: "user", "torch", "ours" or "stdlib"."""
     if file.startswith(_OURS) or file.startswith("<rdp.convert"):
         return "ours"
     if file.startswith(TORCH):
@@ -68,7 +68,7 @@ def of_user(code: types.CodeType) -> bool:
 
 
 def why_not_library(code: types.CodeType) -> str | None:
-    """Why a graph can't repeat a call of a Python function of torch or of the standard library; None where it can."""
+    """Why a graph can't repeat a call of a Python function of torch or of the standard library; None if it can."""
     file, name = code.co_filename, code.co_name
     if file.startswith(TORCH):
         place = file[len(TORCH) :].removesuffix(".py")
@@ -107,8 +107,8 @@ def why_not_built_in(called: Any) -> str | None:
 
 
 def is_context(code: types.CodeType, caller: types.CodeType) -> bool:
-    """Whether an `__enter__` with this code and caller is a context of torch's, or is entered through contextlib. A
-    decorator of the forward may enter it too."""
+    """Whether an `__enter__` with this code and caller is that of a context of torch, or is called by contextlib. A
+    decorator of the forward may enter such a context too."""
     places = ("amp/autocast_mode.py", "autograd/grad_mode.py", "autograd/graph.py", "autograd/profiler.py", "random.py")
     return caller.co_filename.endswith("contextlib.py") or code.co_filename.startswith(tuple(TORCH + p for p in places))
 

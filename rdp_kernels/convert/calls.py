@@ -1,4 +1,4 @@
-"""Runs a model on an example at two batch sizes, and records what each block is called with."""
+"""Runs a model on an example at two batch sizes, and records the arguments of each block."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def cloned(x: Tensor) -> Tensor:
 class Signature:
     """How a block is called: which of its arguments are inputs and which are constants, containers taken apart.
 
-    What was traced doesn't hold for a call of another structure or with other constants.
+    A trace doesn't hold for calls with another structure or with other constants.
     """
 
     structure: str
-    """The structure of the arguments, as `torch.utils._pytree.treespec_dumps` writes it."""
+    """The structure of the arguments, written by `torch.utils._pytree.treespec_dumps`."""
     is_input: tuple[bool, ...]
     constants: tuple[Any, ...]
     """One entry for each argument; None for inputs."""
@@ -74,7 +74,7 @@ class Signature:
         return cls(pytree.treespec_dumps(structure), is_input, constants, is_flat)
 
     def inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
-        """The inputs among the arguments of a call; None where its structure or its constants differ."""
+        """The inputs among the arguments of a call; None if its structure or its constants differ."""
         flat: Any = args
         if kwargs or not self.is_flat or len(args) != len(self.is_input) or any(map(_is_container, args)):
             flat, structure = pytree.tree_flatten((args, kwargs))
@@ -116,8 +116,8 @@ def record_calls(
     """Runs the model in eval mode at two batch sizes. Returns the first call of each of `blocks` at each size, by the
     block's id, and the two sizes.
 
-    The sizes are `BATCH_SIZES`. Where the model doesn't run at these, as where a sample has several rows, they are the
-    example's own size and twice that. Raises `ValueError` where the model doesn't run on the example.
+    The sizes are `BATCH_SIZES`. If the model doesn't run at these, for example because a sample has several rows, they
+    are the example's own size and twice that. Raises `ValueError` if the model doesn't run on the example.
     """
     calls: dict[int, list[BlockCall]] = {}
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Cuts branches out of a block's graph: what is computed only for a drop-path's input becomes a function."""
+"""Cuts branches out of a block's graph: the nodes that only a drop-path's input needs become a function."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Carved:
     nested: list[tuple[str, str]]
     """Drop-paths that stay as they are inside the branch of a path, each with this path's name."""
     reference: fx.Graph
-    """The graph before anything was cut. A `mark` stands where a branch may be dropped and no drop-path is called."""
+    """The graph before anything was cut, with a `mark` where a branch may be dropped but no drop-path is called."""
     called: list[tuple[str | None, int | None]]
     """For each call of a drop-path or mark, in order: the drop-path or None; the path's index or None if refused."""
 
@@ -63,8 +63,14 @@ def carve(
     """Cuts the branches out of a traced graph.
 
     Args:
+        block: the block that was traced.
+        traced: the trace of its forward. Its graph is changed.
         inputs: the inputs of two calls with `batch_sizes` samples.
-        unnamed: whether residual adds are looked for where no drop-path is called.
+        batch_sizes: the numbers of samples in the two calls.
+        unnamed: whether to look for residual adds if no drop-path is called.
+
+    Returns:
+        The graph that calls its paths, and the branches.
     """
     graph = traced.graph
     check_mutations(graph)
@@ -89,7 +95,7 @@ def carve(
                 continue
             found[number] = carving.cut(site, number)
         except Refused as reason:
-            # An add around blocks with paths counts only if a drop-path stands before it.
+            # An add around blocks with paths is reported only if a drop-path stands before it.
             if site.drop_path is not None or not isinstance(reason, HoldsPaths):
                 refused.insert(0, (site.name, str(reason)))
     carving.check_shared_modules(found)
@@ -177,7 +183,7 @@ class _Carving:
         return spec, branch
 
     def _check_rows_are_not_numbered(self, inside: list[fx.Node], rows: tuple[int, ...]) -> None:
-        """Raises `Refused` where a branch picks rows by number or compares their count: both change if rows drop."""
+        """Raises `Refused` if a branch picks rows by number or compares their count, as both change if rows drop."""
         for node in inside:
             pairs = [self.values.of(source) for source in node.all_input_nodes]
             if node.target is operator.getitem:
@@ -191,14 +197,14 @@ class _Carving:
                     )
             elif node.target in _COMPARISONS and any(type(a) is int and a != b for a, b in pairs):
                 raise Refused(
-                    f"its branch compares the number of its rows ({node.name}), which is smaller once some drop"
+                    f"its branch compares the number of its rows ({node.name}), which is smaller once some are dropped"
                 )
 
     def _modules_in(self, node: fx.Node) -> list[nn.Module]:
         return [m for name in module_calls([node]) for m in self.modules[name].modules()]
 
     def check_shared_modules(self, found: dict[int, tuple[PathSpec, fx.Graph]]) -> None:
-        """Raises `Refused` where a branch uses weights that are also used outside of all branches."""
+        """Raises `Refused` if a branch uses weights that are also used outside of all branches."""
         outside = {id(p) for n in self.graph.nodes for m in self._modules_in(n) for p in m.parameters()}
         read = {node.target for node in self.graph.nodes if node.op == "get_attr" and node.users}
         for spec, _ in found.values():
@@ -225,7 +231,7 @@ class _Carving:
         return isinstance(a, Tensor) and a.shape != b.shape and not _follows(a, b, rows)
 
     def _add_of(self, site: fx.Node) -> fx.Node | None:
-        """The add that the branch goes to; None where the branch is used in another way."""
+        """The add that takes the branch; None if the branch is used in another way."""
         (user, *others) = site.users
         if others or not is_add(user):
             return None
@@ -242,8 +248,8 @@ class _Carving:
         return other
 
     def _inputs(self, inside: list[fx.Node], rows: tuple[int, ...]) -> list[tuple[fx.Node, str | tuple]]:
-        """What the branch takes from outside, each with its kind: "row", "shared", or, for sizes that follow the rows,
-        their multiples."""
+        """The nodes that the branch takes from outside, each with its kind: "row", "shared" or, for sizes that follow
+        the rows, the multiples of the rows."""
         members, found = set(inside), dict[fx.Node, Any]()
         for node in inside:
             for source in node.all_input_nodes:
@@ -348,7 +354,7 @@ def _follows(a: Any, b: Any, rows: tuple[int, ...]) -> bool:
 
 
 def _multiple(a: Any, b: Any, rows: tuple[int, ...]) -> tuple[bool, Any] | None:
-    """A size at two batch sizes as (True, the constant) or (False, k), k times the rows; None where it is neither."""
+    """A size at two batch sizes as (True, constant), or as (False, k) for k times the rows; None if it is neither."""
     if a == b:
         return True, a
     if type(a) is int and a % rows[0] == 0 and a * rows[1] == b * rows[0]:

@@ -35,7 +35,7 @@ from .step import BlockRunner, Setting, Step, WithoutDropout, called, step_of, s
 from .trace import run_node
 
 SCALE = 1.25
-"""What kept rows are multiplied by."""
+"""The factor of kept rows."""
 PATTERNS = {"some rows dropped": (1, 0, 1, 1, 0), "all rows dropped": (0,), "no row dropped": (1,)}
 """Which rows the first path keeps; longer batches repeat the pattern."""
 _IN_FLOAT32, _IN_FLOAT64, _FLOAT32_INSIDE = 2e-4, 1e-9, 2e-5
@@ -43,7 +43,7 @@ _IN_FLOAT32, _IN_FLOAT64, _FLOAT32_INSIDE = 2e-4, 1e-9, 2e-5
 
 
 def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[BlockCall]) -> None:
-    """Raises `Refused` with the first difference that is found."""
+    """Raises `Refused` with the first difference between the converted block and the original."""
     with preserved_generators():
         block = spread(block)
         _check_inputs_are_left_alone(block, calls[0])
@@ -62,7 +62,7 @@ def check(block: nn.Module, carved: Carved, recipe: Recipe, calls: Sequence[Bloc
 
 
 def spread(block: nn.Module) -> nn.Module:
-    """A copy with noise on constant parameters: a wrong branch would go unseen behind a γ or a last norm of zeros."""
+    """A copy with noise on constant parameters, as a γ or a last norm of zeros would hide a wrong branch."""
     copied, generator = copy.deepcopy(block), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in copied.parameters():
@@ -117,11 +117,11 @@ def silence(block: nn.Module) -> None:
             module.forward = lambda x, *args, **kwargs: x  # type: ignore[method-assign]
 
 
-# The same masks for both
+# The same masks for the original and the converted block
 
 
 def _mask(pattern: tuple[int, ...], path: int, x: Tensor) -> Tensor:
-    """The rows that a path keeps, bool. Each path turns the pattern by its own number."""
+    """The rows that a path keeps, bool. Each path rotates the pattern by its own number."""
     turned = pattern[path % len(pattern) :] + pattern[: path % len(pattern)]
     return torch.tensor([turned[row % len(turned)] for row in range(len(x))], dtype=torch.bool, device=x.device)
 
@@ -143,7 +143,7 @@ def masking(block: nn.Module, carved: Carved, recipe: Recipe, pattern: tuple[int
         orders.setdefault(str(name), []).append(path)
     silence(block)
     for name, order in orders.items():
-        if all(path is None for path in order):  # refused: it stays the identity that it is in eval mode
+        if all(path is None for path in order):  # it was refused, and stays the identity as in eval mode
             continue
         given = iter(order)
         module = block.get_submodule(name)
@@ -210,15 +210,15 @@ def difference_of(
 ) -> str | None:
     """The first difference of outputs, gradients and, if asked for, buffers, in words.
 
-    Where the original's step is known with more digits (`exact`), outputs may differ from that by twice what the
-    original's own do here, as both round equally often. Gradients are then left to the comparison with more digits.
+    `exact` is the original's step with more digits. If it is given, outputs may differ from it by twice the error of
+    the original's outputs, as both blocks round equally often. Gradients are then compared only with more digits.
     """
     found = but_for_numbers().between("what it returns", *([*tensors_of(step.output)] for step in (expected, actual)))
     if found:
         return found
     wanted, got = expected.numbers(buffers), actual.numbers(buffers)
     best = wanted if exact is None else exact.numbers(buffers)
-    for name, like in (got | wanted).items():  # a branch that wasn't run has no gradient, which counts as zeros
+    for name, like in (got | wanted).items():  # a branch that didn't run has no gradient, which counts as zeros
         value, ours = (numbers.get(name, torch.zeros_like(like)) for numbers in (wanted, got))
         if not value.is_floating_point() or value.numel() == 0:
             if exact is None and not torch.equal(value, ours):
@@ -236,7 +236,7 @@ def difference_of(
 
 
 class _Narrow(TorchDispatchMode):
-    """Sees whether anything is computed in less than float64."""
+    """Notes whether anything is computed in less than float64."""
 
     seen = False
 

@@ -1,9 +1,9 @@
 """The second self-check of a conversion: copies in training mode, children too, as users run them.
 
-With all rows kept, both blocks run the same operations. What they return, what they leave on modules and the states of
-the generators are compared to the bit; gradients may be summed in another order. With some rows or none, and with
-frozen branches, dropout is switched off and the original's drop-paths are given masks. Numbers may then differ by the
-error that the original has itself.
+With all rows kept, both blocks run the same operations. Their outputs, the contents of their modules afterwards and the
+states of the generators are compared to the bit; gradients may be summed in another order. With some rows or none, and
+with frozen branches, dropout is switched off and the original's drop-paths are given masks. Numbers may then differ by
+the original's own error.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from .spec import Recipe
 from .step import BlockRunner, Setting, Step, called, state_of, step_of, step_of_converted
 
 SEEDS = (0, 1)
-"""There are two, as one mask of dropout may hide a difference."""
+"""The seeds of the steps. There are two, as a single mask of dropout may hide a difference."""
 
 
 def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: BlockCall) -> None:
-    """Raises `Refused` with the first difference that is found."""
+    """Raises `Refused` with the first difference between the converted block and the original."""
     with preserved_generators(), quiet():
         block = spread(block)
         device = device_type_of(block, call)
@@ -59,7 +59,7 @@ def check_training(block: nn.Module, carved: Carved, recipe: Recipe, call: Block
 def _step_of_original(
     block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
 ) -> Step | None:
-    """A step of the original; None where it fails under autocast, so that nobody uses it there."""
+    """A step of the original; None if it fails under autocast, and so can't be used there."""
     try:
         return step_of(block, call, run, setting, **options)
     except Exception as error:
@@ -85,8 +85,8 @@ class _Whole:
                     module.eval()
 
     def check(self, settings: Sequence[Setting]) -> None:
-        """Runs the steps on the same two copies, so that each step finds what the one before left behind. Settings
-        with autocast are skipped where the original fails under it."""
+        """Runs the steps on the same two copies, so that each step starts from the state that the step before left.
+        Settings with autocast are skipped if the original fails under it."""
         for setting in settings:
             for seed in SEEDS:
                 draws = self._check(setting, seed)
@@ -123,9 +123,9 @@ class _Whole:
 def _of_gradients(
     name: str, expected: Tensor | None, actual: Tensor | None, setting: Setting, largest: float
 ) -> str | None:
-    """How a gradient differs by more than another order of sums explains; None where it doesn't. `largest` is the
-    largest element of all gradients. Under autocast the tolerance follows it, as sums of bfloat16 terms may cancel out
-    (before a BatchNorm, for example), and noise of the terms' size remains."""
+    """How a gradient differs, in words; None if another order of sums explains the difference. `largest` is the
+    largest element of all gradients. Under autocast the tolerance is relative to it: sums of bfloat16 terms may cancel
+    out, before a BatchNorm for example, and rounding errors of the terms' size remain."""
     close = rounded(torch.float32) if setting.autocast is None else rounded(torch.bfloat16, largest)
     return Differences(close).between(name, expected, actual)
 
@@ -174,7 +174,7 @@ class _Masked:
         backward: bool = True,
     ) -> Step | None:
         """Compares one pattern of kept rows. `exact` is the original's step with more digits, if it is known. Returns
-        the original's step; None where the original fails under autocast."""
+        the original's step; None if the original fails under autocast."""
         when = f"in training mode{setting.words} with {what}"
         expected = self._original(pattern, setting, when, backward)
         if expected is None:
@@ -195,7 +195,7 @@ class _Masked:
     def _original(
         self, pattern: tuple[int, ...] | None, setting: Setting, when: str, backward: bool = True
     ) -> Step | None:
-        """The original's step, unmasked without a pattern; None where it fails under autocast."""
+        """The original's step, unmasked if `pattern` is None. Returns None if it fails under autocast."""
         original = setting.copy_of(self._block)
         if pattern is None:
             silence(original)
@@ -203,8 +203,8 @@ class _Masked:
         return _step_of_original(original, self._call, run, setting, when, backward=backward)
 
     def _check_frozen(self) -> None:
-        """Raises `Refused` where a frozen branch computes something else than one that learns, or changes its own
-        state, or where its parameters get gradients."""
+        """Raises `Refused` if a frozen branch computes something else than a branch that learns, if it changes its own
+        state, or if its parameters get gradients."""
         when = "in training mode with its branches frozen"
         expected = self._original(None, self._exact, when)
         assert expected is not None
@@ -238,7 +238,7 @@ class _Masked:
 
 
 def _tensors_held(block: nn.Module) -> dict[str, list[Tensor]]:
-    """Copies of the tensors in parameters, buffers and other attributes, by the words for them."""
+    """Copies of the tensors in parameters, buffers and other attributes, by the names that reasons use."""
     return {name: [cloned(t) for t in tensors_of(value)] for name, value in state_of(block).items()}
 
 

@@ -20,11 +20,11 @@ from .spec import PathSpec
 
 
 class ConvertedPath:
-    """One path of a converted block, a `PathModule`. It reads its drop-path's rate at every draw. Where the drop-path
-    was replaced or works in another way, it is observed anew.
+    """One path of a converted block, a `PathModule`. It reads its drop-path's rate at every draw. A drop-path that was
+    replaced, or that works in another way now, is observed again.
 
-    `drop_prob` can be set; None makes the drop-path's own rate count again. Reading it raises `RuntimeError` where the
-    drop-path now does something that can't be followed.
+    `drop_prob` can be set; None restores the drop-path's own rate. Reading it raises `RuntimeError` if the drop-path
+    now does something that a path can't follow.
     """
 
     gamma = shortcut = activation = None
@@ -70,7 +70,7 @@ class ConvertedPath:
 
     @property
     def mode(self) -> str:
-        """ "block" where the rows aren't samples or the drop-path drops whole batches, else "sample"."""
+        """The mode: "block" if the rows aren't samples or the drop-path drops whole batches, else "sample"."""
         if self.spec.mode == "block":
             return "block"
         law = self._law_now()
@@ -85,7 +85,7 @@ class ConvertedPath:
 
     def why_not(self) -> str | None:
         """Why this path can't follow its drop-path as it is now; None if it can. Inside an iteration, whose decisions
-        need no rate, it can't only where the drop-path has another class."""
+        need no rate, the only reason is a drop-path of another class."""
         if self._drop_prob is not None or self.spec.drop_path is None:
             return None
         law = self._law_now()
@@ -98,7 +98,7 @@ class ConvertedPath:
         return f"its {self.spec.drop_path!r} was changed: {law}"
 
     def _law_now(self) -> Law | str | None:
-        """The law of its drop-path as it is now, or why it can't be followed; None for a path without a drop-path."""
+        """The law of the path's drop-path as it is now, or why it has none; None for a path without a drop-path."""
         name, law = self.spec.drop_path, self._law
         if name is None:
             return None
@@ -160,7 +160,7 @@ def _child(block: nn.Module, name: str) -> nn.Module:
 
 
 RUN_PATH = "_rdp_run_path"
-"""The name under which converted classes have `run`."""
+"""The name of `run` in converted classes."""
 
 
 def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
@@ -172,12 +172,12 @@ def run(block: nn.Module, index: int, x: Tensor, *args: Any, residual: Tensor | 
         sizes = [x.shape[d] if size is None else size for d, size in enumerate(path.spec.zeros, start=1)]
         residual = x.new_zeros((x.shape[0], *sizes))
     out = run_path(path, x, args, {}, residual)  # type: ignore[arg-type]
-    # The block's own add would have made a new tensor, which the code after it may change in place.
+    # The block's own add makes a new tensor, which the code after it may change in place.
     return out.clone() if out is (x if residual is None else residual) and path.spec.zeros is None else out
 
 
 def own_paths(block: nn.Module) -> None:
-    """Gives a shallow copy or a replica of a converted block its own paths, which no scheme has."""
+    """Gives a shallow copy or a replica of a converted block its own paths, which belong to no scheme."""
     paths = block.__dict__.get(CONVERTED)
     if paths and paths[0][1].block is not block:
         block.__dict__[CONVERTED] = [(name, path.of(block)) for name, path in paths]
@@ -199,8 +199,8 @@ def _of_copy(block: nn.Module, index: int) -> ConvertedPath:
 
 
 def class_among(block: nn.Module) -> type | None:
-    """The converted class among a block's classes; None where the block was given another class since. It isn't the
-    first one where a parametrization of the block's own tensors or `fully_shard` has derived a class from it."""
+    """The converted class among a block's classes; None if the block has been given another class since. It isn't the
+    first of them if a parametrization of the block's own tensors, or `fully_shard`, has derived a class from it."""
     return next((kind for kind in type(block).__mro__ if "_rdp_recipe" in kind.__dict__), None)
 
 
@@ -211,13 +211,13 @@ def original_of(block: nn.Module) -> Any:
 
 
 def is_observed(block: nn.Module) -> bool:
-    """Whether a path of the block has a `call_override`: then its paths are called in eval mode too."""
+    """Whether a path of the block has a `call_override`. Its paths are then called in eval mode too."""
     return any(path.binding.call_override is not None for _, path in block.__dict__[CONVERTED])
 
 
 def fall_back(block: nn.Module, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs the forward that the block had before, as what was traced doesn't hold for this call. Raises `RuntimeError`
-    inside an iteration, as that forward would draw masks of its own."""
+    """Runs the forward that the block had before its conversion, as the trace doesn't hold for this call. Raises
+    `RuntimeError` inside an iteration, where that forward would draw its own masks."""
     original = original_of(block)
     for name, path in block.__dict__[CONVERTED]:
         scheme = path.binding.scheme

@@ -1,4 +1,4 @@
-"""Finds differences between two values of any kind, such as what two forwards return, and blocks that are alike."""
+"""Finds differences between two values of any kind, such as the outputs of two forwards, and blocks that are alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .libraries import is_drop_path
 
 Close = Callable[[Tensor, Tensor], "str | None"]
-"""Compares two tensors of one shape and dtype: says how they differ, as in "differs by 3", or None."""
+"""Compares two tensors of one shape and dtype. Returns how they differ, such as "differs by 3", or None."""
 
 
 def exactly(expected: Tensor, actual: Tensor) -> str | None:
@@ -28,8 +28,8 @@ def exactly(expected: Tensor, actual: Tensor) -> str | None:
 
 
 def rounded(dtype: torch.dtype, largest: float = 0.0) -> Close:
-    """Allows for another order of sums: a few roundings in the coarser of `dtype` and the tensor's own, of the largest
-    element or of `largest`, if that is more."""
+    """Allows for another order of sums: a few roundings of the largest element, or of `largest` if that is more, in the
+    coarser of `dtype` and the tensor's own dtype."""
 
     def close(expected: Tensor, actual: Tensor) -> str | None:
         if exactly(expected, actual) is None:
@@ -43,7 +43,7 @@ def rounded(dtype: torch.dtype, largest: float = 0.0) -> Close:
 
 
 def relative_difference(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference of elements, over the largest element or 1."""
+    """The largest difference of elements, divided by the largest element or by 1, whichever is more."""
     expected, actual = expected.detach().double(), actual.detach().double()
     same = (expected == actual) | (expected.isnan() & actual.isnan())
     difference = (expected - actual).abs().masked_fill(same, 0.0)
@@ -53,7 +53,7 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
 class Differences:
     """Finds the first difference between two values, types and Python values included.
 
-    It skips modules, functions and objects that show nothing of their contents.
+    It skips modules, functions and objects whose contents can't be seen.
     """
 
     def __init__(self, close: Close = exactly, requires_grad: bool = True):
@@ -114,8 +114,8 @@ def likeness(block: nn.Module, left_out: Collection[str] = ()) -> tuple[Any, ...
     """A hashable value that is equal for blocks that differ only in their weights and the rates of their drop-paths.
     Modules named in `left_out` don't count.
 
-    It holds types, shapes, which tensors and modules are shared, the attributes of modules, and the numbers in buffers
-    except running statistics.
+    The value holds types, shapes, which tensors and modules are shared, the attributes of modules, and the numbers in
+    buffers except running statistics.
     """
     parts: list[Any] = []
     places: dict[int, int] = {}
@@ -147,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _seen(value: Any) -> Any:
-    """A hashable value: for constants, containers and small tensors equal if they are, else the object's identity."""
+    """A hashable value. It compares constants, containers and small tensors by their contents, others by identity."""
     if isinstance(value, Tensor):
         if value.is_meta or value.numel() > _SMALL:
             return Tensor, id(value)
@@ -166,4 +166,4 @@ def _seen(value: Any) -> Any:
 ROUNDINGS = 8
 """How many roundings of the largest element another order of sums may make: a pairwise sum of 256 terms makes 8."""
 _SMALL = 100_000
-"""Elements up to which a tensor is compared by its numbers; writing more of them out is slow."""
+"""Tensors with more elements aren't compared by their numbers, as writing these out is slow."""

@@ -1,4 +1,4 @@
-"""Finds what running a drop-path doesn't show: attributes that others may change, and what else its code reads."""
+"""Finds what running a drop-path doesn't show: attributes that others may change, and values that its code reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BASE = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters", 
 _CONSTANTS = (bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _HARMLESS = (types.ModuleType, type, types.BuiltinFunctionType, types.BuiltinMethodType, torch.jit.ScriptFunction)
 _TRUSTED = {"torch", "math", "numpy", "random", "operator", "functools", "typing", "warnings", "rdp_kernels"}
-"""Packages whose functions are taken to do always the same."""
+"""Packages whose functions are assumed to always do the same."""
 
 
 class NoLaw(Exception):
@@ -28,7 +28,7 @@ class NoLaw(Exception):
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be a rate: `float(value)` gives a number, and it is no bool or str."""
+    """Whether a value can be a rate: `float(value)` gives a number, and the value isn't a bool or str."""
     if isinstance(value, (float, int)):
         return not isinstance(value, bool)
     if isinstance(value, Tensor):
@@ -40,7 +40,8 @@ def is_number(value: Any) -> bool:
 
 
 def attributes_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's numbers and constants by name, own ones, buffers and its classes'. Raises `NoLaw` for others."""
+    """The numbers and the constants that a module, its buffers or its classes have, by name. Raises `NoLaw` if it has
+    other attributes."""
     if "forward" in module.__dict__:
         raise NoLaw("its forward was replaced on the instance")
     if any(child is not None for child in module._modules.values()):
@@ -80,9 +81,9 @@ FoundFunctions = tuple[tuple[Mapping[str, Any], str, Any], ...]
 
 
 def check_code(kind: type[nn.Module]) -> FoundFunctions:
-    """The Python functions that a drop-path's forward calls. Raises `NoLaw` where the forward or one of these reads
-    something that may change: a number or an object of its file, its class or an enclosing function. Code of torch is
-    trusted."""
+    """The Python functions that a drop-path's forward calls. Raises `NoLaw` if the forward or one of these functions
+    reads something that may change: a number or an object of its file, its class or an enclosing function. Code of
+    torch is trusted."""
     if kind.__call__ is not nn.Module.__call__:
         raise NoLaw("its class has a __call__ of its own")
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not nn.Module.__getattribute__:

@@ -1,4 +1,4 @@
-"""Runs a copy of a drop-path on the CPU, in training and in eval mode, to see what it does."""
+"""Runs a copy of a drop-path on the CPU, in training and in eval mode, to find out what it does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .snapshot import preserved_generators, set_seed
 _PROBED = (0.05, 0.3, 0.8)
 """Values of P(drop) at which frequency and scale are compared with the law."""
 _ROWS, _PATTERNS = 4096, 256
-"""How many rows of one call, and how many calls, are counted: a frequency then has an error of 0.01 to 0.03."""
+"""The numbers of rows in one call, and of calls, that are counted. A frequency then has an error of 0.01 to 0.03."""
 _SIGMAS = 5.0
-"""How far a frequency may be off: a right one is further off once in 2 million observations."""
+"""How far a frequency may be off. A correct drop-path is further off once in 2 million observations."""
 _CHI_SQUARED = 45.0
 """Bound for 7 degrees of freedom: independent rows exceed it once in 7 million observations."""
 _NO_ATTRIBUTE = "how often it drops follows none of its attributes, so that a schedule's changes would go unseen"
@@ -31,7 +31,7 @@ class Probe:
     def __init__(self, module: nn.Module, dims: int, numbers: dict[str, Any]):
         self.dims, self.numbers = dims, numbers
         self.copy = object.__new__(type(module))
-        # The copy is shallow, as the attributes are numbers and constants. It has no hooks, which may hold anything.
+        # The copy is shallow, as the attributes are numbers and constants. It has no hooks, as these may hold anything.
         self.copy.__dict__ |= {name: _on_cpu(value) for name, value in module.__dict__.items()}
         for name, value in nn.Module().__dict__.items():
             if isinstance(value, dict):
@@ -65,13 +65,13 @@ class Probe:
                 place[name] = before
 
     def factors(self, x: Tensor, tolerance: float = 1e-5) -> Tensor:
-        """What a call multiplies each row by, float32 `[rows]`. Raises `NoLaw` where the call does something else."""
+        """The factor by which a call multiplies each row, float32 `[rows]`. Raises `NoLaw` if it does anything else."""
         out = self.run(x)
         if not isinstance(out, Tensor):
             raise NoLaw(f"it returns a {type(out).__name__} in training")
         if out.shape != x.shape or out.dtype != x.dtype:
             raise NoLaw(
-                f"it makes {list(out.shape)} {_short(out.dtype)} of {list(x.shape)} {_short(x.dtype)} in training"
+                f"it returns {list(out.shape)} {_short(out.dtype)} for {list(x.shape)} {_short(x.dtype)} in training"
             )
         ratio = (out.detach().float() / x.detach().float()).flatten(1)
         first = ratio[:, :1]
@@ -107,7 +107,7 @@ def _short(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def undisturbed(kind: type) -> Iterator[None]:
-    """Restores the global generators and the attributes of a class, and keeps the caller's contexts out."""
+    """Restores the global generators and the attributes of a class at the end, and disables the caller's contexts."""
     of_classes = [(cls, dict(vars(cls))) for cls in kind.__mro__ if not cls.__module__.startswith("torch.")]
     try:
         with (
@@ -131,8 +131,8 @@ def undisturbed(kind: type) -> Iterator[None]:
 
 
 def seen_in(probe: Probe) -> tuple[str | None, bool, str, bool]:
-    """What a drop-path does: `attribute`, `keeps`, `mode` and `scale_by_keep` of its `Law`. Raises `NoLaw` if it does
-    anything but drop rows at the rate in one of its attributes."""
+    """The `attribute`, `keeps`, `mode` and `scale_by_keep` of a drop-path's `Law`. Raises `NoLaw` if it does anything
+    else than drop rows at the rate in one of its attributes."""
     _check_it_stands_still(probe)
     attribute, keeps = _governing(probe)
     if attribute is None:
@@ -143,8 +143,8 @@ def seen_in(probe: Probe) -> tuple[str | None, bool, str, bool]:
 
 
 def rows_dropped(probe: Probe) -> str:
-    """Whether whole rows are "dropped", or else parts of them or the shape change ("no drop-path"), the input is always
-    changed in the same way ("a function"), or neither ("nothing")."""
+    """Returns "dropped" if whole rows are dropped, "no drop-path" if parts of rows or the shape change, "a function" if
+    the input is always changed in the same way, and "nothing" otherwise."""
     x, outs = probe.x(8), []
     for _ in range(32):
         outs.append(out := probe.run(x))
@@ -158,7 +158,7 @@ def rows_dropped(probe: Probe) -> str:
 
 
 def _check_it_stands_still(probe: Probe) -> None:
-    """Raises `NoLaw` where a call changes the module, its class or its input, or isn't the identity in eval mode."""
+    """Raises `NoLaw` if a call changes the module, its class or its input, or isn't the identity in eval mode."""
     kind, x = type(probe.copy), probe.x(4)
     required = [p for p in list(inspect.signature(kind.forward).parameters.values())[1:]
                 if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
@@ -198,7 +198,7 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _governing(probe: Probe) -> tuple[str | None, bool]:
-    """The name of the number that P(drop) follows, and whether it is P(keep) instead; None where it never drops."""
+    """The name of the number that P(drop) follows, and whether the number is P(keep); None if it never drops."""
     if not probe.numbers:
         if bool(probe.masks(64).all()):
             _check_identity(probe.run(), probe.x(4), "in training, where it doesn't drop,")
@@ -249,7 +249,7 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
             p = 1 - value if keeps else value
             _check_identity(probe.run(training=False), probe.x(4), "in eval mode")
             scales.append(_scale(probe, p))
-            # The scale tells P(drop) to many digits. Without a scale, more rows have to be counted.
+            # The scale shows P(drop) to many digits. Without a scale, more rows have to be counted.
             rows, calls = (_ROWS, 1) if mode == "sample" else (1, _PATTERNS)
             kept = probe.masks(calls if scales[0] == 0.0 else 8 * calls, rows).float()
             if abs(1 - float(kept.mean()) - p) > _SIGMAS * (p * (1 - p) / kept.numel()) ** 0.5 + 1e-6:
@@ -262,8 +262,8 @@ def _mode_and_scale(probe: Probe, attribute: str, keeps: bool) -> tuple[str, boo
 
 
 def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> float:
-    """1.0 if kept rows stay as they are, 0.0 if they are divided by P(keep). Raises `NoLaw` otherwise."""
-    for _ in range(200):  # at P(drop) = 0.8 a right one keeps nothing in all of them once in 10¹⁹
+    """Returns 1.0 if kept rows stay as they are, and 0.0 if they are divided by P(keep). Raises `NoLaw` otherwise."""
+    for _ in range(200):  # at P(drop) = 0.8 a correct drop-path keeps nothing in all of them once in 10¹⁹
         factors = probe.factors(probe.x(64, dtype=dtype), tolerance)
         if (factors != 0).any():
             break
@@ -277,7 +277,7 @@ def _scale(probe: Probe, p: float, dtype: torch.dtype = torch.float32, tolerance
 
 
 def _mode(probe: Probe) -> str:
-    """Whether samples or whole batches are dropped: "sample" or "block", observed at P(drop) = 0.5."""
+    """The mode: "sample" if single samples are dropped, "block" if whole batches are. P(drop) must be 0.5."""
     kept = probe.masks(_PATTERNS, rows=3)
     mode = "block" if bool((kept == kept[:, :1]).all()) else "sample"
     if mode == "sample":
@@ -302,7 +302,7 @@ def _independent(kept: Tensor) -> bool:
 
 
 def _check_generators(probe: Probe) -> None:
-    """Raises `NoLaw` where the mask depends on anything but the global generators."""
+    """Raises `NoLaw` if the mask depends on anything else than the global generators."""
     masks = probe.masks(32, seed=1)
     if not torch.equal(probe.masks(32, seed=1), masks):
         raise NoLaw("it draws from something else than the global generators")
@@ -339,7 +339,7 @@ def _check_gradient(probe: Probe) -> None:
 
 
 def _check_others(probe: Probe, attribute: str) -> None:
-    """Raises `NoLaw` where another number than `attribute` changes what the module does."""
+    """Raises `NoLaw` if another number than `attribute` changes what the module does."""
     with probe.having(attribute, 0.5):
         set_seed(4)
         expected = [probe.run(probe.x(16)) for _ in range(8)]

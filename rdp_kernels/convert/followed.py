@@ -1,7 +1,7 @@
 """The functions whose code a conversion followed: a block's forward, and the methods and helpers that it names.
 
-Tracing puts what these functions did into the converted class. That class is out of date where one of them is replaced
-later, or has other code in the process that loads a pickle.
+Tracing puts the operations of these functions into the converted class. That class is out of date if one of them is
+replaced later, or has other code in the process that loads a pickle.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Followed:
         return cls(tuple((place, name, value) for (place, name), value in methods.items()), tuple(helpers.values()))
 
     def identities(self) -> tuple[Any, ...]:
-        """A value that is equal where all functions are the same objects."""
+        """A value that is equal if all functions are the same objects."""
         return tuple(value for _, _, value in (*self.methods, *self.helpers))
 
     def replaced(self) -> str | None:
@@ -74,7 +74,7 @@ class Followed:
         return next((name for _, name, _ in self.methods if name != "forward" and name in block.__dict__), None)
 
     def digest(self) -> str:
-        """A hash of the functions' source without comments, docstrings and annotations; "" without the forward's."""
+        """A hash of the functions' source without comments, docstrings and annotations; "" if the forward has none."""
         key = self.identities()
         if key not in _digests:
             found = [source(value) for value in key]
@@ -84,7 +84,7 @@ class Followed:
 
 
 def _methods(kind: type, name: str) -> Iterator[tuple[type, Any]]:
-    """The functions called `name` in a class and in its bases outside of torch, which `super()` may call."""
+    """The functions named `name` in a class and in its bases outside of torch, which `super()` may call."""
     for place in kind.__mro__:
         raw = place.__dict__.get(name)
         function = _plain(raw)
@@ -103,7 +103,7 @@ def _of_torch(thing: Any) -> bool:
 
 
 def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tuple[dict[str, Any], str, Any]]) -> None:
-    """Adds what a function names: methods to `stack`, functions of its module to `helpers`."""
+    """Adds the functions that a function names: methods to `stack`, functions of its module to `helpers`."""
     function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType):
         return
@@ -118,7 +118,7 @@ def _follow(function: Any, stack: list[str], helpers: dict[tuple[int, str], tupl
                 _follow(value, stack, helpers)
 
 
-@functools.lru_cache(1024)  # the functions of a few models
+@functools.lru_cache(1024)  # enough for the functions of a few models
 def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     """The names that a function's code reads, each with whether it is a global's or an attribute's."""
     read = (step for inner in codes_in(code) for step in dis.get_instructions(inner) if step.opname in _READS)
@@ -126,7 +126,7 @@ def _names(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
 
 
 def source(function: Any) -> str:
-    """Normalised source; empty where there is none. Versions of Python agree on it where `ast.unparse` agrees."""
+    """Normalised source; empty if there is none. It is the same in all versions of Python in which `ast.unparse` is."""
     try:
         text = textwrap.dedent(inspect.getsource(_plain(function)))
     except (OSError, TypeError):

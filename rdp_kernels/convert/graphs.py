@@ -1,4 +1,4 @@
-"""Questions about a torch.fx graph, changes of one, and the values of its nodes in two calls."""
+"""Questions about a torch.fx graph, changes of a graph, and the values of its nodes in two calls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Values:
 
 
 def computed_only_for(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values are used for `node` alone, in order."""
+    """The nodes whose values only `node` needs, in order."""
     inside: list[fx.Node] = []
     members = {node}
     before = list(graph.nodes)
@@ -94,7 +94,7 @@ def is_float(value: Any) -> bool:
 
 
 def check_mutations(graph: fx.Graph) -> None:
-    """Raises `Refused` where a tensor is changed in place and used under its old name, which a graph doesn't show."""
+    """Raises `Refused` if a tensor is changed in place and used under its old name, which a graph doesn't show."""
     for node in graph.nodes:
         name = name_of(node)
         if node.target is operator.setitem:
@@ -105,7 +105,7 @@ def check_mutations(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Erases cheap nodes without users: items of tuples, shapes, attributes, comparisons that an `if` has used."""
+    """Erases cheap nodes without users: items of tuples, shapes, attributes, and comparisons that an `if` has used."""
     for node in reversed(list(graph.nodes)):
         cheap = node.op == "get_attr" or node.target in _CHEAP
         if cheap and not node.users:
@@ -113,7 +113,7 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def fold_nothing(graph: fx.Graph, values: Values) -> None:
-    """Replaces what a child returns as None or empty by that constant: attention weights, for example."""
+    """Replaces values that a child returns as None or empty, such as attention weights, by constants."""
     for node in list(graph.nodes):
         if node.target is operator.getitem and node.users and all(map(_is_nothing, values.of(node))):
             for user in list(node.users):

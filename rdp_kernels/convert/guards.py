@@ -52,7 +52,7 @@ def is_constant(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Guard:
-    """Where one value is found, and what it was.
+    """The place of one value, and what the value was.
 
     Args:
         place: `"block"`, the name of a Python module, `"class"` for a class among the block's, or `"closure"` for a
@@ -60,7 +60,9 @@ class Guard:
         path: the names that lead to the value. In a block, `num_modules` names of submodules come first. In a class
             they are the class's qualified name and the attribute, in a closure the function's qualified name and the
             variable.
-        kind: one of `KINDS`. The value of a guard of kind `"present"` is True.
+        value: what was found at the conversion; True for the kind `"present"`.
+        num_modules: how many names of the path are those of submodules.
+        kind: one of `KINDS`.
     """
 
     place: str
@@ -84,7 +86,7 @@ class Guard:
             return f"{name} held {', '.join(self.value)} when it was converted, and holds {', '.join(value)} now"
         if self.kind == "value":
             return f"{name} was {self.value!r} when it was converted"
-        return f"{name} was another when it was converted"
+        return f"{name} was another object when it was converted"
 
     def expression(self, names: dict[str, Any], cells: Mapping[Any, types.CellType], base: type) -> str:
         """Python source that reads the value. The objects that the source refers to are added to `names`."""
@@ -110,7 +112,7 @@ class Guard:
 
 
 class Findings:
-    """What was found out about a forward: guards, and reasons to refuse it."""
+    """The guards of a forward, and the reasons to refuse it."""
 
     def __init__(self) -> None:
         self._guards: dict[tuple[Any, ...], Guard] = {}
@@ -121,7 +123,7 @@ class Findings:
         return tuple(self._guards.values())
 
     def guard(self, place: str, path: Sequence[str], value: Any, num_modules: int = 0, kind: str = "value") -> None:
-        """Adds a guard with a copy of the value, which may change in place, unless its place and kind have one."""
+        """Adds a guard with a copy of the value, which may change in place, unless this place and kind have a guard."""
         copied = copy.deepcopy(value)
         self._guards.setdefault((place, tuple(path), kind), Guard(place, tuple(path), copied, num_modules, kind))
 
@@ -135,7 +137,7 @@ class Findings:
 
 
 class Guards:
-    """The guards of a class of blocks, compiled into one function, as every call checks them."""
+    """The guards of a class of blocks, compiled into one function because every call checks them."""
 
     def __init__(self, guards: Sequence[Guard], base: type[nn.Module]):
         self._guards, self._names = guards, dict[str, Any](MISSING=MISSING)

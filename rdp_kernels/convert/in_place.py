@@ -46,7 +46,7 @@ class Proxy(fx.Proxy):
     __imul__, __itruediv__ = _recorded(imul), _recorded(itruediv)
 
     def __hash__(self) -> int:
-        """Raises where code outside of torch looks the proxy up, as no set or dict of numbers holds it."""
+        """Raises if code outside of torch looks the proxy up, as no set or dict of numbers holds it."""
         if not sys._getframe(1).f_code.co_filename.startswith(TORCH):
             raise fx.proxy.TraceError("it looks something up by a value that isn't known while it is recorded")
         return id(self)

@@ -1,7 +1,7 @@
-"""What other libraries call a drop-path, and its rate.
+"""The names that other libraries give to drop-paths and their rates.
 
-A drop-path of a new library is one row of `DROP_PATHS`. Any other module without weights counts too if it is seen to
-drop rows when it is run.
+A drop-path of a new library is one row of `DROP_PATHS`. Any other module without weights counts as a drop-path too if
+it is seen to drop rows when it is run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .observed import Law, drops_now, drops_rows, known_law_of
 
 
 class DropPathKind(NamedTuple):
-    """How the drop-paths of some libraries are known.
+    """How the drop-paths of some libraries are recognised.
 
     Args:
         class_name: a part of the class's name, in any case.
-        child_name: a part of the name under which blocks hold it, as a pattern, in any case. Where the rate is 0, many
+        child_name: a part of the name under which blocks hold it, as a pattern, in any case. If the rate is 0, many
             blocks hold an `nn.Identity` under this name.
-        rates: the attributes that may hold P(drop). They count only where running the module doesn't tell.
+        rates: the attributes that may hold P(drop). They are used only if running the module doesn't show the rate.
     """
 
     class_name: str
@@ -42,7 +42,7 @@ _NAME = re.compile("|".join(kind.child_name for kind in DROP_PATHS), re.IGNORECA
 _RATES = tuple(dict.fromkeys(rate for kind in DROP_PATHS for rate in kind.rates))
 
 CONCATENATED = {"torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer"}
-"""Blocks whose callers concatenate the output with the input. A dropped output is zeros."""
+"""Blocks whose callers concatenate the output with the input. A dropped output is replaced by zeros."""
 MODULE_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 REFUSED = "_rdp_refused"
 """The attribute under which a block keeps the names of drop-paths that `convert` has refused."""
@@ -88,7 +88,7 @@ def warn_left_over(model: nn.Module) -> None:
     others = left_over(model)
     if others:
         warnings.warn(
-            f"{len(others)} drop-paths are no paths of the scheme and go on dropping at random in both iterations, "
+            f"{len(others)} drop-paths aren't paths of the scheme and keep dropping at random in both iterations, "
             f"unless their rates are set to 0: {', '.join(others)}",
             stacklevel=3,
         )
@@ -97,8 +97,8 @@ def warn_left_over(model: nn.Module) -> None:
 def rate_of(module: nn.Module) -> float:
     """P(drop) of a drop-path as it is now.
 
-    Its law tells, if it has one. Otherwise the first attribute of `DROP_PATHS` tells, unless the module is seen to drop
-    at another rate, which then counts. It is nan where neither is known.
+    The rate comes from the module's law if it has one. Otherwise it is the first attribute of `DROP_PATHS`, unless the
+    module is seen to drop at another rate: then it is that one. It is nan if neither is known.
     """
     law = known_law_of(module)
     if isinstance(law, Law):
@@ -106,5 +106,5 @@ def rate_of(module: nn.Module) -> float:
     numbers = [module.__dict__.get(name, "") for name in _RATES]
     named = next((float(value) for value in numbers if is_number(value)), math.nan)
     seen = drops_now(module)
-    is_near = seen is not None and abs(named - seen) < 0.05  # three deviations of what 1,024 rows show
+    is_near = seen is not None and abs(named - seen) < 0.05  # three standard deviations for 1,024 rows
     return named if seen is None or is_near else round(seen, 2)

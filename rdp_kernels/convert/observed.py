@@ -1,5 +1,7 @@
-"""Finds out what a drop-path does by running it: how often it drops, whether whole batches, and how it scales. Laws are
-cached. `drop_probe.py` runs a copy; `drop_code.py` refuses modules that may do what running them doesn't show."""
+"""Runs a drop-path to find out how often it drops, whether it drops whole batches, and how it scales.
+
+Laws are cached. `drop_probe.py` runs a copy; `drop_code.py` refuses modules that may do what running them doesn't show.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ class Law:
     size: int
     """The number of entries in the `__dict__` of the module that was observed."""
     constants: tuple[tuple[str, Any], ...]
-    """The attributes that aren't numbers. Where one changes, the module is observed anew."""
+    """The attributes that aren't numbers. If one changes, the module is observed again."""
     attribute: str | None
-    """The attribute that says how often it drops; None where it never drops."""
+    """The attribute with the rate; None if the drop-path never drops."""
     keeps: bool = False
     """Whether the attribute is P(keep)."""
     mode: str = "sample"
@@ -35,7 +37,7 @@ class Law:
     """The functions that its forward calls."""
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Whether `module` is still what was observed. Every draw asks this."""
+        """Whether the law still holds for `module`. This is checked at every draw."""
         kind, found = type(module), module.__dict__
         if kind is not self.kind or kind.forward is not self.forward:
             return False
@@ -55,7 +57,7 @@ class Law:
         return type(rate) is float or is_number(_number(module, self.attribute))
 
     def drop_prob(self, module: nn.Module) -> float:
-        """P(drop), read from the module as it is now. Raises `ValueError` if it is no probability."""
+        """P(drop), read from the module as it is now. Raises `ValueError` if it isn't a probability."""
         if self.attribute is None:
             return 0.0
         value = module.__dict__.get(self.attribute)
@@ -69,7 +71,7 @@ class Law:
         return self
 
     def __reduce__(self) -> tuple:
-        # Functions can't always be pickled. A law without a forward holds for no module, so that it is made anew.
+        # Functions can't always be pickled. A law without a forward holds for no module, so it is made again.
         fields = (self.kind, None, self.size, self.constants, self.attribute, self.keeps, self.mode, self.scale_by_keep)
         return Law, fields
 
@@ -110,7 +112,7 @@ def known_law_of(module: nn.Module) -> Law | str:
 def drops_rows(module: nn.Module) -> bool | None:
     """Whether `module` is seen to set whole rows to zero in training, now or with another number in an attribute.
 
-    It is False where the module always does the same to its input, and None where it does neither or can't be observed.
+    It is False if the module always does the same to its input, and None if it does neither or can't be observed.
     """
     try:
         key = key_of(module)
@@ -120,7 +122,7 @@ def drops_rows(module: nn.Module) -> bool | None:
 
 
 def drops_now(module: nn.Module) -> float | None:
-    """The fraction of rows that a module without a law is seen to drop now; None where it can't be observed."""
+    """The fraction of rows that a module without a law is seen to drop now; None if it can't be observed."""
     calls, rows = 256, 4
     with _probes(module) as probes:
         for probe in probes:
@@ -132,7 +134,7 @@ def drops_now(module: nn.Module) -> float | None:
 
 @contextlib.contextmanager
 def _probes(module: nn.Module) -> Iterator[list[Probe]]:
-    """Probes that call the module with tensors of 3, 4 and 2 dimensions; none where it can't be observed."""
+    """Probes that call the module with tensors of 3, 4 and 2 dimensions; none if it can't be observed."""
     try:
         numbers, _ = attributes_of(module)
         check_code(type(module))

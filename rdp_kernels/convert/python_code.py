@@ -1,4 +1,4 @@
-"""Reads the code of a forward for what it names: globals, variables of enclosing functions, attributes."""
+"""Reads the code of a forward to find the globals, variables of enclosing functions and attributes that it names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .guards import Findings, can_be_pickled, cells_of, contents_of, functions_o
 from .snapshot import CONTAINERS
 
 _FIXED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
-"""Types of values that variables of enclosing functions are taken to keep."""
+"""Variables of enclosing functions with values of these types are assumed not to change."""
 _HARMLESS = (type(None), types.ModuleType, logging.Logger, nn.Module, enum.Enum)
 
 
@@ -34,7 +34,7 @@ class RanCode:
     codes: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
     """The code of the user's functions, with their globals."""
     variables: list[tuple[types.CodeType, str, Any]] = field(default_factory=list)
-    """The variables of enclosing functions that they read: the reader's code, the name and the value."""
+    """The variables of enclosing functions that these functions read: the reader's code, the name and the value."""
     holders: list[Any] = field(default_factory=list)
     """Classes, modules and functions whose attributes may be read."""
     children: list[tuple[str, ...]] = field(default_factory=list)
@@ -45,6 +45,9 @@ class CodeReader:
     """Reads the code of all functions that ran. A value that may be another later becomes a guard or a refusal.
 
     Args:
+        block: the block whose forward was traced.
+        run: the code that ran.
+        found: takes the guards and refusals.
         several_inputs: whether the forward is called with more than one tensor.
     """
 
@@ -130,8 +133,8 @@ class CodeReader:
                 self._findings.refuse(f"{code.co_name} calls {instruction.argval}, which would not be called again")
             elif name == "IS_OP" and self._several_inputs and _are_locals(instructions[max(place - 2, 0) : place]):
                 self._findings.refuse(
-                    f"{code.co_name} compares two variables by `is`; whether two arguments are one object isn't looked "
-                    "at again"
+                    f"{code.co_name} compares two variables by `is`; later calls don't check whether two arguments are "
+                    "one object"
                 )
             elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
                 if not any(_holds(other, code) for other in self._ran.codes if other is not code):
@@ -211,7 +214,7 @@ class CodeReader:
 
 
 def global_containers(base: type) -> Iterator[tuple[str, Any]]:
-    """Lists, dicts and sets, with their names, that functions of a class or the functions that these call may reach:
+    """Lists, dicts and sets, with their names, that functions of a class may reach, or functions that these call:
     globals, variables of enclosing functions and default arguments."""
     seen: set[types.CodeType] = set()
     stack: list[types.FunctionType] = list(functions_of(base))
@@ -240,7 +243,7 @@ def class_of_user(cls: type) -> bool:
 
 
 def _attributes(instructions: list[dis.Instruction]) -> Iterator[str]:
-    """The attributes that the first instructions read one from the other."""
+    """The attributes that the first instructions read, each from the one before."""
     reads = itertools.takewhile(lambda read: read.opname in ("LOAD_ATTR", "LOAD_METHOD"), instructions)
     return (str(read.argval) for read in reads)
 

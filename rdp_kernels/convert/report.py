@@ -16,27 +16,59 @@ _NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file 
 
 
 class ConversionError(ValueError):
-    """`convert(strict=True)` refused something. The model is as it was."""
+    """Raised by `convert` with `strict=True` if a path is refused.
+
+    The message names each refused path and the reason. The model is as before.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc, self.drop_path, self.calls = nn.Linear(8, 8), rdp.DropPath(0.1), 0
+        ...     def forward(self, x):
+        ...         self.calls += 1
+        ...         return x + self.drop_path(self.fc(x))
+        >>> try:
+        ...     rdp.convert(nn.Sequential(Block()), strict=True, example_inputs=torch.randn(4, 8))
+        ... except rdp.ConversionError as error:
+        ...     print(error)
+        0.drop_path (Block): its forward sets 'calls'
+    """
 
 
 @dataclass(frozen=True)
 class PathReport:
-    """One path that was found, converted or refused."""
+    """One path that `convert` found, converted or refused.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> report = rdp.convert(layer, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> for path in report:
+        ...     print(path.name, path.drop_prob, path.what)
+        add_dropout1 0.2 skips self_attn, dropout1
+        add_dropout2 0.2 skips linear1, dropout, linear2, dropout2
+    """
 
     block: str
+    """The name of the block in the model; empty for the model itself."""
     block_class: str
+    """The name of the block's class."""
     name: str
+    """The name of the path in its block: that of its drop-path, or one made from the last module of its branch."""
     drop_prob: float
-    """nan if it isn't known, as for some refused drop-paths."""
+    """P(drop). It is nan if it isn't known, as for some refused drop-paths."""
     refused: str | None = None
     """Why the path stays as it was; None if it was converted."""
     nested: str | None = None
-    """The path in whose branch it lies. There it goes on masking its input as before."""
+    """The path whose branch contains this drop-path, which masks its input there as before; None if there is none."""
     whole_in_sample_mode: bool = False
+    """Whether the branch runs on the whole batch and is masked in sample mode, because it has a BatchNorm."""
     foreign_rows: bool = False
+    """Whether rows aren't samples but windows or patches. The path is then decided for the whole batch."""
     modules: tuple[str, ...] = ()
+    """The modules that aren't called when the branch is skipped, named within the block."""
     already: bool = False
-    """Whether an earlier call converted it."""
+    """Whether an earlier call converted the path."""
     side_products: tuple[str, ...] = ()
     """Attributes that a forward of the branch sets on its modules, named within the block. Their values come from the
     last call in which the branch ran, and from the rows that it ran on. A skipped branch doesn't change them."""
@@ -60,25 +92,52 @@ class PathReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block in which `convert` found no path."""
+    """One block in which `convert` found no path.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(8, 8)
+        ...     def forward(self, x):
+        ...         return self.fc(x)
+        >>> report = rdp.convert(Block(), drop_prob=0.2, example_inputs=torch.randn(4, 8))
+        >>> report.without_paths[0].reason
+        'no add in its own forward'
+    """
 
     block: str
+    """The name of the block in the model; empty for the model itself."""
     block_class: str
+    """The name of the block's class."""
     reason: str
+    """Why the block has no path."""
     inside: str | None = None
-    """The path in whose branch the block lies, if any."""
+    """The path whose branch contains the block; None if there is none."""
 
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, path by path, in registration order. `str(report)` is a table, drawn by rich if installed.
+    """What `convert` did, path by path.
 
-    `without_paths` lists the blocks in which it found no path; the table groups them by class and reason.
+    `print(report)` shows a table of the paths, drawn by rich if that is installed, then the notes and the summary.
+    Iterating over the report gives its rows.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> report = rdp.convert(layer, drop_prob=0.2, example_inputs=torch.randn(4, 5, 8))
+        >>> [path.name for path in report.converted]
+        ['add_dropout1', 'add_dropout2']
+        >>> report.refused, report.summary()
+        ([], '2 paths in 1 blocks converted')
     """
 
     rows: list[PathReport] = field(default_factory=list)
+    """The paths in registration order of their blocks, converted or not."""
     notes: list[str] = field(default_factory=list)
+    """Notes on blocks without a path, on shared blocks and on earlier conversions."""
     without_paths: list[BlockReport] = field(default_factory=list)
+    """The blocks in which no path was found. Blocks without a drop-path are searched only if `drop_prob` is given."""
 
     @property
     def converted(self) -> list[PathReport]:
@@ -92,19 +151,25 @@ class ConversionReport:
 
     @property
     def refused(self) -> list[PathReport]:
+        """The paths that stay as they were, each with the reason."""
         return [row for row in self.rows if row.refused is not None]
 
     def __iter__(self) -> Iterator[PathReport]:
         return iter(self.rows)
 
     def summary(self) -> str:
+        """Counts the paths that were converted, had been converted before, or were refused.
+
+        Returns:
+            One line, such as "24 paths in 12 blocks converted".
+        """
         blocks = len({row.block for row in self.converted})
         text = f"{len(self.converted)} paths in {blocks} blocks converted"
         text += f", {len(self.already)} converted already" if self.already else ""
         return text + (f", {len(self.refused)} refused" if self.refused else "")
 
     def note_blocks(self) -> None:
-        """Adds a note for each class of blocks without a path and each reason."""
+        """Adds a note for each class of blocks without a path, and each reason."""
         found = Counter((b.block_class, b.reason) for b in self.without_paths)
         self.notes += [f"no path in {kind} ({count}): {reason}" for (kind, reason), count in found.items()]
 
@@ -115,7 +180,7 @@ class ConversionReport:
 
 
 def describe(error: BaseException) -> str:
-    """The type of an error, and the first line of its message or, without one, the user's code that raised it."""
+    """The type of an error, and the first line of its message or, if it has none, the user's code that raised it."""
     message = str(error).strip()
     if message:
         return f"{type(error).__name__}: {message.splitlines()[0]}"

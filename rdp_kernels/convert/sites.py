@@ -1,4 +1,4 @@
-"""Finds where a branch may be dropped in a block's graph: calls of drop-paths or, without any, residual adds."""
+"""Finds where a branch may be dropped in a block's graph: calls of drop-paths or, if there are none, residual adds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DropSite:
 
 
 def mark(x: Tensor) -> Tensor:
-    """Stands in a graph where a block without a drop-path would have one."""
+    """Marks the place in a graph where a block without a drop-path would have one."""
     return x
 
 
@@ -101,7 +101,7 @@ def _branch_of(graph: fx.Graph, add: fx.Node, modules: dict[str, nn.Module], val
 
 
 def _computed_for(graph: fx.Graph, node: fx.Node, add: fx.Node) -> list[fx.Node]:
-    """`node` and what is computed for it alone; empty where other nodes than `add` use it."""
+    """`node` and the nodes that only it needs; empty if other nodes than `add` use it."""
     if set(node.users) != {add} or node.op == "placeholder":
         return []
     return [*computed_only_for(graph, node), node]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
-"""The containers that are restored. Types derived from them aren't, as they may copy and fill in ways of their own."""
+"""The containers that are restored. Derived types aren't, as they may copy and fill in ways of their own."""
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of the global generators of torch, Python and, if it is imported, numpy."""
+    """The states of the global generators of torch, of Python and, if it is imported, of numpy."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if torch.cuda.is_initialized():
         states["torch.cuda"] = torch.cuda.get_rng_state_all()
@@ -92,7 +92,7 @@ class Snapshot:
                 self._attributes[id(value)] = (value, dict(value.__dict__))
                 for inner in value.__dict__.values():
                     self._take(inner)
-        elif _is_plain(value):  # what it holds is left out, as it may be a data set
+        elif _is_plain(value):  # objects inside are left out, as they may be data sets
             self._attributes.setdefault(id(value), (value, dict(value.__dict__)))
             for inner in value.__dict__.values():
                 if type(inner) in CONTAINERS:
@@ -150,7 +150,7 @@ def items_of(container: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[Snapshot]:
-    """Restores what the model holds and the generators at the end."""
+    """Restores the contents of the model and the generators at the end."""
     snapshot = Snapshot(model)
     with preserved_generators():
         try:

@@ -1,4 +1,4 @@
-"""Writes the source of a converted class from a carved graph, and makes the class from that, also when unpickling."""
+"""Writes the source of a converted class from a carved graph, and makes the class from it, also when unpickling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _classes: dict[tuple[Any, ...], type] = {}
 
 
 def recipe_of(traced: Trace, carved: Carved) -> Recipe:
-    """Writes a block's source. Raises `Refused` where it would use an object that can't be imported."""
+    """Writes a block's source. Raises `Refused` if it would use an object that can't be imported."""
     functions = {"_forward": carved.graph} | {f"_branch_{i}": graph for i, graph in enumerate(carved.branches)}
     parts, names = [], dict[str, tuple[str, str]]()
     for name, graph in functions.items():
@@ -51,7 +51,7 @@ class _Function(fx.CodeGen):
         self._name = name
 
     def gen_fn_def(self, free_vars: list[str], *args: Any, **options: Any) -> str:
-        """The line with `def`. torch passes a return annotation, which is empty here, and options of its versions."""
+        """The line with `def`. torch passes a return annotation, which is empty here, and options of newer versions."""
         return f"def {self._name}({', '.join(['self', *free_vars])}):"
 
 
@@ -86,7 +86,7 @@ def _import(module: str, name: str) -> Any:
 def class_of(base: type[nn.Module], recipe: Recipe, digest: str | None = None) -> type[nn.Module]:
     """The subclass of `base` that a recipe describes. It is the same object for the same recipe and the same code.
 
-    `digest` is the digest of the code that was followed when the recipe was made; None if it is made now.
+    `digest` is the digest of the code that was followed when the recipe was made; None if the recipe is made now.
     """
     followed = Followed.of(base)
     digest = followed.digest() if digest is None else digest
@@ -114,7 +114,7 @@ def _make(base: type[nn.Module], recipe: Recipe, followed: Followed, digest: str
     passed_on = _PASSED_ON - inspect.signature(base.forward).parameters.keys()
 
     def why_not(self: nn.Module, inputs: list[Any] | None) -> str | None:
-        """Why what was traced doesn't hold for this call; None if it does."""
+        """Why the trace doesn't hold for this call; None if it does."""
         if out_of_date:
             return "its class has other code than when it was converted"
         replaced = followed.replaced() or followed.replaced_on(self)
@@ -225,7 +225,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _set_state(self: nn.Module, state: Any) -> None:
-    """Fills a copy. `copy.copy` hands it the original's contents, including the paths."""
+    """Fills a copy. `copy.copy` passes the original's contents, including the paths."""
     converted.original_of(self).__setstate__(self, state)
     converted.own_paths(self)
 

@@ -1,4 +1,4 @@
-"""What a conversion knows of a block, in plain types that suffice to make the class again in another process."""
+"""The results of a block's conversion, in plain types from which another process can make the class again."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .guards import Guard
 
 @dataclass(frozen=True)
 class PathSpec:
-    """One path of a block. A branch takes `x`, with the norm at its head applied, then what `kinds` describes."""
+    """One path of a block. A branch takes `x`, with the norm at its head applied, then the inputs that `kinds`
+    describes."""
 
     name: str
     drop_path: str | None
-    """The name of the module that says how often the path is dropped; None if there is none."""
+    """The name of the path's drop-path; None if there is none."""
     mode: str
     kinds: tuple[str, ...]
-    """For each further input, "row" if it has a row for each row of x, or "shared" if it is handed on as it is."""
+    """For each further input, "row" if it has a row for each row of x, or "shared" if it is passed as it is."""
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     """The parameters of the branch that belong to none of its modules."""
     norm: str | None
     zeros: tuple[int | None, ...] | None
-    """If zeros stand for the residual, their shape behind dimension 0, with None for a size of x. Else None."""
+    """If zeros replace the residual, their shape after dimension 0, with None for a size of x; else None."""
     sum_dtype: str
-    """Which dtype the sum has: that of the "branch", that of the "residual", or that of "both" promoted."""
+    """The dtype of the sum: that of the "branch", that of the "residual", or that of "both" promoted."""
     dtype: torch.dtype | None
-    """The one dtype of everything that the branch takes, owns and returns; None if they differ."""
+    """The one dtype of all tensors that the branch takes, owns and returns; None if they differ."""
     batch_norm: bool
     foreign_rows: bool
     """Whether rows aren't samples but windows or patches."""

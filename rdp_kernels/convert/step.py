@@ -1,4 +1,4 @@
-"""One step of a block, forward and backward, and what it leaves behind. Both checks of a conversion compare steps."""
+"""One step of a block, forward and backward, and its results. Both checks of a conversion compare steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .snapshot import generator_states, seed_torch, set_seed
 BlockRunner = Callable[[BlockCall], Any]
 """Runs a block on the arguments of a call and returns what the block returns."""
 _OWN = {"_parameters", "_buffers", "_modules", "forward", "training"}
-"""Attributes of a module that `state_of` leaves out or reads in their own way."""
+"""Attributes of a module that `state_of` leaves out or reads in another way."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Setting:
     """How a step is run.
 
     Args:
-        words: what reasons say of it.
+        words: the words for the setting in reasons.
         dtype: the dtype of the inputs and, where it is float64, of the block. None keeps their own.
         autocast: the device type of an autocast to bfloat16, or None.
         children_train: whether the block's children are in training mode, as the block itself is.
-        random: whether the block may draw as it likes. If not, dropout is off and all rows get the same random numbers.
+        random: whether random functions work as usual. If not, dropout is off and all rows get the same random numbers.
     """
 
     words: str = ""
@@ -60,7 +60,7 @@ class Setting:
 
 
 class _Local(_BatchNorm):
-    """A SyncBatchNorm's stand-in, which computes the statistics of this rank alone."""
+    """Replaces a SyncBatchNorm, and computes the statistics of this rank alone."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -68,7 +68,7 @@ class _Local(_BatchNorm):
 
 @dataclass
 class Step:
-    """What a forward and a backward gave, and what the modules hold afterwards."""
+    """The results of a forward and a backward, and the contents of the modules afterwards."""
 
     output: Any
     gradients: dict[str, Tensor | None]
@@ -77,7 +77,7 @@ class Step:
     generators: dict[str, Any]
 
     def numbers(self, buffers: bool = False) -> dict[str, Tensor]:
-        """The outputs, the gradients that aren't None and, if asked for, the buffers, by the words for them."""
+        """The outputs, the gradients that aren't None and, if asked for, the buffers, by their names in reasons."""
         found = {f"output {i}": t.detach() for i, t in enumerate(tensors_of(self.output))}
         found |= {name: t for name, t in self.gradients.items() if t is not None}
         if buffers:
@@ -116,7 +116,7 @@ def step_of(
 def step_of_converted(
     block: nn.Module, call: BlockCall, run: BlockRunner, setting: Setting, when: str, **options: Any
 ) -> Step:
-    """A step of a converted block. Raises `Refused` where it fails or runs as before the conversion."""
+    """A step of a converted block. Raises `Refused` if it fails or runs as before the conversion."""
     try:
         step = step_of(block, call, run, setting, **options)
     except Exception as error:
@@ -133,7 +133,7 @@ def called(block: nn.Module) -> BlockRunner:
 
 
 def state_of(block: nn.Module) -> dict[str, Any]:
-    """What the modules hold, by the words that a reason has for it."""
+    """The contents of the modules, by their names in reasons."""
     state: dict[str, Any] = {}
     for name, module in block.named_modules():
         prefix = f"{name}." if name else ""
@@ -147,7 +147,7 @@ def state_of(block: nn.Module) -> dict[str, Any]:
     return state
 
 
-# Without randomness that differs between the two
+# The same random numbers for the original and the converted block
 
 
 _DROPOUTS = {
@@ -170,7 +170,7 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class _SameForAllRows(TorchDispatchMode):
-    """Makes random functions give every row the same numbers, for any number of rows and at any time."""
+    """Makes random functions return the same numbers for every row, for any number of rows and in every call."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -198,4 +198,4 @@ class _SameForAllRows(TorchDispatchMode):
 
 _FILL = {"uniform_", "normal_", "exponential_", "random_", "geometric_", "cauchy_", "log_normal_"}
 _MANY = 33
-"""Rows from which the first is taken: torch fills the last sixteen numbers of a small tensor in another way."""
+"""How many rows are drawn to take the first: torch fills the last sixteen numbers of a small tensor in another way."""

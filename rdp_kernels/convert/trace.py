@@ -1,6 +1,6 @@
 """Makes the graph of one block's own forward in training mode, with its children as leaves.
 
-A Python value that is read while tracing holds for that one call only. Values that `watch.py` sees, and shapes and
+A Python value that is read during tracing holds for that one call only. Values that `watch.py` sees, and shapes and
 dtypes that decide an `if`, therefore become guards, which every later call checks.
 """
 
@@ -29,7 +29,7 @@ from .snapshot import preserved_generators
 from .watch import Watch, of_user
 
 LARGEST = 20_000
-"""Nodes in a graph after which a forward is taken to loop for ever. Large blocks have some hundreds."""
+"""A forward with more nodes is assumed to loop for ever. Large blocks have some hundreds."""
 
 
 @dataclass
@@ -39,24 +39,24 @@ class Trace:
     guards: tuple[Guard, ...]
     """Python values that the forward read."""
     inputs: tuple[Any, ...] | None = None
-    """What later inputs must be: `(shape behind dimension 0, dtype or None, device type or None)` for each tensor, the
-    value for anything else. None if the forward did nothing that depends on them."""
+    """What later inputs must be: `(shape after dimension 0, dtype or None, device type or None)` for each tensor, the
+    value for anything else. None if nothing that the forward did depends on them."""
     sizes: tuple[Any, ...] = ()
-    """Sizes in which dimension 0 decided something. They must be the same for another number of samples."""
+    """Sizes whose dimension 0 decided something. They must be the same for another number of samples."""
     sets: tuple[tuple[str, Any], ...] = ()
     """Attributes of the block that the forward sets, with their constant values."""
     dtypes: tuple[str, ...] = ()
-    """Reasons about dtypes that decided something and that autocast may change."""
+    """Reasons to refuse the block: dtypes that decided something and that autocast may change."""
 
 
 def trace(block: nn.Module, call: BlockCall) -> Trace:
-    """Traces a block's forward. Raises `Refused` where that fails, or where the forward does what a graph can't."""
+    """Traces a block's forward. Raises `Refused` if that fails, or if the forward does something that a graph can't."""
     reasons: list[str] = []
     for guided in (False, True):
         for integers_are_inputs in (True, False):
             signature = Signature.of(call, integers_are_inputs)
             if reasons and not integers_are_inputs and not any(type(v) is int for v in call.flat()[0]):
-                continue  # nothing would differ
+                continue  # the result would be the same
             inputs = signature.inputs_of(call.args, call.kwargs)
             assert inputs is not None
             values = [cloned(v) if isinstance(v, Tensor) else v for v in inputs]
@@ -68,7 +68,7 @@ def trace(block: nn.Module, call: BlockCall) -> Trace:
                 if "item assignment" in str(error):
                     raise Refused("its forward assigns to a part of a tensor") from error
                 reasons.append(describe(error))
-    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # torch.fx had no values
+    own = [reason for reason in reasons if not reason.startswith("TraceError")]  # from torch.fx without values
     raise Refused(f"its forward can't be traced: {'; '.join(dict.fromkeys(own or reasons))}")
 
 
@@ -147,7 +147,7 @@ class _Tracer(fx.Tracer):
         return function, [self.root, *proxies]
 
     def _returned(self, out: Any) -> Any:
-        """What the forward returns, in a form whose type the graph keeps."""
+        """The output of the forward, in a form whose type the graph keeps."""
         if type(out) in (list, tuple):
             return type(out)(map(self._returned, out))
         if isinstance(out, dict):
@@ -161,7 +161,7 @@ class _Tracer(fx.Tracer):
             raise Refused(f"its forward returns {type(out).__name__}, which a graph doesn't return")
         return out
 
-    # With values at hand
+    # Guided tracing
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Guided(node, self) if self._guided else in_place.Proxy(node, self)
@@ -203,7 +203,7 @@ class _Tracer(fx.Tracer):
         return value
 
     def _decide(self, node: fx.Node) -> None:
-        """Notes what a Python value was computed from. Raises `Refused` where that can't be guarded."""
+        """Notes the inputs that a Python value was computed from. Raises `Refused` if they can't be guarded."""
         self._decided.add("value")
         stack, seen = [node], set[fx.Node]()
         while stack:
@@ -225,7 +225,7 @@ class _Tracer(fx.Tracer):
 
     def _are_alike_in_any_batch(self, shape: Any, other: Any) -> bool:
         """Whether comparing a shape with another, or with sizes taken from one, has the same result for any batch: the
-        two are equal, as both follow the batch, or they differ behind dimension 0."""
+        two are equal, as both follow the batch, or they differ after dimension 0."""
         if not (isinstance(shape, fx.Node) and self._is_shape(shape)):
             return False
         first = self._values[shape]
@@ -287,8 +287,8 @@ class _Tracer(fx.Tracer):
         return len(value)
 
     def hashed(self, proxy: fx.Proxy, by_user: bool) -> int:
-        """A hash that equals no number's hash, as a cache might keep the proxy in a number's place. A lookup therefore
-        finds nothing, which the checks see, and its result holds for this shape alone."""
+        """A hash that equals no number's hash, as a cache might keep the proxy in place of a number. A lookup therefore
+        finds nothing, which the checks notice, and its result holds for this shape alone."""
         if by_user and not isinstance(self._values[proxy.node], Tensor):
             self.concrete(proxy)
         return id(proxy)
@@ -310,7 +310,7 @@ class _Tracer(fx.Tracer):
 
 
 def of_length(values: Any, length: int) -> Any:
-    """What a child returned. Raises `RuntimeError` if its length isn't what it was while the parent was traced."""
+    """The values that a child returned. Raises `RuntimeError` if their number isn't `length`, as in the trace."""
     if len(values) != length:
         raise RuntimeError(
             f"a child of a converted block returns {len(values)} values, and returned {length} at the conversion: "

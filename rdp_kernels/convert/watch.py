@@ -1,7 +1,7 @@
-"""Watches what a traced forward does that its graph doesn't show: Python values it reads, what it sets, its calls.
+"""Watches what a traced forward does that its graph doesn't show: the values it reads, the values it sets, its calls.
 
 Accesses to attributes are hooked, and a profile function sees the calls that the forward's own code makes. The code
-itself is read for globals and closures. A value that may be another later becomes a guard. A value that can't be
+itself is read to find globals and closures. A value that may be another later becomes a guard. A value that can't be
 compared again, or an action that a converted forward wouldn't repeat, becomes a refusal.
 """
 
@@ -34,7 +34,8 @@ class Watch:
     """Watches one trace of a block's forward.
 
     Args:
-        tensor: makes the stand-in for a tensor, given its name, that the block's code reads from a module.
+        block: the block that is traced.
+        tensor: makes the stand-in for a tensor that the block's code reads from a module, from the tensor's name.
         several_inputs: whether the forward is called with more than one tensor.
     """
 
@@ -47,12 +48,12 @@ class Watch:
         self.sets: dict[str, Any] = {}
         """Attributes that the forward sets on the block to the same constant in each call."""
         self._unset: dict[str, Any] = {}
-        """The values of these attributes before; MISSING where there was none."""
+        """The values that these attributes had before; MISSING for an attribute that didn't exist."""
         self._containers = {id(value): (name, value, value.copy()) for name, value in global_containers(type(block))}
         classes = {cls for module in block.modules() for cls in type(module).__mro__}
         self._classes = [(cls, dict(vars(cls))) for cls in classes if class_of_user(cls)]
         self.paused = False
-        """True while children run for their values."""
+        """True while children run to compute values."""
 
     def refuse(self, reason: str) -> Refused:
         """Notes a reason and returns the error to raise. The reason counts even if the forward catches the error."""
@@ -256,7 +257,7 @@ class Watch:
                         self._guard_names(found)
                 return
         if type(module).__getattr__ is not nn.Module.__getattr__:
-            raise self.refuse(f"its forward reads {name!r}, which {type(module).__name__}.__getattr__ makes up")
+            raise self.refuse(f"its forward reads {name!r}, which {type(module).__name__}.__getattr__ computes")
         self.guard(path, MISSING, len(path) - 1)
 
     def _value(self, path: tuple[str, ...], value: Any, num_modules: int) -> Any:
@@ -284,7 +285,7 @@ class Watch:
             self._containers.setdefault(id(value), (name, value, value.copy()))
 
     def _swap(self, value: Any, path: tuple[str, ...], num_modules: int) -> bool:
-        """Makes an object report what is read from it. Returns False if Python doesn't allow that."""
+        """Makes an object report reads of its attributes. Returns False if Python doesn't allow that."""
         if id(value) in self._swapped:
             return True
         original, watch = type(value), self
@@ -347,11 +348,11 @@ class Watch:
 
 
 class _Nothing:
-    """The first base of the class that a watched object gets for a while."""
+    """The first base of the class that a watched object has during the trace."""
 
 
 _lock = threading.RLock()
-"""Allows one trace at a time, as `nn.Module` itself is hooked meanwhile."""
+"""Allows one trace at a time, as `nn.Module` itself is hooked during a trace."""
 
 
 def _method(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""An open iteration: it carries out a plan, by a decision about each call of each path."""
+"""An open iteration carries out a plan: it makes a decision for each call of each path."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ class Rules:
 
 
 class Iteration:
-    """One drop or reuse iteration. While it is open, the bindings of its paths hold it.
+    """One drop or reuse iteration. While it is open, it is the decider of its paths' bindings.
 
     Args:
-        plan: which paths the drop iteration keeps, for which samples.
-        history: decides about recomputations. Held weakly, because it holds the iteration.
-        forwards: in sample mode, the batch size of each forward in order. A single entry serves any number of forwards
-            of that size.
+        phase: `"drop"` or `"reuse"`.
+        plan: the paths that the drop iteration keeps, for which samples.
+        rules: the scheme's options.
+        rest: the rest of the model, which also holds the paths.
+        history: decides about recomputations. It is held weakly, because it holds the iteration.
+        forwards: in sample mode, the batch size of each forward in order. A single entry holds for any number of
+            forwards of that size.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Iteration:
         """The autograd nodes of the iteration have sequence numbers in [first_node, last_node)."""
         self.is_provisional = False
         """Under `alternate` the iteration opens right after a step, and users may change the model before they call it.
-        Until a path has run, what belongs to which path is looked up again."""
+        It therefore looks up what belongs to which path again, until a path has run."""
         self._freezes_rest = phase == "reuse" and rules.freezes_rest
         self._blockwise = [self.mode == "block" or path.module.mode == "block" for path in self.paths]
         self._ran, self._calls = [False] * len(self.paths), [0] * len(self.paths)
@@ -62,27 +65,27 @@ class Iteration:
         self._learns = torch.ones_like(learns) if phase == "reuse" and rules.freeze == "none" else learns
         self._any_learns = self._learns if self.mode == "block" else self._learns.any(dim=1)
         self._presence: Tensor | None = None
-        """The presence on any rank, after `join`."""
+        """After `join`, the `presence()` over all ranks."""
         several = self.mode == "sample" and len(forwards) > 1
         self._dummy_calls = self._missing_calls(self.presence()) if several else {}
         self.look_up()
 
     def look_up(self) -> None:
-        """Makes the decisions anew, with the modules and shared parameters that paths have now."""
+        """Makes the decisions again, with the modules and shared parameters that the paths have now."""
         self._modules = self.rest.modules
         # In a drop iteration nothing is frozen, and the rest has not been looked up since the last pair.
         shared_refs = self.rest.shared if self.phase == "reuse" else []
         self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared_refs]
         self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
-        """The decisions of all paths, for a forward whose rows are on this device."""
+        """The decisions of all paths, by the forward's number and the device of its rows."""
         self._blockwise_decisions = [self._decision(path, flag) for path, flag in enumerate(self._any_learns.tolist())]
-        """The decisions of all paths, where one holds for the whole batch."""
+        """The decisions of all paths that are decided for the whole batch."""
 
     def decide(self, module: PathModule, x: Tensor, recomputing: bool = False) -> Decision:
         """The decision for a call of `module` on `x`. Raises `ValueError` for a batch that doesn't fit the plan.
 
-        In a backward, checkpointing recomputes a forward: the history finds the iteration that this one belongs to,
-        which then decides with `recomputing`.
+        In a backward, checkpointing recomputes a forward. The history finds the iteration of that forward, and this
+        iteration then decides with `recomputing`.
         """
         if not recomputing and torch._C._current_graph_task_id() != NO_BACKWARD:
             return self._history().decide(module, x)  # type: ignore[union-attr]  # bindings are cleared before it dies
@@ -116,14 +119,14 @@ class Iteration:
         return self.rest.runs_frozen
 
     def look_again(self) -> None:
-        """Looks up again what belongs to which path, where that may have changed since the iteration opened."""
+        """Looks up what belongs to which path again, if that may have changed since the iteration opened."""
         if self.is_provisional and not self.begun and not self.rest.runs_frozen:
             self.rest.refresh()
             self.look_up()
 
     def graph_masks(self) -> Tensor:
-        """The factors of branches in a forward whose paths can't ask one by one: where they learn, and where they are
-        frozen. Float64 `[2, paths]` or `[2, paths, batch]`. Counts as a forward."""
+        """The factors of branches, where they learn and where they are frozen, for a forward whose paths can't ask for
+        decisions. Float64 `[2, paths]` or `[2, paths, batch]`. The call counts as a forward."""
         self._ran = [True] * len(self.paths)
         learns = self._learns
         if self.forwards:
@@ -140,7 +143,7 @@ class Iteration:
 
     @property
     def begun(self) -> bool:
-        """Whether a path has run in it, in training mode."""
+        """Whether a path has run in this iteration, in training mode."""
         return any(self._ran)
 
     def learns(self, index: int) -> bool:
@@ -159,28 +162,28 @@ class Iteration:
 
     @property
     def dropped_paths(self) -> list[int]:
-        """Indices of the paths that are dropped for at least one sample: of any rank, after `join`."""
+        """Indices of the paths that are dropped for at least one sample of this rank or, after `join`, of any rank."""
         if self._presence is None:
             return self.plan.dropped_paths
         return self._presence[1].any(dim=0).nonzero().flatten().tolist()
 
     def presence(self) -> Tensor:
-        """In sample mode, whether a path keeps, and whether it drops, any sample. Bool [2, forwards, paths]."""
+        """In sample mode, whether each path keeps any sample, and whether it drops any. Bool [2, forwards, paths]."""
         parts = self.plan.keep.split(self.forwards, dim=1)
         return torch.stack([torch.stack([k.any(dim=1) for k in keep]) for keep in (parts, [~part for part in parts])])
 
     def join(self, presence: Tensor) -> None:
         """Sets the `presence()` over all ranks, before any forward. In sample mode each rank draws its own plan.
 
-        All ranks then make the same calls, and have gradients of the same parameters to average or scatter.
+        All ranks then make the same calls, and have gradients for the same parameters to average or scatter.
         """
         self._presence, self._dummy_calls = presence, self._missing_calls(presence)
         self.look_up()
 
     def _missing_calls(self, presence: Tensor) -> dict[tuple[int, int], tuple[str, ...]]:
-        """For each forward and path, the calls of the branch, on rows that learn or on frozen ones, that other ranks or
-        other forwards make and this one has no rows for. It makes them too, as dummy calls: every path that learns then
-        has a gradient from each forward, so that each forward has a backward."""
+        """The dummy calls, by forward and path: calls of a branch, on rows that learn or on frozen rows, that other
+        ranks or other forwards make, and for which this forward has no rows. With these calls every path that learns
+        gets a gradient from each forward, so that each forward has a backward."""
         missing: dict[tuple[int, int], tuple[str, ...]] = {}
         here = self._branch_calls(self.presence())
         for kind, anywhere in self._branch_calls(presence).items():
@@ -189,7 +192,7 @@ class Iteration:
         return missing
 
     def _branch_calls(self, presence: Tensor) -> dict[str, Tensor]:
-        """Which branches are called on rows that learn, and which on frozen ones. Bool [forwards, paths]."""
+        """Which branches are called on rows that learn, and which on frozen rows. Bool [forwards, paths]."""
         kept, dropped = presence
         if self.phase == "drop":
             return {"learning": kept}
@@ -197,12 +200,12 @@ class Iteration:
 
     def close(self) -> None:
         self.last_node = torch._C._autograd._get_sequence_nr()
-        self._decisions.clear()  # they hold rows, and are made again if checkpointing asks
+        self._decisions.clear()  # they hold rows, and are made again for a recomputation
 
     def not_run(self) -> list[Path]:
         """The paths that the plan runs, on any row of this process, but that the model didn't run in training mode.
 
-        Paths in eval mode without anything that can learn are left out: that is how users freeze a part.
+        Paths in eval mode without anything that can learn are left out, because users freeze a part in this way.
         """
         return [
             path
@@ -212,8 +215,8 @@ class Iteration:
         ]
 
     def check_complete(self) -> None:
-        """Raises `RuntimeError` where a path ran in some but not all of the announced forwards, and where a path that
-        learns never ran with grad although others did."""
+        """Raises `RuntimeError` if a path ran in some but not all of the announced forwards, or if a path that learns
+        never ran with grad although others did."""
         ran_without = [self.paths[i] for i in sorted(self._without_grad - self._with_grad) if self._any_learns[i]]
         lost = [path for path in ran_without if any(p.requires_grad for p in path.parameters())]
         if lost and self._with_grad:
@@ -238,24 +241,24 @@ class Iteration:
         name, forwards = self.paths[index].name, self.forwards
         if recomputing:
             return RuntimeError(
-                f"path {name!r} is recomputed by checkpointing, and which of the {len(forwards)} forwards of this "
-                "sample-mode iteration is meant can't be told: use mode='block', or no checkpointing"
+                f"path {name!r} is recomputed by checkpointing, which can't tell the {len(forwards)} forwards of this "
+                "sample-mode iteration apart: use mode='block', or no checkpointing"
             )
         return ValueError(
             f"path {name!r} was called more than {len(forwards)} times in an iteration that was opened with "
-            f"batch_size={list(forwards)}, an entry a forward"
+            f"batch_size={list(forwards)}, one entry for each forward"
         )
 
     def _decide_forward(self, forward: int, device: torch.device) -> list[Decision]:
         """The decisions of all paths for a forward on `device`. The rows of all paths take one copy to the device."""
         start, size = sum(self.forwards[:forward]), self.forwards[forward]
         learns, decisions = self._learns[:, start : start + size], []
-        with torch.inference_mode(False):  # a forward with grad may be the next to read the rows
+        with torch.inference_mode(False):  # a later forward may read the rows with grad
             orders, inverses = to_device(orders_of(learns), device)
             for index, count in enumerate(learns.sum(dim=1).tolist()):
                 rows = None
                 if 0 < count < size:
-                    # In a drop iteration the rows behind the learning ones are dropped: the branch doesn't get them.
+                    # In a drop iteration the rows after the learning ones are dropped: the branch doesn't get them.
                     order = orders[index][:count] if self.phase == "drop" else orders[index]
                     rows = RowSet(order, count, inverses[index])
                 decisions.append(self._decision(index, count > 0, rows, forward))
@@ -284,7 +287,7 @@ def _requires_grad(ref: ParameterRef) -> bool:
 
 
 def check_plan(plan: object, paths: Sequence[Path], mode: str, forwards: tuple[int, ...], rules: Rules) -> None:
-    """Raises `TypeError` or `ValueError` where `plan` can't be carried out on `paths`."""
+    """Raises `TypeError` or `ValueError` if `plan` can't be carried out on `paths`."""
     if not isinstance(plan, PathPlan):
         raise TypeError(f"plan must be a PathPlan, got {type(plan).__name__}")
     if (plan.mode, plan.num_paths) != (mode, len(paths)):

@@ -1,4 +1,4 @@
-"""What a scheme warns of: that it does nothing, or that a loop undoes what it does."""
+"""The warnings of a scheme: that it does nothing, or that the training loop undoes what it does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..paths.path import Path
 from .iteration import Iteration
 
 LOOKS_AT_GRADIENTS = 8
-"""How many iterations look for gradients of zero when they close. A loop leaves such gradients at once or never."""
+"""How many iterations look for gradients of zero when they close. A loop leaves them from the start or never."""
 
 
 class Notices:
@@ -40,7 +40,7 @@ class Notices:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.warn(
                 f"the model didn't run path {names[0]!r}{others} in a {iteration.phase} iteration in which it was to "
-                f"run. Likely reason: {why}. This is said once",
+                f"run. Likely reason: {why}. This warning is given once",
                 kind=why,
             )
 
@@ -51,7 +51,7 @@ class Notices:
         self.warn(f"no path ran in {where}. Likely reason: {why}", kind=why)
 
     def looks_at_gradients(self) -> bool:
-        """Whether the iteration that closes now is to be followed by `warn_of_zeros`: only a few are."""
+        """Whether to call `warn_of_zeros` for the iteration that closes now: only the first few are checked."""
         self._looks_left -= 1
         return self._looks_left >= 0
 
@@ -59,7 +59,7 @@ class Notices:
         """Warns of gradients of zero on parameters that don't learn: weight decay and momentum would move them."""
         found = [p.grad for p in idle if p.requires_grad and p.grad is not None]
         plain = [grad for grad in found if type(grad) is Tensor and grad.layout == torch.strided]
-        if plain and not any(bool(grad.any()) for grad in reversed(plain)):  # those near the output are the largest
+        if plain and not any(bool(grad.any()) for grad in reversed(plain)):  # gradients near the output are the largest
             self._looks_left = 0  # reading values waits for the device
             self.warn(
                 f"{len(found)} parameters that take no part in an iteration have gradients of zero instead of None, "
@@ -71,5 +71,5 @@ def _why_not_run(path_module: PathModule) -> str:
     if not path_module.training:
         return "it is in eval mode, in which a path follows no plan (call train(), or freeze its parameters)"
     if "forward" in vars(getattr(path_module, "block", path_module)):
-        return "its forward was replaced on the instance, which runs without its paths"
+        return "its forward was replaced on the instance, and the new one runs without its paths"
     return "the model skips layers by itself (switch off its LayerDrop), or doesn't use this one"

@@ -1,4 +1,4 @@
-"""The pairs of iterations of a scheme: how they are made, opened and closed."""
+"""Makes, opens and closes the pairs of iterations of a scheme."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .rest import Rest
 from .state import PHASES, BatchSize, State, forwards_of
 
 MOST_CLOSED = 16
-"""How many closed iterations are remembered: more than a loop leaves behind before the last of their backwards."""
+"""How many closed iterations are kept. Loops run an iteration's last backward before so many others have closed."""
 
 
 class History:
-    """Decides for the paths of a scheme while no iteration is open. Holds no reference to the scheme, which would
-    otherwise live as long as its paths."""
+    """Decides for the paths of a scheme while no iteration is open. It holds no reference to the scheme, which would
+    then live as long as its paths."""
 
     def __init__(self, model: nn.Module, paths: Sequence[Path], rules: Rules):
         self.open: Iteration | None = None
@@ -55,7 +55,8 @@ class History:
         return iteration.decide(module, x, recomputing)
 
     def _current(self, recomputing: bool) -> Iteration | None:
-        """The open iteration, or the one whose forward is recomputed, which autograd's sequence numbers tell."""
+        """The open iteration or, in a recomputation, the iteration of that forward, found by the sequence number of the
+        autograd node."""
         if not recomputing:
             return self.open
         node = torch._C._current_autograd_node()._sequence_nr()
@@ -63,11 +64,11 @@ class History:
             if iteration is not None and iteration.first_node <= node < iteration.last_node:
                 return iteration
         if len(self.closed) == MOST_CLOSED and node < self.closed[0].first_node:
-            raise RuntimeError(f"checkpointing recomputes a forward from over {MOST_CLOSED} iterations ago")
+            raise RuntimeError(f"checkpointing recomputes a forward from more than {MOST_CLOSED} iterations ago")
         return None
 
     def _freezes_rest(self) -> bool:
-        """Whether a module of the rest that is called now runs frozen."""
+        """Whether a module of the rest runs frozen if it is called now."""
         recomputing = in_backward()
         iteration = self._current(recomputing) if self._rules.freezes_rest else None
         if iteration is None or iteration.phase != "reuse":
@@ -82,7 +83,11 @@ class Pairs:
 
     Args:
         scheme: the `ResidualDropPath`, held weakly. Paths are bound to it, and released when it dies.
+        model: the scheme's model.
+        rules: the scheme's options that decide how a plan is carried out.
         rates: the drop probability and the schedule.
+        mode: as in `ResidualDropPath`.
+        sampling: as in `ResidualDropPath`.
     """
 
     def __init__(
@@ -95,11 +100,12 @@ class Pairs:
         """The seed of the plans, and how many of them have been drawn."""
         self.completed = dict.fromkeys(PHASES, 0)
         self.pending: Iteration | None = None
-        """A finished drop iteration whose complement is to learn."""
+        """A finished drop iteration whose dropped paths are still to learn."""
         self.on_begin: list[Callable[[Iteration], None]] = []
-        """Called with an iteration before it opens. If one raises, it doesn't open, and its pair stays pending."""
+        """Called with an iteration before it opens. If a call raises, the iteration doesn't open, and its pair stays
+        pending."""
         self.trains_more: Callable[[], bool] | None = None
-        """Under `alternate`: whether the optimizer has parameters of other models that can learn."""
+        """Under `alternate`: whether the optimizer has parameters outside of the model that can learn."""
         self.notices = Notices()
         self.history, self._scheme = History(model, self.paths, rules), weakref.ref(scheme)
         self.rest, self._bindings = self.history.rest, list[weakref.ref[PathBinding]]()
@@ -128,11 +134,11 @@ class Pairs:
         return [p for p in self.rest.model.parameters() if id(p) not in learning]
 
     def drops_all(self, iteration: Iteration) -> bool:
-        """Whether nothing can learn in a drop iteration, because its plan drops all that can."""
+        """Whether nothing learns in a drop iteration because its plan drops everything that can learn."""
         return not self._learns_anything(iteration) and self._can_learn(iteration.dropped_paths)
 
     def _can_learn(self, dropped: list[int]) -> bool:
-        """Whether a reuse iteration has anything to learn."""
+        """Whether anything can learn in a reuse iteration with these `dropped` paths."""
         if not dropped or not self.rules.freezes_rest:
             return bool(dropped)
         return any(p.requires_grad for path in dropped for p in self.paths[path].parameters())
@@ -141,7 +147,7 @@ class Pairs:
         return iteration.phase == "drop" or not self.rules.freezes_rest
 
     def _learns_anything(self, iteration: Iteration) -> bool:
-        # Ranks that draw apart and haven't agreed must not leave out what others run.
+        # Where ranks draw their own plans and haven't agreed, none may leave out an iteration that others run.
         paths = iteration.learning_paths(anywhere=iteration.mode == "sample" and world_size() > 1)
         if any(p.requires_grad for path in paths for p in path.parameters()):
             return True
@@ -225,8 +231,9 @@ class Pairs:
     def starts(self, iteration: Iteration) -> bool:
         """Whether `iteration` is to be opened: whether anything can learn in it.
 
-        An optimizer step without gradients fails under AMP, so an iteration in which nothing can learn is left out, and
-        what follows it is next. Where nothing of the model ever can, something elsewhere learns: the iteration is run.
+        An optimizer step without gradients fails under AMP. An iteration in which nothing can learn is therefore left
+        out, and the next one follows. If nothing in the model can ever learn, something outside of it does, and the
+        iteration runs.
         """
         if iteration.phase == "drop":
             if not self.drops_all(iteration):
@@ -280,7 +287,7 @@ class Pairs:
         self.completed[iteration.phase] += iteration.begun
         if iteration.phase == "drop" and self._can_learn(iteration.dropped_paths):
             self.pending = iteration
-        # Last, because a filter may make errors of warnings, and the scheme goes on all the same.
+        # These come last: a filter may turn warnings into errors, and the scheme has to be in order then too.
         self.notices.warn_not_run(iteration)
         self.notices.warn_of_zeros(idle)
 
@@ -291,7 +298,7 @@ class Pairs:
         self.pending = None
 
     def load(self, state: State) -> None:
-        """Goes on from `state`, which fits the paths."""
+        """Continues from `state`, which must fit the paths."""
         self.reset()
         self.seed, self.drawn, self.completed = state.seed, state.drawn, dict(state.completed)
         if state.plan is not None:
@@ -304,13 +311,13 @@ class Pairs:
     # The paths
 
     def _look_up_paths(self) -> None:
-        """Finds the model's paths anew if they have changed. Raises `RuntimeError` between the iterations of a pair."""
+        """Finds the model's paths again if they changed. Raises `RuntimeError` between the iterations of a pair."""
         path_modules = self.rest.path_modules()
         if path_modules == [path.module for path in self.paths]:
             return
         if self.pending is not None:
             raise RuntimeError(
-                "the model's paths have changed since the drop iteration, and its plan is about those that were there: "
+                "the model's paths have changed since the drop iteration, whose plan is for the earlier paths: "
                 "call reset()"
             )
         before = {id(path.module): path.module for path in self.paths}
@@ -335,7 +342,7 @@ class Pairs:
 
 
 def _remove(handles: dict[int, list[RemovableHandle]], bindings: Iterable[weakref.ref[PathBinding]]) -> None:
-    """Takes a scheme off its model. Holds neither of them, so that a model may own its scheme."""
+    """Removes a scheme from its model. It holds neither of the two, so that a model may own its scheme."""
     for handle in itertools.chain.from_iterable(handles.values()):
         handle.remove()
     for reference in bindings:

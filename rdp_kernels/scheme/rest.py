@@ -1,7 +1,7 @@
 """The rest of a model, everything outside of the branches, and how a reuse iteration freezes it.
 
 The rest is frozen during calls, as paths are: while one of its modules runs, its parameters don't require grad. Outside
-of forwards every flag is the user's own, so that copies, checkpoints, optimizers and callbacks see no trace.
+of forwards every flag is as the user set it, so that copies, checkpoints, optimizers and callbacks see no change.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class Rest:
 
     Args:
         model: the model of a scheme.
-        paths: its paths. What belongs to none of them is the rest.
-        frozen: asked when a module of the rest is called in training mode.
+        paths: the model's paths. Everything that belongs to none of them is the rest.
+        frozen: whether the rest is frozen now. It is called when a module of the rest is called in training mode.
         freeze_bn: as in `ResidualDropPath`.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[Path], frozen: Callable[[], bool], freeze_bn: FreezeBN):
         self.model, self.paths, self._is_frozen, self._freeze_bn = model, paths, frozen, freeze_bn
         self.in_graph = False
-        """While a model that is compiled whole runs: flags may not change then; gradients are discarded instead."""
+        """True while a model that is compiled whole runs. Flags may not change then: gradients are discarded."""
         self.runs_frozen = False
-        """Whether a module of the rest is running, frozen."""
+        """Whether a module of the rest is running and is frozen."""
         self.modules: list[list[nn.Module]] = []
-        """For each path the modules of its branch."""
+        """The modules of each path's branch."""
         self.shared: list[list[ParameterRef]] = []
-        """For each path its parameters that the rest shares."""
+        """The parameters of each path that the rest shares."""
         self.names: set[str] = set()
         """Names of the modules that own parameters or running statistics of the rest."""
         self.handles: dict[int, list[RemovableHandle]] = {}
@@ -48,7 +48,7 @@ class Rest:
         self.refresh()
 
     def refresh(self) -> None:
-        """Looks up what the rest consists of now: users add heads, swap layers and replace branches."""
+        """Looks up what the rest is now, as users add heads, swap layers and replace branches."""
         self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._holders: dict[int, str] = {}
@@ -82,7 +82,7 @@ class Rest:
             self.shared.append(shared)
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
-        """Puts hooks on the modules in `names` and those around them, and takes them off others."""
+        """Registers hooks on the modules in `names` and those around them, and removes them from others."""
         around = {name for own in self.names for name in _around(own)}
         wanted = {id(module): module for name, module in walked if name in around}
         for key in self._hooked.keys() - wanted.keys():
@@ -104,7 +104,7 @@ class Rest:
         return [module._parameters[name] for module, name in self._refs]  # type: ignore[misc]
 
     def check_entry(self, path: Path) -> None:
-        """Raises `RuntimeError` where `path` runs in a frozen rest although no module around it was called.
+        """Raises `RuntimeError` if `path` runs in a frozen rest although no module around it was called.
 
         Something else then ran before it, such as a method of the model, and may have used parameters that should have
         been frozen.
@@ -121,7 +121,7 @@ class Rest:
                 )
 
     def release(self) -> None:
-        """Puts flags back, also where a call ended without its hooks, by KeyboardInterrupt for example."""
+        """Restores the flags, also after a call that ended without its hooks, by a KeyboardInterrupt for example."""
         if self._freeze is not None:
             self._freeze.__exit__()
         self._outermost = self._freeze = None
@@ -145,7 +145,7 @@ class Rest:
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if self.in_graph or self.runs_frozen:
             return
-        # Paths in training mode follow the plan, and then the rest does, even in eval mode.
+        # If paths are in training mode they follow the plan, and the rest follows it too, even in eval mode.
         training = module.training or any(path.module.training for path in self.paths)
         if training and self._is_frozen():
             freezing.check_freezable(self._refs)
@@ -161,7 +161,7 @@ class Rest:
 
 
 def _around(name: str) -> Iterator[str]:
-    """The names of a module and of the modules around it. The model's own is empty."""
+    """The names of a module and of the modules around it. The model's own name is empty."""
     while name:
         yield name
         name = name.rpartition(".")[0]

@@ -24,35 +24,62 @@ FREEZES = ("parameters", "branch", "none")
 
 
 class ResidualDropPath:
-    """Trains `model` by pairs of iterations: *drop*, where random paths are left out and the rest learns, and *reuse*,
-    where every path runs and those that were left out learn (ResidualDroppath, arXiv 2411.09475).
+    """Runs the two-iteration ResidualDroppath scheme on a model (arXiv 2411.09475).
+
+    A path is a residual branch with its add. A *drop* iteration leaves out random paths, and everything that runs
+    learns. The *reuse* iteration that follows runs every path, and only the paths that were left out learn. At
+    inference the model is the ordinary one.
+
+    Nothing is added to the model's `state_dict`, and copies and pickles of the model carry no scheme. If a module has
+    its scheme as an attribute, its copies have a `NoScheme` there. The scheme itself can't be copied: save its
+    `state_dict`. When an iteration opens, the scheme looks up what belongs to which path and to the rest, which is
+    everything outside of the branches.
+
+    The scheme warns once if all rates are 0, if the model is in eval mode or doesn't run a path, and if parameters that
+    don't learn have gradients of zero instead of None.
 
     Args:
-        model: a network with paths: built from `ResidualBranch`.
-        drop_prob: P(drop) of every path; None reads each path's own `drop_prob` at each draw.
-        schedule: `"constant"` or `"linear"` (0 → `drop_prob` over depth); for a number only.
-        mode: `"block"` decides for the whole batch (the paper's scheme), `"sample"` for each sample.
-        freeze: what freezing means in the reuse iteration. `"parameters"` is exact: frozen weights get no gradient,
-            activations' gradients flow through every path. `"branch"` is approximate and cheapest: no gradient flows
-            through frozen branches, only past them. `"none"` is a control in which everything learns.
-        sampling: `"bernoulli"` draws independently, `"fixed"` makes the counts as even as they can be.
-        scale_by_keep: kept branches are scaled by 1 / (1 − p) in the drop iteration.
-        train_rest: the rest (stem, head, final norm, shortcuts) learns in the reuse iteration too.
-        freeze_bn: what frozen BatchNorm does in training mode. True: it normalises by the batch, and its running
-            statistics don't move. `"running"`: it normalises by its running statistics, as at inference, and these
-            don't move. That saves memory and is for fine-tuning: from scratch, running statistics lag behind the
-            weights, and the reuse iterations' loss explodes. False: it normalises by the batch, and its running
-            statistics move.
-        seed: pass your run's seed. Masks depend only on it and on the number of plans drawn, and in sample mode on the
-            rank of `torch.distributed`.
+        model: a network with paths, built from `ResidualBranch` or converted by `convert`.
+        drop_prob: P(drop) of every path, in [0, 1]. None, the default, reads each path's own `drop_prob` at each draw.
+        schedule: `"constant"` (default), or `"linear"`, which grows from 0 to `drop_prob` over depth. It needs a
+            number as `drop_prob`.
+        mode: `"block"` (default) decides for the whole batch, as in the paper; `"sample"` decides for each sample.
+        freeze: what frozen means in the reuse iteration. `"parameters"` (default) is exact: frozen weights get no
+            gradient, and the gradients of activations flow through every path. `"branch"` is approximate and cheapest:
+            gradients pass a frozen path through the residual only. `"none"` is a control in which everything learns.
+        sampling: `"bernoulli"` (default) draws independently. `"fixed"` has the same rates, but counts that vary as
+            little as possible.
+        scale_by_keep: whether kept branches are scaled by 1 / (1 − p) in the drop iteration. Default: True.
+        train_rest: whether the rest of the model (stem, head, final norm, shortcuts) learns in the reuse iteration
+            too. Default: False.
+        freeze_bn: what frozen BatchNorm does in training mode. With True, the default, it normalises by the batch and
+            leaves its running statistics as they are. With `"running"` it normalises by its running statistics, as at
+            inference, and leaves them as they are. That saves memory and is meant for fine-tuning: from scratch, the
+            running statistics lag behind the weights, and the loss of reuse iterations can explode. With False it
+            normalises by the batch and updates its running statistics.
+        seed: the seed of the masks; pass your run's. Masks depend only on it and on the number of plans that were drawn
+            before, and in sample mode on the rank of `torch.distributed`. Default: 0.
 
-    Nothing is added to the model's `state_dict`. Copies and pickles of the model carry no scheme: a module that has its
-    scheme as an attribute has a `NoScheme` there once it is copied. The scheme itself can't be copied: save its
-    `state_dict()`. What belongs to which path, and to the rest, is looked up when an iteration opens.
+    Raises:
+        ValueError: if an argument has a wrong value, if the model has no paths or has a path inside another, or if a
+            branch has a BatchNorm that would have to be frozen for some samples only.
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if a path of the model has a scheme already.
 
-    Raises `ValueError` or `TypeError` naming the argument, and `RuntimeError` for a model that has a scheme already.
-    Warns once of whatever makes it do nothing: rates that are all 0, paths that the model doesn't run, gradients of
-    zero where there should be none.
+    Example:
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches, nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> loader = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+        >>> for images, labels in loader:
+        ...     for phase in scheme.iterations(len(images)):  # "drop", then "reuse"
+        ...         nn.functional.cross_entropy(model(images), labels).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad(set_to_none=True)
+        ...         print(phase, scheme.plan.dropped_paths)
+        drop [0, 1, 2]
+        reuse [0, 1, 2]
     """
 
     def __init__(
@@ -86,8 +113,7 @@ class ResidualDropPath:
         warn_left_over(model)
         if not any(path.drop_prob for path in self.paths):
             self._pairs.notices.warn(
-                "every path's drop_prob is 0: as long as it is, the plans that are drawn drop nothing, which is plain "
-                "training"
+                "every path's drop_prob is 0: until that changes, drawn plans drop nothing, which is plain training"
             )
 
     def __repr__(self) -> str:
@@ -105,18 +131,22 @@ class ResidualDropPath:
 
     @property
     def mode(self) -> str:
+        """`"block"` or `"sample"`, as it was given."""
         return self._pairs.mode
 
     @property
     def freeze(self) -> str:
+        """`"parameters"`, `"branch"` or `"none"`, as it was given."""
         return self._rules.freeze
 
     @property
     def sampling(self) -> str:
+        """`"bernoulli"` or `"fixed"`, as it was given."""
         return self._pairs.sampling
 
     @property
     def seed(self) -> int:
+        """The seed of the masks. It can be set, and then holds for the plans that are drawn from then on."""
         return self._pairs.seed
 
     @seed.setter
@@ -125,7 +155,7 @@ class ResidualDropPath:
 
     @property
     def plan(self) -> PathPlan | None:
-        """The plan of the pair of iterations that is under way; None before a pair and after it."""
+        """The plan of the open or pending iteration; None before a pair of iterations and after it."""
         iteration = self._pairs.open or self._pairs.pending
         return None if iteration is None else iteration.plan
 
@@ -136,36 +166,59 @@ class ResidualDropPath:
 
     @property
     def reuse_pending(self) -> bool:
-        """Whether a drop iteration has ended whose complement has yet to learn."""
+        """Whether a reuse iteration is next: the last plan dropped paths that can learn and haven't learned yet."""
         return self._pairs.pending is not None
 
     def learning_parameters(self) -> list[nn.Parameter]:
-        """The parameters that can get a gradient in the open iteration, each once; none where no iteration is open.
+        """Lists the parameters that can get a gradient in the open iteration.
 
-        In block mode these are exactly the ones that the plan lets learn, the same on every rank. In sample mode, where
-        each rank draws its own plan, they are the ones that may learn on any rank, or that do, after
-        `integrations.distributed.agree`.
+        In block mode these are exactly the parameters that learn under the plan, and they are the same on every rank.
+        In sample mode each rank draws its own plan. There the list has the parameters that may learn on any rank or,
+        after `integrations.distributed.agree`, those that do.
+
+        Returns:
+            The parameters, each once. The list is empty if no iteration is open.
         """
         return self._pairs.learning_parameters()
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """The model's other parameters, which get no gradient in the open iteration; all where none is open."""
+        """Lists the model's other parameters, which get no gradient in the open iteration.
+
+        Returns:
+            The parameters, each once. If no iteration is open, these are all parameters of the model.
+        """
         return self._pairs.idle_parameters()
 
     # Opening and closing
 
     @contextlib.contextmanager
     def drop_iteration(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Iterator[PathPlan]:
-        """The drop iteration: forward, backward and optimizer step go inside. Yields its plan.
+        """Opens a drop iteration, in which random paths are left out and everything that runs learns.
+
+        The forward, the backward and the optimizer step go inside. An exception inside closes the iteration and
+        discards its plan.
 
         Args:
-            batch_size: sample mode: the number of samples, or a sequence with one entry for each forward, in order.
-                Block mode fits any number and size of forwards and doesn't need it.
-            plan: a `PathPlan` to carry out instead of drawing one.
+            batch_size: in sample mode the number of samples, or a sequence with one entry for each forward, in order.
+                Block mode doesn't need it and fits any number and size of forwards. Default: None.
+            plan: a `PathPlan` to carry out, whatever it drops. None, the default, draws a plan.
 
-        An exception inside closes the iteration and discards its plan. Raises `RuntimeError` inside another iteration,
-        and where a plan is drawn that drops all that can learn: its reuse iteration is then pending, as after a drop
-        iteration. A plan of your own is carried out whatever it drops.
+        Yields:
+            PathPlan: the plan of the iteration.
+
+        Raises:
+            RuntimeError: if an iteration is open, or if the plan that is drawn drops everything that can learn. In the
+                second case its reuse iteration is pending, as after a drop iteration.
+            ValueError: if `batch_size` is missing in sample mode, or if `plan` doesn't fit the scheme.
+            TypeError: if an argument has a wrong type.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+            >>> with scheme.drop_iteration() as plan:
+            ...     model(torch.randn(16, 8)).square().mean().backward()
+            >>> plan.dropped_paths, scheme.reuse_pending
+            ([0, 1, 2], True)
         """
         pairs = self._pairs
         iteration = pairs.drop(batch_size, plan)
@@ -173,7 +226,7 @@ class ResidualDropPath:
             pairs.pending = iteration
             raise RuntimeError(
                 "drop_iteration(): its plan drops every path that can learn, and nothing else can learn, so that there "
-                "is nothing to run. The reuse iteration is pending: go on with reuse_iteration(), or loop over "
+                "is nothing to run. The reuse iteration is pending: continue with reuse_iteration(), or loop over "
                 "iterations(), which does so by itself"
             )
         with pairs.opened(iteration):
@@ -181,10 +234,27 @@ class ResidualDropPath:
 
     @contextlib.contextmanager
     def reuse_iteration(self) -> Iterator[PathPlan]:
-        """The reuse iteration that follows the last drop iteration, in which the dropped paths learn. Yields the plan.
+        """Opens the reuse iteration that follows the last drop iteration.
 
-        Raises `RuntimeError` where no drop iteration went before, or where it dropped nothing that can learn (see
-        `reuse_pending`; `iterations` takes care of it).
+        Every path runs, and the paths that were dropped learn. The forward, the backward and the optimizer step go
+        inside.
+
+        Yields:
+            PathPlan: the plan of the drop iteration.
+
+        Raises:
+            RuntimeError: if an iteration is open, or if there was no drop iteration before or it dropped nothing that
+                can learn. Check `reuse_pending`, or use `iterations`, which does so.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+            >>> x = torch.randn(16, 8)
+            >>> with scheme.drop_iteration():
+            ...     model(x).square().mean().backward()
+            >>> if scheme.reuse_pending:
+            ...     with scheme.reuse_iteration():
+            ...         model(x).square().mean().backward()
         """
         iteration = self._pairs.reuse()
         if not self._pairs.starts(iteration):
@@ -193,25 +263,37 @@ class ResidualDropPath:
             yield iteration.plan
 
     def iterations(self, batch_size: BatchSize = None, *, plan: PathPlan | None = None) -> Generator[str, None, None]:
-        """Yields `"drop"`, then `"reuse"` if anything was dropped that can learn: the loop's body is written once.
+        """Opens the iterations of one pair in turn, so that a loop's body is written once.
 
-        Arguments as in `drop_iteration`. Where a reuse iteration is pending, after `load_state_dict` for example, it is
-        the only one. So it is where the plan drops all that can learn, because nothing would learn in the drop
-        iteration. (Drawing another plan instead would change the rates.) Leaving the loop early, by break or an
-        exception, abandons the pair.
+        A pending reuse iteration, after `load_state_dict` for example, is the only one. If the plan drops everything
+        that can learn, the drop iteration is left out, as nothing would learn in it. (Drawing another plan would change
+        the rates.) Only the scheme's own model counts here, so make the scheme for the module that holds everything
+        that learns. Leaving the loop early, by `break` or by an exception, abandons the pair.
 
-        The state can't be saved in the loop's body, where an iteration is open. To save between the two iterations of a
-        pair, write them out:
+        An iteration is open in the loop's body, so the state can't be saved there. To save between the two iterations
+        of a pair, use `drop_iteration` and `reuse_iteration`.
 
-            with scheme.drop_iteration(len(images)):
-                ...
-            torch.save(scheme.state_dict(), ...)
-            if scheme.reuse_pending:
-                with scheme.reuse_iteration():
-                    ...
+        Args:
+            batch_size: as in `drop_iteration`.
+            plan: as in `drop_iteration`.
 
-        Whether anything can learn is decided by the scheme's own model: make the scheme of the module that holds all
-        that learns.
+        Yields:
+            str: `"drop"`, then `"reuse"` if anything was dropped that can learn.
+
+        Raises:
+            RuntimeError: if an iteration is open.
+            ValueError: if an argument is wrong as in `drop_iteration`, or if it contradicts a pending reuse iteration.
+            TypeError: if an argument has a wrong type.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, mode="sample", seed=0)
+            >>> for phase in scheme.iterations([16, 8]):  # two forwards in each iteration
+            ...     for x in torch.randn(24, 8).split([16, 8]):
+            ...         model(x).square().mean().backward()
+            ...     print(phase)
+            drop
+            reuse
         """
         pairs = self._pairs
         if pairs.pending is None:
@@ -231,17 +313,41 @@ class ResidualDropPath:
                     yield "reuse"
 
     def alternate(self, optimizer: torch.optim.Optimizer) -> Alternation:
-        """For loops that others own: every `optimizer.step()` ends an iteration and opens the next, on the next batch.
+        """Lets every `optimizer.step()` end an iteration and open the next, for loops that can't be rewritten.
 
-        The first iteration opens at once. Steps that a GradScaler skips don't count. Returns a handle whose `remove()`
-        ends the alternation and leaves no iteration open. Between a step and the next forward layers of the model may
-        be changed, but paths only before this call or after `remove()`. Block mode only, as the next batch's size is
-        not known. `optimizer` may be the wrapper that accelerate or Lightning makes of it. Raises `ValueError` where it
-        has no parameter of the model.
+        The first iteration opens at once, and each iteration gets the loop's next batch. Steps that a GradScaler skips
+        don't count. Between a step and the next forward the layers of the model may be changed, but its paths may only
+        be changed before this call or after `remove()`. Only block mode is supported, as the size of the next batch
+        isn't known.
+
+        Args:
+            optimizer: the optimizer that the loop steps, also as accelerate or Lightning wraps it.
+
+        Returns:
+            A handle. Its `remove()` ends the alternation and leaves no iteration open.
+
+        Raises:
+            ValueError: if the scheme is in sample mode, or if the optimizer has no parameter of the model.
+            TypeError: if `optimizer` isn't an optimizer.
+            RuntimeError: if an iteration is open.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+            >>> handle = scheme.alternate(optimizer)
+            >>> for x in torch.randn(2, 16, 8):  # a loop that knows nothing of the scheme
+            ...     model(x).square().mean().backward()
+            ...     print(scheme.phase)
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            drop
+            reuse
+            >>> handle.remove()
         """
         if self.mode != "block":
             raise ValueError(
-                "alternate needs mode='block': in sample mode the next batch's size would have to be known"
+                "alternate needs mode='block': in sample mode it would have to know the size of the next batch"
             )
         optimizer = stepped_by(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -260,13 +366,16 @@ class ResidualDropPath:
         return self._alternation
 
     def reset(self) -> None:
-        """Closes whatever is open and forgets the plan, for example after an exception in a notebook."""
+        """Closes the open iteration and forgets the plan, for example after an exception in a notebook.
+
+        Under `alternate` the next iteration then opens.
+        """
         self._pairs.reset()
         if self._alternation is not None:
             self._pairs.open_next()
 
     def remove(self) -> None:
-        """Takes the scheme off its model, which is then as before."""
+        """Removes the scheme from its model. The model is then as before."""
         if self._alternation is not None:
             self._alternation.remove()
         self.reset()
@@ -275,32 +384,53 @@ class ResidualDropPath:
         self._pairs.remove()
 
     def estimate(self, example_inputs: Any, *, timed: bool = True) -> Any:
-        """The costs of iterations on batches like `example_inputs`: FLOPs, saved bytes and time against those of plain
-        training, in each mode, at the scheme's own rates and at others; and a recommendation:
+        """Estimates what iterations cost on batches like `example_inputs`, before training.
 
-            print(scheme.estimate(images))
+        It compares FLOPs, bytes saved for the backward and time with those of plain training, in each mode, at the
+        scheme's own rates and at others, and gives a recommendation. It measures a copy of the model, whose branches
+        aren't compiled. The model and the scheme don't change.
 
         Args:
             example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, samples in dimension 0, of
                 the batch size and on the device of the training.
-            timed: measure seconds, which takes some tens of training steps. Otherwise FLOPs stand for them.
+            timed: whether to measure time, in seconds, which takes some tens of training steps. With False, FLOPs are
+                used instead. Default: True.
 
-        Measures a copy of the model, its branches uncompiled; nothing changes. Returns an
-        `rdp_kernels.estimate.Estimate`. Raises `RuntimeError` inside an iteration and `ValueError` for a model that
-        can't be copied or run on `example_inputs`.
+        Returns:
+            An `rdp_kernels.estimate.Estimate`; `print` shows it as a table.
+
+        Raises:
+            RuntimeError: if an iteration is open.
+            ValueError: if the model can't be copied, or can't run on `example_inputs`.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+            >>> estimate = scheme.estimate(torch.randn(16, 8), timed=False)
         """
-        from ..estimate import estimate  # the one import of what stands above: most trainings never ask
+        from ..estimate import estimate  # the one import of a higher floor, which most trainings don't need
 
         return estimate(self, example_inputs, timed)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs, in plain types: seed, number of plans drawn, pending plan, counters.
+        """Returns what resuming needs, in plain types: seed, number of plans drawn, pending plan, counters.
 
-        Raises `RuntimeError` inside an iteration. Under `alternate`, where one is always open, it works at any time:
-        resuming starts over with an iteration whose optimizer step was still to come. In sample mode each rank saves
-        its own.
+        Under `alternate`, where an iteration is always open, it works at any time: resuming starts over with the open
+        iteration, whose optimizer step was still to come. In sample mode each rank saves its own state.
+
+        Returns:
+            A dict of numbers, strings and lists.
+
+        Raises:
+            RuntimeError: if an iteration is open, except under `alternate`.
+
+        Example:
+            >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+            >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+            >>> state = {"model": model.state_dict(), "scheme": scheme.state_dict()}
+            >>> scheme.load_state_dict(state["scheme"])
         """
         self._check_at_rest("state_dict")
         pairs = self._pairs
@@ -313,10 +443,17 @@ class ResidualDropPath:
         return State(self.mode, len(self.paths), self.seed, drawn, pairs.completed, plan, forwards).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken: the same plans follow, and a pending reuse iteration is pending again.
+        """Continues where `state_dict` was taken.
 
-        Raises `ValueError` for a damaged state or one of another mode or number of paths, and `RuntimeError` inside an
-        iteration; the scheme is then as before.
+        The same plans follow, and a reuse iteration that was pending is pending again. If an error is raised, the
+        scheme is as before.
+
+        Args:
+            state: a result of `state_dict`, of a scheme with the same mode and number of paths.
+
+        Raises:
+            ValueError: if the state is damaged, or is of another mode or number of paths.
+            RuntimeError: if an iteration is open, except under `alternate`.
         """
         self._check_at_rest("load_state_dict")
         loaded = State.from_dict(state)
@@ -339,12 +476,12 @@ class ResidualDropPath:
         raise TypeError(COPIED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoScheme:
-        if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # not the copy of a module that has it
+        if not any(isinstance(copied, nn.Module) for copied in memo.values()):  # the scheme is copied by itself
             raise TypeError(COPIED)
         return NoScheme()
 
     def __reduce__(self) -> tuple[type[NoScheme], tuple[()]]:
-        warnings.warn(f"in a pickle there will be a NoScheme: {COPIED}", stacklevel=2)
+        warnings.warn(f"the scheme is pickled as a NoScheme: {COPIED}", stacklevel=2)
         return NoScheme, ()
 
     def _end_alternation(self, alternation: Alternation) -> None:

@@ -1,5 +1,4 @@
-"""What a scheme's `state_dict` holds, in plain types, and how a damaged one is recognised; what stands for a scheme in
-copies."""
+"""The contents of a scheme's `state_dict`, checked when it is loaded; and what replaces a scheme in copies."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ class State:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> State:
-        """Raises `ValueError` for a dict that isn't from `to_dict`."""
+        """Reads a dict from `to_dict`. Raises `ValueError` for any other."""
         try:
             check_choice("phase", state["phase"], PHASES)
             return cls(
@@ -70,21 +69,22 @@ def forwards_of(batch_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 COPIED = (
-    "a ResidualDropPath can't be copied: save its state_dict(), make another of the copied model and call "
+    "a ResidualDropPath can't be copied: save its state_dict(), make another one for the copied model and call "
     "load_state_dict()"
 )
 
 
 class NoScheme:
-    """Stands for the scheme in a copy or pickle of a module that has its scheme as an attribute. Reading any attribute
+    """Replaces the scheme in a copy or pickle of a module that has its scheme as an attribute. Reading any attribute
     raises `AttributeError`."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"no {name!r} here: this was a ResidualDropPath, and copies and pickles carry none. Make one of the copied "
-            "model, rdp.ResidualDropPath(model, ...), and call its load_state_dict() with the state_dict() of the first"
+            f"NoScheme has no {name!r}: it replaces a ResidualDropPath, which copies and pickles don't carry. Make one "
+            "for the copied model, rdp.ResidualDropPath(model, ...), and call its load_state_dict() with the "
+            "state_dict() of the original"
         )
 
     def __repr__(self) -> str:

@@ -508,7 +508,7 @@ REFUSED = {
     HoldsModules: "holds other modules",
     ReadsAGlobal: "reads 'FACTOR' .float.",
     enclosing: "reads 'factor' .list.",
-    Wide: "makes .* float32 of .* bfloat16",
+    Wide: "returns .* float32 for .* bfloat16",
     Detached: "raises RuntimeError|gradient isn't",
     OnlyWithGradients: "depends on torch.no_grad",
     InPlace: "changes its input in place",

@@ -304,7 +304,7 @@ def test_a_model_without_anything_to_convert():
 def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
     model = nets.tokens_net(nets.Block, Assigns())
     rdp.convert(model, example_inputs=tokens())
-    with pytest.warns(UserWarning, match=r"no paths of the scheme and go on dropping .*: blocks.1.drop_path") as told:
+    with pytest.warns(UserWarning, match=r"paths of the scheme and keep dropping .*: blocks.1.drop_path") as told:
         rdp.ResidualDropPath(model, 0.5).remove()
     assert [warning.filename for warning in told] == [__file__]
     model.blocks[1].drop_path.drop_prob = 0.0
