@@ -105,7 +105,7 @@ def test_accumulate_decides_when_iterations_end():
 
 
 def test_accumulation_inside_of_pairs():
-    """As docs/integrations.md says: accelerate must not end a step by itself at the end of the data."""
+    """As docs/how-to/accelerate.md says: accelerate must not end a step by itself at the end of the data."""
     plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
     training = Training(gradient_accumulation_plugin=plugin)
     data = batches(8)
