@@ -19,7 +19,7 @@ import timm
 
 import rdp_kernels as rdp
 
-model = timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.2)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, drop_path_rate=0.2)
 print(rdp.convert(model))  # a table of the residual branches
 scheme = rdp.ResidualDropPath(model, seed=0)
 ```
