@@ -28,9 +28,9 @@ A *drop-path* is a module that drops the result of a residual branch at random. 
 follows a block's own forward to the call of its drop-path, and cuts out the branch: what is computed for that call alone.
 [Convert a model](how-to/convert.md) shows how to use it.
 
-This page has every block class of these libraries that owns a drop-path, and some that don't. It is written by `python -m
-tests.coverage --csv docs/models.csv --markdown docs/models.md`. This command builds one small model for each class, with
-random weights, converts it and measures it.
+This page has every block class of these libraries that owns a drop-path, and some that don't. It is written by
+`python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`. This command builds one small model for each
+class, with random weights, converts it and measures it.
 
 ## What the results mean
 
