@@ -11,40 +11,57 @@ from .rows import OUTCOMES, Row, summary
 INTRODUCTION = """\
 # Models that can be converted
 
+This page lists the block classes of timm, torchvision and transformers that were converted, and what `rdp.convert` makes of
+each.
+
 ```python
 import timm
+
 import rdp_kernels as rdp
 
-model = timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.2)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, drop_path_rate=0.2)
 print(rdp.convert(model))  # a table of the residual branches
 scheme = rdp.ResidualDropPath(model, seed=0)
 ```
 
-`rdp.convert` knows no model by name: it follows a block's own forward from the call of its drop-path, and cuts out what is
-computed for that call alone. This page has the results for every block class of the libraries below that owns a drop-path. It
-is written by `python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`, which builds one small
-model for each class, with random weights, converts it and measures it.
+A *drop-path* is a module that drops the result of a residual branch at random. `rdp.convert` knows no model by name. It
+follows a block's own forward to the call of its drop-path, and cuts out the branch: what is computed for that call alone.
+[Convert a model](how-to/convert.md) shows how to use it.
+
+This page has every block class of these libraries that owns a drop-path, and some that don't. It is written by
+`python -m tests.coverage --csv docs/models.csv --markdown docs/models.md`. This command builds one small model for each
+class, with random weights, converts it and measures it.
+
+## What the results mean
 
 **Converted** means that nothing of a dropped branch is computed. For each measured model the following holds:
 
 - The keys of the `state_dict` are the same, and evaluation is bit-identical.
-- With all, some and no rows kept, outputs and gradients of inputs and parameters equal those of the unconverted model with the
-  same masks. So do those of a drop and a reuse iteration with half of the paths dropped, and with the other half.
+- With all, some and no rows kept, outputs and gradients of inputs and parameters equal those of the unconverted model with
+  the same masks. The same holds for a drop and a reuse iteration ([The scheme](concepts/scheme.md)) with half of the paths
+  dropped, and with the other half.
 - Copies and pickles are converted too, and `rdp.revert` restores the original.
 
-Dropout is off, and so are drop-paths that stay masked. BatchNorm is measured in eval and in training mode, in eval mode with
-at least two rows kept: for a single row, torch's own backward is wrong on CPUs (2.13, whichever library calls it).
+During these measurements dropout is off, and so are drop-paths that stay masked. BatchNorm is measured in eval and in
+training mode. In eval mode at least two rows are kept: for a single row, torch's own backward is wrong on CPUs (2.13,
+whichever library calls it).
 
-**Stays masked**, as in the library: what was *refused*, with the reason in the report, and a drop-path *inside of another
-branch*, which is skipped along with that branch. In a partly converted model the scheme plans only the converted paths. The
-other drop-paths still draw their own masks, in both iterations.
+**Stays masked** means that the branch is computed and masked, as in the library. This holds for what was *refused*, with the
+reason in the report, and for a drop-path *inside another branch*, which is skipped along with that branch. A model with such
+drop-paths is converted *in part*. The scheme then plans only the converted paths. The other drop-paths still draw their own
+masks, in both iterations.
 
-**BatchNorm** in a branch: skipped in block mode, run whole and masked in sample mode. **Rows** that aren't samples (windows,
-patches): the branch is dropped for the whole batch in either mode. In models without a drop-path,
-`rdp.convert(model, drop_prob=0.2)` adds one for each residual add. DenseNet's layers get one whose dropped result is zeros.
+**BatchNorm** in the notes: the branch has a BatchNorm. In block mode (one decision for the whole batch) it is skipped.
+In sample mode (a decision for each sample) it runs on the whole batch and is masked.
 
-**Side products** of a branch (attention maps, counters, what hooks store) come from the last call in which it ran, and cover
-only the rows of that call.
+**Whole batch** in the notes: the rows of the branch aren't samples, but windows or patches. It is dropped for the
+whole batch in either mode.
+
+**Without drop-path**: `rdp.convert(model, drop_prob=0.2)` adds a drop-path for each residual add. The layers of a DenseNet
+get one whose dropped result is zeros.
+
+**Side products** of a branch (attention maps, counters, what hooks store) come from the last call in which the branch ran,
+and cover only the rows of that call.
 """
 
 
@@ -68,8 +85,8 @@ def _summary(rows: list[Row]) -> str:
 
 
 def _differences(rows: list[Row]) -> str:
-    lines = ["Differences are relative to a tensor's largest element, or to a share of the model's largest gradient if",
-             "that is more.", "", "| computes in | models' classes | tolerance | that share | largest seen |",
+    lines = ["Differences to the unconverted model are relative to a tensor's largest element, or to a share of the model's",
+             "largest gradient if that is more.", "", "| computes in | models' classes | tolerance | that share | largest seen |",
              "|---|---|---|---|---|"]  # fmt: skip
     for precision, tolerance in PRECISIONS.items():
         found = [row for row in rows if row.precision == precision and row.outcome != "failed"]
@@ -81,7 +98,7 @@ def _differences(rows: list[Row]) -> str:
 
 def _classes(rows: list[Row]) -> str:
     lines = [
-        "| block class | model | outcome | paths | what is skipped, or why it isn't | |",
+        "| block class | model | outcome | paths | what is skipped, or why it isn't | notes |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.block_class):
