@@ -25,6 +25,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pydoclint rdp_kernels
 
 # Builds docs/_build/html, executes the notebooks, and fails at the first warning.
 docs: .venv/built
