@@ -35,6 +35,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_merge_streams = True
 
 # Docstrings: Google's style. What stands in backticks is a link where it names an object.
 default_role = "py:obj"

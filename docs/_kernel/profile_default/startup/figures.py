@@ -5,5 +5,5 @@ import logging
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 set_matplotlib_formats("svg")
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the first run on a machine builds a list of fonts
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it says when it lists the fonts
 del logging, set_matplotlib_formats
