@@ -13,6 +13,7 @@ from examples.libraries import import_torchvision, installed  # noqa: E402
 if installed("torchvision"):
     import_torchvision()  # transformers and Lightning import it where they find it, and autodoc imports them
 os.environ["IPYTHONDIR"] = str(HERE / "_kernel")  # the notebooks' kernels do the same as they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for these kernels, which run side by side
 
 project = "rdp_kernels"
 author = "the authors of rdp_kernels"
@@ -34,6 +35,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_merge_streams = True
 
 # Docstrings: Google's style. What stands in backticks is a link where it names an object.
 default_role = "py:obj"
