@@ -20,5 +20,5 @@ def table(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str
     for row in cells:
         drawn.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=160).print(drawn)
+    Console(file=text, width=160, force_jupyter=False).print(drawn)  # a notebook would display it here and now
     return [text.getvalue().rstrip("\n")]
