@@ -6,11 +6,12 @@ import itertools
 import re
 from collections.abc import Callable
 
+from .drop_path import Ours, OwnMasks, Subset
 from .evidence import TABLES as EVIDENCE
 from .memory import DROP, REUSE
 from .op_providers import EAGER, OURS, OURS_NATIVE
 from .over_seeds import grouped, over_seeds
-from .pairs import BranchFrozen, Exact, Naive
+from .pairs import BranchFrozen, DropPath, Exact, Naive
 from .step import case_of
 
 CsvRow = dict[str, str]
@@ -43,6 +44,35 @@ def step_table(rows: list[CsvRow]) -> str:
             *(f"–: {reason}." for reason in reasons),
         ]
     )
+
+
+WHO = {
+    ("drop-path", "sample", OwnMasks.name): "timm's drop-path",
+    ("drop-path", "sample", Subset.name): "drop-path on a fixed number of samples, as in DINOv2",
+    ("drop-path", "sample", Ours.name): "**drop-path after `rdp.convert`**",
+    ("scheme", "block", Exact.name): "**the scheme**, block mode",
+    ("scheme", "block", BranchFrozen.name): "**the scheme**, block mode, branch-frozen",
+}
+"""Work, mode and provider → its row of the table."""
+
+
+def drop_path_table(rows: list[CsvRow]) -> str:
+    """Ordinary drop-path by those who skip what is dropped and those who don't, and the scheme."""
+    _refuse_quick(rows)
+    lines = [
+        "| an optimizer step of | time / plain training | time / timm's drop-path | needed FLOPs |",
+        "|---|---|---|---|",
+    ]
+    by_who = {(row["work"], row["mode"], row["provider"]): row for row in rows}
+    timm = by_who["drop-path", "sample", OwnMasks.name]
+    needed = by_who["scheme", "sample", DropPath.name]["needed_ratio"]  # of the same work, on plans that are known
+    for who, label in WHO.items():
+        row = by_who[who]
+        alone = row["work"] == "drop-path"
+        cells = [label, _time_ratio(row), _time_ratio(row, timm) if alone else "–"]
+        lines.append(f"| {' | '.join([*cells, _ratio(needed if alone else row['needed_ratio'])])} |")
+    model, batch, p = (timm[key] for key in ("model", "batch", "p"))
+    return "\n".join([*lines, "", f"timm's {model}, p = {p}, {batch} images. {machine_line([timm])}"])
 
 
 def machine_line(rows: list[CsvRow]) -> str:
@@ -220,6 +250,7 @@ def _ratio(text: str) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "step": ("step-cpu.csv", step_table),
+    "drop-path": ("drop-path-cpu.csv", drop_path_table),
     "ops": ("ops-cpu.csv", ops_table),
     "overhead": ("overhead-cpu.csv", overhead_table),
     "memory": ("memory-cpu.csv", memory_table),
