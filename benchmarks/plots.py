@@ -167,10 +167,10 @@ SHOWN = {
     ("drop-path", "sample", Ours.name): "drop-path: ours",
     ("scheme", "sample", Naive.name): "scheme, sample mode: naive",
     ("scheme", "sample", Exact.name): "scheme, sample mode: ours",
-    ("scheme", "sample", BranchFrozen.name): "the same, branch-frozen",
+    ("scheme", "sample", BranchFrozen.name): "scheme, sample mode: ours, branch-frozen",
     ("scheme", "block", Naive.name): "scheme, block mode: naive",
     ("scheme", "block", Exact.name): "scheme, block mode: ours",
-    ("scheme", "block", BranchFrozen.name): "the same, branch-frozen ",
+    ("scheme", "block", BranchFrozen.name): "scheme, block mode: ours, branch-frozen",
 }
 """Work, mode and provider → its bar."""
 
@@ -184,8 +184,8 @@ def drop_path_bars(rows: Rows) -> Figure:
     shown = [(label, by_who[who]) for who, label in SHOWN.items() if who in by_who]
     if not shown:
         raise NothingToPlot("no row of drop-path or of the scheme")
-    row = shown[0][1]
-    title = f"Time of an optimizer step relative to plain training\ntimm's {row['model']}, p = {row['p']:g}, {row['batch']} images"
+    setting = "timm's {model}, p = {p:g}, {batch} images".format_map(shown[0][1])
+    title = f"Time of an optimizer step relative to plain training\n{setting}"
     figure, (axis,) = figure_of(rows, title, 1, (7, 1.6 + 0.3 * len(shown)))
     for place, (_, row) in enumerate(shown):
         ours, colour = row["provider"].startswith("ours"), COLOURS[row["work"] == "scheme"]

@@ -20,7 +20,9 @@ def two_iterations() -> str:
     reuse = ["learns" if path in dropped else "frozen" for path in range(1, 6)]
     body = [
         *_iteration(20, "Drop iteration", "some paths are left out, the others learn", ["learns", *drop, "learns"]),
-        *_iteration(265, "Reuse iteration", "every path runs, only the left-out ones learn", ["frozen", *reuse, "frozen"]),
+        *_iteration(
+            265, "Reuse iteration", "every path runs, only the left-out ones learn", ["frozen", *reuse, "frozen"]
+        ),
         _line(20, 504, 660, 504, GREY, 1),
     ]
     for number, (state, meaning) in enumerate(MEANING.items()):
@@ -44,9 +46,8 @@ def _iteration(top: int, name: str, what: str, states: list[str]) -> list[str]:
     """The stem, the paths and the head: branches above the residual, the backward's reach below it."""
     step, width, residual = 94, 82, top + 138
     middles = [58 + step * number for number in range(len(states))]
-    body = [
-        f'<text x="20" y="{top + 20}" font-size="21" fill="{INK}"><tspan font-weight="700">{name}</tspan>: {what}</text>'
-    ]
+    heading = f'<tspan font-weight="700">{name}</tspan>: {what}'
+    body = [_text(20, top + 20, heading, 21, anchor="start")]
     body += [_line(middles[0], residual, 662, residual, INK, 2.5, "arrow-ink")]
     names = ["stem", *(f"path {number}" for number in range(1, len(states) - 1)), "head"]
     for place, (label, state, x) in enumerate(zip(names, states, middles, strict=True)):
