@@ -47,32 +47,28 @@ def step_table(rows: list[CsvRow]) -> str:
 
 
 WHO = {
-    ("drop-path", "sample", OwnMasks.name): "timm's drop-path",
-    ("drop-path", "sample", Subset.name): "drop-path on a fixed number of samples, as in DINOv2",
-    ("drop-path", "sample", Ours.name): "**drop-path after `rdp.convert`**",
-    ("scheme", "block", Exact.name): "**the scheme**, block mode",
-    ("scheme", "block", BranchFrozen.name): "**the scheme**, block mode, branch-frozen",
+    OwnMasks.name: "timm's drop-path",
+    Subset.name: "drop-path on a fixed number of samples, as in DINOv2",
+    Ours.name: "**drop-path after `rdp.convert`**",
 }
-"""Work, mode and provider → its row of the table."""
+"""Provider → its row of the table."""
 
 
 def drop_path_table(rows: list[CsvRow]) -> str:
-    """Ordinary drop-path by those who skip what is dropped and those who don't, and the scheme."""
+    """Ordinary drop-path, by providers that skip what is dropped and one that doesn't."""
     _refuse_quick(rows)
     lines = [
-        "| an optimizer step of | time / plain training | time / timm's drop-path | needed FLOPs |",
+        "| an optimizer step of | time / timm's drop-path | time / plain training | needed FLOPs |",
         "|---|---|---|---|",
     ]
-    by_who = {(row["work"], row["mode"], row["provider"]): row for row in rows}
-    timm = by_who["drop-path", "sample", OwnMasks.name]
-    needed = by_who["scheme", "sample", DropPath.name]["needed_ratio"]  # of the same work, on plans that are known
-    for who, label in WHO.items():
-        row = by_who[who]
-        alone = row["work"] == "drop-path"
-        cells = [label, _time_ratio(row), _time_ratio(row, timm) if alone else "–"]
-        lines.append(f"| {' | '.join([*cells, _ratio(needed if alone else row['needed_ratio'])])} |")
-    model, batch, p = (timm[key] for key in ("model", "batch", "p"))
-    return "\n".join([*lines, "", f"timm's {model}, p = {p}, {batch} images. {machine_line([timm])}"])
+    by_name = {row["provider"]: row for row in rows if row["work"] == "drop-path"}
+    timm = by_name[OwnMasks.name]
+    planned = next(row for row in rows if (row["mode"], row["provider"]) == ("sample", DropPath.name))
+    for name, label in WHO.items():
+        cells = [_time_ratio(by_name[name], timm), _time_ratio(by_name[name]), _ratio(planned["needed_ratio"])]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    setting = "timm's {model}, p = {p}, {batch} images".format_map(timm)
+    return "\n".join([*lines, "", f"{setting}. {machine_line([timm])}"])
 
 
 def machine_line(rows: list[CsvRow]) -> str:
