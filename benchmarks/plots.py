@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .drop_path import Ours, OwnMasks, Subset
 from .evidence_plots import language_curves, spiral_accuracy
 from .op_goals import setting_of
 from .op_providers import OURS, OURS_NATIVE
-from .pairs import BranchFrozen, Exact
+from .pairs import BranchFrozen, Exact, Naive
 from .plot_style import (
     COLOURS,
     MARKERS,
@@ -160,6 +161,47 @@ def step_cost(rows: Rows) -> Figure:
     return figure
 
 
+SHOWN = {
+    ("drop-path", "sample", OwnMasks.name): "drop-path: timm",
+    ("drop-path", "sample", Subset.name): "drop-path: as in DINOv2",
+    ("drop-path", "sample", Ours.name): "drop-path: ours",
+    ("scheme", "sample", Naive.name): "scheme, sample mode: naive",
+    ("scheme", "sample", Exact.name): "scheme, sample mode: ours",
+    ("scheme", "sample", BranchFrozen.name): "scheme, sample mode: ours, branch-frozen",
+    ("scheme", "block", Naive.name): "scheme, block mode: naive",
+    ("scheme", "block", Exact.name): "scheme, block mode: ours",
+    ("scheme", "block", BranchFrozen.name): "scheme, block mode: ours, branch-frozen",
+}
+"""Work, mode and provider → its bar."""
+
+
+@styled
+def drop_path_bars(rows: Rows) -> Figure:
+    """Of `step --drop-path eager`, on one network with one p: the time of an optimizer step relative to plain
+    training's; a mark has the ratio of the fastest turns. Ours are hatched."""
+    rows = complete(rows, "work", "model", "batch", "mode", "p", "provider", "ratio_rounds", "ratio_min")
+    by_who = {(row["work"], row["mode"], row["provider"]): row for row in rows}
+    shown = [(label, by_who[who]) for who, label in SHOWN.items() if who in by_who]
+    if not shown:
+        raise NothingToPlot("no row of drop-path or of the scheme")
+    setting = "timm's {model}, p = {p:g}, {batch} images".format_map(shown[0][1])
+    title = f"Time of an optimizer step relative to plain training\n{setting}"
+    figure, (axis,) = figure_of(rows, title, 1, (7, 1.6 + 0.3 * len(shown)))
+    for place, (_, row) in enumerate(shown):
+        ours, colour = row["provider"].startswith("ours"), COLOURS[row["work"] == "scheme"]
+        axis.barh(place, row["ratio_rounds"], 0.7, color=colour, hatch="//" if ours else None, edgecolor="white")
+        axis.plot(row["ratio_min"], place, "|", color="black", markersize=9)
+        end = max(row["ratio_rounds"], row["ratio_min"])
+        axis.annotate(f"{row['ratio_rounds']:.2f}", (end, place), (5, 0), textcoords="offset points", va="center")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [label for label, _ in shown])
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set(xlabel="plain training = 1", xlim=(0, 1.1 * max(1.0, axis.get_xlim()[1])))
+    axis.grid(axis="y", visible=False)
+    legend(figure, [("median of the rounds", COLOURS[0], "s"), ("the fastest turns", "black", "|")])
+    return figure
+
+
 KEPT_IN = {
     (Exact.name, "drop"): "drop",
     (Exact.name, "reuse"): "reuse, exact",
@@ -238,6 +280,7 @@ def _ratio_axis(axis: Axes, cases: list[str], title: str) -> None:
 FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "ops": {"": ratio_bars, "-roofline": roofline},
     "step": {"": step_cost, "-roofline": roofline},
+    "drop-path": {"": drop_path_bars},
     "memory": {"": memory_bars},
     "scaling": {"": scaling_lines},
     "spiral": {"": spiral_accuracy},
@@ -249,11 +292,12 @@ FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
 def plots_of_results(results: Path) -> dict[str, Callable[[], Figure]]:
     """What draws a figure, by its name, for example `step-cpu-roofline`, for each CSV in `results` whose command has
     some."""
-    figures = {}
+    figures: dict[str, Callable[[], Figure]] = {}
     for path in sorted(results.glob("*.csv")):
         rows = read_rows(path)
-        for ending, draw in FIGURES.get(path.stem.partition("-")[0], {}).items():
-            figures[path.stem + ending] = partial(draw, rows)
+        for name in FIGURES:
+            if path.stem.startswith(f"{name}-"):
+                figures |= {path.stem + ending: partial(draw, rows) for ending, draw in FIGURES[name].items()}
     return figures
 
 

@@ -6,11 +6,12 @@ import itertools
 import re
 from collections.abc import Callable
 
+from .drop_path import Ours, OwnMasks, Subset
 from .evidence import TABLES as EVIDENCE
 from .memory import DROP, REUSE
 from .op_providers import EAGER, OURS, OURS_NATIVE
 from .over_seeds import grouped, over_seeds
-from .pairs import BranchFrozen, Exact, Naive
+from .pairs import BranchFrozen, DropPath, Exact, Naive
 from .step import case_of
 
 CsvRow = dict[str, str]
@@ -43,6 +44,32 @@ def step_table(rows: list[CsvRow]) -> str:
             *(f"–: {reason}." for reason in reasons),
         ]
     )
+
+
+WHO = {
+    OwnMasks.name: "timm's drop-path",
+    Subset.name: "drop-path on a fixed number of samples, as in DINOv2",
+    Ours.name: "**drop-path after `rdp.convert`**",
+}
+"""Provider → its row of the table."""
+
+
+def drop_path_table(rows: list[CsvRow]) -> str:
+    """Ordinary drop-path, by providers that skip what is dropped and one that doesn't."""
+    _refuse_quick(rows)
+    lines = [
+        "| an optimizer step of | time / timm's drop-path | time / plain training | needed FLOPs |",
+        "|---|---|---|---|",
+    ]
+    by_name = {row["provider"]: row for row in rows if row["work"] == "drop-path"}
+    timm = by_name[OwnMasks.name]
+    same = ("scheme", "sample", DropPath.name)  # the same work on known plans, whose needs are counted
+    planned = next(row for row in rows if (row["work"], row["mode"], row["provider"]) == same)
+    for name, label in WHO.items():
+        cells = [_time_ratio(by_name[name], timm), _time_ratio(by_name[name]), _ratio(planned["needed_ratio"])]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    setting = "timm's {model}, p = {p}, {batch} images".format_map(timm)
+    return "\n".join([*lines, "", f"{setting}. {machine_line([timm])}"])
 
 
 def machine_line(rows: list[CsvRow]) -> str:
@@ -220,6 +247,7 @@ def _ratio(text: str) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "step": ("step-cpu.csv", step_table),
+    "drop-path": ("drop-path-cpu.csv", drop_path_table),
     "ops": ("ops-cpu.csv", ops_table),
     "overhead": ("overhead-cpu.csv", overhead_table),
     "memory": ("memory-cpu.csv", memory_table),

@@ -1,6 +1,6 @@
 """The package's folders stand in floors: each imports only what stands below it, and no files import each other.
 
-Imports for types alone and those inside of functions count. `python tests/test_floors.py` prints the picture of
+Imports for types alone and those inside of functions count. `python docs/pictures.py` draws them for
 docs/architecture.md.
 """
 
@@ -64,8 +64,8 @@ def arrows() -> set[tuple[str, str]]:
     return {(a, b) for a, b in found if a != b}
 
 
-def picture() -> str:
-    """Mermaid: an arrow for each import between wings that doesn't follow from others."""
+def edges() -> list[tuple[str, str]]:
+    """An arrow for each import between wings that doesn't follow from others."""
     drawn = {(a, b) for a, b in arrows() if a not in ("__init__", "info")}
 
     def reached(start: str, skipped: tuple[str, str]) -> set[str]:
@@ -77,8 +77,7 @@ def picture() -> str:
             todo += new
         return seen
 
-    kept = sorted((a, b) for a, b in drawn if b not in reached(a, (a, b)))
-    return "\n".join(["graph TD", *(f"    {a} --> {b}" for a, b in kept)])
+    return sorted((a, b) for a, b in drawn if b not in reached(a, (a, b)))
 
 
 def test_every_module_is_in_a_wing():
@@ -108,8 +107,7 @@ def test_no_files_import_each_other():
 
 
 def test_the_picture_is_current():
-    assert picture() in (ROOT / "docs" / "architecture.md").read_text()
+    from docs import pictures  # it draws what stands here
 
-
-if __name__ == "__main__":
-    print(picture())
+    drawn = (pictures.FOLDER / "floors.svg").read_text(encoding="utf-8")
+    assert drawn == pictures.floors(edges()), "run `python docs/pictures.py`"

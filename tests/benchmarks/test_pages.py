@@ -113,6 +113,31 @@ def test_this_repositorys_pages_are_current(capsys):
     assert {marker["name"] for marker in pages.MARKER.finditer(text) if marker["name"]} == set(tables.TABLES)
 
 
+def drop_path_rows(size="full"):
+    """`step --drop-path eager`: the scheme in both modes and drop-path alone."""
+    alone = {"plain": "1", "drop-path": "1.25", "subset": "0.8", "ours drop-path": "0.75"}
+    scheme = {"plain": "1", "drop-path": "1.5", "naive": "1.1", "ours exact": "0.7"}
+    measured = {("scheme", "block"): scheme, ("scheme", "sample"): scheme, ("drop-path", "sample"): alone}
+    for (work, mode), times in measured.items():
+        for provider, time in times.items():
+            row = MACHINE | {"size": size, "work": work, "model": "vit-s", "batch": "10", "mode": mode, "p": "0.4"}
+            row |= {"provider": provider, "ratio_rounds": time, "ratio_min": time, "unavailable": ""}
+            known = (work, mode, provider) == ("scheme", "sample", "drop-path")
+            yield row | {"needed_ratio": "0.61" if known else ""}
+
+
+def test_drop_path(tmp_path):
+    write(tmp_path / "drop-path-cpu.csv", list(drop_path_rows()))
+    text = pages.updated("<!-- table: drop-path -->\n<!-- end -->", tmp_path)
+    assert "| timm's drop-path | 1.00 (1.00) | 1.25 (1.25) | 0.61 |" in text
+    assert "as in DINOv2 | 0.64 (0.64) | 0.80 (0.80) | 0.61 |" in text
+    assert "| **drop-path after `rdp.convert`** | 0.60 (0.60) | 0.75 (0.75) | 0.61 |" in text
+    assert "timm's vit-s, p = 0.4, 10 images. Time as the median" in text
+    write(tmp_path / "drop-path-cpu.csv", list(drop_path_rows("quick")))
+    with pytest.raises(tables.TableError, match="it holds the rows of a --quick run"):
+        pages.updated("<!-- table: drop-path -->\n<!-- end -->", tmp_path)
+
+
 def test_digits(tmp_path):
     row = MACHINE | {"model": "vit", "mode": "block", "method": "plain", "seeds": "2", "steps": "420", "paths": "12"}
     row |= {"drop_prob": "0.3", "time_ratio": "0.754", "needed_ratio": "0.7"}

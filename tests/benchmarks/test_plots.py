@@ -83,7 +83,15 @@ SCALING = [
     for paths in (100, 12)
     for provider, factor in (("plain", 1.0), ("ours exact", 2.0))
 ]
-MADE_UP = {"ops": OPS, "step": STEPS, "memory": MEMORY, "scaling": SCALING}
+DROP_PATH = [
+    step_row(provider, (None, None, time, time - 0.1), 0.4, model="vit-s", batch=10, work=work, mode=mode)
+    for work, mode, times in (
+        ("scheme", "block", {"plain": 1.0, "naive": 1.1, "ours exact": 0.7}),
+        ("drop-path", "sample", {"plain": 1.0, "drop-path": 1.2, "subset": 0.8, "ours drop-path": 0.75}),
+    )
+    for provider, time in times.items()
+]
+MADE_UP = {"ops": OPS, "step": STEPS, "drop-path": DROP_PATH, "memory": MEMORY, "scaling": SCALING}
 
 
 def bars(axis):
@@ -167,6 +175,18 @@ def test_step_cost(given):
     assert [line[0][1] for line in points(exact)] == [0.69, 0.79]
     middles = [x + width / 2 for x, _, width, _ in bars(exact)]
     assert middles == pytest.approx([-0.27, 0, 0.27, 0.73, 1, 1.27], abs=1e-3)
+
+
+def test_drop_path_bars(given):
+    figure = plots.drop_path_bars(given(DROP_PATH))
+    (axis,) = figure.axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels[:3] == ["drop-path: timm", "drop-path: as in DINOv2", "drop-path: ours"]
+    assert labels[3:] == ["scheme, block mode: naive", "scheme, block mode: ours"]
+    assert [width for *_, width, _ in bars(axis)] == [1.2, 0.8, 0.75, 1.1, 0.7]
+    assert [patch.get_hatch() for patch in axis.patches] == [None, None, "//", None, "//"]
+    assert [line[0][0] for line in points(axis) if len(line) == 1] == pytest.approx([1.1, 0.7, 0.65, 1.0, 0.6])
+    assert "vit-s, p = 0.4, 10 images\na CPU, 2 threads" in figure.get_suptitle()
 
 
 def test_a_network_whose_needs_are_unknown_has_its_time(given):
@@ -253,6 +273,8 @@ def test_rows_without_ours_are_told():
         plots.ratio_bars(OPS[:2])
     with pytest.raises(NothingToPlot, match="no row of ours exact or ours branch-frozen"):
         plots.step_cost(STEPS[:1])
+    with pytest.raises(NothingToPlot, match="no row of drop-path or of the scheme"):
+        plots.drop_path_bars(DROP_PATH[:1])
     with pytest.raises(NothingToPlot, match="no row of ours exact or ours branch-frozen"):
         plots.memory_bars(MEMORY[:1])
     with pytest.raises(NothingToPlot, match="no row of paths alone"):
