@@ -51,7 +51,8 @@ class ResidualDropPathCallback(Callback):
         >>> module = Module()
         >>> scheme = rdp.ResidualDropPath(module, drop_prob=0.5, seed=0)
         >>> options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
-        >>> trainer = L.Trainer(callbacks=[ResidualDropPathCallback(scheme)], enable_progress_bar=False, **options)
+        >>> options |= {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = L.Trainer(callbacks=[ResidualDropPathCallback(scheme)], **options)
         >>> trainer.fit(module, torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=8))
         >>> scheme.state_dict()["completed"]
         {'drop': 2, 'reuse': 2}
