@@ -44,7 +44,8 @@ class EffectiveDepth:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x = torch.randn(16, 8)
         >>> result = diagnostics.effective_depth(model, lambda m: m(x).square().mean())
         >>> result.lengths, result.sets, 0 < result.depth < 4
@@ -113,9 +114,11 @@ def effective_depth(
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x = torch.randn(16, 8)
-        >>> result = diagnostics.effective_depth(model, lambda m: m(x).square().mean(), samples=2, lengths=[0, 1, 2])
+        >>> loss = lambda m: m(x).square().mean()
+        >>> result = diagnostics.effective_depth(model, loss, samples=2, lengths=[0, 1, 2])
         >>> result.sets, round(sum(result.shares), 6)
         ([1, 2, 2], 1.0)
     """

@@ -41,7 +41,8 @@ class FeatureDistributions:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> features = diagnostics.feature_distributions(model, torch.randn(16, 8))
         >>> features.labels, features.quantiles.shape
         (('input', '0', '1', '2', '3'), torch.Size([5, 7]))
@@ -115,7 +116,8 @@ def feature_distributions(
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> updates = diagnostics.feature_distributions(model, torch.randn(16, 8), of="branch")
         >>> updates.labels, bool((updates.std > 0).all())
         (('0', '1', '2', '3'), True)

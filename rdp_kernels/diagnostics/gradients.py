@@ -32,7 +32,8 @@ class GradientNorms:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x = torch.randn(16, 8)
         >>> norms = diagnostics.gradient_norms(model, lambda m: m(x).square().mean())
         >>> norms.names, all(norm > 0 for norm in norms.parameters + norms.stream)
@@ -89,8 +90,10 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
-        >>> norms = diagnostics.gradient_norms(model, lambda m: m(torch.zeros(4, 8)).sum(), training=True)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> loss = lambda m: m(torch.randn(4, 8)).square().mean()
+        >>> norms = diagnostics.gradient_norms(model, loss, training=True)
         >>> len(norms.parameters), model[0].fn.weight.grad is None
         (4, True)
     """
@@ -178,7 +181,8 @@ class GradientNormRecorder:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, sampling="fixed")
         >>> recorder = diagnostics.GradientNormRecorder(model)
         >>> for _ in scheme.iterations():

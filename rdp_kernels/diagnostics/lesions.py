@@ -49,7 +49,8 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> contextlib.Abst
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x = torch.randn(16, 8)
         >>> with diagnostics.without(model.eval(), [0, 1, 2, "3"]):
         ...     y = model(x)
@@ -80,7 +81,8 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> contextli
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x = torch.randn(16, 8)
         >>> with diagnostics.swapped(model.eval(), [(0, 3)]):
         ...     y = model(x)
@@ -159,7 +161,8 @@ class LesionStudy:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> x, targets = torch.randn(16, 8), torch.randint(8, (16,))
         >>> accuracy = lambda m: (m(x).argmax(dim=1) == targets).double().mean().item()
         >>> study = diagnostics.lesion_study(model, accuracy, counts=(2,))
@@ -271,8 +274,10 @@ def lesion_study(
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Identity()) for _ in range(2)))  # each path doubles its input
-        >>> study = diagnostics.lesion_study(model, lambda m: m(torch.ones(1, 1)).item(), counts=(), swaps=())
+        >>> doubles = [rdp.ResidualBranch(nn.Identity()) for _ in range(2)]
+        >>> model = nn.Sequential(*doubles)
+        >>> value = lambda m: m(torch.ones(1, 1)).item()
+        >>> study = diagnostics.lesion_study(model, value, counts=(), swaps=())
         >>> study.baseline, study.each, study.effects
         (4.0, [2.0, 2.0], [-2.0, -2.0])
         >>> print(study)

@@ -31,7 +31,8 @@ class BranchSizes:
 
     Example:
         >>> from rdp_kernels import diagnostics
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> sizes = diagnostics.branch_sizes(model, torch.randn(16, 8))
         >>> sizes.labels, sizes.ratio.shape, sizes.num_samples
         (('0', '1', '2', '3'), torch.Size([4]), 16)

@@ -34,9 +34,11 @@ class Shares:
 
     Example:
         >>> from rdp_kernels.estimate import ModelCost
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(2)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(2)]
+        >>> model = nn.Sequential(*branches)
         >>> cost = ModelCost.of(model, torch.randn(4, 8))
-        >>> shares = cost.reuse_shares(torch.tensor([[1.0, 0.0]], dtype=torch.float64))  # one plan drops path 1
+        >>> kept = torch.tensor([[1.0, 0.0]], dtype=torch.float64)  # one plan, which drops path 1
+        >>> shares = cost.reuse_shares(kept)
         >>> shares.learning.tolist(), shares.frozen.tolist(), shares.rest_learns
         ([[0.0, 1.0]], [[1.0, 0.0]], False)
     """
@@ -68,7 +70,8 @@ class ModelCost:
 
     Example:
         >>> from rdp_kernels.estimate import ModelCost
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(2)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(2)]
+        >>> model = nn.Sequential(*branches)
         >>> cost = ModelCost.of(model, torch.randn(4, 8))
         >>> cost.plain()  # FLOPs of a plain training step
         2560.0
@@ -305,7 +308,8 @@ def kept_fractions(plan: PathPlan) -> list[float]:
 
     Example:
         >>> from rdp_kernels.estimate import kept_fractions
-        >>> plan = rdp.PathPlan(torch.tensor([[True, True], [True, False]]), drop_probs=[0.1, 0.5], mode="sample")
+        >>> keep = torch.tensor([[True, True], [True, False]])
+        >>> plan = rdp.PathPlan(keep, drop_probs=[0.1, 0.5], mode="sample")
         >>> kept_fractions(plan)
         [1.0, 0.5]
     """

@@ -55,7 +55,8 @@ class Row:
         refused: why the scheme refuses this mode on this model. None if it doesn't.
 
     Example:
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
         >>> row = scheme.estimate(torch.randn(4, 8), timed=False).rows[0]
         >>> row.mode, row.freeze, row.drop_prob, row.own_rates
@@ -103,7 +104,8 @@ class Estimate:
         cost: computes the costs of further plans.
 
     Example:
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
         >>> estimate = scheme.estimate(torch.randn(4, 8), timed=False)
         >>> len(estimate.rows), estimate.batch_size, estimate.plain_flops
@@ -176,8 +178,10 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
 
     Example:
         >>> from rdp_kernels.estimate import estimate
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
-        >>> costs = estimate(rdp.ResidualDropPath(model, drop_prob=0.3), torch.randn(4, 8), timed=False)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.3)
+        >>> costs = estimate(scheme, torch.randn(4, 8), timed=False)
         >>> sorted({row.drop_prob for row in costs})
         [0.1, 0.3, 0.5]
     """

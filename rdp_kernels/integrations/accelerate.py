@@ -36,7 +36,8 @@ def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPat
         >>> from accelerate import Accelerator
         >>> from rdp_kernels.integrations.accelerate import register
         >>> accelerator = Accelerator(cpu=True)
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
         >>> model, optimizer = accelerator.prepare(model, optimizer)

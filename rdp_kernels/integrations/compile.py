@@ -47,7 +47,8 @@ def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options
 
     Example:
         >>> from rdp_kernels.integrations.compile import compile_branches
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> handle = compile_branches(model, backend="eager")  # the default backend is inductor
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, mode="sample")
         >>> for _ in scheme.iterations(8):

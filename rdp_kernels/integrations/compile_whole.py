@@ -45,7 +45,8 @@ def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) ->
 
     Example:
         >>> from rdp_kernels.integrations.compile_whole import compile_whole
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
         >>> compiled = compile_whole(model, scheme, backend="eager")  # the default backend is inductor
         >>> for _ in scheme.iterations():

@@ -49,7 +49,8 @@ def capture_branches(model: nn.Module) -> BranchRunners:
 
     Example:
         >>> from rdp_kernels.integrations.cuda_graphs import capture_branches
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
         >>> if torch.cuda.is_available():
         ...     handle = capture_branches(model.cuda())

@@ -1,6 +1,6 @@
 """The scheme in several processes: ranks agree on what is dropped, and DDP sends only the gradients of what learns.
 
-`register` is for `DistributedDataParallel` and adds a communication hook to it. `agree` works with any kind of data
+`register` is for `torch.nn.parallel.DistributedDataParallel` and adds a communication hook to it. `agree` works with any kind of data
 parallelism.
 """
 
@@ -40,7 +40,7 @@ def register(
     compress: torch.dtype | None = None,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Makes a `DistributedDataParallel` train by the iterations of a scheme.
+    """Makes a DistributedDataParallel train by the iterations of a scheme.
 
     Gradients equal those of one process on the joined batch. What doesn't learn has no gradient on any rank and isn't
     sent. Every rank has to call this before the first iteration, and again for another scheme of the same DDP. Calling
@@ -62,8 +62,8 @@ def register(
         The handle of `agree`.
 
     Raises:
-        RuntimeError: if ranks disagree, or if `ddp` already has a communication hook. In the latter case `agree(scheme,
-            ddp.process_group)` does everything except saving bytes.
+        RuntimeError: if ranks disagree, or if `ddp` already has a communication hook. In the latter case
+            `agree(scheme, ddp.process_group)` does everything except saving bytes.
         TypeError: if an argument has another type.
         ValueError: if `ddp` was built with other options, or if the scheme isn't of the model in `ddp`.
 
@@ -71,8 +71,9 @@ def register(
         >>> import torch.distributed as dist
         >>> from torch.nn.parallel import DistributedDataParallel
         >>> from rdp_kernels.integrations import distributed
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)  # the same seed on every rank
         >>> ddp = DistributedDataParallel(model, find_unused_parameters=True)
         >>> agreement = distributed.register(ddp, scheme)
@@ -148,8 +149,9 @@ def agree(
     Example:
         >>> import torch.distributed as dist
         >>> from rdp_kernels.integrations import distributed
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
         >>> agreement = distributed.agree(scheme)
         >>> agreement.ranks
@@ -181,8 +183,9 @@ class Agreement:
     Example:
         >>> import torch.distributed as dist
         >>> from rdp_kernels.integrations import distributed
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> agreement = distributed.agree(rdp.ResidualDropPath(model, drop_prob=0.5))
         >>> agreement.gather(torch.tensor([1, 2]))
         tensor([[1, 2]])

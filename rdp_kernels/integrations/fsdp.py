@@ -42,8 +42,9 @@ def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from rdp_kernels.integrations import fsdp
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> model = fsdp.shard_paths(model, mesh=init_device_mesh("cpu", (1,)))
         >>> type(model[0].fn).__name__
         'FSDPLinear'
@@ -64,7 +65,7 @@ def register(
     """Makes ranks agree on what is dropped and, in sample mode, call the same branches.
 
     Every rank has to call it. Without it, ranks whose masks differ wait for each other forever. See
-    `distributed.agree`.
+    `rdp_kernels.integrations.distributed.agree`.
 
     Args:
         model: sharded by `shard_paths` or `fully_shard`.
@@ -83,8 +84,9 @@ def register(
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from rdp_kernels.integrations import fsdp
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> model = fsdp.shard_paths(model, mesh=init_device_mesh("cpu", (1,)))
         >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
         >>> agreement = fsdp.register(model, scheme)

@@ -43,7 +43,8 @@ def attach(optimizer: Optimizer, scheme: ResidualDropPath) -> Alternation:
 
     Example:
         >>> from rdp_kernels.integrations.timm import attach
-        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> handle = attach(optimizer, rdp.ResidualDropPath(model, drop_prob=0.5, seed=0))
         >>> for x in torch.randn(4, 16, 8):
