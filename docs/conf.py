@@ -29,6 +29,7 @@ copyright = f"2026, {author}"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -45,6 +46,7 @@ nb_execution_timeout = 120
 # Docstrings: Google's style. What stands in backticks is a link where it names an object.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
+autosummary_generate = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # the fields of a result are a list
@@ -53,8 +55,8 @@ python_maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-# Without a network the short list beside this file stands in for torch's own. It is also read beside torch's list, which
-# lacks the names of the modules that torch defines its classes in; signatures have these names. (Addresses must differ.)
+# Without a network the short list beside this file stands in for torch's own. It is also read beside torch's list, as
+# only it has the names that classes have in signatures: torch.nn.modules.module.Module. (Their addresses must differ.)
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", (None, "torch.inv")),
     "torch's modules": ("https://pytorch.org/docs/stable", "torch.inv"),

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 
 import docstring_parser
@@ -126,3 +127,9 @@ def test_the_reference_has_every_public_name():
     listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)", pages, re.MULTILINE)
     missing = [name for name in PUBLIC if name.rpartition(".")[2] not in {entry.rpartition(".")[2] for entry in listed}]
     assert not missing
+
+
+def test_the_summary_has_every_public_name():
+    index = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    listed = Counter(entry.rpartition(".")[2] for entry in re.findall(r"^   ([\w.]+)$", index, re.MULTILINE))
+    assert not Counter(name.rpartition(".")[2] for name in PUBLIC) - listed
