@@ -24,7 +24,7 @@ from .lesions import subsets
 from .observe import observing, overriding, undisturbed, update_of
 
 ALL_SUBSETS = 10  # with up to this many paths all 2ⁿ subsets are measured, in at most 1,024 backward passes
-SAMPLES = 16  # otherwise so many random subsets of each length are
+SAMPLES = 16  # random subsets of each length, with more paths
 
 
 @dataclass(frozen=True)

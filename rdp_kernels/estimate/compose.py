@@ -255,9 +255,7 @@ class ModelCost:
             total += (by_branch * share * (share < 1) * tensors.bytes[tensors.input_index]).sum(dim=1)
         held[:, 1::2] += tensors.has_activation & (passes | ((learning > 0) & pieces.learns))
         for call in reversed(tensors.returns_input.nonzero().flatten().tolist()):
-            moved = held[:, 2 * call + 1] * (
-                (learning + frozen)[:, call] == 0
-            )  # without its branch, the output is the input
+            moved = held[:, 2 * call + 1] * ((learning + frozen)[:, call] == 0)  # without its branch, output is input
             held[:, tensors.input_index[call]] += moved
             held[:, 2 * call + 1] -= moved
         return total + (held > 0).double() @ tensors.bytes
