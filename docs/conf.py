@@ -16,7 +16,7 @@ if installed("torchvision"):
 if installed("matplotlib"):
     import matplotlib.axes
 
-    for name, module in [*sys.modules.items()]:  # where plots' axes have no type but for type checkers
+    for name, module in [*sys.modules.items()]:  # they import the type of axes for type checkers only
         if name.startswith("rdp_kernels.diagnostics.") and hasattr(module, "Axes"):
             module.Axes = matplotlib.axes.Axes
 os.environ["IPYTHONDIR"] = str(HERE / "_kernel")  # the notebooks' kernels do the same as they start

@@ -42,25 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(FEWEST), default=16, metavar="N", help="images in a batch; default: 16")
     add("--batches", type=at_least(1), default=2, metavar="N", help="number of batches; default: 2")
     add("--image-size", type=at_least(1), metavar="SIDE", help="height and width in pixels; default: the model's own")
-    add(
-        "--lesions",
-        type=at_least(0),
-        default=8,
-        metavar="N",
-        help="random sets of removed paths, for each size of the set; default: 8",
-    )
-    add(
-        "--samples",
-        type=at_least(0),
-        default=2,
-        metavar="N",
-        help="random sets of branches, for each length of the effective depth; default: 2",
-    )
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the model; default: %(default)s",
-    )
+    add("--lesions", type=at_least(0), default=8, metavar="N", help="random sets of removed paths by size; default: 8")
+    add("--samples", type=at_least(0), default=2, metavar="N", help="random sets for effective depth; default: 2")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="folder for report.json, report.md and figures; default: none")
     add("--seed", type=int, default=0, help="for new weights, images and random choices; default: 0")
     return parser

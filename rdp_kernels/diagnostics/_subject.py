@@ -181,9 +181,7 @@ def load_data(model: nn.Module, name: str, side: int | None, batch_size: int, ba
 
 
 def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int, int]:
-    """Returns the channels, height and width that the model declares, else those of its first convolution and of the
-    data.
-    """
+    """Returns channels, height and width that the model declares, else those of its first convolution and the data."""
     example = example_inputs_of(model)
     if not isinstance(example, Tensor) and "pixel_values" not in example:
         raise Problem(f"argument MODEL: it must take images, but declares that it takes {', '.join(example)}")
@@ -197,8 +195,9 @@ def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int
 
 
 def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Returns random digits in [−1, 1], from the quarter that scikit-learn's stratified split with random_state=0 holds
-    out.
+    """Returns random digits in [−1, 1].
+
+    They are from the quarter that scikit-learn's stratified split with random_state=0 holds out.
     """
     try:
         from sklearn.datasets import load_digits
@@ -218,8 +217,9 @@ def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator)
 def _folder(
     model: nn.Module, folder: Path, shape: tuple[int, int, int], count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns random images of a folder. For timm models they are transformed as in evaluation, for others scaled to
-    [−1, 1].
+    """Returns random images of a folder.
+
+    For timm models they are transformed as in evaluation. For others they are scaled to [−1, 1].
     """
     try:
         from torchvision import transforms

@@ -167,8 +167,9 @@ def _numbers(features: Tensor) -> Tensor:
 
 
 def _joined(batches: list[_Seen], limit: int) -> tuple[Tensor, ...]:
-    """Mean, standard deviation, quantiles, fraction of zeros, number of non-finite values and effective rank of a
-    layer.
+    """The results of one layer.
+
+    Mean, standard deviation, quantiles, fraction of zeros, number of non-finite values, effective rank.
     """
     values, finite, zeros, means, squares, *rank = torch.stack([batch.numbers for batch in batches]).T
     mean = (finite * means).sum() / finite.sum()

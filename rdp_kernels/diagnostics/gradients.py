@@ -133,8 +133,7 @@ def checked_loss(value: object) -> Tensor:
 
 
 def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
-    """Returns the input of a path, made to require grad, and whether its gradient is the whole gradient through the
-    path.
+    """Makes the input of a path require grad. Returns it, and whether its gradient is all that comes through the path.
 
     It isn't the whole gradient if nothing before the path learns and a shortcut was computed before, from the original
     tensor.

@@ -72,9 +72,7 @@ def overriding(model: nn.Module, override: Override, only: Collection[int] | Non
 
 @contextlib.contextmanager
 def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iterator[list[str]]:
-    """Passes every call of a path to `on_call` within the context, in the order of the forward. Yields the names of the
-    paths.
-    """
+    """Passes every call of a path to `on_call` within the context, in forward order. Yields the names of the paths."""
 
     def observe(path: int, call: PathCall, x: Tensor) -> Tensor:
         residual, update = call.residual(x), update_of(call, x)

@@ -63,7 +63,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
     Example:
         >>> from rdp_kernels import diagnostics
         >>> x = torch.eye(4)[:, :1]
-        >>> diagnostics.hsic(torch.randn(4, 8), torch.ones(4, 8))  # constant features vary with nothing
+        >>> diagnostics.hsic(torch.randn(4, 8), torch.ones(4, 8))  # constant features have no covariance
         tensor(0., dtype=torch.float64)
     """
     n = _check_samples(x, y)

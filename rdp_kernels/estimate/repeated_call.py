@@ -69,9 +69,7 @@ class RepeatedCall:
         return saved.bytes()[0], input_too
 
     def seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns seconds on the whole batch, by state, and the part of them that doesn't shrink with the number of
-        rows.
-        """
+        """Returns seconds on the whole batch, by state, and the part that doesn't shrink with the number of rows."""
         runs: dict[tuple[str, str], RowSet | None] = {(state, "whole"): None for state in STATES}
         size = self.call.batch_size
         keep = torch.arange(size) % 2 == 0
@@ -146,7 +144,8 @@ def _backward(out: Tensor, grad: Tensor | None = None) -> None:
 
 
 def _fixed_part(whole: float, part: float, share: float) -> float:
-    """The part of `whole` that doesn't depend on the number of rows, if `share` of the rows take `part` and time is
-    linear.
+    """The part of `whole` that doesn't depend on the number of rows.
+
+    `share` of the rows take `part`, and time is linear in the number of rows.
     """
     return max(0.0, (part - share * whole) / (1 - share))

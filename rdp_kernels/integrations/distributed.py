@@ -1,7 +1,7 @@
 """The scheme in several processes: ranks agree on what is dropped, and DDP sends only the gradients of what learns.
 
-`register` is for `torch.nn.parallel.DistributedDataParallel` and adds a communication hook to it. `agree` works with any kind of data
-parallelism.
+`register` is for `torch.nn.parallel.DistributedDataParallel` and adds a communication hook to it. `agree` works with
+any kind of data parallelism.
 """
 
 from __future__ import annotations
