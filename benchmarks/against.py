@@ -1,8 +1,9 @@
 """`python -m benchmarks against FOLDER`: the host time of a call in this tree, relative to another tree of the package.
 
-FOLDER is a checkout with its library built, such as a git worktree of an earlier commit. One process for each tree
-times blocks of the calls of `overhead` on one thread, and the two take turns. The ratio is the median of the turns'
-ratios; below 1 this tree is faster. Without FOLDER this tree is compared with itself, which says how much is noise.
+FOLDER is a checkout with its library built, such as a git worktree of an earlier commit. There is one process for each
+tree. It times blocks of the calls of `overhead` on one thread, and the two processes take turns. The ratio is the
+median of the turns' ratios. Below 1, this tree is faster. Without FOLDER this tree is compared with itself, which shows
+how large the noise is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT, help="the other tree; default: this one")
-    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--turns", type=int, default=100, help="turns of each tree; default: 100")
     parser.set_defaults(run=run)
 
 

@@ -29,12 +29,12 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: s
     parser.add_argument("--turns", type=count, help=turns)
     add_sizes(parser, quick, tiny)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
+    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
     name = parser.prog.split()[-1]
     if name in plots.FIGURES:
         more = "".join(f", and PATH{ending} beside it" for ending in plots.FIGURES[name] if ending)
-        text = f"draw them here, as {', '.join(SUFFIXES)}{more}"
+        text = f"draw the rows to this file, as {', '.join(SUFFIXES)}{more}"
         parser.add_argument("--plot", type=plottable, metavar="PATH", help=text)
     parser.set_defaults(command=name)
 
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: s
 def add_sizes(parser: argparse.ArgumentParser, quick: str, tiny: str) -> None:
     """`options.size` is `"full"`, `"quick"` or `"tiny"`; the arguments are the help of the latter two."""
     sizes = parser.add_mutually_exclusive_group()
-    for size, text in (("quick", quick), ("tiny", f"{tiny}: does it run")):
+    for size, text in (("quick", quick), ("tiny", f"{tiny}, to see that it runs")):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="full", help=text)
 
 

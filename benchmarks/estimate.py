@@ -1,7 +1,7 @@
-"""`python -m benchmarks estimate MODEL`: what drop and reuse iterations would cost on a model, against plain training.
+"""`python -m benchmarks estimate MODEL`: the cost of drop and reuse iterations on a model, against plain training.
 
-Needed FLOPs, the bytes that autograd saves and the time of forward and backward, by rates, mode and freezing, and what
-that speaks for: `ResidualDropPath.estimate` of a model of timm's, or of one of this benchmark's own.
+It shows needed FLOPs, the bytes that autograd saves and the time of forward and backward, by rates, mode and freezing,
+and gives a recommendation. It calls `ResidualDropPath.estimate` for a model of timm or one of the benchmark's own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Subject:
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "estimate",
-        help="what the scheme would cost on a model",
+        help="the cost of the scheme on a model",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -62,12 +62,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "model", metavar="MODEL", help=f"{', '.join([*OWN_FULL, *NAMES])}, or a name that timm.create_model takes"
     )
     parser.add_argument(
-        "--drop-prob", type=probability, default=DROP_PROB, metavar="P", help=f"of every path; default: {DROP_PROB}"
+        "--drop-prob",
+        type=probability,
+        default=DROP_PROB,
+        metavar="P",
+        help=f"P(drop) of every path; default: {DROP_PROB}",
     )
-    parser.add_argument("--batch", type=command.count, help=f"images; default: {BATCH}, for our own networks theirs")
-    parser.add_argument("--image", type=command.count, metavar="SIDE", help="in pixels; default: the model's own")
+    parser.add_argument("--batch", type=command.count, help=f"images; default: {BATCH}; for our networks their own")
+    parser.add_argument("--image", type=command.count, metavar="SIDE", help="pixels; default: the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--check", action="store_true", help="measure real iterations too, and compare")
+    parser.add_argument("--check", action="store_true", help="also measure real iterations, and compare")
     command.add_options(
         parser, f"--check: pairs of each kind; default: {TURNS}", "no times, and so nothing to --check", "the same"
     )

@@ -1,10 +1,10 @@
 """`python -m benchmarks memory`: what an iteration keeps for its backward, and the most that it allocates.
 
 "saved" is what autograd keeps from the forward for the backward: each storage once, without parameters, buffers and the
-batch, which are there anyway. "peak" is the most that is allocated at any moment of an iteration (forward, backward,
-AdamW) above what was there before it: gradients and all intermediate results are part of it. Both are counts, of the
-trainers that `step` times on the same plans, and the same in every run; on the CPU those of one thread. They are given
-as ratios to plain training's, for the mean and for the largest of the plans.
+batch, which exist anyway. "peak" is the most that is allocated at any moment of an iteration (forward, backward,
+AdamW), above what was allocated before it. Gradients and all intermediate results are part of it. Both are counts, for
+the trainers that `step` times, on the same plans. They are the same in every run; on the CPU they are those of one
+thread. They are ratios to plain training's, for the mean and for the largest of the plans.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--model", nargs="+", choices=MODELS, default=tuple(OWN_FULL), help=f"default: {' '.join(OWN_FULL)}"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=f"default: {' '.join(MODES)}")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 is by autocast; default: float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bf16 by autocast; default: float32")
     plans = f"plans of each case; default: {FULL_PLANS}"
     quick = f"half of the images, p = 0.3, {FEW_PLANS} plans"
     command.add_options(parser, plans, quick, f"tiny networks, p = 0.5, {FEW_PLANS} plans")

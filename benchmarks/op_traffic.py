@@ -1,4 +1,4 @@
-"""`python -m benchmarks traffic`: the bytes that each op moves, counted, against those that it needs.
+"""`python -m benchmarks traffic`: the bytes that each op moves, counted, against the bytes that it needs.
 
 | provider | its bytes |
 |---|---|
@@ -7,10 +7,10 @@
 | ours eager | counted as eager's |
 | ours triton | what our kernels load and store, each element counted in Triton's interpreter |
 
-"needed" is each needed byte of the big tensors once; γ, weights, masks and indices are none of them. Ours count
-likewise, eager's with their vectors. "sectors" are the 32-byte pieces of memory that a tile's loads and stores touch,
-the least that a GPU moves. Nothing is timed, and the numbers are the same in every run. Tensors are small, as all of it
-grows with them.
+"needed" is each needed byte of the big tensors once, without γ, weights, masks and indices. Ours are counted in the
+same way, and eager's with these vectors. "sectors" are the 32-byte pieces of memory that a tile's loads and stores
+touch, the least that a GPU moves. Nothing is timed, and the numbers are the same in every run. Tensors are small,
+because all numbers grow with them.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "traffic", help="bytes of each op", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
-    command.add_sizes(parser, "half of the settings", "tiny tensors, of which vectors are a large part")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows here")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="and here")
+    parser.add_argument(
+        "--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"some of {', '.join(OPS)}"
+    )
+    command.add_sizes(parser, "half of the settings", "tiny tensors, where vectors are a large part of the bytes")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
+    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
     parser.set_defaults(run=run)
 
 

@@ -1,12 +1,12 @@
 """`python -m benchmarks ops`: each op and its passes, ours against eager torch, compiled torch and other libraries.
 
-Those are xFormers, flash-attn, Liger, timm and torchvision, where they are installed and have such an op; the last two
-draw their masks in the time that is measured.
+The other libraries are xFormers, flash-attn, Liger, timm and torchvision, if they are installed and have such an op.
+timm and torchvision draw their masks within the measured time.
 
-GB/s are of the bytes that the op needs, whoever computes it: each needed byte of the big tensors once. "of copy" is the
+GB/s count the bytes that the op needs, for every provider: each needed byte of the big tensors once. "of copy" is the
 share of the bandwidth that a copy reaches in the same run. "bytes" is what a provider moves by its formula, as a ratio
-to what is needed; "/eager" and "/compiled" are ratios of times. On a GPU all of that is from times of the device
-alone, replays of a CUDA graph, where there are any.
+to the needed bytes. "/eager" and "/compiled" are ratios of times. On a GPU all of these are from times of the device
+alone (replays of a CUDA graph) if there are any.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "ops", help="each op by itself", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument(
+        "--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"some of {', '.join(OPS)}"
+    )
     parser.add_argument("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
-    compiled = "without the formula compiled by torch, which takes longer to compile than all else to run"
+    compiled = "leave out the formula compiled by torch, which takes longer to compile than everything else to run"
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help=compiled)
-    turns = f"of each provider; default: {FULL_TURNS}"
+    turns = f"turns of each provider; default: {FULL_TURNS}"
     command.add_options(parser, turns, f"a few settings, {FEW_TURNS} turns", f"tiny tensors, {FEW_TURNS} turns")
     parser.set_defaults(run=run)
 

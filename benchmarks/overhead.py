@@ -1,12 +1,12 @@
-"""`python -m benchmarks overhead`: what a call costs before it computes anything.
+"""`python -m benchmarks overhead`: the cost of a call before it computes anything.
 
-Host time per call, in microseconds, on tensors so small that little else is left; argument checks are part of it. A
-turn is a block of calls on one thread, and the providers take turns; ours enter their backend once a block. "no grad"
-is a forward under torch.no_grad, "forward" one that autograd records, "both" that and the gradients of all inputs.
-"torch.add" is what one op of torch costs. "/eager" is the median of the turns' ratios, "min/eager" that of the fastest
-turns. "launches" is how many kernels a call launches; on the CPU "ops" stand in for them, those that torch dispatches
-and that compute, a call of our compiled library being one. Half of the rows are dropped; drop_path_add, and timm's
-formula, draw them, half in the mean.
+This is host time per call in microseconds, on tensors so small that little else is left. Argument checks are part of
+it. A turn is a block of calls on one thread, and the providers take turns. Ours enter their backend once for each
+block. "no grad" is a forward under torch.no_grad, "forward" is one that autograd records, and "both" is that and the
+gradients of all inputs. "torch.add" is the cost of one op of torch. "/eager" is the median of the turns' ratios, and
+"min/eager" the ratio of the fastest turns. "launches" is the number of kernels that a call launches. On the CPU "ops"
+replace them: the ops that torch dispatches and that compute. A call of our compiled library counts as one. Half of the
+rows are dropped. drop_path_add and timm's formula draw them, so that half is the mean.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "overhead", help="host time per call", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     blocks = {size: f"{TURNS[size]} blocks of {calls} calls" for size, calls in CALLS_A_TURN.items()}
-    command.add_options(parser, f"of each provider; default: {blocks['full']}", blocks["quick"], blocks["tiny"])
+    command.add_options(parser, f"turns of each provider; default: {blocks['full']}", blocks["quick"], blocks["tiny"])
     parser.set_defaults(run=run)
 
 

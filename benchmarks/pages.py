@@ -1,7 +1,7 @@
-"""`python -m benchmarks pages`: the tables and plots of README.md and docs/, from benchmarks/results/.
+"""`python -m benchmarks pages`: writes the tables and plots of README.md and docs/ from benchmarks/results/.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `tables.TABLES` says what NAME is made of and how.
-The plots that pages show are `docs/plots/NAME.svg`: equal rows give equal bytes with the same version of matplotlib.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `tables.TABLES` describes how the table NAME is made.
+The pages show the plots `docs/plots/NAME.svg`. Equal rows give equal bytes with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "pages", help="tables and plots of README.md and docs/ from benchmarks/results", description=__doc__
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page isn't current")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page isn't current")
     parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help=argparse.SUPPRESS)
     parser.add_argument("--plots", type=Path, default=PLOTS, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)

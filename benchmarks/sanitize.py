@@ -1,6 +1,7 @@
-"""`python -m benchmarks sanitize`: the fixed table of the kernels' tests under NVIDIA's compute-sanitizer, on a GPU.
+"""`python -m benchmarks sanitize`: runs the fixed table of kernel tests under NVIDIA's compute-sanitizer, on a GPU.
 
-memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of what nobody wrote.
+memcheck finds accesses out of bounds, racecheck finds races in shared memory, and initcheck finds reads of memory that
+was never written.
 """
 
 from __future__ import annotations

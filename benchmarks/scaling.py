@@ -1,12 +1,13 @@
-"""`python -m benchmarks scaling`: what the plan and our Python cost, by the number of paths, and as a share of a step.
+"""`python -m benchmarks scaling`: the cost of the plan and our Python code, by the number of paths and against a step.
 
-Host time of a pair of iterations, forward and backward, on a network whose branches do next to nothing: "plain" runs
-`x + f(x)` twice, "by hand" the two iterations with every decision made beforehand, "plan" draws, opens and closes them
-without a path being called, "ours" does all of it. The overhead is ours beyond the faster of the first two; "calls" are
-the function calls of a pair, Python's and C's, and the same in every run. One thread; every path drops with p = 0.3.
+This is host time of a pair of iterations, forward and backward, on a network whose branches compute almost nothing.
+"plain" runs `x + f(x)` twice. "by hand" runs the two iterations with every decision made beforehand. "plan" draws,
+opens and closes them and calls no path. "ours" does all of it. The overhead is the time of ours beyond the faster of
+the first two. "calls" are the function calls of a pair, Python's and C's. They are the same in every run. It uses one
+thread, and every path drops with p = 0.3.
 
-The second table sets the overhead of as many paths against a pair of plain training steps of real networks. All times
-are those of the fastest turns: what the host does is the same in each, and whatever else the machine does adds to it.
+The second table compares the overhead of as many paths with a pair of plain training steps of real networks. All times
+are those of the fastest turns: the host does the same in each turn, and other work of the machine only adds time.
 """
 
 from __future__ import annotations

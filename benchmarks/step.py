@@ -1,10 +1,12 @@
-"""`python -m benchmarks step`: what a pair of training steps costs, ours against plain, drop-path and naive.
+"""`python -m benchmarks step`: the cost of a pair of training steps, ours against plain, drop-path and naive.
 
-Times are of a pair of steps (forward, backward, AdamW) on the same plans. "needed" counts FLOPs that no implementation
-of the same work can leave out, as a ratio to plain training's; "time / needed" is how far above that a provider is.
+Times are those of a pair of steps (forward, backward, AdamW) on the same plans. "needed" counts FLOPs that no
+implementation of the same work can leave out, as a ratio to plain training's FLOPs. "time / needed" is the time ratio
+of a provider divided by that.
 
-vit and resnet are our own networks, the others timm's, converted for ours. With --drop-path, and on a GPU by itself,
-two steps of ordinary drop-path at p = 0.4 are compared too: timm's, DINOv2's and ours without a scheme.
+vit and resnet are our own networks. The others are timm's, and are converted for ours. With --drop-path, two steps of
+ordinary drop-path at p = 0.4 are compared too: timm's, DINOv2's and ours without a scheme. On a GPU this is the
+default.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     default = "default: a choice for the device"
     parser.add_argument("--model", nargs="+", choices=MODELS, help=default)
     parser.add_argument("--mode", nargs="+", choices=MODES, help=default)
-    parser.add_argument("--prob", nargs="+", type=probability, metavar="P", help=f"of dropping; {default}")
+    parser.add_argument("--prob", nargs="+", type=probability, metavar="P", help=f"P(drop); {default}")
     parser.add_argument("--batch", type=command.count, help="images; default: each network's own")
-    parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast; default: bf16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 by autocast; default: bf16 on cuda, else float32")
     parser.add_argument(
         "--drop-path",
         choices=DROP_PATHS,

@@ -1,6 +1,7 @@
-"""`python -m benchmarks all`: every command that measures, one after the other, and what they say in one table.
+"""`python -m benchmarks all`: runs every command that measures, and shows their findings in one table.
 
-`--quick` takes a few settings and turns. `--tiny` shows that all of it runs; its numbers say little about real tensors.
+`--quick` takes a few settings and turns. `--tiny` only shows that all commands run. Its numbers say little about real
+tensors.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ INTERRUPTED = 130
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "all", help="all that measures", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "all", help="every command that measures", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    command.add_sizes(parser, "a few settings and turns: two minutes on two cores", "tiny tensors and networks")
+    command.add_sizes(parser, "a few settings and turns, two minutes on two cores", "tiny tensors and networks")
     parser.add_argument("--device", type=command.device, default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument(
         "--out",
         type=command.folder,
         metavar="FOLDER",
-        help="write COMMAND-DEVICE.csv and .json here (traffic.csv: it is the same on all)",
+        help="write COMMAND-DEVICE.csv and .json here (traffic.csv is the same on all devices)",
     )
     parser.set_defaults(run=run)
 
@@ -82,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
 
 def parsed(modules: Iterable[ModuleType], arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of one of the commands in `modules`; `run` among them, unless none was named."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures, and shows what was measured.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measures the package, and shows the results."
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
     for module in modules:
         module.add_command(commands)

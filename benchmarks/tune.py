@@ -1,8 +1,8 @@
-"""`python -m benchmarks tune`: the launch numbers of the Triton kernels, searched anew on this machine's GPU.
+"""`python -m benchmarks tune`: searches the launch numbers of the Triton kernels on this machine's GPU.
 
-Tries a grid of block sizes, warps and tiles for each kernel and width, checks that results stay what they are, and
-prints the table for this architecture: paste it into `CONFIGS` of `kernels/triton/launch.py`. Takes minutes;
-most of them compile kernels, which --processes does for several at a time before any is timed.
+It tries a grid of block sizes, warps and tiles for each kernel and width, and checks that results stay the same. It
+prints the table for this architecture: paste it into `CONFIGS` of `kernels/triton/launch.py`. It takes minutes. Most of
+them compile kernels; with --processes several processes do so before any kernel is timed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "tune", help="launch numbers for this GPU", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--op", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: all")
-    parser.add_argument("--processes", type=command.count, default=1, help="that compile; default: 1")
-    parser.add_argument("--device", choices=("cuda",), default="cuda", help="there is no other")
+    parser.add_argument(
+        "--processes", type=command.count, default=1, help="number of processes that compile; default: 1"
+    )
+    parser.add_argument("--device", choices=("cuda",), default="cuda", help="the only choice")
     parser.set_defaults(run=run)
 
 

@@ -1,9 +1,10 @@
-"""`python -m benchmarks gpu`: everything worth knowing of a GPU that is at hand for minutes, the most valuable first.
+"""`python -m benchmarks gpu`: checks and measures everything on a GPU that is available for minutes, most valuable
+first.
 
-Runs from a bare copy of the tree. Each step is a process with a limit of its own; the limits keep to --minutes, and
-what a step leaves of its time goes to those after it. Results are written as soon as they exist: at most eight files,
-a table of the steps, a log, and rows as benchmarks/results/ keeps them. The exit code is 0 if every step succeeded, 1
-if not, 130 after an interrupt.
+It runs from a bare copy of the tree. Each step is a process with its own time limit. Together the limits keep to
+--minutes, and time that a step leaves goes to later steps. Results are written as soon as they exist, to at most eight
+files: a table of the steps, a log, and rows in the format of benchmarks/results/. The exit code is 0 if every step
+succeeded, 1 if not, and 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -44,15 +45,20 @@ EXIT_INTERRUPTED = 130
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "gpu", help="all of it, in minutes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "gpu",
+        help="all checks and measurements for a GPU, in minutes",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help=f"default: {MINUTES:g}")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=MINUTES, help=f"the time for all steps; default: {MINUTES:g}"
+    )
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help="\n".join(map(_line, STEPS)))
     parser.add_argument(
         "--out", type=command.folder, metavar="FOLDER", default=Path("report/gpu"), help="default: report/gpu"
     )
-    parser.add_argument("--tiny", action="store_true", help="tiny inputs, on the CPU: to check that every step works")
+    parser.add_argument("--tiny", action="store_true", help="tiny inputs on the CPU, to check that every step works")
     parser.add_argument(
         "--count", action="store_true", help="only count the kernels that each step has Triton compile; needs no GPU"
     )

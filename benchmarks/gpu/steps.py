@@ -130,8 +130,8 @@ def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], par
 
 
 STEPS = (
-    Step("library", "the compiled library, built where it is missing", 60, module("benchmarks.gpu.library")),
-    Step("machine", "what it is, and which versions it has", 20, module("rdp_kernels.info")),
+    Step("library", "the compiled library, built if it is missing", 60, module("benchmarks.gpu.library")),
+    Step("machine", "the machine and its versions", 20, module("rdp_kernels.info")),
     Step(
         "table",
         "the fixed table of correctness: every op, layout and dtype",
@@ -178,7 +178,7 @@ STEPS = (
     ),
     Step(
         "memory",
-        "what iterations keep, and their peak",
+        "what iterations save, and their peak",
         35,
         benchmark(
             "memory", ("--quick", *TIMM, "--dtype", "bf16"), ("--model", "vit-s", "--mode", "block", "--turns", "1")
@@ -196,7 +196,7 @@ STEPS = (
     ),
     Step(
         "drawn",
-        "the drawn tests of the kernels, for what time is left",
+        "the drawn tests of the kernels, for the time that is left",
         60,
         run_tests("drawn", (DRAWN, f"--ignore={FIXED}"), (DRAWN, f"--ignore={FIXED}", "-k", "against_float64")),
         answers.right_of_tests,

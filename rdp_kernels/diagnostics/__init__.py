@@ -1,4 +1,8 @@
-"""What training did to a network's paths: similarity, lesions, gradients, sizes. For any model with paths."""
+"""Measures what each path of a trained network does: similarity, lesions, gradients, sizes and features.
+
+All functions take a model with paths, built from `ResidualBranch` or converted by `rdp.convert`. They leave the model,
+its gradients and torch's random states unchanged. Plots need matplotlib.
+"""
 
 from .effective_depth import EffectiveDepth, effective_depth, participation
 from .features import FeatureDistributions, feature_distributions

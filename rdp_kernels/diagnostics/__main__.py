@@ -1,8 +1,8 @@
-"""Examines the residual paths of a model: what each of them adds and learns, and what happens without it.
+"""Examines the residual paths of a model: what each path adds and learns, and what happens without it.
 
-MODEL is the name of a timm model, or package.module:factory. The factory is called without arguments and returns
-a model with paths, or one in which rdp_kernels.convert finds residual paths. Prints a table of the paths; --out
-writes all results, with figures.
+MODEL is the name of a timm model, or package.module:factory. The factory is called without arguments. It returns
+a model with paths, or a model in which rdp_kernels.convert finds residual paths. The command prints a table of
+the paths. With --out it writes all results, with figures.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="vit_tiny_patch16_224, or package.module:factory")
     add("--checkpoint", type=Path, metavar="FILE", help="a state_dict, or a dict with one as state_dict or model")
-    add("--pretrained", action="store_true", help="timm's pretrained weights")
+    add("--pretrained", action="store_true", help="load timm's pretrained weights")
     add("--classes", type=at_least(1), help="number of classes of a timm model; default: its own")
     add("--data", default="random", metavar="random|digits|FOLDER", help="FOLDER holds CLASS/*.jpg; default: random")
     add("--batch-size", type=at_least(FEWEST), default=16, metavar="N", help="images in a batch; default: 16")
-    add("--batches", type=at_least(1), default=2, metavar="N", help="default: 2")
-    add("--image-size", type=at_least(1), metavar="SIDE", help="in pixels; default: the model's own")
-    add("--lesions", type=at_least(0), default=8, metavar="N", help="random removals of each size; default: 8")
-    add("--samples", type=at_least(0), default=2, metavar="N", help="sets for each effective length; default: 2")
+    add("--batches", type=at_least(1), default=2, metavar="N", help="number of batches; default: 2")
+    add("--image-size", type=at_least(1), metavar="SIDE", help="height and width in pixels; default: the model's own")
+    add("--lesions", type=at_least(0), default=8, metavar="N", help="random sets of removed paths by size; default: 8")
+    add("--samples", type=at_least(0), default=2, metavar="N", help="random sets for effective depth; default: 2")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="folder for report.json, report.md and figures; default: none")
     add("--seed", type=int, default=0, help="for new weights, images and random choices; default: 0")

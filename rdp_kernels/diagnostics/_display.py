@@ -15,11 +15,11 @@ else:
 T = TypeVar("T")
 
 MOST_LABELS = 20
-"""More labels can't be read on one axis."""
+"""An axis with more labels can't be read."""
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """`ax`, or the axes of a new pyplot figure."""
+    """Returns `ax`, or the axes of a new pyplot figure."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
 
 
 def label_layers(ax: Axes, x: Sequence[str], y: Sequence[str] | None = None) -> None:
-    """Labels the layers, at 0, 1, 2 … along x and, where given, along y. At most `MOST_LABELS` are labelled."""
+    """Labels the layers, at 0, 1, 2 … along x and, if given, along y. It draws at most `MOST_LABELS` labels."""
     for axis, labels in ((ax.xaxis, x), (ax.yaxis, y)):
         if labels is not None:
             step = math.ceil(len(labels) / MOST_LABELS)
@@ -37,7 +37,7 @@ def label_layers(ax: Axes, x: Sequence[str], y: Sequence[str] | None = None) -> 
 
 
 def track(items: Iterable[T], description: str, progress: bool | None) -> Iterator[T]:
-    """Yields `items` and draws a bar on stderr. With `progress=None` it does so only where stderr is a terminal."""
+    """Yields `items` and draws a bar on stderr. With `progress=None` it draws only if stderr is a terminal."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield from items
         return

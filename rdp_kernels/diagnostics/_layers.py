@@ -16,10 +16,10 @@ from .observe import ObservedCall, as_batches, forward, observing, undisturbed
 T = TypeVar("T")
 
 OnCall = Callable[[ObservedCall, dict[str, T]], None]
-"""Gets each call of a path, and puts values into a dict."""
+"""Gets each call of a path and stores values in a dict."""
 
 OF = ("stream", "branch")
-"""The residual before the first path ("input") and after each path; the update that each path adds to it."""
+"""The residual before the first path ("input") and after each path, or the updates that paths add to it."""
 
 
 def measure(
@@ -32,7 +32,7 @@ def measure(
 ) -> list[tuple[str, ...]]:
     """Runs each model on each batch, in eval mode, and calls `add` with the values from each model.
 
-    Returns the labels of each model. Raises `ValueError` without a batch, or where batches have different labels.
+    Returns the labels of each model. Raises `ValueError` if there is no batch, or if batches have different labels.
     """
     labels: list[tuple[str, ...]] = []
     with contextlib.ExitStack() as stack:
@@ -40,7 +40,7 @@ def measure(
             stack.enter_context(undisturbed(model))
         for batch in track(as_batches(batches), what, progress):
             found = [run(model, batch, on_call) for model in models]
-            for before, now in zip(labels, map(tuple, found), strict=False):  # nothing before the first batch
+            for before, now in zip(labels, map(tuple, found), strict=False):  # empty before the first batch
                 if before != now:
                     raise ValueError(
                         f"model must call the same paths on every batch, got {list(now)} after {list(before)}"
@@ -53,7 +53,7 @@ def measure(
 
 
 def run(model: nn.Module, batch: Any, on_call: OnCall[T]) -> dict[str, T]:
-    """Runs one forward without gradients. Returns the values by label. Raises `ValueError` where no path is called."""
+    """Runs one forward without gradients. Returns the values by label. Raises `ValueError` if no path is called."""
     found: dict[str, T] = {}
     with torch.no_grad(), observing(model, lambda call: on_call(call, found)):
         forward(model, batch)
@@ -63,8 +63,10 @@ def run(model: nn.Module, batch: Any, on_call: OnCall[T]) -> dict[str, T]:
 
 
 def layers_of(of: str, look: Callable[[Tensor], T]) -> OnCall[T]:
-    """An `OnCall` that puts the result of `look` for each layer. `look` gets the tensor as the path has it; code behind
-    the layer may write to it."""
+    """Returns an `OnCall` that stores the result of `look` for each layer.
+
+    `look` gets the tensor as the path has it. Later code in the model may write to this tensor.
+    """
 
     def on_call(call: ObservedCall, found: dict[str, T]) -> None:
         if of == "stream" and not found:

@@ -1,4 +1,4 @@
-"""The command's measurements, and their presentation: a table, JSON, Markdown and figures."""
+"""The measurements of the command, and their presentation as a table, JSON, Markdown and figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Report:
         return "path", "‖branch‖ / ‖residual‖", "‖∂L/∂θ‖", "‖∂L/∂residual‖", effect
 
     def rows(self) -> list[tuple[str, float, float, float, float]]:
-        """The cells by path. The size is measured in the path's first call."""
+        """Returns the cells by path. The size is measured in the path's first call."""
         sizes = dict(zip(self.sizes.labels, self.sizes.ratio.tolist(), strict=True))
         columns = (self.gradients.parameters, self.gradients.stream, self.lesions.effects)
         return [
@@ -60,7 +60,7 @@ class Report:
         return [(name, *(f"{value:.3g}" for value in values)) for name, *values in self.rows()]
 
     def facts(self) -> dict[str, float | None]:
-        """Single numbers, by description."""
+        """Returns single numbers, by description."""
         effects = [abs(effect) for effect in self.lesions.effects]
         ratios = [ratio for ratio in self.sizes.ratio.tolist() if math.isfinite(ratio)]
         facts: dict[str, float | None] = {"loss": self.lesions.baseline} if self.metric == "loss" else {}
@@ -80,7 +80,7 @@ class Report:
         return "\n".join([*table(self.header(), self.cells()), *known, *self.notes])
 
     def data(self) -> dict[str, Any]:
-        """All results in plain types. NaN and Inf are None."""
+        """Returns all results in plain types. NaN and Inf become None."""
         paths = [dict(zip(("name", "size", "gradient", "stream", "effect"), row, strict=True)) for row in self.rows()]
         parts = {name: getattr(self, name) for name in PARTS}
         found = {name: None if part is None else asdict(part) for name, part in parts.items()}
@@ -88,7 +88,7 @@ class Report:
         return _plain(head | found)
 
     def write(self, folder: Path, title: str, options: dict[str, Any]) -> list[str]:
-        """Writes report.json, report.md and, with matplotlib, figures; returns their names. Raises `Problem`."""
+        """Writes report.json, report.md and, with matplotlib, figures. Returns their names. Raises `Problem`."""
         files = {"report.json": json.dumps(_plain(options) | self.data(), indent=1, allow_nan=False).encode()}
         files |= self._figures()
         rows = ["| " + " | ".join(cells) + " |" for cells in (self.header(), ("---",) * 5, *self.cells())]
@@ -120,7 +120,10 @@ class Report:
 
 
 def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: int, notes: list[str]) -> Report:
-    """Measures `model` in eval mode; `lesions`: random sets of each size; `samples`: random sets for each length."""
+    """Measures `model` in eval mode.
+
+    `lesions` is the number of random sets of each size, and `samples` that of random sets for each length.
+    """
     notes = notes + data.notes
     with undisturbed(model), torch.no_grad():
         whole = [output_of(model(images)) for images in data.images]
@@ -154,7 +157,7 @@ def measure(model: nn.Module, data: Data, *, lesions: int, samples: int, seed: i
     if samples:
         try:
             depth = effective_depth(model, loss, samples=samples, seed=seed)
-        except ValueError as error:  # an output layer of zeros, for example
+        except ValueError as error:  # for example with an output layer of zeros
             notes.append(f"No effective depth: {error}.")
     counts, swaps = (None, (1,)) if lesions else ((), ())
     study = lesion_study(model, evaluate, counts=counts, repeats=max(lesions, 1), swaps=swaps, seed=seed)

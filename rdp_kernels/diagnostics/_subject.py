@@ -1,4 +1,4 @@
-"""What the command examines: a model with paths, and images. Libraries are imported only when needed."""
+"""What the command examines: a model with paths, and images. Libraries are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Problem(Exception):
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line."""
+    """Describes an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
@@ -56,7 +56,7 @@ def build_model(name: str, *, pretrained: bool, classes: int | None, side: int |
 def _from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch lacks its own ops
+    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch lacks its own ops
         advice = "install timm to name its models, or give package.module:factory"
         raise Problem(f"argument MODEL: {name!r}: timm can't be imported ({told(error)}); {advice}") from error
     if not timm.is_model(name.partition(".")[0]) and not re.match("hf[-_]hub:", name):
@@ -71,7 +71,7 @@ def _from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
             except TypeError as error:  # a model that takes images of any size has no img_size
                 if "'img_size'" not in str(error) or options.pop("img_size", None) is None:
                     raise
-    except Exception as error:  # timm's models, file systems and networks raise what they like
+    except Exception as error:  # timm's models, file systems and networks may raise any exception
         raise Problem(f"argument MODEL: {name}{' --pretrained' * pretrained} can't be built: {told(error)}") from error
 
 
@@ -132,7 +132,7 @@ def ensure_paths(model: nn.Module, images: Tensor) -> str | None:
 
 
 def output_of(output: Any) -> Tensor:
-    """The tensor in what a model returns: its logits, or else the first one."""
+    """Returns the tensor in a model's output: its logits, or else the first one."""
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values()), None))
     elif isinstance(output, tuple | list) and output:
@@ -181,7 +181,7 @@ def load_data(model: nn.Module, name: str, side: int | None, batch_size: int, ba
 
 
 def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int, int]:
-    """The channels, height and width that the model declares, else those of its first convolution and of the data."""
+    """Returns channels, height and width that the model declares, else those of its first convolution and the data."""
     example = example_inputs_of(model)
     if not isinstance(example, Tensor) and "pixel_values" not in example:
         raise Problem(f"argument MODEL: it must take images, but declares that it takes {', '.join(example)}")
@@ -195,7 +195,10 @@ def image_shape(model: nn.Module, data: str, side: int | None) -> tuple[int, int
 
 
 def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Random digits in [−1, 1], from the quarter that scikit-learn's stratified split with random_state=0 holds out."""
+    """Returns random digits in [−1, 1].
+
+    They are from the quarter that scikit-learn's stratified split with random_state=0 holds out.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -214,7 +217,10 @@ def _digits(shape: tuple[int, int, int], count: int, generator: torch.Generator)
 def _folder(
     model: nn.Module, folder: Path, shape: tuple[int, int, int], count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """Random images of a folder, for timm models transformed as in their evaluation, for others in [−1, 1]."""
+    """Returns random images of a folder.
+
+    For timm models they are transformed as in evaluation. For others they are scaled to [−1, 1].
+    """
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder

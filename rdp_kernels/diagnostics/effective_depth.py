@@ -1,4 +1,4 @@
-"""How deep a network effectively is: through how many branches the gradient comes.
+"""The effective depth of a network: the number of branches that its gradient comes through.
 
 Veit, Wilber and Belongie, arXiv 1605.06431, section 4.3.
 """
@@ -23,21 +23,33 @@ from .gradients import checked_loss, requiring_grad
 from .lesions import subsets
 from .observe import observing, overriding, undisturbed, update_of
 
-ALL_SUBSETS = 10  # with up to so many paths all 2ⁿ subsets are measured: 1,024 backward passes
-SAMPLES = 16  # random subsets of each length otherwise
+ALL_SUBSETS = 10  # with up to this many paths all 2ⁿ subsets are measured, in at most 1,024 backward passes
+SAMPLES = 16  # random subsets of each length, with more paths
 
 
 @dataclass(frozen=True)
 class EffectiveDepth:
     """The gradient at the input of the first path, by the number of branches that it came through.
 
-    Args:
-        depth: mean length, Σ length · share.
+    `effective_depth` returns it. A length is a number of branches.
+
+    Attributes:
+        depth: the mean length, Σ length · share.
         paths: the number of paths that the model calls, which is the greatest length.
         lengths: the lengths that were measured.
         norms: for each length, the mean norm of the gradient through one set of as many branches.
         shares: for each length, this norm times the number of such sets, relative to the sum over lengths.
-        sets: for each length, how many sets the mean is over. All C(paths, length) sets, or random ones.
+        sets: for each length, the number of sets that the mean is over. These are all C(paths, length) sets, or random
+            ones.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x = torch.randn(16, 8)
+        >>> result = diagnostics.effective_depth(model, lambda m: m(x).square().mean())
+        >>> result.lengths, result.sets, 0 < result.depth < 4
+        ([0, 1, 2, 3, 4], [1, 4, 6, 4, 1], True)
     """
 
     depth: float
@@ -48,7 +60,14 @@ class EffectiveDepth:
     sets: list[int]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the shares by length as bars. Returns the axes."""
+        """Draws the shares by length as bars.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         ax.bar(self.lengths, self.shares, color="#56B4E9", edgecolor="black", linewidth=0.5)
         ax.axvline(self.depth, color="black", linestyle="--", label=f"effective depth {self.depth:.2f} of {self.paths}")
@@ -66,23 +85,42 @@ def effective_depth(
     seed: int = 0,
     progress: bool | None = None,
 ) -> EffectiveDepth:
-    """The distribution of the gradient over the lengths of paths through a network of n residual paths, and its mean.
+    """Measures through how many branches the gradient comes (Veit et al., arXiv 1605.06431, section 4.3).
 
-    For a set of k paths the forward is the ordinary one, in eval mode. The backward goes only through the branch in
-    these k paths, and only through the shortcut in the others. Length k contributes the mean norm of the gradient at
-    the input of the first path, over sets of k, times the number of sets C(n, k). (As in the paper these are sums of
-    norms, not norms of sums: gradients through different sets may cancel.) Each set takes a forward and a backward.
+    For a set of k paths the forward is the ordinary one, in eval mode. In these k paths the backward goes through the
+    branch only, and in the others through the shortcut only. Length k contributes the mean norm of the gradient at the
+    input of the first path, over sets of k paths, times the number of sets C(n, k). As in the paper, these are sums of
+    norms, not norms of sums: gradients through different sets may cancel. Each set takes a forward and a backward.
+
+    A path that is called several times counts once. Modes, `.grad` and random states don't change.
 
     Args:
-        loss: `loss(model)` is a scalar tensor.
-        samples: how many random sets are measured for each length, all different, or all sets if there are no more.
-            None: all sets of a model with up to 10 paths, else 16.
-        lengths: which lengths are measured and make up the distribution; None: 0 to n.
+        model: a model with n paths.
+        loss: `loss(model)` returns a scalar tensor.
+        samples: how many different random sets are measured for each length, or all sets if there are no more. None
+            measures all sets of a model with up to 10 paths, else 16.
+        lengths: which lengths are measured and make up the distribution. None means 0 to n.
         seed: for the sets. Torch's global generators aren't used.
-        progress: draw a progress bar on stderr; None draws it where stderr is a terminal.
+        progress: whether to draw a progress bar on stderr, which needs rich. None draws it if stderr is a terminal.
 
-    A path that is called several times counts once. Modes, `.grad` and random states don't change. Raises `ValueError`
-    or `TypeError` naming the argument, and where no gradient reaches the first path.
+    Returns:
+        The distribution of the gradient over lengths, and its mean.
+
+    Raises:
+        TypeError: if `loss` doesn't return a scalar that depends on the model by autograd, or if a number isn't an
+            integer.
+        ValueError: if an argument has another value than described, if the model has no paths or `loss` calls none, or
+            if no gradient reaches the first path.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x = torch.randn(16, 8)
+        >>> loss = lambda m: m(x).square().mean()
+        >>> result = diagnostics.effective_depth(model, loss, samples=2, lengths=[0, 1, 2])
+        >>> result.sets, round(sum(result.shares), 6)
+        ([1, 2, 2], 1.0)
     """
     if samples is not None:
         check_count("samples", samples, minimum=1)
@@ -97,7 +135,9 @@ def effective_depth(
     found = iter([_norm(model, loss, through) for through in track(flat, "effective depth", progress)])
     norms = [math.fsum(next(found) for _ in sets) / len(sets) for sets in chosen]
     if not any(norms) or not all(map(math.isfinite, norms)):
-        raise ValueError(f"loss must have a finite gradient at the input of the first path, not 0 by all, got {norms}")
+        raise ValueError(
+            f"loss must have a finite gradient at the input of the first path, and not 0 for all lengths, got {norms}"
+        )
     # In logarithms, as C(2000, 1000) exceeds the range of floats.
     logs = [math.log(math.comb(n, k)) + (math.log(v) if v else -math.inf) for k, v in zip(lengths, norms, strict=True)]
     weights = [math.exp(log - max(logs)) for log in logs]
@@ -107,7 +147,7 @@ def effective_depth(
 
 
 def _called(model: nn.Module, loss: Callable[[Any], Tensor]) -> list[int]:
-    """The paths that are called, in the order of their first calls."""
+    """Returns the paths that are called, in the order of their first calls."""
     paths: dict[int, None] = {}
     with undisturbed(model), torch.no_grad(), observing(model, lambda call: paths.setdefault(call.path)):
         loss(model)
@@ -117,7 +157,7 @@ def _called(model: nn.Module, loss: Callable[[Any], Tensor]) -> list[int]:
 
 
 def _norm(model: nn.Module, loss: Callable[[Any], Tensor], through: set[int]) -> float:
-    """The norm of the gradient at the input of the first path that comes through exactly these branches."""
+    """Returns the norm of the gradient at the input of the first path that comes through exactly these branches."""
     first: list[GradientEdge] = []
 
     def limited(path: int, call: PathCall, x: Tensor) -> Tensor:
@@ -144,12 +184,23 @@ def _norm(model: nn.Module, loss: Callable[[Any], Tensor], through: set[int]) ->
 
 
 def participation(values: Sequence[float] | Tensor) -> float:
-    """How many of the given contributions matter: (Σv)² / Σv².
+    """The number of contributions that matter, (Σv)² / Σv².
 
-    It is n for n equal values, 1 where one value has it all, and 0 where all are 0. `values`: non-negative numbers, for
-    example the sizes of branches, or how much removing each of them changes.
+    It is n for n equal values, 1 if one value has it all, and 0 if all values are 0.
 
-    Raises `ValueError` for negative or infinite values, and without any.
+    Args:
+        values: non-negative numbers, for example the sizes of branches, or the changes of the loss without each path.
+
+    Returns:
+        A number from 0 to the number of values.
+
+    Raises:
+        ValueError: if a value is negative or infinite, or if there are no values.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> diagnostics.participation([1.0, 1.0, 1.0]), diagnostics.participation([2.0, 0.0, 0.0])
+        (3.0, 1.0)
     """
     found = torch.as_tensor(values, dtype=torch.float64).detach().flatten()
     if found.numel() == 0 or not bool((found >= 0).all()) or bool(found.isinf().any()):

@@ -1,4 +1,4 @@
-"""How the features of each layer are distributed, and in how many directions they vary."""
+"""The distribution of each layer's features, and the number of directions in which they vary."""
 
 from __future__ import annotations
 
@@ -19,21 +19,35 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # the median and three ba
 
 @dataclass(frozen=True, eq=False)
 class FeatureDistributions:
-    """The result of `feature_distributions`, on the CPU. Tensors are float64 `[L]` unless stated otherwise.
+    """The distribution of the features of each layer.
 
-    Args:
+    `feature_distributions` returns it. Tensors are on the CPU, float64 `[L]` unless stated otherwise.
+
+    Attributes:
         labels: the names of the L layers, as in `LayerSimilarity`.
-        mean, std: those of all finite values, over samples, positions and channels. NaN where there are none.
-        quantiles: float64 `[L, 7]` at `QUANTILES`, interpolated linearly, of the finite values among those picked.
-        zeros: the share of values that are exactly 0.
-        non_finite: int64 `[L]`, how many values are NaN or Inf.
+        mean: the mean of all finite values, over samples, positions and channels. NaN if there are none.
+        std: their standard deviation.
+        quantiles: float64 `[L, 7]`, the quantiles at 0.01, 0.05, 0.25, 0.5, 0.75, 0.95 and 0.99 of the finite values
+            among those picked, interpolated linearly.
+        zeros: the fraction of values that are exactly 0.
+        non_finite: int64 `[L]`, the number of values that are NaN or Inf.
         effective_rank: participation ratio (Σλ)² / Σλ² of the covariance of a sample's features. If k directions had
             the same variance and all others none, it would be k. It is estimated from U-statistics of each batch
-            (HSIC_1 for Σλ²): it converges with the number of batches and may exceed their size. Batches of fewer than
-            4 samples don't count. 0 for constant features, Inf where a single sample differs from all others, NaN
+            (HSIC_1 for Σλ²), so it converges with the number of batches and may exceed their size. Batches of fewer
+            than 4 samples don't count. 0 for constant features. Inf if a single sample differs from all others. NaN
             without such batches or with non-finite features.
-        of: as in `layer_similarity`.
-        num_samples: how many rows the first layer had in all batches.
+        of: `"stream"` or `"branch"`, as passed to `feature_distributions`.
+        num_samples: the number of rows of the first layer in all batches.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> features = diagnostics.feature_distributions(model, torch.randn(16, 8))
+        >>> features.labels, features.quantiles.shape
+        (('input', '0', '1', '2', '3'), torch.Size([5, 7]))
+        >>> int(features.non_finite.sum()), bool((features.effective_rank > 1).all())
+        (0, True)
     """
 
     labels: tuple[str, ...]
@@ -47,7 +61,14 @@ class FeatureDistributions:
     num_samples: int
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the median and bands between quantiles over depth, on `ax` or on new axes. Returns the axes."""
+        """Draws the median and bands between quantiles over depth.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax, layers, quantiles = axes_or_new(ax), range(len(self.labels)), self.quantiles.T.tolist()
         for band, alpha in ((0, 0.15), (1, 0.3), (2, 0.5)):
             label = f"{QUANTILES[band]:.0%} to {QUANTILES[-1 - band]:.0%}"
@@ -69,14 +90,37 @@ def feature_distributions(
     seed: int = 0,
     progress: bool | None = None,
 ) -> FeatureDistributions:
-    """Computes moments, quantiles and effective rank of each layer's features in eval mode, one forward for each batch.
+    """Computes moments, quantiles and effective rank of each layer's features, in eval mode.
+
+    It runs one forward for each batch. The model, its gradients and torch's random states don't change.
 
     Args:
-        model, batches, of, progress: as in `layer_similarity`. As there, nothing else changes.
-        values_per_batch: the most values of a layer and batch that quantiles are computed from. Where the largest batch
-            has more, values are picked at random, in proportion to the batches' sizes. They are kept until the end, so
-            that memory grows with the number of batches. All other results count every value.
-        seed: for picking them. Torch's own generators aren't used.
+        model: a model with paths.
+        batches: an iterable of batches on the model's device. A batch is a tensor, a tuple or list of arguments, or a
+            mapping of keyword arguments. A tensor or a mapping alone is one batch.
+        of: `"stream"` measures the residual before the first path and after each path. `"branch"` measures the updates
+            that paths add to it.
+        values_per_batch: quantiles are computed from at most this many values of a layer and batch. If the largest
+            batch has more, values are picked at random, in proportion to the batches' sizes. Picked values are kept
+            until the end, so memory grows with the number of batches. All other results count every value.
+        seed: for picking values. Torch's global generators aren't used.
+        progress: whether to draw a progress bar on stderr, which needs rich. None draws it if stderr is a terminal.
+
+    Returns:
+        The distributions, by layer.
+
+    Raises:
+        TypeError: if `values_per_batch` or `seed` isn't an integer.
+        ValueError: if an argument has another value than described, if the model has no paths or calls none, if there
+            is no batch, or if batches call different paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> updates = diagnostics.feature_distributions(model, torch.randn(16, 8), of="branch")
+        >>> updates.labels, bool((updates.std > 0).all())
+        (('0', '1', '2', '3'), True)
     """
     check_choice("of", of, OF)
     limit = check_count("values_per_batch", values_per_batch, minimum=1)
@@ -91,7 +135,7 @@ def feature_distributions(
 
 
 class _Seen(NamedTuple):
-    """One layer in one batch: the number of rows, the result of `_numbers`, and values picked in random order."""
+    """One layer in one batch: the number of rows, the result of `_numbers`, and picked values in random order."""
 
     rows: int
     numbers: Tensor
@@ -107,9 +151,12 @@ def _look(features: Tensor, limit: int, generator: torch.Generator) -> _Seen:
 
 
 def _numbers(features: Tensor) -> Tensor:
-    """float64 `[8]`: the numbers of values, finite values and zeros, the mean and the sum of squared distances from it;
-    then, for the effective rank, the number of samples, this times the trace of the covariance, and times its squared
-    Frobenius norm. The last three are 0 for batches that don't count."""
+    """Numbers of one layer in one batch, float64 `[8]`.
+
+    The first five are the numbers of values, finite values and zeros, the mean, and the sum of squared distances from
+    it. The last three are for the effective rank: the number of samples, this number times the trace of the covariance,
+    and this number times its squared Frobenius norm. They are 0 for batches that don't count.
+    """
     finite, n = features[features.isfinite()].double(), len(features)
     mean = finite.mean() if len(finite) else finite.new_zeros(())
     numbers = [features.numel(), len(finite), (features == 0).sum(), mean, (finite - mean).square().sum(), 0, 0, 0]
@@ -120,7 +167,10 @@ def _numbers(features: Tensor) -> Tensor:
 
 
 def _joined(batches: list[_Seen], limit: int) -> tuple[Tensor, ...]:
-    """Mean, standard deviation, quantiles, share of zeros, count of non-finite values and effective rank of a layer."""
+    """The results of one layer.
+
+    Mean, standard deviation, quantiles, fraction of zeros, number of non-finite values, effective rank.
+    """
     values, finite, zeros, means, squares, *rank = torch.stack([batch.numbers for batch in batches]).T
     mean = (finite * means).sum() / finite.sum()
     std = ((squares + finite * (means - mean).square()).sum() / finite.sum()).sqrt()

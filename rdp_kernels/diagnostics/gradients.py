@@ -1,4 +1,4 @@
-"""How large gradients are, by path: for one loss, and over the steps of a training."""
+"""The norms of gradients, by path: for one loss, and over the steps of a training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ from .observe import overriding, undisturbed
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """Euclidean norms of a loss's gradients; NaN where there is none.
+    """Euclidean norms of a loss's gradients, for each path.
 
-    Args:
+    `gradient_norms` returns it. A norm is NaN if there is no gradient.
+
+    Attributes:
         names: the paths' names.
-        parameters: ‖∂L/∂θ‖ for each path, over all its parameters that require grad; NaN if the loss depends on none.
+        parameters: ‖∂L/∂θ‖ for each path, over all its parameters that require grad. NaN if the loss depends on none.
         stream: ‖∂L/∂x‖ at the input x of each path, which is the residual before it. NaN if the loss doesn't depend on
-            x, or where nothing before the path learns and its shortcut is computed outside of it.
+            x. It is also NaN if nothing before the path learns and the path's shortcut is computed outside of it.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x = torch.randn(16, 8)
+        >>> norms = diagnostics.gradient_norms(model, lambda m: m(x).square().mean())
+        >>> norms.names, all(norm > 0 for norm in norms.parameters + norms.stream)
+        (['0', '1', '2', '3'], True)
     """
 
     names: list[str]
@@ -34,7 +45,14 @@ class GradientNorms:
     stream: list[float]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws both by path, on a logarithmic scale. Returns the axes."""
+        """Draws both norms by path, on a logarithmic scale.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         for values, label, style in ((self.parameters, "path's parameters", "o-"), (self.stream, "residual", "s--")):
             ax.plot(range(len(values)), values, style, label=f"norm of the gradient of the {label}")
@@ -47,15 +65,37 @@ class GradientNorms:
 
 
 def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training: bool = False) -> GradientNorms:
-    """Measures the gradients of `loss(model)`, a scalar tensor, in one forward and backward.
+    """Measures the gradients of a loss in one forward and backward.
 
-    The model is in eval mode, as in all diagnostics: this is the gradient of the network that is used for inference,
-    and doesn't depend on chance. With `training` the whole model is in training mode: drop-path and dropout draw, and
-    BatchNorm uses the batch's statistics. In both cases `.grad`, modes, random states and buffers don't change.
+    By default the model is in eval mode. The result is then the gradient of the network as it is used for inference,
+    and doesn't depend on random draws. With `training=True` the whole model is in training mode: drop-path and dropout
+    draw masks, and BatchNorm uses the batch's statistics. In both cases modes, `.grad`, buffers and torch's random
+    states don't change.
 
-    With tied weights, each path's norm includes them. A path that is called several times has one norm over all its
-    calls. Raises `TypeError` where `loss` doesn't return a scalar that depends on the model by autograd, and
-    `RuntimeError` for `training` inside an iteration of a scheme, where a forward follows the plan.
+    Tied weights are in the norm of each path that has them. A path that is called several times has one norm over all
+    its calls.
+
+    Args:
+        model: a model with paths.
+        loss: `loss(model)` returns a scalar tensor.
+        training: whether to measure in training mode.
+
+    Returns:
+        The norms, by path.
+
+    Raises:
+        RuntimeError: if `training` is true inside an iteration of a scheme, where a forward follows the plan.
+        TypeError: if `loss` doesn't return a scalar that depends on the model by autograd.
+        ValueError: if the model has no paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> loss = lambda m: m(torch.randn(4, 8)).square().mean()
+        >>> norms = diagnostics.gradient_norms(model, loss, training=True)
+        >>> len(norms.parameters), model[0].fn.weight.grad is None
+        (4, True)
     """
     path_modules = find_path_modules(model)
     for name, path_module in path_modules.items():
@@ -66,7 +106,7 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
 
     def note_input(path: int, call: PathCall, x: Tensor) -> Tensor:
         x, whole = requiring_grad(x, call)
-        if whole:  # the edge belongs to this value, even if code behind it writes to the tensor
+        if whole:  # the edge belongs to this value, even if later code writes to the tensor
             inputs.setdefault(path, []).append(get_gradient_edge(x))
         return call.run(x)
 
@@ -83,7 +123,7 @@ def gradient_norms(model: nn.Module, loss: Callable[[Any], Tensor], *, training:
 
 
 def checked_loss(value: object) -> Tensor:
-    """`value`, if it is a scalar tensor that autograd can differentiate. Else raises `TypeError`."""
+    """Returns `value` if it is a scalar tensor that autograd can differentiate. Otherwise raises `TypeError`."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         came = type(value).__name__
         if isinstance(value, Tensor):
@@ -93,8 +133,11 @@ def checked_loss(value: object) -> Tensor:
 
 
 def requiring_grad(x: Tensor, call: PathCall) -> tuple[Tensor, bool]:
-    """The input of a path, made to require grad where nothing before it learns; and whether its gradient is all that
-    comes through the path. It isn't where a shortcut was computed before, from the original tensor."""
+    """Makes the input of a path require grad. Returns it, and whether its gradient is all that comes through the path.
+
+    It isn't the whole gradient if nothing before the path learns and a shortcut was computed before, from the original
+    tensor.
+    """
     if x.requires_grad:
         return x, True
     return x.detach().requires_grad_(), call.known_residual is None
@@ -107,7 +150,7 @@ def _norm(grads: list[Tensor | None]) -> float:
 
 @contextlib.contextmanager
 def _own_buffers(model: nn.Module) -> Iterator[None]:
-    """Replaces the model's buffers by copies within. What BatchNorm writes to them is gone afterwards."""
+    """Replaces the model's buffers by copies within the context, so that writes of BatchNorm are discarded."""
     places = [(module, *place) for module in model.modules() for place in module.named_buffers(recurse=False)]
     for module, name, buffer in places:
         setattr(module, name, buffer.clone())
@@ -119,16 +162,34 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 
 
 class GradientNormRecorder:
-    """Records the norms of the paths' `.grad` over the steps of a training, in any loop, with a scheme or without one:
+    """Records the norms of the paths' `.grad` over the steps of a training.
 
-        recorder = GradientNormRecorder(model)
-        loss.backward()
-        recorder.record(step)      # before the optimizer's zero_grad; under AMP after scaler.unscale_
-        recorder.plot()
+    It works in any loop, with a scheme or without one. A path without any gradient has NaN. With
+    `zero_grad(set_to_none=True)`, torch's default, these are the paths that were dropped in a drop iteration or frozen
+    in a reuse iteration.
 
-    A path without any gradient has NaN. With `zero_grad(set_to_none=True)`, torch's default, these are the paths that
-    were dropped in a drop iteration, or frozen in a reuse iteration. `record` takes one foreach norm over the gradients
-    and doesn't wait for the device. Gradients must be dense, and plain tensors.
+    Args:
+        model: a model with paths. Gradients have to be dense, plain tensors.
+
+    Attributes:
+        names: the paths' names.
+        steps: the number of each recorded step.
+
+    Raises:
+        ValueError: if the model has no paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, sampling="fixed")
+        >>> recorder = diagnostics.GradientNormRecorder(model)
+        >>> for _ in scheme.iterations():
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     recorder.record()  # before zero_grad; with a GradScaler after unscale_
+        ...     model.zero_grad()
+        >>> recorder.norms.isnan().sum(dim=1)  # two paths are dropped, then two are frozen
+        tensor([2, 2])
     """
 
     def __init__(self, model: nn.Module):
@@ -140,7 +201,14 @@ class GradientNormRecorder:
         self._recorded: list[tuple[list[int], Tensor]] = []  # for each step the path and the norm of each gradient
 
     def record(self, step: int | None = None) -> None:
-        """Records the current norms under `step`. None counts on from the last step, beginning at 0."""
+        """Records the current norms.
+
+        It takes one foreach norm over the gradients and doesn't wait for the device. Call it after `backward` and
+        before the optimizer's `zero_grad`. With a GradScaler, call it after `scaler.unscale_`.
+
+        Args:
+            step: the number of the step. None is the number after the last one, or 0 at first.
+        """
         found = [(path, p.grad) for path, p in self._parameters if p.grad is not None]
         grads = [grad for _, grad in found]
         each = torch.zeros(0)
@@ -153,7 +221,7 @@ class GradientNormRecorder:
 
     @property
     def norms(self) -> Tensor:
-        """‖grad‖ over all parameters of each path, float64 `[steps, paths]` on the CPU; NaN without a gradient."""
+        """‖grad‖ over all parameters of each path, float64 `[steps, paths]` on the CPU. NaN without a gradient."""
         norms = torch.full((len(self.steps), len(self.names)), torch.nan, dtype=torch.float64)
         for row, (found, each) in zip(norms, self._recorded, strict=True):
             paths = torch.tensor(found, dtype=torch.int64)
@@ -162,7 +230,14 @@ class GradientNormRecorder:
         return norms
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws log₁₀ of the norms by step and path, grey without a gradient. Returns the axes."""
+        """Draws log₁₀ of the norms by step and path, grey without a gradient.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         logs = self.norms.T.log10()
         logs[logs.isinf()] = torch.nan

@@ -1,4 +1,4 @@
-"""Which layers of a model, or of two models, hold similar features, as a heatmap over depth."""
+"""The similarity of the features of a model's layers, or of two models' layers, as a heatmap over depth."""
 
 from __future__ import annotations
 
@@ -18,15 +18,28 @@ METRICS = {"cka": "linear CKA, unbiased", "cosine": "mean cosine similarity"}
 
 @dataclass(frozen=True, eq=False)
 class LayerSimilarity:
-    """The result of `layer_similarity`.
+    """The similarity of each layer with each other layer.
 
-    Args:
-        matrix: float64 `[L, L']` on the CPU; NaN for pairs that can't be compared.
-        labels: the names of the L rows: "input" for the residual before the first path, and the paths' names.
-            "name#2" is the second call of a path in a forward.
+    `layer_similarity` returns it.
+
+    Attributes:
+        matrix: float64 `[L, L']` on the CPU. NaN for pairs that can't be compared.
+        labels: the names of the L rows: "input" for the residual before the first path, and the paths' names. "name#2"
+            is the second call of a path in a forward.
         other_labels: the names of the L' columns.
-        metric, of: as in `layer_similarity`.
-        num_samples: how many rows the first layer had in all batches.
+        metric: `"cka"` or `"cosine"`, as passed to `layer_similarity`.
+        of: `"stream"` or `"branch"`, as passed to `layer_similarity`.
+        num_samples: the number of rows of the first layer in all batches.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> similar = diagnostics.layer_similarity(model, torch.randn(16, 8), metric="cosine")
+        >>> similar.labels
+        ('input', '0', '1', '2', '3')
+        >>> similar.matrix.shape, 0 <= similar.rebound < 1
+        (torch.Size([5, 5]), True)
     """
 
     matrix: Tensor
@@ -38,14 +51,21 @@ class LayerSimilarity:
 
     @property
     def rebound(self) -> float:
-        """`heatmap_rebound` of the matrix: how much the similarity to a layer rises again behind it, mean over layers.
+        """The rise of the similarity to a layer at later layers, as a mean over layers. See `heatmap_rebound`.
 
-        Pairs that can't be compared are left out. Raises `ValueError` where L' isn't L.
+        Pairs that can't be compared are left out. Raises `ValueError` if the matrix isn't square.
         """
         return heatmap_rebound(self.matrix).item()
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws a heatmap on `ax`, or on new axes, blank where pairs can't be compared. Returns the axes."""
+        """Draws a heatmap, blank for pairs that can't be compared.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         known = self.matrix[self.matrix.isfinite()]
         lowest = min(0.9, math.floor(10 * known.min().item()) / 10) if len(known) else 0.0
@@ -65,24 +85,43 @@ def layer_similarity(
     other: nn.Module | None = None,
     progress: bool | None = None,
 ) -> LayerSimilarity:
-    """How similar the layers of a model are, in eval mode; one forward for each batch.
+    """Compares the features of each layer with those of each other layer, in eval mode.
+
+    It runs one forward for each batch. All dimensions but the first are a layer's features. These pairs can't be
+    compared, and their similarity is NaN: with `"cosine"`, layers with different numbers of features (stages of a CNN);
+    layers whose rows mean different things (k·B windows or patches against B samples); layers with NaN or Inf among
+    their features.
+
+    The model, its gradients and torch's random states don't change. Memory holds the features of the current batch
+    only, and for `"cka"` only a `[B, B]` matrix for each layer.
 
     Args:
-        model: one with paths: built from `ResidualBranch`, or converted.
-        batches: an iterable of batches, each a tensor, a tuple or list of arguments, or a mapping of arguments by name;
-            a tensor or a mapping alone is one batch. On the model's device.
-        of: `"stream"`, the residual before the first path and after each path, or `"branch"`, what each path adds.
-        metric: `"cka"`, the unbiased minibatch estimate of linear CKA (`MinibatchCKA`), for which every batch needs at
-            least 4 samples, or `"cosine"`, the mean over samples of the cosine of their features.
-        other: a second model on the same batches and device, whose layers are the columns.
-        progress: draw a progress bar; None draws it where stderr is a terminal.
+        model: a model with paths, built from `ResidualBranch` or converted.
+        batches: an iterable of batches on the model's device. A batch is a tensor, a tuple or list of arguments, or a
+            mapping of keyword arguments. A tensor or a mapping alone is one batch.
+        of: `"stream"` compares the residual before the first path and after each path. `"branch"` compares the updates
+            that paths add to it.
+        metric: `"cka"` is the unbiased minibatch estimate of linear CKA (see `MinibatchCKA`). Every batch then needs at
+            least 4 samples. `"cosine"` is the mean over samples of the cosine between their features.
+        other: a second model on the same device, which gets the same batches. Its layers are the columns. None compares
+            the model with itself.
+        progress: whether to draw a progress bar on stderr, which needs rich. None draws it if stderr is a terminal.
 
-    All dimensions but the first are a layer's features. Pairs that can't be compared are NaN: with `"cosine"`, layers
-    with different numbers of features (stages of a CNN), and layers whose rows mean different things (windows or
-    patches of samples, k·B rows, against samples). NaN or Inf among features give NaN too.
+    Returns:
+        The similarity of all pairs of layers.
 
-    The model, its gradients and torch's random state don't change. Only the features of the current batch are kept,
-    for `"cka"` only a `[B, B]` matrix for each layer. Raises `ValueError` or `TypeError` naming the argument.
+    Raises:
+        ValueError: if an argument has another value than described, if the model has no paths or calls none, if there
+            is no batch, or if batches call different paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> batches = [torch.randn(16, 8) for _ in range(3)]
+        >>> similar = diagnostics.layer_similarity(model, batches)
+        >>> similar.num_samples, similar.matrix.diagonal()
+        (48, tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000], dtype=torch.float64))
     """
     check_choice("of", of, OF)
     check_choice("metric", metric, tuple(METRICS))

@@ -1,4 +1,4 @@
-"""What happens to a trained network when paths are removed, or swap their branches.
+"""Removes paths of a trained network, or swaps their branches, and evaluates it.
 
 Veit, Wilber and Belongie, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", arXiv 1605.06431,
 sections 4.1 and 4.2. Nothing is rescaled or retrained.
@@ -27,14 +27,35 @@ from ._display import Axes, axes_or_new, label_layers, track
 from .observe import overriding, undisturbed, update_of
 
 Which = int | str
-"""A path: its index in registration order, as in `scheme.paths`, or its name."""
+"""A path, by its index in registration order (as in `scheme.paths`) or by its name."""
 
 
 def without(model: nn.Module, paths: Which | Iterable[Which]) -> contextlib.AbstractContextManager[Any]:
-    """Removes the branches of `paths`, given by index or name, within: such a path returns `act(shortcut(x))`.
+    """Removes the branches of some paths within a context.
 
-    It is meant for trained networks in eval mode. In training mode a removed path learns nothing, and the plan of a
-    scheme is ignored for it. Contexts can be nested. Raises `ValueError` or `TypeError` for a path that doesn't exist.
+    A removed path returns `act(shortcut(x))`. This is meant for trained networks in eval mode. In training mode a
+    removed path learns nothing, and ignores the plan of a scheme. Contexts can be nested.
+
+    Args:
+        model: a model with paths.
+        paths: one path or several, by index (as in `scheme.paths`) or by name.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: if a path is neither an integer nor a string.
+        ValueError: if a path doesn't exist.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x = torch.randn(16, 8)
+        >>> with diagnostics.without(model.eval(), [0, 1, 2, "3"]):
+        ...     y = model(x)
+        >>> torch.equal(x, y)
+        True
     """
     names = list(find_path_modules(model))
     removed = {_index(names, path) for path in ([paths] if isinstance(paths, int | str) else paths)}
@@ -42,10 +63,31 @@ def without(model: nn.Module, paths: Which | Iterable[Which]) -> contextlib.Abst
 
 
 def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> contextlib.AbstractContextManager[Any]:
-    """Swaps the branches of the two paths of each pair within, norm and γ included. Shortcuts and activations stay.
+    """Swaps the branches of pairs of paths within a context.
 
-    Pairs that share a path are swapped one after the other. Raises the same errors as `without`. Where two paths map
-    different shapes, the forward raises `ValueError`, or what the branch raises.
+    A branch takes its norm and γ with it. Shortcuts and activations stay. Pairs that share a path are swapped one after
+    the other. If two paths map different shapes, the forward raises `ValueError`, or what the branch raises.
+
+    Args:
+        model: a model with paths.
+        pairs: pairs of different paths, each given by index (as in `scheme.paths`) or by name.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: if a path is neither an integer nor a string.
+        ValueError: if a path doesn't exist, or if a pair doesn't hold two different paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x = torch.randn(16, 8)
+        >>> with diagnostics.swapped(model.eval(), [(0, 3)]):
+        ...     y = model(x)
+        >>> torch.equal(model(x), y)
+        False
     """
     path_modules = find_path_modules(model)
     names = list(path_modules)
@@ -71,12 +113,20 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> contextli
 
 @dataclass(frozen=True)
 class Trials:
-    """The same lesion at several random places.
+    """The same lesion with several random choices of paths.
 
-    Args:
-        count: how many paths are removed, or pairs swapped, in each trial.
+    `LesionStudy.removed` and `LesionStudy.swapped` hold them.
+
+    Attributes:
+        count: the number of paths that are removed, or of pairs that are swapped, in each trial.
         choices: for each trial the paths, or the pairs of paths, by index.
         values: for each trial the result of `evaluate`.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> trials = diagnostics.Trials(count=1, choices=[(0,), (2,)], values=[1.0, 3.0])
+        >>> trials.mean, trials.std
+        (2.0, 1.0)
     """
 
     count: int
@@ -85,26 +135,39 @@ class Trials:
 
     @property
     def mean(self) -> float:
+        """The mean of `values`."""
         return torch.tensor(self.values, dtype=torch.float64).mean().item()
 
     @property
     def std(self) -> float:
-        """Standard deviation over these choices (not an estimate for all choices)."""
+        """The standard deviation of `values`. It isn't an estimate for all possible choices."""
         return torch.tensor(self.values, dtype=torch.float64).std(correction=0).item() if self.values else math.nan
 
 
 @dataclass(frozen=True)
 class LesionStudy:
-    """The result of `lesion_study`. All values are results of `evaluate`.
+    """A network's values with paths removed and swapped.
 
-    Args:
+    `lesion_study` returns it. All values are results of `evaluate`. `str(study)` is a table.
+
+    Attributes:
         names: the paths' names.
-        baseline: the whole network.
-        each: the network without each single path; empty where `each=False`.
-        removed: the network without random sets of paths, by the size of the sets.
-        swapped: the network with random pairs of paths swapped, by the number of pairs. `choices` and `values` are
-            empty where too few pairs can be swapped.
-        swappable: the pairs of paths that map the same shape, and so can be swapped.
+        baseline: the value of the whole network.
+        each: the value without each single path. Empty with `each=False`.
+        removed: values without random sets of paths, by the size of the sets.
+        swapped: values with random pairs of paths swapped, by the number of pairs. `choices` and `values` are empty if
+            too few pairs can be swapped.
+        swappable: the pairs of paths that map the same shape and can be swapped.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> x, targets = torch.randn(16, 8), torch.randint(8, (16,))
+        >>> accuracy = lambda m: (m(x).argmax(dim=1) == targets).double().mean().item()
+        >>> study = diagnostics.lesion_study(model, accuracy, counts=(2,))
+        >>> len(study.each), [(trials.count, len(trials.values)) for trials in study.removed]
+        (4, [(2, 6)])
     """
 
     names: list[str]
@@ -133,7 +196,14 @@ class LesionStudy:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws bars from the baseline to the value without each path. Returns the axes."""
+        """Draws bars from the baseline to the value without each path.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         places, baseline = range(len(self.each)), self.baseline
         ax.bar(places, self.effects, bottom=baseline, color="#56B4E9", edgecolor="black", linewidth=0.5)
@@ -144,7 +214,14 @@ class LesionStudy:
         return ax
 
     def plot_counts(self, ax: Axes | None = None) -> Axes:
-        """Draws mean ± standard deviation over the number of paths removed, and of pairs swapped. Returns the axes."""
+        """Draws mean ± standard deviation over the number of paths removed, and of pairs swapped.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         for kind, label, style in ((self.removed, "paths removed", "o-"), (self.swapped, "pairs swapped", "s--")):
             found = [trials for trials in kind if trials.values]
@@ -170,23 +247,42 @@ def lesion_study(
     seed: int = 0,
     progress: bool | None = None,
 ) -> LesionStudy:
-    """Runs `evaluate(model)` with paths of `model` removed and swapped.
+    """Evaluates a network with paths removed and swapped (Veit et al., arXiv 1605.06431, sections 4.1 and 4.2).
 
     Each evaluation begins in eval mode, without autograd, and from the same state of torch's random generators. All of
-    these are restored, also where `evaluate` raises.
+    these are restored afterwards, even if `evaluate` raises.
 
     Args:
-        evaluate: returns an accuracy, a loss or any number. It runs twice on the whole network, the first time to see
-            the paths' shapes.
-        each: remove each path alone.
-        counts: how many random paths are removed together; None: 2, a quarter and a half of them.
-        repeats: how many random choices are tried for each count, all different, or all choices if there are no more.
-        swaps: how many random pairs of paths are swapped. Only paths that map the same shape are.
-        adjacent: swap only neighbours in `scheme.paths`.
+        model: a model with paths.
+        evaluate: `evaluate(model)` returns an accuracy, a loss or any other number. It runs twice on the whole network,
+            the first time to see the paths' shapes.
+        each: whether to remove each path alone.
+        counts: how many random paths are removed together. None means 2, a quarter and a half of them.
+        repeats: how many different random choices are tried for each count, or all choices if there are no more.
+        swaps: how many random pairs of paths are swapped. Only paths that map the same shape are swapped.
+        adjacent: whether to swap only neighbours in `scheme.paths`.
         seed: for the choices. Torch's global generators aren't used.
-        progress: draw a progress bar on stderr; None draws it where stderr is a terminal.
+        progress: whether to draw a progress bar on stderr, which needs rich. None draws it if stderr is a terminal.
 
-    Raises `ValueError` or `TypeError` naming the argument.
+    Returns:
+        The values of the whole network and with each lesion.
+
+    Raises:
+        TypeError: if `evaluate` doesn't return a number, or if an argument has another type than described.
+        ValueError: if an argument has another value than described, or if the model has no paths or `evaluate` calls
+            none.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> doubles = [rdp.ResidualBranch(nn.Identity()) for _ in range(2)]
+        >>> model = nn.Sequential(*doubles)
+        >>> value = lambda m: m(torch.ones(1, 1)).item()
+        >>> study = diagnostics.lesion_study(model, value, counts=(), swaps=())
+        >>> study.baseline, study.each, study.effects
+        (4.0, [2.0, 2.0], [-2.0, -2.0])
+        >>> print(study)
+        baseline: 4
+        ...
     """
     names = list(find_path_modules(model))
     check_bool("each", each)
@@ -219,7 +315,7 @@ def lesion_study(
 
 
 def subsets(n: int, k: int, limit: int, generator: torch.Generator) -> list[tuple[int, ...]]:
-    """All subsets of `range(n)` with `k` elements, or `limit` different random ones where there are more."""
+    """Returns all subsets of `range(n)` with `k` elements, or `limit` different random ones if there are more."""
     if math.comb(n, k) <= limit:
         return list(itertools.combinations(range(n), k))
     drawn: dict[tuple[int, ...], None] = {}
@@ -238,7 +334,7 @@ def _value(model: nn.Module, evaluate: Callable[[Any], float]) -> float:
 
 
 def _swappable(model: nn.Module, evaluate: Callable[[Any], float], adjacent: bool) -> list[tuple[int, int]]:
-    """The pairs of paths whose arguments and outputs have the same shapes in an evaluation."""
+    """Returns the pairs of paths whose arguments and outputs have the same shapes in an evaluation."""
     seen: dict[int, set[str]] = {}
 
     def note_shapes(path: int, call: PathCall, x: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ Override = Callable[[int, PathCall, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ObservedCall:
-    """One call of a path. Valid only during the call: code behind it in the model may write to these tensors.
+    """One call of a path. It is valid only during the call, because later code in the model may write to its tensors.
 
-    Args:
-        path: its index in registration order, as in `scheme.paths`.
+    Attributes:
+        path: the path's index in registration order, as in `scheme.paths`.
         name: the path's name in the model.
         x: the input, `[B, ...]`.
         residual: what the update is added to: `x`, or `shortcut(x)`.
@@ -43,7 +43,7 @@ class ObservedCall:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode within. Afterwards every module's mode and torch's random states are unchanged.
+    """Puts the model into eval mode within the context. It restores every module's mode and torch's random states.
 
     It may be used inside an iteration of a scheme: a forward in eval mode is plain inference and advances nothing.
     """
@@ -54,7 +54,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def overriding(model: nn.Module, override: Override, only: Collection[int] | None = None) -> Iterator[list[str]]:
-    """`override` replaces the calls of the model's paths, or of `only` these, within. Yields the names of all paths."""
+    """Replaces the calls of the model's paths by `override` within the context. Yields the names of all paths.
+
+    With `only`, it replaces the calls of these paths.
+    """
     path_modules = find_path_modules(model)
     bindings = {i: m.binding for i, m in enumerate(path_modules.values()) if only is None or i in only}
     before = {index: binding.call_override for index, binding in bindings.items()}
@@ -69,7 +72,7 @@ def overriding(model: nn.Module, override: Override, only: Collection[int] | Non
 
 @contextlib.contextmanager
 def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iterator[list[str]]:
-    """`on_call` gets every call of a path within, in the order of the forward. Yields the names of the paths."""
+    """Passes every call of a path to `on_call` within the context, in forward order. Yields the names of the paths."""
 
     def observe(path: int, call: PathCall, x: Tensor) -> Tensor:
         residual, update = call.residual(x), update_of(call, x)
@@ -82,7 +85,7 @@ def observing(model: nn.Module, on_call: Callable[[ObservedCall], None]) -> Iter
 
 
 def update_of(call: PathCall, x: Tensor) -> Tensor:
-    """What the path adds to its residual: `γ · fn(norm(x))`."""
+    """Returns what the path adds to its residual, `γ · fn(norm(x))`."""
     path_module, update = call.module, call.branch(x)
     if path_module.gamma is None:
         return update
@@ -91,12 +94,12 @@ def update_of(call: PathCall, x: Tensor) -> Tensor:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Runs `model` on a batch: one argument, a tuple or list of arguments, or a mapping of arguments by name."""
+    """Runs `model` on a batch: one argument, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def as_batches(batches: Any) -> Iterable[Any]:
-    """A tensor or a mapping is one batch."""
+    """Returns an iterable of batches. A tensor or a mapping is one batch."""
     return [batches] if isinstance(batches, Tensor | Mapping) else batches

@@ -1,6 +1,6 @@
-"""How similar two representations of the same samples are. Functions of tensors, computed in float64.
+"""The similarity of two representations of the same samples. These are functions of tensors, computed in float64.
 
-Features are `[..., N, D]`: N samples with D features each. Leading dimensions are batched.
+Features are `[..., N, D]`: N samples with D features each. Leading dimensions are batch dimensions.
 """
 
 from __future__ import annotations
@@ -13,15 +13,28 @@ from torch import Tensor
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Linear CKA (Kornblith et al., arXiv 1905.00414): 1 is equal up to rotation, scale and offset; 0 is unrelated.
+    """Linear CKA, centred kernel alignment (Kornblith et al., arXiv 1905.00414).
+
+    It is 1 if the features are equal up to rotation, scale and offset, and 0 if they are unrelated. Constant features
+    have CKA 0 with everything, themselves included. NaN or Inf among the features gives NaN.
 
     Args:
-        x, y: `[..., N, D]` and `[..., N, D']`, with the same leading dimensions.
-        unbiased: use HSIC_1 in the numerator and denominators (arXiv 2010.15327, eq. 3). A small number of samples
-            doesn't inflate it; it needs N ≥ 4. Values then lie in [−1, 1].
+        x: `[..., N, D]`, any floating dtype.
+        y: `[..., N, D']`, with the same leading dimensions.
+        unbiased: whether to use HSIC_1 in the numerator and the denominators (arXiv 2010.15327, eq. 3). A small number
+            of samples then doesn't inflate the result, which lies in [−1, 1]. It needs N ≥ 4.
 
-    Returns float64 `[...]`. Constant features have CKA 0 with everything, themselves included. NaN or Inf among the
-    features give NaN. Raises `ValueError` for shapes that don't fit.
+    Returns:
+        float64 `[...]`.
+
+    Raises:
+        ValueError: if shapes don't fit, or if `unbiased` is true and N < 4.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> x = torch.randn(16, 8)
+        >>> diagnostics.linear_cka(x, 3 * x + 1)
+        tensor(1.0000, dtype=torch.float64)
     """
     n = _check_samples(x, y)
     if unbiased or n <= max(x.shape[-1], y.shape[-1]):
@@ -33,16 +46,50 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3), an unbiased estimate of the squared
-    Frobenius norm of the cross-covariance. x, y as in `linear_cka`, N ≥ 4. Returns float64 `[...]`."""
+    """HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3).
+
+    It is an unbiased estimate of the squared Frobenius norm of the cross-covariance.
+
+    Args:
+        x: `[..., N, D]`, N ≥ 4, any floating dtype.
+        y: `[..., N, D']`, with the same leading dimensions.
+
+    Returns:
+        float64 `[...]`.
+
+    Raises:
+        ValueError: if shapes don't fit, or if N < 4.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> x = torch.eye(4)[:, :1]
+        >>> diagnostics.hsic(torch.randn(4, 8), torch.ones(4, 8))  # constant features have no covariance
+        tensor(0., dtype=torch.float64)
+    """
     n = _check_samples(x, y)
     return _dot(unbiased_gram(x), unbiased_gram(y)) / (n * (n - 3))
 
 
 def pairwise_cka(x: Sequence[Tensor], y: Sequence[Tensor] | None = None, *, unbiased: bool = False) -> Tensor:
-    """`linear_cka` of each of L tensors `[N, D]` in x with each of L' tensors in y, or of all pairs in x.
+    """Linear CKA of all pairs of layers. See `linear_cka`.
 
-    Returns float64 `[L, L']` on the CPU; NaN for pairs that differ in N.
+    Args:
+        x: the features `[N, D]` of L layers.
+        y: the features of L' other layers. None compares the layers of `x` with each other.
+        unbiased: as in `linear_cka`.
+
+    Returns:
+        float64 `[L, L']` on the CPU. NaN for pairs that differ in N.
+
+    Raises:
+        ValueError: if `unbiased` is true and N < 4.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> layers = [torch.randn(16, 8), torch.randn(16, 4)]
+        >>> matrix = diagnostics.pairwise_cka(layers)
+        >>> matrix.shape, bool((matrix == matrix.T).all())
+        (torch.Size([2, 2]), True)
     """
     gram = unbiased_gram if unbiased else centred_gram
     a = [gram(features) for features in x]
@@ -51,20 +98,48 @@ def pairwise_cka(x: Sequence[Tensor], y: Sequence[Tensor] | None = None, *, unbi
 
 
 def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over the samples of the cosine between their features. x, y: `[..., N, D]`; float64 `[...]`.
+    """The cosine between the features of a sample, as a mean over samples.
 
-    The cosine of a sample whose features are all 0 is 0. Raises `ValueError` for shapes that don't fit.
+    The cosine of a sample whose features are all 0 is 0.
+
+    Args:
+        x: `[..., N, D]`, any floating dtype.
+        y: `[..., N, D]`.
+
+    Returns:
+        float64 `[...]`.
+
+    Raises:
+        ValueError: if shapes don't fit.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> diagnostics.cosine_similarity(torch.eye(2), torch.ones(2, 2))
+        tensor(0.7071, dtype=torch.float64)
     """
     _check_samples(x, y)
     if x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"x and y must have as many features, got shapes {list(x.shape)} and {list(y.shape)}")
+        raise ValueError(
+            f"x and y must have the same number of features, got shapes {list(x.shape)} and {list(y.shape)}"
+        )
     return _dot(unit(x)[..., None, :], unit(y)[..., None, :]).mean(dim=-1)
 
 
 def rebound(similarity: Tensor) -> Tensor:
-    """How much a curve over depth rises in total: the sum of its positive increments. `[..., L]` → `[...]`.
+    """The total rise of a curve over depth, the sum of its positive increments.
 
     NaN entries are left out, as if their neighbours followed each other.
+
+    Args:
+        similarity: `[..., L]`.
+
+    Returns:
+        `[...]`.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> diagnostics.rebound(torch.tensor([1.0, 0.25, 0.5, 0.25, 0.75]))
+        tensor(0.7500)
     """
     known = ~similarity.isnan()
     last = torch.arange(similarity.shape[-1], device=similarity.device).where(known, 0).cummax(dim=-1).values
@@ -72,10 +147,23 @@ def rebound(similarity: Tensor) -> Tensor:
 
 
 def heatmap_rebound(similarity: Tensor) -> Tensor:
-    """Mean over the layers r of the rebound of row r from column r on. `[..., L, L]` → `[...]`.
+    """The rebound of row r of a heatmap from column r on, as a mean over the layers r.
 
-    A layer counts only if it has at least two later layers to compare with (not NaN). NaN where no layer counts.
-    Raises `ValueError` for matrices that aren't square.
+    A layer counts only if it has at least two later layers to compare with (not NaN).
+
+    Args:
+        similarity: `[..., L, L]`.
+
+    Returns:
+        `[...]`. NaN if no layer counts.
+
+    Raises:
+        ValueError: if the matrices aren't square.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> diagnostics.heatmap_rebound(torch.tensor([[1.0, 0.25, 0.5], [0.25, 1.0, 0.75], [0.5, 0.75, 1.0]]))
+        tensor(0.2500)
     """
     if similarity.dim() < 2 or similarity.shape[-1] != similarity.shape[-2]:
         raise ValueError(f"similarity must have shape [..., L, L], got {list(similarity.shape)}")
@@ -87,24 +175,49 @@ def heatmap_rebound(similarity: Tensor) -> Tensor:
 class MinibatchCKA:
     """Unbiased linear CKA between layers, from minibatches (Nguyen, Raghu, Kornblith, arXiv 2010.15327).
 
-    `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. A CKA has three means over
-    minibatches: HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y). They are unbiased for the distribution of the samples, and
-    for HSIC_1 of a whole data set where minibatches are random parts of it. Their ratio `value()` isn't unbiased, but
-    converges to unbiased CKA with the number of minibatches, whatever their size. Means of biased CKA don't.
+    `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. A CKA is a ratio of three means over
+    minibatches: HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y). The means are unbiased for the distribution of the
+    samples. They are also unbiased for HSIC_1 of a whole data set if minibatches are random parts of it. The ratio
+    itself isn't unbiased, but it converges to unbiased CKA with the number of minibatches, whatever their size. Means
+    of biased CKA don't.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> cka = diagnostics.MinibatchCKA()
+        >>> for _ in range(3):
+        ...     x = torch.randn(16, 8)
+        ...     cka.update([x, x.relu()])
+        >>> cka.value().shape
+        torch.Size([2, 2])
     """
 
     def __init__(self) -> None:
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def update(self, x: Sequence[Tensor], y: Sequence[Tensor] | None = None) -> None:
-        """Adds a minibatch: the features `[N, D]` of L layers, N ≥ 4; y: of L' others to compare with.
+        """Adds a minibatch.
 
         Layers of a minibatch that differ in N can't be compared, and their CKA is NaN.
+
+        Args:
+            x: the features `[N, D]` of L layers, N ≥ 4.
+            y: the features of L' other layers. None compares the layers of `x` with each other.
+
+        Raises:
+            ValueError: if N < 4, or if the number of layers isn't that of the minibatches before.
         """
         self.add([unbiased_gram(f) for f in x], None if y is None else [unbiased_gram(f) for f in y])
 
     def add(self, x: list[Tensor], y: list[Tensor] | None = None) -> None:
-        """Like `update`, but takes the `unbiased_gram` of each layer, so that features needn't be kept."""
+        """Adds a minibatch by its Gram matrices, so that features needn't be kept.
+
+        Args:
+            x: for each of L layers its U-centred Gram matrix, float64 `[N, N]`, N ≥ 4.
+            y: those of L' other layers. None compares the layers of `x` with each other.
+
+        Raises:
+            ValueError: if the number of layers isn't that of the minibatches before.
+        """
         x, y = ([g / (len(g) - 3) ** 0.5 for g in side] for side in (x, x if y is None else y))
         terms = _terms(x, y)  # N · HSIC_1
         if self._sums is None:
@@ -116,20 +229,27 @@ class MinibatchCKA:
             self._sums = (self._sums[0] + terms[0], self._sums[1] + terms[1], self._sums[2] + terms[2])
 
     def value(self) -> Tensor:
-        """CKA over all minibatches: float64 `[L, L']` on the CPU. Raises `RuntimeError` before the first minibatch."""
+        """CKA over all minibatches.
+
+        Returns:
+            float64 `[L, L']` on the CPU.
+
+        Raises:
+            RuntimeError: if there is no minibatch yet.
+        """
         if self._sums is None:
             raise RuntimeError("MinibatchCKA has no minibatch yet: call update first")
         return _cosine(*self._sums, outer=True)
 
 
 class MinibatchCosine:
-    """`cosine_similarity` between layers, from minibatches. A mean over samples, whatever the minibatches' sizes."""
+    """`cosine_similarity` between layers, from minibatches of any sizes, as a mean over all samples."""
 
     def __init__(self) -> None:
         self._sum, self._rows = torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, x: list[Tensor], y: list[Tensor] | None = None) -> None:
-        """Adds features `[N, ...]` of each layer in x, and in y to compare with. Pairs of different shapes are NaN."""
+        """Adds the features `[N, ...]` of layers in x, and in y to compare with. Pairs of different shapes are NaN."""
         self._sum = self._sum + pairs(x, x if y is None else y, _cosines)
         self._rows = self._rows + torch.tensor([len(features) for features in x])
 
@@ -138,8 +258,11 @@ class MinibatchCosine:
 
 
 def pairs(x: list[Tensor], y: list[Tensor], product: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
-    """Applies `product` to the tensors of each shape: it takes A and B of them and returns `[A, B]`. The result is
-    float64 `[L, L']` on the CPU, NaN where the shapes differ."""
+    """Applies `product` to the tensors of each shape.
+
+    `product` takes A and B tensors of one shape and returns `[A, B]`. The result is float64 `[L, L']` on the CPU, and
+    NaN for pairs of different shapes.
+    """
     out = torch.full((len(x), len(y)), math.nan, dtype=torch.float64)
     for shape in {t.shape for t in x}:
         rows, columns = ([k for k, t in enumerate(side) if t.shape == shape] for side in (x, y))
@@ -150,14 +273,14 @@ def pairs(x: list[Tensor], y: list[Tensor], product: Callable[[list[Tensor], lis
 
 
 def _terms(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of a CKA: products of Gram matrices by pairs, and with themselves. `[L, L']`, `[L]`, `[L']`."""
+    """Returns the terms of a CKA, `[L, L']`, `[L]`, `[L']`: products of Gram matrices by pairs, and with themselves."""
     selves = [torch.stack([_dot(gram, gram) for gram in side]).cpu() for side in (x, y)]
     dots = pairs(x, y, lambda a, b: torch.stack(a).flatten(1) @ torch.stack(b).flatten(1).T)
     return dots, selves[0], selves[1]
 
 
 def _cosines(x: list[Tensor], y: list[Tensor]) -> Tensor:
-    """Cosines summed over samples. It takes one sample at a time, as float64 copies of all features would be large."""
+    """Returns cosines summed over samples. It takes one sample at a time, to keep float64 copies small."""
     samples = zip(zip(*x, strict=True), zip(*y, strict=True), strict=True)
     one = (unit(torch.stack(a).flatten(1)) @ unit(torch.stack(b).flatten(1)).T for a, b in samples)
     return sum(one, torch.zeros((), dtype=torch.float64, device=x[0].device))
@@ -166,7 +289,8 @@ def _cosines(x: list[Tensor], y: list[Tensor]) -> Tensor:
 def unbiased_gram(x: Tensor) -> Tensor:
     """U-centred Gram matrix of `[..., N, D]`, N ≥ 4: float64 `[..., N, N]`.
 
-    The sum of the elementwise product of two, over N (N − 3), is HSIC_1: the three terms of Song et al.'s formula.
+    For two of them, the sum of the elementwise product divided by N (N − 3) is HSIC_1. It equals the three terms in the
+    formula of Song et al.
     """
     if x.shape[-2] < 4:
         raise ValueError(
@@ -176,13 +300,13 @@ def unbiased_gram(x: Tensor) -> Tensor:
 
 
 def u_centred(gram: Tensor) -> Tensor:
-    """A Gram matrix without its diagonal, its rows and columns summing to 0 (Székely & Rizzo 2014, eq. 2.9)."""
+    """A Gram matrix without its diagonal, with rows and columns that sum to 0 (Székely & Rizzo 2014, eq. 2.9)."""
     n = gram.shape[-1]
     rounding = n * torch.finfo(gram.dtype).eps * gram.abs().amax(dim=(-2, -1), keepdim=True)
     gram = _hollow(gram)
     rows = gram.sum(dim=-1, keepdim=True) / (n - 2)
     gram = _hollow(gram - rows - rows.mT + rows.sum(dim=-2, keepdim=True) / (n - 1))
-    nothing_left = gram.abs().amax(dim=(-2, -1), keepdim=True) <= rounding  # one sample differs from all others
+    nothing_left = gram.abs().amax(dim=(-2, -1), keepdim=True) <= rounding  # a single sample differs from all others
     return gram.masked_fill(nothing_left, 0.0)
 
 
@@ -198,7 +322,7 @@ def centred_gram(x: Tensor) -> Tensor:
 
 def _centred(x: Tensor) -> Tensor:
     x = x.to(torch.float64, copy=True)
-    x -= x[..., :1, :].clone()  # makes constant features exactly 0, which rounding of the mean would not
+    x -= x[..., :1, :].clone()  # makes constant features exactly 0, despite rounding of the mean
     x -= x.mean(dim=-2, keepdim=True)
     return x
 
@@ -215,7 +339,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, *, outer: bool = False) -> Tensor:
-    """`xy / √(xx · yy)`, with 0 for 0 / 0; `outer`: xx belongs to rows and yy to columns."""
+    """`xy / √(xx · yy)`, with 0 for 0 / 0. With `outer`, xx belongs to rows and yy to columns."""
     norm = xx.sqrt()[:, None] * yy.sqrt() if outer else xx.sqrt() * yy.sqrt()
     return torch.where((norm == 0) & ~xy.isnan(), 0.0, xy / norm)
 

@@ -1,4 +1,4 @@
-"""How large the updates of paths are, relative to the residuals that they are added to."""
+"""The sizes of the paths' updates, relative to the residuals that they are added to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,26 @@ from .similarity import unit
 
 @dataclass(frozen=True, eq=False)
 class BranchSizes:
-    """Means over samples, float64 `[L]` on the CPU, for L calls of paths in the order of the forward.
+    """The sizes of updates and residuals, for each call of a path.
 
-    Args:
-        labels: the paths' names; "name#2" is the second call of a path in a forward.
-        ratio: ‖branch‖ / ‖residual‖, Euclidean norms over all features of a sample. Inf where a residual is 0.
-        residual, branch: ‖residual‖ (the output of the shortcut) and ‖branch‖ (what is added to it, γ included).
-        cosine: between the two; 0 where one of them is 0.
-        num_samples: how many rows the first path had in all batches.
+    `branch_sizes` returns it. Tensors are means over samples, float64 `[L]` on the CPU, for L calls of paths in the
+    order of the forward.
+
+    Attributes:
+        labels: the paths' names. "name#2" is the second call of a path in a forward.
+        ratio: ‖update‖ / ‖residual‖, with Euclidean norms over all features of a sample. Inf if a residual is 0.
+        residual: ‖residual‖, the norm of the shortcut's output.
+        branch: ‖update‖, the norm of what is added to the residual, γ included.
+        cosine: the cosine between update and residual. 0 if one of them is 0.
+        num_samples: the number of rows of the first path in all batches.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> sizes = diagnostics.branch_sizes(model, torch.randn(16, 8))
+        >>> sizes.labels, sizes.ratio.shape, sizes.num_samples
+        (('0', '1', '2', '3'), torch.Size([4]), 16)
     """
 
     labels: tuple[str, ...]
@@ -34,7 +46,14 @@ class BranchSizes:
     num_samples: int
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws `ratio` over depth, on `ax` or on new axes. Returns the axes."""
+        """Draws `ratio` over depth.
+
+        Args:
+            ax: where to draw. None makes a new pyplot figure.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
         ax.plot(self.ratio.tolist(), marker="o", color="#0072B2")
         label_layers(ax, self.labels)
@@ -43,9 +62,28 @@ class BranchSizes:
 
 
 def branch_sizes(model: nn.Module, batches: Any, *, progress: bool | None = None) -> BranchSizes:
-    """Measures each path's update and residual, in eval mode. Arguments as in `layer_similarity`; nothing else changes.
+    """Measures the sizes of each path's update and residual, in eval mode.
 
-    Each row of a path counts as a sample, also where it isn't one (windows, patches).
+    Each row of a path counts as a sample, even if rows are windows or patches of samples. The model, its gradients and
+    torch's random states don't change.
+
+    Args:
+        model: a model with paths.
+        batches: an iterable of batches on the model's device. A batch is a tensor, a tuple or list of arguments, or a
+            mapping of keyword arguments. A tensor or a mapping alone is one batch.
+        progress: whether to draw a progress bar on stderr, which needs rich. None draws it if stderr is a terminal.
+
+    Returns:
+        Means over all samples, by call of a path.
+
+    Raises:
+        ValueError: if the model has no paths or calls none, if there is no batch, or if batches call different paths.
+
+    Example:
+        >>> from rdp_kernels import diagnostics
+        >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Identity()) for _ in range(2)))
+        >>> diagnostics.branch_sizes(model, torch.randn(16, 8)).ratio
+        tensor([1., 1.], dtype=torch.float64)
     """
 
     def on_call(call: ObservedCall, found: dict[str, Tensor]) -> None:

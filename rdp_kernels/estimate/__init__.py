@@ -1,4 +1,7 @@
-"""What a scheme's iterations cost on a model, before training. Behind `ResidualDropPath.estimate`."""
+"""Estimates before training what a scheme's iterations cost on a model.
+
+`ResidualDropPath.estimate` uses this package.
+"""
 
 from .compose import ModelCost, Shares, kept_fractions
 from .report import Estimate, Row, estimate

@@ -1,4 +1,4 @@
-"""Measures the pieces of a model: the rest in runs without branches, and each call of a path on its own."""
+"""Measures the pieces of a model. The rest is measured in runs without branches, and each call of a path separately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .pieces import REST_STATES, STATES, Boundaries, PieceCosts, Quantity
 from .repeated_call import REPEATS, RepeatedCall, argument_grads
 
 OnCall = Callable[[int, PathCall, Tensor], Tensor]
-"""`(path, call, x) -> output`: replaces one call of a path."""
+"""`(path, call, x) -> output` replaces one call of a path."""
 
 
 class Unmeasurable(ValueError):
@@ -33,8 +33,15 @@ class Unmeasurable(ValueError):
 
 @dataclass
 class _Run:
-    """A forward and backward of the rest alone: its cost, the backward's by piece, and for each call in order its path,
-    whether its input requires grad, and which of its further arguments do."""
+    """A forward and a backward of the rest alone.
+
+    Attributes:
+        forward: the cost of the forward.
+        backward: the cost of the backward, by piece.
+        paths: for each call in order, its path.
+        requires_grad: for each call, whether its input requires grad.
+        argument_grads: for each call, which of its further arguments require grad.
+    """
 
     forward: float = 0.0
     backward: list[float] = field(default_factory=list)
@@ -49,9 +56,10 @@ REST_RUNS = tuple(itertools.product(REST_STATES, (False, True)))
 
 
 class Bench:
-    """Measures `model` on one batch. It has to be a copy: its gradients and statistics change.
+    """Measures `model` on one batch.
 
-    Raises what the model raises, and `Unmeasurable`.
+    The model has to be a copy, because its gradients and statistics change. Raises what the model raises, and
+    `Unmeasurable`.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], freeze_bn: FreezeBN):
@@ -67,7 +75,7 @@ class Bench:
         self._device = _tensors((self._own, args, kwargs))[0].device
 
     def costs(self, timed: bool) -> PieceCosts:
-        """The costs of all pieces; seconds only where `timed`."""
+        """Returns the costs of all pieces. Seconds are measured only if `timed`."""
         runs: Runs = {}
         for state, passes in REST_RUNS:
             with Flops(self._device) as flops:
@@ -98,10 +106,12 @@ class Bench:
         return costs
 
     def _measure_calls(self, costs: PieceCosts, runs: Runs) -> None:
-        """Measures each call of a path where a forward makes it; notes which tensors are its input and output."""
+        """Measures each call of a path at the point where a forward makes it. Records which tensors are its input and
+        output.
+        """
         boundaries = costs.boundaries
         numbers = itertools.count()
-        last: list[Tensor] = []  # the last call's input and output, kept so that no address is used twice
+        last: list[Tensor] = []  # the last call's input and output, kept so that their addresses aren't reused
 
         def on_call(path: int, call: PathCall, x: Tensor) -> Tensor:
             number, residual = next(numbers), call.residual(x)
@@ -112,7 +122,7 @@ class Bench:
             out = PathCall(call.module, call.batch_size, call.args, call.kwargs, residual).run_here(x, ALL_ROWS)
             _note_tensors(boundaries, number, last, x, out)
             boundaries.has_activation[number] = call.module.activation is not None
-            copies = isinstance(call.module, ConvertedPath)  # as code behind it in its block may write to the output
+            copies = isinstance(call.module, ConvertedPath)  # later code in its block may write to the output
             boundaries.returns_input[number] = residual is x and call.module.activation is None and not copies
             last[:] = [x, out]
             return out
@@ -135,7 +145,7 @@ class Bench:
             seconds.branch[state][number], seconds.fixed[state][number] = whole, fixed
 
     def _forward(self, on_call: OnCall) -> Tensor | None:
-        """Runs the model and returns the sum of its outputs, or None where they don't require grad."""
+        """Runs the model and returns the sum of its outputs, or None if they don't require grad."""
         self._on_call = on_call
         sums = [t.sum() for t in _tensors(self._model(*self._args, **self._kwargs)) if t.requires_grad]
         return torch.stack([s.float() for s in sums]).sum() if sums else None
@@ -175,11 +185,11 @@ class Bench:
     def _without_branch(self, call: PathCall, x: Tensor, requires_grad: bool, timed: bool) -> Tensor:
         """The output of a call without its branch.
 
-        Where nothing is timed, it is a new tensor, made by an operation that saves something: a checkpoint around the
-        call then recomputes it, and `_override` notices.
+        If nothing is timed, the output is a new tensor from an operation that saves something. A checkpoint around the
+        call then recomputes it, and `_override` notices this.
         """
         out = call.without_branch(x)
-        if out is not x and call.module.shortcut is None:  # whatever lies between x and the residual has a backward too
+        if out is not x and call.module.shortcut is None:  # what computes the residual from x has a backward too
             out = torch.add(out, x.sum().to(out.dtype), alpha=0)
         if not timed:
             out = out * self._one
@@ -197,7 +207,7 @@ class Bench:
                 seconds.forward = min(run.forward for run in runs)
 
     def _saved_by_rest(self, state: str, passes: bool, boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-        """The bytes that each piece saves besides `boundaries`, and which of these are saved."""
+        """Returns the bytes that each piece saves besides `boundaries`, and which of `boundaries` are saved."""
         ends: list[tuple[Tensor, Tensor]] = []
         saved = Saved(self._own, lambda: len(ends))
 
@@ -230,7 +240,7 @@ def _flags(values: Iterable[bool]) -> Tensor:
 
 
 def _tensors(out: Any) -> list[Tensor]:
-    """The tensors in whatever a model returns."""
+    """Returns the tensors in the output of a model."""
     if isinstance(out, Mapping):
         return [t for value in out.values() for t in _tensors(value)]
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]

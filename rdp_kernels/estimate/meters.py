@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Flops(contextlib.ExitStack):
-    """Counts the FLOPs of matmuls and convolutions within, as `torch.utils.flop_counter` does.
+    """Counts the FLOPs of matmuls and convolutions within the context, as `torch.utils.flop_counter` does.
 
-    On the CPU, scaled_dot_product_attention runs as matmuls within: the counter doesn't know its fused kernel there.
+    On the CPU, scaled_dot_product_attention runs as matmuls here, because the counter doesn't know its fused CPU
+    kernel.
     """
 
     def __init__(self, device: torch.device):
@@ -39,7 +40,7 @@ class Flops(contextlib.ExitStack):
 
 
 class Clock:
-    """Measures seconds. A GPU is timed by events, on its own clock."""
+    """Measures seconds. GPU time is measured by events on the GPU's own clock."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -61,13 +62,17 @@ class Clock:
 
 
 class Saved:
-    """The storages that autograd saves, each once, with the place where it was saved first."""
+    """The storages that autograd saves, each once, with the place where it was saved first.
+
+    Args:
+        own: parameters and buffers, which aren't counted.
+        where: returns the number of the current place.
+    """
 
     def __init__(self, own: Iterable[Tensor], where: Callable[[], int] = lambda: 0):
-        """`own`: parameters and buffers, which aren't counted. `where` returns the number of the current place."""
         self._own = {t.untyped_storage().data_ptr() for t in own}
         self._where = where
-        self._found: dict[int, tuple[torch.UntypedStorage, int]] = {}  # kept, so that no address is used twice
+        self._found: dict[int, tuple[torch.UntypedStorage, int]] = {}  # kept so that addresses aren't reused
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -81,7 +86,7 @@ class Saved:
         return tensor
 
     def take(self, tensor: Tensor) -> bool:
-        """Whether the storage of `tensor` was saved. From now on it isn't counted."""
+        """Returns whether the storage of `tensor` was saved. It isn't counted any more."""
         return self._found.pop(tensor.untyped_storage().data_ptr(), None) is not None
 
     def bytes(self, places: int = 1) -> list[float]:

@@ -20,15 +20,17 @@ from .meters import Clock, Flops, Saved
 from .pieces import FROZEN_STATES, STATES
 
 REPEATS = 5
-"""How often a piece is timed. The fastest run counts; of five, one is hardly disturbed by other programs."""
+"""How often a piece is timed. The fastest run counts. Of five runs, one is hardly disturbed by other programs."""
 
 
 @dataclass(frozen=True)
 class RepeatedCall:
     """A call of a path with input `x`, to be measured.
 
-    Args:
-        residual: the shortcut's output; None where the residual is `x` itself.
+    Attributes:
+        call: the call.
+        x: its input.
+        residual: the shortcut's output. None if the residual is `x` itself.
         freeze_bn: the scheme's option.
         argument_grads: which of the further arguments require grad, by whether the rest is frozen.
     """
@@ -40,8 +42,10 @@ class RepeatedCall:
     argument_grads: Mapping[bool, Sequence[bool]]
 
     def likeness(self, *counts: Hashable) -> Hashable:
-        """A key that is equal for calls that take the same time: calls of the same modules with tensors of the same
-        shapes, for which `counts` are the same."""
+        """Returns a key that is equal for calls that take the same time.
+
+        These are calls of the same modules with tensors of the same shapes, for which `counts` are the same.
+        """
         modules = tuple(type(module) for module in modules_of(self.call.module))
         weights = tuple((p.shape, p.dtype, p.requires_grad) for p in parameters_of(self.call.module))
         return type(self.call.module), modules, weights, self.x.shape, self.x.stride(), self.x.dtype, counts
@@ -55,7 +59,7 @@ class RepeatedCall:
         return float(flops.read())
 
     def saved(self, state: str, own: Sequence[Tensor]) -> tuple[float, bool]:
-        """The bytes that autograd saves besides input, output and arguments, and whether it saves the input."""
+        """Returns the bytes that autograd saves besides input, output and arguments, and whether it saves the input."""
         call, x, decision = self._prepare(state)
         saved = Saved([*own, *tensors_of((call.args, call.kwargs))])
         with saved.watching():
@@ -65,7 +69,7 @@ class RepeatedCall:
         return saved.bytes()[0], input_too
 
     def seconds(self) -> dict[str, tuple[float, float]]:
-        """Seconds on the whole batch, by state, and the part of them that doesn't shrink with the number of rows."""
+        """Returns seconds on the whole batch, by state, and the part that doesn't shrink with the number of rows."""
         runs: dict[tuple[str, str], RowSet | None] = {(state, "whole"): None for state in STATES}
         size = self.call.batch_size
         keep = torch.arange(size) % 2 == 0
@@ -76,7 +80,7 @@ class RepeatedCall:
             mixed = RowSet(order, int(keep.sum()), inverse)
             runs |= {("learning", "some"): row_set(keep, self.x.device)}
             runs |= {(state, "mixed"): mixed for state in FROZEN_STATES}
-        # Runs take turns and the fastest of each counts: differences matter, and other programs only add time.
+        # Runs take turns, as their differences matter. The fastest counts, as other programs only add time.
         rounds = [{run: self._seconds(run[0], rows) for run, rows in runs.items()} for _ in range(1 + REPEATS)]
         fastest = {run: min(times[run] for times in rounds[1:]) for run in runs}
         whole, fixed = {state: fastest[state, "whole"] for state in STATES}, dict.fromkeys(STATES, 0.0)
@@ -88,7 +92,7 @@ class RepeatedCall:
         return {state: (whole[state], fixed[state]) for state in STATES}
 
     def _prepare(self, state: str, rows: RowSet | None = None) -> tuple[PathCall, Tensor, Decision]:
-        """The call in `state`, on copies of its inputs. With `rows`, `state` is that of the frozen rows."""
+        """Returns the call in `state`, on copies of its inputs. With `rows`, `state` is that of the frozen rows."""
         passes = rows is not None or state in ("learning", "frozen")
         frozen = state in FROZEN_STATES
         freeze = "branch" if state == "detached" else "parameters"
@@ -127,7 +131,7 @@ def argument_grads(call: PathCall) -> list[bool]:
 
 
 def _copied(value: Any, requires_grad: bool) -> Any:
-    """A copy that requires grad or not. It is no leaf, which the model might not write to."""
+    """Copies a tensor and sets `requires_grad`. The copy isn't a leaf, so the model may write to it."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
@@ -140,5 +144,8 @@ def _backward(out: Tensor, grad: Tensor | None = None) -> None:
 
 
 def _fixed_part(whole: float, part: float, share: float) -> float:
-    """The part of `whole` that all numbers of rows take, where `share` of the rows take `part` and time is linear."""
+    """The part of `whole` that doesn't depend on the number of rows.
+
+    `share` of the rows take `part`, and time is linear in the number of rows.
+    """
     return max(0.0, (part - share * whole) / (1 - share))

@@ -1,4 +1,4 @@
-"""The costs of a scheme's iterations over many plans, in rows, and a recommendation."""
+"""The costs of a scheme's iterations, averaged over many plans, with a recommendation."""
 
 from __future__ import annotations
 
@@ -20,33 +20,49 @@ from .compose import ModelCost
 if TYPE_CHECKING:
     from ..scheme.scheme import ResidualDropPath
 
-PLANS = 256  # drawn for each row, which shows their mean
+PLANS = 256  # drawn for each row; a row shows their mean
 MODES, FREEZES = ("block", "sample"), ("parameters", "branch", "none")  # the exact and cheapest first
 PROBS = (0.1, 0.3, 0.5)  # usual rates, shown beside the scheme's own
 PAYS = 0.97
-"""A step that costs more than this share of a plain one gains nothing that can be told from noise."""
+"""If a step costs more than this share of a plain step, the gain can't be told from noise."""
 NEAR = 0.03
-"""Ratios that differ by no more count as equal."""
+"""Ratios that differ by at most this much count as equal."""
 USUAL = 0.3
-"""The rate that is recommended where the model has none."""
-WIDTH = 100  # of the notes under the table
+"""The rate that is recommended if the model has none."""
+WIDTH = 100  # of the notes below the table, in characters
 PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 
 @dataclass(frozen=True)
 class Row:
-    """Mean costs over drawn plans. An iteration in which nothing can learn isn't run, and doesn't count. Costs are None
-    where the mode is refused, those of the reuse iteration where nothing is dropped, times where they weren't measured.
+    """The mean costs of one choice of mode, freezing and rates.
 
-    Args:
-        mode, freeze: the scheme's options.
-        drop_prob: the mean over the paths.
+    Costs are means over 256 drawn plans. An iteration in which nothing can learn isn't run, so it isn't counted.
+
+    Attributes:
+        mode: the scheme's option, `"block"` or `"sample"`.
+        freeze: the scheme's option, `"parameters"`, `"branch"` or `"none"`.
+        drop_prob: P(drop), the mean over the paths.
         own_rates: whether the rates are the scheme's own. Otherwise all paths have the same rate.
-        drop_flops, reuse_flops: what an iteration needs.
-        flop_ratio: an optimizer step of the scheme, drop or reuse, relative to a plain training step.
-        drop_saved_bytes, reuse_saved_bytes: what autograd keeps between forward and backward.
-        time_ratio: like `flop_ratio`, for the time of forward and backward. The optimizer's own time isn't included.
-        refused: why the scheme refuses this mode on this model.
+        drop_flops: FLOPs of a drop iteration. None if the row is refused or no plan has one.
+        reuse_flops: FLOPs of a reuse iteration. None if the row is refused or no plan has one.
+        flop_ratio: FLOPs of an optimizer step of the scheme (a drop or a reuse iteration), divided by those of a plain
+            training step. None if the row is refused.
+        drop_saved_bytes: bytes that autograd saves in a drop iteration. None as for `drop_flops`.
+        reuse_saved_bytes: bytes that autograd saves in a reuse iteration. None as for `reuse_flops`.
+        time_ratio: as `flop_ratio`, for the time of forward and backward. The optimizer's own time isn't included. None
+            if the row is refused or time wasn't measured.
+        refused: why the scheme refuses this mode on this model. None if it doesn't.
+
+    Example:
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
+        >>> row = scheme.estimate(torch.randn(4, 8), timed=False).rows[0]
+        >>> row.mode, row.freeze, row.drop_prob, row.own_rates
+        ('block', 'parameters', 0.5, True)
+        >>> row.flop_ratio < 1, row.time_ratio
+        (True, None)
     """
 
     mode: str
@@ -63,7 +79,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The time ratio where time was measured, else the FLOP ratio. Only for rows that aren't refused."""
+        """The time ratio if time was measured, else the FLOP ratio. A refused row has none."""
         ratio = self.flop_ratio if self.time_ratio is None else self.time_ratio
         assert ratio is not None
         return ratio
@@ -71,15 +87,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of `ResidualDropPath.estimate`. Its `str` is a table and the recommendation.
+    """What a scheme's iterations cost, in rows, and a recommendation.
 
-    Args:
-        rows: one for each choice of rates, mode and freezing.
+    `ResidualDropPath.estimate` returns it. `str(estimate)` is a table with the recommendation below. Iterating gives
+    the rows.
+
+    Attributes:
+        rows: a `Row` for each choice of rates, mode and freezing.
         batch_size: the number of samples in the example inputs.
-        plain_flops, plain_saved_bytes, plain_seconds: what an ordinary training step costs; seconds may be None.
-        branch_share: the share of the plain step's time that branches take, or of its FLOPs without times.
+        plain_flops: FLOPs of a plain training step.
+        plain_saved_bytes: bytes that autograd saves in a plain training step.
+        plain_seconds: seconds of a plain training step without its optimizer. None if time wasn't measured.
+        branch_share: the part of the plain step's time that branches take. If time wasn't measured, the part of its
+            FLOPs.
         recommendation: a mode and a freezing, with the reason.
         cost: computes the costs of further plans.
+
+    Example:
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
+        >>> estimate = scheme.estimate(torch.randn(4, 8), timed=False)
+        >>> len(estimate.rows), estimate.batch_size, estimate.plain_flops
+        (18, 4, 5632.0)
+        >>> print(estimate.recommendation)
+        Recommendation: mode="block", freeze="parameters". A step takes ... of plain training's FLOPs...
     """
 
     rows: list[Row]
@@ -102,7 +134,11 @@ class Estimate:
         return "\n".join([*lines, *(textwrap.fill(note, WIDTH) for note in notes)])
 
     def plain_step(self) -> str:
-        """The costs of a plain step, as a sentence."""
+        """Describes the costs of a plain training step.
+
+        Returns:
+            One sentence.
+        """
         seconds = "" if self.plain_seconds is None else f", {1e3 * self.plain_seconds:.3g} ms without its optimizer"
         return (
             f"A plain step at batch {self.batch_size}: {self.plain_flops / 1e9:.4g} GFLOP, "
@@ -121,7 +157,34 @@ class Estimate:
 
 
 def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) -> Estimate:
-    """See `ResidualDropPath.estimate`."""
+    """Estimates the costs of a scheme's iterations, as `ResidualDropPath.estimate` does.
+
+    It measures a copy of the model, with uncompiled branches. The model, its gradients and torch's generators don't
+    change.
+
+    Args:
+        scheme: the scheme, without an open iteration.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with samples in dimension 0. It
+            has the batch size and the device of the training.
+        timed: whether to measure seconds too. This takes some tens of training steps. Without it, FLOPs are compared.
+
+    Returns:
+        The costs in each mode and freezing, at the scheme's own rates and at 0.1, 0.3 and 0.5.
+
+    Raises:
+        RuntimeError: if an iteration is open.
+        TypeError: if `timed` isn't a bool.
+        ValueError: if the model can't be copied, can't run on `example_inputs`, or recomputes calls of its paths.
+
+    Example:
+        >>> from rdp_kernels.estimate import estimate
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.3)
+        >>> costs = estimate(scheme, torch.randn(4, 8), timed=False)
+        >>> sorted({row.drop_prob for row in costs})
+        [0.1, 0.3, 0.5]
+    """
     check_bool("timed", timed)
     if scheme.phase is not None:
         raise RuntimeError(f"estimate() inside an open {scheme.phase} iteration: call it before training")
@@ -146,7 +209,7 @@ def estimate(scheme: ResidualDropPath, example_inputs: Any, timed: bool = True) 
 
 
 def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> Row:
-    """`row` with its costs; `kept`: what `_draw` returns."""
+    """Returns `row` with its costs. `kept` is what `_draw` returns."""
     if row.mode == "sample" and row.freeze != "none":
         try:
             refuse_batch_norm(scheme.paths)
@@ -180,7 +243,7 @@ def _row(scheme: ResidualDropPath, cost: ModelCost, row: Row, kept: Tensor) -> R
 
 
 def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list[float]) -> Tensor:
-    """The shares of rows that plans keep, float64 [plans, paths]. Every call draws the same plans."""
+    """Returns the fractions of the rows that plans keep, float64 `[plans, paths]`. Every call draws the same plans."""
     generator = plan_generator(0, 0)
     whole = [path.index for path in scheme.paths if path.module.mode == "block"]
     options = (mode, scheme.sampling, generator, [cost.batch_size], whole)
@@ -189,7 +252,7 @@ def _draw(scheme: ResidualDropPath, cost: ModelCost, mode: str, drop_probs: list
 
 
 def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
-    """A recommendation for the scheme's own rates, with its reason. Every ratio in it is that of a row in `rows`."""
+    """Recommends a mode and a freezing at the scheme's own rates, with the reason. Every ratio is that of a row."""
     what = "FLOPs" if rows[0].time_ratio is None else "time"
     exact = [row for row in rows if row.freeze == "parameters" and row.refused is None]
     block, *others = [row for row in exact if row.own_rates]  # block mode is never refused
@@ -230,7 +293,7 @@ def recommend(rows: list[Row], branch_share: float, batch_size: int) -> str:
 
 
 def _for_rates_of_zero(exact: list[Row], what: str) -> str:
-    """The recommendation where the scheme's own rates are 0; `exact`: rows of other rates."""
+    """The recommendation if the scheme's own rates are 0. `exact` holds the rows of other rates."""
     usual = next(row for row in exact if (row.mode, row.drop_prob) == ("block", USUAL))
     best = usual if usual.ratio < PAYS else min(exact, key=lambda row: row.ratio)
     gain = f"{best.ratio:.2f} of plain training's {what} in {best.mode} mode"

@@ -1,14 +1,6 @@
-"""The scheme in a training loop of your own that uses `accelerate`:
+"""The scheme in your own training loop with `accelerate`.
 
-    scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=seed)          # before or after accelerator.prepare
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    register(accelerator, model, scheme)
-    for images, labels in loader:
-        for _ in scheme.iterations(len(images)):
-            accelerator.backward(F.cross_entropy(model(images), labels))
-            optimizer.step()
-            optimizer.zero_grad()
-
+The loop opens the iterations. `register` adds the scheme to the checkpoints of an `Accelerator`.
 `accelerator.accumulate` decides when an optimizer steps. With it, leave the loop as it was and call
 `scheme.alternate(optimizer)`.
 """
@@ -28,12 +20,33 @@ __all__ = ["register"]
 def register(accelerator: Accelerator, model: nn.Module, scheme: ResidualDropPath) -> None:
     """Adds the scheme to `accelerator.save_state` and `load_state`, so that training resumes bit for bit.
 
-    Args:
-        accelerator: the one that runs the loop.
-        model: the result of `accelerator.prepare` for the scheme's model.
-        scheme: in either mode.
+    If `accelerator.prepare` wrapped the model in DDP, this also calls `distributed.register`. With several processes
+    every process has to call it.
 
-    Raises `TypeError` naming the argument, and `ValueError` where `model` isn't the scheme's.
+    Args:
+        accelerator: runs the training loop.
+        model: the result of `accelerator.prepare` for the scheme's model.
+        scheme: in block or sample mode. Make it before or after `prepare`.
+
+    Raises:
+        TypeError: if an argument has another type.
+        ValueError: if `model` isn't the scheme's model.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from rdp_kernels.integrations.accelerate import register
+        >>> accelerator = Accelerator(cpu=True)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+        >>> model, optimizer = accelerator.prepare(model, optimizer)
+        >>> register(accelerator, model, scheme)
+        >>> for x in torch.randn(2, 16, 8):
+        ...     for _ in scheme.iterations(len(x)):
+        ...         accelerator.backward(model(x).square().mean())
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")

@@ -1,4 +1,4 @@
-"""Compiled or captured branches: their variants, and how they are put in place and removed.
+"""Compiled or captured branches: their variants, and how they are installed and removed.
 
 Python decides at each call what a path does, and so what learns. Only the branch is compiled or captured.
 """
@@ -19,10 +19,10 @@ from ..paths.path import find_path_modules, modules_of, parameter_refs_of, param
 
 
 def uncompiled_paths(model: nn.Module) -> dict[str, PathModule]:
-    """What stands for the paths of `model`, by their names in a scheme.
+    """Returns the path modules of `model`, by their names in a scheme.
 
     Raises `TypeError` if `model` is no module, `ValueError` if it has no paths, and `RuntimeError` if a branch is
-    compiled or captured already.
+    already compiled or captured.
     """
     path_modules = find_path_modules(model, nested=True)
     for name, path_module in path_modules.items():
@@ -45,7 +45,8 @@ class BranchCall:
     | `"frozen"` | to the input |
     | `"detached"` | none; nothing is saved |
 
-    The modes of norms also change what a branch computes, as with a frozen BatchNorm: `kind` tells them apart.
+    What a branch computes also depends on the modes of its norms, for example with a frozen BatchNorm. `kind` includes
+    these modes.
     """
 
     variant: str
@@ -82,7 +83,13 @@ class BranchCall:
 
 
 class BranchRunners:
-    """Runners that were set for some branches."""
+    """The handle of compiled or captured branches.
+
+    `compile_branches` and `capture_branches` return it.
+
+    Args:
+        runners: path modules, each with the callable that runs its branch.
+    """
 
     def __init__(self, runners: Iterable[tuple[PathModule, BranchRunner]]):
         self._bindings: list[PathBinding] = []
@@ -91,7 +98,7 @@ class BranchRunners:
             self._bindings.append(path_module.binding)
 
     def remove(self) -> None:
-        """Removes the runners: branches run as before."""
+        """Removes the compiled or captured code. Branches run as before."""
         for binding in self._bindings:
             binding.branch_runner = None
         self._bindings.clear()

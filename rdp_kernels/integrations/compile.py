@@ -1,7 +1,7 @@
-"""`torch.compile` for the branches of a model: up to three graphs for each, whatever the plans.
+"""`torch.compile` for the branches of a model: up to three graphs for each branch, for all plans.
 
-A whole compiled model specialises on Python's decisions, with a graph for each plan. Here Python still decides which
-branch runs, on which rows, and whether it learns. Only the branch is compiled.
+If a whole model is compiled as it is, its graphs depend on Python's decisions, and there is a graph for each plan. Here
+Python still decides which branches run, on which rows, and which learn. Only the branches are compiled.
 """
 
 from __future__ import annotations
@@ -26,17 +26,34 @@ __all__ = ["compile_branches"]
 def compile_branches(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> BranchRunners:
     """Compiles the branch of every path of `model`, own or converted, with a scheme or without one.
 
+    A branch has up to three graphs: learning, frozen, and frozen without gradients. Identical branches share them. A
+    single row out of several runs uncompiled, because compilers would make another graph for the number 1. Copies and
+    pickles of the model aren't compiled. If the model is also compiled as a whole, its branches aren't compiled
+    separately.
+
     Args:
-        model: it is compiled in place. Parameters, names and `state_dict` don't change.
-        dynamic: as in `torch.compile`, but by default the number of rows is always symbolic, as sample mode runs a
-            branch on any number of them. Use False for block mode with batches of one size.
+        model: a model with paths. It is compiled in place. Parameters, names and `state_dict` don't change.
+        dynamic: as in `torch.compile`. With None, the default, the number of rows is always symbolic, because sample
+            mode runs a branch on any number of rows. Use False for block mode with batches of one size.
         **options: further options of `torch.compile`. `fullgraph` is True by default.
 
-    Returns a handle whose `remove()` undoes it. A branch has up to three graphs: learning, frozen, and frozen without
-    gradients. Identical branches share them. A single row out of several runs uncompiled, as compilers would make
-    another graph for the number 1. Copies and pickles of the model aren't compiled. If the model is also compiled as a
-    whole, its branches aren't compiled separately. Raises `TypeError`, `ValueError` or `RuntimeError` if `model` is no
-    module, has no paths or is compiled already.
+    Returns:
+        A handle. Its `remove()` undoes the compilation.
+
+    Raises:
+        RuntimeError: if a branch is already compiled or captured.
+        TypeError: if `model` isn't a module.
+        ValueError: if `model` has no paths.
+
+    Example:
+        >>> from rdp_kernels.integrations.compile import compile_branches
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> handle = compile_branches(model, backend="eager")  # the default backend is inductor
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, mode="sample")
+        >>> for _ in scheme.iterations(8):
+        ...     model(torch.randn(8, 8)).square().mean().backward()
+        >>> handle.remove()
     """
     shared: dict[Hashable, _CompiledBranch] = {}
     options = {"fullgraph": True, "dynamic": dynamic, **options}
@@ -68,8 +85,11 @@ class _CompiledBranch:
         return call.run(function, path_module, call.x, call.args, call.kwargs, normed)
 
     def _function(self, kind: tuple[Hashable, ...], *need_grad: bool) -> Callable[..., Tensor]:
-        """The function of one variant. Each has its own name and code object: Dynamo counts graphs by code object, and
-        finds changing sizes by name."""
+        """Returns the function of one variant.
+
+        Each function has its own name and code object, because Dynamo counts graphs by code object and finds changing
+        sizes by name.
+        """
         key = (*kind, *need_grad)
         if key not in self._functions:
             name = re.sub(r"\W", "_", f"{self._name}_{kind[0]}_{next(_numbers)}")
@@ -88,7 +108,7 @@ def _run_branch(path_module: PathModule, x: Tensor, args: tuple, kwargs: dict, n
 
 
 def _likeness(path_module: PathModule) -> Hashable:
-    """A key that is equal for branches with the same code on modules of the same structure. They share graphs."""
+    """Returns a key that is equal for branches with the same code and the same structure. They share graphs."""
     code = (type(path_module.block), path_module.index) if isinstance(path_module, ConvertedPath) else type(path_module)
     own = tuple(_metadata(p) for p in own_parameters_of(path_module))
     modules = [(name, m) for module in path_module.branch_modules() for name, m in module.named_modules()]

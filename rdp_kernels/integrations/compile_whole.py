@@ -1,7 +1,7 @@
-"""`torch.compile` for a whole model with a scheme. Plans are data, so that one graph serves all of them.
+"""`torch.compile` for a whole model with a scheme. Plans are data, so one graph serves all plans.
 
-The graph runs every branch on every row and multiplies by 0 or the scale. It is exact but skips no work, which
-`compile_branches` does.
+The graph runs every branch on every row and multiplies by 0 or the scale. It is exact, but it skips no work.
+`compile_branches` skips work.
 """
 
 from __future__ import annotations
@@ -26,17 +26,31 @@ __all__ = ["compile_whole"]
 def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) -> nn.Module:
     """Compiles `model` as a whole, for training with `scheme`.
 
+    Outputs and gradients are those of the scheme for any plan, with one graph. The graph also computes gradients for
+    idle parameters. Hooks discard these, so the `.grad` of idle parameters doesn't change. Run backward before the next
+    iteration's forward.
+
     Args:
-        model: the model that `scheme` was made for.
+        model: the model that `scheme` was made for, or a module that contains it.
         scheme: in block mode, or with `freeze="branch"` or `"none"`.
         **options: options of `torch.compile`. `fullgraph` is True by default.
 
-    Returns what `torch.compile` returns; call it instead of the model. Outputs and gradients are those of the scheme
-    for any plan, with one graph. The graph computes a gradient for idle parameters too, which hooks discard: their
-    `.grad` doesn't change. Run backward before the next iteration's forward.
+    Returns:
+        The result of `torch.compile`. Call it instead of the model.
 
-    Raises `ValueError` where this can't be exact: with BatchNorm in branches or frozen, with single samples frozen by
-    `freeze="parameters"`, or with a frozen weight that is shared.
+    Raises:
+        TypeError: if `scheme` isn't a `ResidualDropPath`.
+        ValueError: if it can't be exact: with BatchNorm in branches or frozen, with single samples frozen by
+            `freeze="parameters"`, or with a frozen weight that is shared. Also if `model` isn't the scheme's.
+
+    Example:
+        >>> from rdp_kernels.integrations.compile_whole import compile_whole
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
+        >>> compiled = compile_whole(model, scheme, backend="eager")  # the default backend is inductor
+        >>> for _ in scheme.iterations():
+        ...     compiled(torch.randn(8, 8)).square().mean().backward()
     """
     _check(model, scheme)
     compiled: Any = torch.compile(model, **{"fullgraph": True, **options})
@@ -67,7 +81,7 @@ def _check(model: nn.Module, scheme: ResidualDropPath) -> None:
 
 
 class _PlanAsData:
-    """Hands the plan to the paths for a forward, and determines which gradients to discard."""
+    """Passes the plan to the paths for a forward, and determines which gradients are discarded."""
 
     def __init__(self, scheme: ResidualDropPath):
         self._scheme = weakref.ref(scheme)
@@ -102,7 +116,7 @@ class _PlanAsData:
 
 
 class _Gradients:
-    """Discards what a backward accumulates into the `.grad` of parameters in `ignored`, which are given by id."""
+    """Discards what a backward accumulates into the `.grad` of the parameters in `ignored`, given by id."""
 
     def __init__(self) -> None:
         self.ignored: set[int] = set()

@@ -25,15 +25,35 @@ __all__ = ["capture_branches"]
 def capture_branches(model: nn.Module) -> BranchRunners:
     """Captures the branch of every path of `model`, own or converted, at its first call in each variant.
 
-    For block mode with batches of one size. A call that a graph can't serve runs uncaptured: one with another shape
-    than the captured call (with a warning, once for each path), one with further arguments, a second forward before the
-    backward of the first, and a learning branch whose weights have a gradient. So call `zero_grad(set_to_none=True)`
-    before every backward. Replays overwrite gradients: copy them to keep them.
+    It is meant for block mode with batches of one size. Call `zero_grad(set_to_none=True)` before every backward.
+    Replays overwrite gradients: copy the gradients that you keep.
 
-    Returns a handle whose `remove()` undoes it. The three variants of a branch (learning, frozen, and frozen without
-    gradients) share memory. A variant whose BatchNorms run in several modes has a graph for each. Under autocast,
-    autocast's weight cache has to be off. Checkpointing around captured branches isn't supported. Raises `RuntimeError`
-    without CUDA, and `ValueError` for a model on another device or in sample mode.
+    These calls run uncaptured, with the same results: a call with another shape than the captured one (it warns once
+    for each path), a call with further arguments, a second forward before the backward of the first, and a learning
+    branch whose weights have a gradient.
+
+    The three variants of a branch (learning, frozen, and frozen without gradients) share memory. A variant whose
+    BatchNorms run in several modes has a graph for each. Under autocast, autocast's weight cache has to be off.
+    Checkpointing around captured branches isn't supported.
+
+    Args:
+        model: a model with paths on a CUDA device.
+
+    Returns:
+        A handle. Its `remove()` undoes the capture.
+
+    Raises:
+        RuntimeError: if CUDA isn't available, or if a branch is already compiled or captured.
+        TypeError: if `model` isn't a module.
+        ValueError: if `model` has no paths, is on another device, or has a scheme in sample mode.
+
+    Example:
+        >>> from rdp_kernels.integrations.cuda_graphs import capture_branches
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5)
+        >>> if torch.cuda.is_available():
+        ...     handle = capture_branches(model.cuda())
     """
     path_modules = uncompiled_paths(model)
     _check(model, path_modules)
@@ -81,7 +101,7 @@ class _CapturedBranch:
         self._in_flight = None
 
     def _graph(self, call: BranchCall) -> Any:
-        """The graph for the call, or None where the call has to run uncaptured."""
+        """Returns the graph for the call, or None if the call has to run uncaptured."""
         if self._in_flight is not None and self._in_flight() is not None:
             return None
         if call.variant == "learning" and any(p.grad is not None for p in parameters_of(call.module)):
@@ -130,7 +150,7 @@ class _Branch(nn.Module):
 
 
 def _fits(call: BranchCall) -> Hashable:
-    """A key that has to be the same as at the capture."""
+    """Returns a key that has to be the same as at the capture."""
     x = call.x
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     addresses = tuple(

@@ -1,9 +1,7 @@
-"""Several processes: ranks agree on what is dropped, and DistributedDataParallel sends only gradients that exist.
+"""The scheme in several processes: ranks agree on what is dropped, and DDP sends only the gradients of what learns.
 
-    ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    distributed.register(ddp, scheme)
-
-`agree` works with any kind of data parallelism. `register` also adds a communication hook to DDP.
+`register` is for `torch.nn.parallel.DistributedDataParallel` and adds a communication hook to it. `agree` works with
+any kind of data parallelism.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from ._checks import check_scheme
 __all__ = ["Agreement", "agree", "register"]
 
 Facts = dict[str, Any]
-"""What ranks have to agree on, by names that fit into an error message: "rank 1 has NAME VALUE"."""
+"""What ranks have to agree on, by name. An error message says "rank 1 has NAME VALUE"."""
 
 
 def register(
@@ -42,22 +40,46 @@ def register(
     compress: torch.dtype | None = None,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Makes `ddp` train by the iterations of `scheme`. Gradients equal those of one process on the joined batch. What
-    doesn't learn has no gradient on any rank, and isn't sent. Every rank has to call this before the first iteration,
-    and again for another scheme of the same DDP. Calling it twice does no harm.
+    """Makes a DistributedDataParallel train by the iterations of a scheme.
+
+    Gradients equal those of one process on the joined batch. What doesn't learn has no gradient on any rank and isn't
+    sent. Every rank has to call this before the first iteration, and again for another scheme of the same DDP. Calling
+    it twice has no further effect.
+
+    DDP sends gradients in buckets, cut by size. If only some parameters of a bucket learn, only their gradients are
+    sent, joined into one tensor. So the bytes are proportional to what learns, however the buckets were cut, and the
+    number of messages doesn't change. Buckets cut by path would save the copy but cost a message for each path.
 
     Args:
-        ddp: built with `find_unused_parameters=True`, as dropped and frozen parameters are unused.
-        scheme: the scheme of the model or of a part of it. Gradients of the rest are sent in every iteration.
-        every_iteration, timeout: passed to `agree`.
-        compress: the dtype in which gradients are sent, for example `torch.bfloat16`; None for their own.
+        ddp: built with `find_unused_parameters=True`, because dropped and frozen parameters are unused.
+        scheme: the scheme of the model or of a part of it. Gradients of parameters outside of the scheme's model are
+            sent in every iteration.
+        every_iteration: passed to `agree`.
+        compress: the dtype in which gradients are sent, for example `torch.bfloat16`. None means their own.
+        timeout: passed to `agree`.
 
-    DDP sends gradients in buckets, cut by size. Where only some parameters of a bucket learn, only these are sent,
-    joined into one tensor. So bytes are proportional to what learns, however the buckets were cut and whoever built the
-    DDP, and the number of messages doesn't change. Buckets cut by path would save the copy but cost a message per path.
+    Returns:
+        The handle of `agree`.
 
-    Raises `TypeError` or `ValueError` naming the argument, and `RuntimeError` where ranks disagree or `ddp` already has
-    a communication hook (`agree(scheme, ddp.process_group)` then does everything except saving bytes).
+    Raises:
+        RuntimeError: if ranks disagree, or if `ddp` already has a communication hook. In the latter case
+            `agree(scheme, ddp.process_group)` does everything except saving bytes.
+        TypeError: if an argument has another type.
+        ValueError: if `ddp` was built with other options, or if the scheme isn't of the model in `ddp`.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from torch.nn.parallel import DistributedDataParallel
+        >>> from rdp_kernels.integrations import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)  # the same seed on every rank
+        >>> ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        >>> agreement = distributed.register(ddp, scheme)
+        >>> for _ in scheme.iterations():
+        ...     ddp(torch.randn(8, 8)).square().mean().backward()
+        >>> dist.destroy_process_group()
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}")
@@ -98,27 +120,77 @@ def agree(
     every_iteration: bool = True,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Compares between ranks what the masks depend on, now and when an iteration starts. All ranks have to call it.
+    """Compares between ranks what the masks depend on, now and when an iteration starts.
 
-    It compares the scheme's options and state, its paths, their drop probabilities and parameters. At each iteration it
-    compares the number and phase of the iteration, the probabilities and, in block mode, the plan. In sample mode ranks
-    draw different masks: there each iteration exchanges which paths learn on any rank, so that all ranks run the reuse
-    iteration if one has to.
+    All ranks have to call it. It compares the scheme's options and state, its paths, their drop probabilities and their
+    parameters. At each iteration it compares the number and the phase of the iteration, the probabilities and, in block
+    mode, the plan. In sample mode ranks draw different masks. There each iteration also exchanges which paths learn on
+    any rank, so that all ranks run the reuse iteration if one rank has to.
+
+    If ranks disagree at the start of an iteration, no iteration is open afterwards, and a pending one stays pending.
+    CPU tensors are exchanged in a separate gloo group, so that nothing waits for the device. `scheme.remove()` also
+    ends it.
 
     Args:
-        process_group: the ranks; None for all.
-        every_iteration: False skips the exchange at each start in block mode, 8 bytes that ranks wait for on the host.
-        timeout: for that wait; None is torch's default, half an hour. A rank that died is noticed at once.
+        scheme: the scheme of this rank.
+        process_group: the ranks. None means all.
+        every_iteration: whether to compare at each start of an iteration in block mode. The hosts exchange 8 bytes
+            then, and wait for each other.
+        timeout: how long a rank waits. None is torch's default, half an hour. A rank that died is noticed at once.
 
-    Nothing waits for the device: CPU tensors are exchanged, in a separate gloo group. `remove()` of the returned handle
-    or of the scheme ends it. Raises `RuntimeError` on every rank where ranks disagree, and says which rank has what. No
-    iteration is open then, and a pending one stays pending.
+    Returns:
+        A handle. Its `remove()` ends the comparison.
+
+    Raises:
+        RuntimeError: on every rank, if ranks disagree. The message says which rank has what. Also if there is no
+            process group.
+        TypeError: if `scheme` or `every_iteration` has another type.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from rdp_kernels.integrations import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> scheme = rdp.ResidualDropPath(model, drop_prob=0.5, seed=0)
+        >>> agreement = distributed.agree(scheme)
+        >>> agreement.ranks
+        [0]
+        >>> agreement.remove()
+        >>> dist.destroy_process_group()
     """
     return Agreement(check_scheme(scheme), process_group, check_bool("every_iteration", every_iteration), timeout)
 
 
 class Agreement:
-    """The handle that `agree` returns. Its ranks exchange CPU tensors in `group`, a gloo group."""
+    """The handle that `agree` and `register` return.
+
+    The ranks exchange CPU tensors in `group`, a gloo group of their own.
+
+    Args:
+        scheme: as in `agree`.
+        process_group: as in `agree`.
+        every_iteration: as in `agree`.
+        timeout: as in `agree`.
+
+    Attributes:
+        ranks: the global ranks that take part.
+        group: the gloo group.
+
+    Raises:
+        RuntimeError: if ranks disagree, or if there is no process group.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from rdp_kernels.integrations import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> branches = [rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)]
+        >>> model = nn.Sequential(*branches)
+        >>> agreement = distributed.agree(rdp.ResidualDropPath(model, drop_prob=0.5))
+        >>> agreement.gather(torch.tensor([1, 2]))
+        tensor([[1, 2]])
+        >>> dist.destroy_process_group()
+    """
 
     def __init__(
         self,
@@ -130,7 +202,7 @@ class Agreement:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("torch.distributed.init_process_group() must be called first")
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
-        # A group of its own: if a rank skips an iteration, its other collectives can't be taken for these.
+        # A separate group, so that other collectives of a rank that skips an iteration aren't mixed up with these.
         self.group = dist.new_group(self.ranks, timeout, backend="gloo", use_local_synchronization=True)
         self._scheme, self._every_iteration = weakref.ref(scheme), every_iteration
         self.compare(facts_of(scheme))
@@ -138,19 +210,33 @@ class Agreement:
         scheme._on_begin[:] = [*others, self._begin]
 
     def remove(self) -> None:
-        """Iterations are no longer compared."""
+        """Ends the comparison of iterations."""
         scheme = self._scheme()
         if scheme is not None and self._begin in scheme._on_begin:
             scheme._on_begin.remove(self._begin)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The CPU tensors `values` of all ranks, `[world, *values.shape]`. Their shapes and dtypes have to be equal."""
+        """Gathers a CPU tensor from all ranks.
+
+        Args:
+            values: a tensor whose shape and dtype are equal on all ranks.
+
+        Returns:
+            `[world, *values.shape]`.
+        """
         out = [torch.empty_like(values) for _ in self.ranks]
         dist.all_gather(out, values, group=self.group)
         return torch.stack(out)
 
     def compare(self, facts: Facts) -> None:
-        """Raises `RuntimeError` on every rank unless `facts` are the same on all."""
+        """Compares facts between ranks.
+
+        Args:
+            facts: values by name. The names appear in the message of the error.
+
+        Raises:
+            RuntimeError: on every rank, unless `facts` are equal on all ranks.
+        """
         fingerprints = self.gather(_fingerprint(facts))
         if (fingerprints == fingerprints[0]).all():
             return
@@ -171,8 +257,9 @@ class Agreement:
 def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
     """Checks that `model`, which the loop calls, is the scheme's model in any number of wrappers.
 
-    Raises `ValueError` where it isn't, for example where it is a copy, and for `DataParallel`, whose threads would
-    freeze and unfreeze the same modules. Every rank has to call this: the ranks agree on the masks.
+    Every rank has to call this, because the ranks then agree on the masks. Raises `ValueError` if it isn't the scheme's
+    model, for example because it is a copy. Raises `ValueError` for `DataParallel`, whose threads would freeze and
+    unfreeze the same modules.
     """
     if isinstance(model, DataParallel):
         raise ValueError("model must not be in DataParallel: run one process for each device (torchrun), or use one")
@@ -188,7 +275,7 @@ def check_trained(model: nn.Module, scheme: ResidualDropPath) -> None:
 
 
 def facts_of(scheme: ResidualDropPath) -> Facts:
-    """What has to be equal on all ranks when training begins or resumes."""
+    """Returns what has to be equal on all ranks when training begins or resumes."""
     facts: Facts = {
         "number of paths": len(scheme.paths),
         "mode": scheme.mode,
@@ -209,7 +296,7 @@ def facts_of(scheme: ResidualDropPath) -> Facts:
 
 
 def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
-    """What has to be equal on all ranks in an iteration."""
+    """Returns what has to be equal on all ranks in an iteration."""
     plan = iteration.plan
     facts = {"seed": scheme.seed, "plans drawn": scheme._pairs.drawn, "iteration": iteration.phase}
     if plan.mode == "block":
@@ -222,7 +309,7 @@ def facts_of_iteration(scheme: ResidualDropPath, iteration: Iteration) -> Facts:
 
 
 def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) -> str:
-    """A message about the first `most` facts that differ: "ranks disagree: rank 1 has seed 4, rank 0 has 3"."""
+    """Describes the first `most` facts that differ, for example "ranks disagree: rank 1 has seed 4, rank 0 has 3"."""
     sentences = []
     for name in dict.fromkeys(name for facts in of_ranks for name in facts):
         values = [_shortened(facts.get(name, "none")) for facts in of_ranks]
@@ -239,7 +326,8 @@ def differences(ranks: Sequence[int], of_ranks: Sequence[Facts], most: int = 3) 
 class _Sending:
     """Determines which gradients of a DDP's model the communication hook leaves out.
 
-    It does so in the forward, as backward may run after the iteration has ended. A pickle or copy sends everything.
+    It does so in the forward, because backward may run after the iteration has ended. A pickle or copy sends
+    everything.
     """
 
     group: dist.ProcessGroup | None = None
@@ -267,8 +355,10 @@ _sending_of: weakref.WeakKeyDictionary[DistributedDataParallel, _Sending] = weak
 
 
 def _send(state, bucket):  # no annotations: torch checks them and doesn't understand strings
-    """The communication hook: averages the gradients that learn in a `dist.GradBucket` over the ranks, in place. The
-    rest of the bucket isn't read by anyone. Returns a future of the bucket's buffer."""
+    """The communication hook: averages the gradients that learn in a `dist.GradBucket` over the ranks, in place.
+
+    Nothing reads the other gradients of the bucket. Returns a future of the bucket's buffer.
+    """
     buffer = bucket.buffer()
     parts = [g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in state.idle]
     if not parts:
@@ -278,7 +368,7 @@ def _send(state, bucket):  # no annotations: torch checks them and doesn't under
     whole = len(parts) == len(bucket.parameters())
     sent = buffer if whole else torch.cat([part.flatten() for part in parts])
     sent = sent.to(state.compress or sent.dtype)
-    sent.div_(dist.get_world_size(state.group))  # before the sum, as the sum could overflow in 16 bits
+    sent.div_(dist.get_world_size(state.group))  # before the sum, which could overflow in 16 bits
 
     def put_back(future: Future) -> Tensor:
         (mean,) = future.value()
@@ -297,7 +387,7 @@ def _describe(parameter: nn.Parameter) -> str:
 
 
 def _fingerprint(facts: Facts) -> Tensor:
-    """The first 8 bytes of a hash, uint8 `[8]`."""
+    """Returns the first 8 bytes of a hash, uint8 `[8]`."""
     return torch.frombuffer(bytearray(hashlib.sha256(repr(facts).encode()).digest()[:8]), dtype=torch.uint8)
 
 

@@ -1,10 +1,7 @@
-"""The scheme in transformers' `Trainer`. Every optimizer step is an iteration, on its own batch.
+"""The scheme in transformers' `Trainer`.
 
-    scheme = rdp.ResidualDropPath(model, drop_prob=0.2, seed=args.seed)
-    attach(trainer, scheme)
-
-The scheme's state is in trainer_state.json of every checkpoint, and `trainer.train(resume_from_checkpoint=...)` resumes
-bit for bit, also where a reuse iteration is next.
+Every optimizer step is an iteration, on its own batch. The scheme's state is in trainer_state.json of every checkpoint.
+`trainer.train(resume_from_checkpoint=...)` resumes bit for bit, even if a reuse iteration is next.
 """
 
 from __future__ import annotations
@@ -27,13 +24,32 @@ KEY = "ResidualDropPath"
 def attach(trainer: Trainer, scheme: ResidualDropPath) -> None:
     """Makes `trainer.train()` alternate between the scheme's drop and reuse iterations.
 
+    An iteration is an optimizer step. Accumulated batches belong to one iteration. If fp16 skips a step, the next step
+    completes the iteration. No iteration is open after training. `train()` raises `ValueError` if the trainer's model
+    isn't the scheme's by then, or if the scheme isn't in block mode.
+
     Args:
-        trainer: hasn't begun to train. Its model is the scheme's.
+        trainer: a trainer of the scheme's model that hasn't begun to train.
         scheme: in block mode.
 
-    An iteration is an optimizer step. Accumulated batches belong to one iteration. If fp16 skips a step, the next step
-    completes the iteration. No iteration is open after training. Raises `TypeError` and `ValueError` here, or in
-    `train()` where the trainer's model isn't the scheme's by then.
+    Raises:
+        TypeError: if an argument has another type.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> from rdp_kernels.integrations.transformers import attach
+        >>> config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = ViTForImageClassification(config)
+        >>> report = rdp.convert(model, drop_prob=0.5)
+        >>> options = dict(max_steps=4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
+        >>> data = [{"pixel_values": torch.randn(3, 8, 8), "labels": label % 2} for label in range(32)]
+        >>> trainer = Trainer(model, TrainingArguments("report", **options), train_dataset=data)
+        >>> scheme = rdp.ResidualDropPath(model, seed=0)
+        >>> attach(trainer, scheme)
+        >>> result = trainer.train()
+        {...}
+        >>> sum(scheme.state_dict()["completed"].values())
+        4
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")

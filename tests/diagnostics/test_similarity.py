@@ -208,7 +208,7 @@ def test_other_samples_are_refused(function):
 
 
 def test_cosine_of_other_features_is_refused():
-    with pytest.raises(ValueError, match=r"as many features, got shapes \[5, 3\] and \[5, 4\]"):
+    with pytest.raises(ValueError, match=r"the same number of features, got shapes \[5, 3\] and \[5, 4\]"):
         cosine_similarity(features(5, 3), features(5, 4))
 
 
