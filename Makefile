@@ -34,10 +34,12 @@ docs: .venv/built
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --quick $(ARGS)
 
-# What README.md and docs/performance.md show: about half an hour on two cores with nothing else running.
+# What README.md and docs/performance.md show: about 40 minutes on two cores with nothing else running.
 results: .venv/built
 	$(BIN)/python -m benchmarks all --out report/benchmarks
 	cp report/benchmarks/*.csv benchmarks/results
+	$(BIN)/python -m benchmarks step --model vit-s --mode block sample --prob 0.4 --batch 10 --drop-path eager \
+		--csv benchmarks/results/drop-path-cpu.csv
 	$(BIN)/python -m benchmarks pages
 
 # What docs/evidence.md shows: hours. What was cut off goes on where it stopped.

@@ -94,7 +94,7 @@ def test_sections_say_what_comes_in_and_out(name, value):
     assert list(told) == [p.name for p in parameters], name
     assert all(told.values()), name
     if not inspect.isclass(value) and returns_something(value):
-        assert parsed.returns or parsed.many_returns, f"{name} doesn't say what it returns"
+        assert parsed.returns or parsed.many_returns or parsed.yields, f"{name} doesn't say what it returns"
 
 
 def returns_something(function: object) -> bool:
