@@ -12,6 +12,9 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+from .diagnostics.nets import tiny_vit
 from .markdown import ROOT
 
 SMALL = {
@@ -20,7 +23,7 @@ SMALL = {
     "-m benchmarks pages": "",
     "-m benchmarks": "--tiny",
     "-m rdp_kernels.info": "",
-    "-m rdp_kernels.diagnostics": "--batches 1 --batch-size 8 --lesions 1 --samples 1",
+    "-m rdp_kernels.diagnostics": "--data digits --batches 1 --batch-size 8 --lesions 1 --samples 1",
     "-m tests.coverage.cost": "--help",  # minutes, and not smaller; it and the next are run by hand, after a change
     "-m tests.coverage": "-k timm.vision_transformer",
     "-m tests.versions": "--help",  # `make test-all` runs it
@@ -44,8 +47,17 @@ SMALL = {
 WITHOUT_OUT = {f"examples/train_{stack}.py" for stack in ("accelerate", "lightning", "timm", "transformers")}
 
 
-LEFT_OUT = {"--quick", "--pretrained", "--study"}
-"""What would make a command large, need a network, or exclude what makes it small."""
+WITH_TORCHVISION = """
+import runpy, sys
+from examples.libraries import import_torchvision
+import_torchvision()
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Runs a module whose name follows `-m`. timm imports torchvision, which may not match torch's build."""
+
+LEFT_OUT = {"--quick", "--pretrained"}
+"""They need a network, or exclude what makes a command small."""
 
 
 class Understood(Exception):
@@ -124,7 +136,9 @@ def run_small(words: list[str], folder: Path) -> None:
     if program.startswith("examples/") and program not in WITHOUT_OUT:
         options += ["--out", str(folder / "run")]
     launcher = [sys.executable]
-    if words[0] == "torchrun":
+    if program == "-m rdp_kernels.diagnostics":
+        launcher += ["-c", WITH_TORCHVISION]
+    elif words[0] == "torchrun":
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command = [*launcher, *program.split(), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
@@ -133,7 +147,11 @@ def run_small(words: list[str], folder: Path) -> None:
 
 
 def replaced(word: str, folder: Path) -> str:
-    """Names that stand for the reader's own: of folders, files and models."""
-    if word.startswith("report/") or word == "FILE":
+    """Names in `word` that stand for the reader's own: of folders, files and models."""
+    if word.startswith("report/") or word in ("report", "FILE"):
         return str(folder / word.rpartition("/")[2])
-    return {"FOLDER": str(ROOT), "MODEL": "vit_tiny_patch16_224"}.get(word, word)
+    if word == "last.pt":
+        torch.save(tiny_vit().state_dict(), folder / word)
+        return str(folder / word)
+    own = {"FOLDER": str(ROOT), "MODEL": "vit_tiny_patch16_224", "path/to/images": "digits"}
+    return own.get(word, word.replace("my_package.models:make_model", "tests.diagnostics.nets:tiny_vit"))
