@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PASSES = {"no grad": 200, "forward": 200, "both": 60}
-"""How many calls make a block of each pass."""
+"""The number of calls in a block, for each pass."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     for name in _ask(workers[0], "names").split(","):
         for direction in PASSES:
             for worker in workers:
-                _ask(worker, f"{name},{direction}")  # some things happen once
+                _ask(worker, f"{name},{direction}")  # the first calls do one-time work
             turns = []
             for turn in range(options.turns):
                 order = workers if turn % 2 else workers[::-1]
@@ -116,5 +116,5 @@ def _work() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = os.getcwd()  # not the folder of this file
+    sys.path[0] = os.getcwd()  # without this, the folder of this file would come first
     _work()

@@ -1,4 +1,4 @@
-"""The step cases: a pair of training steps on a network, a mode and p, by every trainer of `pairs.py`."""
+"""The step cases. Each is a pair of training steps for a network, a mode and p, by every trainer of `pairs.py`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .textbook import Textbook, largest_difference, state_after
 from .traffic import Traffic
 
 MODES, PROBS = ("block", "sample"), (0.1, 0.3, 0.5)
-BOUND = 1e-10  # of the largest error, in float64
+BOUND = 1e-10  # for the largest error, in float64
 VERIFIED_PLANS = 3
-PLANS = 6  # that turns take one after the other: counting the FLOPs of more would take as long as timing
+PLANS = 6  # turns cycle through them; counting the FLOPs of more plans would take as long as timing
 UNIT = "pair of steps"
 CPU = torch.device("cpu")
 SEED = 0
@@ -39,7 +39,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Config:
-    """A network and its batch of `[batch, 3, image, image]`."""
+    """How to build a network, and the shape of its batch: `[batch, 3, image, image]`."""
 
     build: Callable[[], Network]
     batch: int
@@ -48,21 +48,21 @@ class Config:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def network(self, device: torch.device) -> Network:
-        """The same weights every time."""
+        """Returns a new network. The weights are the same every time."""
         network = copy.deepcopy(_built(self.build))
         network.model.to(device, self.dtype, memory_format=self.memory_format)
         return network
 
     def data(self, device: torch.device, number: int = 0) -> tuple[Tensor, Tensor]:
-        """Batch `number`: images and labels."""
+        """Returns the images and labels of batch `number`."""
         generator = torch.Generator().manual_seed(SEED + number)
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
         labels = torch.randint(10, (self.batch,), generator=generator)
         return images.to(device, self.dtype, memory_format=self.memory_format), labels.to(device)
 
     def batches(self, device: Device) -> list[tuple[Tensor, Tensor]]:
-        """On a GPU as many as keep a turn from finding its images in the L2 cache; the CPU's caches are left to a
-        training's own traffic."""
+        """Returns one batch on the CPU. On a GPU there are so many that a turn doesn't find its images in the L2
+        cache."""
         first = self.data(device.device)
         count = device.input_sets(first[0].nbytes) if device.device.type == "cuda" else 1
         return [first, *(self.data(device.device, number) for number in range(1, count))]
@@ -71,16 +71,16 @@ class Config:
         return kind(self.network(device), *self.data(device), mode, autocast)
 
 
-@functools.lru_cache(maxsize=2)  # of the one that is measured, and the one that is verified
+@functools.lru_cache(maxsize=2)  # the measured and the verified network
 def _built(build: Callable[[], Network]) -> Network:
-    """Every trainer wants one, and drawing the weights of a ViT-B takes seconds."""
+    """Cached, because every trainer needs a copy and drawing the weights of a ViT-B takes seconds."""
     torch.manual_seed(SEED)
     return build()
 
 
 def draw_plans(paths: int, batch: int, count: int, mode: str, drop_prob: float) -> list[rdp.PathPlan]:
-    """The first plans that drop something: without that there is no reuse iteration, and a pair would be one step for
-    us and two for the others. Never ends at p = 0."""
+    """Returns the first `count` plans that drop something. Other plans have no reuse iteration, so a pair would be one
+    step for the scheme and two for the others. Doesn't end at p = 0."""
     rates = [drop_prob] * paths
     keeps = (draw_keep(rates, mode, "fixed", plan_generator(SEED, number), [batch]) for number in itertools.count())
     plans = (rdp.PathPlan(keep, rates, mode) for keep in keeps)
@@ -128,11 +128,11 @@ VERIFIED = OWN_VERIFIED | LIBRARY_VERIFIED
 MODELS = tuple(VERIFIED)
 BF16 = "bf16 autocast"
 DTYPES = {"float32": False, "bf16": True}
-"""Whether steps run under autocast; weights are float32 in any case."""
+"""Name of a dtype → whether steps run under autocast. Weights are float32 in both cases."""
 
 
 def config_of(size: str, model: str, device: Device, batch: int | None = None) -> Config:
-    """`batch`: in the place of the size's own."""
+    """Returns the config of a model at a size. `batch` replaces its batch size."""
     config = TINY[model] if size == "tiny" else FULL[device.device.type][model]
     if size == "quick":
         config = replace(config, batch=config.batch // 2)
@@ -147,7 +147,7 @@ def labels_of(
 
 
 def needs_of(network: Network, images: Tensor) -> tuple[Needs, Needs | None]:
-    """FLOPs, and bytes where they are known. `network` is not used any more."""
+    """Returns the needs in FLOPs, and in bytes where they are known. `network` can't be used afterwards."""
     traffic = Traffic.of(network.model, images) if isinstance(network, Own) else None
     network.prepare(images[:2])
     return ModelCost.of(network.model, images), traffic
@@ -163,13 +163,13 @@ def step_case(
     batch: int | None = None,
     autocast: bool = False,
 ) -> Case:
-    """One row group of the table: turn i of every provider is a pair of steps on the same plan.
+    """Returns one row group of the table. Turn i of every provider is a pair of steps on the same plan.
 
     Args:
-        size: `"full"`, `"quick"`, which has half of its images, or `"tiny"`; verification has a size of its own.
+        size: `"full"`, `"quick"` (half of the images) or `"tiny"`. Verification has a size of its own.
         device: the CPU by default. On a GPU turns take different images, so that none is in the cache.
-        batch: images, in the place of the size's own.
-        autocast: in bf16 where autocast says so.
+        batch: the number of images; replaces the one of the size.
+        autocast: whether steps run under bf16 autocast.
     """
     device = device or Device.of("cpu")
     config = config_of(size, model, device, batch)
@@ -207,7 +207,7 @@ def step_case(
 def turn_of(
     trainer: Plain, batches: Sequence[tuple[Tensor, Tensor]], plans: Sequence[rdp.PathPlan | None]
 ) -> Callable[[int], None]:
-    """What trains on the batch and the plan of a turn."""
+    """Returns a function that trains on the batch and the plan of a turn."""
 
     def run(turn: int) -> None:
         trainer.images, trainer.labels = batches[turn % len(batches)]
@@ -217,14 +217,14 @@ def turn_of(
 
 
 def unavailable(model: str) -> str | None:
-    """Why `model` can't be built here."""
+    """Returns why `model` can't be built here, or None."""
     return library_models.missing() if model in library_models.NAMES else None
 
 
 @one_thread()
 def verify(kind: type[Plain], model: str, mode: str, drop_prob: float, device: torch.device = CPU) -> Check:
-    """Gradients, which of them there are, and BatchNorm statistics after each backward of a small float64 network,
-    against the textbook's."""
+    """Compares a small float64 network with the textbook after each backward: gradients, which parameters have one, and
+    BatchNorm statistics."""
     config = VERIFIED[model]
     trainer = config.trainer(kind, mode, device)
     book = Textbook(config.network(device), trainer.images, trainer.labels)
@@ -236,13 +236,14 @@ def verify(kind: type[Plain], model: str, mode: str, drop_prob: float, device: t
 
 
 def computed_fractions(network: Network, plan: rdp.PathPlan) -> list[float]:
-    """The share of the rows on which each branch must run in a drop iteration: with BatchNorm all or none."""
+    """Returns the share of rows that each branch runs on in a drop iteration. With BatchNorm it is all or none."""
     fractions = zip(network.branches, kept_fractions(plan), strict=True)
     return [float(kept > 0) if part.batch_norms else kept for part, kept in fractions]
 
 
 def scheme_refusal(config: Config, mode: str) -> str | None:
-    """Why the scheme can't freeze on this network in this mode; a small variant of it tells as well."""
+    """Returns why the scheme can't freeze on this network in this mode, or None. A small variant of the network gives
+    the same answer."""
     try:
         config.trainer(Exact, mode, CPU)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What the commands that measure have in common: options, the loop over cases under a bar, and the files of rows."""
+"""Shared by the commands that measure: options, the loop over cases with a progress bar, and the files of rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_GPU = "this machine, or this torch, has no cuda device"
 
 
 def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: str) -> None:
-    """`turns`, `quick`, `tiny`: the help of these options."""
+    """Adds the common options. `turns`, `quick` and `tiny` are the help texts of these options."""
     parser.add_argument("--turns", type=count, help=turns)
     add_sizes(parser, quick, tiny)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: s
 
 
 def add_sizes(parser: argparse.ArgumentParser, quick: str, tiny: str) -> None:
-    """`options.size` is `"full"`, `"quick"` or `"tiny"`; the arguments are the help of the latter two."""
+    """Adds `--quick` and `--tiny` with these help texts. `options.size` is `"full"`, `"quick"` or `"tiny"`."""
     sizes = parser.add_mutually_exclusive_group()
     for size, text in (("quick", quick), ("tiny", f"{tiny}, to see that it runs")):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="full", help=text)
@@ -50,7 +50,7 @@ Makes = Callable[[], Iterable[Case]]
 
 
 def one(make: Callable[..., Case], *arguments: Any) -> Makes:
-    """What makes a single case, as `measured` wants it."""
+    """Returns a maker of a single case for `measured`."""
     return lambda: [make(*arguments)]
 
 
@@ -62,15 +62,15 @@ def measured(
     one_threaded: bool = False,
     keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> tuple[list[Row], int]:
-    """The rows of all cases, and an exit code. A case that fails its check, raises or can't be made is told of and
-    left out; an interrupt ends it with what there is so far.
+    """Returns the rows of all cases, and an exit code. A case that fails its check, raises or can't be made is reported
+    and left out. An interrupt ends the loop and keeps the rows so far.
 
     Args:
-        makers: of the cases, one after the other. Where one raises, the next goes on.
-        rounds: of all cases together.
-        make_session: from what advances the bar.
-        one_threaded: what is so small that a second thread would only wait.
-        keep: is given all rows that there are after each case: what was found is on disk if the next one hangs.
+        makers: functions that make cases. If one raises, the next one runs.
+        rounds: the number of rounds of all cases together.
+        make_session: makes the session from a function that advances the bar.
+        one_threaded: whether to use one thread, for tensors so small that a second thread would only wait.
+        keep: called with all rows after each case, so that they can be written before the next case hangs.
     """
     code, session = 0, None
 
@@ -102,7 +102,7 @@ def measured(
 
 
 def write_rows(options: argparse.Namespace, rows: list[Row]) -> list[str]:
-    """Writes the files of rows that were asked for. Why those couldn't be written that couldn't."""
+    """Writes the requested files of rows. Returns a message for each file that couldn't be written."""
     failed = []
     for path, write in ((options.csv, write_csv), (options.json, write_json)):
         try:
@@ -114,7 +114,7 @@ def write_rows(options: argparse.Namespace, rows: list[Row]) -> list[str]:
 
 
 def written(options: argparse.Namespace, rows: list[Row]) -> bool:
-    """Writes the files that were asked for. False, and why, where one can't be."""
+    """Writes the requested files. Prints why a file can't be written, and then returns False."""
     failed = write_rows(options, rows)
     for line in failed:
         print(line, file=sys.stderr)
@@ -130,7 +130,7 @@ def written(options: argparse.Namespace, rows: list[Row]) -> bool:
 
 
 def has_device(kind: str) -> bool:
-    """Whether it is there; says so where it isn't."""
+    """Returns whether the device is available. Prints a message if it isn't."""
     if kind == "cuda" and not torch.cuda.is_available():
         print(f"--device cuda: {NO_GPU}", file=sys.stderr)
         return False
@@ -153,7 +153,7 @@ def count(text: str) -> int:
 
 
 def folder(text: str) -> Path:
-    """An argparse type: a folder, or a name that one can have."""
+    """An argparse type: a folder, or a path where one can be made."""
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
@@ -161,7 +161,7 @@ def folder(text: str) -> Path:
 
 
 def device(text: str) -> str:
-    """An argparse type. Whether the device is there is asked when it is wanted."""
+    """An argparse type. `has_device` checks later whether the device is available."""
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
     return text
@@ -169,7 +169,7 @@ def device(text: str) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left, on stderr. Yields what advances it."""
+    """Shows a bar with the time left on stderr. Yields a function that advances it."""
     columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)

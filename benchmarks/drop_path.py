@@ -1,5 +1,5 @@
-"""Ordinary drop-path, a decision a sample, by who skips what is dropped. Everybody draws masks of its own at each step,
-as in users' training."""
+"""Ordinary drop-path in sample mode: providers that skip dropped samples, and one that doesn't. Each provider draws its
+own masks at each step, as in users' training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OwnMasks(Plain):
     minimal = False
     compiled = False
     skips = False
-    """Whether a branch of which no row is kept isn't run, and leaves its weights without a gradient."""
+    """Whether a branch without kept rows is skipped, so that its weights have no gradient."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class OwnMasks(Plain):
         autocast: bool = False,
         recorded: bool = False,
     ):
-        """`recorded`: `drawn` is going to be asked for."""
+        """`recorded` must be True if `drawn` is called later."""
         self.drop_prob, self._recorded = drop_prob, recorded
         self.prepare(network, images)
         super().__init__(network, images, labels, "sample", autocast)
@@ -53,13 +53,13 @@ class OwnMasks(Plain):
         network.set_drop_paths(self._recorders if self._recorded else modules)
 
     def drawn(self) -> tuple[Tensor, float]:
-        """A forward and backward. Which rows each path kept, bool `[paths, B]`, and at which p."""
+        """Runs forward and backward. Returns the rows that each path kept, bool `[paths, B]`, and p."""
         self.backward()
         return torch.stack([recorder.kept for recorder in self._recorders]).cpu(), self.drop_prob
 
 
 class Compiled(OwnMasks):
-    """The same, the whole network compiled."""
+    """`OwnMasks` with the whole network compiled."""
 
     name = "compiled drop-path"
     compiled = True
@@ -70,7 +70,7 @@ class Compiled(OwnMasks):
 
 
 class Subset(OwnMasks):
-    """DINOv2's way: each branch on a fixed number of random rows, added to them B / rows times."""
+    """DINOv2's drop-path: each branch runs on a fixed number of random rows, and its update is scaled by B / rows."""
 
     name = "subset"
 
@@ -87,7 +87,7 @@ class Subset(OwnMasks):
 
 
 class CompiledSubset(Subset):
-    """The same, each block compiled."""
+    """`Subset` with each block compiled."""
 
     name = "compiled subset"
     compiled = True
@@ -103,7 +103,7 @@ class Ours(OwnMasks):
         network.prepare(images[:2], self.drop_prob)
 
     def drawn(self) -> tuple[Tensor, float]:
-        """Masks come from torch's global CPU generator, a path after the other."""
+        """Predicts the masks from torch's global CPU generator, which draws them path by path."""
         state = torch.get_rng_state()
         keep = torch.stack([torch.rand(len(self.images)) >= self.drop_prob for _ in self.network.branches])
         torch.set_rng_state(state)
@@ -112,7 +112,7 @@ class Ours(OwnMasks):
 
 
 class OursCompiled(Ours):
-    """The same, each branch compiled."""
+    """`Ours` with each branch compiled."""
 
     name = "ours compiled drop-path"
     compiled = True
@@ -134,15 +134,15 @@ def drop_path_case(
     autocast: bool = False,
     compiled: bool = True,
 ) -> Case:
-    """Two steps of drop-path at p = 0.4 on one of `MODELS`, and two plain steps to compare with. Arguments as in
-    `cases.step_case`; `compiled`: with those that are compiled, which they are before this returns."""
+    """Returns a case: two steps of drop-path at p = 0.4 on one of `MODELS`, and two plain steps as the baseline. The
+    arguments are those of `cases.step_case`. `compiled` adds the compiled trainers, and compiles them at once."""
     kinds = [kind for kind in TRAINERS if compiled or not kind.compiled]
     config = config_of(size, model, device, batch)
     labels = labels_of(size, model, config, "sample", DROP_PROB, autocast, "drop-path")
     reason = unavailable(model)
     if reason is not None:
         return Case(labels, UNIT, Plain.name, [Provider.missing(kind.name, reason) for kind in (Plain, *kinds)])
-    torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
+    torch._dynamo.reset()  # compilations of earlier cases count towards dynamo's limit
     batches = config.batches(device)
 
     def provider(kind: type[OwnMasks]) -> Provider:
@@ -152,7 +152,7 @@ def drop_path_case(
         except Exception as error:
             if not kind.compiled:
                 raise
-            return Provider.missing(kind.name, told(error))  # compilers may fail on what is there
+            return Provider.missing(kind.name, told(error))  # compilers may fail here
         run = turn_of(trainer, batches, [None])
         return Provider(kind.name, run, lambda: verify_drawn(kind, model, device.device), compiled=kind.compiled)
 
@@ -163,8 +163,8 @@ def drop_path_case(
 
 @one_thread()
 def verify_drawn(kind: type[OwnMasks], model: str, device: torch.device = CPU) -> Check:
-    """Gradients, and which of them there are, of a small float64 network, against the textbook's with the masks that
-    were drawn."""
+    """Compares the gradients of a small float64 network, and which parameters have one, with the textbook's for the
+    same masks."""
     config = VERIFIED[model]
     trainer = kind(config.network(device), *config.data(device), DROP_PROB, recorded=True)
     book = Textbook(config.network(device), trainer.images, trainer.labels)
@@ -177,14 +177,14 @@ def verify_drawn(kind: type[OwnMasks], model: str, device: torch.device = CPU) -
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Those there are, by their number, which blocks around blocks don't change. Leaves none behind."""
+    """Returns the gradients by the parameter's number, and clears them. Names would change when blocks are wrapped."""
     gradients = {str(number): p.grad for number, p in enumerate(model.parameters()) if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return gradients
 
 
 class _Recorder(nn.Module):
-    """A drop-path that keeps in a buffer which rows it kept, also where it is compiled."""
+    """Wraps a drop-path, and records in a buffer which rows it kept. Works in a compiled network too."""
 
     kept: Tensor
 

@@ -31,7 +31,7 @@ from .library_models import NAMES
 from .machine import Device, facts
 from .step import probability
 
-BATCH = 8  # of timm's models
+BATCH = 8  # timm's models
 DROP_PROB = 0.1
 TURNS = 12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,12 +39,12 @@ FREEZES = ("parameters", "branch")
 
 
 class Unavailable(Exception):
-    """The model that was asked for isn't there; the message is for users."""
+    """The requested model isn't available. The message is for users."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with paths, the one that it was converted from (itself, if it was built with them), and a batch."""
+    """A model with paths, its plain original, and a batch. A model that was built with paths is its own original."""
 
     model: nn.Module
     plain: nn.Module
@@ -73,7 +73,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--check", action="store_true", help="also measure real iterations, and compare")
     command.add_options(
-        parser, f"--check: pairs of each kind; default: {TURNS}", "no times, and so nothing to --check", "the same"
+        parser, f"--check: pairs of each kind; default: {TURNS}", "measure no times; excludes --check", "the same"
     )
     parser.set_defaults(run=run)
 
@@ -139,28 +139,28 @@ def _from_timm(name: str, image: int | None) -> nn.Module:
     if image is not None:
         try:
             return timm.create_model(name, img_size=image)
-        except TypeError:  # one that takes images of any size
+        except TypeError:  # the model takes images of any size
             pass
     return timm.create_model(name)
 
 
-# The check: what real pairs of iterations take, in turn with plain steps
+# The check: real pairs of iterations, timed in turn with plain steps
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Ratios to plain training's time of forward and backward, medians over pairs on the same plans."""
+    """Ratios to plain training's time of forward and backward. They are medians over pairs on the same plans."""
 
     mode: str
     freeze: str
     measured: float
     estimated: float
     agreement: float
-    """The median of each pair's measured ratio to its estimated one."""
+    """The median of measured / estimated ratio over the pairs."""
 
 
 def checked(subject: Subject, estimate: Estimate, options: argparse.Namespace, device: Device) -> Iterator[Checked]:
-    """Of what the scheme doesn't refuse."""
+    """Yields a result for each mode and freezing that the scheme supports on this model."""
     turns = options.turns or TURNS
     for mode in MODES:
         for freeze in FREEZES:
@@ -196,7 +196,7 @@ def _checked(subject: Subject, scheme: rdp.ResidualDropPath, estimate: Estimate,
 
 
 def _plan(scheme: rdp.ResidualDropPath, batch: int) -> rdp.PathPlan:
-    """The next that drops something: else there is one iteration, not two."""
+    """Returns the next plan that drops something, so that there are two iterations."""
     while True:
         pair = scheme.iterations(batch)
         next(pair)

@@ -1,4 +1,5 @@
-"""The tables of docs/evidence.md: what the scheme does to accuracy and to networks, from rows that have one a seed."""
+"""The tables of docs/evidence.md: the scheme's effect on accuracy and on networks, from files with a row for each
+seed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ POINTS = 100  # accuracies are shown in percent, differences in points
 
 
 def spiral_table(rows: list[Row]) -> str:
-    """Every method on the base setting, at equal steps, FLOPs and updates."""
+    """Every method on the base setting at equal steps, at equal FLOPs and at equal updates."""
     equals = {"base": "steps", "equal FLOPs": "FLOPs", "equal updates": "updates"}
     shown = [row for row in rows if row["study"] in equals]
     plain = grouped(shown, "study", "method")["base", PLAIN]
@@ -41,11 +42,11 @@ def spiral_table(rows: list[Row]) -> str:
 
 NETWORK = ("depth", "width", "layers", "points", "noise", "learning_rate", "steps")
 DROPPING = (*NETWORK, "drop_prob", "mode", "schedule", "scale_by_keep", "equal")
-"""What plain training, and drop-path, depend on."""
+"""The columns that plain training and drop-path depend on."""
 
 
 def spiral_settings_table(rows: list[Row]) -> str:
-    """What each setting does to the scheme: to accuracy, and without a quarter of the paths."""
+    """The effect of each setting on the scheme: accuracy of the whole network, and without a quarter of the paths."""
     by_case = grouped(rows, "study", "method")
     plain_of, drop_of = grouped(rows, "method", *NETWORK), grouped(rows, "method", *DROPPING)
     lines = _head(
@@ -76,7 +77,7 @@ def _each_seed_once(rows: Sequence[Row]) -> list[Row]:
 
 
 def first_study_table(rows: list[Row]) -> str:
-    """What a first study of ours had found (before this repository), and what is found here."""
+    """The findings of an earlier study (before this repository), and the same quantities here."""
     by_case = grouped(rows, "study", "method")
 
     def values(study: str, *methods: str, column: str = "accuracy") -> str:
@@ -113,7 +114,7 @@ def first_study_table(rows: list[Row]) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column in which two methods are compared, and how it is shown."""
+    """A column that compares two methods, and its format."""
 
     column: str
     factor: float = 1.0
@@ -121,7 +122,7 @@ class Measure:
 
 
 def separation_table(rows: list[Row]) -> str:
-    """Does it matter that it is what was dropped that learns? The scheme against controls that differ in just that."""
+    """The scheme against controls that differ only in which paths learn."""
     by_case = grouped(rows, "study", "method")
     cases = [
         (study, control)
@@ -148,7 +149,7 @@ def separation_table(rows: list[Row]) -> str:
 
 
 def fresh_seeds_table(rows: list[Row]) -> str:
-    """The same for one setting, with seeds that had no part in choosing it."""
+    """`controls` for one setting, with seeds that weren't used to choose it."""
     by_method = grouped(rows, "method")
     lines = _head("ResidualDroppath − …", *SEPARATION)
     for (method,) in by_method:
@@ -186,7 +187,7 @@ def digits_pairs_table(rows: list[Row]) -> str:
 
 
 def language_table(rows: list[Row]) -> str:
-    """Bits per byte of every method, for each text and kind of equality."""
+    """Bits per byte of every method, for each text size, at equal steps and at equal FLOPs."""
     losses = ["training_loss_at_inference", *_removed(rows, "validation_loss_without_")]
     lines = _head(
         *("training text, kB", "equal", "method", "steps", "FLOPs", "validation loss", "− plain"),
@@ -212,7 +213,7 @@ def language_table(rows: list[Row]) -> str:
 
 
 def skips_table(rows: list[Row]) -> str:
-    """The ways to stack layers, over depth."""
+    """Results by depth for each way to stack layers."""
     lines = _head(
         *("kind", "depth", "lg of first / last layer's gradient", "after 100 steps", "accuracy, %"),
         *("one layer removed, %", "a quarter removed, %", "layers that matter", "gradient's path length"),
@@ -235,7 +236,7 @@ def skips_table(rows: list[Row]) -> str:
 
 
 def _excludes_zero(rows: Sequence[Row], others: Sequence[Row], column: str, level: float) -> bool:
-    """At another level than 95 %."""
+    """The interval at another level than 95 %."""
     estimate, count = difference(rows, others, column), len(rows)
     if estimate.half_width is None:
         return False
@@ -250,7 +251,7 @@ def _points(estimate: Estimate) -> str:
 
 
 def _signed(estimate: Estimate, spec: str, factor: float = 1.0, bold: bool | None = None) -> str:
-    """With its sign; bold where its interval excludes 0, or as is said."""
+    """Formats a difference with its sign. It is bold if its interval excludes 0, or as `bold` says."""
     text = ("+" if estimate.mean >= 0 else "") + estimate.text(spec, factor)
     return f"**{text}**" if (estimate.excludes_zero if bold is None else bold) else text
 
@@ -260,7 +261,7 @@ def _means(rows: Sequence[Row]) -> str:
 
 
 def _removed(rows: Sequence[Row], prefix: str) -> list[str]:
-    """Columns of so many removed branches, fewest first."""
+    """The columns for removed branches, ordered by their number."""
     return sorted((name for name in rows[0] if name.startswith(prefix)), key=lambda name: int(name.split("_")[-1]))
 
 

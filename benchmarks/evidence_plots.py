@@ -1,4 +1,4 @@
-"""Figures of docs/evidence.md, from rows that have one a seed."""
+"""Figures of docs/evidence.md, from files with a row for each seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMOVED = {
 
 @styled
 def spiral_accuracy(rows: Rows) -> Figure:
-    """Accuracy of every method on the spiral's base setting, whole and with paths removed; a dot a seed."""
+    """Accuracy of every method on the spiral's base setting, whole and with paths removed. Each dot is a seed."""
     rows = [row for row in complete(rows, "study", "method", *REMOVED) if row["study"] == "base"]
     if not rows:
         raise NothingToPlot("no row is of the base setting")
@@ -39,7 +39,7 @@ def spiral_accuracy(rows: Rows) -> Figure:
 
 @styled
 def language_curves(rows: Rows) -> Figure:
-    """Validation loss in the course of training, by step and by FLOP: means over seeds, the last with its interval."""
+    """Validation loss during training by step and by FLOP: means over seeds, with an interval at the last one."""
     rows = complete(rows, "method", "seed", "step", "flops", "validation_loss", "bytes", "equal")
     rows = [row for row in rows if row["equal"] == "steps"]
     if not rows:
@@ -68,7 +68,7 @@ def language_curves(rows: Rows) -> Figure:
 
 
 def _curve(rows: list[dict[str, Any]], over: str) -> list[tuple[float, Estimate]]:
-    """Means over the seeds of x and of the loss, evaluation by evaluation. The untrained network isn't shown."""
+    """Means of x and of the loss over the seeds, for each evaluation but that of the untrained network."""
     seeds: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         seeds.setdefault(row["seed"], []).append(row)

@@ -1,6 +1,6 @@
-"""What the rows of each command say, in a line: question → answer, for the table that `all` ends in.
+"""Summaries of each command's rows as question → answer, for the table at the end of `all`.
 
-Ranges are from the lowest to the highest over all cases, so that nobody is told of the best one only.
+Ranges are from the lowest to the highest over all cases, so that the best case isn't shown alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .op_providers import EAGER, OURS, OURS_EAGER, OURS_NATIVE
 from .pairs import BranchFrozen, DropPath, Exact, Naive
 
 Answer = Callable[[list[Row]], str | None]
-"""None where the rows have nothing to say."""
+"""None if the rows don't answer the question."""
 
 
 def pair_against(provider: str, base: str | None = None) -> Answer:
-    """The time of a provider's pair as a ratio to plain's, or to `base`'s, by mode; with what it needs."""
+    """The time of a provider's pair relative to plain's or `base`'s, by mode, with its needed FLOPs."""
 
     def answer(rows: list[Row]) -> str | None:
         lines = []
@@ -41,7 +41,7 @@ def pair_against(provider: str, base: str | None = None) -> Answer:
 
 
 def ops_against(is_other: Callable[[str], bool]) -> Answer:
-    """How many times as fast as another way our fastest is, by pass."""
+    """The speed-up of our fastest provider over another one, by pass."""
 
     def answer(rows: list[Row]) -> str | None:
         lines = []
@@ -55,7 +55,7 @@ def ops_against(is_other: Callable[[str], bool]) -> Answer:
 
 
 def ops_lost(rows: list[Row], most: int = 4) -> str | None:
-    """The settings in which ours is slower than another way by more than a twentieth, the worst first."""
+    """The settings in which ours is slower than another provider by more than a twentieth, the worst first."""
     slower = [(of, where) for where, of in times_as_fast(rows, lambda name: not name.startswith("ours")) if of < 0.95]
     if not slower:
         return "nowhere in these settings" if rows else None
@@ -64,7 +64,7 @@ def ops_lost(rows: list[Row], most: int = 4) -> str | None:
 
 
 def call_time(rows: list[Row]) -> str | None:
-    """Host time of a call of ours by itself and as a ratio to eager's, forward and backward."""
+    """Host time of our calls in µs and relative to eager's, forward and backward."""
     ours = [r for r in rows if r["provider"] == _fastest(rows) and r["pass"] == "both" and r["ratio_rounds"]]
     if not ours:
         return None
@@ -72,7 +72,7 @@ def call_time(rows: list[Row]) -> str | None:
 
 
 def kept_bytes(provider: str, iteration: str) -> Answer:
-    """What an iteration saves for its backward, and its peak, as ratios to a plain step's, by mode."""
+    """Saved bytes and peak of an iteration relative to a plain step's, by mode."""
 
     def answer(rows: list[Row]) -> str | None:
         lines = []
@@ -87,7 +87,7 @@ def kept_bytes(provider: str, iteration: str) -> Answer:
 
 
 def moved_bytes(provider: str) -> Answer:
-    """How many bytes are moved for each one that is needed, by pass."""
+    """Moved bytes relative to needed bytes, by pass."""
 
     def answer(rows: list[Row]) -> str | None:
         lines = []
@@ -103,7 +103,7 @@ def moved_bytes(provider: str) -> Answer:
 
 
 def path_overhead(rows: list[Row]) -> str | None:
-    """Host time of ours per path and optimizer step, in the longest chain of paths that do next to nothing."""
+    """Host time of ours per path and optimizer step, in the longest chain of tiny paths."""
     ours = [row for row in rows if row["network"] == "tiny" and row["overhead_us_per_path"] is not None]
     last = {row["mode"]: row for row in sorted(ours, key=lambda row: row["paths"])}
     lines = [f"{mode}: {r['overhead_us_per_path'] / 2:.0f} µs, with {r['paths']:,} paths" for mode, r in last.items()]
@@ -111,7 +111,7 @@ def path_overhead(rows: list[Row]) -> str | None:
 
 
 def step_overhead(rows: list[Row]) -> str | None:
-    """The share of a step that this comes to, by network."""
+    """The host time of ours as a share of a step, by network."""
     lines = []
     networks = dict.fromkeys((row["network"], row["batch"]) for row in rows if row["network"] != "tiny")
     for network, batch in networks:
@@ -150,7 +150,7 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "our ops against eager torch": ops_against(lambda name: name == EAGER),
         "… against torch.compile": ops_against(is_compiled),
         "… against other libraries'": ops_against(is_peer),
-        "where we lose": ops_lost,
+        "where ours is slower": ops_lost,
     },
     "overhead": {"host time of a call, forward and backward": call_time},
     "scaling": {
@@ -172,7 +172,7 @@ def _cases(rows: Iterable[Row]) -> Iterator[dict[str, Row]]:
 
 
 def times_as_fast(rows: Iterable[Row], is_other: Callable[[str], bool]) -> Iterator[tuple[str, float]]:
-    """Where, and how many times as fast as each of the other ways our fastest backend's is."""
+    """Yields a setting, and the speed-up of our fastest backend over each of the other providers there."""
     rows = list(rows)
     name = _fastest(rows)
     for (setting, direction), group in itertools.groupby(rows, lambda row: (setting_of(row), row["pass"])):
@@ -186,7 +186,7 @@ def times_as_fast(rows: Iterable[Row], is_other: Callable[[str], bool]) -> Itera
 
 
 def _fastest(rows: Iterable[Row]) -> str:
-    """The backend of ours that serves by default: Triton's on a GPU, the compiled library's on CPUs, else eager."""
+    """Our default backend's row: Triton's on a GPU, the compiled library's on a CPU, else eager's."""
     there = {row["provider"] for row in rows if not row["unavailable"]}
     return next(name for name in (OURS, OURS_NATIVE, OURS_EAGER) if name in there or name == OURS_EAGER)
 

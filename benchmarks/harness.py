@@ -1,12 +1,12 @@
-"""Measures cases: several providers of the same work, verified first and then timed in turn.
+"""Measures cases. The providers of a case do the same work; they are verified first and then timed in turn.
 
     session = Session(Device.of("cpu"), turns=12)
     for case in cases:
         session.measure(case)
     session.rows
 
-Nothing is timed before every provider of its case has passed its check. A round gives each provider one turn, so that
-a busy machine slows all of them, in an order that changes from round to round. Counting FLOPs, or a turn, warms up.
+No provider of a case is timed before all of them have passed their checks. A round gives each provider one turn, so
+that a busy machine slows all of them. The order changes from round to round. The turn that counts FLOPs is the warm-up.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .machine import Ceilings, Device, facts
 CEILINGS_EVERY = 5.0  # seconds
 CPU = torch.device("cpu")
 Row = dict[str, Any]
-"""One provider of one case: a line of the CSV. A value that there isn't is None."""
+"""The values of one provider in one case: a line of the CSV. Absent values are None."""
 
 
 class CheckFailed(Exception):
-    """A provider doesn't do what it says; nothing of its case is timed."""
+    """A provider computes something else than it should. No provider of its case is timed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The largest `error` against the float64 reference, and the `bound` that it must keep to."""
+    """The largest `error` against the float64 reference, and its `bound`."""
 
     error: float
     bound: float
@@ -52,9 +52,9 @@ class Capture:
     """A provider's turns as a CUDA graph.
 
     Args:
-        runs: a turn on each set of inputs; returns tensors.
-        check: of what the first returns.
-        kept: tensors that belong to the inputs: a result that shares memory with one is not new.
+        runs: a function for each set of inputs, which runs a turn and returns tensors.
+        check: checks the results of the first function.
+        kept: tensors that belong to the inputs. A result that shares memory with one of them is not new.
     """
 
     runs: Sequence[Callable[[], tuple[Tensor, ...]]]
@@ -71,17 +71,17 @@ class Provider:
     """One way to do the work of a case.
 
     Args:
-        run: `run(turn)` is what is timed; turns count from 0 for every provider, and equal turns mean equal inputs.
+        run: `run(turn)` is timed. Turns count from 0 for every provider, and equal turns mean equal inputs.
         verify: compares with the float64 reference.
-        needed_flop: of a turn (the mean over all of them): what no implementation of this work can leave out.
-        needed_bytes: likewise, read from and written to memory.
-        minimal: it claims to do the needed FLOPs and no more, which is checked over all turns. Others do the same
-            FLOPs in each turn, and those of the first are counted.
-        period: after so many turns the FLOPs of a minimal one are those of the first again; None: never.
-        compiled: by torch.compile, which lets nobody count its FLOPs.
-        unavailable: why it can't run here.
-        columns: more of its row.
-        capture: what a CUDA graph can be captured of, for times of the device alone.
+        needed_flop: FLOPs of a turn (mean over all turns) that no implementation of this work can leave out.
+        needed_bytes: likewise, bytes read from and written to memory.
+        minimal: the provider claims to do only the needed FLOPs, which is checked over all turns. Other providers do
+            the same FLOPs in each turn, and only those of the first are counted.
+        period: after so many turns the FLOPs of a minimal provider repeat; None: never.
+        compiled: compiled by torch.compile, so that its FLOPs can't be counted.
+        unavailable: why the provider can't run here.
+        columns: further columns of its row.
+        capture: the work of a CUDA graph, for times of the device alone.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Provider:
 
     @classmethod
     def missing(cls, name: str, reason: str) -> Provider:
-        """A provider that can't run here: its row says why."""
+        """Returns a provider that can't run here. Its row says why."""
         return cls(name, _never, _never, unavailable=reason)
 
 
@@ -111,8 +111,8 @@ class Case:
     """Work that several providers do.
 
     Args:
-        labels: what tells its rows from other cases', for example model, mode and p.
-        unit: what one turn is.
+        labels: columns that distinguish its rows from other cases', for example model, mode and p.
+        unit: the work of one turn, in words.
         baseline: the provider that ratios refer to. It must be available if any is.
     """
 
@@ -134,7 +134,7 @@ class Case:
         return ", ".join(f"{name} {value}" for name, value in self.labels.items())
 
     def verify(self) -> Check:
-        """The check that comes closest to its bound. Raises `CheckFailed` for one that doesn't pass."""
+        """Returns the check that comes closest to its bound. Raises `CheckFailed` if one doesn't pass."""
         checks = []
         for provider in self.available:
             try:
@@ -150,12 +150,13 @@ class Case:
         return max(checks, key=lambda check: check.error / check.bound)
 
     def count_flop(self, turns: int, device: torch.device = CPU) -> dict[str, float]:
-        """Mean FLOPs of each provider's turns. Raises `CheckFailed` where a minimal provider does not do its own. On a
-        GPU that is a warning: its own attention kernels compute the scores again in the backward, and count so."""
+        """Returns the mean FLOPs of each provider's turns. Raises `CheckFailed` if a minimal provider doesn't do
+        exactly the needed FLOPs. On a GPU it warns instead: there, attention kernels compute the scores again in the
+        backward, and this is counted."""
         counted = {}
         for provider in self.available:
             if provider.compiled:
-                provider.run(0)  # counting warms up the others
+                provider.run(0)  # warm-up; counting warms up the others
                 continue
             differ = min(turns, provider.period or turns) if provider.minimal else 1
             counts = [_count(provider, turn, device) for turn in range(differ)]
@@ -169,7 +170,7 @@ class Case:
         return counted
 
     def warm_up(self) -> dict[str, float]:
-        """A turn of each provider, in the place of counting; counts nothing."""
+        """Runs a turn of each provider without counting. Returns no counts."""
         for provider in self.available:
             provider.run(0)
         return {}
@@ -179,10 +180,10 @@ class Session:
     """Measures cases on one device and collects their `rows`.
 
     Args:
-        turns: of each provider of a case.
+        turns: the number of turns of each provider.
         on_round: called after every round.
-        flops: whether FLOPs are counted, and measured against their ceiling.
-        more: further columns of a provider's row, measured after the rounds.
+        flops: whether FLOPs are counted and compared with their ceiling.
+        more: returns further columns of a provider's row, measured after the rounds.
     """
 
     def __init__(
@@ -200,11 +201,11 @@ class Session:
 
     @property
     def rows(self) -> list[Row]:
-        """All of them against the same ceilings: the highest that were seen."""
+        """All rows, with shares of the same ceilings: the highest that were measured."""
         return [self._facts | row | self._shares(row) for row in self._rows]
 
     def measure(self, case: Case) -> None:
-        """Verifies, counts and times `case`. Interrupted while it times, it keeps the complete rounds."""
+        """Verifies, counts and times `case`. If it is interrupted while timing, the complete rounds are kept."""
         if not case.available:
             self._rows += [self._row(case, provider, [], {}) for provider in case.providers]
             return
@@ -225,7 +226,7 @@ class Session:
                 self._rows += [row | more.get(row["provider"], {}) for row in rows]
 
     def _raise_ceilings(self) -> None:
-        """Measures them again, as other programs may have lowered the last; every few seconds is enough."""
+        """Measures the ceilings again every few seconds, as other programs may have lowered the last ones."""
         if time.monotonic() - self._ceilings_at >= CEILINGS_EVERY:
             self._ceilings = self._ceilings.or_higher(self._measure_ceilings())
             self._ceilings_at = time.monotonic()
@@ -234,7 +235,7 @@ class Session:
         return self.device.ceilings() if self.flops else Ceilings(0.0, self.device.copy_rate())
 
     def _round(self, case: Case, turn: int) -> dict[str, float]:
-        """Milliseconds of one turn of each provider."""
+        """Returns the milliseconds of one turn of each provider."""
         return {
             provider.name: self.device.milliseconds(lambda provider=provider: provider.run(turn))
             for provider in turn_order(case.available, turn)
@@ -259,7 +260,7 @@ class Session:
         }
 
     def _shares(self, row: Row) -> Row:
-        """The ceilings, and what share of them the median turn reaches with what it needs."""
+        """Returns the ceilings, and the shares of them that the median turn reaches by its needed FLOPs and bytes."""
         gflops, gbs = self._ceilings.flops / 1e9, self._ceilings.bytes / 1e9
         return {
             "ceiling_gflops": gflops,
@@ -270,7 +271,7 @@ class Session:
 
 
 def turn_order(providers: list[Provider], turn: int) -> list[Provider]:
-    """A rotation by one each round, backwards every other round: no provider always follows the same one."""
+    """Rotates by one each round and reverses every other round, so that no provider always follows the same one."""
     start = turn % len(providers)
     order = providers[start:] + providers[:start]
     return order[::-1] if turn % 2 else order
@@ -280,8 +281,8 @@ SUMMARY = ("min_ms", "p20_ms", "p50_ms", "p80_ms", "ratio_p50", "ratio_min", "ra
 
 
 def summary(times: list[float], base_times: list[float]) -> dict[str, float]:
-    """Of a provider's turns. `ratio_rounds`, the median of each round's ratio to the baseline, is the steadiest ratio
-    on a machine whose speed drifts."""
+    """Summarises a provider's turns. `ratio_rounds` is the median of each round's ratio to the baseline. It is the
+    steadiest ratio on a machine whose speed drifts."""
     p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     ratio_rounds = statistics.median(mine / base for mine, base in zip(times, base_times, strict=True))
     ratios = (p50 / statistics.median(base_times), min(times) / min(base_times), ratio_rounds)
@@ -293,12 +294,12 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 
 def quotient(value: float | None, by: float | None) -> float | None:
-    """None where either is unknown, or `by` is 0."""
+    """Returns None if either is unknown, or `by` is 0."""
     return value / by if value is not None and by else None
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line: its name and what it says first."""
+    """Formats an exception in one line: its name and the start of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, " ".join(lines[:2])] if lines else [type(error).__name__])
 

@@ -1,10 +1,10 @@
-"""Memory traffic of interpreted Triton kernels, exactly: every element that a load or a store touches, mask applied.
+"""Exact memory traffic of interpreted Triton kernels: every element that a load or a store touches, mask applied.
 
-The interpreter executes a load or store of a tile as one call with an address and a mask bit an element. A launch's
-tensors are known by address, so each call is attributed to an argument of the kernel. `tests/traffic` holds each kernel
-to its minimum with it, and `python -m benchmarks traffic` prints what it counts.
+The interpreter executes a load or store of a tile as one call with an address and a mask bit for each element. The
+addresses tell which argument of the kernel a call belongs to. `tests/traffic` checks that each kernel moves the
+minimum, and `python -m benchmarks traffic` prints the counts.
 
-Importing this module imports triton, which interprets only where TRITON_INTERPRET=1 was set before that.
+Importing this module imports triton, which interprets only if TRITON_INTERPRET=1 was set before.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from triton.runtime.interpreter import interpreter_builder
 
 from rdp_kernels.kernels.triton.launch import Launch
 
-SECTOR = 32  # bytes: the least that a GPU's memory moves
+SECTOR = 32  # bytes: the smallest piece that a GPU's memory moves
 
-# Not proportional to rows × channels, or so by a factor of a row's width less.
+# Not proportional to rows × channels, or smaller than that by a factor of a row's width.
 VECTORS = {"gamma_ptr", "weight_ptr", "bias_ptr"}
 PARTIALS = {"dgamma_ptr", "dweight_ptr", "dbias_ptr", "partials_ptr"}
 INDICES = {"index_ptr", "inverse_ptr", "next_inverse_ptr", "row_scale_ptr"}
@@ -36,11 +36,11 @@ _NO_TRAFFIC = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.n
 
 
 class Accesses:
-    """The loads of one tensor in one launch, or the stores.
+    """All loads of one tensor in one launch, or all stores.
 
-    `calls`: how many tiles, of all programs, touch something. `sectors`: the sum over calls of the distinct 32-byte
-    sectors that one touches: what is contiguous within a tile coalesces, and nothing is shared between two calls, as if
-    there were no cache.
+    `calls` is the number of tiles that touch something, over all programs. `sectors` is the number of distinct 32-byte
+    sectors that a call touches, summed over calls: contiguous elements of a tile coalesce, and no two calls share a
+    sector, as if there were no cache.
     """
 
     def __init__(self, tensor: Tensor):
@@ -57,11 +57,11 @@ class Accesses:
         assert self._own[offsets].all(), "a kernel touches what lies between a tensor's elements"
         np.add.at(self._counts, offsets, 1)
         self.calls += 1
-        self.sectors += len(np.unique(addresses // np.uint64(SECTOR)))  # an element never spans two
+        self.sectors += len(np.unique(addresses // np.uint64(SECTOR)))  # an element never spans two sectors
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each element is touched, in the tensor's shape."""
+        """The number of times that each element is touched, in the tensor's shape."""
         return self._in_shape(self._counts)
 
     def _in_shape(self, flat: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ class Accesses:
 
 
 class Traffic:
-    """What one launch does to one tensor, which it keeps alive: an address means one tensor for as long."""
+    """The accesses of one launch to one tensor. The tensor is kept alive, so that its addresses stay its own."""
 
     def __init__(self, tensor: Tensor):
         self.read, self.written = Accesses(tensor), Accesses(tensor)
@@ -91,25 +91,25 @@ class Traffic:
 
 @dataclass
 class LaunchTraffic:
-    """One launch: `tensors` by argument name. Arguments that are one tensor, as in place, share one `Traffic`."""
+    """One launch: `tensors` by argument name. Arguments with the same tensor (in place) share one `Traffic`."""
 
     kernel: str
     tensors: dict[str, Traffic] = field(default_factory=dict)
 
     @property
     def big(self) -> dict[str, Traffic]:
-        """Those proportional to rows × channels."""
+        """The tensors with sizes proportional to rows × channels."""
         return {name: traffic for name, traffic in self.tensors.items() if name not in self.small}
 
     @property
     def small(self) -> dict[str, Traffic]:
-        """The others."""
+        """The tensors that aren't in `big`."""
         if self.kernel in SMALL_KERNELS:
             return self.tensors
         return {name: traffic for name, traffic in self.tensors.items() if name in SMALL}
 
     def at(self, addresses: np.ndarray) -> Traffic:
-        """The tensor in which all of `addresses` lie."""
+        """Returns the traffic of the tensor that contains all of `addresses`."""
         start, end = int(addresses.min()), int(addresses.max()) + 1
         for traffic in self.tensors.values():
             if traffic.overlaps(start, end):
@@ -121,8 +121,8 @@ class LaunchTraffic:
 
 @dataclass
 class Counted:
-    """Launches in order; and the torch ops between them, except those that only allocate, that make views, or that
-    have nothing to do with a tensor of more than one dimension."""
+    """Launches in order, and the torch ops between them. Ops that only allocate, make views, or use no tensor of more
+    than one dimension are left out."""
 
     launches: list[LaunchTraffic] = field(default_factory=list)
     torch_ops: list[str] = field(default_factory=list)
@@ -132,15 +132,15 @@ class Counted:
 
     @property
     def big(self) -> list[Accesses]:
-        """Of all launches, each tensor's loads and stores once."""
+        """The loads and stores of each big tensor of all launches, each once."""
         unique = {id(traffic): traffic for launch in self.launches for traffic in launch.big.values()}
         return [accesses for traffic in unique.values() for accesses in (traffic.read, traffic.written)]
 
 
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Counted]:
-    """Counts the launches within the `with` block. A kernel that touches memory other than by loads and stores of its
-    arguments' elements fails."""
+    """Counts the launches within the `with` block. Raises if a kernel touches memory other than by loads and stores of
+    its arguments' elements."""
     counted, current = Counted(), []
     run, load, store = Launch.run, interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
 
@@ -154,7 +154,7 @@ def count_traffic() -> Iterator[Counted]:
         counted.launches.append(record)
         current[:] = [record]
         try:
-            with _disable_current_modes():  # the interpreter moves its arguments by torch ops
+            with _disable_current_modes():  # the interpreter copies its arguments with torch ops
                 run(launch, device)
         finally:
             current.clear()
@@ -197,7 +197,7 @@ def count_traffic() -> Iterator[Counted]:
 
 
 def _traffic(tensor: Tensor, launch: LaunchTraffic) -> Traffic:
-    """A new one, or that of the argument which is the same tensor."""
+    """Returns a new `Traffic`, or that of another argument with the same tensor."""
     new = Traffic(tensor)
     for other in launch.tensors.values():
         if new.overlaps(other.start, other.end):

@@ -1,5 +1,5 @@
-"""How many kernels something launches: on a GPU counted as they run. On the CPU ops stand in for them, those that torch
-dispatches and that compute: no views, no allocations, no number handed to Python. A call of ours is one.
+"""Counts the kernels that a function launches on a GPU. On the CPU it counts the ops that torch dispatches and that
+compute: no views, no allocations and no conversions to Python numbers. A call of ours is one op.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def counted_as(device: torch.device) -> str:
 
 
 def count_launches(run: Callable[[], object], device: torch.device) -> int:
-    """Of `run()`, which has run before: what it prepares once isn't meant."""
+    """Counts the launches of `run()`. It must have run before, so that one-time preparations aren't counted."""
     if device.type == "cpu":
         with _Ops() as ops:
             run()
         return ops.count
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs every start and stop
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
@@ -38,7 +38,7 @@ def count_launches(run: Callable[[], object], device: torch.device) -> int:
 
 
 class _Ops(TorchDispatchMode):
-    """Counts those that compute."""
+    """Counts the ops that compute."""
 
     count = 0
 

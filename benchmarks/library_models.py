@@ -1,6 +1,6 @@
-"""Networks of timm as its users have them: the same classes at their real size, and small ones.
+"""Networks of timm: its own classes at their real size, and small ones.
 
-timm is imported when a network is built; `missing` says why it can't be.
+timm is imported when a network is built; `missing` returns why it can't be imported.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin-t": {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
     "resnet-50": {"layers": (1, 1, 2, 1), "channels": (8, 16, 24, 32), "zero_init_last": False},
 }
-"""The same blocks in networks for images of 32 × 32. Branches count for something: LayerScale starts at 0.5, and the
-last BatchNorm not at 0."""
+"""The same blocks in networks for images of 32 × 32. LayerScale starts at 0.5 and the last BatchNorm isn't 0, so that
+branches change the output."""
 
 BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "Block": {"drop_path1": ("norm1", "attn", "ls1"), "drop_path2": ("norm2", "mlp", "ls2")},
@@ -40,20 +40,20 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "SwinTransformerBlock": {"drop_path1": ("norm1", "attn"), "drop_path2": ("norm2", "mlp")},
     "Bottleneck": {"drop_path": ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")},
 }
-"""Class of a block → the drop-path at the end of each branch → what the branch consists of."""
+"""Class of a block → the drop-path at the end of each branch → the members of the branch."""
 
 
 checked: set[str] = set()
-"""The models whose conversion has checked itself in this process."""
+"""The models whose conversion has been checked in this process."""
 
 
 def missing() -> str | None:
-    """Why no network can be built here; None where one can."""
+    """Returns why no network can be built here, or None."""
     return None if installed("timm") else "timm is not installed"
 
 
 def create(model: str, **options: Any) -> nn.Module:
-    """One of `NAMES`, without weights of a training and without drop-path."""
+    """Returns one of `NAMES` with random weights and without drop-path."""
     if installed("torchvision"):
         import_torchvision()
     import timm
@@ -70,7 +70,7 @@ def small(model: str) -> Library:
 
 
 class Library(Network):
-    """A network of timm whose drop-paths do what they are told: nothing, or as `with_ends` wants it.
+    """A network of timm whose drop-paths are replaced: they do nothing, or apply the ends that `with_ends` gets.
 
     `places` are the branches in forward order: the block, and the name of its drop-path.
     """
@@ -88,7 +88,7 @@ class Library(Network):
         self.set_drop_paths(self._ends)
 
     def set_drop_paths(self, modules: Sequence[nn.Module]) -> None:
-        """One for each branch. Where the drop rate is 0 timm has an Identity there, or None."""
+        """Sets the drop-path of each branch. With a drop rate of 0 timm has an Identity or None there."""
         for (block, name), module in zip(self.places, modules, strict=True):
             setattr(block, name, module)
 
@@ -102,8 +102,8 @@ class Library(Network):
                 module.end = None
 
     def prepare(self, images: Tensor, drop_prob: float = 0.0) -> None:
-        """`drop_prob`: of a training without a scheme. The conversion checks itself once for each model in a process:
-        every trainer converts, and what it trains is verified against the textbook anyway."""
+        """Converts the network. `drop_prob` is for training without a scheme. Every trainer converts, and the trainers
+        are verified against the textbook, so the conversion is checked only once for each model in a process."""
         self.set_drop_paths(drop_paths(len(self.places), drop_prob))
         rdp.convert(self.model, strict=True, example_inputs=images, check=self.name not in checked)
         checked.add(self.name)
@@ -117,7 +117,7 @@ def drop_paths(count: int, drop_prob: float) -> list[nn.Module]:
 
 
 class _End(nn.Module):
-    """In the place of a drop-path."""
+    """Replaces a drop-path."""
 
     end: End | None = None
 

@@ -1,4 +1,4 @@
-"""The machine that is measured: its name, its clock, and its ceilings, the highest rates that it is seen to reach."""
+"""The measured machine: its name, its clock, and its ceilings (the highest rates that were measured on it)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Device:
     """Where cases run and how they are timed.
 
     Args:
-        cache_bytes: of the last-level cache, L2 on a GPU.
-        clock: seconds; a GPU is timed by events instead, on its own clock.
-        dtype: that its peak of FLOPs is measured in.
+        cache_bytes: size of the last-level cache, L2 on a GPU.
+        clock: returns seconds. A GPU is timed by events on its own clock instead.
+        dtype: the dtype of the matmuls and convolutions that measure peak FLOP/s.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class Device:
         return cls(torch.device(kind), properties.name, properties.L2_cache_size)
 
     def milliseconds(self, run: Callable[[], object]) -> float:
-        """How long `run()` takes; on a GPU until the device has finished."""
+        """Returns the time of `run()`; on a GPU until the device has finished."""
         if self.device.type == "cpu":
             start = self.clock()
             run()
@@ -62,19 +62,19 @@ class Device:
         return start.elapsed_time(end)
 
     def input_sets(self, bytes_of_one: int) -> int:
-        """How many sets of inputs a provider cycles through so that it finds none in the cache: together they exceed
-        twice its size."""
+        """Returns the number of input sets that a provider cycles through so that none is in the cache. Together they
+        exceed twice its size."""
         return 2 * self.cache_bytes // max(bytes_of_one, 1) + 1
 
     def work_stream(self) -> contextlib.AbstractContextManager:
-        """Inside, a GPU works on a stream of its own: a CUDA graph can only be captured on one, and a backward runs on
-        the stream of its forward. On the CPU nothing."""
+        """Runs GPU work within the `with` block on its own CUDA stream. Capturing a CUDA graph needs this, as a
+        backward runs on the CUDA stream of its forward. On the CPU it does nothing."""
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.cuda.stream(torch.cuda.Stream(self.device))
 
     def ceilings(self) -> Ceilings:
-        """Measures them: about a second on two cores."""
+        """Measures the ceilings, which takes about a second on two cores."""
         flops = [self._matmul_flops(size) for size in MATMUL_SIZES[self.device.type]]
         flops += [self._conv_flops(*shape) for shape in CONV_SHAPES]
         return Ceilings(max(flops), self.copy_rate())
@@ -84,14 +84,15 @@ class Device:
         return 2 * size**3 / self._best_seconds(lambda: a @ b)
 
     def _conv_flops(self, images: int, channels: int, side: int) -> float:
-        """Of a 3 × 3 convolution: on some processors torch's convolutions are faster than its matmuls."""
+        """FLOP/s of a 3 × 3 convolution. On some processors torch's convolutions are faster than its matmuls."""
         x = torch.randn(images, channels, side, side, device=self.device, dtype=self.dtype)
         weight = torch.randn(channels, channels, 3, 3, device=self.device, dtype=self.dtype)
         flops = 2 * images * channels * channels * 9 * side * side
         return flops / self._best_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
 
     def copy_rate(self) -> float:
-        """Bytes/s of a copy larger than the cache, read and written; on a GPU so large that its launch is nothing."""
+        """Bytes/s, read and written, of a copy larger than the cache. On a GPU it is so large that its launch time is
+        negligible."""
         size = max(4 * self.cache_bytes, GPU_COPY if self.device.type == "cuda" else 0)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -116,7 +117,7 @@ class Ceilings:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For tensors so small that a second thread only waits, on a busy machine for very long."""
+    """Uses one thread, for tensors so small that a second one would only wait (on a busy machine for very long)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -126,7 +127,7 @@ def one_thread() -> Iterator[None]:
 
 
 def facts(device: Device) -> dict[str, str | int]:
-    """What a row says of the machine and the versions."""
+    """Returns the columns of the machine and the versions."""
     return {
         "device": device.name,
         "threads": torch.get_num_threads(),
@@ -139,8 +140,8 @@ def facts(device: Device) -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """What RDP_COMMIT says, for a copy of the tree, which doesn't know. Else git's, with `-dirty` where the code isn't
-    the commit's; what was measured before may have changed results and README. Empty without git or a clone."""
+    """Returns RDP_COMMIT if it is set, for a copy of the tree without git. Else returns git's commit, with `-dirty` if
+    the code has changes; changes of results and README don't count. Empty without git or a clone."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
@@ -169,7 +170,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_cache_bytes() -> int:
-    """The largest cache that Linux lists for the first core."""
+    """Returns the size of the largest cache that Linux lists for the first core."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     kibibytes = [int(text[:-1]) for text in (size.read_text().strip() for size in sizes) if text.endswith("K")]
     return max(kibibytes, default=0) << 10 or CACHE_IF_UNKNOWN

@@ -1,10 +1,10 @@
-"""`python -m benchmarks memory`: what an iteration keeps for its backward, and the most that it allocates.
+"""`python -m benchmarks memory`: the bytes that an iteration saves for its backward, and its peak of allocated bytes.
 
-"saved" is what autograd keeps from the forward for the backward: each storage once, without parameters, buffers and the
-batch, which exist anyway. "peak" is the most that is allocated at any moment of an iteration (forward, backward,
-AdamW), above what was allocated before it. Gradients and all intermediate results are part of it. Both are counts, for
-the trainers that `step` times, on the same plans. They are the same in every run; on the CPU they are those of one
-thread. They are ratios to plain training's, for the mean and for the largest of the plans.
+"saved" counts the storages that autograd saves in the forward for the backward, each once. Parameters, buffers and the
+batch are left out, as they exist anyway. "peak" is the largest number of bytes allocated during an iteration (forward,
+backward, AdamW) beyond those allocated before it. It includes gradients and all intermediate results. Both are counted
+for the trainers that `step` times, on the same plans. The counts are the same in every run; on the CPU they are those
+of one thread. They are shown as ratios to plain training's, for the mean and for the largest of the plans.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Counts, prints and writes. An interrupt ends it with what there is so far."""
+    """Counts, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
     console, device = Console(width=command.WIDTH), Device.of(options.device)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     return code if command.written(options, rows) else 1
 
 
-# What is counted
+# Counting
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Use:
 
 
 def uses_of(trainer: Plain, plan: rdp.PathPlan, device: torch.device) -> list[Use]:
-    """Those of the iterations of a pair, each with its optimizer step. Where the optimizer has yet to make its state,
-    that is part of the peak."""
+    """Returns the bytes of each iteration of a pair, with its optimizer step. If the optimizer has no state yet, the
+    new state is part of the peak."""
     pair, model = trainer.pair(plan), trainer.model
     there = [*model.parameters(), *model.buffers(), trainer.images, trainer.labels]
 
@@ -110,13 +110,14 @@ def uses_of(trainer: Plain, plan: rdp.PathPlan, device: torch.device) -> list[Us
         with saved_storages(there) as saved:
             peak = peak_of(iteration, device)
         uses.append(Use(sum(saved.values()), peak))
-    next(pair, None)  # closes the last
+    next(pair, None)  # closes the last iteration
     return uses
 
 
 @contextmanager
 def saved_storages(there: list[Tensor]) -> Iterator[dict[int, int]]:
-    """The bytes of each storage that autograd saves within, by address, but for those of tensors that are `there`."""
+    """Yields the bytes of each storage that autograd saves, by address. Storages of the tensors in `there` are left
+    out."""
     known = {t.untyped_storage().data_ptr() for t in there}
     saved: dict[int, int] = {}
 
@@ -131,10 +132,10 @@ def saved_storages(there: list[Tensor]) -> Iterator[dict[int, int]]:
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch's allocator has given out at any moment of `run()` beyond those at its start. Exact: on
-    a GPU the allocator keeps count; for the CPU torch.profiler records each allocation, and what `run()` frees of those
-    made before it is not known. An iteration frees nothing of that kind."""
-    gc.disable()  # a cycle that is collected at another moment would make another peak
+    """Returns the peak of bytes that torch's allocator has given out during `run()`, beyond those at its start. On a
+    GPU the allocator counts them. On the CPU torch.profiler records each allocation of `run()`; it doesn't see that
+    `run()` frees an earlier one, but an iteration frees none."""
+    gc.disable()  # collecting garbage at another moment would change the peak
     try:
         if device.type == "cpu":
             return _peak_of_records(run)
@@ -147,7 +148,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_of_records(run: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs every start and stop
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
@@ -164,7 +165,8 @@ def _peak_of_records(run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One row group of the table; `labels["model"]` names the network. `autocast`: in bf16 where autocast says so."""
+    """One row group of the table. `labels["model"]` names the network; with `autocast` steps run under bf16
+    autocast."""
 
     config: Config
     mode: str
@@ -177,7 +179,7 @@ class MemorySession:
     """Counts cases on one device and collects their `rows`.
 
     Args:
-        plans: of each case; plain, drop-path and naive do the same on every one of them and take the first.
+        plans: the number of plans of each case. Plain, drop-path and naive use only the first, as all give the same.
         on_round: called after every plan.
     """
 
@@ -187,7 +189,7 @@ class MemorySession:
         self._facts = facts(device)
 
     def measure(self, case: MemoryCase) -> None:
-        """Interrupted, it keeps the plans that are complete."""
+        """Counts `case`. After an interrupt the complete plans are kept."""
         device, refusal = self.device.device, scheme_refusal(VERIFIED[case.labels["model"]], case.mode)
         trainers = {
             kind: case.config.trainer(kind, case.mode, device, case.autocast)
@@ -197,7 +199,7 @@ class MemorySession:
         paths = len(trainers[Plain].network.branches)
         plans = draw_plans(paths, case.config.batch, self.plans, case.mode, case.drop_prob)
         for trainer in trainers.values():
-            trainer.train(plans[0])  # makes the optimizer's state
+            trainer.train(plans[0])  # creates the optimizer's state
         uses: list[dict[type[Plain], list[Use]]] = []
         try:
             for turn, plan in enumerate(plans):
@@ -224,7 +226,7 @@ class MemorySession:
 
 
 def summary(name: str, sizes: list[int], plain: int) -> Row:
-    """Mean and largest, in bytes and as ratios to plain training's."""
+    """Returns mean and maximum, in bytes and as ratios to plain training's."""
     mean, largest = (statistics.mean(sizes), max(sizes)) if sizes else (None, None)
     return {
         f"{name}_mean_bytes": mean,
@@ -234,7 +236,7 @@ def summary(name: str, sizes: list[int], plain: int) -> Row:
     }
 
 
-# What is shown
+# Tables
 
 COLUMNS: Columns = {
     "saved MB": ("saved_mean_mb", ",.1f"),

@@ -1,5 +1,5 @@
-"""A classifier as the trainers see it: its branches, what belongs to each, and a forward in which the output of every
-branch can be masked or cut off. Of models that this repository built; those of timm are in `library_models.py`."""
+"""The classifiers that trainers use: the branches, their members, and a forward that can mask or detach the update of
+each branch. These are this repository's own models; those of timm are in `library_models.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.models import ResidualClassifier, forward_with_ends
 from .parts import Part, parts_of
 
 End = Callable[[Tensor], Tensor]
-"""What becomes of a branch's output before it is added to the residual."""
+"""A function of a branch's update, applied before it is added to the residual."""
 
 
 class Network(ABC):
@@ -25,14 +25,14 @@ class Network(ABC):
 
     @abstractmethod
     def with_ends(self, images: Tensor, ends: Sequence[End]) -> Tensor:
-        """Logits with every branch computed, and what branch l gives handed through `ends[l]`."""
+        """Computes the logits with every branch, where `ends[l]` is applied to the update of branch l."""
 
     @abstractmethod
     def prepare(self, images: Tensor) -> None:
-        """Makes `model` one that a scheme can be put on; `with_ends` is not called any more.
+        """Prepares `model` for a scheme. `with_ends` must not be called afterwards.
 
         Args:
-            images: two of those that it is going to be trained on.
+            images: two images of the training data.
         """
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -52,4 +52,4 @@ class Own(Network):
         return forward_with_ends(self.model, images, ends)
 
     def prepare(self, images: Tensor) -> None:
-        """It is one."""
+        """Does nothing: the model already has paths."""

@@ -1,11 +1,11 @@
-"""The bytes that ops move, as multiples of what one sample of the stream takes: B samples, K of which have a branch.
+"""The bytes that ops move, in units of the bytes of one sample of the residual. K of the B samples have a branch.
 
-What an op *needs* is each needed row of the big tensors once, in the dtype of the stream: read where it is an input,
-written where it is a result. Branches are opaque: what one gets is written, what it returns is read. Vectors (γ,
-weights, masks, indices) count nothing, nor does the stream's gradient where it is the incoming one.
+An op *needs* each needed row of the big tensors once, in the dtype of the residual: inputs are read, results are
+written. Branches are opaque: the input of a branch is written, its update is read. Vectors (γ, weights, masks, indices)
+count nothing. The residual's gradient counts nothing if it is the incoming gradient itself.
 
-What *others* move is counted for eager ops by `count_bytes`, and for compiled ones written out here: those are the
-bytes of the fewest kernels that their formula can become.
+The bytes that *other* providers move are counted by `count_bytes` for eager ops. For compiled ops they are modelled
+here: the bytes of the fewest kernels that the formula can be compiled to.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ aten = torch.ops.aten
 
 
 class Moved(NamedTuple):
-    """What each pass reads and writes, in samples or in bytes."""
+    """The amount that each pass reads and writes, in samples or in bytes."""
 
     forward: float
     backward: float
 
     def by(self, direction: str) -> float:
-        """`"forward"`, `"backward"` or `"both"`."""
+        """`direction` is `"forward"`, `"backward"` or `"both"`."""
         return sum(self) if direction == "both" else getattr(self, direction)
 
     def times(self, sample_bytes: int) -> Moved:
@@ -38,72 +38,73 @@ class Moved(NamedTuple):
 
 
 def dense(batch: int, kept: int, gamma: bool) -> Moved:
-    """Forward: the stream, the kept rows of the branch; the sum. Backward: the kept rows of its gradient, and for dγ of
-    the branch; the branch's gradient, zeros included."""
+    """Forward reads residual and the kept rows of update, and writes the sum. Backward reads the kept rows of dout, and
+    of update for dγ, and writes dupdate with its zeros."""
     return Moved(batch + kept + batch, kept + kept * gamma + batch)
 
 
 def unmasked(batch: int) -> Moved:
-    """A plain sum. Its gradient is also the branch's."""
+    """A plain sum. The incoming gradient is also the update's."""
     return Moved(batch + batch + batch, 0)
 
 
 def dense_relu(batch: int, kept: int, gamma: bool) -> Moved:
-    """As `dense`; backward every row of the gradient and of the sum, which says where it passes, and dresidual."""
+    """As `dense`. Backward reads every row of dout and of the sum (for the ReLU's mask), and writes dresidual too."""
     forward, _ = dense(batch, kept, gamma)
     return Moved(forward, batch + batch + kept * gamma + batch + batch)
 
 
 def some_rows(batch: int, kept: int, gamma: bool) -> Moved:
-    """Forward: the stream, the branch; the sum. Backward: the rows' gradients, for dγ the branch; dbranch."""
+    """Forward reads residual and update, and writes the sum. Backward reads these rows of dout, and update for dγ, and
+    writes dupdate."""
     return Moved(batch + kept + batch, kept + kept * gamma + kept)
 
 
 def compiled_some_rows(batch: int, kept: int, gamma: bool) -> Moved:
-    """Forward: the stream is copied, then the rows of the copy read, added to and written. Backward: as needed."""
+    """Forward copies the residual, then reads rows of the copy, adds to them and writes them. Backward is as needed."""
     return Moved(batch + batch + 3 * kept, some_rows(batch, kept, gamma).backward)
 
 
 def gather(batch: int, kept: int) -> Moved:
-    """Forward: rows read and written. Backward: their gradients; the stream's, zeros included."""
+    """Forward reads and writes the rows. Backward reads their gradients, and writes the residual's with its zeros."""
     return Moved(kept + kept, kept + batch)
 
 
 def compiled_gather(batch: int, kept: int) -> Moved:
-    """Backward: zeros, then the rows' gradients added to them."""
+    """Backward writes zeros, then adds the rows' gradients to them."""
     return Moved(kept + kept, batch + 3 * kept)
 
 
 def chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Moved:
-    """A chain of paths, each on its `rows`: gather, branch, add. The stream between two paths belongs to the chain and
-    is updated in place, in the pass that gathers the next rows; only the first sum and, backward, the first gradient
-    that differs from the incoming one are written anew.
+    """A chain of paths, each on its `rows`: gather, branch, add. The residual between two paths belongs to the chain.
+    It is updated in place, in the pass that gathers the next rows. Only the first sum is a new tensor and, in the
+    backward, the first gradient that differs from the incoming one.
     """
     counts = [len(r) for r in rows]
     touched = [len({*r, *next_input}) for r, next_input in itertools.pairwise(rows)]
     forward = 2 * counts[0]  # the gather before the first branch
-    backward = 2 * counts[-1]  # of the last add: dout of its rows; dbranch
-    backward += sum(counts) * gamma  # the branches, for dγ
+    backward = 2 * counts[-1]  # the last add: dout of its rows; dupdate
+    backward += sum(counts) * gamma  # updates, for dγ
     for path, count in enumerate(counts):
         last = path == len(counts) - 1
         if path == 0:
-            forward += batch + count + batch  # stream, branch; sum
+            forward += batch + count + batch  # residual, update; sum
         else:
             forward += (count if last else touched[path]) + count + count
         forward += 0 if last else counts[path + 1]  # the next branch's input
-    for path in reversed(range(-1, len(counts) - 1)):  # the add of `path`, if there is one, with the gather of the next
+    for path in reversed(range(-1, len(counts) - 1)):  # the add of `path`, if any, with the gather of the next
         next_input = counts[path + 1]
         if path == len(counts) - 2:
-            backward += batch + next_input + batch  # dout, dnext; the first gradient of its own
+            backward += batch + next_input + batch  # dout, dnext; the first new gradient
         else:
             backward += (next_input if path < 0 else touched[path]) + next_input + next_input
-        backward += 0 if path < 0 else counts[path]  # dbranch
+        backward += 0 if path < 0 else counts[path]  # dupdate
     return Moved(forward, backward)
 
 
 def compiled_chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Moved:
-    """Each gather and each add by itself; the first add copies, and every gather's gradient is added to the stream's as
-    a [B, ...] of its own."""
+    """Every gather and every add is separate. The first add copies, and each gather's gradient is a [B, ...] tensor
+    that is added to the residual's gradient."""
     forward, backward = 0, 0
     for path, count in enumerate(map(len, rows)):
         forward += 2 * count + 3 * count + (2 * batch if path == 0 else 0)
@@ -112,22 +113,22 @@ def compiled_chain(batch: int, rows: Sequence[Sequence[int]], gamma: bool) -> Mo
 
 
 def norm(batch: int, kept: int, dbranch: int, next_input: int, gamma: bool) -> Moved:
-    """Forward: the stream, the branch; the sum, the `next_input` normed rows. Backward: both gradients, what the norm
-    saw, for dγ the branch; the gradients of stream and branch. The norm saw the sum, which is there: a kernel that
-    saves a copy of the `next_input` rows besides does more than it needs."""
+    """Forward reads residual and update, and writes the sum and the `next_input` normed rows. Backward reads both
+    gradients, the norm's input, and update for dγ, and writes dresidual and dupdate. The norm's input is the sum, which
+    exists already: a kernel that saves a copy of its `next_input` rows moves more than it needs."""
     forward = batch + kept + batch + next_input
     return Moved(forward, batch + next_input + next_input + kept * gamma + batch + dbranch)
 
 
 def compiled_norm_rows(batch: int, kept: int, next_input: int, gamma: bool) -> Moved:
-    """The add of rows; then the next rows read, normalised and written. Backward the gradient of these is added to
-    zeros and then to the sum's."""
+    """Adds the rows; then reads, normalises and writes the next rows. In the backward their gradient is added to zeros
+    and then to the sum's gradient."""
     add, scatter = compiled_some_rows(batch, kept, gamma), compiled_gather(batch, next_input).backward
-    normed = Moved(2 * next_input, 3 * next_input)  # dnext, what the norm saw; the gradient of that
+    normed = Moved(2 * next_input, 3 * next_input)  # dnext, the norm's input; the gradient of that input
     return Moved(add.forward + normed.forward, add.backward + normed.backward + scatter + 3 * batch)
 
 
-# What eager ops move
+# The bytes of eager ops
 
 _WRITES_ONLY = {
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.ones_like, aten.new_ones, aten.full, aten.full_like),
@@ -143,7 +144,7 @@ _BY_ROWS: dict[Any, Callable[..., int]] = {
 
 
 class _Counter(TorchDispatchMode):
-    """Every op reads its tensors, each once, and writes its results; of rows only those."""
+    """Counts one read of each tensor of an op and one write of each result. Ops on rows touch only these rows."""
 
     total = 0
 
@@ -159,19 +160,20 @@ class _Counter(TorchDispatchMode):
 
 
 def count_bytes(run: Callable[[], object]) -> int:
-    """That the eager ops of `run()`, autograd's included, read and write: no kernel of such an op can move less."""
+    """Counts the bytes that the eager ops of `run()` read and write, autograd's included. Kernels of these ops can't
+    move less."""
     with _Counter() as counter:
         run()
     return counter.total
 
 
 def allocates(func: torch._ops.OpOverload) -> bool:
-    """Whether an op does nothing else."""
+    """Returns whether an op only allocates."""
     return func.overloadpacket in _NOTHING
 
 
 def bytes_of(x: Tensor) -> int:
-    """That there are in memory: an expanded dimension counts once."""
+    """Returns the bytes of a tensor in memory. An expanded dimension counts once."""
     sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride or size == 0]
     return math.prod(sizes) * x.element_size()
 

@@ -1,4 +1,4 @@
-"""The op cases: a pass of an op on tensors of some shape, by every provider."""
+"""The op cases. Each is one pass of an op on tensors of one shape, by every provider."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OPS: dict[str, type[Op]] = {
         ResidualAddNormRows,
     )
 }
-MAX_SETS = 32  # of inputs so small that more of them would be in the cache just as well
+MAX_SETS = 32  # for inputs so small that more sets would fit into the cache too
 BF16, FP16 = torch.bfloat16, torch.float16
 
 VIT_B, VIT_S, LONG, XFORMERS = (128, 197, 768), (64, 197, 384), (32, 256, 1024), (48, 257, 1536)
 LLAMA = (8, 2048, 2048)
 RESNET = (64, 256, 56, 56)
 CUDA = (
-    Setting(DENSE, VIT_B, None, BF16, gamma=False),  # a plain sum, whose backward is nothing
+    Setting(DENSE, VIT_B, None, BF16, gamma=False),  # a plain sum, whose backward computes nothing
     Setting(DENSE, VIT_B, 128, BF16),
     Setting(DENSE, VIT_B, 102, BF16),
     Setting(DENSE, VIT_B, 64, BF16),
@@ -52,7 +52,7 @@ CUDA = (
     Setting(ROWS, VIT_B, 102, BF16),
     Setting(ROWS, VIT_B, 64, BF16),
     Setting(ROWS, VIT_S, 32),
-    Setting(ROWS, XFORMERS, 28, FP16, gamma=False),  # xFormers' own benchmark, and where it was slower than eager
+    Setting(ROWS, XFORMERS, 28, FP16, gamma=False),  # xFormers' own benchmark
     Setting(ROWS, XFORMERS, 28, FP16),
     Setting(ROWS, (48, 1, 394752), 28, FP16),
     Setting(GATHER, VIT_B, 64, BF16, gamma=False),
@@ -65,7 +65,7 @@ CUDA = (
     Setting(NORM, VIT_B, 102, BF16),
     Setting(NORM, VIT_S, 51),
     Setting(NORM, LONG, 26, BF16),
-    Setting(RMS, LLAMA, None, BF16, gamma=False),  # a language model's block, which Liger is for
+    Setting(RMS, LLAMA, None, BF16, gamma=False),  # a language model's block, Liger's use case
     Setting(RMS, LLAMA, 6, BF16),
     Setting(NORM_ROWS, VIT_B, 64, BF16),
 )
@@ -75,7 +75,7 @@ FULL = (
     *(Setting(DENSE, WIDE, kept) for kept in (8, 6, 4)),
     *(Setting(DENSE, SHORT, kept) for kept in (64, 51, 32)),
     *(Setting(DENSE, shape, kept, BF16) for shape, kept in ((TOKENS, 26), (WIDE, 6), (SHORT, 51))),
-    Setting(DENSE, (65536, 8), 32768),  # many samples of a few elements, each with a scale: where we are slow
+    Setting(DENSE, (65536, 8), 32768),  # many samples of a few elements, each with a scale: here ours is slow
     Setting(DENSE, (16384, 64), 8192),
     Setting(ROWS, TOKENS, 16),
     Setting(ROWS, WIDE, 5),
@@ -121,7 +121,7 @@ QUICK = {
 
 
 def settings(device: str, size: str = "full", ops: Container[str] = tuple(OPS)) -> list[Setting]:
-    """Those that are measured on `"cpu"` or `"cuda"`."""
+    """Returns the settings that are measured on `"cpu"` or `"cuda"`."""
     every = CUDA if device == "cuda" else FULL
     chosen = {"tiny": TINY, "quick": QUICK[device], "full": every}[size]
     return [setting for setting in chosen if setting.op in ops]
@@ -134,15 +134,15 @@ def op_cases(
     interpreted: bool = False,
     compiled: bool = True,
 ) -> Iterator[Case]:
-    """One for each pass, on the same tensors.
+    """Returns a case for each pass, on the same tensors.
 
     Args:
-        interpreted: ours with interpreted kernels, to be verified and not to be timed.
-        compiled: with the formula compiled by torch.
+        interpreted: whether ours may use interpreted kernels, for verification without timing.
+        compiled: whether to include the formula compiled by torch.
     """
     op = OPS[setting.op](setting, device.device)
     needed = op.needed.times(op.sample_bytes)
-    sets = Sets(op, min(device.input_sets(int(needed.forward) // 2), MAX_SETS))  # half of it is about what is read
+    sets = Sets(op, min(device.input_sets(int(needed.forward) // 2), MAX_SETS))  # about half of the bytes are read
     ways = ways_of(op, sets, interpreted, compiled)
     for direction in passes:
         providers = [way.provider(direction, needed) for way in ways]

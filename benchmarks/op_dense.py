@@ -1,4 +1,4 @@
-"""Ops on whole batches, of which a mask drops some samples."""
+"""Ops on whole batches, where a mask drops some samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .op_kinds import EPS, Op, Tensors, layer_norm, rms_norm, with_rows
 
 
 class ResidualAdd(Op):
-    """`residual + drop_path(γ · branch)` on whole batches; as timm has it, a multiplication by 0 or 1 / keep."""
+    """`residual + drop_path(γ · update)` on whole batches. As in timm, drop-path multiplies by 0 or 1 / keep."""
 
     name = "residual_add"
     relu: ClassVar[bool] = False
@@ -26,7 +26,7 @@ class ResidualAdd(Op):
 
     @property
     def compiled_moves(self) -> Moved:
-        return self._moves(self.batch)  # a mask that is multiplied by skips nothing
+        return self._moves(self.batch)  # multiplying by a mask skips nothing
 
     def _moves(self, kept: int) -> Moved:
         if self.setting.kept is None and not self.setting.gamma:
@@ -35,7 +35,7 @@ class ResidualAdd(Op):
 
     def inputs(self, number: int) -> Tensors:
         residual, branch, *gamma = self.make(number, self.batch, self.batch, vectors=0)
-        if self.relu:  # sums that stay clear of 0: next to it the gradient is a matter of rounding
+        if self.relu:  # sums that aren't close to 0, where rounding decides the ReLU's gradient
             with torch.no_grad():
                 residual += torch.where(residual < 0, -4, 4)
                 branch.clamp_(-1, 1)
@@ -57,14 +57,14 @@ class ResidualAdd(Op):
 
 
 class ResidualAddRelu(ResidualAdd):
-    """The same with a ResNet's ReLU after the sum."""
+    """The dense add with a ResNet's ReLU after the sum."""
 
     name = "residual_add relu"
     relu = True
 
 
 class ResidualAddNorm(Op):
-    """`out = residual + drop_path(γ · branch)` and `layer_norm(out)`, on whole batches."""
+    """`out = residual + drop_path(γ · update)` and `layer_norm(out)`, on whole batches."""
 
     name = "residual_add_norm"
     norm = True
@@ -79,7 +79,7 @@ class ResidualAddNorm(Op):
 
     @property
     def _dbranch(self) -> int:
-        """Samples of a gradient of its own: with neither mask nor γ the branch's is the stream's."""
+        """Samples of dupdate. With neither mask nor γ it is 0, because dupdate is then dresidual."""
         return 0 if self.setting.kept is None and not self.setting.gamma else self.batch
 
     def inputs(self, number: int) -> Tensors:
@@ -103,7 +103,7 @@ class ResidualAddNorm(Op):
 
 
 class ResidualAddRMSNorm(ResidualAddNorm):
-    """The same with an RMSNorm, which has no bias: without mask and γ the block of a language model."""
+    """The same with an RMSNorm, which has no bias. Without mask and γ it is the block of a language model."""
 
     name = "residual_add_norm rms"
 

@@ -1,4 +1,4 @@
-"""What the kernels are to reach, on a GPU and on CPUs, and which of it rows show."""
+"""The goals of the kernels on a GPU and on CPUs, and a check of rows against them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LARGE_GB = 0.064
 CPU_FORWARD = {0.8: 2.2, 0.5: 2.5}
 CPU_BOTH = 2.0
 CPU_COMPILED = {1.0: 0.95, 0.5: 1.2}
-"""By the share of samples that are kept: how many times as fast as eager, and as the compiled formula."""
+"""Share of kept samples → the goal for the speed-up over eager, and over the compiled formula."""
 NORMS = (ResidualAddNorm.name, ResidualAddRMSNorm.name, ResidualAddNormRows.name)
 
 
 class Goal(NamedTuple):
-    """One goal at one row; `measured` is None where there is no time of the device alone, and that isn't met."""
+    """One goal at one row. Without a time of the device alone `measured` is None and the goal isn't met."""
 
     goal: str
     where: str
@@ -29,7 +29,7 @@ class Goal(NamedTuple):
 
 
 def goals(rows: Iterable[Row]) -> list[Goal]:
-    """Every goal at every row of ours that it is about."""
+    """Returns every goal at every row of ours that it applies to."""
     return [goal for row, others in _with_others(rows) for goal in _goals_of(row, others)]
 
 
@@ -53,8 +53,8 @@ def _goals_of(row: Row, others: list[Row]) -> Iterator[Goal]:
 
 
 def cpu_goals(rows: Iterable[Row]) -> list[Goal]:
-    """Those for the dense add of images' tokens with γ and row_scale, of the fastest turns; bfloat16 isn't to be slower
-    than float32."""
+    """Returns the goals of the dense add of images' tokens with γ and row_scale, by the fastest turns. One goal is that
+    bfloat16 isn't slower than float32."""
     rows = list(rows)
     return [goal for row, others in _with_others(rows, OURS_NATIVE) for goal in _cpu_goals_of(row, others, rows)]
 
@@ -88,7 +88,7 @@ def _at_least(least: float, what: str, row: Row, measured: float | None) -> Goal
 
 
 def _with_others(rows: Iterable[Row], provider: str = OURS) -> Iterator[tuple[Row, list[Row]]]:
-    """Each row of ours that was measured, with the measured rows of its case."""
+    """Yields each measured row of ours with the other measured rows of its case."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         if not row["unavailable"]:

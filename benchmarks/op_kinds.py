@@ -1,7 +1,7 @@
-"""What an op under measurement is: on which tensors, as users write it, as ours, and as it is defined.
+"""The measured ops: their tensors, the formula as users write it (`eager`), our call (`ours`) and the definition.
 
-`eager` is the baseline and, compiled, a second comparator; `reference` writes the definition down with other ops of
-torch and is run in float64. Masks, rows and scales are drawn beforehand: nobody's time counts drawing.
+`eager` is the baseline. Compiled, it is a second comparator. `reference` is the definition in other ops of torch, and
+runs in float64. Masks, rows and scales are drawn beforehand, so that drawing isn't timed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """What an op works on.
+    """The shape and options of an op's inputs.
 
     Args:
         op: its name in `op_cases.OPS`.
-        shape: `[B, ...]` of the stream; channels are last, or second of four dimensions.
-        kept: how many of the B samples have a branch; None: nothing is dropped or scaled.
+        shape: `[B, ...]` of the residual. Channels are last, or second of four dimensions.
+        kept: the number of the B samples that have a branch; None: nothing is dropped or scaled.
         gamma: whether there is a LayerScale.
     """
 
@@ -55,11 +55,11 @@ class Setting:
 
 
 class Op:
-    """One op on tensors of one setting. Its functions take what `inputs` makes and return tensors."""
+    """One op in one setting. Its functions take the tensors of `inputs` and return tensors."""
 
     name: ClassVar[str]
     compiled: ClassVar[str] = "torch.compile"
-    """What the compiled comparator is called."""
+    """The name of the compiled comparator."""
     norm: ClassVar[bool] = False
     num_row_sets: ClassVar[int] = 1
 
@@ -84,16 +84,16 @@ class Op:
 
     @property
     def needed(self) -> Moved:
-        """In samples."""
+        """The amount that each pass needs, in samples."""
         raise NotImplementedError
 
     @property
     def compiled_moves(self) -> Moved:
-        """What the compiled comparator moves, in samples."""
+        """The amount that the compiled comparator moves, in samples."""
         raise NotImplementedError
 
     def inputs(self, number: int) -> Tensors:
-        """Set `number` of leaf tensors that learn: the stream, branches, vectors."""
+        """Returns input set `number`: leaf tensors that learn (residual, updates, vectors)."""
         raise NotImplementedError
 
     def eager(self, *inputs: Tensor) -> Tensors:
@@ -106,7 +106,7 @@ class Op:
         raise NotImplementedError
 
     def make(self, number: int, *num_rows: int, vectors: int) -> Tensors:
-        """Streams of so many rows, then γ if there is one, and further vectors."""
+        """Returns a big tensor for each of `num_rows`, then γ if the setting has it, and further vectors."""
         setting = self.setting
         generator = torch.Generator(self.device).manual_seed(SEED + number)
         options: dict[str, Any] = dict(generator=generator, dtype=setting.dtype, device=self.device)
@@ -125,7 +125,7 @@ class Op:
 
 
 def with_rows(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    """`x` with `update` added to its `rows`."""
+    """Returns `x` with `update` added to its `rows`."""
     return torch.index_put(x, (rows,), x[rows] + update)
 
 

@@ -1,7 +1,7 @@
-"""What other libraries offer for an op: how each is called on what the op has drawn, and where it can't be.
+"""The ops of other libraries: how each is called on the inputs of our op, and why it can't run.
 
-The libraries are imported on use; none is a dependency. timm and torchvision draw their masks themselves, in the time
-that is measured, with the op's rate: it is in their modules, and users have no other way to call them.
+The libraries are imported on use; none is a dependency. timm and torchvision draw their masks within the measured time,
+with the op's rate. Their modules do this themselves, and users have no other way to call them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Compute = Callable[..., Tensors]
 
 
 class Other(NamedTuple):
-    """One library's way.
+    """One library's implementation of an op.
 
     Args:
         library: its name, and the provider's.
-        make: imports the library; returns what computes the op.
-        serves: whether it has something for a setting.
-        draws: it draws its own masks, with ops of torch.
+        make: imports the library, and returns a function that computes the op.
+        serves: returns whether the library supports a setting.
+        draws: whether it draws its own masks, with ops of torch.
     """
 
     library: str
@@ -47,7 +47,7 @@ class Other(NamedTuple):
     draws: bool = False
 
     def why_not(self, device: torch.device) -> str | None:
-        """Why it can't run here."""
+        """Returns why it can't run here, or None."""
         if not installed(MODULES.get(self.library, self.library)):
             return f"{self.library} is not installed"
         if self.library in NEED_CUDA and device.type != "cuda":
@@ -121,7 +121,7 @@ def _xformers_path(op: Op) -> Compute:
 
 
 def _flash_attn(op: Op) -> Compute:
-    """Its scales are those of the rows of [B·N, C]."""
+    """Its scales are per row of [B·N, C]."""
     from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
     positions = math.prod(op.setting.shape[1:-1])
@@ -142,7 +142,7 @@ def _liger(op: Op) -> Compute:
     from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
     def compute(residual: Tensor, branch: Tensor, weight: Tensor, gamma: Tensor | None = None) -> Tensors:
-        # in_place would write the branch's gradient over that of the norm, which here is used again
+        # in_place would overwrite the norm's gradient, which is used again here
         normed, out = liger_fused_add_rms_norm(op.scaled(branch, gamma), residual, weight, EPS, in_place=False)
         return out, normed
 

@@ -1,4 +1,4 @@
-"""The ways to compute an op as providers: on several sets of inputs, one pass at a time, each checked in float64."""
+"""The ways to compute an op as providers. Each runs one pass on several sets of inputs, and is checked in float64."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ COMPILER = "inductor"
 
 
 class Runner:
-    """One way to compute an op in each pass. `"backward"` goes through graphs that were made before, again and again;
-    each other pass makes its own."""
+    """One way to compute an op in each pass. `"backward"` reuses graphs that were made before; the other passes make
+    new graphs."""
 
     def __init__(self, compute: Compute, sets: Sets, ours: bool = False, draws: bool = False):
         self.compute, self.sets, self.ours, self.draws = compute, sets, ours, draws
 
     def run(self, direction: str, number: int) -> Tensors:
-        """On set `number`."""
+        """Runs a pass on input set `number`."""
         if direction == "backward":
             return self._gradients(self._graphs[number], number, retain_graph=True)
         outs = self.compute(*self.sets.inputs[number])
         return outs if direction == "forward" else (*outs, *self._gradients(outs, number))
 
     def count_bytes(self) -> Moved:
-        """For eager ops."""
+        """Counts the moved bytes of eager ops."""
         self.run("backward", 0)  # makes the graphs
         return Moved(*(count_bytes(functools.partial(self.run, direction, 0)) for direction in ("forward", "backward")))
 
     def provider(self, name: str, direction: str, needed: Moved, moved: Moved | None) -> Provider:
-        """One pass of it; `needed` by the op and `moved` by this way, in bytes."""
+        """Returns a provider of one pass. `needed` are the op's bytes, `moved` those of this way."""
         sets = self.sets
         return Provider(
             name,
@@ -62,14 +62,14 @@ class Runner:
         )
 
     def verify(self, direction: str) -> Check:
-        """A backward whose masks are drawn is verified with the forwards that draw them."""
+        """Checks a pass. If masks are drawn, a backward is checked together with the forward that draws them."""
         if self.draws:
             drawn = "forward" if direction == "forward" else "both"
             return check_of_draws(self.sets, drawn, lambda: self.run(drawn, 0))
         return self.check(direction, self.run(direction, 0))
 
     def check(self, direction: str, results: Tensors) -> Check:
-        """Of what one run returned."""
+        """Checks the results of one run."""
         sets = self.sets.as_drawn(direction, results) if self.draws else self.sets
         return sets.check(direction, results, self.ours)
 
@@ -84,7 +84,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Way:
-    """How an op is computed, and the bytes that this moves, where that is known; or why it can't be."""
+    """One way to compute an op, with its moved bytes if they are known. `unavailable` says why it can't run."""
 
     name: str
     runner: Runner | None = None
@@ -98,11 +98,11 @@ class Way:
 
 
 def ways_of(op: Op, sets: Sets, interpreted: bool = False, compiled: bool = True) -> list[Way]:
-    """The baseline first.
+    """Returns the ways, with the baseline first.
 
     Args:
-        interpreted: ours with interpreted kernels, to be verified and not to be timed.
-        compiled: with the formula compiled by torch.
+        interpreted: whether ours may use interpreted kernels, for verification without timing.
+        compiled: whether to include the formula compiled by torch.
     """
     eager, ours_eager = Runner(op.eager, sets), Runner(on_backend("eager", op.ours), sets, ours=True)
     ways = [Way(EAGER, eager, eager.count_bytes())]
@@ -118,8 +118,8 @@ def ways_of(op: Op, sets: Sets, interpreted: bool = False, compiled: bool = True
 
 
 def _compiled(op: Op, sets: Sets) -> Way:
-    torch._functorch.config.donated_buffer = False  # a compiled backward could else be run only once
-    torch._dynamo.reset()  # what earlier cases compiled counts towards a limit of recompilations
+    torch._functorch.config.donated_buffer = False  # else a compiled backward can run only once
+    torch._dynamo.reset()  # compilations of earlier cases count towards dynamo's limit
     runner, reason = _available(lambda: torch.compile(op.eager, dynamic=False, fullgraph=True, backend=COMPILER), sets)
     return Way(op.compiled, runner, op.compiled_moves.times(op.sample_bytes), reason)
 
@@ -132,7 +132,7 @@ def _way_of(other: Other, op: Op, sets: Sets) -> Way:
     if runner is None:
         return Way(other.library, unavailable=reason)
     check = runner.verify("both")
-    if not check.passed:  # theirs to mend: what the others of the case do is worth measuring all the same
+    if not check.passed:  # not our bug: the other providers of the case are still measured
         differs = f"differs from the float64 reference by {check.error:.1e}, its bound is {check.bound:.1e}"
         return Way(other.library, unavailable=differs)
     return Way(other.library, runner, _counted(runner) if other.draws else None)
@@ -141,15 +141,15 @@ def _way_of(other: Other, op: Op, sets: Sets) -> Way:
 def _counted(runner: Runner) -> Moved | None:
     try:
         return runner.count_bytes()
-    except Exception:  # its check will tell
+    except Exception:  # its check reports the error
         return None
 
 
 def _available(
     make: Callable[[], Compute], sets: Sets, ours: bool = False, draws: bool = False
 ) -> tuple[Runner | None, str | None]:
-    """The way that `make()` computes, or why it can't: what others write may fail on what is there, and our compiled
-    library serves less on GPUs."""
+    """Returns a runner of `make()`, or why it can't run. Other libraries may fail here, and our compiled library
+    supports fewer settings on GPUs."""
     try:
         runner = Runner(make(), sets, ours, draws)
         runner.run("both", 0)

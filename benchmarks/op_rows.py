@@ -1,4 +1,4 @@
-"""Ops on the rows that a branch runs on, and what a path is beside its branch."""
+"""Ops on the rows that a branch runs on, and whole paths without their branches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .op_kinds import EPS, Op, Tensors, layer_norm, with_rows
 
 
 class ResidualAddRows(Op):
-    """The branch of K rows added to a stream of B, out of place."""
+    """An update of K rows added to a residual of B rows, out of place."""
 
     name = "residual_add rows"
     compiled = "compiled index_add"
@@ -72,8 +72,8 @@ class GatherRows(Op):
 
 
 class Path(Op):
-    """All of a path but its branch: the gather of its rows and, with γ, the add of what the branch made of them, which
-    here is given. Out of place, as `ResidualBranch` runs it."""
+    """A path without its branch: the gather of its rows, and the add of their update (given here) with γ. Out of place,
+    as in `ResidualBranch`."""
 
     name = "path"
     compiled = "compiled subset"
@@ -94,13 +94,13 @@ class Path(Op):
         return self.make(number, self.batch, *[self.kept] * paths, vectors=(paths - 1) * self.setting.gamma)
 
     def paths(self, inputs: Sequence[Tensor]) -> list[tuple]:
-        """(rows, branch, γ or None) of each."""
+        """Returns (rows, update, γ or None) of each path."""
         paths = self.num_row_sets
         branches, gammas = inputs[:paths], list(inputs[paths:]) or [None] * paths
         return list(zip(self.row_sets, branches, gammas, strict=True))
 
     def eager(self, x, *inputs):
-        """In place from the second add on, as the chain: nobody else has the first one's sum."""
+        """Works in place from the second add on, as in the chain: the first sum isn't used elsewhere."""
         gathered = []
         for rows, branch, gamma in self.paths(inputs):
             add = torch.index_add if not gathered else Tensor.index_add_
@@ -121,7 +121,7 @@ class Path(Op):
         return (*gathered, x)
 
     def _chain(self, kernels: ModuleType, x: Tensor, inputs: Sequence[Tensor]) -> Tensors:
-        """The add of a path with the gather of the next one's rows is one tail, as in `ResidualSequence`."""
+        """The add of a path and the gather of the next path's rows are one fused call, as in `ResidualSequence`."""
         gathered, update, add, tail = [], Operands(), None, None
         for rows, branch, gamma in self.paths(inputs):
             tail = FusedCall(kernels, add, NextInput(rows), tail)
@@ -139,14 +139,14 @@ class Path(Op):
 
 
 class Chain(Path):
-    """Three paths, in place on a stream that nobody else has: what `ResidualSequence` runs between its branches."""
+    """Three paths, in place on their own residual, as `ResidualSequence` runs them between its branches."""
 
     name = "chain of 3 paths"
     num_row_sets = 3
 
 
 class ResidualAddNormRows(Op):
-    """The branch of K rows added, and the norm of the K that the next branch runs on."""
+    """An update of K rows added, and the norm of the K rows that the next branch runs on."""
 
     name = "residual_add_norm rows"
     compiled = "compiled index ops"

@@ -1,4 +1,4 @@
-"""Inputs of an op, and what each pass must give on them, in float64."""
+"""Inputs of an op, and the expected results of each pass in float64."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DRAWS = 8
 
 
 class Sets:
-    """Sets of inputs, and of gradients of the results, that all providers of a case go through in turn, so that none
-    finds its own in the cache: the next one was used longest ago, whoever used it."""
+    """Sets of inputs and of the results' gradients. All providers of a case cycle through them together. The next set
+    is always the least recently used, so no provider finds its inputs in the cache."""
 
     def __init__(self, op: Op, count: int):
         self.op = op
@@ -40,8 +40,8 @@ class Sets:
         return next(self._numbers)
 
     def as_drawn(self, direction: str, results: Tensors) -> Sets:
-        """The same inputs, and the op with those rows that `results` kept: the ones that changed or, of a backward
-        alone, got a gradient. For the dense add."""
+        """Returns the same inputs with the rows that `results` kept: those that changed or, in a backward alone, have a
+        gradient. For the dense add."""
         of_rows = results[1] != 0 if direction == "backward" else results[0] != self.inputs[0][0]
         drawn = copy.copy(self)
         drawn.__dict__.pop("wanted", None)
@@ -51,7 +51,7 @@ class Sets:
 
     @functools.cached_property
     def wanted(self) -> dict[str, Tensors]:
-        """By pass, what set 0 must give: results, gradients, and both, in float64."""
+        """The expected results of set 0 in float64, by pass: results, gradients, and both."""
         inputs = [t.detach().double().requires_grad_() for t in self.inputs[0]]
         outs = self.op.reference(*inputs)
         grads = torch.autograd.grad(outs, inputs, [dout.double() for dout in self.douts[0]])
@@ -59,11 +59,11 @@ class Sets:
         return {"forward": outs, "backward": grads, "both": (*outs, *grads)}
 
     def check(self, direction: str, results: Tensors, ours: bool = False) -> Check:
-        """That of the tensor which comes closest to its bound; errors as shares of a tensor's largest element.
+        """Returns the check of the tensor that comes closest to its bound. Errors are relative to its largest element.
 
-        The bound: four roundings to the stream's dtype, and those of a float32 sum over all positions, which is what dγ
-        is; they grow like a random walk. On CPUs torch's own LayerNorm sums its weights' gradients in the stream's
-        dtype: others are let off with that, ours aren't.
+        The bound allows four roundings to the residual's dtype, and those of a float32 sum over all positions, as in
+        dγ. These grow like a random walk. On CPUs torch's own LayerNorm sums its weights' gradients in the residual's
+        dtype. The bound allows for that too, but not for ours.
         """
         dtype, shape, wanted = self.op.setting.dtype, self.op.setting.shape, self.wanted[direction]
         if [t.shape for t in results] != [t.shape for t in wanted]:
@@ -80,8 +80,8 @@ class Sets:
 
 
 def check_of_draws(sets: Sets, direction: str, run: Callable[[], Tensors]) -> Check:
-    """The worst of several draws of `run()`, a `"forward"` or `"both"`, each against the definition on the rows that it
-    kept. No bound is kept where every draw keeps everything, or nothing: each sample is drawn by itself."""
+    """Returns the worst of several draws of `run()`, a `"forward"` or `"both"`. Each is compared with the definition on
+    the rows that it kept. The check fails if every draw keeps all rows or none, as samples must be drawn one by one."""
     checks, shares = [], []
     for seed in range(DRAWS):
         torch.manual_seed(seed)
@@ -93,12 +93,12 @@ def check_of_draws(sets: Sets, direction: str, run: Callable[[], Tensors]) -> Ch
 
 
 def worst(checks: list[Check]) -> Check:
-    """One that doesn't pass, else that which comes closest to its bound."""
+    """Returns a check that doesn't pass, else the one that comes closest to its bound."""
     return next((c for c in checks if not c.passed), None) or max(checks, key=lambda c: c.error / c.bound)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference by the largest wanted element."""
+    """Returns the largest difference, relative to the largest wanted element."""
     if wanted.numel() == 0:
         return 0.0
     return ((got.detach().double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(TINY)).item()

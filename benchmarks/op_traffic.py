@@ -1,16 +1,16 @@
-"""`python -m benchmarks traffic`: the bytes that each op moves, counted, against the bytes that it needs.
+"""`python -m benchmarks traffic`: the bytes that each op moves, relative to the bytes that it needs.
 
 | provider | its bytes |
 |---|---|
-| eager | of the ops that autograd and the formula dispatch, counted |
-| compiled | of the fewest kernels that the formula can become: a model |
-| ours eager | counted as eager's |
-| ours triton | what our kernels load and store, each element counted in Triton's interpreter |
+| eager | counted, for the ops that autograd and the formula dispatch |
+| compiled | a model: the fewest kernels that the formula can be compiled to |
+| ours eager | counted as for eager |
+| ours triton | counted in Triton's interpreter: each element that our kernels load or store |
 
-"needed" is each needed byte of the big tensors once, without γ, weights, masks and indices. Ours are counted in the
-same way, and eager's with these vectors. "sectors" are the 32-byte pieces of memory that a tile's loads and stores
-touch, the least that a GPU moves. Nothing is timed, and the numbers are the same in every run. Tensors are small,
-because all numbers grow with them.
+"needed" counts each needed byte of the big tensors once, without γ, weights, masks and indices. The counts of ours
+leave these vectors out too; those of eager include them. "sectors" are the 32-byte pieces of memory that a tile's loads
+and stores touch, the least that a GPU moves. Nothing is timed, and the numbers are the same in every run. Tensors are
+small, because all numbers grow with them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ FULL = (
 )
 COUNTED, MODEL = "counted", "model"
 Count = tuple[int, int]
-"""Bytes, and those of the sectors."""
+"""Bytes of the elements, and bytes of the sectors."""
 KernelCount = Callable[[Setting], dict[str, Count] | str]
-"""By pass; or why there is none."""
+"""Returns the counts by pass, or why they can't be counted."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -77,7 +77,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Counts, prints and writes. An interrupt ends it with what there is so far."""
+    """Counts, prints and writes. An interrupt keeps the rows so far."""
     console = Console(width=command.WIDTH)
     settings = {"tiny": TINY, "quick": FULL[::2], "full": FULL}[options.size]
     chosen = [setting for setting in settings if setting.op in options.op]
@@ -95,14 +95,14 @@ def run(options: argparse.Namespace) -> int:
     return code if command.written(options, rows) else 1
 
 
-# What is counted
+# Counting
 
 
 class TrafficSession:
     """Counts settings and collects their `rows`.
 
     Args:
-        count_kernels: counts what our Triton kernels move.
+        count_kernels: counts the bytes that our Triton kernels move.
         on_round: called after every setting.
     """
 
@@ -112,7 +112,7 @@ class TrafficSession:
         self._facts = facts(Device.of("cpu"))
 
     def measure(self, setting: Setting) -> None:
-        """Raises `CheckFailed` where what is counted computes something else."""
+        """Counts a setting. Raises `CheckFailed` if a counted provider gives wrong results."""
         op = OPS[setting.op](setting)
         sets, needed = Sets(op, 1), op.needed.times(op.sample_bytes)
         kernels = self.count_kernels(setting)
@@ -142,7 +142,7 @@ class TrafficSession:
 
 
 def checked(runner: Runner) -> Runner:
-    """Itself, where its results and gradients are those of the definition."""
+    """Returns `runner`. Raises `CheckFailed` if its results or gradients differ from the definition's."""
     check = runner.sets.check("both", runner.run("both", 0))
     if not check.passed:
         raise CheckFailed(
@@ -152,8 +152,8 @@ def checked(runner: Runner) -> Runner:
 
 
 def count_kernels(setting: Setting) -> dict[str, Count] | str:
-    """Where Triton interprets: what our kernels load and store of the big tensors. Raises `CheckFailed` where torch's
-    own ops move some of these too, which isn't counted."""
+    """Counts the loads and stores of the big tensors by our kernels. Triton must be interpreting. Raises `CheckFailed`
+    if torch's own ops, which aren't counted, move big tensors too."""
     from .kernel_traffic import SECTOR, count_traffic  # imports triton
 
     op = OPS[setting.op](setting)
@@ -172,8 +172,8 @@ def count_kernels(setting: Setting) -> dict[str, Count] | str:
 
 @contextlib.contextmanager
 def interpreting() -> Iterator[KernelCount]:
-    """Yields `count_kernels`, as it is where Triton interprets, else in a process of its own: whether it does is
-    settled when it is imported, and here it may have been."""
+    """Yields `count_kernels`. If Triton doesn't interpret in this process, the yielded function runs in another process
+    that interprets: Triton reads TRITON_INTERPRET only when it is imported."""
     if importlib.util.find_spec("triton") is None:
         yield lambda setting: "triton is not installed"
     elif os.environ.get("TRITON_INTERPRET") == "1":
@@ -185,7 +185,7 @@ def interpreting() -> Iterator[KernelCount]:
                 yield lambda setting: process.submit(count_kernels, setting).result()
 
 
-# What is shown
+# Tables
 
 COLUMNS: Columns = {
     "needed": ("needed_bytes", ",.0f"),
@@ -196,13 +196,13 @@ COLUMNS: Columns = {
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:
-    """Why providers were not counted."""
+    """Yields why providers were not counted."""
     for name, reason in dict.fromkeys((row["provider"], row["unavailable"]) for row in rows if row["unavailable"]):
         yield f"– no {name}: {reason}"
 
 
 def verdicts_of(rows: list[Row]) -> Iterator[str]:
-    """Where our kernels move no more than is needed, and where they do."""
+    """Yields the number of passes in which our kernels move exactly the needed bytes, and the other passes."""
     ours = [row for row in rows if row["provider"] == OURS and not row["unavailable"]]
     if ours:
         more = [row for row in ours if row["moved_bytes"] != row["needed_bytes"]]

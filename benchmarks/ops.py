@@ -48,7 +48,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    """Measures, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """With GB/s and ratios to the comparators of the same case, and without what is about FLOPs."""
+    """Returns rows with GB/s and ratios to the comparators of the same case, without the FLOP columns."""
     result = []
     for _, group in itertools.groupby(rows, case_of):
         case = [_filled(row) for row in group]
@@ -96,7 +96,7 @@ def compared(rows: list[Row]) -> list[Row]:
 
 
 def _filled(row: Row) -> Row:
-    """Every row has the same columns, those that couldn't be measured too."""
+    """Gives every row the same columns, including rows that couldn't be measured."""
     row = row | {key: row.get(key, nothing) for key, nothing in _MEASURED_HERE.items()}
     return {key: value for key, value in row.items() if "flop" not in key and key not in _OF_STEPS}
 
@@ -118,7 +118,7 @@ def _milliseconds(row: Row) -> float | None:
 
 
 def _time_ratio(row: Row, other: Row | None) -> float | None:
-    """Of the device alone where both have that, else the steadiest there is."""
+    """Returns the ratio of device times if both rows have them, else of `ratio_rounds`."""
     if other is None:
         return None
     ratio = quotient(row["device_ms"], other["device_ms"])
@@ -137,13 +137,13 @@ COLUMNS: Columns = {
 
 
 def tables_of(rows: list[Row]) -> Iterator[Table]:
-    """Without times of the device where there are none."""
+    """Leaves out the column of device times if no row has one."""
     columns = {name: how for name, how in COLUMNS.items() if name != "device ms" or any(row[how[0]] for row in rows)}
     return pass_tables(rows, columns)
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:
-    """The ceiling; why providers were not measured, or not on the device alone, each reason once."""
+    """Yields the ceiling, and why providers were not measured or have no device time, each reason once."""
     yield f"a copy of more than the cache holds: {rows[0]['ceiling_gbs']:.1f} GB/s"
     for column, what in (("unavailable", "no"), ("no_device_ms", "no device time of")):
         reasons = Counter((row["provider"], row[column]) for row in rows if row[column])
@@ -152,7 +152,7 @@ def notes_of(rows: list[Row]) -> Iterator[str]:
 
 
 def verdicts_of(reached: list[Goal]) -> Iterator[str]:
-    """Each goal with how often it holds, and where it doesn't."""
+    """Yields each goal with the number of rows that meet it, and the rows that don't."""
     for goal, group in itertools.groupby(sorted(reached, key=lambda goal: goal.goal), lambda goal: goal.goal):
         all_of_it = list(group)
         missed = [each for each in all_of_it if not each.met]

@@ -1,4 +1,4 @@
-"""Files that rows are written to: checked before anything is measured, and replaced in one step."""
+"""Files of rows. Their paths are checked before anything is measured, and they are replaced in one step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 Rows = list[dict[str, object]]
-DIGITS = 6  # significant ones of a number: timing has fewer
+DIGITS = 6  # significant digits; timings have fewer
 
 
 def writable(text: str) -> Path:
-    """An argparse type: a path that can be written. What is there stays as it is."""
+    """An argparse type: a path that can be written. An existing file isn't changed."""
     path = Path(text)
     try:
         if path.is_dir():
@@ -29,15 +29,14 @@ def writable(text: str) -> Path:
 
 
 def write_csv(path: Path, rows: Rows) -> None:
-    """A line a row; None, and a column that a row doesn't have, is an empty cell."""
+    """Writes a line for each row. None and missing columns are empty cells."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     header = dict(zip(columns, columns, strict=True))
     replace(path, _csv([header, *rows], columns))
 
 
 def append_csv(path: Path, row: dict[str, object], columns: Iterable[str]) -> None:
-    """One more row of a file that `write_csv` wrote with these columns. Where it doesn't fit the file stays as it
-    was."""
+    """Appends a row to a file that `write_csv` wrote with these columns. If that fails the file stays as it was."""
     size = path.stat().st_size
     try:
         with path.open("ab") as file:
@@ -48,7 +47,7 @@ def append_csv(path: Path, row: dict[str, object], columns: Iterable[str]) -> No
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that `write_csv` wrote, as text."""
+    """Reads the rows of a file that `write_csv` wrote. Values are text."""
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
@@ -58,7 +57,7 @@ def write_json(path: Path, rows: Rows) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """`path` holds either what it held or all of `content`, whatever happens in between."""
+    """Replaces the content of `path` in one step. If that fails, `path` keeps its old content."""
     temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
@@ -68,7 +67,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")  # beside it: os.replace works within one file system
+    return path.with_name(f".{path.name}.{os.getpid()}")  # same folder: os.replace works within one file system
 
 
 def _csv(rows: Rows, columns: list[str]) -> bytes:

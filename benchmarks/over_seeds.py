@@ -1,4 +1,4 @@
-"""Rows of studies that have one for each seed: grouped by what they are about, and compared seed by seed."""
+"""Rows of studies with a row for each seed: grouped by setting, and compared seed by seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, str]
 
 
 def grouped(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
-    """By these columns, in the order of the file; within a group by seed."""
+    """Groups rows by these columns, in the order of the file. Each group is sorted by seed."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -22,7 +22,7 @@ def over_seeds(rows: Sequence[Row], column: str) -> Estimate:
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row], column: str) -> Estimate:
-    """Of `rows` − `others`, seed by seed. Raises `ValueError` where they have other seeds."""
+    """Estimates `rows` − `others`, seed by seed. Raises `ValueError` if their seeds differ."""
     seeds, their = ([row["seed"] for row in side] for side in (rows, others))
     if seeds != their:
         raise ValueError(f"{column}: seeds {seeds} can't be compared to {their}")

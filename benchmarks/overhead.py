@@ -42,18 +42,18 @@ CALLS_A_TURN = {"full": 500, "quick": 200, "tiny": 20}
 FLOOR = "torch.add"
 DROP_PROB = 0.5
 MOST_MICROSECONDS, MOST_OF_EAGER = 4.0, 1.0
-"""The goals: of a forward without gradients, and of a forward and its backward as a ratio to eager's time."""
+"""The goals: µs of a forward without gradients, and time of forward and backward relative to eager's."""
 Call = Callable[[], Tensor]
 
 
 class DropPathAdd(ResidualAdd):
-    """Draws the rows that it drops."""
+    """The add that draws its dropped rows itself."""
 
     name = "drop_path_add"
 
 
 class HostDevice(Device):
-    """The device on whose tensors the host works, timed on the host's clock until it has issued everything."""
+    """A device timed by the host's clock, until the host has issued all work."""
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         self._wait()
@@ -64,7 +64,7 @@ class HostDevice(Device):
         return milliseconds
 
     def copy_rate(self) -> float:
-        """Isn't measured: nothing here is about bandwidth."""
+        """Returns NaN, as this command doesn't report bandwidth."""
         return math.nan
 
     def _wait(self) -> None:
@@ -82,7 +82,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    """Measures, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         lambda on_round: Session(
             device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)
         ),
-        one_threaded=True,  # one thread: a second one has nothing to do
+        one_threaded=True,  # a second thread has nothing to do
         keep=lambda rows: command.write_rows(options, [per_call(row) for row in rows]),
     )
     rows = [per_call(row) for row in rows]
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     return code if command.written(options, rows) else 1
 
 
-# What is called, on tensors that are there: the formula, and ours
+# The calls: the formula, and ours
 
 
 def _residual_add(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> tuple[Call, Call]:
@@ -147,7 +147,7 @@ def _drop_path_add(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor) -> t
 
 
 def _timm_drop_path(x: Tensor, drop_prob: float) -> Tensor:
-    """As timm computes it in training."""
+    """Computes drop-path as timm does in training."""
     keep_prob = 1 - drop_prob
     mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
     if keep_prob > 0:
@@ -173,7 +173,7 @@ def ops(device: torch.device) -> Iterator[Op]:
 
 
 def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
-    """One for each pass; a turn is so many calls."""
+    """Returns a case for each pass. A turn is `calls` calls."""
     sets = Sets(op, 1)
     eager, ours = CALLS[type(op)](op, *sets.inputs[0])
     for direction in PASSES:
@@ -194,7 +194,7 @@ def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
 
 
 def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, backend: str = "auto") -> Provider:
-    """One pass of `call`; `backend` is that of ours."""
+    """Returns a provider of one pass of `call`. `backend` is used by our calls."""
     inputs, douts = sets.inputs[0], sets.douts[0]
 
     def with_gradients() -> Tensors:
@@ -223,16 +223,16 @@ def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, back
 
 
 def launches(provider: Provider, device: torch.device, calls: int) -> Row:
-    """Of one of the calls that `provider` makes in a turn."""
+    """Returns the launches of one of the calls in a turn of `provider`."""
     count = count_launches(lambda: provider.run(0), device)
     return {"launches": count / calls, "launches_are": counted_as(device)}
 
 
-# What is shown
+# Tables
 
 
 def per_call(row: Row) -> Row:
-    """Its times in microseconds of a call; without what is about FLOPs and bytes."""
+    """Returns the row with times in microseconds per call, without the columns of FLOPs and bytes."""
     left_out = ("flop", "_gb", "_share", "_ms", "needed", "counted", "launches")
     kept = {key: value for key, value in row.items() if not any(part in key for part in left_out)}
     times = {key.replace("_ms", "_us"): scaled(row[key], 1e3 / row["calls"]) for key in row if key.endswith("_ms")}
@@ -254,13 +254,13 @@ def tables_of(rows: list[Row]) -> Iterator[Table]:
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:
-    """Why providers were not measured."""
+    """Yields why providers were not measured."""
     for name, reason in dict.fromkeys((row["provider"], row["unavailable"]) for row in rows if row["unavailable"]):
         yield f"– no {name}: {reason}"
 
 
 def verdicts_of(rows: list[Row]) -> Iterator[str]:
-    """The goals, which are about the residual add of the smallest tensors by the compiled library."""
+    """Yields the goals, which apply to the residual add of the smallest tensors by the compiled library."""
     shape = "x".join(map(str, SHAPES[0]))
     about = (ResidualAdd.name, shape, OURS_NATIVE, "")
     of = {r["pass"]: r for r in rows if (r["op"], r["shape"], r["provider"], r["unavailable"]) == about}

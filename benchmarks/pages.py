@@ -25,7 +25,7 @@ MARKER = re.compile(r"<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->\n?")
 
 
 def updated(text: str, results: Path) -> str:
-    """`text` with every table made anew. Raises `TableError`."""
+    """Returns `text` with new tables. Raises `TableError`."""
     parts, copied, name = [], 0, None
     for marker in MARKER.finditer(text):
         line = text.count("\n", 0, marker.start()) + 1
@@ -59,8 +59,8 @@ def _made(name: str, line: int, results: Path) -> str:
 
 
 def drawn(names: set[str], results: Path, folder: Path) -> dict[Path, bytes]:
-    """What the plots in `folder` should be. Those that another version of matplotlib drew are left as they are. Raises
-    `TableError`."""
+    """Returns the expected content of the plots in `folder`. Plots drawn by another version of matplotlib are left as
+    they are. Raises `TableError`."""
     from .plot_style import NothingToPlot, save
     from .plots import plots_of_results
 
@@ -92,7 +92,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """All pages and plots, or none where one of them can't be made."""
+    """Writes all pages and plots, or none if one of them can't be made."""
     wanted: dict[Path, bytes] = {}
     for page in options.pages:
         try:

@@ -1,7 +1,7 @@
-"""The ways to run a pair of training steps on a plan: what `cases.py` makes its providers from.
+"""The trainers: ways to run a pair of training steps on a plan. `cases.py` makes providers of them.
 
-`pair` yields after each of its two backwards; what has a gradient then learns. `textbook` does the same by definition,
-and `needs` sums up what the two iterations cannot do without.
+`pair` yields after each of its two backwards. Parameters with a gradient then learn. `textbook` runs the same pair by
+definition, and `needs` sums the FLOPs or bytes that the two iterations need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .textbook import Textbook
 
 
 class Needs(Protocol):
-    """What iterations need, in FLOPs (`ModelCost`) or bytes (`traffic.Traffic`); `kept` as a fraction a path."""
+    """The needs of iterations in FLOPs (`ModelCost`) or bytes (`traffic.Traffic`). `kept` has a fraction for each
+    path."""
 
     def plain(self) -> float: ...
     def drop(self, kept: list[float]) -> float: ...
@@ -29,19 +30,19 @@ class Needs(Protocol):
 
 
 class Plain:
-    """Two ordinary training steps. Every trainer has a network of its own.
+    """Two ordinary training steps. Every trainer has its own network.
 
     Args:
-        network: is trained.
-        mode: of the plans.
-        autocast: in bf16 where autocast says so; weights stay what they are.
+        network: the network to train.
+        mode: the mode of the plans.
+        autocast: whether steps run under bf16 autocast. The weights' dtype doesn't change.
     """
 
     name = "plain"
     minimal = True
-    """Whether it does no more than what its work needs."""
+    """Whether it does only the needed work."""
     follows_scheme = False
-    """Whether it freezes what the plan keeps, which some networks forbid."""
+    """Whether it freezes the kept paths of the plan, which isn't possible on some networks."""
 
     def __init__(self, network: Network, images: Tensor, labels: Tensor, mode: str, autocast: bool = False):
         self.network, self.model, self.images, self.labels = network, network.model, images, labels
@@ -49,7 +50,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def train(self, plan: rdp.PathPlan | None = None) -> None:
-        """Both steps. Where masks have another origin there is no plan."""
+        """Runs both steps. `plan` is None for trainers that draw their own masks."""
         for _ in self.pair(plan):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -60,14 +61,14 @@ class Plain:
             yield
 
     def backward(self, ends: Sequence[End] | None = None) -> None:
-        """Forward and backward, with `ends` as in `Network.with_ends`."""
+        """Runs forward and backward. `ends` are those of `Network.with_ends`."""
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self._autocast):
             logits = self.network(self.images) if ends is None else self.network.with_ends(self.images, ends)
             loss = F.cross_entropy(logits, self.labels)
         loss.backward()
 
     def masks(self, plan: rdp.PathPlan) -> list[End]:
-        """What drop-path does, with the masks of `plan`."""
+        """Returns the ends that apply drop-path with the masks of `plan`."""
         keep = plan.keep.to(self.images.device)
         return [_Mask(kept, p) for kept, p in zip(keep, plan.drop_probs, strict=True)]
 
@@ -107,8 +108,8 @@ class DropPath(Plain):
 class Naive(Plain):
     """The scheme without this package: a masked step, then a full one whose frozen gradients are thrown away.
 
-    In sample mode gradients of weights can't be thrown away for some samples: weights of any dropped sample learn
-    from all, so that the time stands for a naive pair and the gradients differ from ours.
+    In sample mode the gradients of weights can't be thrown away for single samples. Here a weight that learns from any
+    sample learns from all. The time is that of a naive pair, but the gradients differ from ours.
     """
 
     name = "naive"
@@ -166,7 +167,7 @@ class Exact(Plain):
 
 
 class BranchFrozen(Exact):
-    """Ours, approximate: gradients pass a frozen branch by."""
+    """Ours, approximate: frozen branches are detached."""
 
     name = "ours branch-frozen"
     freeze = "branch"

@@ -1,4 +1,4 @@
-"""What learns or is frozen together: the branch of each path, and the rest of the network."""
+"""Parts that learn or are frozen together: the branch of each path, and the rest of the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Part:
 
     @classmethod
     def of(cls, members: Iterable[nn.Module | nn.Parameter]) -> Part:
-        """What `members` consist of."""
+        """Collects the parameters and BatchNorms of `members`."""
         parameters: list[nn.Parameter] = []
         batch_norms: list[_BatchNorm] = []
         for member in members:
@@ -36,7 +36,8 @@ class Part:
 
 
 def parts_of(model: ResidualClassifier) -> tuple[list[Part], Part]:
-    """Each path's branch with its norm and gamma, in forward order, and the rest: stem, head, final norm, shortcuts."""
+    """Returns the branch of each path with its norm and gamma, in forward order, and the rest: stem, head, final norm,
+    shortcuts."""
     branches = [
         Part.of([*path.branch_modules(), *([] if path.gamma is None else [path.gamma])]) for path in model.paths
     ]
@@ -44,7 +45,7 @@ def parts_of(model: ResidualClassifier) -> tuple[list[Part], Part]:
 
 
 def rest_of(model: nn.Module, branches: Iterable[Part]) -> Part:
-    """What of `model` belongs to none of `branches`."""
+    """Returns the part of `model` that belongs to none of `branches`."""
     owned = {id(member) for part in branches for member in (*part.parameters, *part.batch_norms)}
     everything = Part.of([model])
     return Part(
@@ -55,8 +56,8 @@ def rest_of(model: nn.Module, branches: Iterable[Part]) -> Part:
 
 @contextlib.contextmanager
 def left_alone(parts: Iterable[Part]) -> Iterator[None]:
-    """A forward and backward inside leave `parts` as they were: the running statistics of their BatchNorms, which
-    normalise by the batch, don't move, and their gradients are thrown away at the end."""
+    """Keeps `parts` unchanged by a forward and backward within the `with` block. Their BatchNorms normalise by the
+    batch without updating running statistics, and their gradients are thrown away at the end."""
     parts = list(parts)
     batch_norms = [m for part in parts for m in part.batch_norms if m.track_running_stats]
     for batch_norm in batch_norms:

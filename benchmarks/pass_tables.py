@@ -1,4 +1,4 @@
-"""Tables of ops, as `ops`, `overhead` and `traffic` show them: one a setting, with its passes below each other."""
+"""Tables of ops for `ops`, `overhead` and `traffic`: one for each setting, with its passes below each other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .harness import Row
 from .op_goals import setting_of
 
 Columns = dict[str, tuple[str, str]]
-"""Heading → key of a row, and how its value is shown."""
+"""Heading → key of a row, and the format of its value."""
 
 
 def pass_tables(rows: list[Row], columns: Columns, labels: Sequence[str] = ("provider",)) -> Iterator[Table]:
-    """Of what was measured; `labels` are keys of the columns of text."""
+    """Yields tables of the measured rows. `labels` are keys of the text columns."""
     for setting, group in itertools.groupby(rows, setting_of):
         table = Table(title=f"[bold]{setting}[/bold]", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name, width in zip(("pass", *labels), (8, 22, 7), strict=False):

@@ -1,5 +1,5 @@
-"""What figures have in common: rows as numbers, how they look, and their files, whose bytes are the same for the same
-rows. matplotlib is imported on use, and its global state is left as it was."""
+"""Shared by all figures: rows as numbers, style, and files. Equal rows give files with equal bytes. matplotlib is
+imported on use, and its global state isn't changed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Rows = list[dict[str, Any]]
 SUFFIXES = (".svg", ".png", ".pdf")
 NO_DATE = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 FACTS = ("device", "torch", "triton", "python", "commit", "date")
-"""Columns that stay text, whatever they look like."""
-# Okabe and Ito's, which colour-blind readers tell apart, but for the yellow
+"""Columns that stay text, even if they look like numbers."""
+# Okabe and Ito's colours for colour-blind readers, without the yellow
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#555555", "#8C6D00")
 MARKERS = "os^vDPX<"
 STYLE = {
@@ -44,15 +44,15 @@ STYLE = {
 
 
 class NothingToPlot(ValueError):
-    """The rows lack what a figure shows."""
+    """The rows lack the values that a figure shows."""
 
 
 # Rows
 
 
 def complete(rows: Rows, *columns: str) -> Rows:
-    """Those that have all of `columns`, with numbers where a CSV has text. Raises `NothingToPlot` where there is none,
-    or no such column."""
+    """Returns the rows with a value in all of `columns`. Text of a CSV is converted to numbers. Raises `NothingToPlot`
+    if there is no such row or column."""
     if not rows:
         raise NothingToPlot("there are no rows")
     missing = [column for column in (*columns, "threads", *FACTS) if column not in rows[0]]
@@ -66,7 +66,7 @@ def complete(rows: Rows, *columns: str) -> Rows:
 
 
 def number(value: Any) -> Any:
-    """What `value` was before a CSV made it text."""
+    """Returns the value whose CSV text is `value`."""
     if not isinstance(value, str):
         return value
     if value in ("", "True", "False"):
@@ -94,7 +94,7 @@ def styled(draw: Callable[[Rows], Figure]) -> Callable[[Rows], Figure]:
 def figure_of(
     rows: Rows, title: str, panels: int, size: tuple[float, float], stacked: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Panels beside each other with one y axis, or below each other with one x axis, under a title that tells the
+    """Returns a figure with panels beside each other (one y axis) or below each other (one x axis). The title names the
     machine and the versions."""
     from matplotlib.figure import Figure
 
@@ -108,7 +108,7 @@ def figure_of(
 
 
 def log_axis(axis: Axes, which: str, steps: tuple[float, ...] = (1, 2, 5)) -> None:
-    """A logarithmic `"x"` or `"y"`, for what is drawn, with plain numbers: `steps` times powers of ten."""
+    """Makes axis `"x"` or `"y"` logarithmic within the current limits. Ticks are `steps` times powers of ten."""
     from matplotlib.ticker import NullLocator
 
     axis.set(**{f"{which}scale": "log"})
@@ -120,7 +120,7 @@ def log_axis(axis: Axes, which: str, steps: tuple[float, ...] = (1, 2, 5)) -> No
 
 
 def legend(figure: Figure, entries: list[tuple[str, str, str]]) -> None:
-    """Below: (label, colour, marker)."""
+    """Adds a legend below the figure. Entries are (label, colour, marker)."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=7, label=label) for label, c, m in entries]
@@ -131,7 +131,7 @@ def legend(figure: Figure, entries: list[tuple[str, str, str]]) -> None:
 
 
 def plottable(text: str) -> Path:
-    """An argparse type: a path that can be written, of a kind that can be drawn."""
+    """An argparse type: a path that can be written, with a supported suffix."""
     if Path(text).suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(SUFFIXES)}, got {text!r}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -140,7 +140,7 @@ def plottable(text: str) -> Path:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """By the suffix of `path`."""
+    """Saves a figure in the format of the suffix of `path`."""
     import matplotlib
 
     drawn = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Figures of rows, as they were measured or read back from a CSV, where every value is text.
+"""Figures of rows. The rows are measured ones, or read from a CSV, where every value is text.
 
 save(step_cost(rows), Path("step.svg"))
 """
@@ -39,8 +39,8 @@ PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backw
 
 @styled
 def ratio_bars(rows: Rows) -> Figure:
-    """Of `ops`: how many times as fast as each of the others ours is, by the median of the turns' ratios (on a GPU by
-    the device's times); a mark has the ratio of the fastest turns."""
+    """Figure of `ops`: the speed-up of ours over each other provider, by the median of the turns' ratios (on a GPU by
+    the device's times). A mark shows the ratio of the fastest turns."""
     rows = complete(rows, "op", "shape", "pass", "provider", "to_eager", "ratio_min")
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
@@ -79,14 +79,14 @@ def ratio_bars(rows: Rows) -> Figure:
 
 @styled
 def roofline(rows: Rows) -> Figure:
-    """What is reached of the machine's ceilings: of `step` FLOP/s by FLOPs per byte, of `ops`, which compute next to
-    nothing, bytes/s by bytes. Both as needed: what a provider does in vain doesn't count."""
+    """Figure of the machine's ceilings and the rates reached. Rows of `step` show FLOP/s by FLOPs per byte. Rows of
+    `ops`, which compute little, show bytes/s by bytes. Only needed FLOPs and bytes count."""
     return _step_roofline(rows) if rows and "needed_gflop" in rows[0] else _op_roofline(rows)
 
 
 def _step_roofline(rows: Rows) -> Figure:
     rows = complete(rows, "needed_gflop", "needed_gb", "p50_ms", "ceiling_gflops", "ceiling_gbs", "model", "provider")
-    rows = [row for row in rows if row.get("work", "scheme") == "scheme"]  # a drop-path alone is one step, not a pair
+    rows = [row for row in rows if row.get("work", "scheme") == "scheme"]  # drop-path alone is one step, not a pair
     if not rows:
         raise NothingToPlot("no row of a pair of steps")
     figure, (axis,) = figure_of(rows, "Roofline of pairs of steps, of needed FLOPs and bytes", 1, (8, 5))
@@ -140,8 +140,8 @@ def _op_roofline(rows: Rows) -> Figure:
 
 @styled
 def step_cost(rows: Rows) -> Figure:
-    """Of `step`: what a pair of iterations needs, counts and takes as ratios to plain training; a mark has the ratio of
-    the fastest turns."""
+    """Figure of `step`: needed FLOPs, counted FLOPs and time of a pair of iterations, relative to plain training. A
+    mark shows the ratio of the fastest turns."""
     keys = ("needed_ratio", "counted_ratio", "ratio_rounds")
     rows = complete(rows, "model", "mode", "p", "provider", "ratio_min", "ratio_rounds")
     shown = {name: [row for row in rows if row["provider"] == name] for name in (Exact.name, BranchFrozen.name)}
@@ -153,7 +153,7 @@ def step_cost(rows: Rows) -> Figure:
         for row in those:
             for number, key in enumerate(keys):
                 x = cases.index(_case(row)) + 0.27 * (number - 1)
-                axis.bar(x, row.get(key) or 0, 0.25, color=COLOURS[number])  # not every network's needs are known
+                axis.bar(x, row.get(key) or 0, 0.25, color=COLOURS[number])  # the needs of some networks aren't known
             axis.plot(x, row["ratio_min"], "_", color="black", markersize=6)
         _ratio_axis(axis, cases, name)
     entries = [(what, COLOURS[n], "s") for n, what in enumerate(("needed FLOPs", "counted FLOPs", "time"))]
@@ -172,13 +172,13 @@ SHOWN = {
     ("scheme", "block", Exact.name): "scheme, block mode: ours",
     ("scheme", "block", BranchFrozen.name): "scheme, block mode: ours, branch-frozen",
 }
-"""Work, mode and provider → its bar."""
+"""Work, mode and provider → label of its bar."""
 
 
 @styled
 def drop_path_bars(rows: Rows) -> Figure:
-    """Of `step --drop-path eager`, on one network with one p: the time of an optimizer step relative to plain
-    training's; a mark has the ratio of the fastest turns. Ours are hatched."""
+    """Figure of `step --drop-path eager` on one network with one p: the time of an optimizer step relative to plain
+    training's. A mark shows the ratio of the fastest turns. Ours are hatched."""
     rows = complete(rows, "work", "model", "batch", "mode", "p", "provider", "ratio_rounds", "ratio_min")
     by_who = {(row["work"], row["mode"], row["provider"]): row for row in rows}
     shown = [(label, by_who[who]) for who, label in SHOWN.items() if who in by_who]
@@ -207,13 +207,13 @@ KEPT_IN = {
     (Exact.name, "reuse"): "reuse, exact",
     (BranchFrozen.name, "reuse"): "reuse, branch-frozen",
 }
-"""Provider and iteration → its name in the figure. The drop iteration is the same however the other one freezes."""
+"""Provider and iteration → name in the figure. Both ways to freeze have the same drop iteration."""
 
 
 @styled
 def memory_bars(rows: Rows) -> Figure:
-    """Of `memory`: what our iterations keep for their backward and the most they allocate, as ratios to a plain step;
-    means over the plans, with a mark for the largest."""
+    """Figure of `memory`: saved bytes and peak of our iterations, relative to a plain step. Bars are means over the
+    plans; a mark shows the largest."""
     rows = complete(rows, "model", "mode", "p", "provider", "iteration", "saved_ratio", "peak_ratio")
     rows = [row for row in rows if (row["provider"], row["iteration"]) in KEPT_IN]
     if not rows:
@@ -234,7 +234,7 @@ def memory_bars(rows: Rows) -> Figure:
 
 @styled
 def scaling_lines(rows: Rows) -> Figure:
-    """Of `scaling`: the time of a pair of iterations over paths that do next to nothing, by how many they are."""
+    """Figure of `scaling`: the time of a pair of iterations by the number of tiny paths."""
     rows = [row for row in complete(rows, "paths", "mode", "provider", "min_ms") if row.get("network", TINY) == TINY]
     if not rows:
         raise NothingToPlot("no row of paths alone")
@@ -255,7 +255,7 @@ def scaling_lines(rows: Rows) -> Figure:
 
 
 def _short(provider: str) -> str:
-    """All compiled formulas are one comparator."""
+    """Returns one name for all compiled formulas."""
     return "compiled" if provider.startswith(("compiled", "torch.compile")) else provider
 
 
@@ -286,12 +286,12 @@ FIGURES: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "spiral": {"": spiral_accuracy},
     "language": {"": language_curves},
 }
-"""By command or study what is drawn of its rows, and what the name of that file ends with."""
+"""Command or study → ending of the file's name → function that draws its rows."""
 
 
 def plots_of_results(results: Path) -> dict[str, Callable[[], Figure]]:
-    """What draws a figure, by its name, for example `step-cpu-roofline`, for each CSV in `results` whose command has
-    some."""
+    """Returns a function for each figure of the CSVs in `results`, by the figure's name, for example
+    `step-cpu-roofline`."""
     figures: dict[str, Callable[[], Figure]] = {}
     for path in sorted(results.glob("*.csv")):
         rows = read_rows(path)
@@ -302,6 +302,6 @@ def plots_of_results(results: Path) -> dict[str, Callable[[], Figure]]:
 
 
 def write(command: str, rows: Rows, path: Path) -> None:
-    """A command's first figure at `path`, the others beside it."""
+    """Writes a command's first figure to `path`, and the others beside it."""
     for ending, draw in FIGURES[command].items():
         save(draw(rows), path.with_stem(path.stem + ending))

@@ -1,4 +1,4 @@
-"""Times of the device alone: turns captured in a CUDA graph, so that nothing of the host is between the kernels."""
+"""Times of the device alone: turns are captured in a CUDA graph, so that the host does nothing between kernels."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from .harness import Capture, Provider, Row, told
 from .machine import Device
 
-MIN_RUNS = 24  # of a graph: its own launch, some microseconds, is shared by all of them
+MIN_RUNS = 24  # runs in a graph; they share its launch of some microseconds
 Results = tuple[Tensor, ...]
 
 
 def device_time(device: Device, provider: Provider, repeats: int) -> Row:
-    """The median over `repeats` replays, in milliseconds a turn, or the reason why there is none.
+    """Measures the median over `repeats` replays in milliseconds per turn, or gives the reason why there is none.
 
-    Each turn of a replay has inputs that left the cache, and results of its own. Before timing one replay, into results
-    that were overwritten with NaN, has to pass the provider's check.
+    The inputs of each turn have left the cache, and each turn has its own results. Before timing, the results are
+    filled with NaN, and one replay must pass the provider's check.
     """
     if device.device.type != "cuda" or provider.capture is None:
         return {"device_ms": None, "no_device_ms": ""}
     try:
         milliseconds = _replay_time(device, provider.capture, repeats)
     except Exception as error:
-        # ending a capture that broke raises once more, and says less
+        # ending a broken capture raises again with a less useful message
         return {"device_ms": None, "no_device_ms": told(error.__context__ or error)}
     return {"device_ms": milliseconds, "no_device_ms": ""}
 
@@ -41,8 +41,8 @@ def _replay_time(device: Device, capture: Capture, repeats: int) -> float:
 
 
 def captured(runs: Sequence[Callable[[], Results]], keep: int) -> tuple[Callable[[], None], list[Results]]:
-    """What replays `runs`, and the results of the last `keep` of them. Memory of earlier results is used again: by then
-    it has left the cache."""
+    """Returns a function that replays `runs`, and the results of the last `keep` of them. The memory of earlier results
+    is reused after it has left the cache."""
     graph = torch.cuda.CUDAGraph()
     results: deque[Results] = deque(maxlen=keep)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -52,7 +52,7 @@ def captured(runs: Sequence[Callable[[], Results]], keep: int) -> tuple[Callable
 
 
 def verify_replay(replay: Callable[[], None], results: Results, capture: Capture) -> None:
-    """Raises `RuntimeError` where a replay doesn't write the right `results`, those of the first run."""
+    """Raises `RuntimeError` if a replay writes wrong `results`. They are those of the first run."""
     inputs = {t.untyped_storage().data_ptr() for t in capture.kept}
     with torch.no_grad():
         for result in results:

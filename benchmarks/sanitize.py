@@ -20,7 +20,7 @@ from .command import NO_GPU
 from .machine import ROOT
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-TESTS = "tests/kernels/test_fixed.py"  # all of tests/kernels compiles over a thousand kernels
+TESTS = "tests/kernels/test_fixed.py"  # all of tests/kernels would compile over a thousand kernels
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -31,7 +31,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 where a tool finds something or a test fails."""
+    """Returns 1 if a tool finds something or a test fails."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None or not torch.cuda.is_available():
         reason = NO_GPU if sanitizer else "compute-sanitizer isn't on the PATH; it comes with the CUDA toolkit"
@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> int:
     for tool in options.tool:
         print(f"== {tool}", flush=True)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *filters(tool)]
-        # a warning is no error, nor one failure the end: this takes minutes, and is to tell all it can
+        # go on after warnings and some failures: this takes minutes, and should report as much as it can
         command += [sys.executable, "-m", "pytest", "-W", "default", "--maxfail=5", *options.tests]
-        # torch's allocator hands out pieces of large blocks, within which no access is out of bounds
+        # torch's allocator would hide accesses out of bounds, as it gives out pieces of large blocks
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
         if subprocess.run(command, env=environment, cwd=ROOT).returncode:
             failed.append(tool)
@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def filters(tool: str) -> list[str]:
-    """Our kernels only, for time; initcheck has to see torch's write what ours read."""
+    """Returns options that check only our kernels, to save time. initcheck must see torch's kernels too, as they write
+    the inputs of ours."""
     if tool == "initcheck":
         return []
     return [part for op in CONFIGS for part in ("--kernel-name", f"kernel_substring=_{op}_kernel")]

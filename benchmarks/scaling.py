@@ -1,13 +1,13 @@
 """`python -m benchmarks scaling`: the cost of the plan and our Python code, by the number of paths and against a step.
 
 This is host time of a pair of iterations, forward and backward, on a network whose branches compute almost nothing.
-"plain" runs `x + f(x)` twice. "by hand" runs the two iterations with every decision made beforehand. "plan" draws,
-opens and closes them and calls no path. "ours" does all of it. The overhead is the time of ours beyond the faster of
-the first two. "calls" are the function calls of a pair, Python's and C's. They are the same in every run. It uses one
-thread, and every path drops with p = 0.3.
+"plain" runs `x + f(x)` twice. "by hand" runs the two iterations with all decisions made beforehand. "plan" draws,
+opens and closes the iterations and calls no path. "ours" does everything. The overhead is the time of "ours" minus the
+faster of "plain" and "by hand". "calls" counts the function calls of a pair in Python and C, the same in every run. The
+command uses one thread, and every path has p = 0.3.
 
-The second table compares the overhead of as many paths with a pair of plain training steps of real networks. All times
-are those of the fastest turns: the host does the same in each turn, and other work of the machine only adds time.
+The second table shows the overhead as a share of a pair of plain training steps, for real networks with as many paths.
+All times are those of the fastest turns: the host does the same in each turn, and other processes only add time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .tiny_paths import BOUND, BY_HAND, OURS, PLAIN, PLAN, calls_of, path_case
 PATHS = {"full": (12, 24, 48, 100, 300, 1000), "quick": (24, 100), "tiny": (8, 16)}
 FULL_TURNS, FEW_TURNS, STEP_TURNS = 12, 3, 2
 MOST_OF_A_STEP, MOST_GROWTH = 0.01, 1.5
-"""The goals: of a step of ViT-S at batch 32; of the time per path at 1,000 paths to that at 100."""
+"""The goals: the share of a step of ViT-S at batch 32, and the time per path at 1,000 paths relative to 100 paths."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -57,7 +57,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    """Measures, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
     console, kind = Console(width=command.WIDTH), options.device
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class StepDevice(Device):
-    """On which nothing is about bandwidth."""
+    """A device without measured bandwidth."""
 
     def copy_rate(self) -> float:
         return math.nan
@@ -117,7 +117,7 @@ class Network:
 
 
 def own_vit(depth: int = 12, width: int = 192, batch: int = 16) -> Network:
-    """Those of `step`, on 64 tokens."""
+    """Returns the network of `step`, on 64 tokens."""
     return Network("vit", depth, width, Config(own(ViT, 32, 4, 3, 10, width, depth, width // 48), batch))
 
 
@@ -153,13 +153,14 @@ def step_case(network: Network, device: torch.device) -> Case:
     return Case(network.labels, "pair of steps", PLAIN, [provider])
 
 
-# What is made of it
+# Evaluation
 
 _LEFT_OUT = ("flop", "_gb", "_share", "needed", "counted", "ratio")
 
 
 def shares_of(rows: list[Row]) -> list[Row]:
-    """With the overhead of ours, and a row for each real network and mode with its share of a pair of steps."""
+    """Returns rows with the overhead of ours, and a row for each real network and mode with its share of a pair of
+    steps."""
     times = {(row["mode"], row["paths"], row["provider"]): row["min_ms"] for row in rows if row["network"] == "tiny"}
     overheads = {
         (mode, paths): time - min(times[mode, paths, PLAIN], times[mode, paths, BY_HAND])
@@ -222,7 +223,7 @@ def step_table(rows: list[Row]) -> Table:
 
 
 def verdicts_of(rows: list[Row]) -> Iterator[str]:
-    """The goals, of the rows that are there, with what was measured."""
+    """Yields the goals that `rows` allow to check, with the measured values."""
     for row in rows:
         if (row["network"], row["batch"]) == (SMALL.name, SMALL.config.batch):
             met = "met" if row["share"] <= MOST_OF_A_STEP else "MISSED"

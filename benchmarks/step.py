@@ -30,10 +30,10 @@ from .pairs import BranchFrozen, Exact, Naive
 from .pass_tables import Columns
 
 FULL_TURNS, FEW_TURNS = 12, 3
-ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # target of the exact scheme on the ViT: time ratio / needed ratio
-OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # of the naive pair's time: ViT, block mode, p = 0.5
+ABOVE_NEEDED = {"block": 1.08, "sample": 1.15}  # targets of the exact scheme on the ViT: time ratio / needed ratio
+OF_NAIVE = {Exact.name: 0.75, BranchFrozen.name: 0.66}  # share of naive's time: ViT, block mode, p = 0.5
 OF_PLAIN = {(Exact.name, 0.1): 0.84, (Exact.name, 0.3): 0.79, (Exact.name, 0.5): 0.73, (BranchFrozen.name, 0.3): 0.69}
-"""On GPUs, of plain's time: ViT-B, block mode, batch 128, in bf16."""
+"""Targets on GPUs relative to plain's time: ViT-B, block mode, batch 128, bf16."""
 
 DROP_PATHS = NONE, EAGER, COMPILED = ("none", "eager", "compiled")
 OURS_DROP_PATH = (drop_path.Ours.name, drop_path.OursCompiled.name)
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, dict[str, Probs]] = {
         "resnet-50": {"block": (0.5,)},
     },
 }
-"""Which p's of which modes of which models are measured if nothing is said."""
+"""The models, modes and p's that are measured by default."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -87,7 +87,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints and writes. An interrupt ends it with what there is so far."""
+    """Measures, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
     console = Console(width=command.WIDTH)
@@ -124,8 +124,8 @@ def choices_of(
     modes: Sequence[str] | None = None,
     probs: Sequence[float] | None = None,
 ) -> list[tuple[str, str, float]]:
-    """Model, mode and p of each case: what is asked for, and else `DEFAULTS[key]`, or everything where that has nothing
-    to say of a model or mode."""
+    """Yields model, mode and p of each case: the requested ones, else those of `DEFAULTS[key]`. Models and modes that
+    are missing there use all values."""
     defaults, every = DEFAULTS[key], {"tiny": PROBS[-1:], "quick": PROBS[1:2]}.get(key, PROBS)
     choices = []
     for model in models or defaults:
@@ -136,7 +136,8 @@ def choices_of(
 
 
 def drop_path_models(asked: str | None, device: str, models: Iterable[str]) -> list[str]:
-    """Those of `models` with a case of drop-path. Compiling takes minutes on a CPU, where it has to be asked for."""
+    """Returns those of `models` that have a case of drop-path. On a CPU compiling takes minutes, so it must be
+    requested there."""
     default = ("vit-b",) if device == "cuda" else ()
     wanted = {None: default, NONE: ()}.get(asked, drop_path.MODELS)
     return [model for model in models if model in wanted]
@@ -162,7 +163,7 @@ def table_of(rows: list[Row]) -> Table:
 def case_table(
     rows: list[Row], columns: Columns, title: str, caption: str, labels: Sequence[str] = ("provider",)
 ) -> Table:
-    """The providers of each case below each other; `labels` are keys of the columns of text."""
+    """Returns a table with the providers of each case below each other. `labels` are keys of the text columns."""
     table = Table(title=title, caption=caption)
     for name in labels:
         table.add_column(name, no_wrap=True)
@@ -178,7 +179,7 @@ def case_table(
 
 
 def notes_of(rows: list[Row]) -> Iterator[str]:
-    """Why providers were not measured, each reason once."""
+    """Yields why providers were not measured, each reason once."""
     missing = [row for row in rows if row["unavailable"]]
     for reason in dict.fromkeys(row["unavailable"] for row in missing):
         cases = dict.fromkeys(f"{row['model']} {row['mode']}" for row in missing if row["unavailable"] == reason)
@@ -187,7 +188,7 @@ def notes_of(rows: list[Row]) -> Iterator[str]:
 
 
 def cpu_verdicts(rows: list[Row]) -> Iterator[str]:
-    """The targets of our own ViT, of the rows that are there, with what was measured."""
+    """Yields the targets of our own ViT that `rows` allow to check, with the measured values."""
     vit = {(row["mode"], row["p"], row["provider"]): row for row in rows if row["model"] == "vit"}
     for (mode, p, provider), row in vit.items():
         if provider == Exact.name:
@@ -202,7 +203,7 @@ def cpu_verdicts(rows: list[Row]) -> Iterator[str]:
 
 
 def gpu_verdicts(rows: list[Row]) -> Iterator[str]:
-    """The targets of timm's ViT-B in bf16, of the rows that are there and were measured."""
+    """Yields the targets of timm's ViT-B in bf16 that measured rows allow to check."""
     asked = [row for row in rows if (row["model"], row["batch"], row["dtype"]) == ("vit-b", 128, BF16)]
     asked = [row for row in asked if row["ratio_rounds"] is not None]
     for row in asked:
@@ -221,12 +222,12 @@ VERDICTS = {"cpu": cpu_verdicts, "cuda": gpu_verdicts}
 
 
 def above_needed(row: Row) -> float | None:
-    """Time over needed FLOPs, both as ratios to plain."""
+    """Returns time / needed FLOPs, both as ratios to plain."""
     return quotient(row["ratio_rounds"], row["needed_ratio"])
 
 
 def case_of(row: Row) -> str:
-    """Those of `memory` are all of the scheme, and don't say so."""
+    """Returns the name of a row's case. Rows of `memory` have no column `work`, as all are of the scheme."""
     case = f"{row['model']} {row['mode']} p={row['p']}"
     return f"{case} drop-path" if row.get("work") == "drop-path" else case
 
@@ -242,7 +243,7 @@ def _machine_line(row: Row) -> str:
 
 def probability(text: str) -> float:
     """An argparse type."""
-    wanted = f"must be a number between 0.01 and 0.99, got {text!r}"  # so rare a drop would never give enough plans
+    wanted = f"must be a number between 0.01 and 0.99, got {text!r}"  # at smaller p hardly any plan drops
     try:
         value = float(text)
     except ValueError:

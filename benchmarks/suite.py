@@ -31,7 +31,7 @@ MEASURING: dict[str, ModuleType] = {
 }
 """By the command's name."""
 ANY_DEVICE = ("traffic",)
-"""What is the same on every device, and has no option for one."""
+"""The commands whose results are the same on every device. They have no option `--device`."""
 INTERRUPTED = 130
 
 
@@ -51,7 +51,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs them all, whatever one of them ends with; an interrupt ends it. The exit code is the highest of theirs."""
+    """Runs all commands, even if one fails. An interrupt ends it. Returns the highest exit code."""
     if not command.has_device(options.device):
         return 2
     console, code = Console(width=command.WIDTH), 0
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             files = {kind: folder / f"{'-'.join([name, *on_device])}.{kind}" for kind in ("csv", "json")}
             arguments = [name, *size, *(text for kind in on_device for text in ("--device", kind))]
             arguments += [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
-            files["json"].unlink(missing_ok=True)  # one of an earlier run must not pass for this one's
+            files["json"].unlink(missing_ok=True)  # a file of an earlier run must not be taken for this run's
             start = time.monotonic()
             ended = parsed([module], arguments)
             code = max(code, ended.run(ended))
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parsed(modules: Iterable[ModuleType], arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of one of the commands in `modules`; `run` among them, unless none was named."""
+    """Parses the options of one of the commands in `modules`. Without a command `run` prints the help."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures the package, and shows the results."
     )
@@ -94,7 +94,7 @@ def parsed(modules: Iterable[ModuleType], arguments: Sequence[str] | None) -> ar
 
 
 def table_of(found: dict[str, list[Row]], seconds: dict[str, float], size: str) -> Table:
-    """What each command found, in a line or two."""
+    """Returns the table of findings, with a line or two for each command."""
     of_what = {"tiny": " on tiny tensors and networks: does it run", "quick": " of a quick run"}.get(size, "")
     row = next((rows[0] for rows in found.values() if rows), None)
     table = Table(title=f"Findings{of_what}", caption=command.machine_line(row) if row else None)
@@ -111,7 +111,7 @@ def table_of(found: dict[str, list[Row]], seconds: dict[str, float], size: str) 
 
 
 def answers_of(name: str, rows: list[Row]) -> Iterable[tuple[str, str]]:
-    """(question, answer) pairs of one command's rows."""
+    """Yields (question, answer) pairs for one command's rows."""
     questions: dict[str, Callable[[list[Row]], str | None]] = FINDINGS.get(name, {})
     for question, answer in questions.items() if rows else ():
         text = answer(rows)

@@ -1,4 +1,4 @@
-"""Markdown tables from the rows of `benchmarks/results/`: `TABLES` says which there are."""
+"""Markdown tables from the rows of `benchmarks/results/`. `TABLES` lists them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ WHO = {
 
 
 def drop_path_table(rows: list[CsvRow]) -> str:
-    """Ordinary drop-path, by providers that skip what is dropped and one that doesn't."""
+    """Ordinary drop-path, by providers that skip dropped samples and one that doesn't."""
     _refuse_quick(rows)
     lines = [
         "| an optimizer step of | time / timm's drop-path | time / plain training | needed FLOPs |",
@@ -63,7 +63,7 @@ def drop_path_table(rows: list[CsvRow]) -> str:
     ]
     by_name = {row["provider"]: row for row in rows if row["work"] == "drop-path"}
     timm = by_name[OwnMasks.name]
-    same = ("scheme", "sample", DropPath.name)  # the same work on known plans, whose needs are counted
+    same = ("scheme", "sample", DropPath.name)  # the same work on known plans, so that its needed FLOPs are counted
     planned = next(row for row in rows if (row["work"], row["mode"], row["provider"]) == same)
     for name, label in WHO.items():
         cells = [_time_ratio(by_name[name], timm), _time_ratio(by_name[name]), _ratio(planned["needed_ratio"])]
@@ -73,7 +73,7 @@ def drop_path_table(rows: list[CsvRow]) -> str:
 
 
 def machine_line(rows: list[CsvRow]) -> str:
-    """Where and when the rows were measured, in one line."""
+    """Returns where and when the rows were measured, in one line."""
     models: dict[str, dict[str, None]] = {}
     for row in rows:
         if not row["unavailable"]:
@@ -90,7 +90,7 @@ def measured_on(row: CsvRow) -> str:
 
 
 def digits_table(rows: list[CsvRow]) -> str:
-    """Every method of every run of `examples/train_digits.py` that the file holds, over its seeds."""
+    """Every method of every run of `examples/train_digits.py` in the file, over its seeds."""
     without = max(int(name.split("_")[2]) for name in rows[0] if re.fullmatch(r"accuracy_without_\d+", name))
     removed = f"{without} of {rows[0]['paths']} branches removed"
     lines = [
@@ -111,7 +111,7 @@ def digits_table(rows: list[CsvRow]) -> str:
 
 
 def ops_table(rows: list[CsvRow]) -> str:
-    """How many times as fast as eager and as the compiled formula the compiled library is, for each setting."""
+    """The speed-up of the compiled library over eager and over the compiled formula, for each setting."""
     lines = [
         "| op | shape | dtype | rows kept | forward: eager / ours | compiled / ours | forward + backward: eager / ours "
         "| compiled / ours |",
@@ -175,8 +175,8 @@ def memory_table(rows: list[CsvRow]) -> str:
 
 
 def scaling_table(rows: list[CsvRow]) -> str:
-    """Host time of the scheme on paths that do next to nothing."""
-    lines = ["| mode | paths | plain pair, ms | ours, ms | overhead, µs a path | of which plan |", "|" + "---|" * 6]
+    """Host time of the scheme on tiny paths."""
+    lines = ["| mode | paths | plain pair, ms | ours, ms | overhead, µs a path | plan, µs a path |", "|" + "---|" * 6]
     tiny = [row for row in rows if row["network"] == "tiny"]
     for (mode, paths), group in itertools.groupby(tiny, lambda row: (row["mode"], row["paths"])):
         by_name = {row["provider"]: row for row in group}
@@ -189,7 +189,7 @@ def scaling_table(rows: list[CsvRow]) -> str:
 
 
 def shares_table(rows: list[CsvRow]) -> str:
-    """What that comes to in real networks."""
+    """The host time of the scheme as a share of a step of real networks."""
     lines = ["| network | depth | width | batch | mode | plain pair, ms | overhead, ms | share |", "|" + "---|" * 8]
     real = [row for row in rows if row["network"] != "tiny"]
     for row in real:
@@ -201,7 +201,7 @@ def shares_table(rows: list[CsvRow]) -> str:
 
 
 def traffic_table(rows: list[CsvRow]) -> str:
-    """Bytes moved for each byte that is needed."""
+    """Moved bytes relative to needed bytes."""
     lines = ["| op | shape | dtype | rows kept | pass | eager | compiled (model) | ours, Triton |", "|" + "---|" * 8]
     setting = ("op", "shape", "dtype", "kept", "pass")
     for _, group in itertools.groupby(rows, lambda row: [row[key] for key in (*setting, "layout", "gamma")]):
@@ -233,7 +233,7 @@ def _times_as_fast(other: CsvRow, ours: CsvRow) -> str:
 
 
 def _time_ratio(row: CsvRow, base: CsvRow | None = None) -> str:
-    """The median of the rounds' ratios, and of minima in brackets; to plain, or to `base`."""
+    """Returns the median of the rounds' ratios to plain or to `base`, with the ratio of the minima in brackets."""
     if row["unavailable"]:
         return "–"
     keys = ("ratio_rounds", "ratio_min")

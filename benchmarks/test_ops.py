@@ -1,6 +1,6 @@
 """The op cases under pytest-benchmark: `pytest benchmarks/test_ops.py --benchmark-only`.
 
-On tiny tensors, to compare commits, as `test_step.py`; `RDP_BENCH=full` takes those of `python -m benchmarks ops`.
+It uses tiny tensors, to compare commits. `RDP_BENCH=full` uses those of `python -m benchmarks ops`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _threads():
         yield
 
 
-@functools.lru_cache(maxsize=1)  # choices on the same tensors follow each other; only these stay in memory
+@functools.lru_cache(maxsize=1)  # tests on the same tensors follow each other; only these tensors stay in memory
 def verified(setting: Setting) -> dict[str, Case]:
     cases = {case.labels["pass"]: case for case in op_cases(setting, Device.of("cpu"))}
     for case in cases.values():

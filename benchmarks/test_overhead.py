@@ -1,7 +1,7 @@
-"""What a call costs, under pytest-benchmark: `pytest benchmarks/test_overhead.py --benchmark-only`.
+"""The cost of a call under pytest-benchmark: `pytest benchmarks/test_overhead.py --benchmark-only`.
 
-Blocks of few calls, to compare commits, as `test_step.py`; `RDP_BENCH=full` takes those of `python -m benchmarks
-overhead`. On one thread: a second one has nothing to do.
+It uses blocks of few calls, to compare commits. `RDP_BENCH=full` uses those of `python -m benchmarks overhead`. It runs
+on one thread, as a second one has nothing to do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _threads():
         yield
 
 
-@functools.lru_cache(maxsize=1)  # choices on the same tensors follow each other
+@functools.lru_cache(maxsize=1)  # tests on the same tensors follow each other
 def verified(kind: type, shape: tuple[int, ...]) -> dict[str, Case]:
     op = next(op for op in ops(CPU.device) if type(op) is kind and op.setting.shape == shape)
     cases = {case.labels["pass"]: case for case in overhead_cases(op, CALLS_A_TURN[SIZE])}

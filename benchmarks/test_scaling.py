@@ -1,8 +1,8 @@
 """A pair of iterations by the number of paths, under pytest-benchmark: `pytest benchmarks/test_scaling.py
 --benchmark-only`.
 
-On few paths, to compare commits, as `test_step.py`; `RDP_BENCH=full` takes the numbers of `python -m benchmarks
-scaling`. On one thread: a second one has nothing to do.
+It uses few paths, to compare commits. `RDP_BENCH=full` uses the numbers of paths of `python -m benchmarks scaling`. It
+runs on one thread, as a second one has nothing to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The step cases under pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
-On tiny networks, to compare commits; `RDP_BENCH=full` takes those of the README. pytest-benchmark times one provider
-after the other, so that on a noisy machine `python -m benchmarks step`, which lets them take turns, is the steadier.
+It uses tiny networks, to compare commits. `RDP_BENCH=full` uses those of the README. pytest-benchmark times one
+provider after the other. On a noisy machine `python -m benchmarks step` is steadier, because its providers take turns.
 """
 
 from __future__ import annotations

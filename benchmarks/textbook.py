@@ -1,7 +1,7 @@
-"""The scheme as its definition reads, in plain torch and without regard to cost: what providers are verified against.
+"""The scheme by its definition, in plain torch and without regard to cost. Providers are verified against it.
 
-Every branch is computed, on the model as its author wrote it, and what must not count is masked or thrown away. Of
-rdp_kernels nothing runs here.
+It computes every branch of the unmodified model, and then masks updates or throws gradients away. Nothing of
+rdp_kernels runs here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .parts import left_alone
 
 
 class Textbook:
-    """Iterations on `network`, each a forward and backward that leaves gradients in its model."""
+    """Iterations on `network`. Each is a forward and a backward, and leaves gradients in the model."""
 
     def __init__(self, network: Network, images: Tensor, labels: Tensor):
         self.network, self.images, self.labels = network, images, labels
@@ -27,12 +27,12 @@ class Textbook:
         self._backward(self.images, self.labels, [_as_it_is] * len(self.network.branches))
 
     def drop(self, keep: Tensor, drop_probs: Sequence[float], skip: bool = True) -> None:
-        """Kept rows of a branch count 1 / (1 − p) times, dropped ones 0 times.
+        """Multiplies the kept rows of each update by 1 / (1 − p), and the dropped rows by 0.
 
         Args:
             keep: bool `[paths]` or `[paths, B]`.
-            skip: a branch without kept rows is left alone; else it gets gradients of 0, and its BatchNorms see the
-                batch.
+            skip: whether a branch without kept rows stays unchanged. Else it gets gradients of 0, and its BatchNorms
+                update their statistics.
         """
         ends = [partial(_masked, kept, p) for kept, p in zip(keep, drop_probs, strict=True)]
         without = [part for part, kept in zip(self.network.branches, keep, strict=True) if skip and not kept.any()]
@@ -40,11 +40,11 @@ class Textbook:
             self._backward(self.images, self.labels, ends)
 
     def reuse(self, keep: Tensor, freeze: str) -> None:
-        """Every branch runs. Where `keep` is true its gradients are thrown away and, with `freeze="branch"`, what it
-        computes is a constant; the rest doesn't learn.
+        """Runs every branch. Where `keep` is true its gradients are thrown away and, with `freeze="branch"`, its update
+        is detached. The rest doesn't learn.
 
-        In sample mode one sample after the other: their gradients add up to the batch's, as nothing but BatchNorm,
-        which can't be frozen for some samples, makes one depend on another.
+        In sample mode it runs one sample after the other, and adds up their gradients. This gives the batch's gradients
+        because samples are independent. Only BatchNorm would mix them, and it can't be frozen for single samples.
         """
         columns = keep.view(len(keep), -1)
         shares = columns.shape[1]
@@ -76,7 +76,7 @@ def _masked(kept: Tensor, drop_prob: float, update: Tensor) -> Tensor:
 
 
 def state_after(model: nn.Module, backwards: Iterator[None]) -> list[dict[str, Tensor]]:
-    """The gradients that there are, and the buffers, after each of `backwards`."""
+    """Returns the existing gradients and the buffers after each of `backwards`."""
     steps = []
     for _ in backwards:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -86,7 +86,7 @@ def state_after(model: nn.Module, backwards: Iterator[None]) -> list[dict[str, T
 
 
 def largest_difference(wanted: list[dict[str, Tensor]], got: list[dict[str, Tensor]]) -> float:
-    """Between two results of `state_after`: infinite where what learns differs, NaN where there is one."""
+    """Compares two results of `state_after`. Infinite if different parameters have gradients; NaN if a value is NaN."""
     if [step.keys() for step in wanted] != [step.keys() for step in got]:
         return float("inf")
     differences = [(w[name] - g[name]).abs().max() for w, g in zip(wanted, got, strict=True) for name in w]

@@ -1,5 +1,5 @@
-"""Networks of paths that do next to nothing, and the ways to run a pair of iterations on them: what is left is host
-time."""
+"""Networks of tiny paths, which compute almost nothing, and the ways to run a pair of iterations on them. Their time is
+host time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from .harness import Case, Check, Provider, Row
 from .pairs import Exact, Plain
 from .textbook import largest_difference, state_after
 
-DROP_PROB, BATCH, WIDTH = 0.3, 10, 2  # in sample mode every path is mixed: 7 of 10 rows are kept
+DROP_PROB, BATCH, WIDTH = 0.3, 10, 2  # sample mode keeps 7 of 10 rows of every path
 BOUND = 1e-10
 PLAIN, BY_HAND, PLAN, OURS = Plain.name, "by hand", "plan", Exact.name
 
 
 class Tiny(nn.Module):
-    """`x · weight`: one op each way, and a weight that can learn; with as many modules as an MLP and its norm."""
+    """Computes `x · weight`: one op in the forward, one in the backward. It has as many modules as an MLP and its
+    norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +48,12 @@ def tiny_paths(count: int) -> rdp.ResidualSequence:
 
 @dataclass(frozen=True)
 class ByHand:
-    """The iterations of one plan as one would write them for it alone: what each path does is known beforehand."""
+    """The iterations of one plan, written for this plan alone: all decisions are made beforehand."""
 
     x: Tensor
     branches: list[Tiny]
     keep: list[Tensor | bool]
-    """For each path whether it is kept or, where some rows are, the rows that are and those that aren't."""
+    """For each path: whether it is kept, or in sample mode its kept rows and its dropped rows."""
 
     @classmethod
     def of(cls, paths: rdp.ResidualSequence, x: Tensor, plan: rdp.PathPlan) -> ByHand:
@@ -84,14 +85,14 @@ def _rows(keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Ways:
-    """The ways to run a pair on `count` paths, each on a network of its own."""
+    """The ways to run a pair on `count` paths, each on its own network."""
 
     def __init__(self, mode: str, count: int, turns: int, device: torch.device, dtype: torch.dtype = torch.float32):
         generator = torch.Generator().manual_seed(SEED)
         self.x = torch.randn(BATCH, WIDTH, generator=generator, dtype=dtype).to(device)
         self.plain_paths, self.paths = (tiny_paths(count).to(device, dtype) for _ in range(2))
         self.scheme = rdp.ResidualDropPath(self.paths, DROP_PROB, mode=mode, sampling="fixed", seed=SEED)
-        with nothing_runs():  # the plan alone is measured too; a scheme warns of that once
+        with nothing_runs():  # the plan alone is measured too; the scheme warns once that no path ran
             list(self.scheme.iterations(BATCH))
         rates = [DROP_PROB] * count
         keeps = [draw_keep(rates, mode, "fixed", plan_generator(SEED, turn), [BATCH]) for turn in range(turns)]
@@ -110,13 +111,13 @@ class Ways:
         return self._by_hand[turn % len(self.plans)].pair()
 
     def ours(self, plan: rdp.PathPlan | None = None) -> Iterator[None]:
-        """Of a plan that is drawn, unless it is given."""
+        """Runs the pair of `plan`, or of a drawn plan."""
         for _ in self.scheme.iterations(BATCH, plan=plan):
             self.paths(self.x).sum().backward()
             yield
 
     def verify(self, name: str) -> Check:
-        """The gradients after each backward: by hand as ours, and plain as an inference."""
+        """Compares gradients after each backward: by hand with ours, and plain with ours in eval mode."""
         plan = self.plans[0]
         if name == PLAIN:
             wanted, got = state_after(self.paths.eval(), self._inferred()), state_after(self.plain_paths, self.plain())
@@ -135,7 +136,7 @@ class Ways:
 
 
 def path_case(mode: str, count: int, turns: int, kind: str) -> Case:
-    """A turn is a pair of iterations on `count` paths."""
+    """Returns a case. A turn is a pair of iterations on `count` paths."""
     device = torch.device(kind)
     ways = Ways(mode, count, turns, device)
     runs: dict[str, Callable[[int], Iterable[object]]] = {
@@ -158,12 +159,12 @@ def path_case(mode: str, count: int, turns: int, kind: str) -> Case:
 
 
 def calls_of(provider: Provider) -> Row:
-    """How many functions a turn calls."""
+    """Returns the number of function calls in a turn."""
     return {"calls": count_calls(lambda: provider.run(0))}
 
 
 def count_calls(run: Callable[[], object]) -> int:
-    """Function calls of `run()`, Python's and those from Python to C."""
+    """Counts the function calls of `run()`: those of Python functions, and those from Python to C."""
     count = 0
 
     def called(frame: object, event: str, argument: object) -> None:
@@ -171,7 +172,7 @@ def count_calls(run: Callable[[], object]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
-    gc.disable()  # what it finalises would count too
+    gc.disable()  # finalisers would be counted too
     sys.setprofile(called)
     try:
         run()

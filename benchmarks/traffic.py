@@ -1,13 +1,13 @@
-"""The bytes that an iteration needs: a lower bound of what it reads and writes, the counterpart of `cost.py`.
+"""The bytes that an iteration needs: a lower bound of the bytes that it reads and writes.
 
 | | forward | backward, where a gradient passes |
 |---|---|---|
 | weights of a part that runs | read | read |
-| the stream at a branch | read and written by the rows that run | likewise |
+| the residual at a branch | read and written for the rows that run | likewise |
 
-Where a part learns its gradients are written and read, and AdamW's weight, m and v read and written.
+If a part learns, its gradients are written and read, and AdamW's weight, m and v are read and written.
 
-What happens inside a branch is left out, as if it stayed in registers and cache: no implementation needs less.
+Traffic inside a branch is left out, as if it stayed in registers and cache: no implementation needs less.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from examples.models import ResidualClassifier
 
 from .parts import parts_of
 
-GRADIENT, ADAMW = 2, 6  # times a weight is moved
+GRADIENT, ADAMW = 2, 6  # number of times that a weight's bytes are moved
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the weights of each path's branch and of the rest, and of the whole batch's stream at each path."""
+    """Bytes of the weights of each branch and of the rest, and of the whole batch's residual at each path."""
 
     branches: list[int]
     streams: list[int]
@@ -55,7 +55,7 @@ class Traffic:
 
     def _iteration(self, learning: list[float], frozen: list[float], rest_learns: bool, freeze: str) -> float:
         total = float(self._weights(self.rest, True, rest_learns, rest_learns))
-        passes = rest_learns  # something before learns
+        passes = rest_learns  # whether something before the path learns
         for weights, stream, learns, frozes in zip(self.branches, self.streams, learning, frozen, strict=True):
             forward, backward = learns + frozes, learns + frozes * (passes and freeze != "branch")
             total += self._weights(weights, forward > 0, backward > 0, learns > 0) + 2 * stream * (forward + backward)

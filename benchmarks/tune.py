@@ -25,7 +25,7 @@ from .tuning import Time, Tuned, WrongResult, compile_candidates, table_source, 
 from .tuning_works import SHAPES, works_of
 
 REPEATS = 25
-FLUSH = 256 << 20  # bytes: writing them takes a GPU longer than the host takes to launch what is timed
+FLUSH = 256 << 20  # bytes: writing them takes a GPU longer than the host needs to launch the timed kernels
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -41,7 +41,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Searches, and prints the table of what was found; after an interrupt, of the ops that are done."""
+    """Searches, and prints the table of the best numbers. An interrupt keeps the finished ops."""
     reason = command.NO_GPU if not torch.cuda.is_available() else rdp.available_backends()["triton"]
     if reason is not None:
         print(f"tune needs a GPU, and Triton for it: {reason}", file=sys.stderr)
@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compile_ahead(ops: list[str], processes: int) -> None:
-    """Fills Triton's cache with the candidates, in processes of their own. Without them the search takes longer."""
+    """Compiles the candidates into Triton's cache in other processes. The search also works without, but takes
+    longer."""
     jobs = [(op, shape) for op in ops for shape in SHAPES[op]]
     context = multiprocessing.get_context("spawn")  # CUDA can't be used in a fork
     with ProcessPoolExecutor(min(processes, len(jobs)), context) as pool:
@@ -77,7 +78,7 @@ def _compile(op: str, shape: tuple[int, ...]) -> None:
 
 
 def search(ops: list[str], device: torch.device, time: Time) -> tuple[list[Tuned], int]:
-    """What was found, and an exit code."""
+    """Returns the best numbers, and an exit code."""
     tuned: list[Tuned] = []
     code = 0
     try:
@@ -98,7 +99,7 @@ def search(ops: list[str], device: torch.device, time: Time) -> tuple[list[Tuned
 
 
 def flushed_time(device: Device) -> Time:
-    """Milliseconds that launches take one after the other, out of a cache that holds something else."""
+    """Returns a function that times launches one after the other, in milliseconds. Their inputs aren't in the cache."""
     other = torch.empty(max(4 * device.cache_bytes, FLUSH), dtype=torch.uint8, device=device.device)
 
     def time(launches: list[Launch]) -> float:

@@ -1,6 +1,6 @@
-"""The search for launch numbers: which candidates there are, on what they are tried, and the table as source.
+"""The search for launch numbers: the candidates, the search over works, and the table as source code.
 
-Candidates and works are searched with whatever `time` they are given; on a GPU that is `tune.flushed_time`.
+The search times launches with `time`; on a GPU this is `tune.flushed_time`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .op_sets import relative_error
 
 Results = tuple[Tensor, ...]
 Time = Callable[[list[Launch]], float]
-WORTH = 0.98  # of the present numbers' time: what is less of a gain is noise
-TILES = (8, 16, 32, 64)  # for each program, where it sums over them
-THREADS = 32  # of a warp
-SAME = 1e-5  # of results in float32: sums over rows are cut differently
+WORTH = 0.98  # relative to the present numbers' time; smaller gains are noise
+TILES = (8, 16, 32, 64)  # numbers of tiles per program, for kernels that sum over tiles
+THREADS = 32  # per warp
+SAME = 1e-5  # tolerance in float32: sums over rows are split differently
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something that launches a kernel.
+    """A function that launches a kernel.
 
     Args:
         op: the kernel's name in `CONFIGS`.
-        width: of the tiles that it is cut into, by which the table is looked up.
-        kernels: whose launches are timed: where a sum has two stages, both.
-        run: returns results, among them all that the kernel writes.
+        width: the width of the data that is cut into tiles. The table is looked up by it.
+        kernels: further kernels whose launches are timed, if a sum has two stages.
+        run: returns results. They must include everything that the kernel writes.
     """
 
     op: str
@@ -51,7 +51,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The numbers of one op up to a width, and their time as a ratio to that of the present ones."""
+    """The best numbers of one op up to a width, and their time relative to the present numbers'."""
 
     op: str
     largest: int
@@ -61,23 +61,23 @@ class Tuned:
 
 
 class WrongResult(Exception):
-    """A candidate changes what is computed."""
+    """A candidate gives other results than the present numbers."""
 
 
 def tune(
     op: str, works: Iterable[Work], device: torch.device, time: Time, tell: Callable[[str], None] = print
 ) -> list[Tuned]:
-    """The best candidate for each width class of the present table that a work falls in.
+    """Returns the best candidate for each width class of the present table that has a work.
 
-    Raises `WrongResult` where a candidate's results differ from those of the present numbers. One that can't be
-    launched, for want of registers or shared memory, is passed over.
+    Raises `WrongResult` if a candidate's results differ from those of the present numbers. Candidates that can't be
+    launched, because they need too many registers or too much shared memory, are skipped.
     """
     return [_best(op, *group, device, time, tell) for group in _groups(op, works, device)]
 
 
 def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> None:
-    """Has Triton compile what `tune` is going to launch, and launches none of it. What can't be compiled is passed
-    over: `tune` will tell. The variants of `TILES` need no kernels of their own: none is specialized for `tiles`."""
+    """Has Triton compile the kernels of `tune` without launching them. Kernels that can't be compiled are skipped, and
+    `tune` reports them. The variants of `TILES` use the same kernels, as none is specialized for `tiles`."""
 
     def compiled(launch: Launch, _: torch.device) -> None:
         with contextlib.suppress(Exception):
@@ -91,7 +91,7 @@ def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> 
 
 
 def _groups(op: str, works: Iterable[Work], device: torch.device) -> list[tuple[int, LaunchConfig, list[Work]]]:
-    """For each width class of the present table that a work falls in: its largest width, its numbers, the works."""
+    """Returns (largest width, present numbers, works) for each width class of the present table that has a work."""
     table = _table(op, device)
     groups: dict[int, list[Work]] = {}
     for work in works:
@@ -140,21 +140,21 @@ def _best(
 
 
 def candidates(op: str, present: LaunchConfig) -> Iterator[LaunchConfig]:
-    """The grid of tiles and warps in the place of the present ones; 8 to 64 elements a thread. Kernels that need whole
-    rows keep tiles that hold them."""
+    """Yields a grid of tiles and warps with 8 to 64 elements per thread. The tiles of kernels that need whole rows hold
+    whole rows."""
     sizes, columns = (1024, 2048, 4096, 8192), (512, 1024, 2048, 4096)
     if op in ("residual_add_norm_fwd", "residual_add_norm_bwd"):
         sizes, columns = tuple(present.max_columns * rows for rows in (1, 2, 4)), (present.max_columns,)
     elif op == "sum_partials":
         columns = (64, 128, 256)
     for tile, width, warps in itertools.product(sizes, columns, (4, 8, 16)):
-        one_row = op != "residual_add_norm_bwd_wide" or tile == width  # that kernel's tiles
+        one_row = op != "residual_add_norm_bwd_wide" or tile == width  # this kernel's tiles are parts of one row
         if width <= tile and one_row and 8 <= tile // (THREADS * warps) <= 64:
             yield replace(present, tile=tile, max_columns=width, num_warps=warps)
 
 
 def table_source(tuned: Iterable[Tuned], device: torch.device, comment: str = "") -> str:
-    """Python source of `{op: {architecture: widths}}`: what belongs into `CONFIGS` beside each op's `"default"`."""
+    """Returns Python source of `{op: {architecture: widths}}`, to paste into `CONFIGS` beside each op's `"default"`."""
     by_op: dict[str, list[Tuned]] = {}
     for each in tuned:
         by_op.setdefault(each.op, []).append(each)
@@ -170,7 +170,7 @@ def table_source(tuned: Iterable[Tuned], device: torch.device, comment: str = ""
 
 @contextlib.contextmanager
 def using(op: str, largest: int, config: LaunchConfig, device: torch.device) -> Iterator[None]:
-    """Launches within take `config` for this op up to a width."""
+    """Launches within the `with` block use `config` for this op, in the width class up to `largest`."""
     widths = tuple((width, config if width == largest else other) for width, other in _table(op, device))
     with mock.patch.dict(CONFIGS[op], {architecture(device): widths}):
         yield
@@ -186,7 +186,7 @@ def _class_of(width: int, table: Iterable[tuple[int, LaunchConfig]]) -> int:
 
 
 def _launches(work: Work, op: str, largest: int, config: LaunchConfig, device: torch.device) -> list[Launch]:
-    """Those of `work` that are timed, each run once."""
+    """Runs `work` once, and returns its timed launches."""
     launches, run = [], Launch.run
 
     def recorded(launch: Launch, on: torch.device) -> None:
@@ -199,7 +199,7 @@ def _launches(work: Work, op: str, largest: int, config: LaunchConfig, device: t
 
 
 def _effect(works: list[Work], op: str, largest: int, config: LaunchConfig, device: torch.device) -> tuple:
-    """What the numbers come to, without running it: grids, compile-time arguments and options."""
+    """Returns the grids, compile-time arguments and options that the numbers lead to, without launching kernels."""
     effects = []
 
     def noted(launch: Launch, _: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What launch numbers are tuned on: for each kernel, calls of the launchers that run it, at widths of every class."""
+"""The works for tuning launch numbers: for each kernel, calls of its launchers at widths of every class."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def works_of(
     shapes: tuple[tuple[int, ...], ...] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Work]:
-    """On tensors `[B, ...]` of each shape, of which four dimensions are NCHW; LayerNorm and γ where the op has them."""
+    """Returns works on tensors `[B, ...]` of each shape, where four dimensions are NCHW. LayerNorm and γ are used if
+    the op has them."""
     return [_Tensors(shape, device, dtype).work(op) for shape in shapes or SHAPES[op]]
 
 
 class _Tensors:
-    """A stream, a branch and the rest of what ops want of one shape."""
+    """The tensors of one shape that the ops need: a residual, an update and others."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         generator = torch.Generator(device).manual_seed(0)
@@ -95,6 +96,6 @@ class _Tensors:
         return kernels().fused_add_fwd(Operands(self.residual), None, NextInput(self.rows))[0]
 
     def invert(self) -> Results:
-        """The inverse itself isn't returned; the sum at these rows tells."""
+        """The inverse itself isn't returned; the sum at these rows depends on it."""
         add = Add(RowSet(self.rows.index, self.rows.num_rows))
         return kernels().fused_add_fwd(Operands(self.residual, self.branch[: self.rows.num_rows]), add, None)[0]

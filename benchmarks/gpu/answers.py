@@ -1,4 +1,4 @@
-"""The one number of each step that matters, in a few words, from the rows that it wrote."""
+"""The number of each step that matters, in a few words, from the step's rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NOTHING = "nothing was found"
 
 
 def right_of_tests(rows: list[Row]) -> str:
-    """How many passed; the largest share of the error budget that one used."""
+    """The number of passed tests, and the largest share of the error budget that a test used."""
     if not rows:
         return NOTHING
-    failed = {row["test"] for row in rows if row["outcome"] == "failed"}  # twice, where it ended its process too
+    failed = {row["test"] for row in rows if row["outcome"] == "failed"}  # some count twice
     passed = [row for row in rows if row["outcome"] == "passed" and row["test"] not in failed]
     ran = len(passed) + len(failed)
     text = f"{len(passed)} of {ran} right"
@@ -31,7 +31,7 @@ def right_of_tests(rows: list[Row]) -> str:
 
 
 def wrong_of_tests(rows: list[Row], must_run: bool = True) -> list[str]:
-    """A line for each failure; `must_run`: that every test was skipped is one."""
+    """Returns a line for each failure. With `must_run` it is a failure too if every test was skipped."""
     if must_run and all(row["outcome"] == "skipped" for row in rows):
         return ["no test ran"]
     messages = {row["test"]: row["message"] for row in reversed(rows) if row["outcome"] == "failed"}
@@ -39,13 +39,13 @@ def wrong_of_tests(rows: list[Row], must_run: bool = True) -> list[str]:
 
 
 def host_time(rows: list[Row]) -> str:
-    """Forward and backward, of ours by each backend as a ratio to eager's, over all ops."""
+    """Time of forward and backward relative to eager's, for each of our backends, over all ops."""
     both = [row for row in rows if row["pass"] == "both"]
     return _of_each(both, (OURS, OURS_NATIVE, OURS_EAGER), "ratio_rounds") or NOTHING
 
 
 def op_speed(rows: list[Row]) -> str:
-    """Time as a ratio to eager's, where that is worst, and the share of a copy's bandwidth."""
+    """Time relative to eager's with the worst case, and the share of a copy's bandwidth."""
     name = next((n for n in (OURS, OURS_NATIVE, OURS_EAGER) if _measured(rows, n)), None)
     if name is None:
         return NOTHING
@@ -60,13 +60,13 @@ def op_speed(rows: list[Row]) -> str:
 
 
 def against_compiled(rows: list[Row]) -> str:
-    """How many times as fast as torch.compile's the fastest of ours is."""
+    """The speed-up of our fastest backend over torch.compile."""
     faster = [of for _, of in times_as_fast(rows, is_compiled)]
     return f"{_spread(faster)} times as fast as compiled" if faster else NOTHING
 
 
 def step_time(rows: list[Row]) -> str:
-    """Of a step of the exact scheme as a ratio to plain training's; of drop-path alone to timm's."""
+    """Time of a step of the exact scheme relative to plain training's, and of drop-path alone relative to timm's."""
     found = []
     for row in rows:
         if row["provider"] == Exact.name and row["ratio_rounds"] is not None:
@@ -81,7 +81,7 @@ def step_time(rows: list[Row]) -> str:
 
 
 def peak_memory(rows: list[Row]) -> str:
-    """The mean peak of the exact scheme's iterations as a ratio to a plain step's."""
+    """The mean peak of the exact scheme's iterations relative to a plain step's."""
     peaks = [
         f"{row['model']} {row['mode']} {row['iteration']} {row['peak_ratio']:.2f}"
         for row in rows
@@ -100,7 +100,7 @@ def _of_each(rows: list[Row], providers: Iterable[str], key: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """The median, and the range."""
+    """Formats the median and the range."""
     if not values:
         return "–"
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -35,11 +35,11 @@ from .report import INTERRUPTED, Outcome
 from .steps import STEPS, Step, Workspace
 
 MINUTES = 9.0
-AT_THE_END = 12.0  # seconds: until a last step that hangs is gone, and for the table
-LEAST = 1.0  # seconds, in which nothing starts
+AT_THE_END = 12.0  # seconds for stopping a last step that hangs, and for the table
+LEAST = 1.0  # seconds; with less time left no step starts
 LAST_LINES = 4
 NOT_INHERITED = ("RDP_BACKEND", "RDP_EXAMPLES", "PYTEST_ADDOPTS")
-"""Settings of whoever started this that would change what is measured."""
+"""Environment variables of the caller that would change the measurements."""
 EXIT_INTERRUPTED = 130
 
 
@@ -84,13 +84,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Visit:
-    """Runs one step after the other, whatever becomes of each."""
+    """Runs one step after the other, even if one fails."""
 
     def __init__(self, workspace: Workspace, machine: Row):
         self._workspace, self._machine, self._files = workspace, machine, Files()
 
     def go(self, steps: Sequence[Step], seconds: float) -> int:
-        """Prints a line when a step has ended, and the table at last. The exit code."""
+        """Prints a line when a step has ended, and the table at the end. Returns the exit code."""
         end = time.monotonic() + seconds - min(AT_THE_END, seconds / 5)
         outcomes = [Outcome(step) for step in steps]
         title = self._title(seconds)
@@ -103,7 +103,7 @@ class Visit:
                 outcome.limit = limit
                 try:
                     self._run(outcome)
-                except Exception as error:  # no process could be started, or worse
+                except Exception as error:  # for example no process could be started
                     outcome.verdict, outcome.problems = report.FAILED, [told(error)]
                 self._summarise(outcomes)
                 self._say(f"{outcome.step.name}: {outcome.verdict} after {outcome.seconds:.0f} s")
@@ -149,7 +149,7 @@ class Visit:
             outcome.headline += ", when the time was over"
 
     def _find(self, outcome: Outcome, last_lines: list[str]) -> tuple[bool, list[str]]:
-        """Sets the headline. Whether there are rows and, of tests, a line for each that failed."""
+        """Sets the headline. Returns whether there are rows and, for tests, a line for each failure."""
         step = outcome.step
         if step.rows is None or step.answer is None:
             outcome.headline = last_lines[-1] if last_lines else ""
@@ -159,7 +159,7 @@ class Visit:
             outcome.headline = step.answer(rows)
             must_run = not self._workspace.in_small
             return bool(rows), answers.wrong_of_tests(rows, must_run) if step.is_tests else []
-        except Exception as error:  # a file that is cut off, or rows that lack something
+        except Exception as error:  # a truncated file, or rows without some columns
             outcome.headline = f"{answers.NOTHING}: {told(error)}"
             return False, []
 
@@ -172,7 +172,7 @@ class Visit:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def _environment(self, step: Step) -> dict[str, str]:
-        """Kernels run on the GPU, or on the CPU alone: never interpreted where there is one, never on it in small."""
+        """Returns the environment of a step. On a GPU kernels aren't interpreted; a rehearsal doesn't use the GPU."""
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         device = {"TRITON_INTERPRET": "0"}
         if self._workspace.in_small:
@@ -188,7 +188,7 @@ class Visit:
         self._files.write(self._workspace.file("gpu"), lambda path: report.write(path, outcomes, self._machine))
 
     def _say(self, *lines: str) -> None:
-        """On the terminal, if that is still there, and in the log."""
+        """Prints to the terminal, if it still exists, and to the log."""
         text = "".join(f"{line}\n" for line in lines)
         with suppress(OSError, ValueError):
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -197,21 +197,21 @@ class Visit:
 
 
 def limits(steps: Sequence[Step], end: float) -> Iterator[float]:
-    """Seconds that each step may take, when it is about to start: its share of what is left until `end`."""
+    """Yields the limit of each step in seconds, when it is about to start: its share of the time left until `end`."""
     for number, step in enumerate(steps):
         share = step.share / sum(each.share for each in steps[number:])
         yield max((end - time.monotonic()) * share, 0.0)
 
 
 def compiled_kernels() -> int:
-    """How many kernels there are in Triton's cache."""
+    """Returns the number of kernels in Triton's cache."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     return sum(1 for _ in cache.glob("*/*.cubin"))
 
 
 def short_name(device: str, in_small: bool) -> str:
-    """ "h200" of "NVIDIA H200", for the names of files."""
+    """Returns the GPU's name for file names: "h200" for "NVIDIA H200"."""
     words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-").split("-")
     return "cpu" if in_small else "-".join(word for word in words if word not in ("nvidia", "amd")) or "gpu"
 

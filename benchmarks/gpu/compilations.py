@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu --count`: how many kernels Triton would compile for each step, counted without a GPU.
+"""`python -m benchmarks gpu --count`: the number of kernels that Triton would compile for each step, without a GPU.
 
-A kernel takes Triton most of a second, and on a GPU that is at hand for minutes that is what a step's time goes into.
-It is compiled anew for other dtypes, for other sizes of tiles, for what is absent, and for strides and widths that 16
-divides or doesn't; not for more rows. So everything is asked for at its real width, with few rows, layers and patches.
+Triton compiles a kernel in most of a second, which is most of a step's time in a visit of minutes. A kernel is compiled
+again for other dtypes, tile sizes and absent operands, and for strides and widths that are divisible by 16 or not. More
+rows need no other kernel. So all calls have their real width, with few rows, layers and patches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from ..machine import ROOT
 
 BEFORE_DRAWN = 250
-"""How many may be asked for before the drawn tests."""
+"""The largest number of kernels that may be requested before the drawn tests."""
 ROWS, LAYERS, IMAGE = 16, 2, 64
 
 
 def count(steps: Sequence[str]) -> int:
-    """Prints how many kernels each step asks for, and how many of them are new: not asked for by an earlier step."""
+    """Prints the number of kernels that each step requests, and how many of them no earlier step requested."""
     command = [sys.executable, "-m", "benchmarks.gpu.compilations"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -44,7 +44,7 @@ def count(steps: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Prints the kernels of each step, as JSON."""
+    """Prints the kernels of each step as JSON."""
     from .stand_in import set_up
 
     asked = set_up()
@@ -57,7 +57,7 @@ def main() -> None:
             for work in works():
                 work()
             found[step] = sorted(asked)
-    found["memory"] = found["step"]  # it runs the same iterations
+    found["memory"] = found["step"]  # `memory` runs the same iterations
     json.dump(found, sys.stdout)
 
 
@@ -87,7 +87,7 @@ def beyond() -> Works:
     bf16, rows = torch.bfloat16, torch.arange(3).flip(0)
 
     def long_rows(num_rows: int, width: int) -> None:
-        x = torch.empty(num_rows, width, dtype=bf16)  # memory that nobody touches takes none
+        x = torch.empty(num_rows, width, dtype=bf16)  # untouched memory isn't allocated
         out = rdp.residual_add(x, x, rows=rows if num_rows == 3 else torch.arange(num_rows))
         rdp.gather_rows(out, rows[:2])
 
@@ -141,7 +141,7 @@ def step() -> Works:
 
     if missing() is not None:
         return
-    checked.update(TIMM[1:])  # of what isn't computed no check is right
+    checked.update(TIMM[1:])  # nothing is computed, so every check would fail
     cpu = torch.device("cpu")
     for model in TIMM[1:]:
         config = replace(
@@ -169,7 +169,7 @@ WORKS: dict[str, Callable[[], Works]] = {
     "step": step,
     "compiled": partial(ops, "quick"),
 }
-"""By step; the others ask for none."""
+"""Step → function that requests its kernels. The other steps request none."""
 
 
 def _both_ways(compute: Callable[[], tuple[torch.Tensor, ...]], inputs: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a visit writes beside its steps: a disk that is full costs nothing but what doesn't fit."""
+"""The files that a visit writes beside those of its steps. A full disk loses only the data that doesn't fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LOG_OF_A_STEP = 1 << 20
 
 
 class Files:
-    """Writes, and remembers in `unwritten` why a file couldn't be written, by its name: a full disk, or an older file
-    of that name that isn't ours."""
+    """Writes files, and keeps in `unwritten` by name why one couldn't be written: a full disk, or an existing file that
+    isn't ours."""
 
     def __init__(self) -> None:
         self.unwritten: dict[str, str] = {}
@@ -29,7 +29,7 @@ class Files:
 
 
 class StepLog:
-    """What one step prints, at the end of the visit's log, as far as there is room for it."""
+    """Appends the output of one step to the visit's log, up to a limit."""
 
     def __init__(self, files: Files, path: Path):
         self._files, self._path, self._left = files, path, LOG_OF_A_STEP
@@ -52,7 +52,7 @@ def rows_of_other_steps(path: Path, step: str) -> list[Row]:
 
 
 def forget(path: Path, step: str) -> None:
-    """Removes the rows of an earlier run of this step: they must not pass for this one's. Raises `OSError`."""
+    """Removes the rows of an earlier run of this step, so that they aren't taken for this run's. Raises `OSError`."""
     others = rows_of_other_steps(path, step)
     if others:
         write_csv(path, others)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu.library`: builds the compiled library where there is none for this machine.
+"""`python -m benchmarks.gpu.library`: builds the compiled library if there is none for this machine.
 
-One that came along with a copy of the tree is taken as it is, unless this machine has a GPU and that has no CUDA in it.
+A library in the copy of the tree is used as it is, unless this machine has a GPU and the library has no CUDA kernels.
 """
 
 from __future__ import annotations

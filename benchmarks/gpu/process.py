@@ -1,4 +1,4 @@
-"""One step as a process of its own: it has a limit, and whatever becomes of it leaves the others alone."""
+"""One step as a separate process with a time limit. Its failure doesn't affect other steps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRACE = 5.0
-"""Seconds between the interrupt, after which a command writes what it has, and the kill."""
+"""Seconds between the interrupt, after which a command writes its rows so far, and the kill."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What ends a visit: Ctrl-C, `timeout`, and a terminal that is gone."""
+"""The signals that end a visit: Ctrl-C, `timeout`, and a closed terminal."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, negative for a signal; whether its limit did that; seconds it took."""
+    """How a process ended: its exit code (negative for a signal), whether it was stopped at its limit, and its
+    seconds."""
 
     code: int
     stopped: bool
@@ -30,10 +31,10 @@ class Ended:
 def run(
     command: Sequence[str], environment: Mapping[str, str], folder: Path, limit: float, on_line: Callable[[str], object]
 ) -> Ended:
-    """Runs `command` for `limit` seconds at most; `on_line` gets what it prints. An interrupt of this process stops it,
-    and is raised again when it is gone."""
+    """Runs `command` for `limit` seconds at most, and passes its output to `on_line`. An interrupt of this process
+    stops the command, and is raised again when the command has ended."""
     start = time.monotonic()
-    # A session of its own: Ctrl-C reaches this process alone, and all that the step has started can be stopped at once.
+    # A new session: Ctrl-C reaches only this process, and all processes of the step can be stopped at once.
     process = subprocess.Popen(
         command,
         env=environment,
@@ -59,7 +60,7 @@ def run(
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Every one of `SIGNALS` raises `KeyboardInterrupt`, also where a shell had this process ignore it."""
+    """Makes each of `SIGNALS` raise `KeyboardInterrupt`, even if a shell made this process ignore it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -69,7 +70,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def undisturbed() -> contextlib.AbstractContextManager:
-    """Ignores `SIGNALS`: a second Ctrl-C leaves no process behind, and loses no table."""
+    """Ignores `SIGNALS`, so that a second Ctrl-C leaves no process behind and loses no table."""
     return _handled(signal.SIG_IGN)
 
 
@@ -84,7 +85,7 @@ def _handled(handler: Callable | signal.Handlers) -> Iterator[None]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """First an interrupt, as Ctrl-C would send; then a kill of the process and of all that it has started."""
+    """Sends an interrupt, as Ctrl-C does. Then kills the process and all processes that it has started."""
     if process.poll() is None:
         _send(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,7 @@
 """A plugin of pytest, `-p benchmarks.gpu.recorder --record FILE --record-step STEP`: a row of FILE for each test,
 written when the test ends. Columns of machine and versions are those of `benchmarks/results/`.
 
-A test's `record_property` of "budget_used" and "worst" become columns.
+The properties "budget_used" and "worst" that a test records become columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..machine import Device, facts
 from ..output import append_csv, write_csv
 from .files import rows_of_other_steps
 
-MESSAGE = 300  # characters of a failure's
+MESSAGE = 300  # characters of a failure's message
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,18 +25,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("record") is not None and not hasattr(config, "workerinput"):  # not in xdist's workers
+    if config.getoption("record") is not None and not hasattr(config, "workerinput"):  # xdist's workers don't record
         config.pluginmanager.register(Recorder(config.getoption("record"), config.getoption("record_step")))
 
 
 class Recorder:
-    """Keeps the rows of other steps that are in the file already."""
+    """Writes rows for one step. Rows of other steps in the file are kept."""
 
     def __init__(self, path: Path, step: str):
         self._path = path
         self._common = facts(Device.of("cuda" if torch.cuda.is_available() else "cpu")) | {"step": step}
         self._others = rows_of_other_steps(path, step)
-        self._columns: list[str] = []  # of the file, once this run has written to it
+        self._columns: list[str] = []  # columns of the file, after this run's first row
         self._failed: OSError | None = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -74,8 +74,8 @@ def row_of(report: pytest.TestReport) -> Row:
 
 
 def message_of(report: pytest.TestReport) -> str:
-    """What went wrong, or why it was skipped, in one line."""
-    if isinstance(report.longrepr, tuple):  # of what was skipped: file, line, reason
+    """Returns the failure or the reason of a skip in one line."""
+    if isinstance(report.longrepr, tuple):  # for skips: file, line, reason
         text = report.longrepr[2]
     else:
         crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,4 +1,4 @@
-"""What became of the steps: the table that a visit ends in, and its file."""
+"""The outcomes of the steps: the table at the end of a visit, and its file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ OK, FAILED, STOPPED, CRASHED, INTERRUPTED, NOT_RUN = "ok", "failed", "stopped", 
 WIDTH = 120
 MOST_LINES = 60
 INDENT = 43
-MOST_PROBLEMS = 6  # lines of what went wrong in a step
+MOST_PROBLEMS = 6  # lines of one step's problems
 
 
 @dataclass
 class Outcome:
-    """What became of a step.
+    """The outcome of a step.
 
     Args:
         verdict: one of the words above.
         headline: the number that matters.
-        limit: seconds that it had.
-        kernels: how many Triton compiled for it.
-        problems: lines of what went wrong.
+        limit: its time limit in seconds.
+        kernels: the number of kernels that Triton compiled for it.
+        problems: lines that describe failures.
     """
 
     step: Step
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def verdict_of(step: Step, ended: Ended, found: bool, failures: list[str]) -> str:
-    """`found`: whether there are rows. `failures`: of a step that is tests, those that failed."""
+    """`found` says whether there are rows. `failures` are the failed tests, if the step runs tests."""
     if failures:
         return FAILED
     if ended.stopped:
@@ -57,7 +57,7 @@ def verdict_of(step: Step, ended: Ended, found: bool, failures: list[str]) -> st
 
 
 def how_it_ended(ended: Ended, limit: float) -> str:
-    """Of a process that didn't end well, in words."""
+    """Describes in words how a process failed."""
     if ended.stopped:
         return f"it was stopped after {limit:.0f} s"
     if ended.code < 0:
@@ -66,7 +66,7 @@ def how_it_ended(ended: Ended, limit: float) -> str:
 
 
 def lines_of(outcomes: list[Outcome], title: str, notes: Iterable[str] = ()) -> list[str]:
-    """A line or a few for each step, then what went wrong, in `MOST_LINES` lines."""
+    """Returns at most `MOST_LINES` lines: a line or a few for each step, then the problems."""
     table = [title, f"{'step':10}{'verdict':13}{'seconds':>9}{'kernels':>9}  number that matters"]
     for each in outcomes:
         took = f"{each.seconds:.0f}/{each.limit:.0f}" if each.limit else ""
@@ -88,7 +88,7 @@ def _problems(outcome: Outcome) -> Iterator[str]:
 
 
 def write(path: Path, outcomes: list[Outcome], facts: Row) -> None:
-    """A row for each step; those of steps that this visit doesn't have stay. Raises `OSError`."""
+    """Writes a row for each step. Rows of steps that aren't part of this visit are kept. Raises `OSError`."""
     rows: list[Row] = [
         facts
         | {

@@ -1,7 +1,7 @@
-"""A stand-in for the driver of a GPU: Triton takes CPU tensors for a GPU's, and a launch runs nothing.
+"""A stand-in for the driver of a GPU: Triton treats CPU tensors as a GPU's, and a launch runs nothing.
 
-For counting what would be compiled for, and launched on, a GPU that isn't there. It has to be set up before the first
-kernel is defined, in a process of its own without TRITON_INTERPRET; results are memory that nobody wrote.
+It serves to count compilations and launches without a GPU. It must be set up before the first kernel is defined, in a
+separate process without TRITON_INTERPRET. Results are uninitialised memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ ARCHITECTURE = 90
 
 
 def set_up() -> set[str]:
-    """Kernels are asked for, and neither compiled nor launched. Returns what grows by a text for each distinct one."""
+    """Records requested kernels instead of compiling and launching them. Returns a collection that gets a text for each
+    distinct one."""
     os.environ["TRITON_INTERPRET"] = "0"
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -29,7 +30,7 @@ def set_up() -> set[str]:
 
     def ask(*, key: Any, fn: Any, **_: Any) -> bool:
         asked.add(f"{fn.name} {key}")
-        return True  # it has been seen to: nothing is compiled
+        return True  # handled: Triton compiles nothing
 
     driver.set_active(
         SimpleNamespace(

@@ -1,7 +1,7 @@
 """The steps of a visit to a GPU, the most valuable first.
 
-A step is a command that anyone can run by itself; what it finds is on disk the moment it is found, so that its limit
-may stop it at any time.
+Each step is a command that also runs by itself. It writes results to disk at once, so that it can be stopped at any
+time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from . import answers
 
 MOST_PROCESSES = 14
 FIXED, BEYOND, DRAWN = "tests/kernels/test_fixed.py", "tests/test_gpu.py", "tests/kernels"
-BEYOND_ON_CPU = "tests/test_numbered.py"  # what the others compare
+BEYOND_ON_CPU = "tests/test_numbered.py"  # the remaining ops only compare
 TIMM = ("--model", "vit-s", "vit-b")
 TUNED = ("residual_add_fwd", "residual_add_bwd", "residual_add_norm_fwd", "residual_add_norm_bwd", "gather_rows")
-"""The kernels that take time: the others sum or invert what is small."""
+"""The kernels that take time. The others sum or invert small tensors."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Workspace:
     """Where steps run, and where they write.
 
     Args:
-        device: `"cuda"`, or `"cpu"` for a rehearsal in small.
+        device: `"cuda"`, or `"cpu"` for a small rehearsal.
         machine: the end of the files' names.
-        out: the folder for what is kept.
-        work: one for what is needed until the visit ends.
+        out: the folder for files that are kept.
+        work: the folder for files that are needed until the visit ends.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Workspace:
         return self.out / f"{name}-{self.machine}.{kind}"
 
     def rows_file(self, name: str) -> Path:
-        """The rows of `file(name)` with their types."""
+        """Returns the rows of `file(name)` with their types."""
         return self.work / f"{name}.json"
 
     @property
@@ -56,7 +56,7 @@ class Workspace:
 
 
 Arguments = Callable[[Workspace], list[str]]
-"""Of Python, after the interpreter's name."""
+"""Arguments of the Python interpreter."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ class Step:
     """One step.
 
     Args:
-        share: of the time, as a weight beside those of the steps still to come: seconds of a visit of nine minutes.
+        share: its share of the time, as a weight relative to the steps still to come. The unit is seconds in a visit of
+            nine minutes.
         arguments: the command.
         answer: the number that matters.
-        rows: the name of the file with its rows; None: it writes none.
-        in_small: of the environment, in a rehearsal.
-        fills: it takes what time there is, so that being stopped isn't a failure.
-        by_default: whether it runs unasked.
+        rows: the name of the file with its rows, or None.
+        in_small: environment variables in a rehearsal.
+        fills: whether it uses all the time it gets, so that stopping it isn't a failure.
+        by_default: whether it runs by default.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Step:
 
 
 TESTS = "tests"
-"""The file that the steps which are tests share."""
+"""The file shared by the steps that run tests."""
 
 
 def module(name: str, *options: str) -> Arguments:
@@ -97,7 +98,7 @@ def module(name: str, *options: str) -> Arguments:
 
 
 def benchmark(name: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], file: str | None = None) -> Arguments:
-    """A command of `python -m benchmarks` that writes rows."""
+    """Returns a step that runs a command of `python -m benchmarks`."""
 
     def arguments(workspace: Workspace) -> list[str]:
         options = ["--tiny", *in_small] if workspace.in_small else [*on_gpu]
@@ -108,13 +109,13 @@ def benchmark(name: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], fil
 
 
 def run_tests(step: str, on_gpu: tuple[str, ...], in_small: tuple[str, ...], parallel: bool = True) -> Arguments:
-    """Tests, a row each."""
+    """Returns a step that runs tests, with a row for each test."""
 
     def arguments(workspace: Workspace) -> list[str]:
         spread = parallel and importlib.util.find_spec("xdist") is not None
         workers = ["-n", str(workspace.processes), "--dist", "worksteal"] if spread else []
         record = ["-p", "benchmarks.gpu.recorder", "--record", str(workspace.file(TESTS)), "--record-step", step]
-        # What a GPU is the first to warn of must not hide whether numbers are right.
+        # A new warning on a GPU must not hide whether numbers are right.
         return [
             "-m",
             "pytest",
@@ -144,7 +145,7 @@ STEPS = (
         "beyond",
         "tensors beyond 2³¹ elements, streams, no synchronisation",
         70,
-        run_tests("beyond", (BEYOND,), (BEYOND_ON_CPU,), parallel=False),  # one alone takes a third of an H200's memory
+        run_tests("beyond", (BEYOND,), (BEYOND_ON_CPU,), parallel=False),  # one takes a third of an H200's memory
         answers.right_of_tests,
         TESTS,
     ),
@@ -219,4 +220,4 @@ STEPS = (
         by_default=False,
     ),
 )
-"""By value. The drawn tests end a visit; `tune` and `sanitize` are for a second one."""
+"""Ordered by value. The drawn tests end a visit; `tune` and `sanitize` are for a second visit."""
