@@ -2,7 +2,7 @@
 
     python examples/bytes_lm.py                             # plain, drop-path and ResidualDroppath, a few minutes each
     python examples/bytes_lm.py --method all --seeds 3 --equal flops
-    python examples/bytes_lm.py --resume --sample 500       # goes on where a run was stopped; then writes some text
+    python examples/bytes_lm.py --resume --sample 500       # continues a stopped run, then writes some text
     python examples/bytes_lm.py --preset gpu --method plain --compile
 
 All methods start from the same weights and see the same batches in the same order. Losses are in bits per byte; the
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Two threads of the OpenMP runtime wait for each other by spinning, on a busy machine for far longer than they work.
+# Idle OpenMP threads spin, on a busy machine for far longer than they work.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -59,36 +59,36 @@ def build_parser() -> argparse.ArgumentParser:
     sizes = "small for CPUs, 100 M parameters for a GPU, or a few seconds to try"
     add_option(parser, "--preset", f"sizes and training settings: {sizes}", "cpu", choices=tuple(PRESETS))
     parser.add_argument("--quick", dest="preset", action="store_const", const="quick", help="--preset quick")
-    add_option(parser, "--depth", "blocks, of two paths each", type=int)
+    add_option(parser, "--depth", "number of blocks; each has two paths", type=int)
     add_option(parser, "--width", "channels", type=int)
-    add_option(parser, "--heads", "of the attention", type=int)
-    add_option(parser, "--context", "bytes that the model sees", type=int)
+    add_option(parser, "--heads", "attention heads", type=int)
+    add_option(parser, "--context", "number of bytes that the model attends to", type=int)
     chosen = [PLAIN, DROP_PATH, EXACT]
-    add_option(parser, "--method", "what to compare", chosen, nargs="+", choices=(*METHODS, "all"), metavar="METHOD")
+    add_option(parser, "--method", "methods to compare", chosen, nargs="+", choices=(*METHODS, "all"), metavar="METHOD")
     add_option(parser, "--drop-prob", "P(drop) of every path", 0.2, type=float)
     add_option(parser, "--mode", "drop for the whole batch or per sample", "block", choices=("block", "sample"))
-    add_option(parser, "--schedule", "of P(drop) over depth", "constant", choices=("constant", "linear"))
-    parser.add_argument("--no-scale", action="store_true", help="kept branches aren't scaled by 1 / (1 - p)")
-    parser.add_argument("--train-rest", action="store_true", help="what is no path's learns in reuse iterations too")
-    add_option(parser, "--batch", "that a reuse iteration takes", "same", choices=("same", "next"))
-    add_option(parser, "--seeds", "how many", 1, type=int)
+    add_option(parser, "--schedule", "change of P(drop) over depth", "constant", choices=("constant", "linear"))
+    parser.add_argument("--no-scale", action="store_true", help="don't scale kept branches by 1 / (1 - p)")
+    parser.add_argument("--train-rest", action="store_true", help="train the rest in reuse iterations too")
+    add_option(parser, "--batch", "batch of a reuse iteration", "same", choices=("same", "next"))
+    add_option(parser, "--seeds", "number of seeds", 1, type=int)
     add_option(parser, "--steps", "plain's optimizer steps", type=int)
-    add_option(parser, "--equal", "what all methods get as much of", "steps", choices=("steps", "flops"))
-    add_option(parser, "--learning-rate", "highest; warm-up before, a cosine behind", type=float)
+    add_option(parser, "--equal", "quantity that is equal for all methods", "steps", choices=("steps", "flops"))
+    add_option(parser, "--learning-rate", "highest rate, after a warm-up and before a cosine", type=float)
     add_option(parser, "--batch-size", "windows of the text in a batch", type=int)
     add_option(parser, "--validation-windows", "windows that losses are evaluated on", 256, type=int)
     add_option(parser, "--train-bytes", "train on the first N bytes only", type=int, metavar="N")
-    add_option(parser, "--dtype", "of the branches, by autocast", "float32", choices=("float32", "bfloat16"))
+    add_option(parser, "--dtype", "dtype of the branches, by autocast", "float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="compile the branches")
     add_option(parser, "--save-every", "seconds between checkpoints", 60.0, type=float)
-    add_option(parser, "--sample", "then write N bytes, by the model with the lowest loss", type=int, metavar="N")
-    add_option(parser, "--temperature", "of what is written; 0 takes the likeliest byte", 0.8, type=float)
+    add_option(parser, "--sample", "afterwards write N bytes with the model of the lowest loss", type=int, metavar="N")
+    add_option(parser, "--temperature", "sampling temperature; 0 takes the likeliest byte", 0.8, type=float)
     add_run_options(parser, "report/bytes-PRESET")
     return parser
 
 
 def begin(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Namespace, dict[str, Any] | None, Folder]:
-    """The options about the command, those of its run, the checkpoint and the folder. Raises `Problem`."""
+    """Returns the command's options, the run's options, the checkpoint if any, and the folder. Raises `Problem`."""
     parser = build_parser()
     command = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[command.preset])
@@ -132,7 +132,7 @@ def train(
     state: dict[str, Any] | None,
     save_every: float,
 ) -> None:
-    """All trainings that are still to be done, and the report."""
+    """Runs all remaining trainings, and writes the report."""
     from rich.console import Console
 
     from examples.language.report import Report

@@ -2,18 +2,19 @@
 
     python examples/dino.py                                  # under a minute on one core
     python examples/dino.py --scheme drop-path --seed 1
-    python examples/dino.py --resume                         # goes on where a run was stopped or killed
+    python examples/dino.py --resume                         # continues a run that was stopped or killed
 
-Of each image the teacher sees 2 large crops, and the student these and 8 small ones, in two forwards with other image
-and batch sizes. The student learns to say of a crop what the teacher says of another; the teacher is an average of the
-student's past. Centered and sharpened answers and, as in DINOv2 (arXiv 2304.07193), features that keep their distance
-(KoLeo) prevent one answer for all. What was learned is what a k-NN classifier makes of the teacher's features. Schemes:
+The teacher gets 2 large crops of each image. The student gets these and 8 small ones, in two forwards with different
+image and batch sizes. For each crop the student learns to predict the teacher's output for another crop. The teacher's
+weights are an average of the student's past weights. Centering and sharpening the outputs and, as in DINOv2 (arXiv
+2304.07193), spreading the features (KoLeo) prevent one output for all images. A k-NN classifier on the teacher's
+features shows what was learned. Schemes:
 
     plain              every branch runs and learns
-    drop-path          stochastic depth for each sample of each crop; dropped work isn't done
-    residual-droppath  `rdp.ResidualDropPath`: two cheap optimizer steps a batch, on the same crops and the same answers
+    drop-path          stochastic depth for each sample of each crop; dropped samples are skipped
+    residual-droppath  `rdp.ResidualDropPath`: two cheap optimizer steps per batch, on the same crops and targets
 
-Needs scikit-learn; rich draws a progress bar where it is installed.
+Needs scikit-learn; rich draws a progress bar if it is installed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a busy machine OpenMP's threads spin for longer than they work
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin, on a busy machine for longer than they work
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,9 @@ from examples.digits.data import Digits, crops
 from examples.digits.storage import Folder, StorageError
 from examples.models import ViT
 
-LARGE, SMALL = 2, 8  # crops of an image
+LARGE, SMALL = 2, 8  # crops per image
 LARGE_SIDE, SMALL_SIDE, PATCH = 12, 8, 4  # pixels
-LARGE_AREA, SMALL_AREA = (0.6, 1.0), (0.4, 0.8)  # shares of the image
+LARGE_AREA, SMALL_AREA = (0.6, 1.0), (0.4, 0.8)  # shares of the image's area
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 TEACHER_MOMENTUM, CENTER_MOMENTUM = 0.98, 0.8
 KOLEO, LEARNING_RATE = 0.3, 2e-3
@@ -58,13 +59,13 @@ LIMITS |= {"epochs": (1, 1e6), "save_every": (1, 1e6)}
 
 
 class Head(nn.Module):
-    """Cosines of a projection of the features with prototypes, both learned."""
+    """Returns cosines between a projection of the features and prototypes. Both are learned."""
 
     def __init__(self, dim: int, prototypes: int, hidden: int = 128, bottleneck: int = 32):
         super().__init__()
         self.project = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
-        for layer in (self.project[0], self.project[2]):  # answers that differ between images from the start
+        for layer in (self.project[0], self.project[2]):  # outputs that differ between images from the start
             nn.init.orthogonal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -73,7 +74,7 @@ class Head(nn.Module):
 
 
 class Network(ViT):
-    """Student or teacher: square images of any size → features `[B, dim]` and logits `[B, prototypes]`."""
+    """Student or teacher. Takes square images of any size; returns features `[B, dim]` and logits `[B, prototypes]`."""
 
     def __init__(self, drop_prob: float = 0.0, dim: int = 32, depth: int = 3, prototypes: int = 128):
         super().__init__(LARGE_SIDE, PATCH, dim=dim, depth=depth, drop_prob=drop_prob, position_std=0.1)
@@ -85,22 +86,22 @@ class Network(ViT):
 
 
 def dino_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Mean cross-entropy of the student's logits for crop s, `[LARGE + SMALL, B, prototypes]`, with the teacher's
-    probabilities for crop t, `[LARGE, B, prototypes]`, over all s ≠ t."""
+    """Returns the mean cross-entropy between the student's logits for crop s, `[LARGE + SMALL, B, prototypes]`, and the
+    teacher's probabilities for crop t, `[LARGE, B, prototypes]`, over all s ≠ t."""
     log_probs = (logits / STUDENT_TEMPERATURE).log_softmax(dim=-1)
     losses = -torch.einsum("tbk,sbk->ts", answers, log_probs) / logits.shape[1]
     return (losses.sum() - losses.diagonal().sum()) / (losses.numel() - len(losses))
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Minus the mean log distance of each of `[B, dim]` to its nearest neighbour, on the sphere."""
+    """Returns minus the mean log distance of each row of `[B, dim]` to its nearest neighbour on the sphere."""
     points = F.normalize(features, dim=-1)
     nearest = (points @ points.T).fill_diagonal_(-2).argmax(dim=-1)
     return -((points - points[nearest]).norm(dim=-1) + 1e-8).log().mean()
 
 
 class Training:
-    """Stops between any two optimizer steps and goes on from its state to the bit."""
+    """Can stop between any two optimizer steps. Continuing from its state gives the same bits."""
 
     def __init__(self, options: argparse.Namespace, state: dict[str, Any] | None):
         self.options, self.digits = options, Digits.load(torch.device("cpu"))
@@ -108,13 +109,13 @@ class Training:
         self.total = options.epochs * self.batches_per_epoch
         torch.manual_seed(options.seed)
         self.student = Network(options.drop_prob if options.scheme == "drop-path" else 0.0)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # drops nothing, has no scheme
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # drops nothing and has no scheme
         self.scheme: rdp.ResidualDropPath | None = None
         if options.scheme == "residual-droppath":
             self.scheme = rdp.ResidualDropPath(self.student, options.drop_prob, mode=options.mode, seed=options.seed)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), LEARNING_RATE, weight_decay=0.05)
         self.schedule = CosineAnnealingLR(self.optimizer, self.total)
-        self.center = torch.zeros(len(self.student.head.prototypes))  # of the teacher's logits
+        self.center = torch.zeros(len(self.student.head.prototypes))  # mean of the teacher's logits
         names = ["student", "teacher", "optimizer", "schedule"] + ["scheme"] * (self.scheme is not None)
         self.parts = {name: getattr(self, name) for name in names}
         self.batch: tuple[Tensor, ...] | None = None
@@ -130,7 +131,7 @@ class Training:
                 self.end_epoch(line)
             while record["batches"] < self.total:
                 self.step()
-                if self.batch is None:  # no reuse iteration is to come
+                if self.batch is None:  # no reuse iteration follows
                     advance(description=f"loss {statistics.fmean(record['losses'][-20:]):.3f}")
                     if record["batches"] % self.batches_per_epoch == 0:
                         self.end_epoch(line)
@@ -141,8 +142,8 @@ class Training:
         folder.write("results.json", json.dumps(results, indent=1).encode())
 
     def step(self) -> None:
-        """One optimizer step. Both iterations of a pair see the same crops and the same answers: the teacher follows
-        once the pair is over."""
+        """Runs one optimizer step. Both iterations of a pair have the same crops and targets. The teacher is updated
+        after the pair."""
         large, small, answers, mean_logits = self.batch = self.batch or self.draw_batch()
         phase = self.options.scheme if self.scheme is None else "reuse" if self.scheme.reuse_pending else "drop"
         with self.iteration():
@@ -159,7 +160,8 @@ class Training:
             self.end_batch(mean_logits)
 
     def iteration(self) -> contextlib.AbstractContextManager:
-        """What `for phase in scheme.iterations(sizes)` opens in turn; in this way a checkpoint can come in between."""
+        """Opens the next iteration, as `for phase in scheme.iterations(sizes)` does. A checkpoint can be written
+        between the two iterations."""
         if self.scheme is None:
             return contextlib.nullcontext()
         sizes = [crops * self.options.batch_size for crops in (LARGE, SMALL)]  # an entry for each forward, in order
@@ -167,7 +169,8 @@ class Training:
 
     @torch.no_grad()
     def draw_batch(self) -> tuple[Tensor, ...]:
-        """Large and small crops, the teacher's answers and mean logits: the same in every call for a batch."""
+        """Returns large and small crops, and the teacher's outputs and mean logits. They are the same in every call for
+        a batch."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.record["batches"])
         chosen = torch.randint(len(self.digits.train_images), (self.options.batch_size,), generator=generator)
         images = self.digits.train_images[chosen]
@@ -179,13 +182,13 @@ class Training:
 
     @torch.no_grad()
     def end_batch(self, mean_logits: Tensor) -> None:
-        """The teacher follows, ever more slowly, and so does the center."""
+        """Updates the teacher, with less and less weight, and the center."""
         done = self.record["batches"] / self.total
         weight = (1 - TEACHER_MOMENTUM) * (1 + math.cos(math.pi * done)) / 2
         for average, value in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             average.lerp_(value, weight)
         self.center.lerp_(mean_logits, 1 - CENTER_MOMENTUM)
-        self.schedule.step()  # by batch: both iterations of a pair have the same learning rate
+        self.schedule.step()  # once per batch: both iterations of a pair have the same learning rate
         self.record["batches"] += 1
         self.batch = None
 
@@ -216,12 +219,12 @@ class Training:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = partial(add_option, parser)
-    add("--scheme", "how to train", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
+    add("--scheme", "training scheme", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
     add("--drop-prob", "P(drop) of every residual branch", 0.3, type=float)
     add("--mode", "residual-droppath: drop per sample, or for the whole batch", "sample", choices=("sample", "block"))
-    add("--epochs", "as many batches as there are in the data, each", 8, type=int)
+    add("--epochs", "epochs; each has as many batches as the data", 8, type=int)
     add("--batch-size", "images in a batch", 32, type=int)
-    add("--seed", "of weights, crops and draws", 0, type=int)
+    add("--seed", "seed of weights, crops and draws", 0, type=int)
     add("--save-every", "optimizer steps between two checkpoints", 25, type=int)
     add_run_options(parser, "report/dino-SCHEME")
     return parser

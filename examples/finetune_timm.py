@@ -1,17 +1,17 @@
-"""Fine-tunes any model of timm, or trains it from scratch, with drop-path that skips what it drops:
+"""Fine-tunes any model of timm, or trains it from scratch, with drop-path that skips dropped samples:
 
     python examples/finetune_timm.py                               # a small transformer on scikit-learn's digits
     python examples/finetune_timm.py vit_tiny_patch16_224 --image-size 64 --scheme drop-path
     python examples/finetune_timm.py resnet50 --pretrained --data FOLDER --lr 1e-4
-    python examples/finetune_timm.py --resume                      # goes on where a run was stopped or killed
+    python examples/finetune_timm.py --resume                      # continues a run that was stopped or killed
 
 FOLDER holds train/CLASS/*.jpg (or .png, ...) and val/CLASS/*.jpg. An epoch is a pass through the data in every scheme:
 
-    plain              every branch runs and learns
-    drop-path          `rdp.convert` alone: stochastic depth for each sample, as timm's, but dropped work isn't done
-    residual-droppath  `rdp.ResidualDropPath`: two cheap optimizer steps a batch; what one drops learns in the other
+plain              every branch runs and learns drop-path          `rdp.convert` alone: stochastic depth for each
+sample, as in timm, but dropped samples are skipped residual-droppath  `rdp.ResidualDropPath`: two cheap optimizer steps
+per batch; paths dropped in the first learn in the second
 
-Needs timm and torchvision, for the digits scikit-learn; rich draws a progress bar where it is installed.
+Needs timm and torchvision, and scikit-learn for the digits. rich draws a progress bar if it is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # on a busy machine OpenMP's threads spin for longer than they work
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin, on a busy machine for longer than they work
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ LIMITS |= dict.fromkeys(("epochs", "batch_size", "image_size"), (1, 1e6))
 def import_timm() -> Any:
     try:
         return importlib.import_module("timm")
-    except RuntimeError as error:  # torchvision, without its compiled library on a CPU torch, misses two of its ops
+    except RuntimeError as error:  # without its compiled library torchvision lacks two of its ops
         if "torchvision::nms" not in str(error):
             raise
     import_timm.library = torch.library.Library("torchvision", "FRAGMENT")  # the ops live as long as this object
@@ -65,7 +65,7 @@ def import_timm() -> Any:
 
 
 def load_data(timm: Any, options: argparse.Namespace) -> tuple[Sequence, Sequence, int, int]:
-    """Training and validation set of (image, label), number of classes, and size of the images."""
+    """Returns training and validation set of (image, label), number of classes, and size of the images."""
     if options.data == "digits":
         from examples.digits.data import Digits
 
@@ -93,7 +93,7 @@ def load_data(timm: Any, options: argparse.Namespace) -> tuple[Sequence, Sequenc
 
 
 def build_model(timm: Any, options: argparse.Namespace, classes: int, size: int, pretrained: bool) -> nn.Module:
-    """The model with the rate and the image size of the options, as far as its class takes them."""
+    """Returns the model, with the rate and the image size of the options if its class takes them."""
     extra = {"img_size": size, "drop_path_rate": 0.0 if options.scheme == "plain" else options.drop_prob}
     torch.manual_seed(options.seed)
     try:
@@ -108,14 +108,14 @@ def build_model(timm: Any, options: argparse.Namespace, classes: int, size: int,
                 del extra[unknown[0]]
         with torch.no_grad():
             model.eval()(torch.zeros(2, 3, size, size))
-    except Exception as error:  # timm's models, file systems and networks raise what they like
+    except Exception as error:  # timm's models, file systems and networks raise any error
         reason = f"can't be built: {type(error).__name__}: {' '.join(str(error).split())}"
         raise Problem(f"{options.model}{' --pretrained' * pretrained} --image-size {size}: {reason}") from error
     return model.train()
 
 
 def convert(model: nn.Module, options: argparse.Namespace, size: int) -> rdp.ResidualDropPath | None:
-    """Makes the model's residual branches paths with P(drop) = --drop-prob, and prints what was done."""
+    """Makes the model's residual branches paths with P(drop) = --drop-prob, and prints a report."""
     if options.scheme == "plain":
         return None
     report = rdp.convert(model, options.drop_prob, example_inputs=torch.randn(2, 3, size, size))
@@ -133,7 +133,7 @@ def convert(model: nn.Module, options: argparse.Namespace, size: int) -> rdp.Res
 
 
 class Training:
-    """Stops after any epoch and goes on from its state to the bit."""
+    """Can stop after any epoch. Continuing from its state gives the same bits."""
 
     def __init__(self, options: argparse.Namespace, state: dict[str, Any] | None):
         timm = import_timm()
@@ -157,8 +157,8 @@ class Training:
         self.schedule = CosineAnnealingLR(self.optimizer, options.epochs * len(self.batches))
         self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
         self.parts |= {} if scheme is None else {"scheme": scheme}
-        torch.manual_seed(options.seed)  # draws of dropout and drop-path
-        random.seed(options.seed)  # of timm's crops
+        torch.manual_seed(options.seed)  # for draws of dropout and drop-path
+        random.seed(options.seed)  # for timm's crops
         if state is not None:
             self.load_state_dict(state)
 
@@ -187,7 +187,7 @@ class Training:
                 losses.append(loss.item())
                 steps[phase] = steps.get(phase, 0) + 1
                 worst[phase] = max(worst.get(phase, 0.0), losses[-1])
-            self.schedule.step()  # by batch: both iterations of a pair have the same learning rate
+            self.schedule.step()  # once per batch: both iterations of a pair have the same learning rate
             advance(description=f"epoch {epoch}: loss {statistics.fmean(losses[-20:]):.3f}")
         seconds, loss, accuracy = time.perf_counter() - start, statistics.fmean(losses), self.accuracy()
         said = f"loss {loss:.4f}, at worst " + ", ".join(f"{value:.2f} ({phase})" for phase, value in worst.items())
@@ -220,24 +220,24 @@ class Training:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = partial(add_option, parser)
-    add("model", "a name that timm knows", "pvt_v2_b0", nargs="?", metavar="MODEL")
+    add("model", "a model's name in timm", "pvt_v2_b0", nargs="?", metavar="MODEL")
     add("--data", "digits, or a folder", "digits", metavar="digits|FOLDER")
-    add("--scheme", "how to train", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
+    add("--scheme", "training scheme", "residual-droppath", choices=("plain", "drop-path", "residual-droppath"))
     add("--drop-prob", "P(drop) of every residual branch", 0.1, type=float)
     add("--mode", "residual-droppath: drop for the whole batch (default) or per sample", choices=("block", "sample"))
-    add("--freeze-bn", "residual-droppath: what frozen BatchNorm normalises by", "batch", choices=tuple(FREEZE_BN))
+    add("--freeze-bn", "residual-droppath: statistics that frozen BatchNorm uses", "batch", choices=tuple(FREEZE_BN))
     add("--epochs", "passes through the data", 10, type=int)
     add("--batch-size", "images in a batch", 64, type=int)
     add("--lr", "AdamW's learning rate at the start of its cosine", 5e-4, type=float)
-    add("--seed", "of weights, batches and draws", 0, type=int)
-    add("--image-size", "pixels a side (default: 32 for digits, else the model's own)", type=int)
-    parser.add_argument("--pretrained", action="store_true", help="begin with timm's pretrained weights")
+    add("--seed", "seed of weights, batches and draws", 0, type=int)
+    add("--image-size", "pixels per side (default: 32 for digits, else the model's own)", type=int)
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
     add_run_options(parser, "report/finetune-MODEL-SCHEME")
     return parser
 
 
 def begin(argv: Sequence[str] | None) -> tuple[Training, Folder]:
-    """What the options, or the checkpoint that they say to resume, ask for."""
+    """Returns the training of the options, or of the checkpoint to resume, and its folder."""
 
     def name(args: argparse.Namespace) -> str:
         return f"finetune-{args.model.replace('/', '-')}-{args.scheme}"

@@ -1,6 +1,6 @@
-"""Means over seeds, with 95 % intervals: what every study here says of its results.
+"""Means over seeds with 95 % intervals, as all studies here report them.
 
-The file isn't named `statistics.py`: scripts of this folder would then find it in the standard library's place.
+The file isn't named `statistics.py`, because scripts of this folder would import it instead of the standard library's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Raises `ValueError` if there are no values."""
+        """Estimates the mean of `values`. Raises `ValueError` if there are none."""
         if not values:
             raise ValueError("values must hold a number for each seed, got none")
         if len(values) < 2:
@@ -32,7 +32,7 @@ class Estimate:
 
     @classmethod
     def of_difference(cls, values: Sequence[float], others: Sequence[float]) -> Estimate:
-        """Of `values` − `others` in pairs, each pair of one seed: same weights, same batches.
+        """Estimates the mean of `values` − `others`, in pairs of the same seed (same weights, same batches).
 
         Raises `ValueError` if one has more values than the other, or there are none.
         """
@@ -48,6 +48,6 @@ class Estimate:
         return self.text(".1f", 100)
 
     def text(self, spec: str = ".2f", factor: float = 1.0) -> str:
-        """`mean ± half width`, both times `factor` and formatted by `spec`."""
+        """Formats `mean ± half width`, both multiplied by `factor`, with `spec`."""
         spread = "" if self.half_width is None else f" ± {factor * self.half_width:{spec}}"
         return f"{factor * self.mean:{spec}}{spread}"

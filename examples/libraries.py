@@ -1,4 +1,4 @@
-"""Importing timm, torchvision and transformers, also beside a torch that torchvision was not compiled for."""
+"""Imports of timm, torchvision and transformers. They also work with a torch that torchvision wasn't compiled for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 LIBRARIES = ("timm", "torchvision", "transformers")
 
 _declared: list[torch.library.Library] = []
-"""Ops vanish with the object that declared them."""
+"""Keeps the declared ops, which exist as long as the object that declared them."""
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled library doesn't match torch's build: two ops are then declared for it."""
+    """Imports torchvision. If its compiled library doesn't match torch's build, this declares two missing ops first."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -29,12 +29,12 @@ def import_torchvision() -> ModuleType:
 
 
 def installed(library: str) -> bool:
-    """Whether `library` can be imported."""
+    """Returns whether `library` can be imported."""
     return importlib.util.find_spec(library) is not None
 
 
 def resolve(qualified: str) -> Any:
-    """The object named `package.module.Class`. timm and transformers import torchvision where they find it."""
+    """Returns the object named `package.module.Class`. timm and transformers import torchvision if it is installed."""
     if installed("torchvision"):
         import_torchvision()
     module, name = qualified.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""The methods that the examples compare: what each does with a model's paths, one optimizer step after the other."""
+"""The methods that the examples compare, and the iterations that they open, one for each optimizer step."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ DROP_THEN_FULL, RANDOM = "drop, then full", "random paths frozen"
 METHODS = {
     PLAIN: "every path runs and learns",
     DROP_PATH: "every step drops random paths; ordinary stochastic depth",
-    EXACT: "drop iteration, then a reuse iteration in which only what was dropped learns; exact",
-    FROZEN: 'the same with freeze="branch": gradients bypass frozen branches; approximate',
+    EXACT: "drop iteration, then a reuse iteration in which only the dropped paths learn; exact",
+    FROZEN: 'the same with freeze="branch": frozen branches are detached; approximate',
     DROP_THEN_FULL: 'control, freeze="none": in the second iteration everything learns',
-    RANDOM: "control: in the second iteration other random paths learn than those that were dropped",
+    RANDOM: "control: in the second iteration random paths learn instead of the dropped ones",
 }
 FREEZE_BN: dict[str, FreezeBN] = {"batch": True, "running": "running", "moving": False}
-"""How frozen BatchNorm normalises: values of the option --freeze-bn, and of `rdp.ResidualDropPath`'s freeze_bn."""
+"""Option --freeze-bn → `freeze_bn` of `rdp.ResidualDropPath`."""
 FREEZE = {EXACT: "parameters", FROZEN: "branch", DROP_THEN_FULL: "none", RANDOM: "parameters"}
 
 
 @contextlib.contextmanager
 def nothing_runs() -> Iterator[None]:
-    """Around an iteration in which no path is to run: a scheme warns of those."""
+    """Silences the scheme's warning about an iteration in which no path runs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ResidualDropPath: no path ran")
         yield
 
 
 class Iterations:
-    """Opens the iterations of `method` on `model`, and says what they need.
+    """Opens the iterations of `method` on `model`, and returns their needed FLOPs.
 
     Args:
-        model: with a `ResidualSequence` as `paths`.
-        cost: of a model like it on a batch like those that it is trained on.
-        drop_prob, mode, schedule, scale_by_keep, train_rest, freeze_bn, seed: as of `rdp.ResidualDropPath`.
+        model: a model with a `ResidualSequence` as `paths`.
+        cost: the cost of an equal model on a batch of the training's shape.
+        drop_prob, mode, schedule, scale_by_keep, train_rest, freeze_bn, seed: see `rdp.ResidualDropPath`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Iterations:
     ):
         self.model, self.cost, self.mode, self.train_rest, self.seed = model, cost, mode, train_rest, seed
         self.scheme: rdp.ResidualDropPath | None = None
-        self.draws = 0  # drop iterations so far, or steps where there is only one kind
+        self.draws = 0  # drop iterations so far, or steps if there is one kind only
         self._plans_reuse_by_hand = method == RANDOM
         if method == DROP_PATH:
             rates = rdp.drop_path_rates(drop_prob, len(model.paths), schedule)
@@ -83,11 +83,11 @@ class Iterations:
 
     @property
     def phase(self) -> str:
-        """Of the next step: "plain", "drop" or "reuse"."""
+        """The phase of the next step: "plain", "drop" or "reuse"."""
         return PLAIN if self.scheme is None else "reuse" if self.scheme.reuse_pending else "drop"
 
     def open(self, batch_size: int) -> contextlib.AbstractContextManager[rdp.PathPlan | None]:
-        """The next step's iteration: forward, backward and optimizer step go inside."""
+        """Opens the next step's iteration, around forward, backward and optimizer step."""
         phase = self.phase
         self.draws += phase != "reuse"
         if self.scheme is None:
@@ -95,8 +95,8 @@ class Iterations:
         return self.scheme.reuse_iteration() if phase == "reuse" else self.scheme.drop_iteration(batch_size)
 
     def close(self, phase: str, batch_size: int) -> None:
-        """After the step: the control puts a plan drawn apart in the place of the one just carried out, whose
-        complement is what the reuse iteration trains."""
+        """Must be called after the step. The control with random paths replaces the plan here by a new one. The reuse
+        iteration trains the complement of its plan."""
         if not self._plans_reuse_by_hand or phase != "drop":
             return
         assert self.scheme is not None
@@ -109,14 +109,16 @@ class Iterations:
             pass
 
     def needed_flops(self, phase: str, plan: rdp.PathPlan | None) -> float:
-        """Of a step; for ordinary drop-path, whose draws aren't seen, the expectation."""
+        """Returns the needed FLOPs of a step. For ordinary drop-path, whose masks aren't known, it is the
+        expectation."""
         if self.scheme is None or plan is None:
             return self.cost.drop([1 - path.drop_prob for path in self.model.paths])
         kept = kept_fractions(plan)
         return self.cost.drop(kept) if phase == "drop" else self.cost.reuse(kept, self.scheme.freeze, self.train_rest)
 
     def steps_within(self, flops: float, batch_size: int) -> int:
-        """How many steps from here on need no more than `flops`, at least one. Opens them, without running any."""
+        """Returns how many of the next steps need no more than `flops` together, at least 1. Opens their iterations
+        without running them."""
         steps = 0
         while True:
             phase = self.phase

@@ -13,12 +13,13 @@ import rdp_kernels as rdp
 
 
 class ResidualClassifier(nn.Module):
-    """`images [B, channels, H, W]` → `embed` → `paths`, a `ResidualSequence` → `classify` → logits `[B, classes]`."""
+    """A classifier: `images [B, channels, H, W]` → `embed` → `paths` (`ResidualSequence`) → `classify` → logits
+    `[B, classes]`."""
 
     paths: rdp.ResidualSequence
 
     def embed(self, images: Tensor) -> Tensor:
-        """The residual stream's first state, `[B, ...]`."""
+        """Returns the residual before the first path, `[B, ...]`."""
         raise NotImplementedError
 
     def classify(self, stream: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ def mlp(dim: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention `[B, N, C]` with explicit matmuls, which `torch.utils.flop_counter` counts on every
-    device (it counts 0 for scaled_dot_product_attention on the CPU)."""
+    """Multi-head self-attention `[B, N, C]` with explicit matmuls. `torch.utils.flop_counter` counts them on every
+    device; it counts 0 for scaled_dot_product_attention on the CPU."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         return self.proj(self.mixed(q, k, v).transpose(1, 2).flatten(2))
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, heads, N, C / heads]`."""
+        """Returns `[B, heads, N, C / heads]`."""
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 
@@ -55,11 +56,11 @@ class ViT(ResidualClassifier):
     """A pre-norm vision transformer; each block is two paths, attention and MLP.
 
     Args:
-        image: side of the square images, in pixels; for those of another size the position embedding is interpolated.
+        image: side of the square images in pixels. For other sizes the position embedding is interpolated.
         patch: side of a patch, in pixels.
         drop_prob: P(drop) of every path.
-        layer_scale: initial value of the paths' gamma; None for none.
-        position_std: of the position embedding's initial values.
+        layer_scale: initial value of the paths' gamma; None: no gamma.
+        position_std: standard deviation of the position embedding's initial values.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class ViT(ResidualClassifier):
 
 
 class ResNet(ResidualClassifier):
-    """Basic blocks with BatchNorm (He et al., arXiv 1512.03385): relu(shortcut + branch), a path each.
+    """Basic blocks with BatchNorm (He et al., arXiv 1512.03385). Each is a path, relu(shortcut + branch).
 
     Args:
         widths: channels of each stage; every stage but the first halves the image.
-        blocks: in each stage.
+        blocks: number of blocks in each stage.
         drop_prob: P(drop) of every path.
     """
 
@@ -149,7 +150,7 @@ def conv_norm(inner: int, outer: int, stride: int = 1, kernel: int = 3) -> tuple
 
 
 class ResidualMLP(ResidualClassifier):
-    """Pre-norm MLP blocks on the flattened image, a path each."""
+    """Pre-norm MLP blocks on the flattened image. Each is a path."""
 
     def __init__(
         self,
@@ -176,8 +177,8 @@ class ResidualMLP(ResidualClassifier):
 
 
 def forward_with_ends(model: ResidualClassifier, images: Tensor, ends: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """`model(images)` as residual networks are usually written: every branch is computed, and what branch l gives is
-    added as `ends[l]` makes it, multiplied by a mask for example."""
+    """Computes `model(images)` as residual networks are usually written: every branch runs, and `ends[l]` is applied to
+    the update of branch l before the add. An end multiplies by a mask, for example."""
     x = model.embed(images)
     for path, end in zip(model.paths, ends, strict=True):
         update = path.fn(x if path.norm is None else path.norm(x))

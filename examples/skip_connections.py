@@ -1,12 +1,13 @@
-"""What skip connections do: stacks of the same layer without, with addition (ResNet), with concatenation (DenseNet).
+"""The effect of skip connections: stacks of the same layer without, with addition (ResNet), with concatenation
+(DenseNet).
 
     python examples/skip_connections.py --quick                  # seconds
     python examples/skip_connections.py                          # about three minutes on two cores
     python examples/skip_connections.py --no-norm --out report/skips-no-norm
 
-Each kind is trained on scikit-learn's digits at several depths, with about as many parameters at each, all seeds at
-once. It is looked at how gradients reach the first layers at the start and early in training, how well the networks do,
-what removing layers does to them, and how many of their layers matter.
+Each kind is trained on scikit-learn's digits at several depths, all seeds at once. All kinds have about as many
+parameters at a depth. The study measures how gradients reach the first layers at the start and early in training, the
+accuracy, the effect of removing layers, and how many layers matter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Two threads of the OpenMP runtime wait for each other by spinning, on a busy machine for far longer than they work.
+# Idle OpenMP threads spin, on a busy machine for far longer than they work.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Config()
     parser.add_argument("--quick", action="store_true", help=f"a small study, in seconds: {QUICK}")
-    parser.add_argument("--seeds", type=int, help=f"how many, at least 2 for intervals (default: {default.seeds})")
+    parser.add_argument("--seeds", type=int, help=f"at least 2 for intervals (default: {default.seeds})")
     parser.add_argument(
         "--depths", type=int, nargs="+", help=f"numbers of layers (default: {' '.join(map(str, DEPTHS))})"
     )
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-norm", action="store_true", help="layers without LayerNorm; learning rates are those chosen with it"
     )
-    parser.add_argument("--learning-rate", type=float, help="of all (default: one chosen for each kind and depth)")
+    parser.add_argument("--learning-rate", type=float, help="for all (default: one for each kind and depth)")
     parser.add_argument("--validate", action="store_true", help="test on a part of the training set, to choose rates")
     parser.add_argument("--out", type=Path, default=Path("report/skips"), help="folder (default: %(default)s)")
     return parser
@@ -120,7 +121,7 @@ def run(config: Config, kinds: list[str], depths: list[int], folder: Folder) -> 
 
 
 def cost(depth: int) -> int:
-    """Of a training step, in units of a layer's."""
+    """Returns the cost of a training step in units of a layer's."""
     return depth + 4
 
 
@@ -157,7 +158,7 @@ def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
 
 
 def _by_kind(studied: list[Measured]) -> Iterator[tuple[Measured, bool]]:
-    """Kind by kind; whether it is the last of its kind."""
+    """Yields kind by kind, with whether it is the last of its kind."""
     for kind in {measured.kind: None for measured in studied}:
         own = [measured for measured in studied if measured.kind == kind]
         yield from ((measured, measured is own[-1]) for measured in own)

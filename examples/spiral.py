@@ -5,7 +5,7 @@
     python examples/spiral.py --study --out report/spiral-study     # every setting of docs/evidence.md: about an hour
     python examples/spiral.py --study --resume --out report/spiral-study
 
-A setting's methods start from the same weights and see the same points, and its networks see those of nobody else.
+The methods of a setting start from the same weights and see the same points. Each network has its own points.
 `results.csv` in the folder of the run has a row for each method, setting and seed.
 """
 
@@ -47,25 +47,25 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", help=f"{text} (default: {value})", default=value, **kwargs)
 
     add("depth", "paths of a network", type=int)
-    add("width", "of the residual stream", type=int)
-    add("layers", "of a branch", type=int, choices=(1, 2))
-    add("points", "of the training set", type=int)
+    add("width", "width of the residual", type=int)
+    add("layers", "layers of a branch", type=int, choices=(1, 2))
+    add("points", "points of the training set", type=int)
     add("noise", "standard deviation of a point's coordinates", type=float)
     add("drop-prob", "P(drop) of every path", type=float)
     add("mode", "drop for a network's whole batch or per sample", choices=("block", "sample"))
-    add("schedule", "of P(drop) over depth", choices=("constant", "linear"))
-    add("learning-rate", "of Adam, to 0 along a cosine", type=float)
+    add("schedule", "change of P(drop) over depth", choices=("constant", "linear"))
+    add("learning-rate", "Adam's first learning rate; it follows a cosine to 0", type=float)
     add("steps", "optimizer steps of plain training", type=int)
-    add("equal", "what all methods get as much of", choices=("steps", "flops", "updates"))
-    parser.add_argument("--seeds", type=int, default=12, help="how many networks of each kind (default: 12)")
-    parser.add_argument("--first-seed", type=int, default=0, help="seeds count from here (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the CPUs)")
+    add("equal", "quantity that is equal for all methods", choices=("steps", "flops", "updates"))
+    parser.add_argument("--seeds", type=int, default=12, help="number of networks of each kind (default: 12)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the lowest seed (default: 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: number of CPUs)")
     parser.add_argument("--study", action="store_true", help="all settings of docs/evidence.md, without figures")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="just these settings of the study")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, a few steps: does it run?")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings of the study")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="folder of the run (default: report/spiral)")
-    parser.add_argument("--resume", action="store_true", help="keep the results that are there, run what is missing")
-    parser.add_argument("--overwrite", action="store_true", help="start again though results are there")
+    parser.add_argument("--resume", action="store_true", help="keep existing results, and run the missing ones")
+    parser.add_argument("--overwrite", action="store_true", help="start again even if there are results")
     return parser
 
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(
     cases: list[Case], seeds: list[int], workers: int, folder: Folder, rows: list[dict[str, Any]], figures: bool
 ) -> int:
-    """Runs what `rows` lacks, writes everything and prints a table."""
+    """Runs the cases that are missing in `rows`, writes all files and prints a table."""
     done = {(*_key(row), int(row["seed"])) for row in rows}
     console, machine = Console(), facts(Device.of("cpu")) | {"threads": 1}
     missing = [case for case in cases if not all((*_key(_texts(case)), seed) in done for seed in seeds)]
@@ -135,7 +135,7 @@ def run(
 
 @contextlib.contextmanager
 def bars(console: Console, cases: list[Case]) -> Iterator[Any]:
-    """One for all, and one for each case that is running."""
+    """Shows a bar for the whole run, and one for each running case."""
     columns = (BarColumn(bar_width=10), TimeRemainingColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         overall = progress.add_task("all", total=100 * len(cases))
@@ -204,7 +204,7 @@ def _texts(case: Case) -> dict[str, str]:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What a row is about, but its seed."""
+    """Returns the values that identify a row's case, without its seed."""
     return tuple(_as_text({k: row[k] for k in ("study", *(f.name for f in fields(Setting)), "method")}).values())
 
 

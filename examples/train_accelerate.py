@@ -1,4 +1,4 @@
-"""Trains a small ViT on scikit-learn's digits in a loop of one's own under accelerate, by pairs of iterations.
+"""Trains a small ViT on scikit-learn's digits in your own loop under accelerate, by pairs of iterations.
 
     python examples/train_accelerate.py --drop-prob 0.3
 
@@ -35,7 +35,7 @@ def train(options: argparse.Namespace) -> float:
     model = ViT(dim=48, depth=4)
     optimizer = torch.optim.AdamW(model.parameters())
     loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True, drop_last=True)
-    steps = 2 * options.epochs * len(loader)  # at most: where nothing is dropped a batch is one step
+    steps = 2 * options.epochs * len(loader)  # at most: a batch is one step if nothing is dropped
     schedule = OneCycleLR(optimizer, options.lr, steps)
 
     scheme = rdp.ResidualDropPath(model, options.drop_prob, seed=options.seed)

@@ -1,14 +1,14 @@
-"""Trains a small transformer on scikit-learn's digits on one or several processes; nothing is lost when one is killed:
+"""Trains a small transformer on scikit-learn's digits on one or several processes, which may be killed and resumed:
 
     torchrun --nproc-per-node 2 examples/train_ddp.py            # DistributedDataParallel
-    torchrun --nproc-per-node 4 examples/train_ddp.py --resume   # goes on, on any number of processes
+    torchrun --nproc-per-node 4 examples/train_ddp.py --resume   # continues, on any number of processes
     python examples/train_ddp.py                                 # one process
 
-With `torchrun --max-restarts 9` it goes on by itself when a process dies. The launcher then needs
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or new processes look for dead ones (pytorch#135712).
+With `torchrun --max-restarts 9` training continues automatically after a process has died. The launcher then needs
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, else new processes wait for dead ones (pytorch#135712).
 
-A checkpoint every few optimizer steps holds all that the rest depends on, also between the two iterations of a pair: on
-CPUs a run that was killed anywhere and resumed on as many processes ends in the same weights to the bit.
+A checkpoint is written every few optimizer steps, also between the two iterations of a pair. It holds the whole state:
+on CPUs a run that was killed at any point and resumed on as many processes ends with bitwise equal weights.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from examples.models import ViT
 from rdp_kernels.integrations import distributed
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process had died
-TIMEOUT = timedelta(minutes=2)  # for a process that hangs; one that died is noticed at once
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # restarts by torchrun after a process died
+TIMEOUT = timedelta(minutes=2)  # for a process that hangs; a dead one is noticed at once
 LIMITS = {"drop_prob": (0, 1), "steps": (1, 1e6), "save_every": (1, 1e6), "seed": (0, 2**31 - 1)}
 
 
 class Problem(Exception):
-    """Something that the user can mend; the message says how, in a line."""
+    """An error that the user can fix. The message says how, in one line."""
 
 
 def place() -> tuple[torch.device, str]:
-    """The device of this process, and the backend between processes. NCCL refuses two of them on one GPU."""
+    """Returns the device of this process, and the backend between processes. NCCL refuses two processes on one GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
         return torch.device("cpu"), "gloo"
@@ -98,14 +98,14 @@ def train(options: argparse.Namespace, folder: Folder, state: dict[str, Any] | N
 
 
 def begin(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Folder, dict[str, Any] | None]:
-    """Options, folder, and the checkpoint to go on from."""
+    """Returns options, folder, and the checkpoint to continue from, if any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drop-prob", help="P(drop) of every path (default: %(default)s)", type=float, default=0.3)
-    parser.add_argument("--steps", help="of the optimizer (default: %(default)s)", type=int, default=500)
+    parser.add_argument("--steps", help="optimizer steps (default: %(default)s)", type=int, default=500)
     parser.add_argument("--save-every", help="steps between checkpoints (default: %(default)s)", type=int, default=25)
-    parser.add_argument("--seed", help="of weights, batches and plans (default: %(default)s)", type=int, default=0)
+    parser.add_argument("--seed", help="seed of weights, batches and plans (default: %(default)s)", type=int, default=0)
     parser.add_argument("--out", help="folder of the run (default: %(default)s)", type=Path, default="report/ddp")
-    parser.add_argument("--resume", help="go on where the run in that folder stopped", action="store_true")
+    parser.add_argument("--resume", help="continue the run in that folder", action="store_true")
     args = parser.parse_args(argv)
     folder, state = Folder(args.out), None
     if folder.has_checkpoint():
@@ -114,7 +114,7 @@ def begin(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Folder, dict[
             raise Problem(f"argument --out: {folder.path} holds the run of another example")
         if not (args.resume or RESTARTED):
             raise Problem(f"argument --out: {folder.path} holds a run: give --resume, or name another folder")
-        parser.set_defaults(**state["options"])  # options that aren't given are the run's
+        parser.set_defaults(**state["options"])  # options that aren't given have the run's values
         args = parser.parse_args(argv)
     options = argparse.Namespace(**{name: getattr(args, name) for name in LIMITS})
     for name, (low, high) in LIMITS.items():

@@ -1,7 +1,7 @@
-"""Trains a small residual network on scikit-learn's handwritten digits in six ways and reports what they cost and give:
+"""Trains a small residual network on scikit-learn's handwritten digits by six methods, and reports cost and accuracy:
 
     python examples/train_digits.py --model resnet --seeds 5
-    python examples/train_digits.py --resume              # goes on where a run was stopped or killed
+    python examples/train_digits.py --resume              # continues a run that was stopped or killed
 
 All methods start from the same weights, see the batches in the same order and take the same number of optimizer steps.
 """
@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-# Two threads of the OpenMP runtime wait for each other by spinning, on a busy machine for far longer than they work.
+# Idle OpenMP threads spin, on a busy machine for far longer than they work.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -125,21 +125,22 @@ def build_parser() -> argparse.ArgumentParser:
     default = Config()
 
     def add(name: str, text: str, **kwargs: Any) -> None:
-        """An option of `Config`, absent where it isn't given, so that --resume can take it from the checkpoint."""
+        """Adds an option of `Config`. It is absent if it isn't given, so that --resume can take it from the
+        checkpoint."""
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", help=f"{text} (default: {value})", default=argparse.SUPPRESS, **kwargs)
 
     add("model", "the network", choices=tuple(NETWORKS))
     add("mode", "drop for the whole batch or per sample", choices=("block", "sample"))
     add("drop-prob", "P(drop) of every path", type=number(float, "in [0, 1]", lambda p: 0 <= p <= 1))
-    add("freeze-bn", "what frozen BatchNorm normalises by", choices=tuple(FREEZE_BN))
-    add("seeds", "how many seeds to train with", type=number(int, "in [1, 1000]", lambda n: 1 <= n <= 1000))
+    add("freeze-bn", "statistics that frozen BatchNorm uses", choices=tuple(FREEZE_BN))
+    add("seeds", "number of seeds", type=number(int, "in [1, 1000]", lambda n: 1 <= n <= 1000))
     wanted = "above 0 and at most 10000"
-    add("epochs", "plain's passes through the data: sets the steps", type=number(float, wanted, lambda x: 0 < x <= 1e4))
+    add("epochs", "plain's passes through the data; sets the steps", type=number(float, wanted, lambda x: 0 < x <= 1e4))
     add("validate", "test on a part of the training set, to choose settings", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of the report (default: report/digits-MODEL-MODE)")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start again though an unfinished run is there")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    parser.add_argument("--overwrite", action="store_true", help="start again even if the folder has an unfinished run")
     return parser
 
 

@@ -57,7 +57,7 @@ class Classifier(L.LightningModule):
 
 
 class PairsClassifier(Classifier):
-    """Both iterations on every batch."""
+    """Trains with both iterations on every batch."""
 
     scheme: rdp.ResidualDropPath
 

@@ -1,9 +1,9 @@
-"""Where the scheme goes in timm's train.py: shown on a loop like that one, with timm's own parts, on the digits.
+"""Shows where the scheme goes in timm's train.py, on a similar loop with timm's own parts, on the digits.
 
     python examples/train_timm.py --drop-prob 0.3
 
-Below `create_optimizer_v2` in train.py two lines are added; model, EMA, mixup, scaler, accumulation, schedule and
-checkpoints stay as they are. Needs timm, torchvision and scikit-learn.
+Below `create_optimizer_v2` in train.py two lines are added. Model, EMA, mixup, scaler, accumulation, schedule and
+checkpoints don't change. Needs timm, torchvision and scikit-learn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train_one_epoch(
     accumulate: int = 2,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """timm's own, as far as it matters: it knows nothing of a scheme."""
+    """The relevant part of timm's own function, without changes for the scheme."""
     model.train()
     for number, (images, labels) in enumerate(loader):
         images, labels = mixup(images, labels)
@@ -65,7 +65,7 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer
     optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=0.05)
 
     rdp.convert(model)
-    scheme = rdp.ResidualDropPath(model, seed=options.seed)  # drop_prob=None: the rates that timm gave
+    scheme = rdp.ResidualDropPath(model, seed=options.seed)  # drop_prob=None: timm's rates
     return model, optimizer, scheme, attach(optimizer, scheme)
 
 
@@ -81,7 +81,7 @@ def train(options: argparse.Namespace) -> float:
         for epoch in range(options.epochs):
             train_one_epoch(model, loader, optimizer, scaler, ema, mixup, accumulate=1)
             schedule.step(epoch + 1)
-            saver.save_checkpoint(epoch)  # timm.models.resume_checkpoint(model, file, optimizer) goes on from it
+            saver.save_checkpoint(epoch)  # timm.models.resume_checkpoint(model, file, optimizer) continues from it
     handle.remove()
     print(f"optimizer steps: {scheme.state_dict()['completed']}")
     with torch.no_grad():

@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> float:
         hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192,
     )  # fmt: skip
     model = ViTForImageClassification(config)
-    print(rdp.convert(model, drop_prob=options.drop_prob))  # transformers' ViT has no drop-path of its own
+    print(rdp.convert(model, drop_prob=options.drop_prob))  # transformers' ViT has no drop-path
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

@@ -1,4 +1,4 @@
-"""What a trained network is like: what removing branches does to it, and how similar its layers are."""
+"""Analysis of a trained network: accuracy with branches removed, and similarity of its layers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from examples.digits.data import Digits
 from examples.models import ResidualClassifier
 from rdp_kernels.diagnostics import pairwise_cka, without
 
-REMOVALS = 12  # random choices of removed branches that an accuracy is averaged over
+REMOVALS = 12  # an accuracy is averaged over so many random choices of removed branches
 
 
 def removal_counts(paths: int) -> list[int]:
-    """1, 2 and a quarter of the branches."""
+    """Returns 1, 2 and a quarter of the number of branches."""
     return sorted({count for count in (1, 2, round(paths / 4)) if 0 < count < paths})
 
 
 @torch.no_grad()
 def accuracy_without(model: ResidualClassifier, digits: Digits, count: int) -> float:
-    """Mean test accuracy with `count` branches removed, over the same random choices for every network.
+    """Returns the mean test accuracy with `count` branches removed, over the same random choices for every network.
 
-    All choices where there are no more than `REMOVALS` of them. What is left is run as at inference, nothing rescaled.
+    If there are no more than `REMOVALS` choices, it takes all. The remaining branches run as at inference, unscaled.
     """
     model.eval()
     generator = torch.Generator().manual_seed(count)
@@ -44,8 +44,8 @@ def logits_without(model: ResidualClassifier, images: Tensor, removed: tuple[int
 
 @torch.no_grad()
 def layer_similarity(model: ResidualClassifier, images: Tensor) -> list[list[float]]:
-    """Linear CKA (Kornblith et al., arXiv 1905.00414) between states of the residual stream: row 0 is the embedding,
-    row l the output of path l. 1 is equal up to rotation and scale."""
+    """Linear CKA (Kornblith et al., arXiv 1905.00414) between states of the residual. Row 0 is the embedding, row l the
+    output of path l. 1 means equal up to rotation and scale."""
     model.eval()
     states = [model.embed(images)]
     for path in model.paths:
@@ -55,7 +55,7 @@ def layer_similarity(model: ResidualClassifier, images: Tensor) -> list[list[flo
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, neighbours: int = 20) -> float:
-    """Of features `[N, dim]`: the nearest training images by their cosine vote, the nearer the louder, as in DINO."""
+    """Returns the accuracy of a k-NN classifier on features `[N, dim]`. Votes are weighted by cosine, as in DINO."""
     cosines = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T
     cosines, nearest = cosines.topk(min(neighbours, len(train)), dim=1)
     votes = torch.zeros(len(test), int(train_labels.max()) + 1, device=test.device)
@@ -64,7 +64,7 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of every parameter and buffer, to the bit."""
+    """Returns a hash of the bits of every parameter and buffer."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""What the examples that train one network share: a run that can be resumed, errors in a line, a progress bar."""
+"""Shared by the examples that train networks: runs that can be resumed, errors in one line, a progress bar."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from examples.digits.storage import Folder
 
-LAST = ("out", "resume", "overwrite")  # options that are about a command, not about its run
+LAST = ("out", "resume", "overwrite")  # options of the command, not of its run
 
 
 class Problem(Exception):
-    """Something that the user can mend; the message says how, in a line."""
+    """An error that the user can fix. The message says how, in one line."""
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **kwargs: Any) -> None:
@@ -27,10 +27,10 @@ def add_option(parser: argparse.ArgumentParser, name: str, text: str, default: A
 
 
 def add_run_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """--out, whose default is described, --resume and --overwrite."""
+    """Adds --out, --resume and --overwrite. `default` describes the default of --out."""
     parser.add_argument("--out", type=Path, help=f"folder of the run (default: {default})")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start again though an unfinished run is there")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    parser.add_argument("--overwrite", action="store_true", help="start again even if the folder has an unfinished run")
 
 
 def begin_run(
@@ -43,13 +43,13 @@ def begin_run(
     ),
     about_command: Collection[str] = LAST,
 ) -> tuple[argparse.Namespace, dict[str, Any] | None, Folder]:
-    """The options, the checkpoint to go on from, if any, and the folder. Raises `Problem`.
+    """Returns the options, the checkpoint to continue from, if any, and the folder. Raises `Problem`.
 
     Args:
-        default_out: the run's folder where --out isn't given.
+        default_out: returns the run's folder if --out isn't given.
         limits: lowest and highest value of options.
-        finished: whether the run of a checkpoint is.
-        about_command: options that are about the command, not about its run.
+        finished: returns whether the run of a checkpoint is finished.
+        about_command: options of the command, not of its run.
     """
     args = parser.parse_args(argv)
     folder = Folder(args.out or Path("report") / default_out(args))
@@ -60,7 +60,7 @@ def begin_run(
         if not isinstance(saved, dict) or saved.keys() != vars(args).keys() - set(about_command):
             raise Problem(f"argument --out: {folder.path} holds the run of another example")
         if args.resume:
-            parser.set_defaults(**saved)  # options that aren't given are the run's
+            parser.set_defaults(**saved)  # options that aren't given have the run's values
             args = parser.parse_args(argv)
             for name, value in saved.items():
                 if getattr(args, name) != value:
@@ -79,7 +79,7 @@ def begin_run(
 
 @contextlib.contextmanager
 def display(total: int, done: int) -> Iterator[tuple[Callable, Callable[[str], None]]]:
-    """Functions to advance a bar, where rich is installed, and to print a line."""
+    """Yields a function that advances a bar (if rich is installed), and one that prints a line."""
     if importlib.util.find_spec("rich") is None:
         yield lambda **_: None, print
         return

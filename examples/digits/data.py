@@ -17,7 +17,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Digits:
-    """Images `[N, 1, 8, 8]` in [−1, 1] and labels `[N]`."""
+    """Returns images `[N, 1, 8, 8]` in [−1, 1] and labels `[N]`."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -26,7 +26,8 @@ class Digits:
 
     @classmethod
     def load(cls, device: torch.device, validate: bool = False) -> Digits:
-        """A quarter is the test set; with `validate` it is left out, and a quarter of the rest stands in for it."""
+        """Splits off a quarter as the test set. With `validate` that quarter is left out, and the test set is a quarter
+        of the remaining images."""
         pixels, labels = load_digits(return_X_y=True)
         images = (pixels.reshape(-1, 1, 8, 8) / 8 - 1).astype("float32")
         for _ in range(1 + validate):
@@ -40,7 +41,8 @@ class Digits:
         return len(self.train_images) // BATCH_SIZE
 
     def batch(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
-        """Batch `number` = 0, 1, ... of the endless shuffled sequence of `seed`: a pure function, so easy to resume."""
+        """Returns batch `number` = 0, 1, ... of the endless shuffled sequence of `seed`. It is a pure function, so that
+        runs are easy to resume."""
         epoch, place = divmod(number, self.batches_per_epoch)
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         order = torch.randperm(len(self.train_images), generator=generator)
@@ -49,8 +51,8 @@ class Digits:
 
 
 def crops(images: Tensor, count: int, side: int, area: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """`[count · B, 1, side, side]`: shifted, scaled, turned and faded parts of `images`, one of each at a time;
-    `area`: the share of an image's area, from and to."""
+    """Returns shifted, scaled, turned and faded parts of `images`, `[count · B, 1, side, side]`, one of each image at a
+    time. `area` is the range of their share of an image's area."""
     images = images.repeat(count, 1, 1, 1)
     size, angle, right, down, fade, light = torch.rand(6, len(images), generator=generator)
     zoom = (area[0] + (area[1] - area[0]) * size).sqrt()

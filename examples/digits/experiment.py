@@ -1,4 +1,4 @@
-"""All trainings of a run, seed by seed, with a checkpoint from which everything goes on to the bit."""
+"""All trainings of a run, seed by seed. A run that continues from a checkpoint gives the same bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from examples.digits.training import Config, Training
 from examples.methods import METHODS
 from rdp_kernels.estimate import ModelCost
 
-EVALUATIONS = 10  # in the course of a training; a checkpoint is written at each
-COUNTED_STEPS = 24  # of the first seed, taken once more under torch's FLOP counter
+EVALUATIONS = 10  # per training; a checkpoint is written at each
+COUNTED_STEPS = 24  # steps of the first seed, repeated under torch's FLOP counter
 
 
 class Stopped(Exception):
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Within it, the first SIGINT or SIGTERM is remembered and a second one acts at once."""
+    """Within the `with` block the first SIGINT or SIGTERM is remembered, and a second one acts at once."""
 
     def __enter__(self) -> StopSignals:
         self.received: int | None = None
@@ -49,7 +49,7 @@ class StopSignals:
 
 
 class Display(Protocol):
-    """Where a run tells how far it is."""
+    """Shows the progress of a run."""
 
     def begin(self, seed: int, steps_done: int) -> None: ...
     def counting(self, method: str) -> None: ...
@@ -59,7 +59,7 @@ class Display(Protocol):
 
 @dataclass
 class Experiment:
-    """`run` trains what `finished` lacks; `save` is given the whole state whenever it is worth keeping."""
+    """`run` does the trainings that are missing in `finished`. `save` gets the whole state at each checkpoint."""
 
     config: Config
     digits: Digits
@@ -68,7 +68,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.finished: list[dict[str, Any]] = []
-        """For each seed the result of every method."""
+        """For each seed, the result of every method."""
         self._current: dict[str, Any] | None = None
 
     @property
@@ -90,7 +90,7 @@ class Experiment:
         return len(self.finished) == self.config.seeds
 
     def run(self, display: Display) -> None:
-        """Raises `Stopped` on a signal, after the state was saved."""
+        """Runs the missing trainings. On a signal it saves the state and raises `Stopped`."""
         self.display = display
         self.save(self.state_dict())
         while not self.complete:
@@ -99,7 +99,7 @@ class Experiment:
             self.save(self.state_dict())
 
     def _run_seed(self, seed: int) -> dict[str, Any]:
-        """Methods take turns step by step: what disturbs the machine disturbs all of them alike."""
+        """Trains all methods in turn, step by step, so that disturbances of the machine affect all of them alike."""
         weights = self.config.build_model(seed).to(self.digits.train_images.device)
         cost = ModelCost.of(weights, self.digits.batch(seed, 0)[0])
 
@@ -109,7 +109,7 @@ class Experiment:
         if self._current is None:
             self.display.begin(seed, 0)
             counted = {method: self._count_flops(method, begin, seed) for method in METHODS} if seed == 0 else {}
-            torch.manual_seed(seed)  # drop-path's draws, here and in _count_flops
+            torch.manual_seed(seed)  # for drop-path's draws, here and in _count_flops
             self._current = {"counted": counted, "step": 0, "rng": torch.get_rng_state(), "trainings": {}}
             trainings = {method: begin(method) for method in METHODS}
         else:
@@ -135,7 +135,7 @@ class Experiment:
         return {method: self._result(method, training) for method, training in trainings.items()}
 
     def _count_flops(self, method: str, begin: Callable[[str], Training], seed: int) -> float:
-        """Mean of the first steps, taken here untimed with the same weights, batches and draws."""
+        """Returns the mean FLOPs of the first steps, repeated untimed with the same weights, batches and draws."""
         self._check_signals()
         self.display.counting(method)
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the examples of training loops that others own have in common: the data, the command line, missing libraries."""
+"""Shared by the examples that use other libraries' training loops: data, command line, missing libraries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from examples.libraries import import_torchvision
 
 @contextlib.contextmanager
 def needs(*libraries: str) -> Iterator[None]:
-    """Around imports: one line where a library is missing. Also mends torchvision, which all of them import where they
-    find it, where its compiled library doesn't match torch's build."""
+    """Wraps imports, and exits with one line if a library is missing. Also makes torchvision importable if its compiled
+    library doesn't match torch's build, as the libraries import it if it is installed."""
     try:
         if importlib.util.find_spec("torchvision") is not None:
             import_torchvision()
@@ -29,8 +29,8 @@ def needs(*libraries: str) -> Iterator[None]:
 
 
 def data(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images `[N, 1, 8, 8]` and labels `[N]` to train on, and those to test with."""
-    from examples.digits.data import Digits  # which needs scikit-learn
+    """Returns images `[N, 1, 8, 8]` and labels `[N]` to train on, then those to test with."""
+    from examples.digits.data import Digits  # needs scikit-learn
 
     found = Digits.load(torch.device("cpu"))
     some = slice(256 if options.quick else None)
@@ -43,7 +43,7 @@ def command(
     argv: Sequence[str] | None,
     **flags: str,
 ) -> int:
-    """Runs `train` on the options of the command line; it returns the accuracy on the test images."""
+    """Runs `train` with the command line's options. `train` returns the accuracy on the test images."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=10, help="passes through the data")
     parser.add_argument("--drop-prob", type=float, default=0.2)

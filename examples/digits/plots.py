@@ -1,4 +1,4 @@
-"""The report's plots as PNG images. Methods are told apart by line style, marker and hatch, not by colour alone."""
+"""The report's plots as PNG images. Methods differ in line style, marker and hatch, not only in colour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, PLAIN, RA
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a line style and a marker each.
+# Okabe and Ito's colours for colour-blind readers, each with a line style and a marker.
 STYLES = {
     PLAIN: {"color": "#000000", "linestyle": "-", "marker": "o"},
     DROP_PATH: {"color": "#0072B2", "linestyle": "--", "marker": "s"},
@@ -31,7 +31,7 @@ BARS = {"needed": ("#BBBBBB", ""), "counted": ("#56B4E9", "//"), "measured": ("#
 
 
 def draw_all(summaries: dict[str, Summary], times: dict[str, float], test_set: str) -> dict[str, bytes]:
-    """PNG files by name."""
+    """Returns PNG files by name."""
     return {
         "accuracy.png": _accuracy(summaries, test_set),
         "loss.png": _loss(summaries),
@@ -51,7 +51,7 @@ def _accuracy(summaries: dict[str, Summary], test_set: str) -> bytes:
         axes.set_xlabel(
             f"optimizer step; mean of {_seeds(summaries)} seeds\nbars at the right: 95 % interval at the end"
         )
-    # Late differences are small against the way up from chance.
+    # Late differences are small compared with the rise from chance.
     lowest = min(100 * point["accuracy"] for s in summaries.values() for curve in s.curves for point in curve[-7:])
     axes.set_ylim(max(0, lowest - 5), 101)
     axes.set_ylabel(f"accuracy on the {test_set} (%)")

@@ -1,4 +1,4 @@
-"""The files of a report, made from the finished trainings alone: plots, tables, and one self-contained HTML page."""
+"""The files of a report, made only from the finished trainings: plots, tables, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CAPTIONS = {
 
 
 class Report:
-    """`config` and the results of every seed; everything that is shown is computed here."""
+    """The report of `config` and the results of every seed."""
 
     def __init__(self, config: Config, finished: list[dict[str, Any]], steps: int, device: torch.device):
         self.config, self.machine = config, facts(Device.of(device.type))
@@ -55,7 +55,8 @@ class Report:
         )
 
     def write(self, folder: Folder) -> None:
-        """`results.json` and the plots but `cost.png` depend on the seeds alone; times are in the other files."""
+        """Returns the files. `results.json` and the plots but `cost.png` depend only on the seeds. Other files have
+        times."""
         images = draw_all(self.summaries, self.times, self.test_set)
         methods = {method: asdict(summary) for method, summary in self.summaries.items()}
         folder.write("results.json", _json({"settings": self.settings, "methods": methods}))
@@ -65,7 +66,7 @@ class Report:
         folder.write("report.html", self._html(images).encode())
 
     def rows(self) -> list[dict[str, str]]:
-        """The table, as it is shown."""
+        """Returns the cells of the table."""
         plain, rows = self.summaries[PLAIN], []
         for method, summary in self.summaries.items():
             row = {"method": method, "accuracy, %": summary.accuracy.percent()}
@@ -81,7 +82,7 @@ class Report:
         return rows
 
     def _csv(self) -> str:
-        """A row for each method and seed, numbers in full: what `benchmarks/results/` keeps."""
+        """Returns a row for each method and seed with unrounded numbers, for `benchmarks/results/`."""
         rows = []
         for method, summary in self.summaries.items():
             for seed in range(self.config.seeds):

@@ -1,4 +1,4 @@
-"""What a run came to: a summary of each method with intervals over the seeds, and the sentences that follow."""
+"""The results of a run: a summary of each method with intervals over the seeds, and the findings in sentences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from examples.methods import DROP_PATH, DROP_THEN_FULL, EXACT, FROZEN, METHODS, 
 
 @dataclass(frozen=True)
 class Summary:
-    """One method's results: lists have an entry a seed, curves one an evaluation too."""
+    """One method's results. Lists have an entry for each seed; curves also have one for each evaluation."""
 
     iterations: list[dict[str, int]]
     worst_losses: list[dict[str, float]]
-    """By phase the largest of the training."""
+    """By phase, the largest loss of the training."""
     accuracies: list[float]
     removed: dict[int, list[float]]
-    """Test accuracy with that many branches removed."""
+    """Number of removed branches → test accuracies."""
     curves: list[list[dict[str, float]]]
     similarity: list[list[float]]
     """Mean over the seeds."""
@@ -27,7 +27,7 @@ class Summary:
     seed_needed_flops: list[float]
     """Per step, mean over all steps."""
     needed_flops_counted_steps: float
-    """Per step, mean over the steps that were counted too."""
+    """Per step, mean over the steps whose FLOPs were counted."""
     counted_flops: float
     counted_steps: int
 
@@ -41,7 +41,7 @@ class Summary:
 
 
 def summarize(finished: list[dict[str, Any]]) -> dict[str, Summary]:
-    """For each method what depends on the seeds alone: the same whenever and wherever a run was interrupted."""
+    """Returns for each method the results that depend only on the seeds, not on interruptions of the run."""
     return {method: _summarize([run[method] for run in finished]) for method in METHODS}
 
 
@@ -64,12 +64,12 @@ def _summarize(runs: list[dict[str, Any]]) -> Summary:
 
 
 def milliseconds(finished: list[dict[str, Any]]) -> dict[str, float]:
-    """Median time of a step, measured over two steps in a row: the iterations of a pair take different times."""
+    """Returns the median time of a step. It is measured over two steps in a row, as the iterations of a pair differ."""
     return {method: 1e3 * _pair_median([run[method]["seconds"] for run in finished]) for method in METHODS}
 
 
 def seed_milliseconds(finished: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The same for each seed."""
+    """Returns the median time of a step for each seed."""
     return {method: [1e3 * _pair_median([run[method]["seconds"]]) for run in finished] for method in METHODS}
 
 
@@ -79,7 +79,7 @@ def _pair_median(runs: list[list[float]]) -> float:
 
 
 def findings(summaries: dict[str, Summary], times: dict[str, float], paths: int) -> list[str]:
-    """What was seen, gain or none, in sentences."""
+    """Returns sentences that say for each comparison whether there is a gain."""
     quarter = max(summaries[PLAIN].removed)
     whole = {method: summary.accuracies for method, summary in summaries.items()}
     without = {method: summary.removed[quarter] for method, summary in summaries.items()}
@@ -106,7 +106,7 @@ def _time(times: dict[str, float], method: str) -> str:
 
 
 def _compare(values: dict[str, list[float]], method: str, other: str) -> str:
-    """The difference over seeds in pairs: both trained from the same weights on the same batches."""
+    """Describes the paired difference over seeds. Both methods of a pair had the same weights and batches."""
     difference = Estimate.of_difference(values[method], values[other])
     direction = "above" if difference.mean >= 0 else "below"
     points = f"{100 * abs(difference.mean):.1f}"

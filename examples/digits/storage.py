@@ -1,4 +1,4 @@
-"""Files that are whole or not there: whatever happens while one is written, the one before it is kept."""
+"""Files that are replaced in one step. If writing fails, the old file is kept."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = b"rdp-digits-2"  # the first bytes of a checkpoint; changes with what is in it
+FORMAT = b"rdp-digits-2"  # the first bytes of a checkpoint; change it with the format
 
 
 class StorageError(Exception):
-    """A file that can't be written or read. The message names it, the reason and what was kept."""
+    """A file can't be written or read. The message names it, the reason, and whether an old file was kept."""
 
 
 class Folder:
-    """The folder of one run, known by its file `mark`. Raises `StorageError` where it can't be used; what is in it
-    stays as it is."""
+    """The folder of one run, recognised by its file `mark`. Raises `StorageError` if it can't be used. Other files in
+    it aren't changed."""
 
     def __init__(self, path: Path, mark: str = CHECKPOINT):
         self.path, self._mark = path.resolve(), mark
 
     def prepare(self) -> None:
-        """Makes the folder and tries whether files can be written there."""
+        """Makes the folder, and checks that files can be written there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             strangers = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
@@ -44,7 +44,7 @@ class Folder:
             (self.path / ".probe").unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replaces the file at one stroke, once its content is safely on the disk."""
+        """Replaces the file in one step after its content is on the disk."""
         file = self.path / name
         temporary = file.with_name(f".{file.name.lstrip('.')}.tmp")
         try:
@@ -71,7 +71,7 @@ class Folder:
         self.write(name, FORMAT + hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self, device: torch.device, name: str = CHECKPOINT) -> dict[str, Any]:
-        """Raises `StorageError` for a damaged one: torch.load itself doesn't notice a flipped bit in a tensor."""
+        """Loads the checkpoint. Raises `StorageError` if it is damaged, as torch.load doesn't notice a flipped bit."""
         file = self.path / name
         damaged = f"{file} is damaged or of another version ({{}}); it was left as it is. Start again with --overwrite"
         try:

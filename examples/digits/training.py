@@ -1,4 +1,4 @@
-"""The networks, and a training of one of them by one of the methods, that can stop and go on between any two steps."""
+"""The networks, and a training of one network by one method. It can stop and continue between any two steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHT_DECAY = 0.05
 
 @dataclass(frozen=True)
 class Network:
-    """A network and how it is trained; learning rates were chosen on the validation set, of three values or two."""
+    """A network and its training. The learning rates were chosen on the validation set from two or three values."""
 
     kind: type[ResidualClassifier]
     options: dict[str, Any]
@@ -31,7 +31,7 @@ class Network:
 
 
 NETWORKS = {
-    # The ViT averages its tokens: with positions told apart from the start it learns far sooner.
+    # The ViT averages its tokens. It learns far sooner with positions that differ from the start.
     "vit": Network(ViT, {"dim": 64, "depth": 6, "heads": 4, "position_std": 0.5}, learning_rate=2e-3),
     "resnet": Network(ResNet, {"widths": (16, 32, 64), "blocks": 4}, learning_rate=3e-3),
     "mlp": Network(ResidualMLP, {"dim": 64, "depth": 12}, learning_rate=1e-3),
@@ -40,7 +40,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is: everything that its results depend on, but the machine."""
+    """The options of a run: all that its results depend on, except the machine."""
 
     model: str = "vit"
     mode: str = "block"
@@ -61,14 +61,14 @@ class Config:
 
 @dataclass
 class Record:
-    """What one training was seen to do, step by step."""
+    """The record of one training, step by step."""
 
     phases: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
-    """By phase the largest loss."""
+    """By phase, the largest loss."""
     needed: list[float] = field(default_factory=list)
-    """FLOPs that the step needs."""
+    """Needed FLOPs of each step."""
     seconds: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -105,7 +105,7 @@ class Training:
         self.record = Record()
 
     def step(self) -> None:
-        """One optimizer step, timed: the batch, the draw of a plan, both passes and the optimizer."""
+        """Runs one optimizer step. Its time includes the batch, the draw of a plan, both passes and the optimizer."""
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         synchronize()
         start = time.perf_counter()
@@ -127,7 +127,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, last_steps: int) -> None:
-        """Adds to the learning curve: test accuracy, and the mean loss of the last steps."""
+        """Adds the test accuracy and the mean loss of the last steps to the learning curve."""
         self.model.eval()
         right = self.model(self.digits.test_images).argmax(dim=-1) == self.digits.test_labels
         self.model.train()
@@ -136,7 +136,7 @@ class Training:
         self.record.curve.append(point | {"accuracy": right.double().mean().item()})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the training depends on, and the record: plain types and tensors."""
+        """Returns the record and the state that the rest of the training depends on, as plain types and tensors."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -1,4 +1,4 @@
-"""The Python standard library's own source files: real text that every machine has."""
+"""The Python standard library's source files: real text that every machine has."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from examples.digits.seeds import seed_of
 
-# Not the library's own, its tests, and tables that programs wrote.
+# Not the library itself: packages, tests, and generated tables.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SKIPPED_FILES = "_sysconfigdata"
-FILE_START = b"\0"  # before every file; sampling begins with it
+FILE_START = b"\0"  # stands before every file; sampling begins with it
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and to validate with, uint8 `[N]`, and the SHA-256 of both, one after the other."""
+    """Bytes for training and for validation, uint8 `[N]`, and the SHA-256 of both together."""
 
     train: Tensor
     validation: Tensor
@@ -29,9 +29,9 @@ class Text:
 
     @classmethod
     def load(cls, device: torch.device, train_bytes: int | None = None, root: Path | None = None) -> Text:
-        """Of all files, or of the first `train_bytes` of what there is to train on. The validation set is the same.
+        """Loads all files, or only the first `train_bytes` bytes for training. The validation set is the same.
 
-        About a tenth of the files is the validation set; which ones, their paths alone say.
+        The validation set is about a tenth of the files, chosen by their paths.
         """
         root = root or Path(sysconfig.get_paths()["stdlib"])
         parts = {False: bytearray(), True: bytearray()}
@@ -43,14 +43,14 @@ class Text:
         return cls(*tensors, sha256)
 
     def batch(self, seed: int, number: int, size: int, context: int) -> tuple[Tensor, Tensor]:
-        """Batch `number` = 0, 1, ... of `seed`: random windows of the training bytes and, for each place, the byte that
-        follows, int64 `[size, context]`. A pure function, so easy to resume."""
+        """Returns batch `number` = 0, 1, ... of `seed`, int64 `[size, context]`: random windows of the training bytes,
+        and the next byte for each place. It is a pure function, so that runs are easy to resume."""
         generator = torch.Generator().manual_seed(seed_of(seed, number))
         starts = torch.randint(len(self.train) - context, (size,), generator=generator)
         return windows(self.train, starts, context)
 
     def spread(self, part: Tensor, count: int, context: int) -> tuple[Tensor, Tensor]:
-        """`count` windows at equal distances over `part`, the same for everybody."""
+        """Returns `count` windows at equal distances over `part`, the same for all methods."""
         starts = torch.arange(count) * (len(part) - context - 1) // max(count - 1, 1)
         return windows(part, starts, context)
 
@@ -59,7 +59,7 @@ class Text:
 
 
 def source_files(root: Path) -> Iterable[str]:
-    """Relative paths, sorted."""
+    """Returns relative paths, sorted."""
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py"))
     return [
         file
@@ -69,7 +69,7 @@ def source_files(root: Path) -> Iterable[str]:
 
 
 def held_out(file: str) -> bool:
-    return hashlib.sha256(file.encode()).digest()[0] < 26  # of 256
+    return hashlib.sha256(file.encode()).digest()[0] < 26  # out of 256
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
-"""All trainings of a run, seed by seed and method by method, with checkpoints from which everything goes on to the
-bit."""
+"""All trainings of a run, seed by seed and method by method. A run that continues from a checkpoint gives the same
+bits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from examples.language.data import Text
 from examples.language.training import Config, Training
 from rdp_kernels.estimate import ModelCost
 
-BEST = "best.pt"  # the weights with the lowest validation loss at the end of a training
+BEST = "best.pt"  # weights of the training with the lowest final validation loss
 
 
 @dataclass
 class Experiment:
-    """`run` trains what `finished` lacks.
+    """`run` does the trainings that are missing in `finished`.
 
     Args:
-        options: of the command, kept in every checkpoint.
+        options: the command's options, saved in every checkpoint.
         save_every: seconds between checkpoints.
-        advance: told how much of a training was done, and what to say of it.
+        advance: called with the progress of a training, and a text about it.
     """
 
     config: Config
@@ -40,14 +40,14 @@ class Experiment:
 
     @property
     def trainings(self) -> list[tuple[int, str]]:
-        """Seeds first: what is finished when a run is stopped can be compared."""
+        """(seed, method) pairs, seed by seed, so that the finished trainings of a stopped run can be compared."""
         return [(seed, method) for seed in range(self.config.seeds) for method in self.config.method]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.finished, self.current = state["finished"], state["current"]
 
     def run(self) -> None:
-        """Raises `Stopped` on a signal, after the state was saved."""
+        """Runs the missing trainings. On a signal it saves the state and raises `Stopped`."""
         self._save()
         for seed, method in self.trainings[len(self.finished) :]:
             self.finished.append(self._train(self.begin(seed, method)))
@@ -91,7 +91,7 @@ class Experiment:
 
 
 def is_finished(state: dict[str, Any]) -> bool:
-    """Whether the run of a checkpoint is."""
+    """Returns whether the run of a checkpoint is finished."""
     return len(state["finished"]) == state["options"]["seeds"] * len(state["options"]["method"])
 
 

@@ -17,17 +17,17 @@ BYTES = 256
 
 
 class CausalAttention(Attention):
-    """Each place sees itself and those before it."""
+    """Causal self-attention: each place attends to itself and earlier places."""
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class ByteGPT(ResidualClassifier):
-    """Bytes, int64 `[B, N]` with N ≤ context, to logits of the byte after each, `[B, N, 256]`.
+    """Maps bytes, int64 `[B, N]` with N ≤ context, to logits of the byte after each, `[B, N, 256]`.
 
-    Pre-norm; each block is two paths, attention and MLP. The embedding is the head's weight too, and the rest's: no
-    path's. Initial weights are GPT-2's.
+    It is pre-norm. Each block is two paths, attention and MLP. The head shares the embedding's weight, which belongs to
+    the rest. Weights are initialised as in GPT-2.
     """
 
     def __init__(self, depth: int, width: int, heads: int, context: int):
@@ -45,7 +45,7 @@ class ByteGPT(ResidualClassifier):
         self.head = nn.Linear(width, BYTES, bias=False)
         self.head.weight = self.embedding.weight
         for name, parameter in self.named_parameters():
-            last = name.endswith(("fn.proj.weight", "fn.2.weight"))  # what a branch adds is smaller, the more there are
+            last = name.endswith(("fn.proj.weight", "fn.2.weight"))  # the more branches, the smaller their updates
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
             elif name.endswith("bias"):
@@ -60,7 +60,7 @@ class ByteGPT(ResidualClassifier):
 
 @torch.no_grad()
 def sample(model: ByteGPT, count: int, temperature: float, seed: int) -> bytes:
-    """`count` bytes after the start of a file; temperature 0 takes the likeliest each time."""
+    """Samples the first `count` bytes of a file. Temperature 0 always takes the likeliest byte."""
     device, context = model.position.device, len(model.position)
     generator = torch.Generator().manual_seed(seed_of(seed))
     text = torch.tensor([list(FILE_START)])

@@ -14,7 +14,7 @@ AXES = {"step": "optimizer step", "flops": "FLOPs needed so far", "seconds": "se
 
 
 def draw_losses(by_method: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Means over the seeds, with 95 % intervals of the loss at the end; x is a mean over the seeds too."""
+    """Draws means of x and loss over the seeds, with 95 % intervals of the final loss."""
     figure = Figure(figsize=(14, 5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         for method, results in by_method.items():

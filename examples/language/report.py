@@ -1,4 +1,4 @@
-"""The files of a run and the table on the screen, made from the finished trainings alone."""
+"""The files of a run and the table on the screen, made only from the finished trainings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CURVES = ("step", "flops", "seconds", "training_loss", "validation_loss")
 
 
 class Report:
-    """`finished`: results of trainings, as `Training.result` gives them."""
+    """The report of `finished`: results of trainings, as returned by `Training.result`."""
 
     def __init__(self, options: dict[str, Any], finished: list[dict[str, Any]], text: Text, device: torch.device):
         self.options, self.finished, self.text = options, finished, text
@@ -36,13 +36,13 @@ class Report:
         folder.write("loss.png", draw_losses(self.by_method))
 
     def _curves(self) -> list[dict[str, Any]]:
-        """One an evaluation."""
+        """Returns a row for each evaluation."""
         run = self.machine | {"bytes": len(self.text.train), "equal": self.options["equal"]}
         points = [(result, point) for result in self.finished for point in result["curve"]]
         return [{**run, "method": result["method"], "seed": result["seed"], **point} for result, point in points]
 
     def _rows(self) -> list[dict[str, Any]]:
-        """One a training. Losses in bits per byte; `flops` are those needed, in all."""
+        """Returns a row for each training. Losses are in bits per byte; `flops` are its needed FLOPs in total."""
         settings = {name: value for name, value in self.options.items() if name != "method"}
         settings |= {"text": self.text.sha256[:12], "bytes": len(self.text.train)}
         rows = []
@@ -57,7 +57,8 @@ class Report:
         return rows
 
     def table(self) -> Any:
-        """A rich table: means with 95 % intervals over seeds, differences to plain in pairs of the same seed."""
+        """Returns a rich table of means with 95 % intervals over seeds, and differences to plain in pairs of the same
+        seed."""
         from rich.table import Table
 
         removed = list(self.finished[0]["without"])

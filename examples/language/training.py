@@ -1,4 +1,4 @@
-"""What a run is, and a training of one method on one seed that can stop and go on between any two steps."""
+"""The options of a run, and a training of one method on one seed. It can stop and continue between any two steps."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from examples.language.model import ByteGPT
 from examples.methods import Iterations
 from rdp_kernels.estimate import ModelCost
 
-EVALUATIONS = 10  # in the course of a training
-REMOVALS = 12  # random choices of removed branches that a loss is averaged over
-WEIGHT_DECAY = 0.1  # of matrices
-WARM_UP = 0.05  # of the steps
+EVALUATIONS = 10  # per training
+REMOVALS = 12  # a loss is averaged over so many random choices of removed branches
+WEIGHT_DECAY = 0.1  # for matrices
+WARM_UP = 0.05  # share of the steps
 CLIP = 1.0
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that the results of a run depend on, but the machine and the text."""
+    """All that the results of a run depend on, except the machine and the text."""
 
     preset: str
     depth: int
@@ -61,8 +61,8 @@ class Config:
 class Training:
     """A training of `method`, on a copy of `weights`.
 
-    Losses are in bits per byte, those of validation and of removed branches at inference, over the same windows for
-    everybody. `curve` has a row for each evaluation; FLOPs are those needed.
+    Losses are in bits per byte. Those for validation and with removed branches are at inference, over the same windows
+    for all methods. `curve` has a row for each evaluation. FLOPs are the needed ones.
     """
 
     def __init__(self, method: str, weights: ByteGPT, cost: ModelCost, text: Text, config: Config, seed: int):
@@ -85,7 +85,7 @@ class Training:
         self.phases: dict[str, int] = {}
         self.losses: list[float] = []  # since the last evaluation
         self.curve: list[dict[str, float]] = []
-        torch.manual_seed(seed_of(seed))  # drop-path's draws
+        torch.manual_seed(seed_of(seed))  # for drop-path's draws
 
     def _iterations(self, model: ByteGPT, cost: ModelCost) -> Iterations:
         config = self.config
@@ -102,7 +102,7 @@ class Training:
         )
 
     def step(self) -> None:
-        """One optimizer step, timed: the batch, the draw of a plan, both passes and the optimizer."""
+        """Runs one optimizer step. Its time includes the batch, the draw of a plan, both passes and the optimizer."""
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         synchronize()
         start = time.perf_counter()
@@ -114,7 +114,7 @@ class Training:
         with self.iterations.open(len(inputs)) as plan:
             loss = self.loss(inputs, targets)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)  # of what learns: the others have no gradient
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)  # parameters that don't learn have no gradient
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         synchronize()
@@ -128,12 +128,12 @@ class Training:
             self._evaluate()
 
     def _rate(self, step: int) -> float:
-        """Warm-up, then a cosine to 0, over this training's own number of steps."""
+        """Returns the learning rate's factor: a warm-up, then a cosine to 0 over this training's number of steps."""
         warm_up = math.ceil(WARM_UP * self.steps)
         return min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats."""
+        """Returns the cross-entropy in nats."""
         return cross_entropy(self._in_dtype(lambda: self.model(inputs)), targets)
 
     def _in_dtype(self, forward: Any) -> Tensor:
@@ -143,7 +143,7 @@ class Training:
             return forward()
 
     def _evaluates(self) -> bool:
-        """At `EVALUATIONS` steps as evenly spread as can be, the last among them."""
+        """Returns True at `EVALUATIONS` evenly spread steps, including the last."""
         done = EVALUATIONS * self.step_count // self.steps
         return done > EVALUATIONS * (self.step_count - 1) // self.steps
 
@@ -161,7 +161,7 @@ class Training:
 
     @torch.no_grad()
     def evaluated(self, part: Tensor, removed: tuple[int, ...] = ()) -> float:
-        """Loss at inference on `part` of the text, without the branches of the paths `removed`."""
+        """Returns the loss at inference on `part` of the text, without the branches of the paths `removed`."""
         config, model = self.config, self.model
         inputs, targets = self.text.spread(part, config.validation_windows, config.context)
         model.eval()
@@ -173,7 +173,7 @@ class Training:
         return torch.stack(losses).sum().item() / len(inputs) / math.log(2)
 
     def result(self) -> dict[str, Any]:
-        """What is known at the end: plain types."""
+        """Returns the results at the end, as plain types."""
         return {
             "method": self.method,
             "seed": self.seed,
@@ -186,8 +186,8 @@ class Training:
         }
 
     def _without(self, count: int) -> float:
-        """Mean over different choices of `count` paths, the same for every training; all, if no more than
-        `REMOVALS`."""
+        """Returns the mean loss over choices of `count` removed paths, the same for every training. If there are no
+        more than `REMOVALS` choices, it takes all."""
         generator = torch.Generator().manual_seed(seed_of(count))
         paths, choices = len(self.model.paths), set()
         while len(choices) < min(REMOVALS, math.comb(paths, count)):
@@ -195,7 +195,7 @@ class Training:
         return sum(self.evaluated(self.text.validation, choice) for choice in sorted(choices)) / len(choices)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the training depends on: plain types and tensors."""
+        """Returns the state that the rest of the training depends on, as plain types and tensors."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -217,7 +217,7 @@ RECORD = ("step_count", "flops", "seconds", "phases", "losses", "curve")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all places, in nats; logits narrower than float32 are widened."""
+    """Returns the mean loss over all places in nats. Logits narrower than float32 are converted to float32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -232,5 +232,5 @@ def logits_without(model: ByteGPT, text: Tensor, removed: tuple[int, ...]) -> Te
 
 
 def removal_counts(paths: int) -> list[int]:
-    """1 and a quarter of the paths."""
+    """Returns 1 and a quarter of the number of paths."""
     return sorted({1, max(1, round(paths / 4))})

@@ -1,9 +1,9 @@
 """Three ways to stack the same layer, for many seeds at once: every tensor has a leading dimension of seeds.
 
-A layer is LayerNorm → ReLU → Linear, the order of pre-activation ResNets (He et al., arXiv 1603.05027) and of DenseNets
-(Huang et al., arXiv 1608.06993), so that all three kinds stack the same thing. The norm has no parameters and makes the
-plain stack's gradients independent of the initial weights' scale: nothing seen here hangs on a scale chosen well or
-badly. `normalise=False` leaves it out: then it does, and weights begin with He's scale, the best for a plain stack.
+All three kinds stack the same layer: LayerNorm → ReLU → Linear, the order of pre-activation ResNets (He et al., arXiv
+1603.05027) and of DenseNets (Huang et al., arXiv 1608.06993). The norm has no parameters. It makes the plain stack's
+gradients independent of the initial weights' scale, so results don't depend on the choice of this scale.
+`normalise=False` leaves the norm out. Then they do, and weights begin with He's scale, the best for a plain stack.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Kind:
     """A way to stack layers.
 
     Args:
-        formula: one layer's, for readers.
-        adds, concatenates: what the skip connection does; neither in a plain stack.
-        gain: of the depth: what He's initial weights of the layers are multiplied by.
+        formula: the formula of one layer, for readers.
+        adds, concatenates: whether the skip connection adds or concatenates; neither in a plain stack.
+        gain: function of the depth that returns a factor for the layers' initial weights (He's).
     """
 
     formula: str
@@ -49,7 +49,7 @@ KINDS = {
 
 
 class Linear(nn.Module):
-    """`[S, B, inner]` → `[S, B, outer]`, with weights of its own for each seed."""
+    """`[S, B, inner]` → `[S, B, outer]`, with separate weights for each seed."""
 
     def __init__(self, inner: int, outer: int, generators: Sequence[torch.Generator], std: float):
         super().__init__()
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 class Network(nn.Module):
     """`images [B, 64]`, or `[S, B, 64]` with other images for each seed, → logits `[S, B, 10]`.
 
-    Network s of the S depends on `seeds[s]` alone. The state behind the last layer is normalised for the head.
+    Network s of the S depends only on `seeds[s]`. The state after the last layer is normalised for the head.
     """
 
     def __init__(self, kind: str, depth: int, width: int, growth: int, seeds: Sequence[int], normalise: bool = True):
@@ -98,15 +98,16 @@ class Network(nn.Module):
         return self.embed(images.expand(self.seeds, -1, -1))
 
     def states(self, images: Tensor, without: Collection[int] = ()) -> list[Tensor]:
-        """What the embedding gives and what is behind each layer, `[S, B, ...]`; a layer in `without` is removed."""
+        """Returns the states after the embedding and after each layer, `[S, B, ...]`, with the layers `without`
+        removed."""
         states = [self.first_state(images)]
         for index in range(len(self.layers)):
             states.append(self.step(states[-1], index, removed=index in without))
         return states
 
     def step(self, x: Tensor, index: int, removed: bool = False) -> Tensor:
-        """Layer `index` and its skip connection. Of a removed layer only the latter is left; features that it would
-        have concatenated are 0, and a removed layer of a plain stack is the identity."""
+        """Runs layer `index` with its skip connection. Removing a layer leaves only the skip connection: features that
+        it would concatenate are 0, and in a plain stack it is the identity."""
         if not self.kind.concatenates:
             return x if removed else self.layers[index](x)
         return torch.cat([x, x.new_zeros(*x.shape[:-1], self.growth) if removed else self.layers[index](x)], dim=-1)
@@ -115,20 +116,20 @@ class Network(nn.Module):
         return self.head(F.layer_norm(state, state.shape[-1:]))
 
     def weights(self) -> list[nn.Parameter]:
-        """Of the layers, in order: `[S, inner, outer]`."""
+        """Returns the weights of the layers in order, `[S, inner, outer]`."""
         return [(layer.fn if self.kind.adds else layer).linear.weight for layer in self.layers]
 
 
 def parameters(depth: int, width: int, growth: int = 0) -> int:
-    """Of one network; `growth` 0 for a stack of one width."""
+    """Returns the number of parameters of one network. `growth` is 0 for a stack of one width."""
     inner = [width + index * growth for index in range(depth)]
     last = width + depth * growth
     return (PIXELS + 1) * width + sum((i + 1) * (growth or width) for i in inner) + (last + 1) * CLASSES
 
 
 def concatenation_sizes(depth: int, width: int) -> tuple[int, int]:
-    """The embedding's width, from half to twice `width`, and growth with which a concatenation has about as many
-    parameters as a stack of `width`: of those within 2 % the one whose embedding is nearest to `width`."""
+    """Returns the embedding's width (from half to twice `width`) and the growth of a concatenation with about as many
+    parameters as a stack of `width`: among those within 2 % the one with the embedding nearest to `width`."""
     wanted = parameters(depth, width)
     sizes = [(w, g) for w in range(width // 2, 2 * width + 1) for g in range(1, width + 1)]
     return min(sizes, key=lambda s: (max(abs(parameters(depth, *s) / wanted - 1), 0.02), abs(s[0] - width)))

@@ -1,4 +1,4 @@
-"""The study's figures as PNG images. Kinds are told apart by line style and marker, not by colour alone."""
+"""The study's figures as PNG images. Kinds differ in line style and marker, not only in colour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples.skips.study import Measured
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours for colour-blind readers.
 STYLES = {
     PLAIN: {"color": "#000000", "linestyle": "-", "marker": "o"},
     ADDITION: {"color": "#D55E00", "linestyle": "-", "marker": "^"},
@@ -30,7 +30,7 @@ LEARNERS = f",\nof networks with accuracy above {LEARNED:.0%}"
 
 
 def draw_all(studied: list[Measured]) -> dict[str, bytes]:
-    """PNG files by name."""
+    """Returns PNG files by name."""
     figures = {
         "gradients_weights.png": _gradients(studied, "weights", "‖∂L/∂W‖"),
         "gradients_states.png": _gradients(studied, "states", "‖∂L/∂x‖"),
@@ -43,13 +43,13 @@ def draw_all(studied: list[Measured]) -> dict[str, bytes]:
 
 
 def _gradients(studied: list[Measured], of: str, label: str) -> Figure:
-    """A row for each step that was looked at, a column for each kind, a line for each depth."""
+    """Draws a row for each measured step, a column for each kind, a line for each depth."""
     kinds, steps = _kinds(studied), sorted(studied[0].gradients)
     size = (2.6 * len(kinds) + 1.5, 2.1 * len(steps) + 1.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(steps), len(kinds), sharex=True, sharey=True, squeeze=False)
     depths = sorted({measured.depth for measured in studied})
-    colours = matplotlib.colormaps["viridis"].resampled(len(depths) + 1)  # its last, yellow, is hard to see
+    colours = matplotlib.colormaps["viridis"].resampled(len(depths) + 1)  # the last colour, yellow, is hard to see
     for measured in studied:
         for step, row in zip(steps, grid, strict=True):
             axes, norms = row[kinds.index(measured.kind)], getattr(measured.gradients[step], of)
@@ -94,7 +94,7 @@ def _lesions(studied: list[Measured]) -> Figure:
     for axes, part, title in zip(grid, ("one", "quarter"), ("one layer removed", "a quarter removed"), strict=True):
         _over_depth(axes, studied, lambda m, part=part: _lost(m, f"accuracy_without_{part}"))  # type: ignore[misc]
         axes.set_title(f"{title}{LEARNERS}")
-        axes.set_yscale("symlog", linthresh=1e-3)  # linear about 0: some networks lose nothing
+        axes.set_yscale("symlog", linthresh=1e-3)  # linear near 0, as some networks lose nothing
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_ylim(-1e-3, 1.5)
     grid[0].set_ylabel("share of accuracy lost (log scale from 0.001)")

@@ -1,4 +1,4 @@
-"""What a study came to: rows for `results.csv`, the table on screen, and the sentences that follow from the numbers."""
+"""The results of a study: rows for `results.csv`, the table on screen, and findings in sentences."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from examples.intervals import Estimate
 from examples.skips.networks import ADDITION, CONCATENATION, PLAIN, SCALED
 from examples.skips.study import Config, Measured
 
-LEARNED = 0.5  # mean accuracy from which a network is asked what its layers do; chance is 0.1
+LEARNED = 0.5  # the lowest mean accuracy at which the layers' effects are evaluated; chance is 0.1
 BEFORE = {
     "weight_gradient_ratio_0": ("lg ∂L/∂W", ".2f", 1),
     "state_gradient_ratio_0": ("lg ∂L/∂x", ".2f", 1),
     "alikeness_0": ("alikeness", ".2f", 1),
 }
-"""What the table on screen shows of untrained networks: metric, heading, format and factor."""
+"""Columns of the table on screen for untrained networks: metric, heading, format and factor."""
 AFTER = {
     "accuracy": ("accuracy, %", ".1f", 100),
     "accuracy_without_one": ("1 removed", ".1f", 100),
     "accuracy_without_quarter": ("¼ removed", ".1f", 100),
     "effective_depth": ("effective\ndepth", ".1f", 1),
 }
-"""And of trained ones."""
+"""Columns for trained networks."""
 
 
 def to_csv(studied: list[Measured], config: Config, machine: Mapping[str, str | int]) -> str:
-    """A row for each kind, depth and seed, numbers in full."""
+    """Returns a row for each kind, depth and seed with unrounded numbers."""
     rows = []
     for measured in studied:
         for seed in range(config.seeds):
@@ -46,7 +46,7 @@ def to_csv(studied: list[Measured], config: Config, machine: Mapping[str, str | 
                 "parameters": measured.parameters,
                 "learning_rate": measured.learning_rate,
             }
-            # without a value where a kind has none
+            # empty if a kind has no value
             row |= {
                 name: "" if math.isnan(values[seed]) else f"{values[seed]:.6g}"
                 for name, values in measured.metrics.items()
@@ -60,12 +60,13 @@ def to_csv(studied: list[Measured], config: Config, machine: Mapping[str, str | 
 
 
 def estimates(measured: Measured, columns: Mapping[str, tuple[str, str, float]]) -> list[str]:
-    """The cells of `BEFORE` or `AFTER`."""
+    """Returns the cells of `BEFORE` or `AFTER`."""
     return [Estimate.of(measured.metrics[name]).text(spec, factor) for name, (_, spec, factor) in columns.items()]
 
 
 def findings(studied: list[Measured]) -> list[str]:
-    """What was seen, in sentences, of the deepest networks; what layers do is asked of the deepest that learned."""
+    """Returns findings in sentences on the deepest networks. The effects of layers are those of the deepest network
+    that learned."""
     by_kind: dict[str, dict[int, Measured]] = {}
     for measured in studied:
         by_kind.setdefault(measured.kind, {})[measured.depth] = measured
@@ -80,7 +81,7 @@ def findings(studied: list[Measured]) -> list[str]:
 
 
 def _start(kind: str, deep: Measured) -> str:
-    """Gradients and states at the start and early in training."""
+    """Describes gradients and states at the start and early in training."""
     by_step = {
         step: Estimate.of(deep.metrics[f"weight_gradient_ratio_{step}"]).text(".1f") for step in sorted(deep.gradients)
     }

@@ -1,4 +1,4 @@
-"""What is measured of a kind at a depth: gradients at the start and in training, then what removing layers does."""
+"""Measures a kind at a depth: gradients at the start and in training, then the effect of removing layers."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from examples.digits.data import Digits
 from examples.digits.seeds import seed_of
 from examples.skips.networks import KINDS, PLAIN, Network, concatenation_sizes, parameters
 
-WIDTH = 32  # of the plain and the adding stacks; the concatenating ones have about as many parameters
-EARLY = (0, 20, 100)  # optimizer steps after which gradients are looked at; and after the last
+WIDTH = 32  # plain and adding stacks; concatenating ones have about as many parameters
+EARLY = (0, 20, 100)  # optimizer steps after which gradients are measured, as well as after the last
 GRADIENT_IMAGES = 128
 REMOVALS = 12  # random choices of a quarter of the layers
-PATH_SETS = 4  # at least so many random sets of branches for each length of paths
-PATH_LENGTHS = 32  # about so many lengths, evenly spaced from 0 to depth
+PATH_SETS = 4  # the least number of random sets of branches for each length of paths
+PATH_LENGTHS = 32  # about the number of lengths, evenly spaced from 0 to depth
 SKIP_RATE = 1e-2
 PLAIN_RATES = {4: 1e-2, 8: 1e-2, 16: 3e-3, 32: 1e-3, 64: 3e-4}
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every network of a study has in common."""
+    """The options shared by all networks of a study."""
 
     seeds: int = 10
     steps: int = 400
     normalise: bool = True
     validate: bool = False
     learning_rate: float | None = None
-    """None for the one chosen for a kind and depth."""
+    """None: the rate chosen for each kind and depth."""
 
     def rate(self, kind: str, depth: int) -> float:
-        """Adam's first learning rate, chosen on the validation set of 0.0003, 0.001, 0.003 and 0.01: the deeper, the
-        slower a plain stack has to be trained, so it has a rate for each depth."""
+        """Returns Adam's first learning rate. It was chosen on the validation set from 0.0003, 0.001, 0.003 and 0.01.
+        Deeper plain stacks need smaller rates, so they have a rate for each depth."""
         if self.learning_rate is not None:
             return self.learning_rate
         return PLAIN_RATES[min(PLAIN_RATES, key=lambda known: abs(known - depth))] if kind == PLAIN else SKIP_RATE
@@ -45,7 +45,7 @@ class Config:
 
 @dataclass
 class Gradients:
-    """Norms by seed, `[depth, S]`, in log10: of the loss by each layer's weights, and by its input."""
+    """log10 of the norms of the loss's gradients by each layer's weights and by its input, `[depth, S]`."""
 
     weights: Tensor
     states: Tensor
@@ -62,7 +62,7 @@ class Measured:
     learning_rate: float
     metrics: dict[str, list[float]] = field(default_factory=dict)
     gradients: dict[int, Gradients] = field(default_factory=dict)
-    """By the number of optimizer steps taken."""
+    """Number of optimizer steps taken → gradients."""
 
     @property
     def parameters(self) -> int:
@@ -95,8 +95,8 @@ def measure(kind: str, depth: int, config: Config, digits: Digits, on_step: Call
 
 
 def train(network: Network, digits: Digits, seeds: Sequence[int], steps: int, learning_rate: float) -> Iterable[int]:
-    """Yields the number of steps taken after each. Adam treats every number apart and the loss is the sum of the
-    seeds' own, so each network is trained as it would be alone."""
+    """Trains, and yields the number of steps taken after each step. Each network is trained as it would be alone: Adam
+    treats every number separately, and the loss is the sum of the seeds' losses."""
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -109,12 +109,12 @@ def train(network: Network, digits: Digits, seeds: Sequence[int], steps: int, le
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy `[S]` of logits `[S, B, 10]` and labels `[B]` or `[S, B]`."""
+    """Returns the cross-entropy `[S]` of logits `[S, B, 10]` and labels `[B]` or `[S, B]`."""
     return F.cross_entropy(logits.mT, labels.expand(logits.shape[:-1]), reduction="none").mean(dim=1)
 
 
 def gradient_norms(network: Network, images: Tensor, labels: Tensor) -> Gradients:
-    """In float64, where the squares of gradients that have all but vanished don't."""
+    """Returns the norms in float64, so that squares of tiny gradients don't vanish."""
     weights, states = network.weights(), network.states(images)
     loss = losses(network.classify(states[-1]), labels).sum()
     grads = torch.autograd.grad(loss, [*weights, *states[:-1]])
@@ -123,7 +123,7 @@ def gradient_norms(network: Network, images: Tensor, labels: Tensor) -> Gradient
 
 
 def alikeness(state: Tensor) -> Tensor:
-    """`[S]`: mean cosine between the normalised states of different images; at 1 a network can't tell them apart."""
+    """Returns `[S]`: the mean cosine between the normalised states of different images. It is 1 if all are equal."""
     directions = F.normalize(F.layer_norm(state, state.shape[-1:]).double(), dim=-1)
     images = state.shape[1]
     return (directions.sum(dim=1).square().sum(dim=-1) / images - 1) / (images - 1)
@@ -131,8 +131,8 @@ def alikeness(state: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lesions(network: Network, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Accuracy whole, without one layer (mean over which), without a quarter (over the same random choices for every
-    network of a depth), and the number of layers that matter, of a trained network."""
+    """Returns metrics of a trained network: the accuracy whole, without one layer (mean over layers) and without a
+    quarter (mean over random choices, the same for all networks of a depth), and the number of layers that matter."""
     depth = len(network.layers)
     state, removed = network.first_state(images), []
     for index in range(depth):
@@ -155,17 +155,19 @@ def lesions(network: Network, images: Tensor, labels: Tensor) -> dict[str, list[
 
 
 def quarters(depth: int) -> list[list[int]]:
-    """Random choices of a quarter of the layers, one at least."""
+    """Returns random choices of a quarter of the layers, at least one layer."""
     generator = torch.Generator().manual_seed(seed_of(depth))
     count = max(1, round(depth / 4))
     return [torch.randperm(depth, generator=generator)[:count].tolist() for _ in range(REMOVALS)]
 
 
 def path_length(network: Network, images: Tensor, labels: Tensor) -> Tensor:
-    """`[S]`, of stacks that add: through how many branches the gradient at the first layer's input came, on the mean.
+    """Returns `[S]`, for stacks that add: the mean number of branches that the gradient at the first layer's input
+    passes.
 
-    Veit et al., arXiv 1605.06431, section 4.3: its norm through the branches of k layers, and by the skip connection of
-    the others, times the number of such sets. Mean over random sets; the forward is the ordinary one.
+    As in Veit et al., arXiv 1605.06431, section 4.3, the weight of k is the number of sets of k layers, times the norm
+    of the gradient through the branches of such a set and the skip connections of the other layers. The norm is a mean
+    over random sets. The forward is the ordinary one.
     """
     depth = len(network.layers)
     lengths = list(range(0, depth + 1, max(1, depth // PATH_LENGTHS)))
@@ -179,7 +181,8 @@ def path_length(network: Network, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def path_sets(depth: int, length: int) -> list[set[int]]:
-    """Random sets of `length` layers, disjoint until every layer had its turn: few of them may matter much."""
+    """Returns random sets of `length` layers. They are disjoint until every layer was used, because few layers may
+    matter much."""
     generator, sets = torch.Generator().manual_seed(seed_of(depth, length)), [set[int]()]
     while length and len(sets) <= PATH_SETS:
         order = torch.randperm(depth, generator=generator).tolist()
@@ -188,7 +191,7 @@ def path_sets(depth: int, length: int) -> list[set[int]]:
 
 
 def _norm_through(network: Network, images: Tensor, labels: Tensor, through: set[int]) -> Tensor:
-    """`[S]`: norm of the gradient at the first layer's input that comes through the branches of these layers."""
+    """Returns `[S]`: the norm of the gradient at the first layer's input through the branches of these layers."""
     x = first = network.first_state(images).detach().requires_grad_()
     for index, layer in enumerate(network.layers):
         branch = layer.fn(x)
@@ -198,8 +201,8 @@ def _norm_through(network: Network, images: Tensor, labels: Tensor, through: set
 
 
 def participation(effects: Tensor) -> Tensor:
-    """`(Σe)² / Σe²` over dim 0 of `effects [depth, S]`, those below 0 counted as 0: the number of layers that share an
-    effect, from 1 to depth; 0 where there is none."""
+    """Returns `(Σe)² / Σe²` over dim 0 of `effects [depth, S]`, where negative effects count as 0. It is the number of
+    layers that share an effect, from 1 to depth, or 0 if there is none."""
     effects = effects.double().clamp_min(0)
     squares = effects.square().sum(dim=0)
     return torch.where(squares > 0, effects.sum(dim=0).square() / squares.clamp_min(1e-300), 0.0)

@@ -1,4 +1,4 @@
-"""Adam for parameters that many networks share a tensor of."""
+"""Adam for tensors that hold the parameters of many networks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class StackedAdam:
-    """`torch.optim.Adam` of each network by itself, for parameters `[networks, ...]`: where a network's part takes no
-    part in a step, neither it, its moments nor its count of steps move, as where its `.grad` were None."""
+    """Equals a `torch.optim.Adam` for each network, on parameters `[networks, ...]`. If a network's part doesn't learn
+    in a step, the part, its moments and its count of steps don't change, as with a `.grad` of None."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -20,7 +20,7 @@ class StackedAdam:
 
     @torch.no_grad()
     def step(self, learning_rate: float, learns: Mapping[nn.Parameter, Tensor]) -> None:
-        """`learns`: for each parameter, bool `[networks]`."""
+        """Takes a step. `learns` has a bool `[networks]` for each parameter."""
         first, second = self.betas
         for parameter, (mean, square, steps) in self._states.items():
             networks, grad = learns[parameter], parameter.grad

@@ -16,22 +16,23 @@ TEST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Points:
-    """One set of points a network: `x [networks, points, 2]`, `labels [networks, points]`, 0 or 1."""
+    """A set of points for each network: `x [networks, points, 2]`, `labels [networks, points]`, 0 or 1."""
 
     x: Tensor
     labels: Tensor
 
     @classmethod
     def draw(cls, seeds: list[int], number: int, noise: float, purpose: str) -> Points:
-        """`number` points for each of `seeds`, half of them of each class; other `purpose`s give other points."""
+        """Draws `number` points for each of `seeds`, half of them of each class. Other `purpose`s give other points."""
         drawn = [_spirals(number, noise, torch.Generator().manual_seed(seed_of(seed, purpose))) for seed in seeds]
         return cls(torch.stack([x for x, _ in drawn]), torch.stack([labels for _, labels in drawn]))
 
 
 def _spirals(number: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Archimedean arms of radius up to 1, the second turned by π; Gaussian `noise` is added to both coordinates."""
+    """Draws Archimedean arms of radius up to 1, the second turned by π. Gaussian `noise` is added to both
+    coordinates."""
     labels = torch.arange(number) % 2
-    along = torch.rand(number, generator=generator).sqrt()  # as dense at the rim as within
+    along = torch.rand(number, generator=generator).sqrt()  # equal density at the rim and inside
     angle = 2 * math.pi * TURNS * along + math.pi * labels
     arms = along[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
     return arms + noise * torch.randn(number, 2, generator=generator), labels

@@ -1,4 +1,4 @@
-"""The four figures of arXiv 2411.09475, for each method: what `examples/spiral.py` draws."""
+"""The four figures of arXiv 2411.09475 for each method, as drawn by `examples/spiral.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN_STATES = 5
 
 
 def draw_all(portraits: Mapping[Case, Portrait]) -> dict[str, bytes]:
-    """PNG files by name."""
+    """Returns PNG files by name."""
     by_study: dict[str, dict[str, Portrait]] = {}
     for method in MAIN:
         for case, portrait in portraits.items():
@@ -39,7 +39,7 @@ def draw_all(portraits: Mapping[Case, Portrait]) -> dict[str, bytes]:
 
 
 def features(portraits: Mapping[str, Portrait]) -> Figure:
-    """The stream over depth, on its first two principal components."""
+    """Draws the residual over depth in its first two principal components."""
     figure = Figure(figsize=(2 * SHOWN_STATES, 2 * len(portraits)), layout="constrained")
     figure.suptitle("The residual stream over depth: two principal components, first seed")
     rows = figure.subplots(len(portraits), SHOWN_STATES, squeeze=False)
@@ -53,7 +53,7 @@ def features(portraits: Mapping[str, Portrait]) -> Figure:
 
 
 def decisions(portraits: Mapping[str, Portrait]) -> Figure:
-    """The two spirals, and what the networks make of the plane."""
+    """Draws the two spirals, and the networks' decisions over the plane."""
     figure = Figure(figsize=(2.6 * len(portraits), 3.2), layout="constrained")
     figure.suptitle("Training points, and the probability of the blue class, first seed")
     row = figure.subplots(1, len(portraits), squeeze=False)[0]
@@ -66,7 +66,7 @@ def decisions(portraits: Mapping[str, Portrait]) -> Figure:
 
 
 def similarity(portraits: Mapping[str, Portrait]) -> Figure:
-    """Heatmaps of the similarity of layers."""
+    """Draws heatmaps of the similarity of layers."""
     figure = Figure(figsize=(2.8 * len(portraits) + 0.6, 3.4), layout="constrained")
     figure.suptitle("Linear CKA between the states of the residual stream, mean over the seeds")
     row = figure.subplots(1, len(portraits), squeeze=False)[0]
@@ -81,7 +81,7 @@ def similarity(portraits: Mapping[str, Portrait]) -> Figure:
 
 
 def training(portraits: Mapping[str, Portrait]) -> Figure:
-    """When each feature of each layer tells the classes apart."""
+    """Draws how far each feature of each layer separates the classes, during training."""
     figure = Figure(figsize=(2.8 * len(portraits) + 0.6, 6), layout="constrained")
     figure.suptitle("Distance of the classes' means in each feature, in its standard deviations, first seed")
     row = figure.subplots(1, len(portraits), squeeze=False, sharey=True)[0]
@@ -102,11 +102,11 @@ def training(portraits: Mapping[str, Portrait]) -> Figure:
 
 
 def _principal(states: Tensor) -> Tensor:
-    """`[points, width]` → `[points, 2]`, each of variance 1."""
+    """Projects `[points, width]` to `[points, 2]`, each component with variance 1."""
     centred = (states - states.mean(dim=0)).double()
     _, _, basis = torch.linalg.svd(centred, full_matrices=False)
     largest = basis[:2].gather(1, basis[:2].abs().argmax(dim=1, keepdim=True))
-    projected = centred @ (basis[:2] * largest.sign()).T  # or panels would be mirrored by chance
+    projected = centred @ (basis[:2] * largest.sign()).T  # without this, panels could be mirrored by chance
     return projected / projected.std(dim=0).clamp_min(1e-12)
 
 

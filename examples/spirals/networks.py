@@ -1,8 +1,8 @@
-"""Many small residual networks as one module: a network is what a sample is elsewhere.
+"""Many small residual networks as one module. Networks take the place of samples.
 
-The residual stream is `[networks, points, width]`, so that a plan in sample mode decides for each network by itself
-what the paper's scheme decides for a batch, and a path runs on the networks that keep it. Where each point is decided
-for by itself, the stream is `[networks · points, width]`.
+The residual is `[networks, points, width]`. So a plan in sample mode has a decision for each network, as the paper's
+scheme has for a batch, and a path runs on the networks that keep it. For a decision for each point, the residual is
+`[networks · points, width]`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from examples.digits.seeds import seed_of
 
 
 class StackedLinear(nn.Module):
-    """A `torch.nn.Linear` for each of `seeds`, initialised as that; `weight [networks, out, in]`."""
+    """A linear layer for each of `seeds`, initialised as `torch.nn.Linear`, with `weight [networks, out, in]`."""
 
     def __init__(self, generators: list[torch.Generator], inner: int, outer: int):
         super().__init__()
@@ -32,7 +32,8 @@ class StackedLinear(nn.Module):
         self.weight, self.bias = uniform(outer, inner), uniform(outer)
 
     def forward(self, x: Tensor, network: Tensor) -> Tensor:
-        """`x`: `[rows, points, in]` or `[rows, in]`; `network [rows]` says whose they are, in runs of the same."""
+        """`x` is `[rows, points, in]` or `[rows, in]`. `network [rows]` has each row's network; equal ones are
+        adjacent."""
         if x.dim() == 3:
             return torch.baddbmm(self.bias[network, None], x, self.weight[network].mT)
         which, rows = network.unique_consecutive(return_counts=True)
@@ -41,7 +42,7 @@ class StackedLinear(nn.Module):
 
 
 class Branch(nn.Module):
-    """`relu(W x + b)`, with two layers `W' relu(W x + b) + b'`."""
+    """Computes `relu(W x + b)` or, with two layers, `W' relu(W x + b) + b'`."""
 
     def __init__(self, generators: list[torch.Generator], width: int, layers: int):
         super().__init__()
@@ -53,11 +54,11 @@ class Branch(nn.Module):
 
 
 class SpiralNetworks(nn.Module):
-    """A residual network for each of `seeds`: points of the plane → stream → logits of two classes.
+    """A residual network for each of `seeds`: points of the plane → residual → logits of two classes.
 
     Args:
-        layers: of each branch, 1 or 2.
-        per_point: whether a row of the stream is a point, instead of a network.
+        layers: number of layers of each branch, 1 or 2.
+        per_point: whether a row of the residual is a point instead of a network.
     """
 
     def __init__(self, seeds: list[int], depth: int, width: int, layers: int = 1, per_point: bool = False):
@@ -71,7 +72,7 @@ class SpiralNetworks(nn.Module):
         self.head = StackedLinear(generators, width, 2)
 
     def forward(self, points: Tensor, run: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """`points [networks, points, 2]` → logits `[networks, points, 2]`; `run` in the place of the paths."""
+        """Computes logits `[networks, points, 2]` of `points [networks, points, 2]`. `run` replaces the paths."""
         network = torch.arange(self.networks)
         stream = self.stem(points, network)
         if self.per_point:

@@ -1,4 +1,4 @@
-"""What the figures show of trained networks: of the first seed's, and the mean similarity of all."""
+"""The data of the figures: the first seed's trained network, and the mean similarity over all networks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from examples.spirals.data import Points
 from examples.spirals.measure import logits, streams
 from examples.spirals.training import Training
 
-LOOKS = 50  # during a training
+LOOKS = 50  # looks per training
 SHOWN_POINTS = 250
 GRID = 120  # cells along a side of the map of decisions
-EDGE = 1.25  # of that map
+EDGE = 1.25  # the map reaches from −EDGE to EDGE
 
 
 class History:
-    """How far apart the classes are in each feature of each layer, in the course of a training.
+    """The distance of the classes in each feature of each layer during a training.
 
-    The distance is that of the classes' means, in standard deviations of the feature over all training points.
+    It is the distance of the classes' means, in standard deviations of the feature over all training points.
     """
 
     def __init__(self, training: Training):
         self._training, self._every = training, max(1, training.steps // LOOKS)
         self.steps: list[int] = []
         self.distances: list[Tensor] = []
-        """Of each look, `[paths + 1, width]`."""
+        """For each look, `[paths + 1, width]`."""
 
     @torch.no_grad()
     def look(self, step: int) -> None:
-        """Takes part if it is time to."""
+        """Records the distances if a look is due at `step`."""
         if step % self._every and step != self._training.steps:
             return
         points = self._training.points
@@ -44,12 +44,12 @@ class History:
 
 @dataclass(frozen=True)
 class Portrait:
-    """What is drawn of one method on one setting.
+    """The data that is drawn for one method on one setting.
 
     Args:
         points, labels: the first network's training set.
-        probability: of class 1 over the plane, `[GRID, GRID]`, from −EDGE to EDGE, rows along y.
-        states: of the stream, `[paths + 1, SHOWN_POINTS, width]`, of test points with `state_labels`.
+        probability: probability of class 1 over the plane, `[GRID, GRID]`, from −EDGE to EDGE, rows along y.
+        states: states of the residual, `[paths + 1, SHOWN_POINTS, width]`, for test points with `state_labels`.
         similarity: linear CKA of the states, mean over the networks.
         steps, distances: see `History`; `[looks, paths + 1, width]`.
     """

@@ -1,4 +1,4 @@
-"""Which settings are compared, and running them: a process for each method on a setting, for all seeds at once."""
+"""The compared settings, and running them: a process for each method on a setting, with all seeds at once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from examples.spirals.training import FREEZE, KEPT, Setting, Training
 from rdp_kernels.diagnostics import heatmap_rebound
 from rdp_kernels.estimate import ModelCost
 
-COST_SEEDS, COST_DRAWS = 32, 16  # that costs are averaged over
+COST_SEEDS, COST_DRAWS = 32, 16  # costs are averaged over these
 SIMILARITY_POINTS = 250
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a setting; `study` is what the setting is there for."""
+    """A method on a setting. `study` names the setting."""
 
     study: str
     method: str
@@ -43,8 +43,9 @@ PAIR = (DROP_PATH, EXACT, RANDOM)
 
 
 def study(base: Setting = BASE) -> list[Case]:
-    """Every setting differs from `base` in what its name says. The networks of another size, data or length of training
-    have all methods; where just the scheme differs, plain training is the base's."""
+    """Returns the cases of the study. The name of a setting says how it differs from `base`. Settings with another
+    size, data or length of training have all methods. If only the scheme differs, plain training is that of the
+    base."""
 
     def cases(name: str, methods: Sequence[str], **changed: Any) -> list[Case]:
         return [Case(name, method, replace(base, **changed)) for method in methods]
@@ -71,16 +72,17 @@ def study(base: Setting = BASE) -> list[Case]:
 
 
 def demonstration(base: Setting = BASE) -> list[Case]:
-    """What the four figures show: `base`, and networks of the paper's other size."""
+    """Returns the cases of the four figures: `base`, and networks of the paper's other size."""
     small = replace(base, depth=min(base.depth, 6), width=min(base.width, 6))
     return [Case(f"depth {s.depth}, width {s.width}", method, s) for s in (base, small) for method in MAIN]
 
 
 def needed_ratio(method: str, setting: Setting) -> float:
-    """FLOPs that an optimizer step of `method` needs, as a ratio to plain training's: the mean over drawn pairs."""
+    """Returns the needed FLOPs of an optimizer step of `method` relative to plain training's, as a mean over drawn
+    pairs."""
     if method == PLAIN:
         return 1.0
-    cost = _cost(replace(setting, mode="block"))  # in either mode a path costs by the share of what keeps it
+    cost = _cost(replace(setting, mode="block"))  # in both modes the cost of a path depends on the share that keeps it
     training = Training(method, setting, list(range(COST_SEEDS)), steps=1)
     drawn = [training.draw() for _ in range(COST_DRAWS)]
     keep, other = torch.cat(drawn, dim=1), torch.cat([training.second_plan(keep) for keep in drawn], dim=1)
@@ -89,26 +91,27 @@ def needed_ratio(method: str, setting: Setting) -> float:
     if method == DROP_PATH:
         return drop / plain
     reuse = cost.flops(cost.reuse_shares(learns_not, FREEZE[method], setting.train_rest))
-    happens = (~keep).flatten(2).any(dim=2).any(dim=0).double()  # nothing dropped: no reuse iteration
+    happens = (~keep).flatten(2).any(dim=2).any(dim=0).double()  # without dropped paths there is no reuse iteration
     return (drop + (reuse * happens).mean().item()) / (1 + happens.mean().item()) / plain
 
 
 @functools.cache
 def _cost(setting: Setting) -> ModelCost:
-    """Of one network."""
+    """Returns the cost of one network."""
     training = Training(PLAIN, setting, [0], steps=1)
     return ModelCost.of(training.model, training.points.x)
 
 
 def updates(method: str, drop_prob: float) -> float:
-    """How often a path learns in an optimizer step, in the mean, if every drop iteration is followed by a second."""
+    """Returns the mean number of times that a path learns per optimizer step, if a second iteration follows every drop
+    iteration."""
     if method in (DROP_PATH, KEPT):
         return 1 - drop_prob
     return {PLAIN: 1.0, DROP_THEN_FULL: 1 - drop_prob / 2}.get(method, 0.5)
 
 
 def steps_of(case: Case, ratio: float) -> int:
-    """`ratio`: of the FLOPs of a step to plain's."""
+    """Returns the number of steps of a case. `ratio` is the FLOPs of its step relative to plain's."""
     setting = case.setting
     of_plain = {"steps": 1.0, "flops": ratio, "updates": updates(case.method, setting.drop_prob)}[setting.equal]
     return round(setting.steps / of_plain)
@@ -118,7 +121,7 @@ Done = tuple[list[dict[str, Any]], Portrait]
 
 
 def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> Done:
-    """A row for each seed, and what the figures show; `stepped` is told the share that is done."""
+    """Returns a row for each seed, and the data of the figures. `stepped` is called with the share that is done."""
     setting, ratio = case.setting, needed_ratio(case.method, case.setting)
     training = Training(case.method, setting, seeds, steps_of(case, ratio))
     history = History(training)
@@ -131,7 +134,7 @@ def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> 
     answers, quarter = logits(training.model, test.x), max(1, setting.depth // 4)
     cka = similarity(training.model, test.x[:, :SIMILARITY_POINTS])
     measured = {
-        "train_loss": torch.stack(training.losses[-2:]).mean(dim=0),  # of a pair of iterations
+        "train_loss": torch.stack(training.losses[-2:]).mean(dim=0),  # mean over a pair of iterations
         "test_loss": loss(answers, test.labels),
         "accuracy": accuracy(answers, test.labels),
         "accuracy_without_1": accuracy_without(training.model, test.x, test.labels, 1),
@@ -151,7 +154,8 @@ def run_case(case: Case, seeds: list[int], stepped: Callable[[float], None]) -> 
 def run_all(
     cases: Sequence[Case], seeds: list[int], workers: int, watch: Callable[[list[float]], None]
 ) -> Iterator[tuple[Case, Done]]:
-    """Each case with its results, as they are done; `watch` is told the share of each that is done, now and then."""
+    """Yields each case with its results when it is done. `watch` is regularly called with the share of each case that
+    is done."""
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(cases))
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(shares,)) as pool:

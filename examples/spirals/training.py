@@ -20,8 +20,8 @@ KEPT = "kept paths learn again"
 METHODS = {
     PLAIN: "every path runs and learns",
     DROP_PATH: "every step drops random paths; ordinary stochastic depth",
-    EXACT: "drop iteration, then a reuse iteration in which only what was dropped learns",
-    FROZEN: 'the same with freeze="branch": gradients bypass frozen branches',
+    EXACT: "drop iteration, then a reuse iteration in which only the dropped paths learn",
+    FROZEN: 'the same with freeze="branch": frozen branches are detached',
     DROP_THEN_FULL: 'control, freeze="none": in the second iteration everything learns',
     RANDOM: "control: in the second iteration as many paths learn, but random ones",
     KEPT: "control: in the second iteration the kept paths learn, and the dropped ones are frozen",
@@ -31,16 +31,16 @@ FREEZE = {EXACT: "parameters", FROZEN: "branch", DROP_THEN_FULL: "none", RANDOM:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that the results depend on, but the method and the seeds.
+    """All that the results depend on, except the method and the seeds.
 
     Args:
-        depth, width, layers: of the networks, and of each branch.
-        points, noise: of the training set; the test set has the same noise.
+        depth, width, layers: number of paths, width of the residual, and layers of each branch.
+        points, noise: size and noise of the training set. The test set has the same noise.
         mode: "block": a network drops a path for all its points; "sample": for each point.
-        schedule, scale_by_keep, train_rest: as of `rdp.ResidualDropPath`.
+        schedule, scale_by_keep, train_rest: see `rdp.ResidualDropPath`.
         steps: optimizer steps of plain training.
-        equal: what all methods have as much of: "steps"; "flops", so that they take as many steps as plain's pay for;
-            "updates", so that every path learns as often, in the mean.
+        equal: quantity that is equal for all methods: "steps"; "flops" (as many steps as plain's FLOPs allow);
+            "updates" (every path learns equally often in the mean).
     """
 
     depth: int = 32
@@ -59,7 +59,8 @@ class Setting:
 
 
 class Training:
-    """`step` by `step`; row s of everything is the network of `seeds[s]`, and doesn't depend on the other seeds."""
+    """A training of all seeds. Row s of every tensor is the network of `seeds[s]`, and is independent of other
+    seeds."""
 
     def __init__(self, method: str, setting: Setting, seeds: list[int], steps: int):
         per_point = setting.mode == "sample"
@@ -69,7 +70,7 @@ class Training:
         self.optimizer = StackedAdam(self.model.parameters())
         self.steps_done = 0
         self.losses: list[Tensor] = []
-        """Of each step, `[seeds]`."""
+        """For each step, `[seeds]`."""
         self._scheme = None
         if method != PLAIN:
             self._scheme = rdp.ResidualDropPath(
@@ -100,22 +101,23 @@ class Training:
                 scheme.reset()
             elif self.method in (RANDOM, KEPT):
                 with nothing_runs(), scheme.drop_iteration(plan=self._plan(self.second_plan(keep))):
-                    pass  # it takes the place of the plan just carried out: its complement is what reuse trains
+                    pass  # replaces the last plan; reuse trains its complement
 
     def draw(self) -> Tensor:
-        """Bool `[paths, networks, 1 or points]`: what a drop iteration keeps, each network's from its own generator."""
+        """Draws the kept paths of a drop iteration, bool `[paths, networks, 1 or points]`. Each network has its own
+        generator."""
         assert self._scheme is not None
         probs = torch.tensor([path.drop_prob for path in self._scheme.paths])[:, None]
         shape = (len(probs), self.setting.points if self.model.per_point else 1)
         return torch.stack([torch.rand(shape, generator=g) >= probs for g in self._generators], dim=1)
 
     def second_plan(self, keep: Tensor) -> Tensor:
-        """After a drop iteration of `keep`, what is frozen in the second one."""
+        """Returns the frozen paths of the second iteration after a drop iteration with `keep`."""
         if self.method == KEPT:
             return ~keep
         if self.method != RANDOM:
             return keep
-        # The decisions about each network, or each of its points, are dealt out to its paths anew.
+        # The decisions for each network, or each of its points, are permuted over its paths.
         depth, _, columns = keep.shape
         orders = [torch.rand(depth, columns, generator=g).argsort(dim=0) for g in self._others]
         return keep.gather(0, torch.stack(orders, dim=1))
@@ -125,17 +127,17 @@ class Training:
         logits = self.model(self.points.x)
         losses = F.cross_entropy(logits.flatten(0, 1), self.points.labels.flatten(), reduction="none")
         losses = losses.view(len(self.seeds), -1).mean(dim=1)
-        losses.sum().backward()  # no network has a part in another's loss
+        losses.sum().backward()  # losses of different networks are independent
         self.optimizer.step(self._learning_rate(), self._learns(scheme))
         self.losses.append(losses.detach())
         self.steps_done += 1
 
     def _learning_rate(self) -> float:
-        """Half a cosine over all steps."""
+        """Returns half a cosine over all steps."""
         return self.setting.learning_rate * 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
 
     def _learns(self, scheme: rdp.ResidualDropPath | None) -> dict[nn.Parameter, Tensor]:
-        """Which networks' part of each parameter does, bool `[networks]`."""
+        """Returns for each parameter which networks' parts learn, bool `[networks]`."""
         everything = torch.ones(len(self.seeds), dtype=torch.bool)
         if scheme is None or scheme.plan is None:
             return dict.fromkeys(self.model.parameters(), everything)
@@ -153,6 +155,6 @@ class Training:
         return learns
 
     def _plan(self, keep: Tensor) -> rdp.PathPlan:
-        """`keep [paths, networks, 1 or points]` as the scheme takes it."""
+        """Returns the scheme's plan for `keep [paths, networks, 1 or points]`."""
         assert self._scheme is not None
         return rdp.PathPlan(keep.flatten(1), [path.drop_prob for path in self._scheme.paths], "sample")
