@@ -1,9 +1,10 @@
 """Builds the package, and the compiled library of `csrc/` with it.
 
-`RDP_BUILD` says what is compiled: `auto` (default) the CPU kernels, and CUDA's where torch has CUDA and a toolkit is
-found; it goes on without what can't be built, saying so in a line. `cpu` and `cuda` (both) fail instead. `none`: pure
-Python. Torch must be importable: `pip install --no-build-isolation .`; an isolated build has no torch and makes a pure
-package. Known to torch's own extensions, and so here: MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME.
+`RDP_BUILD` says which kernels are compiled. `auto` (default) builds the CPU kernels, and the CUDA kernels if torch has
+CUDA and a toolkit is found. If a part can't be built, it prints a line and continues without it. `cpu` and `cuda`
+(both) fail instead. `none` makes a pure Python package. Torch must be importable: `pip install --no-build-isolation .`.
+An isolated build has no torch and makes a pure package. As in torch's own extensions, these variables are used:
+MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME.
 """
 
 import os
@@ -16,13 +17,13 @@ from setuptools import find_packages, setup
 
 try:
     from torch.utils import cpp_extension
-except (ImportError, OSError):  # none, or one whose own libraries are missing
+except (ImportError, OSError):  # no torch, or one with missing libraries
     cpp_extension = None
 
 BUILD = os.environ.get("RDP_BUILD") or "auto"
-STABLE_ABI = "0x020a000000000000"  # LibTorch's, as of torch 2.10
+STABLE_ABI = "0x020a000000000000"  # the stable ABI of torch 2.10
 PYTHON_ABI = "cp310"
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # unless TORCH_CUDA_ARCH_LIST or a GPU says otherwise
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # the default without TORCH_CUDA_ARCH_LIST and GPU
 
 
 def sources(kind, pattern):
@@ -30,14 +31,15 @@ def sources(kind, pattern):
 
 
 def degrade(reason, without):
-    """Goes on without what was asked for by nobody in particular; else fails."""
+    """Continues without a part if RDP_BUILD is `auto`, else exits."""
     if BUILD != "auto":
         sys.exit(f"RDP_BUILD={BUILD}: {reason}")
     print(f"rdp_kernels: {reason}; building without {without}", file=sys.stderr)
 
 
 def why_no_cuda():
-    """Finds the toolkit. With `RDP_BUILD=cuda` that alone decides: torch on the building machine may be a CPU build."""
+    """Returns why CUDA kernels can't be built, or None. With `RDP_BUILD=cuda` only the toolkit is needed, as the torch
+    of the building machine may be a CPU build."""
     import torch
 
     if BUILD == "auto" and torch.version.cuda is None:
@@ -52,14 +54,15 @@ def why_no_cuda():
 
 
 def toolkit():
-    """The folder that the `nvcc` of PATH is in, unless that is a script which calls another."""
+    """Returns the folder of the toolkit whose `nvcc` is on PATH. If this `nvcc` is a wrapper script, returns the
+    default."""
     nvcc = shutil.which("nvcc")
     home = Path(nvcc).resolve().parent.parent if nvcc else None
     return str(home) if home and (home / "include" / "cuda_runtime.h").exists() else "/usr/local/cuda"
 
 
 def extension(cuda):
-    """The compiled library; it isn't a Python module, torch loads it."""
+    """Returns the compiled library. It isn't a Python module: torch loads it."""
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     options = dict(extra_compile_args={"cxx": flags})
     files = ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]
@@ -71,14 +74,14 @@ def extension(cuda):
             *("-O3", "-DUSE_CUDA", flags[-1], "-Xcompiler=-fvisibility=hidden"),
             *([f"--threads={threads}"] if threads else []),
         ]
-        # torch's own CUDA library, which has the current stream, comes along with libtorch where there is one
+        # libtorch brings torch's own CUDA library, which has the current CUDA stream, if there is one
         options["extra_link_args"] = ["-lcudart_static", "-Wl,--no-as-needed", "-ltorch"]
         options["library_dirs"] = [str(Path(cpp_extension.CUDA_HOME, folder)) for folder in ("lib64", "lib")]
     return cpp_extension.CppExtension("rdp_kernels._C", files, py_limited_api=True, **options)
 
 
 def build_command(cuda):
-    """A `build_ext` that degrades step by step: without CUDA, then to a pure package."""
+    """Returns a `build_ext` that degrades in steps: first without CUDA, then to a pure package."""
 
     class Build(cpp_extension.BuildExtension):
         with_cuda = cuda
@@ -101,16 +104,16 @@ def build_command(cuda):
                     degrade(f"the compiler failed ({said})", "compiled kernels (RDP_BUILD=cpu shows why)")
                     self.extensions = self.distribution.ext_modules = []
                     for root in self.built_into:
-                        Path(root, "rdp_kernels", "_C.abi3.so").unlink(missing_ok=True)  # of an earlier build
+                        Path(root, "rdp_kernels", "_C.abi3.so").unlink(missing_ok=True)  # from an earlier build
                     wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
                     if wheel is not None:
-                        wheel.root_is_pure = True  # its name must not promise a library
+                        wheel.root_is_pure = True  # the name of the wheel must not say that it has a library
 
     return Build
 
 
 def build():
-    """The arguments of `setup` that have to do with compiling."""
+    """Returns the arguments of `setup` for compiling."""
     if BUILD not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"RDP_BUILD must be auto, cpu, cuda or none, got {BUILD!r}")
     if BUILD == "none":
@@ -124,7 +127,7 @@ def build():
         if reason is not None:
             degrade(reason, "CUDA kernels")
             cuda = False
-    # Where ninja is, if it was installed for a Python whose environment isn't active.
+    # ninja's folder, if it was installed for a Python whose environment isn't active.
     os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     return {
         "ext_modules": [extension(cuda)],
