@@ -34,7 +34,7 @@ docs: .venv/built
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --quick $(ARGS)
 
-# What README.md and docs/performance.md show: about 40 minutes on two cores with nothing else running.
+# Measures the numbers of README.md and docs/performance.md: about 40 minutes on two cores with nothing else running.
 results: .venv/built
 	$(BIN)/python -m benchmarks all --out report/benchmarks
 	cp report/benchmarks/*.csv benchmarks/results
@@ -42,7 +42,7 @@ results: .venv/built
 		--csv benchmarks/results/drop-path-cpu.csv
 	$(BIN)/python -m benchmarks pages
 
-# What docs/evidence.md shows: hours. What was cut off goes on where it stopped.
+# Measures the numbers of docs/evidence.md, which takes hours. An interrupted study continues where it stopped.
 DIGITS := $(BIN)/python examples/train_digits.py --resume --seeds 10 --epochs 20
 LANGUAGE := $(BIN)/python examples/bytes_lm.py --resume --seeds 3 --depth 8 --width 64 --heads 4 --context 64 --steps 800
 evidence: .venv/built
@@ -68,11 +68,11 @@ evidence: .venv/built
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt timm torchvision # theirs would bring another torch
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt timm torchvision # their dependencies would bring another torch
 	RDP_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
-# RDP_BUILD says what is compiled (setup.py). Where that ended without a library, the next `make` tries again.
+# RDP_BUILD says what is compiled (setup.py). If there is no library afterwards, the next `make` tries again.
 .venv/built: .venv/ready setup.py $(shell find csrc -type f)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	test ! -e rdp_kernels/_C.abi3.so || touch $@

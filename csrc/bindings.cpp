@@ -1,4 +1,4 @@
-// The ops as torch sees them, without autograd: `rdp_kernels` adds it. Names are those of the ops' arguments.
+// The ops that torch registers, without autograd, which `rdp_kernels` adds. Names are those of the ops' arguments.
 #include <exception>
 #include <tuple>
 #include <utility>
@@ -14,7 +14,7 @@ namespace {
 using ThreeTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
 using FourTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 using MaybeType = std::optional<ScalarType>;
-constexpr int64_t ALL = -1;  // as a number of learning rows: all of them
+constexpr int64_t ALL = -1;  // a number of learning rows that means all rows
 
 const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
@@ -32,7 +32,7 @@ void run(const FusedAddBackward& call, const SampleLayout& layout) {
   cpu::fused_add_backward(call);
 }
 
-// How the branch is added; absent tensors are null.
+// How the update is added; absent tensors are null.
 struct Addend {
   const Tensor *gamma = nullptr, *rows = nullptr, *row_scale = nullptr;
   int64_t num_learning = ALL;
@@ -65,7 +65,7 @@ struct BackwardArguments {
   NextRows next;
   int64_t batch_size = 0;
   bool in_float64 = false, wants_residual = false;
-  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // of wanted gradients
+  MaybeType branch_dtype, frozen_dtype, gamma_dtype;  // dtypes of wanted gradients
 };
 
 struct BackwardResults {
@@ -123,7 +123,7 @@ ForwardResults forward(const ForwardArguments& given) {
 BackwardResults backward(const BackwardArguments& given) {
   const Addend& addend = given.addend;
   STD_TORCH_CHECK(given.dout || given.dnext || given.dfrozen_next, "dout, dnext or dfrozen_next must be given");
-  // A tensor without rows doesn't tell the order of its dimensions.
+  // A tensor without rows doesn't determine the order of dimensions.
   const bool from_next = given.dnext && (!given.dfrozen_next || (given.dnext->dim() > 0 && given.dnext->size(0) > 0));
   const Tensor& gradient = given.dout ? *given.dout : from_next ? *given.dnext : *given.dfrozen_next;
   const bool from_branch = given.branch && gradient.dim() > 0 && gradient.size(0) == 0;
@@ -221,7 +221,7 @@ FourTensors fused_add_backward(const MaybeTensor& dout, const MaybeTensor& dnext
   return {std::move(made), std::move(dbranch), std::move(dfrozen), std::move(dgamma)};
 }
 
-// Null where an argument doesn't fit. The caller then checks the arguments itself and words the error.
+// Returns null if an argument doesn't fit. The caller then checks the arguments itself and raises the error.
 template <class Call>
 MaybeTensor unless_refused(Call call) {
   try {
@@ -285,7 +285,7 @@ Tensor gather_rows_backward(const Tensor& dout, const Tensor& rows, int64_t batc
 }  // namespace
 }  // namespace rdp
 
-// The arguments that are given most often come first, because arguments that are left out cost less.
+// The most used arguments come first, because omitted arguments cost less.
 STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
   ops.def(
       "native_residual_add(Tensor residual, Tensor branch, Tensor? gamma=None, Tensor? row_scale=None, "

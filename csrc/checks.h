@@ -1,5 +1,5 @@
-// Makes the structs of `fused_add.h` from tensors. Every check that keeps a kernel inside its tensors is here; each
-// error names the argument, what it got and what it must be.
+// Makes the structs of `fused_add.h` from tensors. Every check that keeps a kernel inside its tensors is here. Each
+// error names the argument, its value and the requirement.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t MAX_DIMS = 16;  // arrays of a fixed size hold sizes and strides; no model has so many
+constexpr int64_t MAX_DIMS = 16;  // size of the arrays of sizes and strides; no model has so many dimensions
 
 inline std::string shown(const int64_t* values, int64_t count) {
   std::string text = "[";
@@ -63,8 +63,8 @@ inline Activation activation_of(int64_t code) {
   return Activation(code);
 }
 
-// The shape of a sample and the order of its dimensions in memory. They are the first tensor's; all others of a call
-// have to agree. A sample lies in one piece; samples may be any distance apart.
+// The shape of a sample and the order of its dimensions in memory, from the first tensor. All other tensors of a call
+// must agree. A sample is contiguous; samples may be any distance apart.
 class SampleLayout {
  public:
   SampleLayout(const char* name, const Tensor& like) : dim_(like.dim()), device_(like.get_device_index()) {
@@ -198,8 +198,8 @@ class SampleLayout {
   std::array<int64_t, MAX_DIMS> sizes_, order_;
 };
 
-// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only; a GPU isn't waited for,
-// and its kernel leaves out values out of range. A negative `num_learning` stands for all rows.
+// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only. On a GPU the host doesn't
+// wait, and the kernel skips values out of range. A negative `num_learning` stands for all rows.
 class InvertedRows {
  public:
   InvertedRows(const char* name, const SampleLayout& layout, const Tensor* rows, int64_t num_learning,

@@ -1,5 +1,5 @@
 // One fused add in raw pointers: an update added to the residual, and the rows of the next branch gathered.
-// Without torch: `checks.h` makes these structs from tensors, `cpu/` and `cuda/` compute them.
+// It doesn't use torch: `checks.h` makes these structs from tensors, `cpu/` and `cuda/` compute them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ RDP_ELEMENT int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// A tensor [B, ...] whose samples each lie in one piece, `row_stride` elements apart. `data` is null if it is absent.
+// A tensor [B, ...] with contiguous samples, `row_stride` elements apart. `data` is null if it is absent.
 struct Samples {
   void* data = nullptr;
   int64_t row_stride = 0;
@@ -31,8 +31,8 @@ struct Vector {
   RDP_ELEMENT explicit operator bool() const { return data != nullptr; }
 };
 
-// How a sample lies in memory: `positions` rows of `width` elements. γ has a factor for each column, or for each
-// position: position p has channel p mod `channels`.
+// The layout of a sample: `positions` rows of `width` elements. γ has a factor for each column, or for each position;
+// position p has channel p mod `channels`.
 struct Geometry {
   int64_t batch_size = 0;
   int64_t positions = 1;
@@ -43,7 +43,7 @@ struct Geometry {
   RDP_ELEMENT int64_t sample_size() const { return positions * width; }
 };
 
-// Where a list of rows has the row of a sample.
+// The position of a sample's row in a list of rows.
 struct RowPosition {
   int64_t index = -1;       // among all rows; -1: the sample has none
   int64_t part_index = -1;  // among the rows that learn, or among those that are frozen
@@ -83,11 +83,11 @@ struct FusedAddForward {
   Vector gamma;
 };
 
-// The gradients of the above. `dresidual` may be `dout`. A gradient that isn't wanted has no data.
+// The gradients of the fused add. `dresidual` may be `dout`. A gradient that isn't wanted has no data.
 struct FusedAddBackward {
   Geometry geometry;
   bool in_float64 = false;
-  Activation activation = Activation::none;  // `out` is given where there is one
+  Activation activation = Activation::none;  // if there is one, `out` is given
   RowSet rows, next_rows;
   Scale scale;
   Samples dout, dnext, dfrozen_next, out, update;

@@ -6,7 +6,7 @@
 namespace rdp::cpu {
 namespace {
 
-// dγ in two stages: partial sums of each work item, in `Acc`, then their sum in float64.
+// dγ in two stages: partial sums of each work item in `Acc`, then their sum in float64.
 template <class Acc>
 class GammaSums {
  public:
@@ -31,7 +31,7 @@ class GammaSums {
       }
     }
 
-    // The sums that a piece is added to, column by column.
+    // The sums to which a piece is added, column by column.
     Acc* sums_of(const Piece& piece) { return repeated() ? repeats_.elements : columns() + piece.column; }
 
     void add(const Piece& piece, const Acc* d, const Acc* update, Acc scale) {
@@ -135,8 +135,8 @@ class ItemBackward {
   void finish() { sums_.finish(); }
 
  private:
-  // Computes the gradient of the sum before its activation, and stores it in `dresidual` if that is wanted. Null where
-  // the gradient is zero, or where it was copied and nothing else needs it.
+  // Computes the gradient of the sum before its activation, and stores it in `dresidual` if that is wanted. Returns
+  // null if the gradient is zero, or if it was copied and nothing else needs it.
   const Acc* gradient_of_sum(const Piece& piece, bool needed) {
     const int64_t sample = piece.sample;
     const RowPosition next_row = call_.next_rows[sample];

@@ -14,20 +14,20 @@
 
 namespace rdp::cpu {
 
-constexpr int64_t PIECE = 2048;            // elements that are worked on at a time: a few pieces fit the L1 cache
-constexpr int64_t CONVERTED_PIECE = 1024;  // the same where dtypes are converted, which adds a copy of each piece
+constexpr int64_t PIECE = 2048;            // elements per step: a few pieces fit the L1 cache
+constexpr int64_t CONVERTED_PIECE = 1024;  // the same if dtypes are converted, which adds a copy of each piece
 constexpr int64_t ITEM = 65536;            // elements of a work item: tens of microseconds, so that threads can share
-constexpr int64_t COLUMNS_OF_SUMS = 4096;  // a work item of column sums is no wider: tall ones make few partial sums
+constexpr int64_t COLUMNS_OF_SUMS = 4096;  // largest width of items of column sums: tall items have few partial sums
 constexpr int64_t SERIAL = 32768;          // elements below which a second thread doesn't pay, as in torch
 
-// `n` elements of a sample, from `offset` on. They lie in row `row` = sample · positions + position from `column` on,
-// or they are that row and whole rows after it.
+// `n` elements of a sample from `offset` on. They are part of row `row` = sample · positions + position from `column`
+// on, or they are that row and whole rows after it.
 struct Piece {
   int64_t sample, offset, row, column, n;
 };
 
-// Where a call treats all samples alike and they follow each other in memory, they are merged into one sample: pieces
-// then needn't end where a short sample ends.
+// If a call treats all samples alike and they are contiguous in memory, they are merged into one sample. Then pieces
+// needn't end where a short sample ends.
 inline Geometry merged(Geometry geometry, const RowSet& rows, const Scale& scale,
                        std::initializer_list<const Samples*> tensors) {
   bool merges = rows.inverse == nullptr && !scale.per_row;
@@ -56,7 +56,7 @@ class Grid {
   int64_t end_column(int64_t column_block) const {
     return std::min(geometry_.width, (column_block + 1) * item_columns_);
   }
-  // How many whole rows a piece may hold.
+  // The number of whole rows in a piece.
   int64_t rows_of_piece() const { return std::clamp<int64_t>(piece_ / geometry_.width, 1, geometry_.positions); }
 
   // Calls work(row_block, column_block) for each item.
@@ -88,8 +88,8 @@ class Grid {
     }
   }
 
-  // work(i) for i < count, in as many threads as `elements` are worth. Each thread begins with a share of its own, the
-  // same one in every call, and then takes what others haven't begun: dropped rows are no work, kept ones are.
+  // Calls work(i) for i < count, in a number of threads that depends on `elements`. Each thread begins with its own
+  // share, the same in every call. It then takes items that other threads haven't begun, as dropped rows are no work.
   template <class Work>
   static void in_parallel(int64_t count, int64_t elements, const Work& work) {
     const int64_t threads = elements < SERIAL ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), count);

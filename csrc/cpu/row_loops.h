@@ -22,8 +22,8 @@ struct RowLoops {
   void (*add_partials)(double* sums, const Acc* partials, int64_t n);
 };
 
-// The loops for this machine. As for torch's own kernels, the environment variable ATEN_CPU_CAPABILITY may ask for
-// less: "default", "avx2" or "avx512".
+// Returns the loops for this machine. As for torch's own kernels, the environment variable ATEN_CPU_CAPABILITY can
+// lower the instruction set: "default", "avx2" or "avx512".
 template <class Acc>
 const RowLoops<Acc>& best_row_loops();
 

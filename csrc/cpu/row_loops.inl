@@ -1,8 +1,8 @@
 // Loops over a piece of a row, short enough for the L1 cache. The file is included once for each instruction set, inside
-// a namespace and a `#pragma GCC target` of its own. It holds plain loops that the compiler vectorises, and includes no
-// header: no function of the standard library may be compiled for an instruction set that a machine lacks.
+// its own namespace and `#pragma GCC target`. It has plain loops that the compiler vectorises, and includes no header:
+// no function of the standard library may be compiled for an instruction set that a machine lacks.
 
-#define RDP_VECTORISED _Pragma("GCC ivdep")  // a sum in place reads and writes the same element only
+#define RDP_VECTORISED _Pragma("GCC ivdep")  // a sum in place only reads and writes the same element
 
 inline __attribute__((always_inline)) uint32_t bits_of(float x) {
   uint32_t bits;
@@ -34,8 +34,8 @@ struct Half {
   static inline __attribute__((always_inline)) Half of(float x) { return {_Float16(x)}; }
 };
 #else
-// In integers and float32, without conditional jumps. The bits of a float16, shifted into position, are a float32 that is
-// 2^112 times too small. Subnormals come out right as well, because the multiplication is exact.
+// Uses integers and float32, without conditional jumps. The bits of a float16, shifted into position, are a float32
+// that is 2^112 times too small. Subnormals are right as well, because the multiplication is exact.
 struct Half {
   uint16_t bits;
   inline __attribute__((always_inline)) float value() const {

@@ -1,4 +1,4 @@
-// Reads and writes tensors of any dtype in pieces of `Acc`: directly where that is their dtype, else through a buffer.
+// Reads and writes tensors of any dtype in pieces of `Acc`: directly if `Acc` is their dtype, else through a buffer.
 #pragma once
 
 #include <cstring>
@@ -12,7 +12,7 @@ namespace rdp::cpu {
 template <class Acc>
 constexpr Dtype DTYPE_OF = sizeof(Acc) == 8 ? Dtype::float64 : Dtype::float32;
 
-// Whether any of a call's tensors has to be converted.
+// Whether any tensor of a call must be converted.
 template <class Acc>
 bool converts(std::initializer_list<const Samples*> tensors) {
   return std::any_of(tensors.begin(), tensors.end(),
@@ -44,7 +44,7 @@ struct Buffer {
     return elements;
   }
 
-  // Where to write a piece, which `store` then moves to its tensor.
+  // Returns where to write a piece. `store` then moves it to its tensor.
   Acc* target(const Samples& samples, int64_t row, const Piece& piece) {
     return samples.dtype == DTYPE_OF<Acc> ? reinterpret_cast<Acc*>(address(samples, row, piece)) : elements;
   }
@@ -85,7 +85,7 @@ class Gamma {
     factors_ = factors;
   }
 
-  // A factor for each element of a piece; or null, and `scale` is multiplied by the one factor of all its elements.
+  // Returns a factor for each element of a piece. If all have one factor, multiplies `scale` by it and returns null.
   const Acc* of(const Piece& piece, Acc& scale, Buffer<Acc>& buffer) const {
     if (!given_) return nullptr;
     if (!geometry_.gamma_per_position) return factors_ + piece.column;
@@ -102,7 +102,7 @@ class Gamma {
  private:
   int64_t channel_of(int64_t row) const { return row % geometry_.positions % geometry_.channels; }
 
-  static constexpr int64_t FEW = 64;  // up to here γ is kept without an allocation
+  static constexpr int64_t FEW = 64;  // γ of up to this size needs no allocation
   Geometry geometry_;
   bool given_;
   const Acc* factors_ = nullptr;

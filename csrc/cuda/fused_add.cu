@@ -12,7 +12,7 @@
 #include "gather_rows.cuh"
 #include "residual_add.cuh"
 
-// It lives in torch's CUDA library, and is absent where a CPU-only torch loads a library that was built with CUDA.
+// Defined in torch's CUDA library. It is absent if a CPU-only torch loads a library that was built with CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace rdp::cuda {
@@ -47,7 +47,7 @@ class Scratch {
   torch::stable::Tensor memory_;
 };
 
-// A block for each THREADS steps of a sample, up to 1024: beyond that threads loop, and a GPU is full long before.
+// A block for each THREADS steps of a sample, at most 1024, which fill a GPU. Threads loop over the remaining steps.
 dim3 grid_of(const Geometry& geometry, int64_t steps) {
   const int64_t x = std::clamp<int64_t>((steps + THREADS - 1) / THREADS, 1, 1024);
   return dim3(x, std::min(geometry.batch_size, MAX_BLOCKS_Y));
@@ -147,7 +147,7 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     return;
   }
   check_served(geometry, call.in_float64, call.gamma, call.scale);
-  // The tensor that has the residual's dtype. Gradients without rows have no data, and there may be no others.
+  // The tensor that has the residual's dtype. Gradients without rows have no data, and other gradients may be absent.
   const Samples& source = call.dresidual ? call.dresidual
                           : call.dout    ? call.dout
                           : call.dnext   ? call.dnext

@@ -8,12 +8,12 @@
 
 namespace rdp::cuda {
 
-// All tensors are on `device`; the kernels run on its current CUDA stream. Raises for a call that the kernels don't
-// serve, and where a launch fails.
+// All tensors are on `device`; the kernels run on its current CUDA stream. Raises if the kernels don't support a call,
+// or if a launch fails.
 void fused_add_forward(const FusedAddForward& call, int32_t device);
 void fused_add_backward(const FusedAddBackward& call, int32_t device);
 
-// inverse [batch_size] of rows [num_rows], both int64. Rows out of range are left out.
+// inverse [batch_size] of rows [num_rows], both int64. Rows out of range are skipped.
 void invert_rows(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size, int32_t device);
 
 }  // namespace rdp::cuda

@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-constexpr int MAX_THREADS = 1024;  // of a block: CUDA's limit
+constexpr int MAX_THREADS = 1024;  // per block: CUDA's limit
 
-// inverse[rows[i]] = i, and -1 elsewhere. Indices out of range are left out, so that nothing outside is written.
+// inverse[rows[i]] = i, and -1 elsewhere. Indices out of range are skipped, so that nothing is written out of bounds.
 __global__ void __launch_bounds__(MAX_THREADS)
     invert_rows_kernel(int64_t* inverse, const int64_t* rows, int64_t num_rows, int64_t batch_size) {
   for (int64_t sample = threadIdx.x; sample < batch_size; sample += blockDim.x) inverse[sample] = -1;

@@ -1,4 +1,4 @@
-// Elements in packs of 16 bytes or more, and when tensors allow them.
+// Packs of elements of 16 bytes or more, and the checks whether tensors allow them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ namespace rdp::cuda {
 
 constexpr int64_t PACK_BYTES = 16;  // the widest load and store of a thread
 
-// Conversions by name, because torch compiles extensions without the implicit ones of the narrow types.
+// Conversions are named, because torch compiles extensions without implicit conversions of the narrow types.
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_gamma(float (&values)[N], const Vector& gam
   }
 }
 
-// Whether each sample begins at an address where a pack may begin. If not, kernels go element by element.
+// Whether each sample begins at an address where a pack may begin. If not, kernels work element by element.
 inline bool samples_are_aligned(const Samples& samples) {
   return reinterpret_cast<uintptr_t>(samples.data) % PACK_BYTES == 0 &&
          samples.row_stride * size_of(samples.dtype) % PACK_BYTES == 0;

@@ -1,5 +1,5 @@
-// The masked residual add, forward and backward, on raw pointers. A pack of elements per thread and step; samples are
-// blocks of the grid's y, so that a block asks only once whether a sample has an update.
+// The masked residual add, forward and backward, on raw pointers. A thread computes a pack of elements per step.
+// Samples are blocks of the grid's y, so that a block checks only once whether a sample has an update.
 #pragma once
 
 #include "../arithmetic.h"
@@ -7,10 +7,10 @@
 
 namespace rdp::cuda {
 
-constexpr int THREADS = 256;             // of a block; several blocks fit a multiprocessor
+constexpr int THREADS = 256;             // per block; several blocks fit a multiprocessor
 constexpr int64_t MAX_BLOCKS_Y = 65535;  // CUDA's limit
 // Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time,
-// CHUNK_ROWS in all: few enough that there are many blocks, enough that partial sums are few beside the rows.
+// CHUNK_ROWS in total: few enough for many blocks, and enough that there are far fewer partial sums than rows.
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 constexpr int64_t CHUNK_ROWS = 128;
@@ -25,7 +25,7 @@ __device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
   return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
 }
 
-// The scale of a sample's update; 0 where it is dropped, and then it is never read.
+// The scale of a sample's update. A dropped sample has 0, and its update is never read.
 __device__ __forceinline__ float scale_of(const Scale& scale, const RowPosition& row) {
   if (!row.exists()) return 0.0f;
   return scale.per_row ? static_cast<const float*>(scale.per_row.data)[row.index] : float(scale.number);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
   }
 }
 
-// The gradient of the sum, before its activation. False where there is none.
+// The gradient of the sum before its activation. Returns false if there is none.
 template <class S, int N>
 __device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& call, const RowPosition& next_row,
                                          int64_t sample, int64_t offset) {
