@@ -61,8 +61,7 @@ class Config:
         return images.to(device, self.dtype, memory_format=self.memory_format), labels.to(device)
 
     def batches(self, device: Device) -> list[tuple[Tensor, Tensor]]:
-        """Returns one batch on the CPU. On a GPU there are so many that a turn doesn't find its images in the L2
-        cache."""
+        """Returns the batches that turns cycle through: one on the CPU, on a GPU so many that none is in L2."""
         first = self.data(device.device)
         count = device.input_sets(first[0].nbytes) if device.device.type == "cuda" else 1
         return [first, *(self.data(device.device, number) for number in range(1, count))]

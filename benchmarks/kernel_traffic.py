@@ -201,6 +201,6 @@ def _traffic(tensor: Tensor, launch: LaunchTraffic) -> Traffic:
     new = Traffic(tensor)
     for other in launch.tensors.values():
         if new.overlaps(other.start, other.end):
-            assert (new.start, new.end) == (other.start, other.end), "arguments overlap in part: no way to tell whose"
+            assert (new.start, new.end) == (other.start, other.end), "arguments overlap in part: accesses are ambiguous"
             return other
     return new

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .op_bytes import allocates
 
 KERNELS, OPS = "kernels", "ops"
-"""What is counted."""
+"""The things that are counted."""
 
 
 def counted_as(device: torch.device) -> str:

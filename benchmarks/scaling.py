@@ -184,7 +184,7 @@ def shares_of(rows: list[Row]) -> list[Row]:
 
 
 def path_table(rows: list[Row]) -> Table:
-    table = Table(title="Host time of a pair of iterations on paths that do next to nothing, in ms")
+    table = Table(title="Host time of a pair of iterations on tiny paths, in ms")
     for name in (
         "mode",
         "paths",

@@ -29,7 +29,7 @@ MEASURING: dict[str, ModuleType] = {
     "scaling": scaling,
     "traffic": op_traffic,
 }
-"""By the command's name."""
+"""Name of a command → its module."""
 ANY_DEVICE = ("traffic",)
 """The commands whose results are the same on every device. They have no option `--device`."""
 INTERRUPTED = 130

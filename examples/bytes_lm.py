@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        print(f"{name}: stopped; the checkpoint is written. Go on with --resume")
+        print(f"{name}: stopped; the checkpoint is written. Continue with --resume")
         return 128 + stopped.number
 
 

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino.py: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped. Go on from the last checkpoint with --resume")
+        print("Stopped. Continue from the last checkpoint with --resume")
         return 130
     print(f"Results: {folder.path / 'results.json'}")
     return 0

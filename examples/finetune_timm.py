@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"finetune_timm.py: error: {problem}{INSTALL * isinstance(problem, ImportError)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped. Go on from the last whole epoch with --resume")
+        print("Stopped. Continue from the last whole epoch with --resume")
         return 130
     print(f"Results: {folder.path / 'results.json'}")
     return 0

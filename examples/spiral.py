@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"spiral.py: error: argument --out: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; what was done is in {folder.path}: go on with --resume", file=sys.stderr)
+        print(f"stopped; finished cases are in {folder.path}: continue with --resume", file=sys.stderr)
         return 130
 
 

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if RANK == 0:
-            print("Stopped. Go on from the last checkpoint with --resume")
+            print("Stopped. Continue from the last checkpoint with --resume")
         return 130
     return 0
 

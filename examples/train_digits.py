@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             config = saved
         elif len(state["finished"]) < saved.seeds:
             parser.error(
-                f"argument --out: {folder.path} holds an unfinished run: go on with --resume, start again with "
+                f"argument --out: {folder.path} holds an unfinished run: continue with --resume, start again with "
                 "--overwrite, or name another folder"
             )
         else:
@@ -206,10 +206,10 @@ def run(config: Config, folder: Folder, state: dict[str, Any] | None, resume: bo
     except (Stopped, KeyboardInterrupt) as stopped:
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
         name = signal.Signals(number).name
-        console.print(f"{name}: stopped; the checkpoint is in {folder.path}. Go on with --resume", highlight=False)
+        console.print(f"{name}: stopped; the checkpoint is in {folder.path}. Continue with --resume", highlight=False)
         return 128 + number
     except StorageError as error:
-        print(f"{error}. What was done is in {folder.path}: make room and go on with --resume", file=sys.stderr)
+        print(f"{error}. What was done is in {folder.path}: make room and continue with --resume", file=sys.stderr)
         return 1
     console.print(results_table(report))
     for sentence in report.findings:

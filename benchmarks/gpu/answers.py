@@ -20,7 +20,7 @@ def right_of_tests(rows: list[Row]) -> str:
     """The number of passed tests, and the largest share of the error budget that a test used."""
     if not rows:
         return NOTHING
-    failed = {row["test"] for row in rows if row["outcome"] == "failed"}  # some count twice
+    failed = {row["test"] for row in rows if row["outcome"] == "failed"}  # may have two rows
     passed = [row for row in rows if row["outcome"] == "passed" and row["test"] not in failed]
     ran = len(passed) + len(failed)
     text = f"{len(passed)} of {ran} right"

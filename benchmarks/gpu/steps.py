@@ -17,7 +17,7 @@ from . import answers
 
 MOST_PROCESSES = 14
 FIXED, BEYOND, DRAWN = "tests/kernels/test_fixed.py", "tests/test_gpu.py", "tests/kernels"
-BEYOND_ON_CPU = "tests/test_numbered.py"  # the remaining ops only compare
+BEYOND_ON_CPU = "tests/test_numbered.py"  # the inputs of the other tests, which only compare
 TIMM = ("--model", "vit-s", "vit-b")
 TUNED = ("residual_add_fwd", "residual_add_bwd", "residual_add_norm_fwd", "residual_add_norm_bwd", "gather_rows")
 """The kernels that take time. The others sum or invert small tensors."""

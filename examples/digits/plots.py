@@ -156,7 +156,7 @@ def _similarity(summaries: dict[str, Summary]) -> bytes:
     for axes in grid[:, 0]:
         axes.set_ylabel("after path")
     figure.colorbar(image, ax=grid, label="linear CKA (1 = same up to rotation and scale)", shrink=0.8)
-    figure.suptitle("Similarity of the residual stream's states over depth, mean over the seeds")
+    figure.suptitle("Similarity of the residual's states over depth, mean over the seeds")
     return _png(figure)
 
 

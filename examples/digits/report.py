@@ -27,7 +27,7 @@ CAPTIONS = {
     "loss.png": "Training loss. Drop iterations and drop-path lack branches, which raises the loss.",
     "cost.png": "A step's cost: FLOPs needed, FLOPs counted by torch's FlopCounterMode, time on this machine.",
     "removed.png": f"Accuracy of the trained network without some branches, averaged over up to {REMOVALS} choices.",
-    "similarity.png": "Linear CKA of the residual stream between all depths, on the test images.",
+    "similarity.png": "Linear CKA of the residual between all depths, on the test images.",
 }
 
 
@@ -157,7 +157,7 @@ figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }} figcaption
 </style></head><body>
 <h1>{title}</h1>
 <p>{lead}</p>
-<h2>What was seen</h2><ul>{findings}</ul>
+<h2>Findings</h2><ul>{findings}</ul>
 <h2>Results</h2>{table}
 <p>Time and FLOPs per optimizer step are ratios to plain; "removed": accuracy without that many random branches.</p>
 {figures}

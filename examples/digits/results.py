@@ -111,6 +111,6 @@ def _compare(values: dict[str, list[float]], method: str, other: str) -> str:
     direction = "above" if difference.mean >= 0 else "below"
     points = f"{100 * abs(difference.mean):.1f}"
     if difference.half_width is None:
-        return f"{points} points {direction} {other!r} with one seed, from which nothing follows"
+        return f"{points} points {direction} {other!r} with one seed, so no conclusion is possible"
     points = f"{points} ± {100 * difference.half_width:.1f} points {direction} {other!r}"
     return points if difference.excludes_zero else f"{points}, which may be chance"

@@ -133,6 +133,6 @@ def has_learned(measured: Measured) -> bool:
 def _points(difference: Estimate) -> str:
     text = f"{100 * difference.mean:+.1f}"
     if difference.half_width is None:
-        return f"{text} points with one seed, from which nothing follows"
+        return f"{text} points with one seed, so no conclusion is possible"
     text = f"{text} ± {100 * difference.half_width:.1f} points"
     return text if difference.excludes_zero else f"{text}, which may be chance"

@@ -41,7 +41,7 @@ def draw_all(portraits: Mapping[Case, Portrait]) -> dict[str, bytes]:
 def features(portraits: Mapping[str, Portrait]) -> Figure:
     """Draws the residual over depth in its first two principal components."""
     figure = Figure(figsize=(2 * SHOWN_STATES, 2 * len(portraits)), layout="constrained")
-    figure.suptitle("The residual stream over depth: two principal components, first seed")
+    figure.suptitle("The residual over depth: two principal components, first seed")
     rows = figure.subplots(len(portraits), SHOWN_STATES, squeeze=False)
     for axes, (method, portrait) in zip(rows, portraits.items(), strict=True):
         shown = torch.linspace(0, len(portrait.states) - 1, SHOWN_STATES).round().int().tolist()
@@ -68,7 +68,7 @@ def decisions(portraits: Mapping[str, Portrait]) -> Figure:
 def similarity(portraits: Mapping[str, Portrait]) -> Figure:
     """Draws heatmaps of the similarity of layers."""
     figure = Figure(figsize=(2.8 * len(portraits) + 0.6, 3.4), layout="constrained")
-    figure.suptitle("Linear CKA between the states of the residual stream, mean over the seeds")
+    figure.suptitle("Linear CKA between the states of the residual, mean over the seeds")
     row = figure.subplots(1, len(portraits), squeeze=False)[0]
     image = None
     for ax, (method, portrait) in zip(row, portraits.items(), strict=True):

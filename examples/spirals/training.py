@@ -86,7 +86,7 @@ class Training:
             self._others = [torch.Generator().manual_seed(seed_of(seed, "control")) for seed in seeds]
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Takes one optimizer step."""
         scheme = self._scheme
         if scheme is None:
             self._learn(None)
