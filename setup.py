@@ -13,7 +13,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"rdp_kernels needs setuptools 77 or later, not {setuptools.__version__}: pip install 'setuptools>=77'")
 
 try:
     from torch.utils import cpp_extension

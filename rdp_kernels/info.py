@@ -29,6 +29,8 @@ def describe() -> str:
         lines.append(f"{name:12} {'available' if reason is None else 'missing: ' + reason}")
         if name == "native" and reason is None:
             lines[-1] += ", for CPUs and CUDA" if has_cuda() else ", for CPUs (built without CUDA)"
+        if name == "triton" and reason is not None and not devices:
+            lines[-1] += " (only a GPU needs it)"
     return "\n".join(lines)
 
 

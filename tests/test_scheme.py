@@ -641,11 +641,16 @@ class TestState:
 
 
 def test_repr_says_what_it_does():
-    scheme = rdp.ResidualDropPath(Net(3), 0.4, schedule="linear", seed=7)
+    net = Net(3)
+    scheme = rdp.ResidualDropPath(net, 0.4, schedule="linear", seed=7)
     assert repr(scheme) == (
         "ResidualDropPath(3 paths, drop_prob=0–0.4, mode='block', freeze='parameters', sampling='bernoulli', "
         "seed=7, phase=None)"
     )
+    with scheme.drop_iteration(plan=rdp.PathPlan(torch.tensor([True, False, True]), [0.4] * 3, mode="block")):
+        assert repr(scheme).endswith("phase='drop')")
+        net(torch.ones(1, 3))
+    assert repr(scheme).endswith("phase=None, reuse_pending=True)")
 
 
 @pytest.mark.parametrize("option", ["mode", "freeze", "sampling"])

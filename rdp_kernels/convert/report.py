@@ -121,7 +121,8 @@ class ConversionReport:
     """What `convert` did, path by path.
 
     `print(report)` shows a table of the paths, drawn by rich if that is installed, then the notes and the summary.
-    Iterating over the report gives its rows.
+    Iterating over the report gives its rows. A row has `block`, `name`, `drop_prob`, `what` (what is skipped, or why
+    nothing is) and `refused` (the reason, or None).
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)

@@ -127,7 +127,7 @@ class Estimate:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        header = ("p", "mode", "freeze", "FLOPs", "time", "drop saves", "reuse saves")
+        header = ("p", "mode", "freeze", "FLOPs", "time", "drop bytes", "reuse bytes")
         lines = table(header, [self._cells(row) for row in self.rows])
         reasons = dict.fromkeys(row.refused for row in self.rows if row.refused is not None)
         notes = [*(f"refused: {reason}" for reason in reasons), self.plain_step(), self.recommendation]
@@ -143,8 +143,8 @@ class Estimate:
         return (
             f"A plain step at batch {self.batch_size}: {self.plain_flops / 1e9:.4g} GFLOP, "
             f"{self.plain_saved_bytes / 1e6:.4g} MB saved for backward{seconds}; branches take {self.branch_share:.0%} "
-            "of it. The table shows ratios to it: FLOPs and time of an optimizer step of the scheme, saved bytes of an "
-            "iteration"
+            "of it. The table shows ratios to it, so less is cheaper: FLOPs and time of an optimizer step of the "
+            "scheme, and the bytes that a drop and a reuse iteration save for backward."
         )
 
     def _cells(self, row: Row) -> tuple[str, ...]:

@@ -119,9 +119,10 @@ class ResidualDropPath:
     def __repr__(self) -> str:
         drop_probs = {path.drop_prob for path in self.paths}
         rates = "–".join(f"{p:g}" for p in sorted({min(drop_probs), max(drop_probs)}))
+        pending = ", reuse_pending=True" if self.reuse_pending and self.phase is None else ""
         return (
             f"ResidualDropPath({len(self.paths)} paths, drop_prob={rates}, mode={self.mode!r}, freeze={self.freeze!r}, "
-            f"sampling={self.sampling!r}, seed={self.seed}, phase={self.phase!r})"
+            f"sampling={self.sampling!r}, seed={self.seed}, phase={self.phase!r}{pending})"
         )
 
     @property
@@ -421,7 +422,11 @@ class ResidualDropPath:
         iteration, whose optimizer step was still to come. In sample mode each rank saves its own state.
 
         Returns:
-            A dict of numbers, strings and lists.
+            A dict of plain types: `mode` and `num_paths`, which the loading scheme must have too; `seed`; `drawn`, the
+            number of plans drawn so far; `completed`, the number of iterations of each kind; `phase`, the iteration
+            that comes next. If that is `"reuse"`, `plan` is its plan, with `keep` False for a path (in sample mode: a
+            path and sample) that was dropped and is to learn, and `forwards` has the batch sizes of its forwards (empty
+            if none were given).
 
         Raises:
             RuntimeError: if an iteration is open, except under `alternate`.
