@@ -20,7 +20,7 @@ SAMPLINGS = ("bernoulli", "fixed")
 
 
 def drop_path_rates(drop_prob: float, num_paths: int, schedule: str = "constant") -> list[float]:
-    """Drop probabilities of `num_paths` paths in forward order.
+    """Drop probabilities of `num_paths` paths, from the first to the last.
 
     Args:
         drop_prob: P(drop) in [0, 1]: of every path, or of the last one.

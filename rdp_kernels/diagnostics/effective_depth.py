@@ -124,6 +124,7 @@ def effective_depth(
     """
     if samples is not None:
         check_count("samples", samples, minimum=1)
+    check_count("seed", seed, minimum=-(2**63))
     called = _called(model, loss)
     n = len(called)
     limit = samples or (2**ALL_SUBSETS if n <= ALL_SUBSETS else SAMPLES)

@@ -286,6 +286,8 @@ def lesion_study(
     """
     names = list(find_path_modules(model))
     check_bool("each", each)
+    check_bool("adjacent", adjacent)
+    check_count("seed", seed, minimum=-(2**63))
     check_count("repeats", repeats, minimum=1)
     if counts is None:
         counts = sorted({count for count in (2, round(len(names) / 4), len(names) // 2) if 1 < count < len(names)})

@@ -72,6 +72,7 @@ class ResidualDropPathCallback(Callback):
         Raises:
             ValueError: if the model isn't the scheme's, or if the scheme isn't in block mode under automatic
                 optimization.
+            RuntimeError: if an iteration is open under automatic optimization.
         """
         check_trained(trainer.strategy.model, self._scheme)
         if pl_module.automatic_optimization:

@@ -40,6 +40,7 @@ def attach(optimizer: Optimizer, scheme: ResidualDropPath) -> Alternation:
     Raises:
         TypeError: if an argument has another type.
         ValueError: if `scheme.alternate` refuses the scheme or the optimizer.
+        RuntimeError: if an iteration is open.
 
     Example:
         >>> from rdp_kernels.integrations.timm import attach

@@ -127,7 +127,7 @@ class ResidualDropPath:
 
     @property
     def paths(self) -> list[Path]:
-        """The model's paths, in the order of the rows of a plan."""
+        """The model's paths, in the order of the rows of a plan: that in which the model registers them."""
         return self._pairs.paths
 
     @property
@@ -244,8 +244,9 @@ class ResidualDropPath:
             PathPlan: the plan of the drop iteration.
 
         Raises:
-            RuntimeError: if an iteration is open, or if there was no drop iteration before or it dropped nothing that
-                can learn. Check `reuse_pending`, or use `iterations`, which does so.
+            RuntimeError: if an iteration is open, if there was no drop iteration before or it dropped nothing that can
+                learn, or if the model's paths have changed since. Check `reuse_pending`, or use `iterations`, which
+                does so.
 
         Example:
             >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))
@@ -282,7 +283,8 @@ class ResidualDropPath:
             str: `"drop"`, then `"reuse"` if anything was dropped that can learn.
 
         Raises:
-            RuntimeError: if an iteration is open.
+            RuntimeError: if an iteration is open, or if the model's paths have changed between the iterations of a
+                pair.
             ValueError: if an argument is wrong as in `drop_iteration`, or if it contradicts a pending reuse iteration.
             TypeError: if an argument has a wrong type.
 
@@ -402,7 +404,8 @@ class ResidualDropPath:
 
         Raises:
             RuntimeError: if an iteration is open.
-            ValueError: if the model can't be copied, or can't run on `example_inputs`.
+            TypeError: if `timed` isn't a bool.
+            ValueError: if the model can't be copied, can't run on `example_inputs`, or recomputes calls of its paths.
 
         Example:
             >>> model = nn.Sequential(*(rdp.ResidualBranch(nn.Linear(8, 8)) for _ in range(4)))

@@ -157,6 +157,8 @@ def test_wrong_input_is_named():
             effective_depth(model, lambda m, factor=factor: (m(x) * factor).sum())
     with pytest.raises(TypeError, match="loss must return a scalar tensor"):
         effective_depth(model, lambda m: m(x))
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        effective_depth(model, lambda m: m(x).sum(), seed="0")
 
 
 def test_participation():

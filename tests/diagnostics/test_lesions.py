@@ -233,6 +233,9 @@ def test_wrong_input_is_named():
         lesion_study(model, lambda m: 0.0)
     with pytest.raises(TypeError, match="evaluate must return a number, got tuple"):
         lesion_study(model, lambda m: (loss(m, images), 1))
+    for wrong in ({"adjacent": 1}, {"each": 0}, {"seed": 0.5}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be"):
+            lesion_study(model, lambda m: loss(m, images), **wrong)
     resnet, images = batch_norm_resnet()
     with (
         swapped(resnet, [(0, 3)]),
