@@ -36,8 +36,9 @@ def test_the_readme_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
-def test_a_page_runs(page):
+def test_a_page_runs(page, tmp_path, monkeypatch):
     """A page may take 10 seconds."""
+    monkeypatch.chdir(tmp_path)
     run_if_installed(page)
 
 
