@@ -15,8 +15,9 @@ from torch import Tensor
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     """Computes the similarity of two sets of features by linear CKA (Kornblith et al., arXiv 1905.00414).
 
-    CKA is short for centred kernel alignment. It is 1 if the features are equal up to rotation, scale and offset, and 0 if they are unrelated. Constant features
-    have CKA 0 with everything, themselves included. NaN or Inf among the features gives NaN.
+    CKA is short for centred kernel alignment. It is 1 if the features are equal up to rotation, scale and offset, and 0
+    if they are unrelated. Constant features have CKA 0 with everything, themselves included. NaN or Inf among the
+    features gives NaN.
 
     Args:
         x: `[..., N, D]`, any floating dtype.
@@ -46,7 +47,7 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """Estimates without bias how strongly two sets of features depend on each other.
+    """Estimates without bias how strongly two sets of features covary.
 
     This is HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3). It is an unbiased estimate of
     the squared Frobenius norm of the cross-covariance.
@@ -150,7 +151,8 @@ def rebound(similarity: Tensor) -> Tensor:
 def heatmap_rebound(similarity: Tensor) -> Tensor:
     """The mean rebound of the rows of a similarity heatmap.
 
-    Of row r, the columns from r on count. A layer counts only if it has at least two later layers to compare with (not NaN).
+    The rebound of row r begins at column r. A layer counts only if it has at least two later layers to compare with (not
+    NaN).
 
     Args:
         similarity: `[..., L, L]`.

@@ -20,10 +20,10 @@ from .sequence import run_sequence
 
 
 class DropPath(nn.Module):
-    """Sets random samples of a branch's output to zero in training, as timm's `DropPath`.
+    """Sets random samples of a branch's output to zero in training, like timm's `DropPath`.
 
-    The meaning and the repr are those of timm's. The forward is `drop_path`. The branch before it is computed for every sample. A `ResidualBranch` skips the dropped
-    ones instead.
+    The meaning and the repr are those of timm's. The forward is `drop_path`. The branch before it is computed for every
+    sample. A `ResidualBranch` skips the dropped ones instead.
 
     Args:
         drop_prob: P(drop), in [0, 1].
