@@ -70,4 +70,5 @@ html_title = "rdp_kernels"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_show_sourcelink = False
+html_sidebars = {"*": []}  # pages at the top have no neighbours to list: their tables get the room
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}

@@ -20,7 +20,7 @@ SAMPLINGS = ("bernoulli", "fixed")
 
 
 def drop_path_rates(drop_prob: float, num_paths: int, schedule: str = "constant") -> list[float]:
-    """Drop probabilities of `num_paths` paths, from the first to the last.
+    """Computes a list of drop probabilities, constant or growing over depth.
 
     Args:
         drop_prob: P(drop) in [0, 1]: of every path, or of the last one.
@@ -53,7 +53,7 @@ def kept_scale(drop_prob: float, scale_by_keep: bool) -> float:
 
 
 class PathPlan:
-    """A plan says which paths a drop iteration keeps, for which samples.
+    """The choice of which paths a drop iteration keeps, for the whole batch or for each sample.
 
     A `ResidualDropPath` scheme draws a plan for each drop iteration. A plan of your own goes to its `iterations` or
     `drop_iteration` as `plan=`. The arguments are also attributes. Plans are compared by value.

@@ -54,7 +54,7 @@ class PathReport:
     block_class: str
     """The name of the block's class."""
     name: str
-    """The name of the path in its block: that of its drop-path, or one made from the last module of its branch."""
+    """The path's name in its block. It is its drop-path's name, or is made from the last module of its branch."""
     drop_prob: float
     """P(drop). It is nan if it isn't known, as for some refused drop-paths."""
     refused: str | None = None
@@ -118,7 +118,7 @@ class BlockReport:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, path by path.
+    """The result of `convert`, with a row for each path.
 
     `print(report)` shows a table of the paths, drawn by rich if that is installed, then the notes and the summary.
     Iterating over the report gives its rows. A row has `block`, `name`, `drop_prob`, `what` (what is skipped, or why

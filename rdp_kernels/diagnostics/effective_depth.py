@@ -29,7 +29,7 @@ SAMPLES = 16  # random subsets of each length, with more paths
 
 @dataclass(frozen=True)
 class EffectiveDepth:
-    """The gradient at the input of the first path, by the number of branches that it came through.
+    """The shares of a gradient that came through no branch, through one, through two, and so on.
 
     `effective_depth` returns it. A length is a number of branches.
 
@@ -85,7 +85,7 @@ def effective_depth(
     seed: int = 0,
     progress: bool | None = None,
 ) -> EffectiveDepth:
-    """Measures through how many branches the gradient comes (Veit et al., arXiv 1605.06431, section 4.3).
+    """Measures through how many branches a gradient comes on average (Veit et al., arXiv 1605.06431, section 4.3).
 
     For a set of k paths the forward is the ordinary one, in eval mode. In these k paths the backward goes through the
     branch only, and in the others through the shortcut only. Length k contributes the mean norm of the gradient at the
@@ -185,7 +185,7 @@ def _norm(model: nn.Module, loss: Callable[[Any], Tensor], through: set[int]) ->
 
 
 def participation(values: Sequence[float] | Tensor) -> float:
-    """The number of contributions that matter, (Σv)² / Σv².
+    """Counts how many of several contributions matter, as (Σv)² / Σv².
 
     It is n for n equal values, 1 if one value has it all, and 0 if all values are 0.
 

@@ -113,7 +113,7 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Which, Which]]) -> contextli
 
 @dataclass(frozen=True)
 class Trials:
-    """The same lesion with several random choices of paths.
+    """Results of one kind of lesion for several random choices of paths.
 
     `LesionStudy.removed` and `LesionStudy.swapped` hold them.
 
@@ -146,7 +146,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class LesionStudy:
-    """A network's values with paths removed and swapped.
+    """The values of a network before and after paths are removed or swapped.
 
     `lesion_study` returns it. All values are results of `evaluate`. `str(study)` is a table.
 

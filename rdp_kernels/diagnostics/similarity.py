@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Linear CKA, centred kernel alignment (Kornblith et al., arXiv 1905.00414).
+    """Computes the similarity of two sets of features by linear CKA (Kornblith et al., arXiv 1905.00414).
 
-    It is 1 if the features are equal up to rotation, scale and offset, and 0 if they are unrelated. Constant features
-    have CKA 0 with everything, themselves included. NaN or Inf among the features gives NaN.
+    CKA is short for centred kernel alignment. It is 1 if the features are equal up to rotation, scale and offset, and 0
+    if they are unrelated. Constant features have CKA 0 with everything, themselves included. NaN or Inf among the
+    features gives NaN.
 
     Args:
         x: `[..., N, D]`, any floating dtype.
@@ -46,9 +47,10 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3).
+    """Estimates without bias how strongly two sets of features covary.
 
-    It is an unbiased estimate of the squared Frobenius norm of the cross-covariance.
+    This is HSIC_1 of linear kernels (Song et al. 2012, eq. 5; arXiv 2010.15327, eq. 3). It is an unbiased estimate of
+    the squared Frobenius norm of the cross-covariance.
 
     Args:
         x: `[..., N, D]`, N ≥ 4, any floating dtype.
@@ -147,9 +149,10 @@ def rebound(similarity: Tensor) -> Tensor:
 
 
 def heatmap_rebound(similarity: Tensor) -> Tensor:
-    """The rebound of row r of a heatmap from column r on, as a mean over the layers r.
+    """The mean rebound of the rows of a similarity heatmap.
 
-    A layer counts only if it has at least two later layers to compare with (not NaN).
+    The rebound of row r begins at column r. A layer counts only if it has at least two later layers to compare with (not
+    NaN).
 
     Args:
         similarity: `[..., L, L]`.
@@ -173,7 +176,7 @@ def heatmap_rebound(similarity: Tensor) -> Tensor:
 
 
 class MinibatchCKA:
-    """Unbiased linear CKA between layers, from minibatches (Nguyen, Raghu, Kornblith, arXiv 2010.15327).
+    """Collects linear CKA between layers from minibatches, without bias (Nguyen, Raghu, Kornblith, arXiv 2010.15327).
 
     `update` adds HSIC_1 of every pair of layers, weighted by the minibatch's size. A CKA is a ratio of three means over
     minibatches: HSIC_1(x, y), HSIC_1(x, x) and HSIC_1(y, y). The means are unbiased for the distribution of the

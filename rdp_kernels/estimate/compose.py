@@ -24,7 +24,7 @@ from .pieces import PieceCosts, Quantity
 
 @dataclass(frozen=True)
 class Shares:
-    """What an iteration does with each path, for many plans.
+    """The fractions of rows on which each path learns or is frozen, for many plans.
 
     Attributes:
         learning: float64 `[plans, paths]`, the fraction of the rows on which the branch learns.
@@ -56,7 +56,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """FLOPs, saved bytes and seconds of iterations of one model on one batch.
+    """Computes what iterations of a model cost in FLOPs, saved bytes and seconds.
 
     `ModelCost.of` measures the model. FLOPs are those of matmuls and convolutions, as `torch.utils.flop_counter` counts
     them. Saved bytes are what autograd keeps between forward and backward, without parameters and buffers.

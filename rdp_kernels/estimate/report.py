@@ -35,7 +35,7 @@ PLAINLY = "Recommendation: plain training, or the scheme for its results only."
 
 @dataclass(frozen=True)
 class Row:
-    """The mean costs of one choice of mode, freezing and rates.
+    """One row of an `Estimate`, the mean costs of one choice of mode, freezing and rates.
 
     Costs are means over 256 drawn plans. An iteration in which nothing can learn isn't run, so it isn't counted.
 
@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a scheme's iterations cost, in rows, and a recommendation.
+    """A table of what a scheme's iterations cost, with a recommendation.
 
     `ResidualDropPath.estimate` returns it. `str(estimate)` is a table with the recommendation below. Iterating gives
     the rows.

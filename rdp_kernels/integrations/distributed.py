@@ -40,7 +40,7 @@ def register(
     compress: torch.dtype | None = None,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Makes a DistributedDataParallel train by the iterations of a scheme.
+    """Prepares a DistributedDataParallel model for the iterations of a scheme.
 
     Gradients equal those of one process on the joined batch. What doesn't learn has no gradient on any rank and isn't
     sent. Every rank has to call this before the first iteration, and again for another scheme of the same DDP. Calling
@@ -120,7 +120,7 @@ def agree(
     every_iteration: bool = True,
     timeout: timedelta | None = None,
 ) -> Agreement:
-    """Compares between ranks what the masks depend on, now and when an iteration starts.
+    """Checks that all ranks have the same scheme, now and at the start of every iteration.
 
     All ranks have to call it. It compares the scheme's options and state, its paths, their drop probabilities and their
     parameters. At each iteration it compares the number and the phase of the iteration, the probabilities and, in block

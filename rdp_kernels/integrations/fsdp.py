@@ -20,7 +20,7 @@ __all__ = ["register", "shard_paths"]
 
 
 def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
-    """Calls `fully_shard` on each path's branch, then on `model`.
+    """Shards a model by FSDP2, each branch by itself and then the rest.
 
     A dropped branch then isn't gathered, and a branch in which nothing learns isn't reduce-scattered. A unit holds the
     modules that a branch calls (norm and `fn`). γ and everything outside of branches belong to the model's unit.
@@ -62,7 +62,7 @@ def shard_paths(model: nn.Module, **options: Any) -> nn.Module:
 def register(
     model: nn.Module, scheme: ResidualDropPath, *, every_iteration: bool = True, timeout: timedelta | None = None
 ) -> Agreement:
-    """Makes ranks agree on what is dropped and, in sample mode, call the same branches.
+    """Checks that the schemes of all ranks agree, and in sample mode makes ranks call the same branches.
 
     Every rank has to call it. Without it, ranks whose masks differ wait for each other forever. See
     `rdp_kernels.integrations.distributed.agree`.

@@ -76,7 +76,7 @@ _logged: set[tuple[str, str, str]] = set()
 
 
 def available_backends() -> dict[str, str | None]:
-    """Says which backends can be used here.
+    """Lists the backends and says why one can't be used on this machine.
 
     Returns:
         The name of each backend, with None where it can be used, else the reason why it can't.
@@ -93,7 +93,7 @@ def available_backends() -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
-    """Runs the ops within a `with` block on one backend.
+    """Chooses the backend of all functions and modules within a `with` block.
 
     `"auto"`, the default outside of such blocks, takes the fastest backend that can serve a call. A backend that was
     asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve. Kernels have no rules for

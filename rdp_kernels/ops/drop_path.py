@@ -14,11 +14,11 @@ from ..plan import kept_scale
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
-    """Drops each sample of `x` with probability `drop_prob` in training, as timm's function of the same name.
+    """Sets random samples of `x` to zero in training, like timm's function of the same name.
 
-    This is stochastic depth (Huang et al., arXiv 1603.09382). Unlike timm's function, it never reads a dropped row, so
-    that NaN or Inf there becomes 0. The mask comes from torch's global CPU generator on every device. A
-    traced or scripted function draws it on the device of `x`.
+    This is stochastic depth (Huang et al., arXiv 1603.09382) with probability `drop_prob`. Unlike timm's function, it
+    never reads a dropped row, so that NaN or Inf there becomes 0. The mask comes from torch's global CPU generator on
+    every device. A traced or scripted function draws it on the device of `x`.
 
     Args:
         x: the branch's output, `[B, ...]`, any floating dtype.
@@ -68,10 +68,11 @@ def drop_path_add(
     gamma: Tensor | None = None,
     scale_by_keep: bool = True,
 ) -> Tensor:
-    """`residual + drop_path(γ · branch)` in one op.
+    """Adds a branch's update to the residual, except for samples that are dropped at random.
 
-    Arithmetic runs in float32, or in float64 where an argument is float64. The branch of a dropped row is never read.
-    The mask comes from torch's global CPU generator on every device.
+    It equals `residual + drop_path(γ · branch)`, in one op. Arithmetic runs in float32, or in float64 where an argument
+    is float64. The branch of a dropped row is never read. The mask comes from torch's global CPU generator on every
+    device.
 
     Args:
         residual: the residual, `[B, ...]`, any floating dtype.

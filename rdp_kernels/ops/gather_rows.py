@@ -10,10 +10,10 @@ from ..kernels.spec import NextInput, Operands, RowSet
 
 
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor:
-    """Gathers rows: `residual[rows]`.
+    """Copies some rows of a tensor, for a branch that runs on these only.
 
-    The values of `rows` are checked only where they are on the CPU. The result is differentiable with respect to
-    `residual`; second derivatives need `use_backend("eager")`.
+    It equals `residual[rows]`. The values of `rows` are checked only where they are on the CPU. The result is
+    differentiable with respect to `residual`; second derivatives need `use_backend("eager")`.
 
     Args:
         residual: the residual, `[B, ...]`, any floating dtype.

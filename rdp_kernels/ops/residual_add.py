@@ -20,11 +20,11 @@ def residual_add(
     channel_dim: int = -1,
     activation: ActivationName | None = None,
 ) -> Tensor:
-    """`act(residual + row_scale[b] · γ[c] · branch)`, out of place.
+    """Adds a branch's update to the residual, with a factor for each row and for each channel.
 
-    Arithmetic runs in float32, or in float64 where an argument is float64. The values of `rows` are checked only where
-    they are on the CPU. The result is differentiable with respect to `residual`, `branch` and `gamma`; second
-    derivatives need `use_backend("eager")`.
+    Returns `act(residual + row_scale[b] · γ[c] · branch)` and changes no argument. Arithmetic runs in float32, or in
+    float64 where an argument is float64. The values of `rows` are checked only where they are on the CPU. The result is
+    differentiable with respect to `residual`, `branch` and `gamma`; second derivatives need `use_backend("eager")`.
 
     Args:
         residual: the residual, `[B, ...]`, any floating dtype.

@@ -23,7 +23,7 @@ def residual_add_norm(
     norm: NormName = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Adds an update to the residual and norms the next branch's rows of the sum, in one kernel.
+    """Adds an update to the residual and normalises the rows that the next branch takes, in one kernel.
 
     Computes `out = residual + row_scale[b] · γ[c] · branch` and returns `(out, norm(out)[next_rows])`. The norm sees
     the sum as it is stored, in the residual's dtype. Arithmetic runs in float32, or in float64 where an argument is

@@ -20,10 +20,10 @@ from .sequence import run_sequence
 
 
 class DropPath(nn.Module):
-    """Drops samples of a branch's output in training: timm's `DropPath`, with the same meaning and repr.
+    """Sets random samples of a branch's output to zero in training, like timm's `DropPath`.
 
-    The forward is `drop_path`. The branch before it is computed for every sample. A `ResidualBranch` skips the dropped
-    ones instead.
+    The meaning and the repr are those of timm's. The forward is `drop_path`. The branch before it is computed for every
+    sample. A `ResidualBranch` skips the dropped ones instead.
 
     Args:
         drop_prob: P(drop), in [0, 1].
@@ -57,8 +57,9 @@ class DropPath(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """One residual path: `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
+    """Adds the output of a module to its input, and in training skips the samples that are dropped.
 
+    It is one path, a residual branch with its add: `act(shortcut(x) + row_scale · γ · fn(norm(x), *args, **kwargs))`.
     Without a scheme it is stochastic depth that computes the kept samples only (Huang et al., arXiv 1603.09382); masks
     come from torch's global CPU generator. In eval mode it is the plain residual. Under a `ResidualDropPath` scheme it
     follows the scheme's plan.
@@ -252,7 +253,9 @@ class ResidualBranch(nn.Module):
 
 
 class ResidualSequence(nn.Sequential):
-    """A `torch.nn.Sequential` of `ResidualBranch` modules that passes further arguments on to them.
+    """Runs `ResidualBranch` modules in a row, with fused kernels between them.
+
+    It is a `torch.nn.Sequential` that passes further arguments on to its branches.
 
     `forward(x, *args, **kwargs)` equals `for branch in branches: x = branch(x, *args, **kwargs)`, except that a branch
     gets only those keyword arguments that its `fn.forward` takes by name, or all if that takes `**kwargs`. An attention

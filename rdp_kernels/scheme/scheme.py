@@ -24,7 +24,7 @@ FREEZES = ("parameters", "branch", "none")
 
 
 class ResidualDropPath:
-    """Runs the two-iteration ResidualDroppath scheme on a model (arXiv 2411.09475).
+    """Trains a model by the two-iteration ResidualDroppath scheme (arXiv 2411.09475).
 
     A path is a residual branch with its add. A *drop* iteration leaves out random paths, and everything that runs
     learns. The *reuse* iteration that follows runs every path, and only the paths that were left out learn. At
@@ -167,7 +167,7 @@ class ResidualDropPath:
 
     @property
     def reuse_pending(self) -> bool:
-        """Whether a reuse iteration is next: the last plan dropped paths that can learn and haven't learned yet."""
+        """Whether a reuse iteration is next, because the last plan dropped paths that can learn and haven't yet."""
         return self._pairs.pending is not None
 
     def learning_parameters(self) -> list[nn.Parameter]:

@@ -98,8 +98,8 @@ def _differences(rows: list[Row]) -> str:
 
 def _classes(rows: list[Row]) -> str:
     lines = [
-        "| block class | model | outcome | paths | what is skipped, or why it isn't | notes |",
-        "|---|---|---|---|---|---|",
+        "| block class, and a model that has it | outcome | paths | what is skipped, or why it isn't | notes |",
+        "|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.block_class):
         kind = re.sub(r"^(timm|torchvision|transformers)\.models\.", "", row.block_class)
@@ -110,7 +110,7 @@ def _classes(rows: list[Row]) -> str:
             f"not measured: {row.not_measured}" if row.not_measured else "",
         ]
         paths = f"{row.converted} of {row.converted + row.nested + row.refused}"
-        cells = [f"`{kind}`", row.model, row.outcome, paths, _joined(what), _joined(flags)]
+        cells = [f"`{kind}`<br>{row.model}", row.outcome, paths, _joined(what), _joined(flags)]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
 
