@@ -88,7 +88,7 @@ class TestNothingCanLearn:
                 kept = scheme.plan.keep.tolist()
             assert phases == (["reuse"] if not any(kept) else ["drop", "reuse"] if not all(kept) else ["drop"])
             plans.append(kept)
-        assert [False] * 4 in plans, "the case occurs"
+        assert [False] * 4 in plans, "no plan dropped every path"
         drawn = torch.tensor(plans).double().mean()
         assert abs(drawn - 0.2) < 0.08, "no plan is drawn again: the rates are the ones that were asked for"
         assert scheme.state_dict()["drawn"] == 60

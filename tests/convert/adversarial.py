@@ -1,7 +1,7 @@
-"""Small residual blocks, each of which does another kind of thing that a block in the wild may do.
+"""Small residual blocks. Each does one kind of thing that blocks of real libraries may do.
 
-A decorator declares what `rdp.convert` must make of a block: `right`, it trains exactly as before; `refused`, it stays
-as it was, for a reason that matches; `either` of them. What is not declared `right` trains exactly as before too.
+A decorator declares the outcome of `rdp.convert` on a block. `right`: it trains exactly as before. `refused`: it stays
+as it was, for a reason that matches. `either`: one of the two. Blocks not declared `right` train exactly as before too.
 
 The state that blocks share outside of modules is the lower-case data of this module and of the classes; `reset` puts
 all of it back.
@@ -93,7 +93,7 @@ class Residual(nn.Module):
         return out
 
     plain = True
-    """Whether its output is the residual and a branch of one path, and nothing in it is random."""
+    """Whether its output is the residual plus the update of one path, and nothing in it is random."""
 
     @staticmethod
     def later(model):
@@ -105,7 +105,7 @@ class Residual(nn.Module):
 
 
 class Scaled(Residual):
-    """A branch that a number scales, which comes from somewhere."""
+    """A branch scaled by a number; subclasses say where it comes from."""
 
     def branch(self, x):
         return self.scale_now() * self.fc(x)
@@ -245,7 +245,7 @@ class DropoutChild(Residual):
 
 @right
 class DropoutRateOfBlock(Residual):
-    """Dropout as a function, with a rate of the block's, which is raised later."""
+    """Dropout as a function, with a rate of the block's that is raised later."""
 
     plain = False
 
@@ -332,7 +332,7 @@ class ClosureFlag(Residual):
 
 @right
 class ClassAttribute(Scaled):
-    """Reads an attribute of its class, which changes for all blocks at once."""
+    """Reads an attribute of its class, changed later for all blocks at once."""
 
     scale = 1.0
 
@@ -421,7 +421,7 @@ class ConfigDict(Scaled):
 
 @right
 class ListOfNumbers(Scaled):
-    """Reads a list, whose contents change."""
+    """Reads a list whose contents change."""
 
     def __init__(self):
         super().__init__()
@@ -514,7 +514,7 @@ class PropertyOfBlock(Scaled):
 
 @right
 class MissingAttribute(Scaled):
-    """Asks for an attribute that isn't there yet."""
+    """Looks for an attribute that doesn't exist yet."""
 
     def scale_now(self):
         return getattr(self, "scale", 1.0)
@@ -588,7 +588,7 @@ class Environment(Scaled):
 
 @refused("calls")
 class Clock(Scaled):
-    """Asks what time it is."""
+    """Reads the clock."""
 
     def scale_now(self):
         return 2.0 if time.time() > deadline[0] else 1.0
@@ -730,7 +730,7 @@ class GrowingList(Residual):
 
 @right
 class ChildByName(Residual):
-    """Chooses a child by an attribute, which changes later."""
+    """Chooses a child by an attribute that changes later."""
 
     def __init__(self):
         super().__init__()
@@ -774,7 +774,7 @@ class ReplacedForwardOfClass(Residual):
 
 
 def decorated(forward):
-    """Notes each call, as the decorators of transformers do."""
+    """Records each call, as the decorators of transformers do."""
 
     @functools.wraps(forward)
     def call(self, *args, **kwargs):
@@ -823,7 +823,7 @@ class NeighboursWeight(Residual):
 
 @refused("reads '(cache|history|tables|neighbours)'")
 class TellsNeighbour(Residual):
-    """Leaves a tensor on a module that isn't its own, as UNets hand features over."""
+    """Leaves a tensor on a module that isn't its own, as UNets pass on features."""
 
     def __init__(self):
         super().__init__()
@@ -1033,7 +1033,7 @@ class ThreadsOfTorch(Scaled):
 
 @right
 class DtypeOfParameters(Residual):
-    """Casts its input to the dtype of its parameters, which changes."""
+    """Casts its input to the dtype of its parameters, which is changed later."""
 
     def branch(self, x):
         return self.fc(x.to(next(self.parameters()).dtype))
@@ -1045,7 +1045,7 @@ class DtypeOfParameters(Residual):
 
 @right
 class DeviceOfParameters(Residual):
-    """Moves its input to the device of its parameters, which changes."""
+    """Moves its input to the device of its parameters, which is changed later."""
 
     def branch(self, x):
         return self.fc(x.to(next(self.parameters()).device))
@@ -1177,7 +1177,7 @@ class InstanceOfTensor(Residual):
 
 @refused("differs")
 class TypeOfInput(Residual):
-    """Looks its input's type up."""
+    """Looks up its input's type."""
 
     def branch(self, x):
         return {Tensor: 2}.get(type(x), 1) * self.fc(x)
