@@ -327,8 +327,7 @@ def planned(model, keep, mode):
 
 
 def check_masked(twin, inputs, outputs, keep):
-    """Checks each output against the original block's: the residual plus, where the branch is kept, twice the
-    update."""
+    """Checks outputs against the original blocks: the residual plus, where the branch is kept, twice the update."""
     adversarial.reset()
     _seed(3)
     for block, x, out, kept in zip(twin.blocks, inputs, outputs, keep, strict=True):
