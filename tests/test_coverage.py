@@ -61,7 +61,7 @@ SUBSET = {
     "torchvision.swin_transformer.SwinTransformerBlockV2": "norms after the branch",
     "torchvision.vision_transformer.EncoderBlock-plain": "no drop-path: found by the adds",
 }
-"""Cases that span the problem, and what each of them is about."""
+"""Cases that differ in kind, and what each shows."""
 
 
 def test_the_page_is_made_of_the_committed_file():

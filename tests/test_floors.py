@@ -24,7 +24,7 @@ FLOORS = (  # from the lowest floor up; folders of one floor don't import each o
 )
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
 ALLOWED = {("rdp_kernels.scheme.scheme", "rdp_kernels.estimate")}
-"""`ResidualDropPath.estimate` imports what it calls when it is called: most trainings don't ask."""
+"""`ResidualDropPath.estimate` imports its code when it is called, as most trainings don't use it."""
 
 
 def files() -> dict[str, Path]:

@@ -43,7 +43,7 @@ TESTS = (
     "tests/kernels",
 )
 GIGABYTES = 12
-"""Of room: two of them stay free while a torch with its CUDA libraries is unpacked."""
+"""Room on disk; 2 GB stay free while a torch with its CUDA libraries is unpacked."""
 
 
 class Unavailable(Exception):

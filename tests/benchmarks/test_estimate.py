@@ -1,4 +1,4 @@
-"""`python -m benchmarks estimate`: whose costs it prints, what it writes, and what it refuses."""
+"""`python -m benchmarks estimate`: the costs that it prints and writes, and the options that it refuses."""
 
 import argparse
 import csv

@@ -1,4 +1,4 @@
-"""The harness with providers that do nothing: what is checked before timing, in which order, and what a row says."""
+"""The harness with providers that do nothing: checks before timing, their order, and the fields of a row."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ FIELDS = {
 
 
 class FakeClock:
-    """Seconds that pass only when a provider says so."""
+    """A clock that advances only when a provider says so."""
 
     now = 0.0
 
@@ -124,7 +124,7 @@ def test_more_flops_than_needed_fail_before_timing(session):
 
 
 def test_on_a_gpu_other_flops_are_told_of_and_the_case_is_measured(monkeypatch, capsys):
-    """A GPU's attention kernels count otherwise than the matmuls that needs are made of."""
+    """A GPU's attention kernels count FLOPs differently from the matmuls that needed FLOPs consist of."""
     a = torch.randn(4, 4)
     wasteful = provider("wasteful", lambda turn: a @ a @ a, needed_flop=128, minimal=True)
     assert case_of(wasteful).count_flop(1, torch.device("cuda")) == {"wasteful": 256}
@@ -258,4 +258,4 @@ def test_without_git_there_is_no_commit(monkeypatch):
     device = Device(torch.device("cpu"), "a CPU", cache_bytes=1)
     assert machine.facts(device)["commit"] == ""
     monkeypatch.setenv("RDP_COMMIT", "abc1234")
-    assert machine.facts(device)["commit"] == "abc1234", "a copy of the tree is told"
+    assert machine.facts(device)["commit"] == "abc1234", "a copy of the tree says so"

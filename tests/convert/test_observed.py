@@ -618,7 +618,7 @@ REPLACED_LATER = {
 
 @pytest.mark.parametrize("what", REPLACED_LATER)
 def test_what_a_drop_path_calls_is_replaced_later(what, monkeypatch):
-    """Also in a drop-path that was observed before: the block follows the new behaviour, and the old one when it is
+    """Also in a drop-path that was observed before. The block follows the new behaviour, and the old one once
     restored."""
     model, _ = converted(Drops())
     x = torch.randn(5, nets.DIM)

@@ -28,7 +28,7 @@ from .tiles import cut
 from .values import douts_of, operands_of, row_scale_of
 
 ROUNDINGS = 8
-"""Of the arithmetic on the way to a result: a few products, and sums that are added in any order."""
+"""Error of the arithmetic before the last rounding: a few products, and sums in any order."""
 
 Op = Callable[[Operands, Case], Results]
 

@@ -18,8 +18,8 @@ from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
 NUMERICS_BACKENDS = ["triton", "native"] if DEVICE == "cpu" or has_cuda() else ["triton"]
-"""All are held to the same numbers. Of the compiled library's CUDA kernels, which serve fewer calls, only the drawn cases
-are run: those that aren't served are drawn anew."""
+"""All backends must give the same numbers. The compiled library's CUDA kernels support fewer calls and run only drawn
+cases; unsupported ones are drawn again."""
 
 VECTORS = ("gamma", "weight", "bias")
 
