@@ -140,7 +140,7 @@ def test_scripted_and_traced_modules_are_branches():
         (lambda x: sequence(ByName())(x, x), "branch 0 .* takes 0 positional"),
     ],
 )
-def test_what_none_takes_is_named(call, words):
+def test_arguments_that_no_branch_takes_are_named(call, words):
     with pytest.raises(TypeError, match=words):
         call(torch.randn(3, DIM))
 
@@ -152,7 +152,7 @@ def test_what_none_takes_is_named(call, words):
 @pytest.mark.parametrize("made", [lambda y: (y, None), lambda y: None, lambda y: {"y": y}])
 @pytest.mark.parametrize("where", ["branch", "sequence"])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_what_is_no_tensor_is_refused_in_every_way(freeze, made, where, backend):
+def test_results_that_are_no_tensors_are_refused(freeze, made, where, backend):
     returns = Returns(lambda y: y)
     branch = rdp.ResidualBranch(returns)
     model = nn.Sequential(branch) if where == "branch" else rdp.ResidualSequence(branch)
@@ -254,7 +254,7 @@ B, T = 5, 3
 @pytest.mark.parametrize("as_what", ["position", "name", "tuple"])
 @pytest.mark.parametrize("runs", ["alone", "sequence"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_per_sample_doesnt_name_is_named(kept, function, as_what, runs, backend):
+def test_arguments_missing_in_per_sample_are_named(kept, function, as_what, runs, backend):
     """On a single row some of these would broadcast instead of raising."""
     if as_what == "tuple":
         function = lambda x, mask, function=function: function(x, mask[0])  # noqa: E731
@@ -274,7 +274,7 @@ def test_what_per_sample_doesnt_name_is_named(kept, function, as_what, runs, bac
     ("mask", "per_sample"),
     [(torch.randn(B, T, T), ["mask"]), (torch.randn(T, T), []), (torch.tensor(1.0), []), (3.0, []), (None, [])],
 )
-def test_what_has_other_rows_is_not_blamed(mask, per_sample):
+def test_arguments_with_other_rows_are_not_blamed(mask, per_sample):
     def fails(x, mask):
         raise RuntimeError("of its own")
 

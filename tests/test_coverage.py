@@ -179,7 +179,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_sees_what_is_broken(what, monkeypatch):
+def test_finds_faults(what, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(Block(), BatchNormBlock(), Block(), nn.Linear(4, 2))
     break_it, seen = BROKEN[what]

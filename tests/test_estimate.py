@@ -260,7 +260,7 @@ def test_nothing_changes():
     assert first.rows == scheme.estimate(x, timed=False).rows, "the same plans every time"
 
 
-def test_in_eval_mode_it_is_training_that_is_estimated():
+def test_in_eval_mode_training_is_estimated():
     model, x = ViT(dim=16, depth=1, heads=2), torch.randn(SAMPLES, 1, 8, 8)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     wanted = scheme.estimate(x, timed=False).rows
@@ -270,7 +270,7 @@ def test_in_eval_mode_it_is_training_that_is_estimated():
     assert not model.training
 
 
-def test_times_are_there_where_asked_for():
+def test_times_are_measured_on_request():
     model, x = ViT(dim=8, depth=1, heads=2), torch.randn(2, 1, 8, 8)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     timed, untimed = scheme.estimate(x), scheme.estimate({"images": x}, timed=False)
@@ -354,7 +354,7 @@ class Picky(nn.Module):
         (ViT(), torch.randn(0, 1, 8, 8), r"samples in dimension 0, got one of shape \[0, 1, 8, 8\]"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(model, inputs, message):
+def test_models_that_cannot_be_measured_are_refused(model, inputs, message):
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     with pytest.raises(ValueError, match=message):
         scheme.estimate(inputs, timed=False)
@@ -493,7 +493,7 @@ def row_of_plain(scheme, x):
     return scheme.estimate(x, timed=False).plain_flops
 
 
-def test_rates_of_zero_are_told():
+def test_rates_of_zero_are_reported():
     with pytest.warns(UserWarning, match="drop_prob is 0"):
         scheme = rdp.ResidualDropPath(ViT(dim=8, depth=1))
     estimate = scheme.estimate(torch.randn(2, 1, 8, 8), timed=False)

@@ -24,7 +24,7 @@ CONVS = [
 
 
 @pytest.mark.parametrize(("module", "shape"), CONVS, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "")
-def test_saving_less_change_no_bit_of_the_forward_and_no_gradient(module, shape):
+def test_saving_less_changes_no_bit_of_the_forward_and_no_gradient(module, shape):
     module = copy.deepcopy(module).double().requires_grad_(False)
     for name, buffer in module.named_buffers():
         if "running" in name:
@@ -45,7 +45,7 @@ def test_saving_less_change_no_bit_of_the_forward_and_no_gradient(module, shape)
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
-def test_saving_less_leave_learning_and_half_precision_alone():
+def test_saving_less_leaves_learning_and_half_precision_alone():
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
     with SaveLess():
         conv(x).sum().backward()
@@ -122,14 +122,14 @@ def test_freeze_bn_is_checked(freeze_bn):
         rdp.ResidualDropPath(nn.Sequential(rdp.ResidualBranch(nn.BatchNorm1d(2))), freeze_bn=freeze_bn)
 
 
-def test_saving_less_are_used_where_they_save_something():
+def test_saving_less_is_used_where_it_saves_something():
     by_batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert not save_less_pays(by_batch.modules())
     assert save_less_pays(by_batch.eval().modules())
     assert save_less_pays([nn.Conv2d(2, 2, 1)])
 
 
-def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
+def test_a_batch_norm_with_a_forward_of_its_own_does_not_move():
     """Other libraries write such a forward, without a look at `track_running_stats`."""
 
     class Own(nn.BatchNorm1d):

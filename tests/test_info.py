@@ -23,7 +23,7 @@ def test_describe():
 
 
 def test_command_and_import_cost_nothing():
-    """Importing asks no GPU and imports no triton; the command prints the report."""
+    """Importing queries no GPU and imports no triton; the command prints the report."""
     script = (
         "import sys, torch, rdp_kernels; assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     )

@@ -92,7 +92,7 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
     kept = out.flatten() != 0
     assert 0 < int(kept.sum()) < 40
     assert torch.equal(out[kept], 2 * bias[kept])
-    assert fn.calls[0][2] is table, "an argument that isn't named is handed on, whatever its shape"
+    assert fn.calls[0][2] is table, "an argument that isn't named is passed on with any shape"
     branch(x, None)
     with pytest.raises(ValueError, match=r"per_sample argument .* 40 samples.*\[39, 1\]"):
         branch(x, bias[:39])

@@ -172,7 +172,7 @@ def test_an_open_iteration_is_refused_and_a_scheme_is_not(record):
 
 
 @pytest.mark.parametrize("model", [net()[0], net()[2]], ids=["branch", "sequence"])
-def test_what_cant_be_recorded_says_so(model):
+def test_models_that_cant_be_recorded_say_so(model):
     name = type(model).__name__
     with pytest.raises(RuntimeError, match=f"can't compile {name}.*torch.export"):
         torch.jit.script(nn.Sequential(model))

@@ -90,7 +90,7 @@ class TestNothingCanLearn:
             plans.append(kept)
         assert [False] * 4 in plans, "no plan dropped every path"
         drawn = torch.tensor(plans).double().mean()
-        assert abs(drawn - 0.2) < 0.08, "no plan is drawn again: the rates are the ones that were asked for"
+        assert abs(drawn - 0.2) < 0.08, "no plan is drawn again, so that the rates are right"
         assert scheme.state_dict()["drawn"] == 60
 
     def test_resuming_is_exact(self):
@@ -135,7 +135,7 @@ class TestNothingCanLearn:
         with scheme.reuse_iteration():
             model(X).sum().backward()
         assert learned(model) == [True] * 4
-        with scheme.drop_iteration(plan=plan(*[False] * 4)):  # as it was asked for
+        with scheme.drop_iteration(plan=plan(*[False] * 4)):  # a given plan runs
             assert torch.equal(model(X), X)
 
     def test_alternate(self):

@@ -18,7 +18,7 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("ends", ["wait", "exit 3"])
-def test_what_a_step_started_ends_with_it(tmp_path, ends):
+def test_processes_of_a_step_end_with_it(tmp_path, ends):
     """When the time is over, and when the command ends earlier."""
     error = subprocess.TimeoutExpired if ends == "wait" else subprocess.CalledProcessError
     with pytest.raises(error):
@@ -39,7 +39,7 @@ def test_what_a_step_started_ends_with_it(tmp_path, ends):
         (versions.Unavailable("they can't be installed"), 0, 1, "LEFT OUT, they can't be installed"),
     ],
 )
-def test_what_it_says(error, code, waiting, line, monkeypatch, capsys):
+def test_last_line_and_exit_code(error, code, waiting, line, monkeypatch, capsys):
     """`waiting`: the exit code without a time limit."""
     folders = []
 
@@ -82,7 +82,7 @@ def test_cuda_kernels_are_built_where_they_can_be(nvcc, torchs, build, monkeypat
     assert versions.what_to_build("the new one") == build
 
 
-def test_what_is_installed():
+def test_installed_packages():
     """The tests need Triton's interpreter, and it fails with numpy 2.4 before 3.7."""
     assert versions.requirements("2.10.0", None, smoke=True) == ["torch==2.10.0", "ninja", "setuptools"]
     for triton, numpy in (("3.6.0", "numpy<2.4"), ("3.7.0", "numpy"), ("3.10.0", "numpy"), (None, "numpy")):

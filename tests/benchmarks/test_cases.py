@@ -95,7 +95,7 @@ def test_a_naive_pair_that_forgets_the_rest_is_caught(model, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["resnet", LIBRARY[-1]])
-def test_batch_norm_of_what_is_frozen_is_checked(model, monkeypatch):
+def test_frozen_batch_norm_is_checked(model, monkeypatch):
     forward = pairs.Exact.pair
 
     def thawed(self, plan):

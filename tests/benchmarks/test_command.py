@@ -128,7 +128,7 @@ def test_passes_its_options_on(instant):
 
 
 @pytest.mark.parametrize(("asked", "compiled"), [("eager", [False]), ("compiled", [True]), ("none", [])])
-def test_drop_path_is_compiled_where_that_is_asked_for(instant, monkeypatch, asked, compiled):
+def test_drop_path_is_compiled_on_request(instant, monkeypatch, asked, compiled):
     """Compiling takes minutes on a CPU."""
     got = []
 
@@ -172,7 +172,7 @@ def test_verdicts_of_a_gpu():
     assert not list(step.gpu_verdicts([rows[0] | {key: value} for key, value in others.items()]))
 
 
-def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, monkeypatch, capsys):
+def test_a_provider_that_fails_its_check_is_not_timed_and_others_are(instant, tmp_path, monkeypatch, capsys):
     right = step.step_case
     wrong = Provider("plain", lambda turn: pytest.fail("it was timed"), lambda: Check(float("nan"), 1e-10))
 
@@ -191,7 +191,7 @@ def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, mo
     assert not out.exists()
 
 
-def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monkeypatch, capsys):
+def test_rows_are_on_disk_before_the_next_case(instant, tmp_path, monkeypatch, capsys):
     """A case that raises doesn't harm the others either."""
     right, seen, out = step.step_case, [], tmp_path / "step.csv"
 
@@ -213,7 +213,7 @@ def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monke
     assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["vit"] * 5 + ["resnet"] * 5
 
 
-def test_a_case_that_cannot_be_made_costs_the_others_nothing(instant, tmp_path, monkeypatch, capsys):
+def test_a_case_that_cannot_be_made_leaves_the_others_alone(instant, tmp_path, monkeypatch, capsys):
     """For example, the first network may be too large for a GPU."""
     right, out = step.step_case, tmp_path / "step.csv"
 
@@ -238,7 +238,7 @@ def _interruptible():
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_a_signal_prints_and_writes_what_there_is(instant, tmp_path, monkeypatch, capsys):
+def test_a_signal_prints_and_writes_the_results_so_far(instant, tmp_path, monkeypatch, capsys):
     taken = []
 
     def take(turn):

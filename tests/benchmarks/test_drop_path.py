@@ -76,7 +76,7 @@ def test_masks_are_new_at_each_step_and_of_their_rate(kind):
     assert abs(kept - (0.5 if issubclass(kind, Subset) else 0.6)) < 0.05  # 3 of 6 rows
 
 
-def test_what_is_compiled_is_the_work_of_others():
+def test_compiled_drop_paths_make_one_graph():
     """One graph of a subset serves all blocks; timm's network is one graph."""
     for kind, graphs in ((Compiled, 1), (CompiledSubset, 1)):
         torch._dynamo.reset()

@@ -68,7 +68,7 @@ def test_spiral_table():
     assert "10.0" not in table, "of another setting"
 
 
-def test_settings_are_compared_to_what_they_make_no_difference_to():
+def test_settings_are_compared_with_methods_that_ignore_them():
     rows = [
         row
         for name, level, changed in (("base", 0.9, {}), ("depth 12", 0.8, {"depth": "12"}))

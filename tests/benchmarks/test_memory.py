@@ -57,7 +57,7 @@ def test_the_optimizers_state_is_part_of_the_first_peak():
     assert first.peak - second.peak >= 2 * 2000 * FLOAT
 
 
-def test_a_peak_is_of_what_is_there_at_once():
+def test_a_peak_counts_memory_that_is_alive_at_once():
     x = torch.zeros(1000)
 
     def run():
@@ -79,7 +79,7 @@ def test_a_storage_counts_once_and_whole():
     assert sorted(saved.values()) == [64 * FLOAT] * 3
 
 
-def test_what_is_saved_is_what_the_forward_leaves_behind():
+def test_saved_bytes_are_those_alive_after_the_forward():
     """By the allocator: everything left after the forward is saved, except the logits, the loss, and the number by
     which each of the two attentions scales."""
     model, (images, labels) = SMALL.network(CPU).model, SMALL.data(CPU)
@@ -111,7 +111,7 @@ def test_ours_keep_less_and_need_less():
 
 def test_the_prefix_before_the_first_that_learns_keeps_nothing():
     second, last = (uses(Exact, kept)[1].saved for kept in ([True, False, True, True], [True, True, True, False]))
-    assert last < second, "paths 1 and 3 are alike; behind path 1 frozen ones pass a gradient"
+    assert last < second, "paths 1 and 3 are alike; after path 1 frozen ones pass a gradient"
 
 
 def test_hooks_change_no_peak():
@@ -171,7 +171,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert [first["provider"], first["iteration"], f"{first['saved_mean_bytes'] / 1e6:,.1f}"] in cells
 
 
-def test_in_bf16_it_keeps_less_and_says_so(tmp_path, monkeypatch):
+def test_in_bf16_it_keeps_less_and_rows_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "TRAINERS", (Plain,))
     rows = {}
     for dtype in ("float32", "bf16"):
@@ -184,7 +184,7 @@ def test_in_bf16_it_keeps_less_and_says_so(tmp_path, monkeypatch):
     assert narrow["saved_mean_bytes"] < wide["saved_mean_bytes"]
 
 
-def test_whether_the_scheme_is_refused_is_asked_of_a_small_network(monkeypatch):
+def test_a_refusal_of_the_scheme_is_found_on_a_small_network(monkeypatch):
     """Building and converting a whole ViT-B to find out takes one core 17 seconds."""
     asked = []
     monkeypatch.setattr(memory, "scheme_refusal", lambda config, mode: asked.append((config, mode)))

@@ -113,7 +113,7 @@ def test_needed_bytes_of_a_chain():
 
 @needs_interpreter
 @pytest.mark.parametrize("setting", TINY, ids=id_of)
-def test_the_kernels_move_what_is_needed(setting):
+def test_the_kernels_move_the_needed_bytes(setting):
     """Bytes counted by the interpreter; extra bytes are known."""
     op = OPS[setting.op](setting)
     sets = Sets(op, 1)
@@ -253,7 +253,7 @@ def test_only_others_may_sum_in_the_dtype_of_the_residual():
     assert not sets.check("both", (out * 1.04, *rough[1:])).passed
 
 
-def test_what_is_not_there_says_why(monkeypatch):
+def test_an_unavailable_provider_says_why(monkeypatch):
     (case,) = op_cases.op_cases(ROWS, Device(CPU, "a CPU", 1 << 12), ["both"])
     assert {p.name: p.unavailable for p in case.providers if p.unavailable} == {
         "ours triton": INTERPRETED,

@@ -128,7 +128,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
-def test_each_is_called_with_what_it_takes(name, setting, install):
+def test_each_gets_the_arguments_that_it_takes(name, setting, install):
     for path, function in STAND_INS.get(name, {}).items():
         install(path, function)
     assert passes_in(setting, name) == list(PASSES)
@@ -201,7 +201,7 @@ def test_a_wrong_draw_is_not_timed(options, monkeypatch):
     assert reason.startswith("differs from the float64 reference by inf" if "scale" not in options else "differs")
 
 
-def test_draws_are_told_from_what_they_changed():
+def test_draws_are_read_off_the_rows_that_changed():
     op = OPS[DENSE.op](DENSE)
     sets, rows = Sets(op, 1), torch.tensor([0, 3])
     residual, branch, gamma = sets.inputs[0]
@@ -239,7 +239,7 @@ def test_bytes_of_drawn_masks_are_eagers():
 # Unavailable providers
 
 
-def test_what_serves_a_setting():
+def test_which_providers_support_a_setting():
     def serving(setting):
         return [other.library for other in others_of(SimpleNamespace(name=setting.op, setting=setting))]
 
@@ -253,7 +253,7 @@ def test_what_serves_a_setting():
         assert names == {"timm", "torchvision", *STAND_INS} == {o.library for os in OTHERS.values() for o in os}
 
 
-def test_what_needs_a_gpu_says_so(install, monkeypatch):
+def test_a_provider_that_needs_a_gpu_says_so(install, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(op_providers, "COMPILER", "eager")
     assert passes_in(RMS, "liger") == {"liger is not installed"}

@@ -78,7 +78,7 @@ def test_a_wrong_result_is_not_counted(monkeypatch):
 
 
 @needs_interpreter
-def test_what_torch_does_beside_the_kernels_is_told(monkeypatch):
+def test_traffic_of_torch_beside_the_kernels_is_reported(monkeypatch):
     right = ResidualAdd.ours
     monkeypatch.setattr(ResidualAdd, "ours", lambda self, *inputs: (right(self, *inputs)[0].clone(),))
     with pytest.raises(CheckFailed, match=r"besides the kernels torch runs \['aten.clone.default'\]"):

@@ -55,7 +55,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert "no xformers in 12 cases: xformers is not installed" in printed.replace("\n", " ")
 
 
-def test_measures_what_was_asked_for(tmp_path):
+def test_measures_the_requested_settings(tmp_path):
     out = tmp_path / "ops.json"
     options = ["--op", "gather_rows", "path", "--pass", "backward", "--turns", "2", "--json", str(out)]
     assert main(["ops", "--tiny", *options]) == 0
@@ -87,7 +87,7 @@ def test_without_a_gpu_it_says_so(command, capsys):
     assert "--device cuda: this machine, or this torch, has no cuda device" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsys):
+def test_a_wrong_provider_is_not_timed_and_others_are(monkeypatch, tmp_path, capsys):
     right = OPS["gather_rows"].ours
     monkeypatch.setattr(OPS["gather_rows"], "ours", lambda self, x: (2 * right(self, x)[0],))
     out = tmp_path / "ops.json"
@@ -282,7 +282,7 @@ def test_a_replay_that_writes_nothing_has_no_time(monkeypatch):
     }
 
 
-def test_what_cannot_be_captured_says_why(monkeypatch):
+def test_a_provider_that_cannot_be_captured_says_why(monkeypatch):
     class Graph:
         def replay(self):
             raise AssertionError

@@ -157,7 +157,7 @@ def test_draws_that_are_all_alike_are_caught(share, monkeypatch):
     assert all("'ours eager' differs from the float64 reference by inf" in message for message in found.values())
 
 
-def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsys):
+def test_a_wrong_provider_is_not_timed_and_others_are(monkeypatch, tmp_path, capsys):
     right = rdp.gather_rows
     monkeypatch.setattr(rdp, "gather_rows", lambda *args: 2 * right(*args))
     out = tmp_path / "overhead.json"
@@ -213,7 +213,7 @@ def test_on_a_gpu_the_clock_stops_when_the_host_is_done(monkeypatch):
     assert happened == ["wait", "issue", "wait"]
 
 
-def test_a_pass_runs_what_it_says(monkeypatch):
+def test_a_pass_runs_the_right_calls(monkeypatch):
     seen, entered, right, enter = [], [], CALLS[ResidualAdd], rdp.use_backend
 
     def watched(op, *inputs):

@@ -85,7 +85,7 @@ class TestPlots:
         assert run(place) == run(place, "--check") == 0
         assert plot.read_bytes() != first
 
-    def test_what_another_matplotlib_drew_is_left_as_it_is(self, place):
+    def test_plots_of_another_matplotlib_do_not_change(self, place):
         run(place)
         plot = place / "plots/step-cpu.svg"
         older = plot.read_bytes().replace(b"Matplotlib v", b"Matplotlib v0.")

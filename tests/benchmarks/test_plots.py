@@ -261,14 +261,14 @@ def test_rows_that_cannot_be_drawn_are_written_all_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("draw", [draw for by_name in plots.FIGURES.values() for draw in by_name.values()])
-def test_what_is_missing_is_told(draw):
+def test_missing_columns_are_reported(draw):
     with pytest.raises(NothingToPlot, match="there are no rows"):
         draw([])
     with pytest.raises(NothingToPlot, match="the rows have no column .*, torch, triton, python, commit, date$"):
         draw([{"device": "a CPU", "threads": 1}])
 
 
-def test_rows_without_ours_are_told():
+def test_rows_without_ours_are_reported():
     with pytest.raises(NothingToPlot, match="no row of ours has one of another provider beside it"):
         plots.ratio_bars(OPS[:2])
     with pytest.raises(NothingToPlot, match="no row of ours exact or ours branch-frozen"):

@@ -93,7 +93,7 @@ def test_an_interrupt_ends_it(monkeypatch, capsys):
     assert "needed FLOPs 0.40 to 0.60" in told(capsys), "results so far"
 
 
-def test_refuses_what_it_cannot_write_to_or_run_on(tmp_path, capsys):
+def test_refuses_an_unwritable_folder_and_an_unknown_device(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main(["all", "--out", str(tmp_path / "file")])

@@ -211,7 +211,7 @@ for op, shape in (("residual_add_bwd", (4, 80, 384)), ("residual_add_norm_fwd", 
 """
 
 
-def test_a_shape_that_cannot_be_compiled_ahead_is_told_of_and_the_others_are(monkeypatch, capsys):
+def test_a_shape_that_cannot_be_compiled_ahead_is_reported_and_others_are_compiled(monkeypatch, capsys):
     compiled = []
 
     def compile_one(op, shape):
@@ -254,7 +254,7 @@ def test_every_candidate_is_compiled_and_none_is_launched():
 
 
 @pytest.mark.slow
-def test_what_is_compiled_ahead_is_what_the_search_launches():
+def test_kernels_compiled_ahead_are_those_that_the_search_launches():
     """Budget: 20 seconds."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     output = subprocess.run([sys.executable, "-c", AHEAD_AND_SEARCHED], env=environment, capture_output=True, text=True)

@@ -203,7 +203,7 @@ def test_a_strict_conversion_that_raises_leaves_no_trace():
 
 
 @pytest.mark.parametrize("drop_prob", [None, 0.3])
-def test_what_lies_in_a_branch_stays_there(drop_prob):
+def test_paths_inside_a_branch_stay_there(drop_prob):
     """A block with a drop-path inside another block's branch, and inside a ResidualBranch."""
 
     class Outer(nn.Module):

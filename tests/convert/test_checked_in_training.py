@@ -342,7 +342,7 @@ class Ranks(Norm):
 
 
 @pytest.mark.parametrize("branch", [Noise, KeepsMap, Attention, Norm, Ranks], ids=lambda branch: branch.__name__)
-def test_what_is_random_or_a_batch_norm_passes(branch):
+def test_random_branches_and_batch_norms_pass(branch):
     checked(Residual(branch()))
 
 
@@ -385,7 +385,7 @@ def test_blocks_with_other_attributes_in_children_are_checked_apart():
     assert [row.refused is None for row in report] == [True, True, False]
 
 
-def test_what_blocks_are_alike():
+def test_which_blocks_are_alike():
     assert likeness(nets.Block(0.1)) == likeness(nets.Block(0.2))
     for change in (
         lambda block: setattr(block.mlp[0], "flag", 1),

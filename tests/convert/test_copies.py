@@ -238,7 +238,7 @@ def test_a_base_class_is_watched_too(monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["forward", "scaled"])
-def test_what_is_replaced_on_the_instance_before_is_refused(attribute):
+def test_a_method_that_is_replaced_on_the_instance_before_is_refused(attribute):
     model, x = nets.Net(Plain()).train(), tokens()
     block = model.blocks[0]
     block.__dict__[attribute] = types.MethodType(lambda self, y: self.gamma * y, block)
@@ -259,7 +259,7 @@ def test_a_method_that_is_replaced_on_the_instance_later_runs():
     assert torch.equal(out, x + 5 * model.blocks[0].fn(x))
 
 
-def test_a_forward_that_is_replaced_on_the_instance_later_is_told_by_the_scheme():
+def test_a_forward_that_is_replaced_on_the_instance_later_is_reported_by_the_scheme():
     model, x = plain(), tokens()
     scheme = rdp.ResidualDropPath(model, 0.5)
     block = model.blocks[1]

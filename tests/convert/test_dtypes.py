@@ -186,7 +186,7 @@ def test_some_rows(world, freeze):
 
 @pytest.mark.parametrize("block", [Bare, IntoBranch, IntoResidual, Widening])
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_float32_input_gives_what_it_gave(block, keep):
+def test_a_float32_input_gives_the_originals_dtype_and_numbers(block, keep):
     """Under autocast the result is bfloat16 without an add or with one in place; an add with float64 gives float64."""
     original, model = converted(block)
     scheme = rdp.ResidualDropPath(model, 0.5)
@@ -247,7 +247,7 @@ def test_a_dropped_branch_is_probed_once_without_side_effects():
     assert all(module.training for module in model.modules())
 
 
-def test_what_a_rank_runs_for_others_tells_the_dtype():
+def test_a_dummy_call_for_other_ranks_gives_the_dtype():
     _, model = converted(Scaled)
     path, rows = paths_of(model[1])[0][1], []
     model[1].conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -259,7 +259,7 @@ def test_what_a_rank_runs_for_others_tells_the_dtype():
     assert rows == [1], "on a row of zeros, which other ranks wait for, and no second time alone"
 
 
-def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
+def test_a_probe_leaves_no_weight_without_grad_in_autocasts_cache():
     _, model = converted(Scaled)
     iteration = dropped(model)
     with autocast(torch.bfloat16):
@@ -352,7 +352,7 @@ def test_recorded(record):
     assert torch.equal(out, expected)
 
 
-def test_a_copy_asks_for_itself():
+def test_a_copy_probes_its_own_branch():
     """Copies of one class may be cast apart."""
     _, model = converted(Scaled)
     with dropped(model), autocast(torch.bfloat16):
@@ -444,7 +444,7 @@ def outputs(model, scheme, x):
     return found
 
 
-# Paths of one's own
+# Own paths
 
 
 def test_own_paths_keep_the_residuals_dtype():

@@ -158,7 +158,7 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("dims", [2, 4])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_what_can_be_followed(name, dims):
+def test_drop_paths_that_can_be_followed(name, dims):
     make, drop_prob, mode, scale = FOLLOWED[name]
     law, module = law_of(make(), dims), make()
     assert isinstance(law, Law), law
@@ -518,7 +518,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
-def test_what_can_t_be_followed(make):
+def test_drop_paths_that_can_t_be_followed(make):
     module = make()
     before = copy.deepcopy(module.__dict__) if make is not OwnGenerator else None
     law = law_of(module, 3)
@@ -652,7 +652,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_a_module_that_is_named_as_a_drop_path_is_told_of(what):
+def test_a_refused_module_that_is_named_like_a_drop_path_is_reported(what):
     """Its rate is unknown, so that a scheme warns about it."""
     make, reason = NAMED[what]
     model, report = converted(make())

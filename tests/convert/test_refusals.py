@@ -236,7 +236,7 @@ class CachesByItself(HandsOn):
         return x + self.drop_path(self.inner(x, flag=not use_cache, **kwargs))
 
 
-def test_what_a_trainer_hands_down_for_the_loss_is_no_other_call():
+def test_a_trainers_argument_for_the_loss_is_no_other_call():
     blocks = nets.tokens_net(HandsOn(), CachesByItself()).blocks
     x, model, other = tokens(), Net(blocks[0]), Net(blocks[1])
     rdp.convert(model, example_inputs=x)
@@ -301,7 +301,7 @@ def test_a_model_without_anything_to_convert():
         rdp.ResidualDropPath(model)
 
 
-def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
+def test_the_scheme_warns_of_drop_paths_that_keep_dropping_by_themselves():
     model = nets.tokens_net(nets.Block, Assigns())
     rdp.convert(model, example_inputs=tokens())
     with pytest.warns(UserWarning, match=r"paths of the scheme and keep dropping .*: blocks.1.drop_path") as told:
@@ -386,7 +386,7 @@ class AsksForOutputs(nn.Module):
         return self.block(x, flag)
 
 
-def test_results_that_nobody_asked_for_and_a_constant_that_changes():
+def test_unrequested_results_and_a_constant_that_changes():
     model = AsksForOutputs().train()
     report = rdp.convert(model, example_inputs=tokens())
     assert not report.refused, str(report)

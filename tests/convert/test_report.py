@@ -268,7 +268,7 @@ class Holds(nn.Module):
         return x + self.drop_path(self.inner(self.fn(x)))
 
 
-def test_what_a_branch_leaves_on_its_modules_is_told():
+def test_what_a_branch_leaves_on_its_modules_is_reported():
     model = nets.tokens_net(Holds(Leaves()), Holds(mlp()))
     state = torch.get_rng_state(), random.getstate()
     # the check alone decides whether a buffer may move

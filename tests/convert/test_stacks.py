@@ -34,7 +34,7 @@ def seeded(model, x):
     return model(x)
 
 
-def test_nothing_that_others_look_at_changes(model):
+def test_nothing_visible_from_outside_changes(model):
     plain = nets.tokens_net(nets.Block, nets.Shared, nets.Concat)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]

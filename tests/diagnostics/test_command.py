@@ -258,7 +258,7 @@ def test_options_out_of_range(option, capsys):
     assert "must be an integer, at least" in capsys.readouterr().err
 
 
-def test_what_is_no_number_is_null(tmp_path, capsys, checkpoint):
+def test_values_that_are_no_numbers_are_null(tmp_path, capsys, checkpoint):
     model, file = checkpoint
     torch.save(model.state_dict() | {"head.bias": torch.full((10,), math.nan)}, file)
     argv = ["--checkpoint", file, "--data", "digits", *QUICK, "--out", tmp_path]

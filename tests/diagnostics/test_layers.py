@@ -117,7 +117,7 @@ def test_a_path_that_is_called_twice_is_two_layers():
     assert layer_similarity(model, x, metric="cosine", of="branch").labels == ("input", "input#2")
 
 
-def test_what_follows_in_place_is_not_seen():
+def test_later_changes_in_place_are_not_seen():
     """The model later writes to the residual in place."""
 
     class InPlace(nn.Module):
@@ -235,7 +235,7 @@ def test_a_heatmap_is_drawn():
     assert image.colorbar.ax.get_ylabel() == "mean cosine similarity, of the branch"
 
 
-def test_a_heatmap_makes_its_own_axes_and_leaves_labels_out_that_have_no_room():
+def test_a_heatmap_makes_its_own_axes_and_leaves_out_labels_without_room():
     import matplotlib.pyplot as plt
 
     labels = tuple(f"path {index}" for index in range(70))

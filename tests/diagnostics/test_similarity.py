@@ -221,7 +221,7 @@ def test_rebound_is_the_sum_of_the_rises():
     assert rebound(curves).tolist() == [0.5, 0, 2]
 
 
-def test_rebound_steps_over_what_is_not_known():
+def test_rebound_skips_missing_values():
     nan = math.nan
     curves = torch.tensor([[nan, 1, 0.5, nan, nan, 0.75], [nan, nan, nan, nan, 1, nan], [nan] * 6]).double()
     assert rebound(curves).tolist() == [0.25, 0, 0]
@@ -237,7 +237,7 @@ def test_heatmap_rebound_is_the_mean_over_layers_with_two_later_ones():
         assert got.item() == pytest.approx(sum(rows) / 4, abs=1e-10)
 
 
-def test_heatmap_rebound_leaves_out_what_can_not_be_compared():
+def test_heatmap_rebound_leaves_out_pairs_that_can_not_be_compared():
     """Two stages of a CNN: only the first has a layer with two later ones."""
     matrix = torch.full((5, 5), math.nan, dtype=torch.float64)
     matrix[:3, :3] = torch.tensor([[1, 0.25, 0.5], [0.25, 1, 0.5], [0.5, 0.5, 1]])

@@ -268,7 +268,7 @@ def test_drop_paths_flops_are_the_expectation(text):
 
 @pytest.mark.parametrize("batch", ["same", "next"])
 def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
-    """Each seed has its own batches, order and weights, the same in all methods. "same": both iterations share a
+    """Each seed has its own batches and weights, equal in all methods. "same": both iterations of a pair share a
     batch."""
     wanted = config(batch=batch, drop_prob=0.5, steps=8)
     taken: list[tuple[int, int]] = []

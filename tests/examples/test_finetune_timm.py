@@ -92,7 +92,7 @@ def test_each_scheme_trains_and_writes_results(scheme, options, tmp_path, capsys
     assert str(tmp_path / "run" / "results.json") in printed.replace("\n", "")
 
 
-def test_frozen_batch_norm_goes_by_what_is_said(tmp_path):
+def test_freeze_bn_option_changes_the_training(tmp_path):
     """The first reuse iteration's loss differs for the same weights, so that all weights differ at the end."""
     weights = set()
     for kind in ("batch", "running", "moving"):

@@ -165,7 +165,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_frozen_weights_stand_still_and_the_others_follow_the_textbook(row):
+def test_frozen_weights_do_not_move_and_the_others_follow_the_textbook(row):
     loop = Loop(row)
     ever = set()
     for _ in range(4):

@@ -161,7 +161,7 @@ def test_bfloat16(tmp_path):
     assert scheme.state_dict()["completed"] == completed(phases)
 
 
-def test_what_does_not_learn_stands_still(tmp_path):
+def test_frozen_weights_do_not_move(tmp_path):
     """With the optimizer that the Trainer makes by default: AdamW, fused."""
     model = vit()
     scheme = rdp.ResidualDropPath(model, seed=3)

@@ -35,7 +35,7 @@ def test_fixed_row(library, row, record_property):
 
 
 @pytest.mark.parametrize("tensor", ["out", "dresidual"])
-def test_other_bits_in_a_second_run_are_told_of(tensor):
+def test_other_bits_in_a_second_run_are_reported(tensor):
     """One unit in the last place is within both budgets, and a race need not change more."""
     calls = []
 

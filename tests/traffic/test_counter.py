@@ -146,7 +146,7 @@ def test_memory_outside_of_tensors():
         copy(storage[64:128], torch.zeros(64), x_start=64)
 
 
-def test_what_is_small():
+def test_small_tensors():
     """Tensors are small by their arguments' names."""
     with count_traffic() as counted:
         Launch(

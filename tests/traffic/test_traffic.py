@@ -112,7 +112,7 @@ def test_rows_in_place(p):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_rows_of_which_some_are_dropped(in_place):
+def test_dropped_rows(in_place):
     rows, kept = [4, 0, 3, 1], [0, 2]  # `kept` are places in `rows`
     kept_rows = [rows[k] for k in kept]
     add = Add(row_set(rows), row_scale=row_scale(kept, 4))

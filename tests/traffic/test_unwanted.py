@@ -35,7 +35,7 @@ def weights(norm, learn=True):
 
 
 @pytest.mark.parametrize("gamma", [False, True])
-def test_constant_frozen_part(gamma):
+def test_a_detached_frozen_part(gamma):
     """The gradient of the sum is read where the branch learns, and not where it is a constant."""
     rows = [4, 0, 3]
     tensors = dict(residual=samples(), update=samples(1), frozen_update=samples(2, learns=False))

@@ -66,7 +66,7 @@ def test_refuses_other_minutes(minutes, capsys):
     assert "must be a number of minutes" in capsys.readouterr().err
 
 
-def test_a_gpu_on_which_no_test_ran_is_no_success(tmp_path):
+def test_a_visit_that_ran_no_test_is_no_success(tmp_path):
     """For example if all tests were skipped."""
     file = tmp_path / "tests-h200.csv"
     visit = command.Visit(Workspace("cuda", "h200", tmp_path, tmp_path), {})

@@ -52,7 +52,7 @@ def is_there(pid):
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_a_step_that_raises_crashes_hangs_or_fails_costs_the_others_nothing(visit, tmp_path):
+def test_a_step_that_raises_crashes_hangs_or_fails_leaves_the_others_alone(visit, tmp_path):
     child = tmp_path / "child"
     steps = [
         step("first", GOOD),
@@ -87,7 +87,7 @@ def test_a_step_that_raises_crashes_hangs_or_fails_costs_the_others_nothing(visi
     assert not is_there(child.read_text()), "the step's child is gone too"
 
 
-def test_a_step_for_what_time_is_left_may_use_all_of_it(visit):
+def test_a_step_that_fills_its_time_may_use_all_of_it(visit):
     code, printed, verdicts = visit(step("drawn", "print('7 right', flush=True); " + HANGS, fills=True), seconds=2)
     assert (code, verdicts) == (0, {"drawn": "ok"})
     assert "7 right, when the time was over" in printed
@@ -103,7 +103,7 @@ def test_a_python_that_cannot_be_started_is_a_failed_step(visit, monkeypatch):
 @pytest.mark.parametrize(
     "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]]
 )
-def test_an_interrupt_keeps_what_there_is(visit, numbers, tmp_path):
+def test_an_interrupt_keeps_the_results_so_far(visit, numbers, tmp_path):
     """Ctrl-C, the signal of `timeout`, a closed terminal; and more signals while a step that ignores the first one is
     being stopped."""
     begun = tmp_path / "begun"
@@ -187,7 +187,7 @@ def test_the_log_keeps_earlier_visits_and_is_bounded(visit, monkeypatch, tmp_pat
     assert "the rest of this step is left out" in log
 
 
-def test_what_would_change_the_measurement_is_not_inherited(monkeypatch, tmp_path):
+def test_variables_that_change_the_measurement_are_not_inherited(monkeypatch, tmp_path):
     for name in ("RDP_BACKEND", "PYTEST_ADDOPTS", "RDP_EXAMPLES", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "1")
     of = {
@@ -249,7 +249,7 @@ def test_a_full_disk_costs_nothing_but_what_does_not_fit(tmp_path):
     assert ",first,ok," in file, "what was found while there was room"
 
 
-def test_limits_keep_to_the_time_and_hand_on_what_is_left(monkeypatch):
+def test_limits_keep_to_the_time_and_pass_on_unused_time(monkeypatch):
     now = 100.0
     monkeypatch.setattr(command.time, "monotonic", lambda: now)
     steps = [step("a", "", share=10), step("b", "", share=30), step("c", "", share=60)]
