@@ -93,7 +93,7 @@ def check(
     launches = [launch for launch in counted.launches if launch.big]
     assert len(launches) <= 1, "one kernel does it all"
     big = launches[0].big if launches else {}
-    assert {*reads, *writes} <= {*big}, "a tensor is missing"
+    assert {*reads, *writes} <= {*big}, "a tensor that should be there isn't"
     for traffic in {id(traffic): traffic for traffic in big.values()}.values():
         names = [name for name in big if big[name] is traffic]  # several if it is in place
         _check_rows(traffic.read, names, reads, 2 if names[0] in twice else 1)
