@@ -1,6 +1,5 @@
-"""Without a GPU the Triton kernels run interpreted, which has to be said before the first one is defined. The tests in
-`tests/compiled` compile kernels instead and run in a process of their own: `make test` starts both.
-"""
+"""Without a GPU the Triton kernels run interpreted, and Triton must know that before the first one is defined. The
+tests in `tests/compiled` compile kernels instead and run in a process of their own: `make test` starts both."""
 
 import os
 
@@ -33,8 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)  # after xdist has sent the report
 def pytest_runtest_logreport(report):
-    """An illegal access breaks a process's CUDA for good: the tests after it would be blamed. Under xdist the process
-    ends, and another one takes over; alone, the session ends."""
+    """An illegal access breaks a process's CUDA for good, and the tests after it would fail too. Under xdist the
+    process ends and another one takes over; without xdist the session ends."""
     if not report.failed or DEVICE != "cuda":
         return
     in_worker = "PYTEST_XDIST_WORKER" in os.environ

@@ -12,7 +12,7 @@ import rdp_kernels as rdp
 
 
 class TokenMixing(nn.Module):
-    """`[B, N, C]`: mixes the tokens of a sample, then its channels."""
+    """Mixes the tokens of a sample and then its channels; `[B, N, C]`."""
 
     def __init__(self, tokens: int, dim: int):
         super().__init__()
@@ -34,7 +34,7 @@ class Transposed(nn.Module):
 
 
 class Net(nn.Module):
-    """`chain`: the paths form a `ResidualSequence`, else they are called one by one."""
+    """With `chain` the paths form a `ResidualSequence`; otherwise they are called one by one."""
 
     def __init__(self, stem: nn.Module, paths: list[rdp.ResidualBranch], head: nn.Module, chain: bool = False):
         super().__init__()
@@ -79,7 +79,8 @@ def tied_net() -> Net:
 
 
 def chain_net() -> Net:
-    """Paths that hand over to each other: with and without norm, gamma and parameters, one that can't (relu), one twice."""
+    """Paths that hand over to each other, with and without norm, gamma and parameters. One has relu and can't hand
+    over; one is there twice."""
     shared = _mlp(4)
     paths = [
         rdp.ResidualBranch(_mlp(4), norm=nn.LayerNorm(4), gamma=torch.rand(4) + 0.5),
@@ -96,7 +97,8 @@ def chain_net() -> Net:
 
 
 def conv_net() -> Net:
-    """Convolutions with GroupNorm, `[B, C, H, W]`: a strided shortcut with BatchNorm, relu after the add, gamma on dim 1."""
+    """Convolutions with GroupNorm, `[B, C, H, W]`: a strided shortcut with BatchNorm, relu after the add, gamma on dim
+    1."""
 
     def conv(inner: int, outer: int, stride: int = 1) -> nn.Module:
         return nn.Sequential(
@@ -120,7 +122,7 @@ def conv_net() -> Net:
 
 
 def batch_norm_net(chain: bool = False) -> Net:
-    """BatchNorm in the branches, which sample mode runs whole (and doesn't freeze)."""
+    """BatchNorm in the branches. Sample mode runs such branches on the whole batch and doesn't freeze them."""
     paths = [
         rdp.ResidualBranch(
             nn.Sequential(
@@ -141,7 +143,7 @@ INPUTS = {"tokens": (3, 5), "tied": (3, 4), "chain": (3, 5), "conv": (2, 5, 5), 
 
 @dataclass
 class Iteration:
-    """What the textbook needs to know of one iteration. `keep` is bool [paths, batch]."""
+    """What the textbook needs to know about one iteration. `keep` is bool [paths, batch]."""
 
     phase: str
     keep: Tensor
@@ -164,7 +166,8 @@ class Iteration:
 
 
 def textbook(net: Net, x: Tensor, iteration: Iteration) -> Tensor:
-    """All branches on all samples, masked by `torch.where`; what is frozen runs on detached copies of its modules."""
+    """Runs all branches on all samples and masks them by `torch.where`; frozen pairs use detached copies of the
+    modules."""
     constant = copy.deepcopy(net).requires_grad_(False)
     if iteration.freeze_bn == "running":
         for module in constant.modules():
@@ -201,7 +204,7 @@ def _branch(path: rdp.ResidualBranch, x: Tensor) -> Tensor:
 
 
 def took_part(net: Net, iteration: Iteration) -> set[str]:
-    """Names of the parameters that the iteration gives a gradient."""
+    """Names of the parameters that get a gradient in the iteration."""
     of_paths: dict[int, bool] = {}
     for path, learns in zip(net.paths, iteration.learns, strict=True):
         modules = [path.fn, *([] if path.norm is None else [path.norm])]

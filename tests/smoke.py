@@ -1,5 +1,5 @@
-"""Compares the compiled library with the eager reference, for any Python with any torch: where the whole test suite
-can't run, `PYTHONPATH=. another/python tests/smoke.py` from a tree or folder that has the library."""
+"""Compares the compiled library with the eager reference, for any Python with any torch, where the whole test suite
+can't run. Usage: `PYTHONPATH=. another/python tests/smoke.py` from a tree or folder that has the library."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ ROWS, NEXT_ROWS = [3, 0], [1, 4, 2]
 
 
 def results(backend: str, dtype: torch.dtype, rows: list[int] | None) -> list[torch.Tensor]:
-    """A sum, the rows of it that a next branch would get, and all gradients."""
+    """A sum, the rows of the sum that a next branch would get, and all gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which branch gets which argument, and what is said where a branch is called or answers in another way than it should."""
+"""Which branch gets which argument, and the errors for wrong calls of a branch and for wrong results."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DIM = 4
 
 
 class Masked(nn.Module):
-    """`w x + mask`, `mask` given by position or by name."""
+    """`w x + mask`, with `mask` given by position or by name."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ BACKENDS = [
 ]
 
 
-# Who gets what
+# Which branch gets which argument
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,7 +86,7 @@ def test_a_wrapper_that_takes_anything_gets_all():
 
 
 def test_a_forward_of_an_instance_counts():
-    """As accelerate's hooks and `torch.compile` set one."""
+    """Accelerate's hooks and `torch.compile` set one."""
     net, x = sequence(Masked(), nn.Linear(DIM, DIM)), torch.randn(3, DIM)
     expected = net(x, mask=x)
     forward = net[0].fn.forward
@@ -95,7 +95,7 @@ def test_a_forward_of_an_instance_counts():
 
 
 def test_wrappers_are_looked_through():
-    """An MLP that takes no mask takes none when it is compiled or checkpointed either."""
+    """An MLP that takes no mask gets none when it is compiled or checkpointed either."""
     masked, mlp, x = Masked(), nn.Linear(DIM, DIM), torch.randn(3, DIM)
     expected = sequence(masked, mlp)(x, mask=x)
     for wrap in (lambda m: torch.compile(m, backend="eager"), checkpoint_wrapper):
@@ -140,7 +140,7 @@ def test_scripted_and_traced_modules_are_branches():
         (lambda x: sequence(ByName())(x, x), "branch 0 .* takes 0 positional"),
     ],
 )
-def test_what_none_takes_is_named(call, words):
+def test_arguments_that_no_branch_takes_are_named(call, words):
     with pytest.raises(TypeError, match=words):
         call(torch.randn(3, DIM))
 
@@ -152,7 +152,7 @@ def test_what_none_takes_is_named(call, words):
 @pytest.mark.parametrize("made", [lambda y: (y, None), lambda y: None, lambda y: {"y": y}])
 @pytest.mark.parametrize("where", ["branch", "sequence"])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_what_is_no_tensor_is_refused_in_every_way(freeze, made, where, backend):
+def test_results_that_are_no_tensors_are_refused(freeze, made, where, backend):
     returns = Returns(lambda y: y)
     branch = rdp.ResidualBranch(returns)
     model = nn.Sequential(branch) if where == "branch" else rdp.ResidualSequence(branch)
@@ -217,7 +217,7 @@ def test_a_shortcut_returns_a_tensor():
         branch(torch.randn(2, DIM))
 
 
-# Arguments with a row per sample that nobody named
+# Arguments with a row per sample that `per_sample` doesn't name
 
 
 class Attention(nn.Module):
@@ -254,8 +254,8 @@ B, T = 5, 3
 @pytest.mark.parametrize("as_what", ["position", "name", "tuple"])
 @pytest.mark.parametrize("runs", ["alone", "sequence"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_per_sample_doesnt_name_is_named(kept, function, as_what, runs, backend):
-    """On a single row some of these broadcast instead of raising."""
+def test_arguments_missing_in_per_sample_are_named(kept, function, as_what, runs, backend):
+    """On a single row some of these would broadcast instead of raising."""
     if as_what == "tuple":
         function = lambda x, mask, function=function: function(x, mask[0])  # noqa: E731
     branch = rdp.ResidualBranch(Attention(function))
@@ -274,7 +274,7 @@ def test_what_per_sample_doesnt_name_is_named(kept, function, as_what, runs, bac
     ("mask", "per_sample"),
     [(torch.randn(B, T, T), ["mask"]), (torch.randn(T, T), []), (torch.tensor(1.0), []), (3.0, []), (None, [])],
 )
-def test_what_has_other_rows_is_not_blamed(mask, per_sample):
+def test_arguments_with_other_rows_are_not_blamed(mask, per_sample):
     def fails(x, mask):
         raise RuntimeError("of its own")
 

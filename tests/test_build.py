@@ -1,5 +1,5 @@
-"""How `setup.py` builds: what `RDP_BUILD` says, what happens where something is missing, and what an installation holds.
-Every build works on a copy of the tree. Slow tests install into environments of their own, which see this one's packages.
+"""How `setup.py` builds: values of `RDP_BUILD`, builds where something is missing, and what an installation holds.
+Every build works on a copy of the tree. Slow tests install into new environments that see this one's packages.
 """
 
 import os
@@ -27,7 +27,7 @@ compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
 @pytest.fixture
 def tree(tmp_path):
-    """What the package is built from, with nothing built."""
+    """The sources that the package is built from, with nothing built."""
     tree = tmp_path / "tree"
     for folder in ("csrc", "rdp_kernels"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
@@ -37,7 +37,7 @@ def tree(tmp_path):
 
 
 def run(*command, cwd, **environment):
-    """Runs it with nothing of this process' settings for builds; the result's `stdout` is all that it wrote."""
+    """Runs a command without this process' settings for builds; the result's `stdout` has both of its outputs."""
     ours = ("RDP_", "CUDA_", "MAX_JOBS", "NVCC_", "TORCH_CUDA_", "CXX", "CC", "PYTHONPATH")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(
@@ -72,7 +72,7 @@ def wheels(tree):
 
 
 def told(output):
-    """The lines that tell what the build goes on without."""
+    """The lines that say what is left out of the build."""
     return [line for line in output.splitlines() if line.startswith("rdp_kernels: ")]
 
 
@@ -95,7 +95,7 @@ def test_none_makes_a_pure_package(tree):
 
 @pytest.fixture
 def no_torch(tmp_path):
-    """On PYTHONPATH it hides the torch that is installed."""
+    """A folder that hides the installed torch when it is on PYTHONPATH."""
     (tmp_path / "stub" / "torch").mkdir(parents=True)
     (tmp_path / "stub" / "torch" / "__init__.py").write_text("raise ImportError('hidden')")
     return tmp_path / "stub"
@@ -163,7 +163,7 @@ def test_an_old_library_does_not_stay_where_compiling_fails(tree):
 @compiles
 @pytest.mark.slow
 def test_variables_that_builds_of_torch_extensions_know(tree, tmp_path):
-    """A ninja that only notes its arguments, and a toolkit that is a stub. Budget: 5 seconds."""
+    """With a ninja that only writes down its arguments, and a stub of a toolkit. Budget: 5 seconds."""
     noted = tmp_path / "noted"
     script(tmp_path / "bin" / "ninja", f'[ "$1" = --version ] || {{ echo "$@" > {noted}; exit 1; }}')
     nvcc = script(tmp_path / "toolkit" / "bin" / "nvcc", "echo a stub")
@@ -191,7 +191,7 @@ def test_variables_that_builds_of_torch_extensions_know(tree, tmp_path):
 @pytest.mark.skipif(os.environ.get("RDP_BUILD") == "none", reason="nothing is to be compiled")
 @compiles
 def test_where_there_is_a_compiler_the_library_was_built():
-    """A source that doesn't compile must not pass as a machine without a compiler."""
+    """A source that doesn't compile must not look like a machine without a compiler."""
     assert rdp.available_backends()["native"] is None
 
 
@@ -215,7 +215,7 @@ def environment(tmp_path):
 
 
 def loaded_from(python, **options):
-    """Where the package is imported from, if its library agrees with the eager reference."""
+    """The path that the package is imported from, if its library agrees with the eager reference."""
     where, line = succeeds(python, "-W", "ignore", SMOKE, **options).splitlines()
     assert "agrees with the eager reference" in line
     return Path(where)

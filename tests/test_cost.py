@@ -1,4 +1,4 @@
-"""What an iteration costs, counted exactly: FLOPs of the matmuls, bytes that autograd saves, calls of the branches."""
+"""What an iteration costs, counted exactly: FLOPs of matmuls, bytes that autograd saves, calls of branches."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def needed_drop(kept: list[int]) -> int:
 
 
 def needed_reuse(kept: list[int], freeze: str, train_rest: bool) -> int:
-    """FLOPs of the reuse iteration to it: path l learns on `BATCH - kept[l]` samples and is frozen on the others."""
+    """FLOPs of its reuse iteration: path l learns on `BATCH - kept[l]` samples and is frozen on the others."""
     rest_learns = train_rest or freeze == "none"
     total = flops(PATCHES, BATCH, dgrad=True, wgrad=rest_learns)
-    something_learned = rest_learns  # so far along the residual: what is after it has to pass gradients back to it
+    something_learned = rest_learns  # up to here: the paths after it pass gradients back
     for path, rows in enumerate(kept):
         matmuls = MLP if path % 2 else ATTENTION
         frozen = 0 if freeze == "none" else rows
@@ -157,7 +157,7 @@ def test_iterations_cost_what_is_needed(keep):
     ],
 )
 def test_mean_cost_of_a_step_is_the_designs(mode, freeze, expected):
-    """Equal paths of weight matmuls, one unit a matmul and no rest: steps of 2000 drawn pairs over plain steps of 3."""
+    """Equal paths of weight matmuls and no rest: the mean step of 2000 drawn pairs over a plain step of 3 units."""
     generator = torch.Generator().manual_seed(0)
     paths, samples = 24, 1 if mode == "block" else 64
     for drop_prob, wanted in zip((0.1, 0.3, 0.5), expected, strict=True):
@@ -170,7 +170,7 @@ def test_mean_cost_of_a_step_is_the_designs(mode, freeze, expected):
 
 
 def _units_and_steps(kept: Tensor, freeze: str) -> tuple[float, int]:
-    """Units that drop and reuse iterations need together, and how many iterations those are; `kept`: [plans, paths]."""
+    """Units that drop and reuse iterations need together, and how many iterations there are; `kept`: [plans, paths]."""
     dropped = 1 - kept
     learns_by = dropped.cumsum(dim=1)
     earlier_learns = (learns_by - dropped > 1e-6).float()
@@ -191,7 +191,7 @@ class Call:
 
 
 def record_calls(model: ViT) -> list[set[Call]]:
-    """For each path, filled as the model runs: its calls, which must all differ."""
+    """The calls of each path, all different. The lists fill as the model runs."""
     calls: list[set[Call]] = [set() for _ in model.paths]
 
     def hook_of(seen: set[Call]) -> Callable:
@@ -233,7 +233,7 @@ def test_branches_run_on_the_rows_of_the_plan_only(keep, freeze):
 
 @contextlib.contextmanager
 def saved_bytes(*models: nn.Module) -> Iterator[Callable[[], int]]:
-    """Bytes of the storages that autograd saves within, each once, without parameters and buffers."""
+    """Bytes of the storages that autograd saves inside the block, each counted once, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for m in models for t in (*m.parameters(), *m.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}  # keeps them, so that no address is used twice
 
@@ -250,7 +250,7 @@ def saved_bytes(*models: nn.Module) -> Iterator[Callable[[], int]]:
 def saved_in_reuse(
     branch: rdp.ResidualBranch, x: Tensor, keep: Tensor, freeze: str, freeze_bn: bool | str = True
 ) -> int:
-    """Bytes that a reuse iteration saves in `branch`, path 0 of two, on a residual that requires grad."""
+    """Bytes that a reuse iteration saves in `branch`, which is path 0 of two, on a residual that requires grad."""
     model = rdp.ResidualSequence(branch, rdp.ResidualBranch(nn.Linear(1, 1)))
     options = {"freeze": freeze, "freeze_bn": freeze_bn}
     scheme = rdp.ResidualDropPath(model, 0.5, mode=plan_of(keep).mode, train_rest=True, **options)
@@ -266,7 +266,7 @@ def saved_in_reuse(
 LEARNING, FROZEN = torch.tensor([False, False]), torch.tensor([True, False])
 TOKEN_STREAM = torch.zeros(BATCH, TOKENS, DIM)
 MEAN_RSTD = 2
-# Floats a token that a branch saves whatever it is there for, and those that only its weights' gradients need.
+# Floats per token that a branch saves in any case, and those that only its weights' gradients need.
 ATTENTION_DGRAD = DIM + MEAN_RSTD + 3 * DIM + HEADS * TOKENS  # the norm's input, q, k and v, the softmax
 ATTENTION_WGRAD = DIM + DIM  # inputs of qkv and proj
 MLP_DGRAD = DIM + MEAN_RSTD + HIDDEN  # the norm's and GELU's inputs
@@ -298,7 +298,7 @@ def test_a_frozen_branch_saves_what_its_dgrad_needs(fn, dgrad, wgrad):
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_frozen_rows_save_what_their_dgrad_needs(backend, freeze):
-    """Beside it the plan's own rows, and no copy of them."""
+    """The add saves the plan's own rows besides, and no copy of them."""
     keep = torch.ones(2, BATCH, dtype=torch.bool)
     keep[0, [1, 4]], keep[1] = False, False
     learning, frozen = 2, BATCH - 2
@@ -333,7 +333,7 @@ def test_a_frozen_conv_branch_saves_no_input_of_a_conv(freeze_bn, residuals, vec
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_the_frozen_prefix_saves_nothing(freeze):
-    """Only the last path, an MLP, learns: it and the final norm's dgrad are all there is to save for."""
+    """Only the last path, an MLP, learns: only this path and the final norm's dgrad save anything."""
     model, images = vit(), torch.randn(BATCH, CHANNELS, SIDE, SIDE)
     keep = torch.arange(PATHS) < PATHS - 1
     scheme = rdp.ResidualDropPath(model, 0.5, freeze=freeze)

@@ -1,6 +1,6 @@
-"""`python -m tests.coverage`: a fixed part of it, whether docs/models.md is current, and whether it sees what is wrong.
+"""`python -m tests.coverage`: some of its cases, whether docs/models.md is current, and whether it finds faults.
 
-The run over all classes takes about eight minutes on one core; `docs/models.csv` is what it found.
+The run over all classes takes about eight minutes on one core; `docs/models.csv` has its results.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ SUBSET = {
     "torchvision.swin_transformer.SwinTransformerBlockV2": "norms after the branch",
     "torchvision.vision_transformer.EncoderBlock-plain": "no drop-path: found by the adds",
 }
-"""Cases that span the problem, and what each of them is about."""
+"""Cases that differ in kind, and what each shows."""
 
 
 def test_the_page_is_made_of_the_committed_file():
@@ -75,7 +75,7 @@ def test_the_committed_file_has_a_row_for_each_case():
 @pytest.mark.slow
 @pytest.mark.parametrize("case_id", SUBSET)
 def test_class(case_id):
-    """Keys, evaluation, masks, a pair of iterations and copies; and what came of it is what docs/models.csv says.
+    """Keys, evaluation, masks, a pair of iterations and copies. The outcome must be that in docs/models.csv.
 
     Budget for all: 3 minutes on one core.
     """
@@ -90,7 +90,7 @@ def test_class(case_id):
 
 @functools.cache
 def _measured(library):
-    """For each case what measures its model, once."""
+    """For each case a function that measures its model, once."""
     found = {}
     for group in groups(cases(library)):
         rows = functools.cache(functools.partial(measure_group, group))
@@ -98,7 +98,7 @@ def _measured(library):
     return found
 
 
-# A measurement that always agrees is none
+# The measurement finds faults
 
 
 class DropPath(nn.Module):
@@ -143,7 +143,7 @@ def _frozen_batch_norm_learns(model, monkeypatch):
 
 
 def _after_conversion(change):
-    """Its own checks would refuse what is broken before."""
+    """Breaks a model after its conversion; the conversion's own checks would refuse a model broken before."""
 
     def break_it(monkeypatch):
         original = rdp.convert
@@ -179,7 +179,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_sees_what_is_broken(what, monkeypatch):
+def test_finds_faults(what, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(Block(), BatchNormBlock(), Block(), nn.Linear(4, 2))
     break_it, seen = BROKEN[what]

@@ -1,4 +1,4 @@
-"""What `scheme.estimate` says iterations cost is what iterations are seen to cost, and asking changes nothing."""
+"""The costs from `scheme.estimate` are those counted in real iterations, and the estimate changes nothing."""
 
 import copy
 import dataclasses
@@ -51,8 +51,8 @@ def transformers_vit():
 
 
 class Towers(nn.Module):
-    """What a chain of equal paths lacks: an activation between two paths that both want its output, two branches on one
-    tensor, a shared path, an argument, several outputs."""
+    """Has what a chain of equal paths lacks: an activation between two paths that both use its output, two branches on
+    one tensor, a shared path, an argument, several outputs."""
 
     def __init__(self, dim=12):
         super().__init__()
@@ -118,8 +118,8 @@ def counted(model, x):
 
 
 def compare(model, x, mode, options, cost, phases=("drop", "reuse")):
-    """`cost` with what a pair of iterations counts. Saved bytes: but for the indices of rows, two for each path and
-    sample, which branches that are this small have a share of, and which weigh nothing in larger ones."""
+    """Compares `cost` with the counts of a pair of iterations. Saved bytes leave out the indices of rows, two for each
+    path and sample: they matter only beside branches as small as these."""
     scheme = rdp.ResidualDropPath(model, DROP_PROB, mode=mode, **options)
     freeze, train_rest = options.get("freeze", "parameters"), options.get("train_rest", False)
     path, sample = torch.arange(len(scheme.paths))[:, None], torch.arange(len(x))
@@ -220,7 +220,7 @@ def test_rows_are_means_over_the_schemes_plans():
 
 
 def test_pairs_without_a_reuse_iteration_are_one_step():
-    """One path, dropped every other time: of three steps two are whole, and one is the rest alone."""
+    """One path, dropped every other time: of three steps two train the whole model, and one trains the rest alone."""
     model, x = ViT(dim=16, depth=1, heads=2), torch.randn(SAMPLES, 1, 8, 8)
     model.paths = rdp.ResidualSequence(model.paths[0])
     scheme = rdp.ResidualDropPath(model, 0.5, sampling="fixed", freeze="none")
@@ -260,7 +260,7 @@ def test_nothing_changes():
     assert first.rows == scheme.estimate(x, timed=False).rows, "the same plans every time"
 
 
-def test_in_eval_mode_it_is_training_that_is_estimated():
+def test_in_eval_mode_training_is_estimated():
     model, x = ViT(dim=16, depth=1, heads=2), torch.randn(SAMPLES, 1, 8, 8)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     wanted = scheme.estimate(x, timed=False).rows
@@ -270,7 +270,7 @@ def test_in_eval_mode_it_is_training_that_is_estimated():
     assert not model.training
 
 
-def test_times_are_there_where_asked_for():
+def test_times_are_measured_on_request():
     model, x = ViT(dim=8, depth=1, heads=2), torch.randn(2, 1, 8, 8)
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     timed, untimed = scheme.estimate(x), scheme.estimate({"images": x}, timed=False)
@@ -354,7 +354,7 @@ class Picky(nn.Module):
         (ViT(), torch.randn(0, 1, 8, 8), r"samples in dimension 0, got one of shape \[0, 1, 8, 8\]"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(model, inputs, message):
+def test_models_that_cannot_be_measured_are_refused(model, inputs, message):
     scheme = rdp.ResidualDropPath(model, DROP_PROB)
     with pytest.raises(ValueError, match=message):
         scheme.estimate(inputs, timed=False)
@@ -381,7 +381,7 @@ def row_of(mode, freeze, ratio, p=0.2, flops=0.7, own=True):
 
 
 def rows_of(block, sample, branch, p=0.2, flops=0.7, sample_flops=None, sample_branch=None, others=((0.3, 0.99),)):
-    """Ratios of the scheme's own rates, and by further rates those of the exact rows."""
+    """Rows with the ratios of the scheme's own rates, and of the exact rows at further rates."""
     return [
         row_of("block", "parameters", block, p, flops),
         row_of("block", "branch", branch, p, flops),
@@ -453,7 +453,7 @@ def test_recommendations(rows, share, says, never):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_recommendation_agrees_with_its_rows(seed):
-    """On made-up costs: every ratio is a row's, what is recommended pays, and no exact row is much cheaper."""
+    """On made-up costs: every ratio is a row's, the recommendation saves cost, and no exact row is much cheaper."""
     random = torch.Generator().manual_seed(seed)
     ratios = (0.5 + 0.8 * torch.rand(2000, 4, generator=random)).tolist()
     for block, sample, branch, sample_branch in ratios:
@@ -473,7 +473,7 @@ def test_the_recommendation_agrees_with_its_rows(seed):
 
 
 def test_drop_iterations_that_are_not_run_cost_nothing():
-    """With adapters only a plan that drops them all has a reuse iteration alone."""
+    """With adapters only, a plan that drops them all has a reuse iteration and no drop iteration."""
     model, x = ViT(dim=16, depth=2, heads=2), torch.randn(SAMPLES, 1, 8, 8)
     plain, _ = counted(model, x)
     model.requires_grad_(False)
@@ -493,7 +493,7 @@ def row_of_plain(scheme, x):
     return scheme.estimate(x, timed=False).plain_flops
 
 
-def test_rates_of_zero_are_told():
+def test_rates_of_zero_are_reported():
     with pytest.warns(UserWarning, match="drop_prob is 0"):
         scheme = rdp.ResidualDropPath(ViT(dim=8, depth=1))
     estimate = scheme.estimate(torch.randn(2, 1, 8, 8), timed=False)
@@ -510,7 +510,7 @@ def test_copies_of_the_model_have_no_call_override():
 
 
 def test_attention_counts_as_the_two_matmuls_that_it_is():
-    """Torch's counter sees nothing of it on CPUs."""
+    """Torch's own counter doesn't count attention on CPUs."""
     q = torch.randn(2, 3, 5, 8, requires_grad=True)
     with Flops(q.device) as flops:
         out = F.scaled_dot_product_attention(q, q, q)

@@ -92,7 +92,7 @@ def test_equals_the_textbook_on_kernels(backend, kind, mode, freeze, seed, batch
 @pytest.mark.parametrize("kind", ["conv", "batch_norm", "batch_norm_chain"])
 @pytest.mark.parametrize("freeze_bn", ["running", False])
 def test_frozen_batch_norm_equals_the_textbook(freeze_bn, kind, freeze, train_rest, seed, batch, p):
-    """As of the options that aren't the default: in branches, in branches that hand over, in the stem and shortcuts."""
+    """The options that aren't the default, in branches, in branches that hand over, in the stem and in shortcuts."""
     check_pair(kind, "block", freeze, "bernoulli", train_rest, seed, batch, p, freeze_bn=freeze_bn)
 
 
@@ -155,8 +155,8 @@ NORMS = {
 @pytest.mark.parametrize("freeze_bn", [True, "running", False])
 @pytest.mark.parametrize("kind", NORMS)
 def test_norms_that_keep_running_statistics(kind, freeze_bn, freeze):
-    """In a branch, and the same norm in the stem. Frozen they give what they give in training mode, or in eval mode,
-    and with both nothing of them moves; by freeze_bn=False they are in training mode and move."""
+    """In a branch and in the stem. A frozen norm's output is that of training mode or, by "running", of eval mode, and
+    its statistics don't move. With freeze_bn=False it stays in training mode and its statistics move."""
     torch.manual_seed(0)
     make = NORMS[kind]
     branches = [rdp.ResidualBranch(nn.Sequential(nn.Conv2d(4, 4, 1), make()), channel_dim=1) for _ in range(3)]
@@ -186,7 +186,7 @@ def test_norms_that_keep_running_statistics(kind, freeze_bn, freeze):
 
 @pytest.mark.parametrize("freeze_bn", [True, "running"])
 def test_from_scratch_the_loss_of_reuse_iterations_stays_with_that_of_drop_iterations(freeze_bn):
-    """By SGD as ResNets are trained. Running statistics lag behind the weights: by them it explodes."""
+    """With SGD as ResNets are trained. Running statistics lag behind the weights: with them the loss explodes."""
     torch.manual_seed(0)
 
     def conv(*channels):
@@ -214,7 +214,7 @@ def test_from_scratch_the_loss_of_reuse_iterations_stays_with_that_of_drop_itera
 @pytest.mark.parametrize("freeze_bn", [True, "running"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_recomputation_moves_no_statistics_of_what_is_frozen(use_reentrant, freeze_bn):
-    """By the batch or not, gradients are those without checkpointing."""
+    """With batch or running statistics, gradients are those without checkpointing."""
 
     class Checkpointed(nn.Module):
         def __init__(self, part):
@@ -269,11 +269,11 @@ def test_parameters_frozen_by_the_user_stay_frozen(mode, freeze):
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
 def test_nan_in_dropped_rows_reaches_nothing(mode, freeze):
-    """Rows whose branch would yield NaN and Inf are dropped: output and gradients are those of finite rows."""
+    """Where the rows on which a branch gives NaN and Inf are dropped, output and gradients are those of finite rows."""
     torch.manual_seed(0)
 
     class Poison(torch.nn.Module):
-        """NaN and Inf for samples whose first entry is above 50."""
+        """Gives NaN and Inf for samples whose first entry is above 50."""
 
         def __init__(self):
             super().__init__()

@@ -1,6 +1,6 @@
-"""The package's folders stand in floors: each imports only what stands below it, and no files import each other.
+"""The package's folders form floors: each imports only from floors below it, and no files import each other.
 
-Imports for types alone and those inside of functions count. `python docs/pictures.py` draws them for
+Imports inside functions and imports for types alone count too. `python docs/pictures.py` draws the floors for
 docs/architecture.md.
 """
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOORS = (  # from the ground up; those of one floor don't import each other
+FLOORS = (  # from the lowest floor up; folders of one floor don't import each other
     ("_utils",),
     ("plan",),
     ("kernels",),
@@ -24,7 +24,7 @@ FLOORS = (  # from the ground up; those of one floor don't import each other
 )
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
 ALLOWED = {("rdp_kernels.scheme.scheme", "rdp_kernels.estimate")}
-"""`ResidualDropPath.estimate` imports what it calls when it is called: most trainings don't ask."""
+"""`ResidualDropPath.estimate` imports its code when it is called, as most trainings don't use it."""
 
 
 def files() -> dict[str, Path]:
@@ -37,7 +37,7 @@ def files() -> dict[str, Path]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Which modules of the package each of them imports."""
+    """The modules of the package that each module imports."""
     known, found = files(), defaultdict(set)
     for module, path in known.items():
         package = path.relative_to(ROOT).parts[:-1]
@@ -58,14 +58,14 @@ def wing(module: str) -> str:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """From each wing to those that its files import."""
+    """For each wing, the wings that its files import."""
     pairs = itertools.chain.from_iterable(((a, b) for b in targets) for a, targets in imports().items())
     found = {(wing(a), wing(b)) for a, b in pairs if (a, b) not in ALLOWED}
     return {(a, b) for a, b in found if a != b}
 
 
 def edges() -> list[tuple[str, str]]:
-    """An arrow for each import between wings that doesn't follow from others."""
+    """The arrows of the picture: imports between wings, without those that follow from other arrows."""
     drawn = {(a, b) for a, b in arrows() if a not in ("__init__", "info")}
 
     def reached(start: str, skipped: tuple[str, str]) -> set[str]:
@@ -97,7 +97,7 @@ def test_imports_run_downward():
 
 def test_no_files_import_each_other():
     targets = {module: {t for t in found if (module, t) not in ALLOWED} for module, found in imports().items()}
-    while True:  # takes away what imports none of the others, and what none of them imports
+    while True:  # removes the modules that import none of the others, and those that none of them imports
         targets = {module: found & targets.keys() for module, found in targets.items()}
         inside = {module for module, found in targets.items() if found} & set().union(*targets.values())
         if inside == targets.keys():

@@ -24,7 +24,7 @@ CONVS = [
 
 
 @pytest.mark.parametrize(("module", "shape"), CONVS, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "")
-def test_saving_less_change_no_bit_of_the_forward_and_no_gradient(module, shape):
+def test_saving_less_changes_no_bit_of_the_forward_and_no_gradient(module, shape):
     module = copy.deepcopy(module).double().requires_grad_(False)
     for name, buffer in module.named_buffers():
         if "running" in name:
@@ -45,7 +45,7 @@ def test_saving_less_change_no_bit_of_the_forward_and_no_gradient(module, shape)
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
-def test_saving_less_leave_learning_and_half_precision_alone():
+def test_saving_less_leaves_learning_and_half_precision_alone():
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 3, 3, requires_grad=True)
     with SaveLess():
         conv(x).sum().backward()
@@ -122,15 +122,15 @@ def test_freeze_bn_is_checked(freeze_bn):
         rdp.ResidualDropPath(nn.Sequential(rdp.ResidualBranch(nn.BatchNorm1d(2))), freeze_bn=freeze_bn)
 
 
-def test_saving_less_are_used_where_they_save_something():
+def test_saving_less_is_used_where_it_saves_something():
     by_batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert not save_less_pays(by_batch.modules())
     assert save_less_pays(by_batch.eval().modules())
     assert save_less_pays([nn.Conv2d(2, 2, 1)])
 
 
-def test_a_batch_norm_with_a_forward_of_its_own_stands_still():
-    """As other libraries write it, without asking `track_running_stats`."""
+def test_a_batch_norm_with_a_forward_of_its_own_does_not_move():
+    """Other libraries write such a forward, without a look at `track_running_stats`."""
 
     class Own(nn.BatchNorm1d):
         def forward(self, x):
@@ -184,14 +184,14 @@ def chain(branch, *stem):
 
 
 def penalise(model, x):
-    """A gradient penalty, which takes a second derivative."""
+    """A gradient penalty; it takes a second derivative."""
     x = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
     grad.square().sum().backward()
 
 
 def pair(model, reuse, mode="block", drop=None, **options):
-    """`drop` and then `reuse`, in an iteration each, in which path 0, or a row of it, learns second."""
+    """Runs `drop` and then `reuse`, in an iteration each. Path 0, or a row of it, learns in the reuse iteration."""
     scheme = rdp.ResidualDropPath(model, 0.5, mode=mode, seed=0, **options)
     keep = [False, True] if mode == "block" else [[False, True, False], [True, True, True]]
     x = torch.randn(3, 4, 4, dtype=torch.float64)
@@ -210,7 +210,7 @@ def gradients(model):
 
 
 def penalty_of(model, x):
-    """In torch's own ops."""
+    """The penalty in torch's own ops."""
     model.zero_grad()
     penalise(model.eval(), x)
     return gradients(model)
@@ -226,7 +226,7 @@ def test_second_derivatives_are_refused_in_a_frozen_branch(branch):
 
 
 def test_second_derivatives_are_refused_of_a_frozen_scale():
-    """Of a branch that returns its input, a leaf."""
+    """The branch returns its input, which is a leaf."""
     model = nn.Sequential(rdp.ResidualBranch(nn.Linear(4, 4)), rdp.ResidualBranch(nn.Identity(), gamma=torch.rand(4)))
     with REFUSED:
         pair(model.double(), lambda model, x: penalise(model[1], x))
@@ -281,7 +281,7 @@ def test_a_constant_branch_has_no_derivative_to_refuse():
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_first_derivatives_pass(mode, reentrant):
-    """Twice; and where a checkpoint's backward computes what is frozen again, with grad enabled."""
+    """Also twice, and where a checkpoint's backward computes frozen branches again with grad enabled."""
 
     def twice(model, x):
         x.requires_grad_()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: tensors beyond 2^31 elements, side streams, a training step that never waits for the host."""
+"""What only a GPU can show: tensors beyond 2^31 elements, side streams, and a training step that never synchronises."""
 
 import pytest
 import torch
@@ -15,16 +15,15 @@ pytestmark = pytest.mark.gpu
 def _kernels(request):
     if request.param == "native" and not has_cuda():
         pytest.skip("the compiled library was built without CUDA")
-    torch.cuda.empty_cache()  # what the allocator keeps isn't free to those who ask the driver
+    torch.cuda.empty_cache()  # the tests ask the driver for free memory, and the allocator's cache isn't free there
     with rdp.use_backend(request.param):
         yield
 
 
 def numbered(rows, width, device="cuda"):
-    """bf16 `[len(rows), width]`, every element of which depends on its row's number and its column: whole numbers below
-    64, so that sums of few are exact. Numbers are cut down before they become bf16, which would round late ones to
-    multiples of 64; to 61 of them, as rows that lie a power of 2 apart have to differ.
-    """
+    """bf16 `[len(rows), width]`. Every element depends on its row's number and its column. Elements are whole numbers
+    below 64, so that short sums are exact. Numbers are reduced before the cast to bf16, which would round large ones to
+    multiples of 64. They are reduced modulo 61, so that rows that lie a power of 2 apart differ."""
     number = torch.arange(rows.start, rows.stop, device=device).remainder_(61).bfloat16()
     x = torch.arange(width, device=device, dtype=torch.int32).remainder_(97).bfloat16().repeat(len(rows), 1)
     return x.add_(number[:, None]).remainder_(64)
@@ -36,7 +35,7 @@ def test_tensors_beyond_32_bits(num_rows, width):
     if torch.cuda.mem_get_info()[0] < 14 * num_rows * width:
         pytest.skip("needs room for seven bf16 tensors of the size")
     residual = numbered(range(num_rows), width)
-    branch = 2 * residual  # the sum with the opposite row of the residual itself would be nearly the same for all rows
+    branch = 2 * residual  # the sum with the opposite row of the residual itself would be nearly the same in all rows
     rows = torch.arange(num_rows, device="cuda").flip(0)
     out = rdp.residual_add(residual, branch, rows=rows)
     gathered = rdp.gather_rows(out, rows[:2])
@@ -60,7 +59,7 @@ def test_norm_beyond_32_bits():
 
 
 def test_side_streams():
-    """Kernels run on the current stream: after what it already has to do, not after the default stream's work."""
+    """Kernels run on the current stream, after the work queued on it, and don't wait for the default stream."""
     x, update = torch.zeros(64, 4096, device="cuda"), torch.ones(64, 4096, device="cuda")
     rdp.residual_add(x, update)  # compiles
     torch.cuda.synchronize()

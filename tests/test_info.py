@@ -23,7 +23,7 @@ def test_describe():
 
 
 def test_command_and_import_cost_nothing():
-    """Importing asks no GPU and imports no triton; the command prints the report."""
+    """Importing queries no GPU and imports no triton; the command prints the report."""
     script = (
         "import sys, torch, rdp_kernels; assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     )
@@ -41,7 +41,7 @@ def checkout(tmp_path):
 
 
 def shown_in(folder, *installed):
-    """What the command says, typed in `folder`, where copies are installed in `installed`."""
+    """What the command prints in `folder`, where copies are installed in `installed`."""
     path = os.pathsep.join(map(str, installed))
     done = subprocess.run(
         [sys.executable, "-m", "rdp_kernels.info"], cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True,
@@ -51,7 +51,7 @@ def shown_in(folder, *installed):
 
 
 def test_in_a_checkout_it_tells_of_an_installed_library(checkout, tmp_path):
-    """Neither is imported: the one that is installed is no Python at all."""
+    """Neither is imported: the installed one isn't even valid Python."""
     copies = [tmp_path / name / "rdp_kernels" for name in ("bare", "built")]
     for copied in copies:
         copied.mkdir(parents=True)

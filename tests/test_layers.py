@@ -1,4 +1,4 @@
-"""How much of the package a call crosses: a newcomer who follows one reads every one of these files."""
+"""How many files of the package a call crosses. A newcomer who follows a call reads all of these files."""
 
 import sys
 from pathlib import Path
@@ -15,9 +15,9 @@ MOST_FILES = 9
 
 
 def files_crossed(call):
-    """The files of the package in which a function runs during `call`. What kernels call doesn't count: only the
-    interpreter runs them in Python."""
-    call()  # some things happen once
+    """The files of the package in which a function runs during `call`. Functions that kernels call don't count: only
+    the interpreter runs them in Python."""
+    call()  # some work is done once
     files, inside = set(), []
 
     def on_event(frame, event, _):
@@ -82,7 +82,7 @@ def test_the_backend_is_resolved_once(backend, name, monkeypatch):
 
 
 def test_a_norm_that_kernels_lack_is_resolved_once_too(monkeypatch):
-    """Torch's norm follows the kernels that serve the rest."""
+    """Torch's norm follows the kernels that compute the rest."""
     if DEVICE != "cpu" or rdp.available_backends()["native"] is not None:
         pytest.skip("about the compiled library")
     resolved = []

@@ -1,4 +1,4 @@
-"""What docs/limits.md says beside its code: each is so, and a change of it has to be told there."""
+"""The statements of docs/limits.md beside its code. A change of behaviour must be written there too."""
 
 import io
 
@@ -22,7 +22,7 @@ def net(*fns):
 
 
 def learned(model, plan, loss, mode="block"):
-    """By phase, the names of what got a gradient."""
+    """By phase, the names of the parameters that got a gradient."""
     scheme, found = rdp.ResidualDropPath(model, 0.5, mode=mode), {}
     for phase in scheme.iterations(plan=plan):
         loss(model).backward()
@@ -83,7 +83,7 @@ def norm(x):
 @pytest.mark.parametrize("traced", [function, dense, rows, norm])
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_trace_holds_plain_ops_with_their_derivatives(backend, traced, learns):
-    """For any number of rows; and it can be saved."""
+    """For any number of rows. The trace can also be saved."""
     x, more = torch.randn(4, DIM, requires_grad=learns), torch.randn(6, DIM, requires_grad=True)
     with rdp.use_backend(backend):
         trace = torch.jit.trace(traced, x)
@@ -173,7 +173,7 @@ def test_parametrized_weights_freeze(parametrized, call):
 
 
 def test_a_cached_parametrization_is_refused_in_a_sample_mode_reuse_iteration():
-    """The weight that is made for frozen rows, which come first, would be that of learning rows."""
+    """Frozen rows come first: learning rows would use the weight that was made for them."""
 
     def cached(model):
         with parametrize.cached():
@@ -204,7 +204,7 @@ def test_an_argument_that_a_branch_picks_from_by_its_own_rows():
 
 
 def test_hooks_on_the_drop_path_of_a_converted_block():
-    """A drop-path that has one isn't converted; where one comes later, the block runs as before, with a warning."""
+    """A drop-path with a hook isn't converted. If a hook comes later, the block runs unconverted, with a warning."""
     model, seen = nets.tokens_net(nets.Concat), []
     handle = model.blocks[0].drop_path.register_forward_hook(lambda *_: seen.append("drop-path"))
     (row,) = rdp.convert(model, example_inputs=nets.tokens())

@@ -9,7 +9,7 @@ import rdp_kernels as rdp
 
 
 class Recorder(nn.Module):
-    """`x + bias[sample]`, remembering what it was called with."""
+    """`x + bias[sample]`; keeps the arguments of its calls."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
     kept = out.flatten() != 0
     assert 0 < int(kept.sum()) < 40
     assert torch.equal(out[kept], 2 * bias[kept])
-    assert fn.calls[0][2] is table, "an argument that isn't named is handed on, whatever its shape"
+    assert fn.calls[0][2] is table, "an argument that isn't named is passed on with any shape"
     branch(x, None)
     with pytest.raises(ValueError, match=r"per_sample argument .* 40 samples.*\[39, 1\]"):
         branch(x, bias[:39])
@@ -102,7 +102,7 @@ def test_per_sample_arguments_follow_the_rows(per_sample, by_name):
 
 @pytest.mark.parametrize("mask", [torch.empty(0, 4, 4).bool(), torch.empty(0, 4, 4)], ids=["bool", "float"])
 def test_an_empty_batch_takes_part_on_a_rank_among_others(mask, monkeypatch):
-    """Its per-sample arguments have no row for the call that other ranks wait for."""
+    """Its per-sample arguments have no row for the dummy call that other ranks wait for."""
     monkeypatch.setattr("rdp_kernels.paths.binding.world_size", lambda: 2)
 
     class Attention(nn.Linear):
@@ -230,7 +230,7 @@ def test_errors(call, error, words):
 
 
 class StridedGradient(nn.Module):
-    """BatchNorm whose gradient arrives with the strides that mislead torch, as some permutations give them."""
+    """BatchNorm whose gradient arrives with the strides of some permutations, which mislead torch."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The compiled library's own ops, called past the public ones; and what of it depends on threads and instruction sets."""
+"""The compiled library's own ops, called directly; and that threads and instruction sets don't change their results."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_raise(name):
-    """Behind the public ops' own checks nothing is read or written outside either."""
+    """Without the public ops' checks too, nothing outside a tensor is read or written."""
     call, reason = BAD[name]
     with pytest.raises(RuntimeError, match=reason):
         call()
@@ -120,7 +120,7 @@ def test_sizes_of_zero_are_valid(shape):
 
 
 class TestDirect:
-    """The short way of the public ops, and when it isn't taken."""
+    """The direct way from the public ops to the library, and the calls that don't take it."""
 
     @pytest.mark.parametrize(
         "change",
@@ -167,7 +167,7 @@ class TestDirect:
         torch.testing.assert_close(out, STRIDED + TRANSPOSED)
 
     def test_a_gradient_in_another_layout(self):
-        """The residual is in channels last, what comes back is not, and the other way round."""
+        """The residual is in channels last and its gradient isn't, and the other way round."""
         for ours, theirs in (
             (torch.channels_last, torch.contiguous_format),
             (torch.contiguous_format, torch.channels_last),
@@ -199,7 +199,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_several_work_items(name):
-    """Of 65,536 elements; what hypothesis draws fits one."""
+    """A work item has 65,536 elements; the cases that hypothesis draws fit in one."""
     with rdp.use_backend("native"):
         check(LARGE[name], ops.residual_add)
 
@@ -207,7 +207,7 @@ def test_several_work_items(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("used", [("next",), ("frozen_next",), ("out", "next")])
 def test_a_gradient_from_the_next_rows_alone(dtype, used):
-    """Where that is converted, nothing else may use its buffer: the branch, for dγ, is read after it."""
+    """Where that gradient is converted, its buffer stays in use: the branch is read after it, for dγ."""
     rows = dict(rows=(4, 0, 3), num_learning=2, next_rows=(1, 4, 3, 0), num_next_learning=3)
     case = Case((5, 2, 7), (dtype,) * 4, gamma=True, row_scale=1 / 0.7, gives_next=True, used=used, **rows)
     with rdp.use_backend("native"):
@@ -222,7 +222,7 @@ def test_a_gradient_without_rows_says_nothing_of_their_order():
 
 
 def test_any_number_of_threads_gives_the_same_bits():
-    """Of sums too, in both layouts; 8 threads on any machine."""
+    """Sums too, in both layouts; 8 threads on any machine."""
     torch.manual_seed(0)
     tokens, images = torch.randn(9, 61, 203), torch.randn(9, 37, 11, 17)
     found = []
@@ -292,8 +292,8 @@ print(digest.hexdigest())
 
 @pytest.mark.slow
 def test_instruction_sets_give_the_same_bits():
-    """Budget: 30 seconds. Every number of 16 bits, each way of rounding to one, and sums, as torch has them; on this
-    machine and as if it could do less. The variable is torch's."""
+    """Budget: 30 seconds. Every number of 16 bits, each way of rounding to one, and sums are those of torch, on this
+    machine and as if it could do less. Torch's own variable sets that."""
     digests = {}
     for capability in ("default", "avx2", "avx512"):
         environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
@@ -304,7 +304,7 @@ def test_instruction_sets_give_the_same_bits():
 
 
 class TestWhyNot:
-    """The reasons that a machine without a GPU can't run into."""
+    """Reasons that don't arise on a machine without a GPU."""
 
     CUDA = torch.device("cuda", 0)
 

@@ -1,4 +1,4 @@
-"""What `test_gpu.py` compares beyond 2^31 elements is not all the same."""
+"""The values that `test_gpu.py` compares beyond 2^31 elements differ between rows."""
 
 import pytest
 import torch

@@ -82,7 +82,7 @@ def test_residual_add(shape, dtypes, seed, use_rows, scale, use_gamma, channel_d
 
 
 def test_gradients_to_second_order():
-    """The reference has them."""
+    """The reference has both orders."""
     residual, gamma = torch.randn(4, 3, 2).double().requires_grad_(), torch.rand(2).double().requires_grad_()
     branch, rows = torch.randn(2, 3, 2).double().requires_grad_(), torch.tensor([3, 1])
     row_scale = torch.tensor([1.5, 0.0, 2.0, 1.0], dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_gradients_to_second_order():
 
 
 def test_sum_backward_and_kept_features():
-    """`out.sum().backward()` hands an expanded gradient; features that the caller keeps don't change."""
+    """`out.sum().backward()` gives an expanded gradient; features that the caller keeps don't change."""
     features = [torch.randn(4, 3, requires_grad=True)]
     for _ in range(3):
         features.append(rdp.residual_add(features[-1], torch.tanh(features[-1])[:2], rows=torch.tensor([2, 0])))
@@ -121,7 +121,7 @@ def test_gather_and_fork_rows():
             assert torch.autograd.gradcheck(fork, x)
             assert torch.autograd.gradgradcheck(fork, x)
     residual, a, b = ForkRows.apply(x, False, rows, others)
-    for loss in (residual.sum(), a.sum(), b.sum() + a.sum()):  # an output that takes no part
+    for loss in (residual.sum(), a.sum(), b.sum() + a.sum()):  # an output that isn't used
         (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
         (expected,) = torch.autograd.grad({id(residual): x}.get(id(loss), loss), x, retain_graph=True)
         assert torch.equal(grad, expected)
@@ -140,7 +140,7 @@ class TestDropPath:
         assert torch.equal(x.grad == 0, dropped[:, None].expand_as(x))
 
     def test_is_timms(self):
-        """No change without training or at p = 0; p = 1 drops everything; scale_by_keep=False; the same repr."""
+        """No change in eval mode or at p = 0; p = 1 drops everything; scale_by_keep=False; the same repr."""
         x = torch.randn(4, 3)
         assert rdp.drop_path(x, 0.5) is x
         assert rdp.drop_path(x, 0.0, training=True) is x
@@ -225,7 +225,7 @@ def test_errors(call, error, words):
 
 
 def test_type_checkers_know_the_options():
-    """The same ones that are accepted."""
+    """Annotations list the options that are accepted."""
 
     def options(function, name):
         hint = typing.get_type_hints(function)[name]

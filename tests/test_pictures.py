@@ -1,4 +1,4 @@
-"""The drawings of README.md and docs/ are those of docs/pictures.py, and can be read on any page."""
+"""The drawings in README.md and docs/ are those of docs/pictures.py, and are readable on any background."""
 
 import re
 from xml.etree import ElementTree

@@ -1,4 +1,4 @@
-"""What `torch.fx`, `torch.jit` and `torch.export` make of drop-paths and branches."""
+"""Drop-paths and branches recorded by `torch.fx`, `torch.jit` and `torch.export`."""
 
 import io
 import warnings
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 def net(**options):
-    """With all that a branch may have."""
+    """A network that uses every option of a branch."""
     torch.manual_seed(0)
     return nn.Sequential(
         rdp.ResidualBranch(nn.Linear(DIM, DIM), norm=nn.LayerNorm(DIM), gamma=torch.rand(DIM), **options),
@@ -72,7 +72,7 @@ def seeded(function, *args):
 @RECORDERS
 @pytest.mark.parametrize("training", [True, False])
 def test_drop_path(record, training):
-    """The draws too are those of an ordinary call."""
+    """Its draws too are those of an ordinary call."""
     model, x = Block(rdp.DropPath(0.5)).train(training), torch.randn(50, 3, DIM)
     recorded = record(model, x)
     torch.testing.assert_close(seeded(recorded, x), seeded(model, x))
@@ -122,7 +122,7 @@ def test_the_function_in_a_script():
     assert torch.equal(function(x, False), x)
 
 
-rdp_drop_path = rdp.drop_path  # scripts look names up here
+rdp_drop_path = rdp.drop_path  # scripts look up names here
 
 
 @OF_BRANCHES
@@ -172,7 +172,7 @@ def test_an_open_iteration_is_refused_and_a_scheme_is_not(record):
 
 
 @pytest.mark.parametrize("model", [net()[0], net()[2]], ids=["branch", "sequence"])
-def test_what_cant_be_recorded_says_so(model):
+def test_models_that_cant_be_recorded_say_so(model):
     name = type(model).__name__
     with pytest.raises(RuntimeError, match=f"can't compile {name}.*torch.export"):
         torch.jit.script(nn.Sequential(model))
@@ -187,7 +187,7 @@ def test_what_cant_be_recorded_says_so(model):
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_torchvisions_feature_extractor(build, name, training):
-    """It records a model in both modes."""
+    """The extractor records a model in both modes."""
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor
 

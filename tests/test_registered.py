@@ -76,7 +76,7 @@ def test_opcheck(library, name):
 
 @pytest.mark.parametrize("name", [name for name in calls() if "dense" not in name])
 def test_equals_the_function(name):
-    """To the bit: results and gradients."""
+    """Results and gradients are equal to the bit."""
     operands, add, next_input = calls()[name]
     leaves = [t for t in operands if t is not None]
     found = []
@@ -92,7 +92,7 @@ def test_equals_the_function(name):
 
 
 def test_no_schema_has_a_list_of_dtypes():
-    """Torch 2.11 hands one over as plain numbers where an op runs on fake tensors."""
+    """Torch 2.11 passes such a list as plain numbers where an op runs on fake tensors."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rdp::")]
     assert {"rdp::fused_add", "rdp::fused_add_backward"} <= set(names)
     for name in names:
@@ -101,21 +101,21 @@ def test_no_schema_has_a_list_of_dtypes():
 
 
 def test_dtypes_and_their_names_agree():
-    """A graph knows its dtypes by these names alone, so a wrong one changes what it computes in and raises nothing."""
+    """A graph holds dtypes by these names alone: a wrong name changes the arithmetic's dtype and raises nothing."""
     assert all(str(dtype) == f"torch.{name}" for name, dtype in registered._DTYPES.items())
     assert all(str(dtype) == f"torch.{name}" for dtype, name in registered._NAMES.items())
     assert set(registered._DTYPES.values()) == set(registered._NAMES) == set(DTYPES)
 
 
 def block(x, update, weight, bias, gamma, rows, next_rows):
-    """Every op that has rows or a norm."""
+    """A block with every op that has rows or a norm."""
     out = rdp.residual_add(x, update, rows=rows, row_scale=1.5, gamma=gamma)
     out, normed = rdp.residual_add_norm(out, 2 * update, weight, bias, rows=rows, gamma=gamma, next_rows=next_rows)
     return out.square().sum() + normed.square().sum() + rdp.gather_rows(out, next_rows).sin().sum()
 
 
 class Graphs:
-    """A backend for torch.compile that keeps what it gets and runs it."""
+    """A backend for torch.compile that keeps each graph and runs it."""
 
     def __init__(self):
         self.graphs = []
@@ -135,7 +135,7 @@ def test_rows_and_norms_compile_once_for_any_number_of_rows(backend):
     graphs = Graphs()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=graphs)
     with rdp.use_backend(backend):
-        for count, next_count in ((2, 4), (4, 2), (3, 4)):  # at first none equals another size, which dynamo would bind
+        for count, next_count in ((2, 4), (4, 2), (3, 4)):  # dynamo would bind equal sizes at first
             order, next_order = torch.randperm(BATCH, device=DEVICE), torch.randperm(BATCH, device=DEVICE)
             update = tensor(count, TOKENS, DIM)
             leaves = (x, update, weight, bias, gamma)
@@ -163,7 +163,7 @@ SCALED = {
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
 def test_a_number_as_scale_makes_no_more_graphs_than_in_plain_torch(backend, name):
-    """A schedule of drop rates has one for each epoch."""
+    """A schedule of drop rates has another scale in each epoch."""
 
     def run(function):
         torch._dynamo.reset()
@@ -233,7 +233,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("backend", ["auto", "eager", *LIBRARIES])
 def test_transforms_in_graphs(backend, transform, name):
-    """A registered op in one would lose its gradient: in auto torch's own ops serve, a backend by name says so."""
+    """A registered op in a transform would lose its gradient. In auto torch's own ops run; a backend by name raises."""
     if (transform, name) == ("jvp", "norm") and backend not in LIBRARIES and torch.__version__ < "2.13":
         pytest.skip("torch 2.11 fails an internal assert in a layer_norm under torch.compile of torch.func.jvp")
     torch._dynamo.reset()
@@ -290,7 +290,7 @@ def test_a_number_as_scale_is_as_exact_as_the_rest_when_compiled(backend, wide):
 
 @pytest.mark.parametrize("backend", [None, *LIBRARIES])
 def test_the_dense_add_is_aten_when_compiled(backend):
-    """Nothing of ours stands between inductor and what surrounds the add. None: no backend was asked for."""
+    """No op of ours stands between the add and the ops around it. None: no backend is set."""
     torch._dynamo.reset()
 
     def dense(x, update, gamma, row_scale):
@@ -308,7 +308,7 @@ def test_the_dense_add_is_aten_when_compiled(backend):
 
 @pytest.mark.slow
 def test_inductor_makes_one_kernel_of_the_dense_add_each_way():
-    """Budget: a minute. With what surrounds it: a GELU before, a scale after, dγ in the backward."""
+    """Budget: a minute. The kernel includes a GELU before, a scale after, and dγ in the backward."""
     from torch._inductor import config, metrics
 
     def dense(x, update, gamma, row_scale):
@@ -365,7 +365,7 @@ def exported(*leaves):
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("kind", ["dual", "jvp", "of the backward"])
 def test_a_graph_with_kernels_refuses_forward_mode(backend, learns, kind):
-    """Their tangents would be 0."""
+    """The tangents would be 0."""
     leaves = tensor(BATCH, DIM, grad=learns), tensor(2, DIM), tensor(DIM)
     with rdp.use_backend(backend):
         program = exported(*leaves)

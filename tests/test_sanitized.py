@@ -13,7 +13,8 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 
 def preloaded():
-    """libasan has to come first, and libstdc++ with it: at the first exception libasan alone gives up."""
+    """Libraries to preload: libasan has to come first, with libstdc++, as libasan alone fails at the first
+    exception."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
@@ -69,7 +70,7 @@ torch.ops.rdp.native_residual_add(beyond, beyond)
 
 @pytest.mark.slow
 def test_a_fault_is_reported(sanitized):
-    """Budget: seconds. Else the other test would show nothing: here a tensor lies about its size."""
+    """Budget: seconds. Shows that the other test can fail: here a tensor claims a wrong size."""
     root, environment = sanitized
     done = subprocess.run([sys.executable, "-c", FAULT], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout.startswith(str(root))

@@ -106,7 +106,7 @@ def test_nothing_dropped_has_no_reuse_iteration():
     [({}, ["drop"]), ({"train_rest": True}, ["drop", "reuse"]), ({"freeze": "none"}, ["drop", "reuse"])],
 )
 def test_a_reuse_iteration_in_which_nothing_can_learn_is_not_run(options, phases):
-    """The dropped path's parameters are frozen by the user: an optimizer step without gradients would fail under AMP."""
+    """The user froze the dropped path's parameters: an optimizer step without gradients would fail under AMP."""
     net = Net(2)
     net.paths[1].requires_grad_(False)
     scheme = rdp.ResidualDropPath(net, 0.5, **options)
@@ -220,7 +220,7 @@ class TestSeveralForwards:
         assert (scheme.phase, scheme.reuse_pending) == (None, False)
 
     def test_a_path_in_block_mode_is_decided_for_the_whole_batch_in_sample_mode(self):
-        """Its rows are windows: k rows a sample."""
+        """Its rows are windows, k for each sample."""
         net = nn.Sequential(
             rdp.ResidualBranch(nn.Linear(4, 4)),
             nn.Unflatten(0, (-1, 1)), nn.Unflatten(2, (2, 2)), nn.Flatten(0, 2),
@@ -352,7 +352,7 @@ class TestAlternate:
             self.step()
         state = copy.deepcopy(self.scheme.state_dict())
         self.net(torch.randn(4, 3)).sum().backward()
-        self.optimizer.zero_grad()  # as after a step that a GradScaler skipped: this iteration is still to come
+        self.optimizer.zero_grad()  # as after a step that a GradScaler skipped: this iteration is repeated
         assert self.scheme.state_dict() == state
         expected = [self.step() for _ in range(6)]
         self.scheme.load_state_dict(state)
@@ -366,7 +366,7 @@ class TestAlternate:
     @pytest.mark.parametrize("begun", [False, True])
     @pytest.mark.parametrize("stop", range(5))
     def test_ending_loses_no_iteration(self, stop, begun):
-        """A loop that ends and another that begins see what one loop would."""
+        """Two loops, one after the other, see the iterations that a single loop would."""
         self.scheme.alternate(self.optimizer)
         expected = [self.step() for _ in range(8)]
         assert "reuse" in [phase for phase, _ in expected[3:]]
@@ -417,7 +417,7 @@ class TestCopies:
     )
     @pytest.mark.parametrize("phase", [None, "drop", "reuse"])
     def test_a_copy_has_no_scheme(self, clone, phase):
-        """Whenever it is made, also inside an iteration: it is the ordinary model with the user's own flags."""
+        """A copy is the ordinary model with the user's own flags, even if it is made inside an iteration."""
         net, x = Net(), torch.randn(3, 3)
         net.scheme = scheme = rdp.ResidualDropPath(net, 1.0)  # as a LightningModule keeps it
         told = contextlib.nullcontext() if clone is copy.deepcopy else pytest.warns(UserWarning, match="a NoScheme: ")
@@ -521,7 +521,7 @@ class TestRest:
 
     @pytest.mark.parametrize("mode", ["block", "sample"])
     def test_a_shared_layer_may_change_between_pairs(self, mode):
-        """As by a parametrization, which takes the weight away: no drop iteration asks for it."""
+        """For example by a parametrization, which removes the weight; drop iterations don't look it up."""
         net, x = Net(), torch.randn(2, 3)
         net.paths[0].fn = nn.Sequential(net.paths[0].fn, shared := nn.Linear(4, 4))
         net.head = nn.Sequential(shared, net.head)
@@ -661,7 +661,7 @@ def test_options_that_a_scheme_was_made_with_stay(option):
 
 
 def test_no_warnings_and_no_growth():
-    """A thousand pairs leave nothing behind but the few iterations that checkpointing may ask for."""
+    """A thousand pairs leave nothing behind, except the few iterations that checkpointing may need."""
     net = Net()
     scheme = rdp.ResidualDropPath(net, 0.5)
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""Set-ups in which a scheme does less than it seems to: each is mended, warned of once, or refused, with the reason."""
+"""Set-ups in which a scheme does less than it seems to. Each is corrected, refused with the reason, or warned about
+once."""
 
 import copy
 import gc
@@ -14,7 +15,7 @@ import rdp_kernels as rdp
 
 
 class Block(nn.Module):
-    """As other libraries write it, with timm's drop-path."""
+    """A block as other libraries write it, with timm's drop-path."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -25,7 +26,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """Leaves out those in `skipped`, as LayerDrop does."""
+    """Leaves out the layers in `skipped`, as LayerDrop does."""
 
     skipped: frozenset = frozenset()
 
@@ -72,7 +73,7 @@ X = torch.randn(3, 8)
 
 
 class TestNothingCanLearn:
-    """Such an iteration isn't run: backward would raise, and GradScaler too."""
+    """An iteration in which nothing can learn isn't run: its backward would raise, and so would GradScaler."""
 
     def test_the_reuse_iteration_follows_at_once(self):
         model = paths_alone()
@@ -87,9 +88,9 @@ class TestNothingCanLearn:
                 kept = scheme.plan.keep.tolist()
             assert phases == (["reuse"] if not any(kept) else ["drop", "reuse"] if not all(kept) else ["drop"])
             plans.append(kept)
-        assert [False] * 4 in plans, "else nothing was tried"
+        assert [False] * 4 in plans, "no plan dropped every path"
         drawn = torch.tensor(plans).double().mean()
-        assert abs(drawn - 0.2) < 0.08, "no plan is drawn again: the rates are the ones that were asked for"
+        assert abs(drawn - 0.2) < 0.08, "no plan is drawn again, so that the rates are right"
         assert scheme.state_dict()["drawn"] == 60
 
     def test_resuming_is_exact(self):
@@ -134,7 +135,7 @@ class TestNothingCanLearn:
         with scheme.reuse_iteration():
             model(X).sum().backward()
         assert learned(model) == [True] * 4
-        with scheme.drop_iteration(plan=plan(*[False] * 4)):  # as it was asked for
+        with scheme.drop_iteration(plan=plan(*[False] * 4)):  # a given plan runs
             assert torch.equal(model(X), X)
 
     def test_alternate(self):
@@ -152,7 +153,7 @@ class TestNothingCanLearn:
         assert ("drop", False, False) not in seen
 
     def test_what_learns_may_be_outside_of_the_model(self):
-        """A frozen backbone is stochastic depth for whatever is on top of it. An optimizer tells of more."""
+        """A frozen backbone is stochastic depth for a head on top of it. `alternate` looks at the optimizer too."""
         model, head = paths_alone().requires_grad_(False), nn.Linear(8, 2)
         scheme = rdp.ResidualDropPath(model, 0.5)
         for keep in ((True, False, True, False), (False,) * 4):
@@ -167,7 +168,7 @@ class TestNothingCanLearn:
 
 
 class TestPathsThatDoNotRun:
-    """One warning names the path and the likely reason; an iteration in which none ran doesn't count."""
+    """One warning names the path and the likely reason. An iteration in which no path ran doesn't count."""
 
     def test_the_model_skips_a_layer(self):
         model = converted()
@@ -220,7 +221,7 @@ class TestPathsThatDoNotRun:
             model(X)
         scheme.remove()
         scheme = rdp.ResidualDropPath(model, 0.5)
-        model.layers[0].requires_grad_(False)  # that is how a part is frozen
+        model.layers[0].requires_grad_(False)  # users freeze a part in this way
         with scheme.drop_iteration(plan=plan(*[True] * 4)):
             model(X)
 
@@ -309,7 +310,7 @@ class TestSetUps:
                 model(X).sum().backward()
 
     def test_a_pair_may_be_saved_in_its_middle(self):
-        """As the docstring of `iterations` writes it out."""
+        """The code is that in the docstring of `iterations`."""
         model, again = paths_alone(), paths_alone()
         scheme, other = rdp.ResidualDropPath(model, 0.5, seed=3), rdp.ResidualDropPath(again, 0.5)
         with scheme.drop_iteration() as drawn:
@@ -323,7 +324,7 @@ class TestSetUps:
 
 
 class TestWhatChangesLater:
-    """What a branch and what the rest is, is looked up when an iteration opens."""
+    """The modules of branches and of the rest are looked up when an iteration opens."""
 
     def test_a_layer_in_a_branchs_place(self):
         model = converted()
@@ -337,7 +338,7 @@ class TestWhatChangesLater:
             model.zero_grad()
 
     def test_under_alternate_until_the_next_forward(self):
-        """The iteration opened right after a step."""
+        """The next iteration opens right after a step."""
         model = nn.Sequential(nn.Linear(8, 8), converted(2), nn.Linear(8, 2))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scheme = rdp.ResidualDropPath(model, 0.5, sampling="fixed")
@@ -356,7 +357,7 @@ class TestWhatChangesLater:
     def test_a_layer_that_moves_into_a_branch_is_the_rests_no_longer(self):
         model = converted(2)
         scheme = rdp.ResidualDropPath(model, 0.5)
-        model.layers[1].fc = nn.Sequential(model.layers[1].fc, model.stem)  # tied now: the rest's, and the path's
+        model.layers[1].fc = nn.Sequential(model.layers[1].fc, model.stem)  # tied now: part of the rest and of the path
         model.stem = nn.Identity()
         for phase in scheme.iterations(plan=plan(True, False)):
             model(X).sum().backward()
@@ -364,7 +365,7 @@ class TestWhatChangesLater:
             model.zero_grad()
 
     def test_a_rest_that_comes_later(self):
-        """Nothing of the rest was there to put hooks on."""
+        """The scheme found no rest on which to put hooks."""
         model = nn.Sequential(nn.Identity(), paths_alone(2), nn.Identity())
         scheme = rdp.ResidualDropPath(model, 0.5)
         model[0], model[2] = nn.Linear(8, 8), nn.Linear(8, 3)
@@ -423,7 +424,7 @@ def test_a_path_that_is_put_into_a_known_branch_is_noticed_by_the_reuse_iteratio
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_computed_weights(freeze):
-    """`functional_call` puts tensors that aren't leaves in the parameters' places: hypernetworks, meta-learning."""
+    """`functional_call` replaces parameters by tensors that aren't leaves, as in hypernetworks and meta-learning."""
     model = nn.Sequential(nn.Linear(8, 8), paths_alone(3)).double()
     x = X.double()
     scheme = rdp.ResidualDropPath(model, 0.5, freeze=freeze)
@@ -444,7 +445,7 @@ def test_computed_weights(freeze):
 
 
 def test_the_rest_follows_the_plan_with_the_paths():
-    """Also where the model is in eval mode and its paths aren't."""
+    """Even if the model is in eval mode and its paths aren't."""
     model = converted().eval()
     model.layers.train()
     scheme = rdp.ResidualDropPath(model, 0.5)

@@ -1,4 +1,4 @@
-"""A chain of paths hands over through one kernel each, in place, and nobody can tell."""
+"""A chain of paths runs one kernel between two branches, in place. Its results equal those of single paths."""
 
 import contextlib
 
@@ -46,7 +46,7 @@ def samples(**options):
 
 @contextlib.contextmanager
 def launched(monkeypatch):
-    """The names of the kernels that run within."""
+    """The names of the kernels that run inside the block."""
     names, run = [], launch.Launch.run
 
     def record(self, device):
@@ -76,7 +76,7 @@ def gradients(run, x, paths):
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, None])
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])
 def test_equals_its_branches_one_by_one(norm, drop_prob):
-    """The same draws, too: a decision is drawn when its path's turn comes."""
+    """The draws are the same too: each path's decision is drawn when the path runs."""
     paths, x = sequence(norm=norm, drop_prob=drop_prob, per_sample=["bias"]).double(), samples(dtype=torch.float64)
     bias = torch.randn(BATCH, 1, DIM, dtype=torch.float64, device=DEVICE)
     torch.manual_seed(1)
@@ -88,7 +88,8 @@ def test_equals_its_branches_one_by_one(norm, drop_prob):
 
 
 def test_one_kernel_between_two_branches(monkeypatch):
-    """Head, hand-overs, last add; in the backward the same with two stages of sums each: dγ, dweight, dbias."""
+    """The head, one kernel per hand-over, and the last add. The backward adds two stages of sums each: dγ, dweight,
+    dbias."""
     paths, x = sequence(), samples(requires_grad=True)
     with launched(monkeypatch) as names:
         out = paths(x)
@@ -114,15 +115,15 @@ def test_rows_are_touched_in_place_only(monkeypatch):
     dout = torch.randn_like(out)
     dout_before = dout.clone()
     out.backward(dout)
-    # The last call's incoming gradient is the caller's, and its own is that one: the call before it has to allocate.
+    # The last call's incoming gradient is the caller's and passes through, so that the call before it has to allocate.
     assert [call.owns_gradient for call in seen] == [*[True] * (DEPTH - 1), False, False]
     assert torch.equal(dout, dout_before)
     assert torch.equal(x, before)
 
 
 def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
-    """Where all rows have a norm the sum is saved, and nothing else is; its gradient is one allocation all the same.
-    Without a gradient nothing is saved, and where some rows have a norm these are copied."""
+    """Where all rows have a norm only the sum is saved; its gradient still is one allocation. Without a gradient
+    nothing is saved. Where some rows have a norm, copies of these rows are saved."""
     seen = []
     original = autograd._FusedAdd.apply
     monkeypatch.setattr(
@@ -224,7 +225,7 @@ def test_own_forward_of_a_subclass_is_called():
 
 
 def test_backward_twice_and_partly():
-    """retain_graph gives the same bits again; a gradient asked of one parameter only runs part of the chain."""
+    """retain_graph gives the same bits again; the gradient of a single parameter runs only a part of the chain."""
     paths, x = sequence(drop_prob=0.5), samples(requires_grad=True)
     loss = paths(x).square().sum()
     leaves = [x, *paths.parameters()]

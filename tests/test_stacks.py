@@ -1,4 +1,4 @@
-"""Checkpointing, exporting and resuming. What else loops are made of: `tests/integrations/`."""
+"""Checkpointing, exporting and resuming. Other parts of training loops are tested in `tests/integrations/`."""
 
 import copy
 
@@ -11,7 +11,7 @@ import rdp_kernels as rdp
 
 
 class Mlp(nn.Sequential):
-    def forward(self, x):  # a forward of our own: dynamo doesn't compile Sequential's in place
+    def forward(self, x):  # an own forward, as dynamo doesn't compile Sequential's in place
         for module in self:
             x = module(x)
         return x
@@ -143,7 +143,7 @@ def test_a_path_that_the_user_froze_may_run_without_grad():
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 @pytest.mark.parametrize("chain", [False, True])
 def test_a_micro_batch_in_which_nothing_learns_has_a_backward(freeze, chain):
-    """Nothing of it was dropped, but something of the other: its loss has a graph, and adds nothing."""
+    """Samples were dropped in the other micro-batch only: this one's loss has a graph and adds no gradient."""
     net = Net()
     if chain:
         net.stages = nn.ModuleList([rdp.ResidualSequence(*(stage[i] for stage in net.stages for i in (1, 2)))])

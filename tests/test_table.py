@@ -9,7 +9,7 @@ CELLS = (("name", "p"), [("blocks.0", "0.25"), ("blocks.1", "0.5")])
 
 @pytest.mark.parametrize("in_a_notebook", [False, True])
 def test_a_table_has_its_cells(monkeypatch, in_a_notebook):
-    """In a notebook rich displays what it prints, at once, instead of writing it."""
+    """In a notebook rich displays its output at once instead of writing it to the given file."""
     rich = pytest.importorskip("rich.console")
     monkeypatch.setattr(rich, "_is_jupyter", lambda: in_a_notebook)
     text = "\n".join(table(*CELLS))

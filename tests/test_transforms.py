@@ -64,7 +64,7 @@ def training(model, flag):
 
 
 def expected(model, x, scale):
-    """Those of sample `x`, whose branch is scaled by `scale`."""
+    """The gradients of sample `x`, with its branch scaled by `scale`."""
     with rdp.use_backend("eager"):
         leaves = [p.requires_grad_() for p in parameters(model).values()]
         named = dict(zip(parameters(model), leaves, strict=True))
@@ -78,7 +78,7 @@ def expected(model, x, scale):
 @EACH
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_per_sample_gradients(model, randomness):
-    """Of each sample those of a branch that is dropped, or scaled, at about the rate that was asked for."""
+    """Each sample has the gradients of a branch that is dropped or scaled, at about the given rate."""
     x = torch.randn(SAMPLES, DIM, dtype=torch.float64)
     grads = per_sample(model, x, randomness)
     model_of = model if not isinstance(model, Add) else Add(lambda x, y, gamma: x + gamma * y)
@@ -109,7 +109,7 @@ def test_the_same_mask_in_every_transform(model):
     x, named = torch.randn(8, DIM, dtype=torch.float64), parameters(model)
 
     def seeded(transform):
-        torch.manual_seed(1)  # which keeps the first
+        torch.manual_seed(1)  # it keeps the first
         return transform()
 
     grads = seeded(lambda: func.grad(loss(model, x))(named))

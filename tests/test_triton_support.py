@@ -1,4 +1,4 @@
-"""What the Triton kernels refuse: versions of which the interpreter fails, and more rows than they can number."""
+"""What the Triton kernels refuse: versions whose interpreter fails, and more rows than they can number."""
 
 import importlib.metadata
 
@@ -47,7 +47,7 @@ def test_versions_whose_interpreter_fails_are_named(unavailable):
 
 
 def expanded(*shape, device=DEVICE, channels_last=False):
-    """A tensor of `shape` whose samples all lie in one place: it takes no memory."""
+    """A tensor of `shape` whose samples share their memory, so that it takes almost none."""
     sample = torch.zeros(1, *shape[1:], device=device, dtype=torch.bfloat16)
     if channels_last:
         sample = sample.to(memory_format=torch.channels_last)
@@ -55,7 +55,7 @@ def expanded(*shape, device=DEVICE, channels_last=False):
 
 
 def case(x, channel_dim=None, norm=None):
-    """A residual, and how γ and a norm lie on it."""
+    """A call on this residual, with γ and a norm in the given dimensions."""
     gamma = None if channel_dim is None else x.new_ones(x.shape[channel_dim])
     add = Add(channel_dim=-1 if channel_dim is None else channel_dim)
     return Operands(x, x, gamma=gamma), add, None if norm is None else NextInput(norm=norm)
@@ -93,7 +93,7 @@ def test_rows_are_counted_as_they_are_cut(name):
 
 @pytest.mark.skipif(not INTERPRETED, reason="meta tensors are on no GPU")
 def test_a_compiled_graph_refuses_when_it_runs():
-    """It isn't asked for sizes: the launcher does."""
+    """Nothing reads sizes while the graph is made; the launcher checks them."""
     x = expanded(2**30, 2, 2, device="meta")
     operands, add, _ = case(x, -1)
     with pytest.raises(RuntimeError, match="residual_add_fwd: .* split the batch, or take another backend"):

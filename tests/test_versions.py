@@ -1,4 +1,4 @@
-"""The script that tests on another torch: nothing of it stays, and its last line and exit code say what happened."""
+"""The script that tests on another torch leaves nothing behind; its last line and exit code say what happened."""
 
 import subprocess
 import time
@@ -10,7 +10,7 @@ from . import versions
 
 
 def is_alive(pid):
-    """Not for one that nobody has reaped yet."""
+    """False for a zombie."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
     except FileNotFoundError:
@@ -18,8 +18,8 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("ends", ["wait", "exit 3"])
-def test_what_a_step_started_ends_with_it(tmp_path, ends):
-    """When its time is over, and where its command ends before."""
+def test_processes_of_a_step_end_with_it(tmp_path, ends):
+    """When the time is over, and when the command ends earlier."""
     error = subprocess.TimeoutExpired if ends == "wait" else subprocess.CalledProcessError
     with pytest.raises(error):
         versions.Steps(2).run("a step", "sh", "-c", f"sleep 300 & echo $! > pid; {ends}", cwd=tmp_path)
@@ -39,8 +39,8 @@ def test_what_a_step_started_ends_with_it(tmp_path, ends):
         (versions.Unavailable("they can't be installed"), 0, 1, "LEFT OUT, they can't be installed"),
     ],
 )
-def test_what_it_says(error, code, waiting, line, monkeypatch, capsys):
-    """`waiting`: the exit code where somebody does, without a limit."""
+def test_last_line_and_exit_code(error, code, waiting, line, monkeypatch, capsys):
+    """`waiting`: the exit code without a time limit."""
     folders = []
 
     def check(args, folder, steps):
@@ -71,7 +71,7 @@ def test_what_it_says(error, code, waiting, line, monkeypatch, capsys):
     ],
 )
 def test_cuda_kernels_are_built_where_they_can_be(nvcc, torchs, build, monkeypatch):
-    """`torchs`: the CUDA of that torch, which is asked of its own Python."""
+    """`torchs`: the CUDA version of the other torch, as its own Python gives it."""
 
     def run(command, **_):
         answers = {"nvcc": nvcc, "the new one": f"{torchs}\n"}
@@ -82,8 +82,8 @@ def test_cuda_kernels_are_built_where_they_can_be(nvcc, torchs, build, monkeypat
     assert versions.what_to_build("the new one") == build
 
 
-def test_what_is_installed():
-    """Of Triton's interpreter, which the tests need, versions before 3.7 fail with numpy 2.4."""
+def test_installed_packages():
+    """The tests need Triton's interpreter, and it fails with numpy 2.4 before 3.7."""
     assert versions.requirements("2.10.0", None, smoke=True) == ["torch==2.10.0", "ninja", "setuptools"]
     for triton, numpy in (("3.6.0", "numpy<2.4"), ("3.7.0", "numpy"), ("3.10.0", "numpy"), (None, "numpy")):
         wanted = versions.requirements("2.11.0", triton, smoke=False)

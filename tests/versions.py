@@ -5,7 +5,7 @@ of what a version can break.
     python -m tests.versions 2.10.0 --smoke           # the compiled library alone, against the eager reference
 
 Exits with 0 if everything passed. With `--minutes` it also exits with 0 if time ran out or the versions can't be
-installed; the last line says what was left out. Nothing stays behind.
+installed; the last line says what was left out. It leaves no files and processes behind.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ TESTS = (
     "tests/kernels",
 )
 GIGABYTES = 12
-"""Of room: two of them stay free while a torch with its CUDA libraries is unpacked."""
+"""Room on disk; 2 GB stay free while a torch with its CUDA libraries is unpacked."""
 
 
 class Unavailable(Exception):
-    """The versions can't be had here."""
+    """The versions can't be installed here."""
 
 
 def new_environment(folder: Path, *paths: object, python: str = sys.executable) -> Path:
@@ -59,7 +59,7 @@ def new_environment(folder: Path, *paths: object, python: str = sys.executable) 
 
 
 class Steps:
-    """Commands that share a time; what they start doesn't outlive them."""
+    """Commands with a common time limit. The processes that they start end with them."""
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds
@@ -72,7 +72,7 @@ class Steps:
         try:
             code = process.wait(None if self.end is None else max(self.end - started, 0))
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its group is alive as long as one process of it is
+            with contextlib.suppress(ProcessLookupError):  # a group is alive while any of its processes is
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if code != 0:
@@ -81,7 +81,7 @@ class Steps:
 
 
 def environment_of_tests() -> dict[str, str]:
-    """This process's, without what is set for builds and backends."""
+    """This process's environment without variables for builds and backends."""
     ours = ("RDP_", "CUDA_", "TORCH_CUDA_", "PYTHONPATH", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     examples = os.environ.get("RDP_EXAMPLES", "1")
@@ -89,8 +89,8 @@ def environment_of_tests() -> dict[str, str]:
 
 
 def what_to_build(python: Path) -> str:
-    """CUDA kernels too where there is an nvcc of torch's CUDA, or torch has none: only then is it an error that they
-    can't be built."""
+    """CUDA kernels too where nvcc is of torch's CUDA version, or torch has none: only then is a failed build of them an
+    error."""
     if shutil.which("nvcc") is None:
         return "cpu"
     ask = "import torch; print(torch.version.cuda or '')"
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", help="only the compiled library", action="store_true")
     parser.add_argument("--minutes", metavar="N", help="after which it is left out", type=float)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that cleanup runs
     what = f"torch {args.torch}" + (f" with triton {args.triton}" if args.triton else "")
     started = time.monotonic()
     steps = Steps(None if args.minutes is None else 60 * args.minutes)

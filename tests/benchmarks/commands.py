@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def run_command(module: ModuleType, *arguments: str) -> int:
-    """As `python -m benchmarks COMMAND ARGUMENTS` does; an option that is refused exits."""
+    """Runs a command as `python -m benchmarks COMMAND ARGUMENTS` does; it exits if an option is refused."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
     module.add_command(commands)

@@ -1,4 +1,4 @@
-"""Two trees take turns, each in a process that imports its own package."""
+"""Two trees take turns, each in a process that imports that tree's package."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The step cases: what they verify, and that what is wrong fails."""
+"""The step cases: correct providers pass verification, and wrong ones fail."""
 
 import math
 from dataclasses import replace
@@ -95,11 +95,11 @@ def test_a_naive_pair_that_forgets_the_rest_is_caught(model, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["resnet", LIBRARY[-1]])
-def test_batch_norm_of_what_is_frozen_is_checked(model, monkeypatch):
+def test_frozen_batch_norm_is_checked(model, monkeypatch):
     forward = pairs.Exact.pair
 
     def thawed(self, plan):
-        self.scheme._rest._freeze_bn = False  # the shortcuts' BatchNorms take statistics in the reuse iteration
+        self.scheme._rest._freeze_bn = False  # the shortcuts' BatchNorms collect statistics in the reuse iteration
         return forward(self, plan)
 
     monkeypatch.setattr(pairs.Exact, "pair", thawed)
@@ -163,13 +163,13 @@ def test_left_alone_puts_batch_norm_back_and_drops_gradients():
 
 def test_traffic_of_two_paths_is_that_of_a_hand_computation():
     traffic = Traffic(branches=[10, 20], streams=[3, 5], rest=7)
-    # rest: forward and backward, and 8 for learning; a branch likewise, and the stream read and written twice
+    # rest: forward and backward, and 8 for learning; a branch likewise, and the residual read and written twice
     assert traffic.plain() == 7 * 10 + (10 * 10 + 4 * 3) + (20 * 10 + 4 * 5)
     assert traffic.drop([0.0, 1.0]) == 7 * 10 + (20 * 10 + 4 * 5)
-    # path 0 learns, path 1 is frozen: its weights and stream are read backward, unless it is passed by
+    # path 0 learns, path 1 is frozen: the backward reads its weights and residual, unless it is detached
     assert traffic.reuse([0.0, 1.0]) == 7 + (10 * 10 + 4 * 3) + (20 * 2 + 4 * 5)
     assert traffic.reuse([0.0, 1.0], "branch") == 7 + (10 * 10 + 4 * 3) + (20 + 2 * 5)
-    # the prefix that is frozen has no backward
+    # the frozen prefix has no backward
     assert traffic.reuse([1.0, 0.0]) == 7 + (10 + 2 * 3) + (20 * 10 + 4 * 5)
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what it refuses before it measures, what it prints and writes, and how it ends."""
+"""`python -m benchmarks`: options refused before measuring, output and files, and exit codes."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from benchmarks.pairs import TRAINERS
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Cases whose providers take a moment. Holds the (size, model, mode, p, turns, batch, autocast) asked for."""
+    """Cases whose providers take a moment. Holds the requested (size, model, mode, p, turns, batch, autocast)."""
     asked = []
 
     def step_case(size, model, mode, drop_prob, turns, device, batch, autocast):
@@ -128,8 +128,8 @@ def test_passes_its_options_on(instant):
 
 
 @pytest.mark.parametrize(("asked", "compiled"), [("eager", [False]), ("compiled", [True]), ("none", [])])
-def test_drop_path_is_compiled_where_that_is_asked_for(instant, monkeypatch, asked, compiled):
-    """Compiling takes a CPU minutes."""
+def test_drop_path_is_compiled_on_request(instant, monkeypatch, asked, compiled):
+    """Compiling takes minutes on a CPU."""
     got = []
 
     def drop_path_case(size, model, turns, device, batch, autocast, compiled):
@@ -172,7 +172,7 @@ def test_verdicts_of_a_gpu():
     assert not list(step.gpu_verdicts([rows[0] | {key: value} for key, value in others.items()]))
 
 
-def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, monkeypatch, capsys):
+def test_a_provider_that_fails_its_check_is_not_timed_and_others_are(instant, tmp_path, monkeypatch, capsys):
     right = step.step_case
     wrong = Provider("plain", lambda turn: pytest.fail("it was timed"), lambda: Check(float("nan"), 1e-10))
 
@@ -191,8 +191,8 @@ def test_what_fails_its_check_is_not_timed_and_the_rest_is(instant, tmp_path, mo
     assert not out.exists()
 
 
-def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monkeypatch, capsys):
-    """One that raises costs the others nothing either."""
+def test_rows_are_on_disk_before_the_next_case(instant, tmp_path, monkeypatch, capsys):
+    """A case that raises doesn't harm the others either."""
     right, seen, out = step.step_case, [], tmp_path / "step.csv"
 
     def hangs(turn):
@@ -213,8 +213,8 @@ def test_what_was_found_is_on_disk_before_the_next_case(instant, tmp_path, monke
     assert [row["model"] for row in csv.DictReader(out.read_text().splitlines())] == ["vit"] * 5 + ["resnet"] * 5
 
 
-def test_a_case_that_cannot_be_made_costs_the_others_nothing(instant, tmp_path, monkeypatch, capsys):
-    """On a GPU the first network may be the one that doesn't fit."""
+def test_a_case_that_cannot_be_made_leaves_the_others_alone(instant, tmp_path, monkeypatch, capsys):
+    """For example, the first network may be too large for a GPU."""
     right, out = step.step_case, tmp_path / "step.csv"
 
     def step_case(size, model, *options):
@@ -231,19 +231,19 @@ def test_a_case_that_cannot_be_made_costs_the_others_nothing(instant, tmp_path, 
 
 @pytest.fixture
 def _interruptible():
-    """Shells have what they start in the background ignore the signal, and Python leaves that so."""
+    """Background processes of a shell ignore the signal, and Python doesn't change that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_a_signal_prints_and_writes_what_there_is(instant, tmp_path, monkeypatch, capsys):
+def test_a_signal_prints_and_writes_the_results_so_far(instant, tmp_path, monkeypatch, capsys):
     taken = []
 
     def take(turn):
         taken.append(turn)
-        if len(taken) == 4:  # the first counts FLOPs, two are complete rounds
+        if len(taken) == 4:  # the first call counts FLOPs, two are complete rounds
             signal.raise_signal(signal.SIGINT)
         time.sleep(1e-4)
 
@@ -257,14 +257,14 @@ def test_a_signal_prints_and_writes_what_there_is(instant, tmp_path, monkeypatch
     assert "vit block p=0.3" in capsys.readouterr().out
 
 
-# pytest-benchmark measures nothing where it sees that it is one of several processes; these are processes of their own.
+# pytest-benchmark measures nothing in a worker of xdist, so that these tests run it in new processes.
 ONE_THREAD = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 ONE_THREAD["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.mark.slow
 def test_step_tiny(tmp_path):
-    """Budget: 1 minute. The command verifies, counts and times; what it needs in FLOPs is in the order it must be."""
+    """Budget: 1 minute. The command verifies, counts and times; needed FLOPs are in the right order."""
     paths = [tmp_path / "step.csv", tmp_path / "step.json"]
     command = [sys.executable, "-m", "benchmarks", "step", "--tiny", "--csv", paths[0], "--json", paths[1]]
     subprocess.run(command, check=True, env=ONE_THREAD)
@@ -293,7 +293,7 @@ def test_under_pytest_benchmark(tmp_path):
 
 @pytest.mark.slow
 def test_ops_under_pytest_benchmark(tmp_path):
-    """Budget: 2 minutes, of which compiling takes most. Every provider of every tiny case is a benchmark, or skipped."""
+    """Budget: 2 minutes, mostly for compiling. Every provider of every tiny case is a benchmark, or skipped."""
     out = tmp_path / "benchmarks.json"
     options = ["--benchmark-only", f"--benchmark-json={out}"]
     environment = ONE_THREAD | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}

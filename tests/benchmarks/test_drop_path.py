@@ -1,4 +1,4 @@
-"""Drop-path that draws its own masks: what is timed gives the textbook's gradients, and what is wrong fails.
+"""Drop-path that draws its own masks: timed providers give the textbook's gradients, and wrong ones fail.
 
 Budget: 15 seconds in all, and 60 for the one with inductor.
 """
@@ -76,8 +76,8 @@ def test_masks_are_new_at_each_step_and_of_their_rate(kind):
     assert abs(kept - (0.5 if issubclass(kind, Subset) else 0.6)) < 0.05  # 3 of 6 rows
 
 
-def test_what_is_compiled_is_the_work_of_others():
-    """Of a subset one graph serves all blocks; timm's network is one graph."""
+def test_compiled_drop_paths_make_one_graph():
+    """One graph of a subset serves all blocks; timm's network is one graph."""
     for kind, graphs in ((Compiled, 1), (CompiledSubset, 1)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -93,7 +93,7 @@ def test_the_case(monkeypatch):
     case = drop_path_case("tiny", "vit-s", 1, Device.of("cpu"))
     assert [provider.name for provider in case.providers] == NAMES
     assert (case.labels["work"], case.labels["mode"], case.labels["p"]) == ("drop-path", "sample", 0.4)
-    assert set(case.count_flop(1)) == set(EAGER_NAMES), "others are compiled"
+    assert set(case.count_flop(1)) == set(EAGER_NAMES), "other libraries' are compiled"
     eager = drop_path_case("tiny", "vit-s", 1, Device.of("cpu"), compiled=False)
     assert [provider.name for provider in eager.providers] == EAGER_NAMES
 
@@ -164,6 +164,6 @@ def test_the_command_writes_the_rows(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Compiled, CompiledSubset])
 def test_gradients_with_inductor(kind, monkeypatch):
-    """Budget: 40 seconds in all, for compiling."""
+    """Budget: 40 seconds in all, mostly for compiling."""
     monkeypatch.setattr(drop_path, "COMPILER", "inductor")
     assert verify_drawn(kind, "vit-s").error <= BOUND

@@ -1,4 +1,4 @@
-"""`python -m benchmarks estimate`: whose costs it prints, what it writes, and what it refuses."""
+"""`python -m benchmarks estimate`: the costs that it prints and writes, and the options that it refuses."""
 
 import argparse
 import csv
@@ -72,7 +72,7 @@ def test_a_model_of_timms_is_converted(capsys):
         (["vit", "--device", "cuda"], "no cuda device"),
     ],
 )
-def test_what_it_refuses(arguments, message, capsys):
+def test_refuses_invalid_options(arguments, message, capsys):
     if arguments[0] != "vit" and not installed("timm"):
         pytest.skip("timm is not installed")
     assert run(*arguments) == 2

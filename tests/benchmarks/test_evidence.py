@@ -1,4 +1,4 @@
-"""The evidence page's tables: means, pairs of one seed and the correction for many comparisons, by hand."""
+"""The evidence page's tables against values by hand: means, pairs by seed, and the correction for many comparisons."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def spiral_rows(study, method, accuracies, **changed):
-    """Four seeds; what isn't given is the same for all."""
+    """Rows of four seeds; fields that aren't given are equal in all."""
     shared = MACHINE | {"study": study, "method": method, "steps_taken": "10", "needed_ratio": "0.75", "depth": "32"}
     shared |= {"quarter": "8", "accuracy_without_1": "0.9", "accuracy_without_quarter": "0.5", "test_loss": "0.2"}
     shared |= {"width": "32", "layers": "1", "points": "400", "noise": "0.05", "learning_rate": "0.005"}
@@ -33,7 +33,7 @@ def spiral_rows(study, method, accuracies, **changed):
 
 
 def cells(table, *labels):
-    """Of the row that begins with `labels`."""
+    """The other cells of the row that begins with `labels`."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     (found,) = [row for row in rows if row[: len(labels)] == list(labels)]
     return found[len(labels) :]
@@ -68,7 +68,7 @@ def test_spiral_table():
     assert "10.0" not in table, "of another setting"
 
 
-def test_settings_are_compared_to_what_they_make_no_difference_to():
+def test_settings_are_compared_with_methods_that_ignore_them():
     rows = [
         row
         for name, level, changed in (("base", 0.9, {}), ("depth 12", 0.8, {"depth": "12"}))
@@ -86,10 +86,10 @@ def test_settings_are_compared_to_what_they_make_no_difference_to():
 
 
 def test_separation_is_at_a_level_for_all_comparisons_together():
-    """Two settings with two controls make 3 · 6 comparisons: bold is what excludes 0 at 0.05 / 18."""
+    """Two settings with two controls make 3 · 6 comparisons: a difference is bold if it excludes 0 at 0.05 / 18."""
     base = (0.9, 0.9, 0.9, 0.9)
     rows = [
-        *spiral_rows("base", EXACT, (0.92, 0.925, 0.93, 0.925)),  # every seed alike: far from 0
+        *spiral_rows("base", EXACT, (0.92, 0.925, 0.93, 0.925)),  # the same for every seed: far from 0
         *spiral_rows("base", RANDOM, base),
         *spiral_rows("base", KEPT, (0.90, 0.91, 0.92, 0.91)),
         *spiral_rows("p = 0.5", EXACT, (0.90, 0.91, 0.92, 0.91)),  # excludes 0 at 0.05, not at 0.05 / 18
@@ -100,7 +100,7 @@ def test_separation_is_at_a_level_for_all_comparisons_together():
     assert cells(table, "base", RANDOM)[0].startswith("**+2.50 ± ")
     shown = cells(table, "p = 0.5", RANDOM)[0]
     mean, half = map(float, re.fullmatch(r"\+([\d.]+) ± ([\d.]+)", shown).groups())
-    assert mean > half  # alone it would count
+    assert mean > half  # it would count if it were the only comparison
     assert "(Bonferroni): 1." in table
 
 
@@ -124,7 +124,7 @@ def test_every_committed_row_is_in_a_table_of_all_settings():
 
 
 def test_commands_are_understood():
-    """Those of docs/evidence.md and of `make evidence`, up to where they would begin to work."""
+    """The commands of docs/evidence.md and of `make evidence`, up to the point where work begins."""
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(encoding="utf-8")
     parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (bytes_lm, skip_connections, spiral)}
     found = re.findall(r"python examples/(\w+)\.py((?:\\\n|[^\n#])*)", text)

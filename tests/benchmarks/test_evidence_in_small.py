@@ -32,12 +32,12 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def columns(rows: list[dict]) -> set[str]:
-    """Those of numbered steps once: a short training ends at another."""
+    """Column names without step numbers: a short training ends at another step."""
     return {re.sub(r"gradient_ratio_\d+$|alikeness_\d+$", "N", name) for name in rows[0]}
 
 
 def shape(markdown: str) -> tuple[list[str], list[list[str]]]:
-    """Headings with numbers left out, and each row's first cell that is no number."""
+    """Headings without numbers, and the cells of each row that aren't numbers."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
     return [re.sub(r"\d+", "N", heading) for heading in lines[0]], [
         [cell for cell in row if not re.match(r"^[*+-]*\d|^$|^–$|^-?inf|^\*?\*?[+-]?nan", cell)] for row in lines[2:]
@@ -57,7 +57,7 @@ def results(tmp_path):
         assert train_digits.main(options) == 0
     language = [tmp_path / "language" / name for name in ("steps", "flops", "small")]
     settings = [["--method", "all"], ["--method", DROP_PATH, EXACT, "--equal", "flops"]]
-    small += ["--depth", "8"]  # as many paths as there, so that as many are removed
+    small += ["--depth", "8"]  # as many paths as in the study, so that as many are removed
     settings += [[*settings[0], "--train-bytes", "20000"]]
     for folder, setting in zip(language, settings, strict=True):
         assert bytes_lm.main([*small, "--steps", "4", *setting, "--out", str(folder)]) == 0
@@ -86,7 +86,7 @@ def test_every_study_in_small_gives_the_pages_tables(results):
         assert make(read(results / file)) in page
         assert found[0] == wanted[0], name
         labels, known = ({tuple(row) for row in rows} for rows in (found[1], wanted[1]))
-        if file.startswith("spiral"):  # the sizes of networks are in the names of settings
+        if file.startswith("spiral"):  # names of settings contain the sizes of networks
             labels, known = (
                 {tuple(re.sub(r"\d+", "N", cell) for cell in row) for row in side} for side in (labels, known)
             )

@@ -1,4 +1,4 @@
-"""The harness with providers that do nothing: what is checked before timing, in which order, and what a row says."""
+"""The harness with providers that do nothing: checks before timing, their order, and the fields of a row."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ FIELDS = {
 
 
 class FakeClock:
-    """Seconds that pass only when a provider says so."""
+    """A clock that advances only when a provider says so."""
 
     now = 0.0
 
@@ -54,7 +54,7 @@ def case_of(*providers):
 
 
 @pytest.mark.parametrize("error", [2e-10, math.inf, math.nan])
-def test_what_fails_its_check_is_never_run(error, session):
+def test_a_provider_that_fails_its_check_is_never_run(error, session):
     ran = []
     right = provider("right", ran.append)
     wrong = provider("wrong", ran.append, error)
@@ -63,7 +63,7 @@ def test_what_fails_its_check_is_never_run(error, session):
     assert not ran
 
 
-def test_what_raises_in_its_check_is_never_run(session):
+def test_a_provider_that_raises_in_its_check_is_never_run(session):
     ran = []
 
     def raises():
@@ -123,8 +123,8 @@ def test_more_flops_than_needed_fail_before_timing(session):
     assert running.rows == []
 
 
-def test_on_a_gpu_other_flops_are_told_of_and_the_case_is_measured(monkeypatch, capsys):
-    """A GPU's attention kernels count otherwise than the matmuls that needs are made of."""
+def test_on_a_gpu_other_flops_are_reported_and_the_case_is_measured(monkeypatch, capsys):
+    """A GPU's attention kernels count FLOPs differently from the matmuls that needed FLOPs consist of."""
     a = torch.randn(4, 4)
     wasteful = provider("wasteful", lambda turn: a @ a @ a, needed_flop=128, minimal=True)
     assert case_of(wasteful).count_flop(1, torch.device("cuda")) == {"wasteful": 256}
@@ -143,7 +143,7 @@ def test_flops_that_change_are_averaged_over_the_turns():
     assert ran == [0]
 
 
-def test_what_is_compiled_is_run_once_and_not_counted():
+def test_a_compiled_provider_is_run_once_and_not_counted():
     ran = []
     compiled = provider("compiled", ran.append, compiled=True)
     assert case_of(compiled).count_flop(3) == {}
@@ -258,4 +258,4 @@ def test_without_git_there_is_no_commit(monkeypatch):
     device = Device(torch.device("cpu"), "a CPU", cache_bytes=1)
     assert machine.facts(device)["commit"] == ""
     monkeypatch.setenv("RDP_COMMIT", "abc1234")
-    assert machine.facts(device)["commit"] == "abc1234", "a copy of the tree is told"
+    assert machine.facts(device)["commit"] == "abc1234", "a copy of the tree says so"

@@ -1,4 +1,4 @@
-"""Launches of a call, which on the CPU are the ops that compute: each of them can be named."""
+"""Launches of a call. On the CPU these are the ops that compute, and each can be named."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def count(run):
     return count_launches(run, CPU)
 
 
-def test_what_computes_counts_and_what_does_not_does_not():
+def test_only_ops_that_compute_count():
     x = torch.randn(4, 4)
     assert count(lambda: x + x) == 1
     assert count(lambda: (x * 2).relu_()) == 2
@@ -61,7 +61,7 @@ def test_ops_of_the_eager_formulas(kind):
 @needs_library
 @pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.name)
 def test_ours_is_one_op_each_way(kind):
-    drawing = 4 if kind.name == "drop_path_add" else 0  # random numbers, compared, as numbers, scaled
+    drawing = 4 if kind.name == "drop_path_add" else 0  # random numbers, comparison, conversion to numbers, scale
     assert launches_of(kind, "ours native") == {NO_GRAD: drawing + 1, FORWARD: drawing + 1, BOTH: drawing + 2}
 
 
@@ -73,7 +73,7 @@ def test_rows_say_what_is_counted():
 
 
 def test_on_a_gpu_kernels_are_counted(monkeypatch):
-    """Those that ran on the device, without copies and fills of memory."""
+    """Kernels on the device count; copies and fills of memory don't."""
     ran = []
 
     class Profiler:

@@ -1,4 +1,4 @@
-"""timm's networks as the benchmarks have them: which drop-path is which path, and what is said without timm."""
+"""timm's networks in the benchmarks: which drop-path belongs to which path, and messages without timm."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ needs_timm = pytest.mark.skipif(library_models.missing() is not None, reason="ne
 @needs_timm
 @pytest.mark.parametrize("model", LIBRARY)
 def test_branches_are_the_paths_of_the_converted_network(model):
-    """By names and by parameters: `BRANCHES` and `rdp.convert` are written apart."""
+    """By names and by parameters, as `BRANCHES` and `rdp.convert` are written independently."""
     network = TINY[model].network(CPU)
     names = network.names
     parts = [{id(p) for p in part.parameters} for part in network.branches]
@@ -33,7 +33,7 @@ def test_branches_are_the_paths_of_the_converted_network(model):
 @needs_timm
 @pytest.mark.parametrize("model", LIBRARY)
 def test_an_end_is_put_to_its_own_branch(model):
-    """With end l cut off no gradient reaches the parameters of branch l, and those of all others get one."""
+    """With end l cut off, no gradient reaches the parameters of branch l, and those of all other branches get one."""
     network = TINY[model].network(CPU)
     images, _ = TINY[model].data(CPU)
     for cut in range(len(network.branches)):
@@ -79,7 +79,7 @@ def test_a_model_is_checked_once(monkeypatch):
 
 @needs_timm
 def test_bf16_is_by_autocast():
-    """Weights and gradients are float32; the same work without autocast differs by rounding."""
+    """Weights and gradients are float32; results without autocast differ by rounding."""
     gradients = {}
     for name, autocast in DTYPES.items():
         trainer = TINY["vit-s"].trainer(DropPath, "sample", CPU, autocast)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks memory`: bytes that can be told by hand are those that it counts, in every run."""
+"""`python -m benchmarks memory`: it counts the bytes computed by hand, in every run."""
 
 import csv
 import json
@@ -46,8 +46,8 @@ def test_one_layer_is_that_of_a_hand_count():
     trainer.train(plan_of(RUNS_ALL))
     logits, number, bias = batch * outer * FLOAT, FLOAT, outer * FLOAT
     for use in uses_of(trainer, plan_of(RUNS_ALL), CPU):
-        assert use.saved == logits + number  # log-probabilities and how many there are; the images are there anyway
-        # at the end of the backward: logits, loss and its gradient; those of the logits, the weight and the bias
+        assert use.saved == logits + number  # log-probabilities and their number; the images don't count
+        # at the end of the backward: logits, loss and its gradient; gradients of the logits, the weight and the bias
         assert use.peak == logits + number + number + logits + inner * bias + bias
 
 
@@ -57,7 +57,7 @@ def test_the_optimizers_state_is_part_of_the_first_peak():
     assert first.peak - second.peak >= 2 * 2000 * FLOAT
 
 
-def test_a_peak_is_of_what_is_there_at_once():
+def test_a_peak_counts_memory_that_is_alive_at_once():
     x = torch.zeros(1000)
 
     def run():
@@ -73,15 +73,15 @@ def test_a_peak_is_of_what_is_there_at_once():
 def test_a_storage_counts_once_and_whole():
     x, weight = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     with saved_storages([weight]) as saved:
-        y = x * weight  # saves x; the weight is there
-        (y[:2] * y[2:4]).sum()  # both are y
-        y.exp()  # its result
+        y = x * weight  # saves x; the weight doesn't count
+        (y[:2] * y[2:4]).sum()  # both save y
+        y.exp()  # saves its result
     assert sorted(saved.values()) == [64 * FLOAT] * 3
 
 
-def test_what_is_saved_is_what_the_forward_leaves_behind():
-    """By the allocator: all that is left after the forward is saved, but for the logits and the loss, and the number
-    by which each of the two attentions scales."""
+def test_saved_bytes_are_those_alive_after_the_forward():
+    """By the allocator: everything left after the forward is saved, except the logits, the loss, and the number by
+    which each of the two attentions scales."""
     model, (images, labels) = SMALL.network(CPU).model, SMALL.data(CPU)
     left = []
 
@@ -106,12 +106,12 @@ def test_ours_keep_less_and_need_less():
     assert branch[1].peak < exact[1].peak < plain[1].peak
     assert exact[0].saved < plain[0].saved
     assert exact[0].peak < plain[0].peak
-    assert uses(Naive)[0].saved >= plain[0].saved, "what is masked is saved all the same"
+    assert uses(Naive)[0].saved >= plain[0].saved, "masked branches are still saved"
 
 
 def test_the_prefix_before_the_first_that_learns_keeps_nothing():
     second, last = (uses(Exact, kept)[1].saved for kept in ([True, False, True, True], [True, True, True, False]))
-    assert last < second, "paths 1 and 3 are alike; behind path 1 frozen ones pass a gradient"
+    assert last < second, "paths 1 and 3 are alike; after path 1 frozen ones pass a gradient"
 
 
 def test_hooks_change_no_peak():
@@ -171,7 +171,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert [first["provider"], first["iteration"], f"{first['saved_mean_bytes'] / 1e6:,.1f}"] in cells
 
 
-def test_in_bf16_it_keeps_less_and_says_so(tmp_path, monkeypatch):
+def test_in_bf16_it_keeps_less_and_rows_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "TRAINERS", (Plain,))
     rows = {}
     for dtype in ("float32", "bf16"):
@@ -184,7 +184,7 @@ def test_in_bf16_it_keeps_less_and_says_so(tmp_path, monkeypatch):
     assert narrow["saved_mean_bytes"] < wide["saved_mean_bytes"]
 
 
-def test_whether_the_scheme_is_refused_is_asked_of_a_small_network(monkeypatch):
+def test_a_refusal_of_the_scheme_is_found_on_a_small_network(monkeypatch):
     """Building and converting a whole ViT-B to find out takes one core 17 seconds."""
     asked = []
     monkeypatch.setattr(memory, "scheme_refusal", lambda config, mode: asked.append((config, mode)))
@@ -197,7 +197,7 @@ def test_an_interrupt_keeps_the_plans_that_are_complete(monkeypatch, tmp_path):
 
     def stopped(*args):
         counted.append(args)
-        if len(counted) == len(TRAINERS) + 3:  # in the second plan, of which ours alone are counted
+        if len(counted) == len(TRAINERS) + 3:  # in the second plan
             raise KeyboardInterrupt
         return right(*args)
 

@@ -1,4 +1,4 @@
-"""The FLOPs that `rdp_kernels.estimate` calls needed are those that iterations of each built-in network are seen to do."""
+"""The needed FLOPs of `rdp_kernels.estimate` are those counted in iterations of each built-in network."""
 
 import pytest
 import torch

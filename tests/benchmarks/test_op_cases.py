@@ -1,4 +1,4 @@
-"""The op cases: every way to compute an op is right, needs what it says, and is caught when it is wrong."""
+"""The op cases: every provider of an op is right and needs the stated bytes, and a wrong one is caught."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ ROWS = Setting(op_cases.ROWS, (6, 5, 32), 3)
 
 @pytest.fixture(autouse=True)
 def _traced_only(monkeypatch):
-    """What is compiled is traced and then run as it is: the formula, without inductor's half minute."""
+    """Compiled formulas are traced and then run eagerly, without inductor's half minute."""
     monkeypatch.setattr(op_providers, "COMPILER", "eager")
 
 
@@ -44,7 +44,7 @@ def test_without_compiled_nothing_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("setting", TINY, ids=id_of)
 def test_all_providers_are_right_time_and_again(setting):
-    """In each pass, on each set of inputs as on the first, and without a change to any input."""
+    """In each pass, on each set of inputs, and without a change to any input."""
     for case in cases_of(setting):
         names = [provider.name for provider in case.available]
         ours = ["eager", OPS[setting.op].compiled, "ours eager", "ours triton", "ours native"]
@@ -79,10 +79,10 @@ NEEDED = {
     (op_cases.RELU, 2): (4 + 2 + 4, 4 + 4 + 2 + 4 + 4),  # dout, out, branch; dresidual, dbranch
     (op_cases.ROWS, 3): (6 + 3 + 6, 3 + 3 + 3),
     (op_cases.GATHER, 3): (3 + 3, 3 + 6),
-    # gather; stream, branch, sum | add: dout, branch, dbranch; gather: dout, dnext, dresidual
+    # gather; residual, branch, sum | add: dout, branch, dbranch; gather: dout, dnext, dresidual
     (op_cases.PATH, 3): (6 + (6 + 3 + 6), 9 + (6 + 3 + 6)),
     (op_cases.NORM, 4): (6 + 4 + 6 + 6, 6 + 6 + 6 + 4 + 6 + 6),  # dout, dnext, the sum, branch; dresidual, dbranch
-    (op_cases.RMS, None): (6 + 6 + 6 + 6, 6 + 6 + 6 + 6),  # dout, dnext, the sum; one gradient for stream and branch
+    (op_cases.RMS, None): (6 + 6 + 6 + 6, 6 + 6 + 6 + 6),  # dout, dnext, the sum; one gradient for residual and branch
     (op_cases.NORM_ROWS, 3): (6 + 3 + 6 + 3, 6 + 3 + 3 + 6 + 3),
 }
 
@@ -99,7 +99,7 @@ def test_needed_bytes_are_those_of_a_hand_computation(setting):
 def test_needed_bytes_of_a_chain():
     rows = [[0, 1], [1, 2, 3], [0, 5]]
     forward = 2 + 2  # gather
-    forward += (6 + 2 + 6) + 3  # stream, branch, sum; next
+    forward += (6 + 2 + 6) + 3  # residual, branch, sum; next
     forward += (5 + 3 + 3) + 2  # rows 1 2 3 and 0 5, branch, rows 1 2 3; next
     forward += 2 + 2 + 2  # rows, branch, rows
     backward = 2 + 2 + 2  # dout, branch, dbranch
@@ -113,8 +113,8 @@ def test_needed_bytes_of_a_chain():
 
 @needs_interpreter
 @pytest.mark.parametrize("setting", TINY, ids=id_of)
-def test_the_kernels_move_what_is_needed(setting):
-    """Counted by the interpreter; what they do besides is known."""
+def test_the_kernels_move_the_needed_bytes(setting):
+    """Bytes counted by the interpreter; extra bytes are known."""
     op = OPS[setting.op](setting)
     sets = Sets(op, 1)
     ours = op_providers.Runner(op_providers.on_backend("triton", op.ours), sets)
@@ -124,14 +124,14 @@ def test_the_kernels_move_what_is_needed(setting):
             ours.run(direction, 0)
         moved = sum(accesses.bytes for accesses in counted.big) // op.sample_bytes
         besides = 0
-        if setting.op == op_cases.NORM_ROWS and direction == "forward":  # a copy of what the norm saw, for the backward
+        if setting.op == op_cases.NORM_ROWS and direction == "forward":  # a copy of the norm's input, for the backward
             besides = op.kept
-        if setting.kept is None and direction == "backward":  # dbranch is copied from dout, or written besides
+        if setting.kept is None and direction == "backward":  # dbranch is copied from dout, or written in addition
             besides = op.batch if op.norm else 2 * op.batch
         assert moved == op.needed.by(direction) + besides, direction
 
 
-def test_eager_tails_take_7_passes_forward_and_8_backward():
+def test_an_eager_fused_add_takes_7_passes_forward_and_8_backward():
     setting = Setting(op_cases.DENSE, (8, 4, 4096), 4)
     eager = op_providers.Runner(ResidualAdd(setting).eager, Sets(ResidualAdd(setting), 1))
     tensor = 8 * 4 * 4096 * 4
@@ -139,7 +139,8 @@ def test_eager_tails_take_7_passes_forward_and_8_backward():
 
 
 def test_the_eager_chain_is_in_place_like_ours():
-    """Each path gathers its rows and multiplies them by γ; the first add copies, the others touch their rows alone."""
+    """Each path gathers its rows and multiplies them by γ; the first add copies, and later ones touch only their
+    rows."""
     op = OPS[op_cases.CHAIN](Setting(op_cases.CHAIN, (8, 4, 512), 4))
     moved = op_providers.Runner(op.eager, Sets(op, 1)).count_bytes()
     rows = 3 * (2 * 4 + 2 * 4 + 3 * 4) + 2 * 8
@@ -183,7 +184,7 @@ def test_bytes_of_compiled_formulas(moved, wanted):
     assert tuple(moved) == wanted
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_wrong_provider_is_caught_before_it_is_timed(monkeypatch):
@@ -241,7 +242,7 @@ def test_checks_are_of_the_worst_tensor():
             assert check.bound == pytest.approx(4 * 2**-23 + 2**-23 * 30**0.5)
 
 
-def test_only_others_may_sum_in_the_dtype_of_the_stream():
+def test_only_others_may_sum_in_the_dtype_of_the_residual():
     op = OPS[op_cases.NORM](Setting(op_cases.NORM, (6, 5, 32), 4, torch.bfloat16))
     sets = Sets(op, 1)
     out, normed, *grads = sets.wanted["both"]
@@ -252,7 +253,7 @@ def test_only_others_may_sum_in_the_dtype_of_the_stream():
     assert not sets.check("both", (out * 1.04, *rough[1:])).passed
 
 
-def test_what_is_not_there_says_why(monkeypatch):
+def test_an_unavailable_provider_says_why(monkeypatch):
     (case,) = op_cases.op_cases(ROWS, Device(CPU, "a CPU", 1 << 12), ["both"])
     assert {p.name: p.unavailable for p in case.providers if p.unavailable} == {
         "ours triton": INTERPRETED,
@@ -276,7 +277,7 @@ def test_no_provider_finds_its_inputs_in_the_cache():
     capture = case.providers[0].capture
     assert len(capture.runs) == 7
     sets = Sets(op, 3)
-    assert [sets.next() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0], "whoever asks"
+    assert [sets.next() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0], "providers share the sets"
     assert len({sets.inputs[n][0].sum().item() for n in range(3)}) == 3
     (case, *_) = op_cases.op_cases(op.setting, Device(CPU, "a CPU", cache_bytes=1 << 30))
     assert len(case.providers[0].capture.runs) == op_cases.MAX_SETS

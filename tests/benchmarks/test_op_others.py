@@ -1,5 +1,5 @@
-"""Other libraries' ways: called with what they take, verified as everybody, and named with the reason where they can't
-be run. xFormers, flash-attn and Liger are stand-ins with their signatures, in plain torch."""
+"""Other libraries' functions: they get the arguments that they take, are verified like all providers, and have a reason
+where they can't run. xFormers, flash-attn and Liger are stand-ins with their signatures, in plain torch."""
 
 import math
 import sys
@@ -36,7 +36,7 @@ def providers_of(setting, name, passes=PASSES):
 
 
 def passes_in(setting, name):
-    """Those in which that provider gives what it should, or the one reason why it isn't there."""
+    """The passes in which that provider is right, or the single reason why it is unavailable."""
     providers = providers_of(setting, name)
     reasons = {provider.unavailable for provider in providers.values()}
     return [d for d, p in providers.items() if p.verify().passed] if reasons == {None} else reasons
@@ -45,7 +45,7 @@ def passes_in(setting, name):
 @pytest.fixture
 def install(monkeypatch):
     def install(name, function):
-        """`package.module.function`."""
+        """Installs a stand-in as `package.module.function`."""
         path, _, attribute = name.rpartition(".")
         parts = path.split(".")
         modules = [".".join(parts[: n + 1]) for n in range(len(parts))]
@@ -110,7 +110,7 @@ class FusedAddRMSNorm(torch.autograd.Function):
 
 
 def liger_fused_add_rms_norm(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True):
-    """Writes the gradient over the one that it gets, if it may; returns the norm first."""
+    """Overwrites the incoming gradient with its own if it may; returns the norm first."""
     return FusedAddRMSNorm.apply(X, R, W, eps, in_place)
 
 
@@ -128,7 +128,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
-def test_each_is_called_with_what_it_takes(name, setting, install):
+def test_each_gets_the_arguments_that_it_takes(name, setting, install):
     for path, function in STAND_INS.get(name, {}).items():
         install(path, function)
     assert passes_in(setting, name) == list(PASSES)
@@ -141,7 +141,7 @@ def test_each_is_called_with_what_it_takes(name, setting, install):
 
 
 def wrong(function, place, factor):
-    """`function`, with one of its results a little off."""
+    """`function` with an error in one of its results."""
 
     def off(*args, **kwargs):
         results = function(*args, **kwargs)
@@ -162,7 +162,7 @@ def test_a_wrong_one_is_not_timed(name, setting, place, install):
 
 
 def test_gradients_that_are_written_over_are_caught(install):
-    """As Liger does unless told not to: another turn would get another one."""
+    """Liger does so by default: the next turn would get a wrong gradient."""
     for path, function in LIGER.items():
         install(path, lambda *args, in_place, function=function: function(*args, in_place=True))
     (reason,) = passes_in(RMS, "liger")
@@ -173,7 +173,7 @@ def test_gradients_that_are_written_over_are_caught(install):
 
 
 def drop_path(share=None, scale=None, whole=False):
-    """timm's module, wrong as is said: another scale, or a draw that is always the same."""
+    """Stands for timm's module, with the given faults: another scale, or the same draw every time."""
 
     class DropPath(torch.nn.Module):
         def __init__(self, drop_prob):
@@ -201,7 +201,7 @@ def test_a_wrong_draw_is_not_timed(options, monkeypatch):
     assert reason.startswith("differs from the float64 reference by inf" if "scale" not in options else "differs")
 
 
-def test_draws_are_told_from_what_they_changed():
+def test_draws_are_read_off_the_rows_that_changed():
     op = OPS[DENSE.op](DENSE)
     sets, rows = Sets(op, 1), torch.tensor([0, 3])
     residual, branch, gamma = sets.inputs[0]
@@ -213,8 +213,8 @@ def test_draws_are_told_from_what_they_changed():
     assert sets.as_drawn("backward", (residual, dbranch, gamma)).op.rows.tolist() == rows.tolist()
     wanted = sets.wanted["forward"][0]
     assert sets.as_drawn("forward", (out,)).check("forward", (out,)).passed
-    assert not sets.check("forward", (out,)).passed, "those rows weren't the op's own"
-    assert sets.wanted["forward"][0] is wanted, "which stay the op's own"
+    assert not sets.check("forward", (out,)).passed, "the drawn rows aren't the op's own"
+    assert sets.wanted["forward"][0] is wanted, "the op's own rows stay"
 
 
 def test_masks_are_drawn_anew_at_the_rate_of_the_op():
@@ -228,7 +228,7 @@ def test_masks_are_drawn_anew_at_the_rate_of_the_op():
 
 
 def test_bytes_of_drawn_masks_are_eagers():
-    """Which multiplies by a mask that is there; the masks themselves are nothing beside the stream."""
+    """Eager multiplies by an existing mask; the masks are small beside the residual."""
     setting = Setting(op_cases.DENSE, (8, 4, 4096), 4)
     (case,) = op_cases.op_cases(setting, A_CPU, ["both"])
     moved = {p.name: p.columns["moved_gb"] for p in case.available}
@@ -236,10 +236,10 @@ def test_bytes_of_drawn_masks_are_eagers():
     assert moved["torchvision"] == pytest.approx(moved["eager"], rel=1e-3)
 
 
-# What isn't there
+# Unavailable providers
 
 
-def test_what_serves_a_setting():
+def test_which_providers_support_a_setting():
     def serving(setting):
         return [other.library for other in others_of(SimpleNamespace(name=setting.op, setting=setting))]
 
@@ -253,7 +253,7 @@ def test_what_serves_a_setting():
         assert names == {"timm", "torchvision", *STAND_INS} == {o.library for os in OTHERS.values() for o in os}
 
 
-def test_what_needs_a_gpu_says_so(install, monkeypatch):
+def test_a_provider_that_needs_a_gpu_says_so(install, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(op_providers, "COMPILER", "eager")
     assert passes_in(RMS, "liger") == {"liger is not installed"}
@@ -264,7 +264,7 @@ def test_what_needs_a_gpu_says_so(install, monkeypatch):
     assert passes_in(ROWS, "xformers") == {"xformers needs a CUDA device"}
 
 
-def test_one_that_breaks_is_not_there_and_says_why(install):
+def test_one_that_breaks_is_unavailable_and_says_why(install):
     for path in XFORMERS:
         install(path, lambda *_: 1 / 0)
     assert passes_in(ROWS, "xformers") == {"ZeroDivisionError: division by zero"}

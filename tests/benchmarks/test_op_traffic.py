@@ -1,4 +1,4 @@
-"""`python -m benchmarks traffic`: its bytes are those that can be told by hand, and nothing wrong is counted."""
+"""`python -m benchmarks traffic`: it counts the bytes computed by hand, and no wrong results."""
 
 import csv
 import json
@@ -28,10 +28,10 @@ def rows_of(setting, count=count_kernels):
 @needs_interpreter
 def test_bytes_of_the_dense_add_are_those_of_a_hand_count():
     rows = rows_of(Setting(DENSE, SHAPE, 1, gamma=False))
-    need = {"forward": (4 + 1 + 4) * SAMPLE, "backward": (1 + 4) * SAMPLE}  # stream, branch, sum; dout, dbranch
+    need = {"forward": (4 + 1 + 4) * SAMPLE, "backward": (1 + 4) * SAMPLE}  # residual, branch, sum; dout, dbranch
     mask = 4 * 4
     eager = {
-        "forward": (4 + 4 + 4 + 4 + 4) * SAMPLE + mask,  # branch, branch · mask; that, stream, sum
+        "forward": (4 + 4 + 4 + 4 + 4) * SAMPLE + mask,  # branch, branch · mask; that, residual, sum
         "backward": (4 + 4) * SAMPLE + mask,  # dout, dbranch
     }
     compiled = {"forward": (4 + 4 + 4) * SAMPLE, "backward": (4 + 4) * SAMPLE}
@@ -78,7 +78,7 @@ def test_a_wrong_result_is_not_counted(monkeypatch):
 
 
 @needs_interpreter
-def test_what_torch_does_beside_the_kernels_is_told(monkeypatch):
+def test_traffic_of_torch_beside_the_kernels_is_reported(monkeypatch):
     right = ResidualAdd.ours
     monkeypatch.setattr(ResidualAdd, "ours", lambda self, *inputs: (right(self, *inputs)[0].clone(),))
     with pytest.raises(CheckFailed, match=r"besides the kernels torch runs \['aten.clone.default'\]"):
@@ -118,12 +118,12 @@ def test_without_triton_it_says_so(monkeypatch, capsys):
 @needs_interpreter
 @pytest.mark.slow
 def test_where_triton_was_imported_without_its_interpreter_another_process_counts(monkeypatch):
-    """Budget: 30 seconds. What starts there is a fresh interpreter."""
+    """Budget: 30 seconds. It starts a fresh interpreter."""
     setting = Setting(DENSE, SHAPE, 2)
     here = count_kernels(setting)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with interpreting() as count:
-        assert os.environ["TRITON_INTERPRET"] == "1", "for the process that is to start"
+        assert os.environ["TRITON_INTERPRET"] == "1", "for the new process"
         there = count(setting)
     assert os.environ["TRITON_INTERPRET"] == "0"
     assert there == here

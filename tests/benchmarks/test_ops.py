@@ -1,4 +1,4 @@
-"""`python -m benchmarks ops`: what it prints and writes, its ratios and goals, and times of the device alone."""
+"""`python -m benchmarks ops`: its output, ratios and goals, and times of the device alone."""
 
 import contextlib
 import csv
@@ -55,7 +55,7 @@ def test_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert "no xformers in 12 cases: xformers is not installed" in printed.replace("\n", " ")
 
 
-def test_measures_what_was_asked_for(tmp_path):
+def test_measures_the_requested_settings(tmp_path):
     out = tmp_path / "ops.json"
     options = ["--op", "gather_rows", "path", "--pass", "backward", "--turns", "2", "--json", str(out)]
     assert main(["ops", "--tiny", *options]) == 0
@@ -65,7 +65,7 @@ def test_measures_what_was_asked_for(tmp_path):
 
 
 def test_without_compiled_nothing_is_compiled(monkeypatch, tmp_path):
-    """Compiling takes longer than all else, and is left out where there is no time for it."""
+    """Compiling takes longest and is left out where time is short."""
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
     out = tmp_path / "ops.json"
     options = ["--op", "gather_rows", "--pass", "forward", "--turns", "1", "--no-compiled", "--json", str(out)]
@@ -87,7 +87,7 @@ def test_without_a_gpu_it_says_so(command, capsys):
     assert "--device cuda: this machine, or this torch, has no cuda device" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsys):
+def test_a_wrong_provider_is_not_timed_and_others_are(monkeypatch, tmp_path, capsys):
     right = OPS["gather_rows"].ours
     monkeypatch.setattr(OPS["gather_rows"], "ours", lambda self, x: (2 * right(self, x)[0],))
     out = tmp_path / "ops.json"
@@ -143,7 +143,7 @@ def test_goals():
         Goal(faster, where, pytest.approx(0.25), True),
         Goal(compiled, where, pytest.approx(1.0), True),
     ]
-    # 0.11 ms are 0.909 of the bandwidth, and of every ratio
+    # 0.11 ms make 0.909 of the bandwidth, and of every ratio
     assert [goal.met for goal in goals([eager, others, row_of("ours triton", 0.11)])] == [False, False, True, False]
     assert [goal.met for goal in goals([eager, row_of("ours triton", 0.41)])] == [False, False, False]
     unknown = goals([eager, others, row_of("ours triton", None)])
@@ -252,15 +252,15 @@ def test_device_time_is_that_of_a_turn(monkeypatch):
 
     provider = provider_with([lambda: (x, x * 2), lambda: (x, x * 3)], check, kept=[x])
     assert replay.device_time(GPU, provider, repeats=3) == {"device_ms": 48 * 3 / 24, "no_device_ms": ""}
-    # of the replays 2, 3 and 4, the first having been checked
+    # the mean of replays 2, 3 and 4, after the first was checked
     assert checked == [[[1, 1, 1], [2, 2, 2]]], "the input wasn't overwritten, the first run's results were written"
     assert graph.replays == 1 + 3
-    assert graph.keep == [4], "of the last two sweeps over the inputs"
+    assert graph.keep == [4], "results of the last two sweeps over the inputs are kept"
 
 
 @pytest.mark.parametrize("setting", op_cases.TINY, ids=lambda setting: f"{setting.op} {setting.shape}")
 def test_every_provider_can_be_replayed_and_checked(setting, monkeypatch):
-    """Results are overwritten and written anew; those that are inputs, gradients among them, stay."""
+    """Results are overwritten and written again; results that are inputs or gradients stay."""
     graph = FakeGraph(monkeypatch)
     monkeypatch.setattr(replay, "MIN_RUNS", 1)
     for case in op_cases.op_cases(setting, Device(torch.device(DEVICE), "a device", 1), interpreted=True):
@@ -282,7 +282,7 @@ def test_a_replay_that_writes_nothing_has_no_time(monkeypatch):
     }
 
 
-def test_what_cannot_be_captured_says_why(monkeypatch):
+def test_a_provider_that_cannot_be_captured_says_why(monkeypatch):
     class Graph:
         def replay(self):
             raise AssertionError

@@ -1,4 +1,4 @@
-"""`python -m benchmarks overhead`: what it prints and writes, that every way is checked, and that times are per call."""
+"""`python -m benchmarks overhead`: its output, the check of every provider, and times per call."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ def op_of(kind):
 
 
 def failures(kind):
-    """By pass, what the case's check says."""
+    """The result of the case's check, by pass."""
     found = {}
     for case in overhead_cases(op_of(kind), 1):
         try:
@@ -41,7 +41,7 @@ def two_threads():
 
 
 def test_on_a_gpu_a_library_without_cuda_is_left_out(monkeypatch):
-    """The others of the case are measured all the same."""
+    """The case's other providers are still measured."""
     monkeypatch.setattr(op_providers, "has_cuda", lambda: False)
     monkeypatch.setattr(rdp, "available_backends", lambda: {"native": None})
     assert op_providers.why_no_native(torch.device("cuda")) == "the compiled library was built without CUDA"
@@ -157,7 +157,7 @@ def test_draws_that_are_all_alike_are_caught(share, monkeypatch):
     assert all("'ours eager' differs from the float64 reference by inf" in message for message in found.values())
 
 
-def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsys):
+def test_a_wrong_provider_is_not_timed_and_others_are(monkeypatch, tmp_path, capsys):
     right = rdp.gather_rows
     monkeypatch.setattr(rdp, "gather_rows", lambda *args: 2 * right(*args))
     out = tmp_path / "overhead.json"
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path, capsy
 
 
 class Clock:
-    """Stands still but while something is called."""
+    """A clock that advances only during calls."""
 
     seconds = 0.0
 
@@ -213,7 +213,7 @@ def test_on_a_gpu_the_clock_stops_when_the_host_is_done(monkeypatch):
     assert happened == ["wait", "issue", "wait"]
 
 
-def test_a_pass_runs_what_it_says(monkeypatch):
+def test_a_pass_runs_the_right_calls(monkeypatch):
     seen, entered, right, enter = [], [], CALLS[ResidualAdd], rdp.use_backend
 
     def watched(op, *inputs):

@@ -1,4 +1,5 @@
-"""Tables of README.md and docs/ from CSV files: they are made, found stale, and refused with a message that says what is wrong."""
+"""Tables of README.md and docs/ from CSV files: made, found stale, or refused with a message that says what is
+wrong."""
 
 import csv
 import itertools
@@ -62,7 +63,7 @@ def run(place, *options):
 
 
 class TestPlots:
-    """Those that a page shows are drawn from the CSV, and found stale."""
+    """Plots on a page are drawn from the CSV, and found stale."""
 
     @pytest.fixture
     def place(self, tmp_path):
@@ -84,7 +85,7 @@ class TestPlots:
         assert run(place) == run(place, "--check") == 0
         assert plot.read_bytes() != first
 
-    def test_what_another_matplotlib_drew_is_left_as_it_is(self, place):
+    def test_plots_of_another_matplotlib_do_not_change(self, place):
         run(place)
         plot = place / "plots/step-cpu.svg"
         older = plot.read_bytes().replace(b"Matplotlib v", b"Matplotlib v0.")
@@ -93,7 +94,7 @@ class TestPlots:
         assert run(place) == run(place, "--check") == 0
         assert plot.read_bytes() == older
 
-    def test_one_that_there_is_not(self, place, capsys):
+    def test_a_plot_that_does_not_exist(self, place, capsys):
         (place / "README.md").write_text("![the cost](docs/plots/setp-cpu.svg)\n")
         assert run(place) == 1
         assert "no plot is called ['setp-cpu']; there are: step-cpu" in capsys.readouterr().err
@@ -204,7 +205,7 @@ def test_results_that_are_missing_quick_or_foreign(place):
 
 @pytest.mark.parametrize("file", sorted(pages.RESULTS.glob("*.csv")), ids=lambda file: file.name)
 def test_every_file_and_column_is_described(file):
-    """Microseconds and what ends in a number as such."""
+    """Microseconds, and names that end in a number, too."""
     described = (pages.RESULTS / "README.md").read_text(encoding="utf-8")
     assert f"`{file.name}`" in described
     names = set(re.findall(r"`(\w+)`", described))

@@ -1,4 +1,4 @@
-"""The figures show the rows' numbers, as measured or read back; their files are the same for the same rows."""
+"""The figures show the rows' numbers, measured or read back, and the same rows give the same files."""
 
 import argparse
 import csv
@@ -102,13 +102,13 @@ def bars(axis):
 
 
 def points(axis):
-    """Of every line and mark, without those that go across the panel."""
+    """The points of every line and mark, except lines across the panel."""
     lines = [line.get_xydata().tolist() for line in axis.lines if line.get_transform() == axis.transData]
     return [[[pytest.approx(x), pytest.approx(y)] for x, y in line] for line in lines]
 
 
 def as_text(rows):
-    """As a CSV gives them back."""
+    """Rows as text, as read from a CSV."""
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
@@ -117,7 +117,7 @@ def given(request):
     return request.param
 
 
-# What they show
+# What figures show
 
 
 def test_ratio_bars(given):
@@ -126,7 +126,7 @@ def test_ratio_bars(given):
     assert [width for *_, width, _ in bars(forward)] == [1.5, 1.0], "1 / 0.4 and 0.8 / 0.4, from 1 on"
     assert [width for *_, width, _ in bars(both)] == [-0.5, 0.5]
     assert {x for x, *_ in bars(forward) + bars(both)} == {1}
-    assert [line[0][0] for line in points(forward)] == [2.0, 1.4], "of the fastest turns"
+    assert [line[0][0] for line in points(forward)] == [2.0, 1.4], "ratios of the fastest turns"
     assert [line[0][0] for line in points(both)] == [0.625, 1.25]
     labels = [label.get_text() for label in forward.get_yticklabels()]
     assert labels == ["residual_add 8x4 float32, 4 of 8, γ", "residual_add 8x4 float32, 2 of 8, γ"]
@@ -227,7 +227,7 @@ def test_files_are_the_same_for_the_same_rows(name, suffix, tmp_path):
         for path in paths:
             save(draw(MADE_UP[name]), path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
-        assert suffix != ".svg" or b"<text" in paths[0].read_bytes(), "text stays text"
+        assert suffix != ".svg" or b"<text" in paths[0].read_bytes(), "text in the file stays text"
     assert dict(matplotlib.rcParams) == before
 
 
@@ -257,18 +257,18 @@ def test_rows_that_cannot_be_drawn_are_written_all_the_same(tmp_path, capsys):
     assert f"can't draw {tmp_path / 'a.svg'}: no row of ours has one" in capsys.readouterr().err
 
 
-# What can't be drawn
+# Rows that can't be drawn
 
 
 @pytest.mark.parametrize("draw", [draw for by_name in plots.FIGURES.values() for draw in by_name.values()])
-def test_what_is_missing_is_told(draw):
+def test_missing_columns_are_reported(draw):
     with pytest.raises(NothingToPlot, match="there are no rows"):
         draw([])
     with pytest.raises(NothingToPlot, match="the rows have no column .*, torch, triton, python, commit, date$"):
         draw([{"device": "a CPU", "threads": 1}])
 
 
-def test_rows_without_ours_are_told():
+def test_rows_without_ours_are_reported():
     with pytest.raises(NothingToPlot, match="no row of ours has one of another provider beside it"):
         plots.ratio_bars(OPS[:2])
     with pytest.raises(NothingToPlot, match="no row of ours exact or ours branch-frozen"):

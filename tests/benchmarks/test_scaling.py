@@ -1,5 +1,5 @@
-"""`python -m benchmarks scaling`, and what it asks on its own account: that the work of a scheme grows linearly with the
-number of paths, which function calls tell exactly."""
+"""`python -m benchmarks scaling`, and its question: a scheme's work grows linearly with the number of paths. Function
+calls show that exactly."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ WAYS = (PLAIN, BY_HAND, PLAN, OURS)
 
 
 class Blocks(nn.Module):
-    """Each path has a shortcut and a layer of the rest behind it, inside a block of its own."""
+    """Each path has a shortcut and a layer of the rest after it, in a block of its own."""
 
     def __init__(self, count):
         super().__init__()
@@ -40,7 +40,7 @@ class Blocks(nn.Module):
 
 
 def calls_of(build, mode, count):
-    """Of making a scheme, of a pair of iterations, of drawing and carrying out a plan without a path, of its state."""
+    """Calls to make a scheme, for a pair of iterations, for a drawn plan while no path runs, and for the state."""
     model, x = build(count), torch.randn(4, tiny_paths.WIDTH)
     keep = torch.tensor([True, False] * (count // 2)) if mode == "block" else torch.tensor([[True, False] * 2] * count)
     plan = rdp.PathPlan(keep, [0.5] * count, mode)
@@ -67,7 +67,7 @@ def calls_of(build, mode, count):
 
 def assert_linear(build, mode, counts):
     """The same number of calls for each further path."""
-    calls_of(build, mode, 4)  # some things happen once
+    calls_of(build, mode, 4)  # some work is done once
     calls = torch.tensor([calls_of(build, mode, count) for count in counts], dtype=torch.float64)
     each = calls.diff(dim=0) / torch.tensor(counts, dtype=torch.float64).diff()[:, None]
     assert ((each - each[0]) * counts[0]).abs().max() <= 2, f"calls a path: {each.tolist()}"
@@ -92,7 +92,7 @@ def test_calls_are_counted():
     assert count_calls(lambda: [len("a") for _ in range(5)]) >= 2 + 5
 
 
-# What is run
+# The providers
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -115,7 +115,7 @@ def test_a_wrong_way_is_caught(mode, name, monkeypatch):
 
 
 def test_by_hand_follows_the_plan():
-    """Of paths that are kept, dropped, kept only the second learns in the reuse iteration."""
+    """With paths kept, dropped, kept, only the second learns in the reuse iteration."""
     paths, x = tiny_paths.tiny_paths(3), torch.randn(4, tiny_paths.WIDTH)
     plan = rdp.PathPlan(torch.tensor([True, False, True]), [tiny_paths.DROP_PROB] * 3, "block")
     learned = []
@@ -135,7 +135,7 @@ def test_a_turn_leaves_no_gradient_and_runs_what_it_says():
     assert counted[PLAN] < counted[OURS]
 
 
-# What is made of it
+# Reports
 
 
 def row_of(network, provider, mode, paths, ms, batch=10):
@@ -203,7 +203,8 @@ def test_without_a_gpu_it_says_so(capsys):
 
 @pytest.mark.slow
 def test_under_pytest_benchmark(tmp_path):
-    """Budget: 30 seconds. Every way of every tiny case of scaling and overhead is a benchmark, in a group a case."""
+    """Budget: 30 seconds. Every provider of every tiny case of scaling and overhead is a benchmark, with a group per
+    case."""
     out = tmp_path / "benchmarks.json"
     files = ["benchmarks/test_scaling.py", "benchmarks/test_overhead.py"]
     options = ["--benchmark-only", f"--benchmark-json={out}"]

@@ -1,4 +1,5 @@
-"""`python -m benchmarks all`: it runs every command, survives one that fails, and its table says what the rows say."""
+"""`python -m benchmarks all`: it runs every command, continues after a failed one, and its table agrees with the
+rows."""
 
 import argparse
 import csv
@@ -36,7 +37,7 @@ def stand_in(name, rows, code=0):
 
 
 def told(capsys):
-    """Of what is printed the last cells of each line, joined."""
+    """The last cell of each printed line, joined."""
     lines = capsys.readouterr().out.splitlines()
     return " ".join(" ".join(line.strip("│").split("│")[-1].split()) for line in lines)
 
@@ -89,10 +90,10 @@ def test_an_interrupt_ends_it(monkeypatch, capsys):
     monkeypatch.setattr(suite, "MEASURING", commands)
     assert main(["all"]) == 130
     assert not commands["ops"].asked
-    assert "needed FLOPs 0.40 to 0.60" in told(capsys), "what there is by then"
+    assert "needed FLOPs 0.40 to 0.60" in told(capsys), "results so far"
 
 
-def test_refuses_what_it_cannot_write_to_or_run_on(tmp_path, capsys):
+def test_refuses_an_unwritable_folder_and_an_unknown_device(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main(["all", "--out", str(tmp_path / "file")])

@@ -1,4 +1,4 @@
-"""The search for launch numbers, with interpreted kernels and made-up times; and the commands that want a GPU."""
+"""The search for launch numbers, with interpreted kernels and made-up times; and the commands that need a GPU."""
 
 import os
 import re
@@ -33,7 +33,7 @@ TINY = {
 
 
 def small_and_few(launches):
-    """A made-up time: large tiles and many warps are slow."""
+    """A made-up time by which large tiles and many warps are slow."""
     assert launches
     return sum(launch.config.tile + 1000 * launch.config.num_warps + launch.config.tiles for launch in launches)
 
@@ -164,7 +164,7 @@ def test_the_search_goes_on_after_a_wrong_result(monkeypatch, capsys):
 
 
 def test_tune_prints_the_table(monkeypatch, capsys):
-    """The whole command, with the CPU in the place of a GPU."""
+    """The whole command, with the CPU in place of a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Device, "of", lambda kind: Device(ON, "a GPU", 1))
     monkeypatch.setattr(tune, "flushed_time", lambda device: small_and_few)
@@ -211,7 +211,7 @@ for op, shape in (("residual_add_bwd", (4, 80, 384)), ("residual_add_norm_fwd", 
 """
 
 
-def test_a_shape_that_cannot_be_compiled_ahead_is_told_of_and_the_others_are(monkeypatch, capsys):
+def test_a_shape_that_cannot_be_compiled_ahead_is_reported_and_others_are_compiled(monkeypatch, capsys):
     compiled = []
 
     def compile_one(op, shape):
@@ -227,7 +227,7 @@ def test_a_shape_that_cannot_be_compiled_ahead_is_told_of_and_the_others_are(mon
 
 
 def test_every_candidate_is_compiled_and_none_is_launched():
-    """On stand-ins: those that can't be compiled, and empty grids, which nothing would launch, are passed over."""
+    """On stand-ins. Candidates that can't be compiled, and empty grids, which are never launched, are skipped."""
     compiled, launched = [], []
 
     class Kernel:
@@ -254,7 +254,7 @@ def test_every_candidate_is_compiled_and_none_is_launched():
 
 
 @pytest.mark.slow
-def test_what_is_compiled_ahead_is_what_the_search_launches():
+def test_kernels_compiled_ahead_are_those_that_the_search_launches():
     """Budget: 20 seconds."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     output = subprocess.run([sys.executable, "-c", AHEAD_AND_SEARCHED], env=environment, capture_output=True, text=True)
@@ -295,7 +295,7 @@ def test_sanitize_runs_every_tool_over_the_fixed_table(runs, capsys):
         assert command[0] == "/bin/compute-sanitizer"
         assert command[command.index("--error-exitcode") + 1] != "0"
         assert command[-1] == "tests/kernels/test_fixed.py"
-        assert command[-4:-2] == ["-W", "default"], "the first warning that a GPU gives doesn't end it"
+        assert command[-4:-2] == ["-W", "default"], "a GPU's first warning must not end it"
         assert "--maxfail=5" in command
         assert "-x" not in command
         assert (ROOT / command[-1]).exists()

@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, without a GPU, and the facts in their code.
 
-A launch is caught on its way to the driver: what is compiled has the signature, the divisibility marks and the launch
+A launch is caught on its way to the driver. It is compiled with the signature, the divisibility marks and the launch
 numbers that such tensors get on a GPU.
 """
 
@@ -59,7 +59,7 @@ class CudaCode:
 
 
 def caught_launches(run: Callable[[], None], architecture: str) -> list[Launch]:
-    """The launches in `run`, on CPU tensors, with the numbers for `architecture`. None of them happens."""
+    """The launches in `run`, on CPU tensors, with the numbers for `architecture`. No kernel runs."""
     caught: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "architecture", lambda device: architecture)
@@ -69,7 +69,7 @@ def caught_launches(run: Callable[[], None], architecture: str) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
-    """By way of what Triton's own launcher does at the first call with such arguments."""
+    """Compiles as Triton's own launcher does at the first call with such arguments."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.arguments, **launch.options)
@@ -120,7 +120,7 @@ _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s[^\[]
 
 
 def _accesses_by_argument(ptx: str, signature: dict[str, str]) -> Counter[tuple[str, str, int]]:
-    """Follows the register of every address back, through what it was computed from, to the one pointer among it."""
+    """Follows the register of every address back to the one pointer that it was computed from."""
     at_run_time = [name for name, kind in signature.items() if kind != "constexpr"]
     pointers = {
         register: at_run_time[int(number)].removesuffix("_ptr")

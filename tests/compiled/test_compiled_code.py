@@ -1,5 +1,5 @@
-"""Every kernel, compiled for the tensors of a table of cases, spills nothing and accesses memory in 16 bytes a thread;
-where it can't, because sizes or addresses don't divide by 16, the table says so.
+"""Every kernel, compiled for a table of cases, spills nothing and accesses memory in 16 bytes a thread. The table lists
+the exceptions: sizes or addresses that don't divide by 16.
 
 About 0.4 s for a kernel and a target: a minute for what runs by default, two for the rest.
 """
@@ -30,7 +30,7 @@ bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 SMALL = frozenset({"gamma", "weight", "bias", "row_scale", "inverse", "next_inverse", "index", "mean", "rstd"})
 SMALL |= {"dgamma", "dweight", "dbias"}
-"""Arguments with one number for each column, tile row or program: any width of access will do."""
+"""Arguments with one number for each column, tile row or program: any width of access is right."""
 SMALL_OF = {"_sum_partials_kernel": frozenset({"out"})}
 BIG = frozenset({"residual", "update", "frozen_update", "out", "next", "frozen_next", "norm_input"})
 BIG |= {"dresidual", "dupdate", "dfrozen_update", "dout", "dnext", "dfrozen_next", "x", "frozen_out"}
@@ -72,7 +72,7 @@ NORM_CASES = (
     Case("norm: 16384, the widest", (8, 33, 16384), fp32, norm="layer", **MIXED),
 )
 
-# Triton marks what divides by 16, nothing less: these are served, slowly, and spill nothing either.
+# Triton marks only what divides by 16: these cases run slowly, and spill nothing either.
 NARROW_CASES = (
     Case("odd C", (8, 197, 385), **MIXED, narrow=EVERYTHING),
     Case("C of 8 x 9", (8, 197, 72), fp32, narrow=EVERYTHING),
@@ -109,8 +109,8 @@ def parameters(architectures: Iterable[str]) -> list:
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """Compiles launches for a CUDA architecture and reads the codes, each once. The disassembler takes as long as the
-    compiler: it runs on those of one call at the same time."""
+    """Compiles launches for a CUDA architecture and reads each code once. The disassembler takes as long as the
+    compiler, so that it runs on all codes of a call at the same time."""
     folder = tmp_path_factory.mktemp("code")
     codes: dict[str, CudaCode] = {}
 
@@ -126,7 +126,7 @@ def read(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _new_cache(tmp_path_factory):
-    """Triton compiles here, whatever it has compiled before."""
+    """An empty cache, so that Triton compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -179,7 +179,7 @@ def kernels_of_package() -> set[str]:
 
 
 def test_a_spill_is_seen(read: Read):
-    """With half the warps a thread has twice as much to keep, and narrow accesses need an address each."""
+    """With half the warps a thread holds twice as much, and narrow accesses need an address each."""
     (case,) = (case for case in NARROW_CASES if case.why == "odd C")
     backward = next(launch for launch in caught_launches(case.run, "sm_90") if "_bwd_" in launch.kernel.__name__)
     (code,) = read([replace(backward, config=replace(backward.config, num_warps=2))], "sm_90")

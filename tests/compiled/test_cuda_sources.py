@@ -1,4 +1,4 @@
-"""The machine code that nvcc makes of `csrc/cuda`, for each architecture; that takes a CUDA toolkit and no GPU."""
+"""The machine code that nvcc makes of `csrc/cuda`, for each architecture. Needs a CUDA toolkit and no GPU."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 TYPES = ("ff", "f13__nv_bfloat16", "f6__half", "13__nv_bfloat16S2_", "6__halfS2_")
 PACKED = {"ff": 4}
-"""Elements of a pack, 8 unless it says otherwise."""
+"""Elements of a pack; 8 for kernels that aren't listed."""
 ELEMENTWISE = ("residual_add_fwd_kernel", "residual_add_bwd_kernel", "residual_add_bwd_sums_kernel")
 
 
@@ -27,7 +27,7 @@ def nvcc():
 
 @pytest.fixture(scope="module", params=["80", "90", "100"])
 def code(request, tmp_path_factory):
-    """What ptxas says of each kernel, and its accesses to memory, by (mangled name: instruction: count)."""
+    """What ptxas says about each kernel, and its accesses to memory, as (mangled name: instruction: count)."""
     cubin = tmp_path_factory.mktemp("cuda") / "fused_add.cubin"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *cpp_extension.COMMON_NVCC_FLAGS]
@@ -62,7 +62,7 @@ def test_nothing_spills(code):
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("kernel", ELEMENTWISE)
 def test_aligned_tensors_move_in_128_bits(code, kernel, types):
-    """All stores are, but for those of partial sums; other loads are of a row's place and scale, and of a narrow γ."""
+    """All stores do, except those of partial sums. Other loads are of a row's place and scale, and of a narrow γ."""
     _, accesses = code
     pack = PACKED.get(types, 8)
     (counts,) = [found for name, found in accesses.items() if f"{kernel}I{types}Li{pack}E" in name]

@@ -16,7 +16,7 @@ BATCH = 64
 
 
 class Kept(Case):
-    """A batch of which `kept` rows run, half of them learning; the lists of rows begin at any address."""
+    """A batch in which `kept` rows run, half of them learning; the lists of rows begin at any address."""
 
     kept = 0
 
@@ -28,7 +28,7 @@ class Kept(Case):
 
 
 def variants(case, counts):
-    """For each launch of the case, what Triton tells apart, over all numbers of rows."""
+    """For each launch of the case, the variants that Triton tells apart, over all numbers of rows."""
     seen = {}
     for case.__class__.kept in counts:
         for place, launch in enumerate(caught_launches(case.run, "sm_90")):

@@ -1,7 +1,7 @@
-"""Small residual blocks, each of which does another kind of thing that a block in the wild may do.
+"""Small residual blocks. Each does one kind of thing that blocks of real libraries may do.
 
-A decorator declares what `rdp.convert` must make of a block: `right`, it trains exactly as before; `refused`, it stays
-as it was, for a reason that matches; `either` of them. What is not declared `right` trains exactly as before too.
+A decorator declares the outcome of `rdp.convert` on a block. `right`: it trains exactly as before. `refused`: it stays
+as it was, for a reason that matches. `either`: one of the two. Blocks not declared `right` train exactly as before too.
 
 The state that blocks share outside of modules is the lower-case data of this module and of the classes; `reset` puts
 all of it back.
@@ -93,7 +93,7 @@ class Residual(nn.Module):
         return out
 
     plain = True
-    """Whether its output is the residual and a branch of one path, and nothing in it is random."""
+    """Whether its output is the residual plus the update of one path, and nothing in it is random."""
 
     @staticmethod
     def later(model):
@@ -105,7 +105,7 @@ class Residual(nn.Module):
 
 
 class Scaled(Residual):
-    """A branch that a number scales, which comes from somewhere."""
+    """A branch scaled by a number; subclasses say where it comes from."""
 
     def branch(self, x):
         return self.scale_now() * self.fc(x)
@@ -245,7 +245,7 @@ class DropoutChild(Residual):
 
 @right
 class DropoutRateOfBlock(Residual):
-    """Dropout as a function, with a rate of the block's, which is raised later."""
+    """Dropout as a function, with a rate of the block's that is raised later."""
 
     plain = False
 
@@ -332,7 +332,7 @@ class ClosureFlag(Residual):
 
 @right
 class ClassAttribute(Scaled):
-    """Reads an attribute of its class, which changes for all blocks at once."""
+    """Reads an attribute of its class, changed later for all blocks at once."""
 
     scale = 1.0
 
@@ -421,7 +421,7 @@ class ConfigDict(Scaled):
 
 @right
 class ListOfNumbers(Scaled):
-    """Reads a list, whose contents change."""
+    """Reads a list whose contents change."""
 
     def __init__(self):
         super().__init__()
@@ -435,7 +435,7 @@ class ListOfNumbers(Scaled):
 
 @right
 class SetOfNames(Scaled):
-    """Asks whether a set holds a name."""
+    """Checks whether a set holds a name."""
 
     def __init__(self):
         super().__init__()
@@ -514,7 +514,7 @@ class PropertyOfBlock(Scaled):
 
 @right
 class MissingAttribute(Scaled):
-    """Asks for an attribute that isn't there yet."""
+    """Looks for an attribute that doesn't exist yet."""
 
     def scale_now(self):
         return getattr(self, "scale", 1.0)
@@ -538,7 +538,7 @@ class ChildAttribute(Scaled):
 
 @refused("training")
 class ChildTraining(Residual):
-    """Asks whether a child is in training, as for frozen BatchNorm."""
+    """Checks whether a child is in training, as for frozen BatchNorm."""
 
     def branch(self, x):
         return self.fc(x) if self.fc.training else 2 * self.fc(x)
@@ -588,7 +588,7 @@ class Environment(Scaled):
 
 @refused("calls")
 class Clock(Scaled):
-    """Asks what time it is."""
+    """Reads the clock."""
 
     def scale_now(self):
         return 2.0 if time.time() > deadline[0] else 1.0
@@ -730,7 +730,7 @@ class GrowingList(Residual):
 
 @right
 class ChildByName(Residual):
-    """Chooses a child by an attribute, which changes later."""
+    """Chooses a child by an attribute that changes later."""
 
     def __init__(self):
         super().__init__()
@@ -774,7 +774,7 @@ class ReplacedForwardOfClass(Residual):
 
 
 def decorated(forward):
-    """Notes each call, as the decorators of transformers do."""
+    """Records each call, as the decorators of transformers do."""
 
     @functools.wraps(forward)
     def call(self, *args, **kwargs):
@@ -823,7 +823,7 @@ class NeighboursWeight(Residual):
 
 @refused("reads '(cache|history|tables|neighbours)'")
 class TellsNeighbour(Residual):
-    """Leaves a tensor on a module that isn't its own, as UNets hand features over."""
+    """Leaves a tensor on a module that isn't its own, as UNets pass on features."""
 
     def __init__(self):
         super().__init__()
@@ -975,7 +975,7 @@ class EpochInBuffer(Residual):
 
 @refused("requires_grad of a tensor")
 class FrozenOrNot(Residual):
-    """Asks whether a weight learns."""
+    """Checks whether a weight learns."""
 
     def branch(self, x):
         return self.fc(x) if self.fc.weight.requires_grad else 2 * self.fc(x)
@@ -985,7 +985,7 @@ class FrozenOrNot(Residual):
 
 @refused("requires_grad of a tensor")
 class InputLearns(Residual):
-    """Asks whether its input requires grad, as reentrant checkpointing does."""
+    """Checks whether its input requires grad, as reentrant checkpointing does."""
 
     def branch(self, x):
         return 2 * self.fc(x) if x.requires_grad else self.fc(x)
@@ -993,7 +993,7 @@ class InputLearns(Residual):
 
 @refused("calls")
 class GradEnabled(Residual):
-    """Asks whether gradients are recorded."""
+    """Checks whether gradients are recorded."""
 
     def branch(self, x):
         return 2 * self.fc(x) if torch.is_grad_enabled() else self.fc(x)
@@ -1001,7 +1001,7 @@ class GradEnabled(Residual):
 
 @refused("calls")
 class AutocastEnabled(Residual):
-    """Asks whether autocast is on."""
+    """Checks whether autocast is on."""
 
     def branch(self, x):
         return 2 * self.fc(x) if torch.is_autocast_enabled("cpu") else self.fc(x)
@@ -1009,7 +1009,7 @@ class AutocastEnabled(Residual):
 
 @refused("calls")
 class DefaultDtype(Scaled):
-    """Asks for torch's default dtype."""
+    """Reads torch's default dtype."""
 
     def scale_now(self):
         return 1.0 if torch.get_default_dtype() == torch.float32 else 2.0
@@ -1021,7 +1021,7 @@ class DefaultDtype(Scaled):
 
 @refused("calls")
 class ThreadsOfTorch(Scaled):
-    """Asks for a setting of torch's backends."""
+    """Reads a setting of torch's backends."""
 
     def scale_now(self):
         return 2.0 if torch.are_deterministic_algorithms_enabled() else 1.0
@@ -1033,7 +1033,7 @@ class ThreadsOfTorch(Scaled):
 
 @right
 class DtypeOfParameters(Residual):
-    """Casts its input to the dtype of its parameters, which changes."""
+    """Casts its input to the dtype of its parameters, which is changed later."""
 
     def branch(self, x):
         return self.fc(x.to(next(self.parameters()).dtype))
@@ -1045,7 +1045,7 @@ class DtypeOfParameters(Residual):
 
 @right
 class DeviceOfParameters(Residual):
-    """Moves its input to the device of its parameters, which changes."""
+    """Moves its input to the device of its parameters, which is changed later."""
 
     def branch(self, x):
         return self.fc(x.to(next(self.parameters()).device))
@@ -1167,7 +1167,7 @@ class WhereOfInput(Residual):
 
 @either
 class InstanceOfTensor(Residual):
-    """Asks whether its input is a tensor."""
+    """Checks whether its input is a tensor."""
 
     def forward(self, x):
         if isinstance(x, Tensor):
@@ -1177,7 +1177,7 @@ class InstanceOfTensor(Residual):
 
 @refused("differs")
 class TypeOfInput(Residual):
-    """Looks its input's type up."""
+    """Looks up its input's type."""
 
     def branch(self, x):
         return {Tensor: 2}.get(type(x), 1) * self.fc(x)
@@ -1185,7 +1185,7 @@ class TypeOfInput(Residual):
 
 @refused("differs")
 class HasAttribute(Residual):
-    """Asks whether its input has an attribute."""
+    """Checks whether its input has an attribute."""
 
     def branch(self, x):
         return 2 * self.fc(x) if hasattr(x, "mask") else self.fc(x)
@@ -1204,7 +1204,7 @@ class TriesAnAttribute(Residual):
 
 @refused("one batch size")
 class CatchesErrors(Residual):
-    """Catches the error of a wrong shape and goes on."""
+    """Catches the error of a wrong shape and continues."""
 
     def branch(self, x):
         try:
@@ -1227,7 +1227,7 @@ class AutocastOff(Residual):
 
 @refused("context")
 class AutocastOn(Residual):
-    """A part in bfloat16 whatever is around."""
+    """A part in bfloat16 in any context."""
 
     def branch(self, x):
         with torch.autocast("cpu", torch.bfloat16):
@@ -1256,7 +1256,7 @@ class NoGrad(Residual):
 
 @refused("context")
 class NoGradAfterwards(Residual):
-    """The residual add is recorded, a part of the residual behind it isn't."""
+    """The residual add is recorded, a part of the residual after it isn't."""
 
     plain = False
 
@@ -1293,7 +1293,7 @@ class DecoratedHelper(Residual):
 
 @refused("context")
 class EnablesGrad(Residual):
-    """Records gradients for a part, whatever is around."""
+    """Records gradients for a part, in any context."""
 
     def branch(self, x):
         with torch.enable_grad():
@@ -1362,7 +1362,7 @@ class StackOfContexts(Residual):
 
 @refused("context")
 class CountsSavedTensors(Residual):
-    """Looks on at what autograd saves."""
+    """Watches what autograd saves."""
 
     def branch(self, x):
         def pack(t):
@@ -1905,7 +1905,7 @@ class Warns(Residual):
 
 @refused("sets")
 class Remembers(Residual):
-    """Asks whether it is called with the same object again."""
+    """Checks whether it is called with the same object again."""
 
     plain = False
 
@@ -2364,7 +2364,7 @@ class AddsInPlace(Residual):
 
 @right
 class InPlaceActivation(Residual):
-    """An activation in place behind the add."""
+    """An activation in place after the add."""
 
     plain = False
 
@@ -2558,7 +2558,7 @@ class ChildInPlainList(Residual):
 
 @refused("reads 'layers'")
 class ChildNobodyKnows(Residual):
-    """A child in a plain list that is registered nowhere."""
+    """A child in a plain list, and not registered."""
 
     def __init__(self):
         super().__init__()
@@ -2863,7 +2863,7 @@ class ReadsLayersOfItself(Residual):
 
 @right
 class AsksForCompilers(Residual):
-    """Asks whether it is being scripted, traced, compiled or exported, as libraries do."""
+    """Checks whether it is being scripted, traced, compiled or exported, as libraries do."""
 
     def branch(self, x):
         if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -3263,7 +3263,7 @@ class AliasOfClass(Scaled):
 
 @right
 class ClassMethodOfOther(AliasOfClass):
-    """Asks a class for what it holds."""
+    """Reads what a class holds."""
 
     def scale_now(self):
         return Settings.get()
@@ -3532,7 +3532,7 @@ class ShapeOfParameter(Residual):
 
 @refused("`is`")
 class SameArgument(Residual):
-    """Asks whether two arguments are one tensor."""
+    """Checks whether two arguments are one tensor."""
 
     def forward(self, x, context):
         y = self.fc(x)
@@ -3545,7 +3545,7 @@ class SameArgument(Residual):
 
 @refused("isn't inside of it")
 class AsksNeighbour(Scaled):
-    """Asks another module whether it has an attribute."""
+    """Checks whether another module has an attribute."""
 
     def __init__(self):
         super().__init__()

@@ -7,7 +7,7 @@ DIM = 8
 
 
 class DropPath(nn.Module):
-    """A library's own, as far as `rdp.convert` knows it: by its name."""
+    """A library's own drop-path, which `rdp.convert` knows by its name."""
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
@@ -92,7 +92,7 @@ class Windows(nn.Module):
 
 
 class Concat(nn.Module):
-    """What is dropped is concatenated, not added."""
+    """The update is concatenated, not added."""
 
     def __init__(self, drop_prob=0.2):
         super().__init__()
@@ -168,7 +168,7 @@ class Plain(nn.Module):
 
 
 class DinoBlock(nn.Module):
-    """As the blocks of DINOv2's own code: functions within the forward, another way at each rate."""
+    """Like the blocks of DINOv2's own code: functions within the forward, and other code at each rate."""
 
     def __init__(self, drop_prob=0.0):
         super().__init__()

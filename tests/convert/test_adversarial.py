@@ -22,7 +22,7 @@ from .adversarial import KINDS
 from .nets import DIM, DropPath
 
 LIMIT = 60
-"""Seconds for a block: a conversion that hangs is an error."""
+"""Seconds for a block; a longer conversion is an error."""
 STEPS = 9
 AUTOCAST, WITHOUT_GRADIENTS, EVALUATION = (5, 6), 7, 8
 TOLERANCE = 1e-6
@@ -67,7 +67,7 @@ def generators():
 
 
 def plain(value, seen=()):
-    """`value` in plain containers: of what isn't data there is the type, of modules and functions the name."""
+    """`value` in plain containers: objects that aren't data as their type, modules and functions by name."""
     if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
         return "tensor within torch.func", list(value.shape)
     if isinstance(value, Tensor):
@@ -96,7 +96,7 @@ def difference(expected, actual, tolerance=TOLERANCE):
     """Where and how two values of `plain` differ first, or None."""
     if isinstance(expected, Tensor) and isinstance(actual, Tensor):
         if expected.shape != actual.shape or expected.is_meta or expected.numel() == 0:
-            return None  # said by what stands before
+            return None  # shapes and devices are compared before
         error = float((expected.to(torch.complex128) - actual.to(torch.complex128)).abs().max())
         largest = max(1.0, float(expected.to(torch.complex128).abs().max()))
         same = error <= tolerance * largest or (torch.equal(expected.isnan(), actual.isnan()) and error != error)
@@ -124,7 +124,7 @@ def difference(expected, actual, tolerance=TOLERANCE):
 
 
 def state_of(model):
-    """Modules with their types, parameters, buffers and attributes, hooks counted; without what conversion adds."""
+    """Modules with their types, parameters, buffers, attributes and numbers of hooks, without what conversion adds."""
     state = {}
     for name, module in model.named_modules():
         attributes = {}
@@ -143,7 +143,7 @@ def state_of(model):
 
 
 def trained(model):
-    """What can be seen of each of five steps, two under autocast, one without gradients, and an evaluation."""
+    """All visible results of five steps, two of them under autocast, one without gradients, and of an evaluation."""
     kind, seen, calls = model.kind, [], []
     for name, module in model.blocks.named_modules():
         if name and not isinstance(module, DropPath) and "drop_path" not in name:
@@ -187,7 +187,7 @@ def trained(model):
 
 
 class _Records:
-    """A hook: each call of a child with its arguments, or its output, and the contexts that it is made in."""
+    """A hook that records each call of a child: its arguments or output, and the contexts around it."""
 
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
@@ -252,7 +252,7 @@ def converted(model):
 
 
 def judge(kind):
-    """What is wrong with the conversion of a kind; nothing where all is as it must be. And the outcome."""
+    """Returns what is wrong with the conversion of a kind of block, empty if nothing is, and the outcome."""
     wrong = []
     adversarial.reset()
     expected = trained(net_of(kind))
@@ -310,7 +310,7 @@ def test_it_trains_as_before_or_is_refused(name):
 
 
 def planned(model, keep, mode):
-    """The blocks' inputs and outputs in a drop iteration; `keep` says for each block what is kept of it."""
+    """The blocks' inputs and outputs in a drop iteration; `keep` holds what is kept of each block."""
     adversarial.reset()
     scheme = rdp.ResidualDropPath(model, 0.5, mode=mode, freeze="none")
     kept = [keep[[path.module.block is block for block in model.blocks].index(True)] for path in scheme.paths]
@@ -327,7 +327,7 @@ def planned(model, keep, mode):
 
 
 def check_masked(twin, inputs, outputs, keep):
-    """An output is the residual and, where it is kept, twice the branch, by blocks as they were."""
+    """Checks outputs against the original blocks: the residual plus, where the branch is kept, twice the update."""
     adversarial.reset()
     _seed(3)
     for block, x, out, kept in zip(twin.blocks, inputs, outputs, keep, strict=True):
@@ -369,7 +369,7 @@ def test_paths_are_dropped_as_masks_drop_them(name):
 
 
 def test_blocks_that_look_alike_are_told_apart():
-    """One that is converted says nothing of another of the same class and the same graph."""
+    """Converting one tells nothing about another of the same class with the same graph."""
     model = net_of(adversarial.LooksAlike)
     model.blocks[1].fc.mixes = True
     report = converted(model)

@@ -80,7 +80,7 @@ def test_blocks_that_were_added_are_converted(model):
 
 
 def train(model, scheme, steps=4):
-    """Bit by bit: the weights and losses of some pairs."""
+    """The weights and losses of some pairs, to be compared bit by bit."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -95,7 +95,7 @@ def train(model, scheme, steps=4):
 
 @pytest.mark.parametrize("own", [None, 0.5])
 def test_a_scheme_goes_on_with_new_paths(model, own):
-    """Training is to the bit that of a scheme which was made after them."""
+    """Training equals to the bit that of a scheme that was made after the new paths."""
     scheme = rdp.ResidualDropPath(model, own, seed=3)
     train(model, scheme)
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_no_new_paths_in_the_middle_of_a_pair(model, drop_prob, busy):
 
 
 class Half(nn.Module):
-    """The first drop-path is refused: all that it drops is used elsewhere too."""
+    """The first drop-path is refused: its whole input is used elsewhere too."""
 
     def __init__(self):
         super().__init__()
@@ -203,8 +203,8 @@ def test_a_strict_conversion_that_raises_leaves_no_trace():
 
 
 @pytest.mark.parametrize("drop_prob", [None, 0.3])
-def test_what_lies_in_a_branch_stays_there(drop_prob):
-    """A block with a drop-path inside the branch of another's, and inside of a ResidualBranch."""
+def test_paths_inside_a_branch_stay_there(drop_prob):
+    """A block with a drop-path inside another block's branch, and inside a ResidualBranch."""
 
     class Outer(nn.Module):
         def __init__(self):
@@ -225,7 +225,7 @@ def test_what_lies_in_a_branch_stays_there(drop_prob):
 
 
 def test_a_block_around_own_branches_is_refused():
-    """Nested paths can't be planned apart."""
+    """Nested paths can't be planned separately."""
 
     class Around(nn.Module):
         def __init__(self):

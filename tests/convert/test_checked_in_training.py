@@ -1,5 +1,5 @@
-"""The second self-check: blocks that look right in eval mode and in float64, and train wrong. Most stand for what tracing
-doesn't see; so that it has no say here, what is carved is an innocent block's forward, and another forward runs."""
+"""The second self-check: blocks that look right in eval mode and in float64, and train wrong. Most do what tracing
+doesn't see. To keep tracing out, the tests carve a harmless block's forward and run another one."""
 
 import collections
 import copy
@@ -37,8 +37,8 @@ class Residual(nn.Module):
 
 
 def checked(block, forward=None):
-    """Carves `block`, gives it the other forward and checks it: raises `Refused`, and anything else where the first check
-    alone would have done."""
+    """Carves `block`, gives it the other forward and checks it. Raises `Refused`, or another error where the first
+    check would have been enough."""
     calls = [BlockCall((nets.tokens(size),), {}) for size in BATCH_SIZES]
     block.eval()
     traced = trace(block, calls[0])
@@ -221,7 +221,7 @@ class Evo(Statistics):
 
 
 class Router(Statistics):
-    """In training, what comes behind an expert's capacity is left out."""
+    """In training, tokens beyond an expert's capacity are left out."""
 
     def forward(self, x):
         tokens = self.linear(x).flatten(0, 1)
@@ -233,7 +233,7 @@ class Router(Statistics):
 
 
 class Codebook(Statistics):
-    """A buffer follows what comes."""
+    """A buffer follows the inputs."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +248,7 @@ class Codebook(Statistics):
 
 
 class HiddenCodebook(Statistics):
-    """As `Codebook`, in an attribute, and used in the next call."""
+    """Like `Codebook`, with an attribute instead, which the next call uses."""
 
     code = torch.zeros(())
 
@@ -269,7 +269,7 @@ class Clamps(Statistics):
 
 
 class Instance(Statistics):
-    """Keeps running statistics of the rows that come."""
+    """Keeps running statistics of its input rows."""
 
     def __init__(self):
         super().__init__()
@@ -309,7 +309,7 @@ class Noise(Statistics):
 
 
 class KeepsMap(Statistics):
-    """Its last result stays on it."""
+    """Keeps its last result as an attribute."""
 
     def forward(self, x):
         self.map = self.linear(x)
@@ -334,7 +334,7 @@ class Norm(Statistics):
 
 
 class Ranks(Norm):
-    """As a network is prepared for several ranks, before it is on GPUs."""
+    """A network prepared for several ranks, before it moves to GPUs."""
 
     def __init__(self):
         super().__init__()
@@ -342,12 +342,12 @@ class Ranks(Norm):
 
 
 @pytest.mark.parametrize("branch", [Noise, KeepsMap, Attention, Norm, Ranks], ids=lambda branch: branch.__name__)
-def test_what_is_random_or_a_batch_norm_passes(branch):
+def test_random_branches_and_batch_norms_pass(branch):
     checked(Residual(branch()))
 
 
 class Concatenated(Residual):
-    """Dropped, it is zeros, which require no gradient."""
+    """A dropped branch is zeros, which require no gradient."""
 
     def forward(self, x):
         return self.drop_path(self.fn(x))
@@ -365,11 +365,11 @@ def test_the_checks_are_made_when_converting():
     ]  # fmt: skip
 
 
-# Which blocks are checked once
+# Which blocks share a check
 
 
 class Sometimes(Statistics):
-    """Statistics of the batch where an attribute says so, which `repr` doesn't show."""
+    """Uses statistics of the batch where an attribute says so; `repr` doesn't show the attribute."""
 
     def __init__(self, kind):
         super().__init__()
@@ -385,7 +385,7 @@ def test_blocks_with_other_attributes_in_children_are_checked_apart():
     assert [row.refused is None for row in report] == [True, True, False]
 
 
-def test_what_blocks_are_alike():
+def test_which_blocks_are_alike():
     assert likeness(nets.Block(0.1)) == likeness(nets.Block(0.2))
     for change in (
         lambda block: setattr(block.mlp[0], "flag", 1),
@@ -402,7 +402,7 @@ def test_what_blocks_are_alike():
 
 
 def test_gradients_under_autocast_may_differ_by_their_noise():
-    """Sums of terms of size 20 that cancel out: noise of 0.3 is a rounding of them in bfloat16."""
+    """Sums of terms of size 20 that cancel out: noise of 0.3 is their rounding in bfloat16."""
     expected = torch.tensor([0.3, -0.2, 0.1])
     autocast = Setting("", autocast="cpu")
     assert _of_gradients("g", expected, -expected, autocast, 20.0) is None

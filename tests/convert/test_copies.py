@@ -89,7 +89,7 @@ def by_hand(block):
 
 
 def by_replica(block):
-    """As `nn.parallel.replicate` does, which needs GPUs."""
+    """Copies as `nn.parallel.replicate` does, without its GPUs."""
     replicas = {id(m): m._replicate_for_data_parallel() for m in block.modules()}
     for module in block.modules():
         replica = replicas[id(module)]
@@ -105,7 +105,7 @@ def by_replica(block):
 def test_a_shallow_copy_has_no_part_in_an_iteration_of_the_original(model, copied):
     block, x = model.blocks[0], tokens()
     scheme = rdp.ResidualDropPath(model, 0.5)
-    other, around = copied(block), nets.Net(block)  # a shallow copy of what is around has the block itself
+    other, around = copied(block), nets.Net(block)  # a shallow copy of the outer module holds the block itself
     torch.testing.assert_close(other(x), block(x))
     plan = rdp.PathPlan(torch.zeros(3, dtype=torch.bool), [0.5] * 3, "block")
     with scheme.drop_iteration(plan=plan):
@@ -215,7 +215,7 @@ def test_code_that_is_replaced_later_runs(name, monkeypatch):
             model(x)
         scheme.remove()
         rdp.revert(model)
-        report = rdp.convert(model, 0.0, example_inputs=x)  # of what is there now
+        report = rdp.convert(model, 0.0, example_inputs=x)  # converts the replaced code
         assert len(report.converted) == (0 if name == "forward" else 2)
         torch.testing.assert_close(model(x), out)
         rdp.revert(model)
@@ -238,7 +238,7 @@ def test_a_base_class_is_watched_too(monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["forward", "scaled"])
-def test_what_is_replaced_on_the_instance_before_is_refused(attribute):
+def test_a_method_that_is_replaced_on_the_instance_before_is_refused(attribute):
     model, x = nets.Net(Plain()).train(), tokens()
     block = model.blocks[0]
     block.__dict__[attribute] = types.MethodType(lambda self, y: self.gamma * y, block)
@@ -259,7 +259,7 @@ def test_a_method_that_is_replaced_on_the_instance_later_runs():
     assert torch.equal(out, x + 5 * model.blocks[0].fn(x))
 
 
-def test_a_forward_that_is_replaced_on_the_instance_later_is_told_by_the_scheme():
+def test_a_forward_that_is_replaced_on_the_instance_later_is_reported_by_the_scheme():
     model, x = plain(), tokens()
     scheme = rdp.ResidualDropPath(model, 0.5)
     block = model.blocks[1]
@@ -272,7 +272,7 @@ def test_a_forward_that_is_replaced_on_the_instance_later_is_told_by_the_scheme(
 
 
 def test_a_wrapper_around_the_forward_is_no_hindrance():
-    """As accelerate's hooks: the instance's forward calls the converted one."""
+    """As with accelerate's hooks, the instance's forward calls the converted one."""
     model, x = plain(), tokens()
     for block in model.blocks:
         block.forward = lambda *args, inner=block.forward: inner(*args)
@@ -349,7 +349,7 @@ def test_a_pickle_meets_another_version_of_the_library(library):
         assert torch.equal(other(x), x + 3 * other[0].fn(x))
 
 
-# Classes and calls that others make of a block's
+# Other classes and calls of a block
 
 
 def weight_norm(block):
@@ -376,7 +376,7 @@ def own_parameter(block):
 
 @pytest.mark.parametrize("wrap", [weight_norm, old_weight_norm, spectral_norm])
 def test_parametrized_after_conversion(wrap):
-    """Runs with the weights that are made, and a dropped branch's originals get no gradient."""
+    """The block runs with the computed weights, and the original weights of a dropped branch get no gradient."""
     model, x = plain(), tokens()
     block = model.blocks[0]
     wrap(block)
@@ -400,7 +400,8 @@ def test_parametrized_after_conversion(wrap):
 
 
 def test_a_class_that_was_made_of_a_converted_one():
-    """Of a block whose own parameter is parametrized: its forward falls back to the original, and revert says no."""
+    """Made of a block whose own parameter is parametrized: its forward falls back to the original, and revert
+    raises."""
     model, x = plain(), tokens()
     block = model.blocks[0]
     own_parameter(block)
@@ -419,7 +420,7 @@ def test_a_class_that_was_made_of_a_converted_one():
 
 
 def test_a_block_that_was_given_another_class():
-    """Runs as that says; the scheme warns of its path, and revert leaves its class."""
+    """It runs the new class's forward; the scheme warns about its path, and revert leaves its class."""
     model, x = plain(), tokens()
     scheme = rdp.ResidualDropPath(model, 0.5)
     model.blocks[1].__class__ = Plain
@@ -466,7 +467,7 @@ def test_block_compile(first):
 
 
 def test_a_state_of_its_own_stays_its_own():
-    """What a block's `__getstate__` leaves out isn't in pickles of the converted block."""
+    """Attributes that a block's `__getstate__` leaves out aren't in pickles of the converted block."""
     model = nets.Net(Forgets()).train()
     assert rdp.convert(model, example_inputs=tokens()).converted
     model.blocks[0].cache = {"large": 1}

@@ -1,6 +1,7 @@
-"""Where torch's add promotes, a converted block's residual has its dtype and its numbers, however the path runs.
+"""Where torch's add promotes dtypes, a converted block's result has torch's dtype and numbers, in any kind of
+iteration.
 
-The drop scale is 2, so that masks round nothing, and a kept branch's sum is the original's to the bit.
+The drop scale is 2, so that masks round nothing, and a kept branch's sum equals the original's to the bit.
 """
 
 import contextlib
@@ -26,14 +27,14 @@ DIM, SMALL = nets.DIM, 1e-3
 
 
 class Conv(nn.Conv2d):
-    """In the dtype of its weights, as in models of which only a part was cast."""
+    """Computes in the dtype of its weights, as in models that were cast in part."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 class Scaled(nn.Module):
-    """A float32 γ after a convolution, which autocast runs in 16 bits."""
+    """A float32 γ after a convolution that autocast runs in 16 bits."""
 
     def __init__(self, drop_prob):
         super().__init__()
@@ -58,7 +59,7 @@ class Normed(nn.Module):
 
 
 class Bare(nn.Module):
-    """What is dropped is returned: nothing is added to it."""
+    """Returns the update: there is no add."""
 
     def __init__(self, drop_prob):
         super().__init__()
@@ -69,7 +70,7 @@ class Bare(nn.Module):
 
 
 class IntoBranch(Bare):
-    """The sum has the branch's dtype, and is rounded to it once."""
+    """The sum has the update's dtype and is rounded to it once."""
 
     def forward(self, x):
         out = self.drop_path(self.conv(x))
@@ -78,7 +79,7 @@ class IntoBranch(Bare):
 
 
 class IntoResidual(Scaled):
-    """The residual, which is narrower, keeps its dtype; and so does what is multiplied in place."""
+    """The narrower residual keeps its dtype, and so does the tensor that is multiplied in place."""
 
     def __init__(self, drop_prob):
         super().__init__(drop_prob)
@@ -86,14 +87,14 @@ class IntoResidual(Scaled):
 
     def forward(self, x):
         x = self.stem(x)
-        y = self.conv(x + 1)  # which saves no x
+        y = self.conv(x + 1)  # it saves no x
         y *= self.gamma
         x += self.drop_path(self.gamma * y)
         return x
 
 
 class Widening(nn.Module):
-    """In the branch something computes in float64 by itself."""
+    """A part of the branch computes in float64 by itself."""
 
     def __init__(self, drop_prob):
         super().__init__()
@@ -104,7 +105,7 @@ class Widening(nn.Module):
 
 
 class Net(nn.Sequential):
-    """A stem, whose output autocast makes 16 bits wide, and blocks."""
+    """A stem, whose output has 16 bits under autocast, and blocks."""
 
     def __init__(self, *blocks):
         super().__init__(nn.Conv2d(3, DIM, 1), *blocks)
@@ -136,7 +137,7 @@ ROWS = [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1]]
 
 
 def run(model, x, around):
-    """Output, and the gradient at the input, whose dtype is the residual's as it comes."""
+    """The output, and the gradient at the input, which has the input residual's dtype."""
     x = x.clone().requires_grad_()
     with around():
         out = model(x)
@@ -150,7 +151,7 @@ def test_whole_branches_in_both_iterations(world, freeze):
     dtype, around = WORLDS[world]
     x = nets.images().to(dtype)
     for keep in PLANS.values():
-        original, model = converted(Scaled, Scaled, dtype=dtype)  # new ones: the first call is a dropped one too
+        original, model = converted(Scaled, Scaled, dtype=dtype)  # new ones, so that the first call drops branches too
         scheme = rdp.ResidualDropPath(model, 0.5, freeze=freeze)
         plan = rdp.PathPlan(torch.tensor(keep, dtype=torch.bool), [0.5, 0.5], "block")
         for phase in scheme.iterations(plan=plan):
@@ -167,7 +168,8 @@ def test_whole_branches_in_both_iterations(world, freeze):
 @pytest.mark.parametrize("freeze", ["parameters", "branch", "none"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_some_rows(world, freeze):
-    """Rows that are kept, and both kinds of rows in one add; BatchNorm, whole and masked, where nothing is frozen."""
+    """Kept rows, and learning and frozen rows in one add; BatchNorm on the whole batch with masks, where nothing is
+    frozen."""
     dtype, around = WORLDS[world]
     x = nets.images().to(dtype)
     original, model = converted(Scaled, Normed if freeze == "none" else Scaled, dtype=dtype)
@@ -184,8 +186,8 @@ def test_some_rows(world, freeze):
 
 @pytest.mark.parametrize("block", [Bare, IntoBranch, IntoResidual, Widening])
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_float32_input_gives_what_it_gave(block, keep):
-    """Under autocast bfloat16, where nothing is added or in place; and what float64 is added to becomes float64."""
+def test_a_float32_input_gives_the_originals_dtype_and_numbers(block, keep):
+    """Under autocast the result is bfloat16 without an add or with one in place; an add with float64 gives float64."""
     original, model = converted(block)
     scheme = rdp.ResidualDropPath(model, 0.5)
     x, plan = nets.images().repeat(1, 3, 1, 1)[:, :DIM], rdp.PathPlan(torch.tensor([keep]), [0.5], "block")
@@ -200,7 +202,7 @@ def test_a_float32_input_gives_what_it_gave(block, keep):
 
 
 def test_weights_that_are_cast_after_the_conversion():
-    """A float32 residual needs no look at a dropped branch, unless something in it is float64."""
+    """A float32 residual needs no probe of a dropped branch, unless a part of it is float64."""
     _, model = converted(Scaled)
     scheme = rdp.ResidualDropPath(model, 0.5)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -211,7 +213,7 @@ def test_weights_that_are_cast_after_the_conversion():
 
 
 def dropped(model, paths=1):
-    """An iteration in which nothing runs."""
+    """An iteration in which no branch runs."""
     scheme = rdp.ResidualDropPath(model, 0.5)
     return scheme.drop_iteration(plan=rdp.PathPlan(torch.zeros(paths, dtype=torch.bool), [0.5] * paths, "block"))
 
@@ -230,8 +232,8 @@ class Restless(nn.Module):
         return nn.functional.dropout(x)
 
 
-def test_a_dropped_branch_is_asked_once_and_nobody_notices():
-    """In eval mode: a BatchNorm that ranks share would wait for the others."""
+def test_a_dropped_branch_is_probed_once_without_side_effects():
+    """In eval mode, as a BatchNorm that ranks share would otherwise wait for the others."""
     _, model = converted(Normed)
     model[1].drop = restless = Restless()
     before = copy.deepcopy(model.state_dict())
@@ -245,7 +247,7 @@ def test_a_dropped_branch_is_asked_once_and_nobody_notices():
     assert all(module.training for module in model.modules())
 
 
-def test_what_a_rank_runs_for_others_tells_the_dtype():
+def test_a_dummy_call_for_other_ranks_gives_the_dtype():
     _, model = converted(Scaled)
     path, rows = paths_of(model[1])[0][1], []
     model[1].conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -257,7 +259,7 @@ def test_what_a_rank_runs_for_others_tells_the_dtype():
     assert rows == [1], "on a row of zeros, which other ranks wait for, and no second time alone"
 
 
-def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
+def test_a_probe_leaves_no_weight_without_grad_in_autocasts_cache():
     _, model = converted(Scaled)
     iteration = dropped(model)
     with autocast(torch.bfloat16):
@@ -267,8 +269,8 @@ def test_asking_leaves_no_weight_without_grad_in_autocasts_cache():
     assert model[1].conv.weight.grad is not None
 
 
-def test_float32_asks_nobody():
-    """Nor does a float32 residual under autocast."""
+def test_float32_probes_no_branch():
+    """A float32 residual under autocast doesn't either."""
     _, model = converted(Scaled, Bare)
     calls = []
     for block in list(model)[1:]:
@@ -290,7 +292,7 @@ def ops_saved(context, op, *args, **kwargs):
 
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "selective"])
 def test_checkpointing(kind):
-    """A selective checkpoint hands out the convolutions that it saved in order: asking must not be among them."""
+    """A selective checkpoint returns the convolutions that it saved in order: a probe must not be among them."""
     options = {"use_reentrant": kind == "reentrant"}
     if kind == "selective":
         options["context_fn"] = lambda: ckpt.create_selective_checkpoint_contexts(ops_saved)
@@ -350,7 +352,7 @@ def test_recorded(record):
     assert torch.equal(out, expected)
 
 
-def test_a_copy_asks_for_itself():
+def test_a_copy_probes_its_own_branch():
     """Copies of one class may be cast apart."""
     _, model = converted(Scaled)
     with dropped(model), autocast(torch.bfloat16):
@@ -442,11 +444,11 @@ def outputs(model, scheme, x):
     return found
 
 
-# Paths of one's own
+# Own paths
 
 
 def test_own_paths_keep_the_residuals_dtype():
-    """As their documentation says: what a bfloat16 residual is too coarse for is lost, and a float32 residual keeps it."""
+    """As documented: a bfloat16 residual loses updates too small for it, and a float32 residual keeps them."""
     branch = rdp.ResidualBranch(nn.Linear(DIM, DIM), gamma=torch.full((DIM,), 1e-6))
     x = torch.randn(4, DIM)
     with autocast(torch.bfloat16):

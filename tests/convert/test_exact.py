@@ -1,4 +1,4 @@
-"""Converted blocks against the blocks they were, with the masks of a plan, in float64."""
+"""Converted blocks against the original blocks with the masks of a plan, in float64."""
 
 import copy
 import itertools
@@ -92,7 +92,7 @@ def learning_names(model, scheme, dropped):
 
 
 def assert_close_or_absent(grads, expected, keep, scheme):
-    """A path that nobody kept has no gradients, where the textbook's are zeros."""
+    """A path that no sample keeps has no gradients where the textbook's are zeros."""
     for key, value in expected.items():
         if key in grads:
             torch.testing.assert_close(grads[key], value, rtol=1e-10, atol=1e-10, msg=key)
@@ -103,7 +103,7 @@ def assert_close_or_absent(grads, expected, keep, scheme):
 
 @pytest.mark.parametrize("name", NETS)
 def test_alone_it_is_ordinary_stochastic_depth(name):
-    """At rate 0 the forward is the original's; at rate 1 − ε nothing runs, and no gradient reaches the branches."""
+    """At rate 0 the forward is the original's; at rate 1 − ε no branch runs or gets a gradient."""
     make, data = NETS[name]
     original, x = make().double(), data(dtype=torch.float64)
     eval_batch_norms(original)
@@ -131,7 +131,7 @@ def test_dropped_branches_are_not_computed():
 
 
 def test_a_block_that_returns_its_input_survives_what_works_in_place_behind_it():
-    """ReLU in place must not change the residual of a block whose branch was dropped, which the user may have kept."""
+    """ReLU in place must not change the input of a block whose branch was dropped: the user may have kept it."""
     model = nets.image_net()
     rdp.convert(model, example_inputs=nets.images())
     scheme = rdp.ResidualDropPath(model, 0.5)

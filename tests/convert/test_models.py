@@ -39,7 +39,7 @@ def case_of(name):
 
 
 class Textbook:
-    """The unconverted model, all branches computed and masked, and the gradients of frozen pairs thrown away."""
+    """The unconverted model; all branches are computed and masked, and gradients of frozen pairs are discarded."""
 
     def __init__(self, model, converted, scheme):
         self.model = model
@@ -76,7 +76,7 @@ class Textbook:
                     parameter -= LEARNING_RATE * parameter.grad
 
     def set_batch_norms(self, phase, keep):
-        """What is frozen, and what is dropped, keeps its statistics."""
+        """BatchNorms of frozen and of dropped branches keep their statistics."""
         of_path = {name: bool(kept) for (_, names, _), kept in zip(self.paths, keep, strict=True) for name in names}
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm):

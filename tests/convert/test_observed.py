@@ -1,4 +1,4 @@
-"""What a drop-path does is found by running it; the converted block does that, or the path is refused."""
+"""Conversion runs a drop-path to find what it does. The converted block does the same, or the path is refused."""
 
 import copy
 import importlib
@@ -45,7 +45,7 @@ class Drops(nn.Module):
         return per_sample(x, self.rate())
 
 
-# What is followed: how it is made, and P(drop), mode and whether it scales
+# Drop-paths that are followed: how each is made, P(drop), mode and whether it scales
 
 
 class KeepProb(Drops):
@@ -102,7 +102,7 @@ class Whole(Drops):
 
 
 class ByPython(Drops):
-    """A batch at a time, from Python's generator."""
+    """Drops a whole batch, with Python's generator."""
 
     def drop(self, x):
         return x * 0 if random.random() < self.p else x / (1 - self.p)
@@ -116,7 +116,7 @@ class Zeros(Drops):
 
 
 class Skip(Drops):
-    """Found by what it does alone."""
+    """Found by its behaviour alone."""
 
     def __init__(self, p=0.2):
         super().__init__(p)
@@ -158,7 +158,7 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("dims", [2, 4])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_what_can_be_followed(name, dims):
+def test_drop_paths_that_can_be_followed(name, dims):
     make, drop_prob, mode, scale = FOLLOWED[name]
     law, module = law_of(make(), dims), make()
     assert isinstance(law, Law), law
@@ -168,13 +168,13 @@ def test_what_can_be_followed(name, dims):
 
 
 def test_a_law_holds_for_modules_that_a_library_has_marked():
-    """Such a mark says nothing of what they do."""
+    """Such a mark says nothing about their behaviour."""
     plain, marked = Drops(), Drops()
     marked._is_hf_initialized = True
     assert [law_of(module, 3).holds_for(module) for module in (plain, marked)] == [True, True]
 
 
-# What is refused: how it is made, and the reason
+# Drop-paths that are refused: how each is made, and the reason
 
 
 class Constant(Drops):
@@ -276,7 +276,7 @@ class Fresh(Drops):
 
 
 class Largest(Drops):
-    """Drops what is small."""
+    """Drops small rows."""
 
     def drop(self, x):
         keep = x.flatten(1)[:, 0].frac().abs() * torch.rand(len(x)) >= self.p
@@ -388,7 +388,7 @@ class TwoRates(Drops):
 
 
 class FewerThanItSays(Drops):
-    """Without a scale that would tell."""
+    """It has no scale that would show the rate."""
 
     def drop(self, x):
         return per_sample(x, 0.9 * self.p, scaled=False)
@@ -518,7 +518,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
-def test_what_can_t_be_followed(make):
+def test_drop_paths_that_can_t_be_followed(make):
     module = make()
     before = copy.deepcopy(module.__dict__) if make is not OwnGenerator else None
     law = law_of(module, 3)
@@ -555,7 +555,7 @@ def converted(*drop_paths):
 
 @pytest.mark.parametrize("make", [Drops, KeepProb, Tensors, Buffer, Property, Skip], ids=lambda make: make.__name__)
 def test_a_schedule_is_followed(make):
-    """Also by the plans of a scheme, and in copies."""
+    """Plans of a scheme follow it too, and so do copies."""
     model, report = converted(make())
     (row,) = report.converted
     assert row.drop_prob == pytest.approx(0.2)
@@ -578,7 +578,7 @@ def test_a_schedule_is_followed(make):
 
 
 def test_what_changes_after_conversion():
-    """Another mode, another scale, another module: observed anew, in copies of a pickle too."""
+    """Another mode, scale or module is observed again, in copies from a pickle too."""
     model, report = converted(Whole(0.5), nn.Identity())
     assert [row.drop_prob for row in report] == [0.5, 0.0]
     model = pickle.loads(pickle.dumps(model))
@@ -618,7 +618,8 @@ REPLACED_LATER = {
 
 @pytest.mark.parametrize("what", REPLACED_LATER)
 def test_what_a_drop_path_calls_is_replaced_later(what, monkeypatch):
-    """Also of a drop-path that was observed before: it runs as it does now, and again as it did."""
+    """Also in a drop-path that was observed before. The block follows the new behaviour, and the old one once
+    restored."""
     model, _ = converted(Drops())
     x = torch.randn(5, nets.DIM)
     with monkeypatch.context() as patch:
@@ -639,7 +640,7 @@ class HoldsDropout(nn.Module):
 
 
 def test_the_rate_of_one_that_is_refused():
-    """An attribute's where that is what is seen, else what is seen."""
+    """The rate is an attribute's if that agrees with the observed one, else the observed one."""
     _, report = converted(ScaledInEval(0.3), Constant(0.3), ScaledInEval(0.0))
     assert [row.drop_prob for row in report.refused] == [0.3, pytest.approx(0.5, abs=0.05), 0.0]
 
@@ -651,8 +652,8 @@ NAMED = {
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_a_module_that_is_named_as_a_drop_path_is_told_of(what):
-    """Its rate can't be told, so that a scheme warns of it."""
+def test_a_refused_module_that_is_named_like_a_drop_path_is_reported(what):
+    """Its rate is unknown, so that a scheme warns about it."""
     make, reason = NAMED[what]
     model, report = converted(make())
     (row,) = report.refused
@@ -713,14 +714,14 @@ def test_how_it_is_called(name):
 
 
 class DropPathScale(nn.Module):
-    """Is none."""
+    """Isn't a drop-path."""
 
     def forward(self, x):
         return 2 * x
 
 
 class DropPathless(Drops):
-    """Is one, under a name that others have too."""
+    """Is a drop-path under a name that other modules have too."""
 
 
 class Dropout(Drops):

@@ -1,4 +1,4 @@
-"""What can't be converted is refused with a reason, or runs as it did: never a wrong number."""
+"""Blocks that can't be converted are refused with a reason, or run as before; results are never wrong."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes its input: the residual too is then another."""
+    """Changes its input, and so the residual too."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class MixesSamples(nn.Module):
 
 
 class BehindZeros(MixesSamples):
-    """As networks are initialised: the branch is zero at first, whatever it computes."""
+    """Its branch is zero at first, as networks are initialised, whatever it computes."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class BehindZeros(MixesSamples):
 
 
 class HoldsALock(Residual):
-    """What can't be copied can't be checked."""
+    """It can't be copied, and so it can't be checked."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ class ScaledTwice(Residual):
 
 
 class Everything(Residual):
-    """Nothing is computed for the drop-path alone."""
+    """The drop-path's input is used outside of it too."""
 
     def forward(self, x):
         y = self.fn(x)
@@ -161,7 +161,7 @@ REFUSED = {
 def test_a_refusal_says_why_and_changes_nothing(name):
     make, reason = REFUSED[name]
     model = nets.tokens_net(make())
-    before = nets.tokens_net(make())  # not a copy: a lock has none
+    before = nets.tokens_net(make())  # not a copy, as a lock can't be copied
     before.load_state_dict(model.state_dict())
     report = rdp.convert(model, example_inputs=tokens())
     (row,) = report.refused
@@ -222,7 +222,7 @@ def test_a_call_in_another_way():
 
 
 class HandsOn(Residual):
-    """Hands keyword arguments on to its children, as transformers' blocks do; `flag` makes a difference."""
+    """Passes keyword arguments on to its children, as transformers' blocks do; `flag` makes a difference."""
 
     def forward(self, x, **kwargs):
         return x + self.drop_path(self.inner(x, **kwargs))
@@ -236,7 +236,7 @@ class CachesByItself(HandsOn):
         return x + self.drop_path(self.inner(x, flag=not use_cache, **kwargs))
 
 
-def test_what_a_trainer_hands_down_for_the_loss_is_no_other_call():
+def test_a_trainers_argument_for_the_loss_is_no_other_call():
     blocks = nets.tokens_net(HandsOn(), CachesByItself()).blocks
     x, model, other = tokens(), Net(blocks[0]), Net(blocks[1])
     rdp.convert(model, example_inputs=x)
@@ -301,7 +301,7 @@ def test_a_model_without_anything_to_convert():
         rdp.ResidualDropPath(model)
 
 
-def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
+def test_the_scheme_warns_of_drop_paths_that_keep_dropping_by_themselves():
     model = nets.tokens_net(nets.Block, Assigns())
     rdp.convert(model, example_inputs=tokens())
     with pytest.warns(UserWarning, match=r"paths of the scheme and keep dropping .*: blocks.1.drop_path") as told:
@@ -313,7 +313,7 @@ def test_what_goes_on_dropping_by_itself_is_told_with_the_scheme():
     assert not any("_rdp_refused" in vars(module) for module in model.modules())
 
 
-def test_a_drop_path_that_is_never_called_is_nobodys_business():
+def test_a_drop_path_that_is_never_called_is_ignored():
     block = nets.Block()
     block.drop_path3 = DropPath(0.2)
     model = nets.tokens_net(block)
@@ -357,7 +357,7 @@ def test_the_check_is_as_strict_as_float64_allows():
 
 
 class Attention(nn.Module):
-    """Returns weights where it is asked for them, as in transformers."""
+    """Returns weights on request, as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -386,7 +386,7 @@ class AsksForOutputs(nn.Module):
         return self.block(x, flag)
 
 
-def test_results_that_nobody_asked_for_and_a_constant_that_changes():
+def test_unrequested_results_and_a_constant_that_changes():
     model = AsksForOutputs().train()
     report = rdp.convert(model, example_inputs=tokens())
     assert not report.refused, str(report)
@@ -417,7 +417,7 @@ def test_a_block_in_the_branch_of_another_stays_as_it_was():
 
 
 def test_tracing_has_a_bound(monkeypatch):
-    """A forward that made operations for ever would otherwise fill the memory."""
+    """A forward with endless operations would otherwise fill the memory."""
     monkeypatch.setattr(sys.modules["rdp_kernels.convert.trace"], "LARGEST", 5)
     model = nets.tokens_net(nets.Block)
     report = rdp.convert(model, example_inputs=tokens())

@@ -48,14 +48,14 @@ class Feeds(nn.Module):
 
 
 class AddsTwoInputs(Feeds):
-    """As BERT's output layers: what is added was computed elsewhere."""
+    """Like BERT's output layers: another module computes the update."""
 
     def forward(self, x):
         return x.sin() + x
 
 
 class Around(nn.Module):
-    """An add around a block that has a path."""
+    """An add around a block with a path."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ MASK = torch.ones(6, 6).tril() == 0
 
 @pytest.mark.parametrize(("make", "mask"), [(encoder, None), (Decodes, None), (Decodes, MASK)])
 def test_the_layers_of_torch_are_looked_into(make, mask):
-    """With dropout, to the bit; and a dropped branch is left out."""
+    """With dropout, equal to the bit; and a dropped branch doesn't run."""
     torch.manual_seed(0)
     model = make().train()
     twin, args = copy.deepcopy(model), (tokens(4), mask)  # not as many samples as tokens
@@ -155,7 +155,7 @@ def test_the_layers_of_torch_are_looked_into(make, mask):
 def test_layers_of_torch_that_take_samples_in_dimension_1_are_named():
     report = rdp.convert(encoder(batch_first=False), 0.2, example_inputs=tokens())
     assert any(re.match(r"no path in TransformerEncoderLayer \(2\): .*differs", note) for note in report.notes)
-    report = rdp.convert(encoder(), 0.2, example_inputs=(tokens(4), MASK))  # asks whether the mask is a torch.Tensor
+    report = rdp.convert(encoder(), 0.2, example_inputs=(tokens(4), MASK))  # checks that the mask is a torch.Tensor
     assert report.converted or any(
         "TransformerEncoderLayer (2): its forward can't be traced" in n for n in report.notes
     )
@@ -186,7 +186,7 @@ def test_language_models_of_transformers():
 
 
 class NoCopies(Feeds):
-    """What can't be copied can't be checked; the error says nothing."""
+    """It can't be copied, and so it can't be checked; its error has no text."""
 
     def __init__(self):
         super().__init__()
@@ -237,11 +237,11 @@ def test_a_block_with_two_names():
         model(tokens()).sum().backward()
 
 
-# What branches leave behind
+# Side products of branches
 
 
 class Leaves(nn.Module):
-    """Attributes, a counter, a list, a buffer; in training only."""
+    """Leaves attributes, a counter, a list and a buffer; in training only."""
 
     def __init__(self):
         super().__init__()
@@ -268,10 +268,10 @@ class Holds(nn.Module):
         return x + self.drop_path(self.inner(self.fn(x)))
 
 
-def test_what_a_branch_leaves_on_its_modules_is_told():
+def test_what_a_branch_leaves_on_its_modules_is_reported():
     model = nets.tokens_net(Holds(Leaves()), Holds(mlp()))
     state = torch.get_rng_state(), random.getstate()
-    # Whether a buffer may move is the check's.
+    # the check alone decides whether a buffer may move
     report = rdp.convert(model, example_inputs=tokens(), check=False)
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1] == random.getstate()
@@ -290,6 +290,6 @@ def test_weights_that_are_made_for_each_call_are_no_side_product():
     model = nets.tokens_net(Holds(mlp()))
     with pytest.warns(FutureWarning, match="weight_norm"):
         nn.utils.weight_norm(model.blocks[0].fn)
-    model.blocks[0].fn.weight = model.blocks[0].fn.weight.detach()  # else it can't be copied
+    model.blocks[0].fn.weight = model.blocks[0].fn.weight.detach()  # otherwise it can't be copied
     (row,) = rdp.convert(model, example_inputs=tokens()).converted
     assert not row.side_products

@@ -1,4 +1,4 @@
-"""Converted models in the hands of others: copies, pickles, compilers, checkpoints."""
+"""Converted models under copies, pickles, compilers and checkpoints."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ def seeded(model, x):
     return model(x)
 
 
-def test_nothing_that_others_look_at_changes(model):
+def test_nothing_visible_from_outside_changes(model):
     plain = nets.tokens_net(nets.Block, nets.Shared, nets.Concat)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
@@ -182,7 +182,7 @@ def test_recorded_in_training_it_draws_in_the_graph(name):
 
 @pytest.mark.skipif(not installed("torchvision"), reason="torchvision is not installed")
 def test_torchvisions_feature_extractor():
-    """It records in both modes, and leaves the model in its own."""
+    """The extractor records the model in both modes, and leaves its mode unchanged."""
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -202,7 +202,7 @@ def test_fx_knows_no_shapes_to_compare():
     model = nets.Net(nets.Sizes(0.0))
     rdp.convert(model, example_inputs=tokens())
     assert type(model.blocks[0])._rdp_recipe.inputs is not None
-    raises = pytest.raises(torch.fx.proxy.TraceError)  # as from the original, which has an `if` over sizes
+    raises = pytest.raises(torch.fx.proxy.TraceError)  # as with the original, which has an `if` over sizes
     with raises, pytest.warns(UserWarning, match="its inputs have no shape while torch.fx records it"):
         record_by("fx", model)
 
@@ -258,7 +258,7 @@ def test_autocast(model):
 
 
 def test_tensors_beside_the_residual():
-    """A bias for all samples is handed on, a row for each sample is gathered."""
+    """A bias for all samples is passed on; an argument with a row for each sample is gathered."""
     torch.manual_seed(0)
     block, x = nets.Block(0.4).double(), tokens(dtype=torch.float64)
     bias, context = torch.randn(6, nets.DIM).double(), torch.randn(6, nets.DIM).double()
@@ -273,7 +273,7 @@ def test_tensors_beside_the_residual():
 
     model = Caller().train()
     original = copy.deepcopy(model)
-    # an example of six samples couldn't tell the rows of the bias from those of samples
+    # with six samples the bias' rows would look like those of samples
     report = rdp.convert(model, example_inputs=(x[:5], bias, context[:5]))
     assert not report.refused, str(report)
     scheme = rdp.ResidualDropPath(model, 0.4, mode="sample", freeze="none", seed=1)

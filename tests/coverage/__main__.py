@@ -1,5 +1,5 @@
-"""`python -m tests.coverage [LIBRARY …]`: converts a small model for every block class of the libraries and measures whether
-it computes what the original does. Exits with 1 where a goal is missed or a check fails."""
+"""`python -m tests.coverage [LIBRARY …]`: converts a small model for every block class of the libraries and checks that
+it computes what the original does. Exits with 1 if a goal is missed or a check fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .models import cases
 from .rows import OUTCOMES, Row, groups, measure_group, read, summary, write
 
 GOALS = {"timm": 112, "torchvision": 7, "transformers": 41}
-"""Classes with a drop-path that have to be converted fully."""
+"""Classes with a drop-path that must be converted fully."""
 
 
 def main(arguments: list[str] | None = None) -> int:

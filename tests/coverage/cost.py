@@ -1,4 +1,4 @@
-"""`python -m tests.coverage.cost`: what converting ViT-B takes, and what a converted branch costs in a tiny ViT.
+"""`python -m tests.coverage.cost`: the time to convert ViT-B, and the cost of a converted branch in a tiny ViT.
 
 The models take turns; a branch's cost is the difference of the medians (of the fastest turns), over the branches.
 """
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     import_torchvision()
     conversion()
     torch.set_num_threads(1)
-    for rate in (0.0, 1e-6):  # all rows are kept: with a rate each side draws and scales
+    for rate in (0.0, 1e-6):  # all rows are kept; with a rate both sides would draw and scale
         overhead(rate)

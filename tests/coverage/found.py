@@ -1,4 +1,4 @@
-"""What is found on one model, and in which precision it can be compared."""
+"""The findings on one model, and the precision in which it can be compared."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from rdp_kernels.convert import ConversionReport
 
 CHECKS = ("keys", "eval", "masks", "pair", "copies")
 PRECISIONS = {"float64": 1e-9, "parts in float32": 2e-5, "float32": 2e-4}
-"""The tolerance for each, relative: something may compute in float32 by itself, or everything has to."""
+"""The relative tolerance for each: all in float64, parts that compute in float32 by themselves, or all in float32."""
 FLOORS = {"float64": 1e-4, "parts in float32": 1.0, "float32": 1.0}
-"""A difference is relative to the tensor's largest element, or to that of all gradients times this, where a gradient is
-zero but for rounding (that of a bias before a norm, or of attention's keys)."""
+"""A difference is relative to the tensor's largest element. Where a gradient is zero except for rounding (of a bias before
+a norm, or of attention's keys), it is relative to the largest element of all gradients times this factor."""
 
 Inputs = Tensor | dict[str, Tensor]
 
 
 class Difference(Exception):
-    """Something isn't as it should be; the message says what."""
+    """A check failed; the message says how."""
 
 
 @dataclass
 class Measured:
-    """What was found on one model."""
+    """The findings on one model."""
 
     report: ConversionReport
     failures: dict[str, str] = field(default_factory=dict)
-    """Of `CHECKS`, with the first difference that was seen."""
+    """Failed checks of `CHECKS`, with the first difference."""
     notes: list[str] = field(default_factory=list)
     """What was not measured."""
     precision: str = "float64"
     error: float = 0.0
-    """The largest difference, relative."""
+    """The largest relative difference."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:

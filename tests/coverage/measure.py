@@ -1,5 +1,5 @@
-"""Whether a converted model computes what the original does: keys, evaluation, training with masks, the two iterations,
-copies. Nothing here relies on what `rdp.convert` checks itself."""
+"""Checks that a converted model computes what the original does: keys, evaluation, training with masks, the two
+iterations, copies. Nothing here relies on the checks of `rdp.convert` itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measure(model: nn.Module, example: Inputs, inputs: Inputs, drop_prob: float 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The libraries warn of what is no concern here."""
+    """Silences the libraries' warnings, which don't matter here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -93,5 +93,5 @@ def _check_copies(original: nn.Module, model: nn.Module, inputs: Inputs, measure
 
 
 def _kinds(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Of all modules the class and the paths."""
+    """The class and the paths of each module."""
     return [(type(module).__qualname__, [name for name, _ in paths_of(module)]) for module in model.modules()]

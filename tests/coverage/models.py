@@ -1,4 +1,4 @@
-"""A case is a block class, a small model that has it, and inputs. Tables are data, models built when asked for."""
+"""A case is a block class, a small model that has it, and inputs. Tables are data; models are built on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Inputs = Tensor | dict[str, Tensor]
 
 
 class Call:
-    """A call written down: `Call("timm.create_model", "test_vit", depth=2)()` makes the model, arguments first."""
+    """A call as data: `Call("timm.create_model", "test_vit", depth=2)()` makes the model, its arguments first."""
 
     def __init__(self, target: str, *args: Any, **kwargs: Any):
         self.target, self.args, self.kwargs = target, args, kwargs
@@ -36,7 +36,7 @@ class Call:
 
 
 class Ref(Call):
-    """An object written down by its qualified name, for arguments that are classes."""
+    """An object as data, by its qualified name, for arguments that are classes."""
 
     def __call__(self) -> Any:
         return resolve(self.target)
@@ -76,7 +76,7 @@ class Frames:
 
 
 Shape = int | tuple[int, ...] | Tokens | Frames
-"""Of one sample: n is a square image (3, n, n)."""
+"""Shape of one sample; n is a square image (3, n, n)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """A name for tests, told apart from all others: `timm.resnet.Bottleneck`, `timm.resnet.Bottleneck-plain`."""
+        """A unique name for tests: `timm.resnet.Bottleneck`, `timm.resnet.Bottleneck-plain`."""
         *_, file, name = self.block_class.split(".")
         return f"{self.library}.{file.removeprefix('modeling_')}.{name}{'' if self.drop_path else '-plain'}"
 
@@ -142,7 +142,7 @@ def _spread(model: nn.Module) -> None:
     """
     Noise on constant parameters, and on the running statistics of batch norm.
 
-    Libraries begin with gammas, last norms or heads of 0 or 1e-5: a wrong branch behind them would go unseen.
+    Libraries begin with gammas, last norms or heads of 0 or 1e-5, which would hide a wrong branch.
     """
     with torch.no_grad():
         for parameter in model.parameters():

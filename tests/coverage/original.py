@@ -1,4 +1,4 @@
-"""The textbook on a model as its library made it: all branches are computed, and multiplied by masks that are given."""
+"""The textbook on a library's original model: all branches are computed, and multiplied by given masks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BRANCH_ENDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a branch ends: in the block of this name the call number `call` of the module of that name."""
+    """Where a branch ends: at call number `call` of module `module` in block `block`."""
 
     block: str
     module: str
@@ -43,7 +43,7 @@ class Mask:
 
 
 class Masked:
-    """Gives `model` masks at `places`, until `remove`. A drop-path there does nothing else."""
+    """Puts masks at `places` of `model`, until `remove`. Drop-paths there only apply their mask."""
 
     def __init__(self, model: nn.Module, places: list[Place]):
         self._masks: Mapping[Place, Mask] = {}
@@ -57,7 +57,7 @@ class Masked:
             module.register_forward_hook(self._mask(block, name))
 
     def set(self, masks: Mapping[Place, Mask]) -> None:
-        """From now on; a place without one is left alone."""
+        """Sets the masks from now on; places without a mask don't change."""
         self._masks = masks
 
     def _begin(self, block: str) -> Any:
@@ -83,9 +83,9 @@ def _does_nothing_else(module: nn.Module) -> bool:
 
 
 def place_of(block: nn.Module, block_name: str, path_name: str, drop_path: str | None, number: int) -> Place | None:
-    """Of a path of `block`, the number `number` there; None where it isn't written down.
+    """The place of path number `number` of `block`; None if it isn't in the table.
 
-    A path is called as its drop-path, or `name:n` for the call n > 0 of one that serves several branches.
+    A path's name is that of its drop-path, or `name:n` for the call n > 0 of a drop-path with several branches.
     """
     if drop_path is not None:
         return Place(block_name, drop_path, int(path_name.partition(":")[2] or 0))
@@ -95,7 +95,7 @@ def place_of(block: nn.Module, block_name: str, path_name: str, drop_path: str |
 
 
 class NoDropout(torch.overrides.TorchFunctionMode):
-    """Functional dropout does nothing inside."""
+    """Turns functional dropout off."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,4 +1,4 @@
-"""What became of each block class: a row of `docs/models.csv`."""
+"""The outcome for each block class: a row of `docs/models.csv`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .measure import measure, quiet
 from .models import DROP_PROB, Call, Case
 
 ROWS = 4
-"""Samples that are trained on; the model is converted with other numbers of them."""
+"""Samples in training; the model is converted with other numbers of samples."""
 OUTCOMES = ("fully", "in part", "refused", "failed")
 
 
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def id(self) -> str:
-        """That of the case."""
+        """The case's id."""
         *_, file, name = self.block_class.split(".")
         return f"{self.library}.{file.removeprefix('modeling_')}.{name}{'-plain' if self.drop_path == 'no' else ''}"
 
@@ -58,7 +58,7 @@ def groups(cases: Iterable[Case]) -> list[list[Case]]:
 
 
 def measure_group(cases: list[Case]) -> list[Row]:
-    """Makes the model of `cases`, measures it once, and says what that means for each class."""
+    """Makes the model of `cases`, measures it once, and returns the row of each class."""
     case = cases[0]
     with quiet():
         model, example = case.make()
@@ -102,12 +102,12 @@ def row_of(case: Case, measured: Measured, blocks: dict[str, nn.Module]) -> Row:
 
 
 def name_of(build: Call) -> str:
-    """Of a model: timm's name for it, or its class."""
+    """A model's name in timm, or its class."""
     return str(build.args[0]) if build.target == "timm.create_model" else build.target.rpartition(".")[2]
 
 
 def summary(rows: Iterable[Row]) -> Iterator[tuple[str, dict[str, int]]]:
-    """For each library, and for its models without a drop-path, how many classes had which outcome."""
+    """For each library, and for its models without a drop-path, the number of classes by outcome."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
         name = row.library if row.drop_path == "yes" else f"{row.library}, without drop-path"

@@ -1,8 +1,8 @@
 """
 timm: every class of `timm.models` that owns a `DropPath`, in the smallest model that calls it.
 
-Found by building all of `timm.list_models()` at `drop_path_rate=0.2`, and by reading the sources for the classes to
-which no model gives a rate. Images are as small as the strides allow, twice that where batch norm would see one pixel.
+Found by building all of `timm.list_models()` at `drop_path_rate=0.2`, and by reading the sources for classes that get a
+rate in no model. Images are as small as the strides allow, or twice that where batch norm would see one pixel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .models import DROP_PROB, Call, Case, Ref, Shape
 
 
 def _net(build: str | Call, inputs: Shape, *classes: str, fill: tuple[str, ...] = (), **kwargs: Any) -> list[Case]:
-    """A case for each of `classes` (module.Class below `timm.models`) of one model, which may be a name of timm's."""
+    """A case for each of `classes` (module.Class below `timm.models`) of one model; a string is a name in timm."""
     if isinstance(build, str):
         build = Call("timm.create_model", build, drop_path_rate=DROP_PROB, **kwargs)
     return [Case("timm", f"timm.models.{name}", build, inputs, fill=fill) for name in classes]

@@ -1,7 +1,7 @@
 """
 transformers: every class that owns a `*DropPath`, in the model of its file at sizes of two layers.
 
-Not here: `DinatLayer`, whose attention needs the compiled package natten. EoMT (both) and VidEoMT need scipy, for a
+`DinatLayer` is left out, as its attention needs the compiled package natten. EoMT (both) and VidEoMT need scipy, for a
 loss that isn't used.
 """
 
@@ -43,7 +43,7 @@ def _net(
 _LAYERS: dict[str, Any] = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
 _VIT: dict[str, Any] = dict(**_LAYERS, image_size=32, patch_size=16)
 _MLP: dict[str, Any] = dict(intermediate_size=96)
-_STILL: dict[str, Any] = dict(pos_embed_rescale=None)  # else training draws a scale for the positions in each call
+_STILL: dict[str, Any] = dict(pos_embed_rescale=None)  # otherwise training draws a scale for the positions in each call
 _SWIN: dict[str, Any] = dict(image_size=32, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
 _WIDTHS = [16, 32, 48, 64]
 _DEPTHS = [1, 1, 2, 1]

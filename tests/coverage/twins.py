@@ -1,8 +1,7 @@
-"""Training of the original, with masks that are put in by hooks, and of the converted model, with a scheme.
+"""Training of the original, with masks set by hooks, and of the converted model, with a scheme.
 
-Both are in training mode but for dropout, which is off (exactness is claimed for deterministic branches), and
-BatchNorm, which is in eval mode and, in measurements of its own, in training mode.
-"""
+Both are in training mode with dropout off, as exactness is claimed for deterministic branches. BatchNorm is in eval
+mode; separate measurements run it in training mode."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from .found import FLOORS, PRECISIONS, Difference, Inputs, Measured, call, mappe
 from .original import Mask, Masked, NoDropout, Place, place_of
 
 Found = dict[str, Tensor | None]
-"""Outputs and gradients; None for what got none."""
+"""Outputs and gradients; None where there is no gradient."""
 SHARED = "reuse: gradients of weights that a dropped path shares with a kept one or with the rest"
 
 
@@ -70,7 +69,7 @@ class Twins:
         return places
 
     def _silence_the_rest(self) -> None:
-        """Dropout, and drop-paths that were refused or are nested, also in other calls of one that was converted."""
+        """Turns off dropout, refused and nested drop-paths, and other calls of converted drop-paths."""
         converted = {id(path.module.drop_path) for path in self.paths}
         for net in (self.original, self.ours):
             for module in net.modules():
@@ -80,11 +79,11 @@ class Twins:
                     module.forward = lambda x, *_, **__: x  # type: ignore[method-assign]
 
     def _probs(self) -> list[float]:
-        """Another scale for each; a branch whose mask can't be set in the original is kept as it is."""
+        """A different rate for each path; 0 for a branch whose mask can't be set in the original."""
         return [0.0 if place is None else 0.1 + 0.15 * (i % 5) for i, place in enumerate(self.places)]
 
     def _begin(self, batch_norm: bool) -> None:
-        """As in the beginning, with BatchNorm in training mode or not."""
+        """Restores the initial state, with BatchNorm in training mode or not."""
         for net in (self.original, self.ours):
             net.load_state_dict(self.state)
             for module in net.modules():
@@ -95,10 +94,10 @@ class Twins:
         masks = zip(self.places, keep, self._probs(), strict=True)
         self.masked.set({place: Mask(k, 1 / (1 - p)) for place, k, p in masks if place is not None})
 
-    # Masks, under which everything learns
+    # Masks; everything learns
 
     def check_masks(self) -> None:
-        """All, some and no rows kept."""
+        """Keeps all, some and no rows."""
         some = self._some()
         self._check_masks("every row kept", torch.ones_like(some), batch_norm=False)
         self._check_masks("some rows kept", some, batch_norm=False)
@@ -107,7 +106,7 @@ class Twins:
             self._check_masks("some rows kept and BatchNorm in training mode", some, batch_norm=True)
 
     def _some(self) -> Tensor:
-        """bool [paths, rows]; a path that is decided for the whole batch isn't mixed.
+        """bool [paths, rows]; all or no rows for a path that is decided for the whole batch.
 
         Two rows or more where there is a BatchNorm: for one, torch 2.13's own backward of an eval-mode BatchNorm is
         wrong on CPUs, for a gradient of strides (C, 1, W · C, C).
@@ -141,7 +140,7 @@ class Twins:
     # The two iterations
 
     def check_pairs(self) -> None:
-        """Half of the paths dropped, and then the others."""
+        """Drops half of the paths, and then the other half."""
         order = torch.randperm(len(self.paths), generator=torch.Generator().manual_seed(1))
         half = (torch.arange(len(self.paths)) % 2 == 1)[order]
         for batch_norm in (False, True) if self.batch_norms else (False,):
@@ -231,7 +230,7 @@ class _Pair:
         """Gradients of parameters of dropped paths that the rest uses too."""
 
     def drop(self, what: str) -> None:
-        """Masks; dropped paths get no gradient at all, and their running statistics don't move."""
+        """Paths are masked. Dropped paths get no gradient, and their running statistics don't move."""
         twins = self.twins
         twins._mask(self.keep)
         before = {name: b.clone() for name, b in twins.original.named_buffers()}
@@ -246,7 +245,7 @@ class _Pair:
         twins._compare_buffers(what)
 
     def reuse(self, what: str) -> None:
-        """Nothing is masked, and what isn't of a dropped path gets no gradient; nor does its BatchNorm learn."""
+        """Nothing is masked. Only dropped paths get a gradient, and only their BatchNorms move."""
         twins = self.twins
         twins.masked.set({})
         for name, module in twins.original.named_modules():
@@ -268,7 +267,7 @@ def size(x: Tensor | None) -> float:
 
 
 def _difference(a: Tensor | None, b: Tensor | None) -> float:
-    """The largest; infinities may be equal. None counts as zeros."""
+    """The largest difference; infinities may be equal. None counts as zeros."""
     if a is None or b is None:
         given = b if a is None else a
         return 0.0 if given is None or given.numel() == 0 else float(given.abs().max())
@@ -285,7 +284,7 @@ def _check_none(what: str, found: Found, names: set[str]) -> None:
 
 
 def _precision(original: nn.Module, inputs: Inputs, measured: Measured) -> torch.dtype:
-    """Sets what the model can be compared in, and returns the dtype that it is cast to."""
+    """Sets the precision in which the model can be compared, and returns the dtype that it is cast to."""
     wide = mapped(inputs, lambda t: t.double() if t.is_floating_point() else t)
     copied = copy.deepcopy(original).eval().double()
     try:
@@ -299,7 +298,7 @@ def _precision(original: nn.Module, inputs: Inputs, measured: Measured) -> torch
 
 
 class _Narrow(TorchDispatchMode):
-    """Sees whether anything is computed in less than float64."""
+    """Records whether anything is computed in less than float64."""
 
     seen = False
 

@@ -1,7 +1,7 @@
 """A copy of the tree whose compiled library runs the CUDA kernels on the host.
 
-Sources are compiled as they are but for `EDITS`, with the headers of `include/` in place of CUDA's and some functions
-of torch's C interface exchanged for those of `host.cpp`.
+Sources are compiled as they are, except for `EDITS`, with the headers of `include/` in place of CUDA's. Some functions
+of torch's C interface are replaced by those of `host.cpp`.
 """
 
 import re
@@ -29,7 +29,7 @@ EDITS = (
     # limits that only large tensors reach can be lowered
     ("cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 2),
     ("cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
-    # CPU tensors go the way of a GPU's
+    # CPU tensors are treated as a GPU's
     ("checks.h", r"(bool is_cuda\(\) const) \{ return is_cuda_; \}", r"\1 { return true; }", 1),
 )
 EXCHANGED = {
@@ -62,9 +62,9 @@ def sanitizers() -> dict[str, str]:
 
 
 def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> None:
-    """That of a copy. It has no CPU kernels: what computes is CUDA's. UBSan sees misaligned packs, ASan stray ones.
+    """Compiles the library of a copy, without CPU kernels. UBSan sees misaligned packs, ASan accesses outside tensors.
 
-    `again`: nothing has changed since but the kernels.
+    `again`: only the kernels have changed since.
     """
     stable_abi = re.search(r'STABLE_ABI = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert stable_abi is not None

@@ -1,10 +1,10 @@
 """The CUDA kernels and their host code, without a GPU: compiled for the host, where fibers stand for the threads of a
-block, and held to the numerics suite of `tests/kernels`.
+block, and checked by the numerics suite of `tests/kernels`.
 
-This shows that indices, packs, alignment, dtypes, launches, sums and barriers are right, in whatever order threads come
-to their turn, and that nothing outside a tensor is touched. It doesn't show what needs real parallelism (atomicity,
-memory order, streams), what nvcc makes of the code (its `__CUDA_ARCH__` branches, registers, fused multiply-adds), nor
-how fast it is. Stray and misaligned accesses are seen where the compiler has ASan and UBSan.
+This shows that indices, packs, alignment, dtypes, launches, sums and barriers are right, in any order of threads, and
+that nothing outside a tensor is touched. It doesn't show effects of real parallelism (atomicity, memory order, streams)
+or of nvcc (its `__CUDA_ARCH__` branches, registers, fused multiply-adds), nor the speed. Accesses outside a tensor and
+misaligned ones are seen where the compiler has ASan and UBSan.
 """
 
 import os
@@ -44,7 +44,7 @@ def test_numerics_suite(tree, limits):
     ours = ("RDP_", "PYTEST_", "PYTHONPATH", "LD_PRELOAD", "TRITON_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     paths = {"PYTHONPATH": str(tree), "RDP_LAUNCHES": str(launches), "RDP_CUDA_ON_HOST": "1"}
-    # What a sanitizer says last is to be seen.
+    # a sanitizer's message comes last
     options = ("--capture=sys", "-k", "(against_float64 or fixed_row) and not triton")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/kernels", "tests/cuda_on_host/rounds.py"],

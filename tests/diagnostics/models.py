@@ -1,4 +1,4 @@
-"""Models of every kind that diagnostics look at."""
+"""Models of every kind for diagnostics."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def images(batch: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def states_of(model: ViT, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The stream before and after each path, and what each adds, in eval mode, flattened and in float64."""
+    """The residual before and after each path, and each update, in eval mode, flattened and in float64."""
     model.eval()
     with torch.no_grad():
         stream, added = [model.embed(x)], []

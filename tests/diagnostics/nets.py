@@ -1,4 +1,4 @@
-"""Models that diagnostics look at, small, in float64, with weights that tell paths apart, and what must stay as it was."""
+"""Small models for diagnostics, in float64, with different weights in each path; and a check that nothing changes."""
 
 import contextlib
 
@@ -52,8 +52,8 @@ EACH_MODEL = pytest.mark.parametrize("build", MODELS, ids=[build.__name__ for bu
 
 @contextlib.contextmanager
 def left_as_it_was(model):
-    """Checks that a block leaves modes, weights, statistics, gradients, flags, random states and overrides alone; begins
-    with modes and gradients that are not all the same."""
+    """Checks that a block doesn't change modes, weights, statistics, gradients, flags, random states and overrides. It
+    starts with modes and gradients that differ between modules."""
     parts = list(model.modules())
     parts[-1].eval()
     parameters = list(model.parameters())
@@ -95,7 +95,7 @@ def one_path():
 
 
 class Unconverted(nn.Module):
-    """A residual network without paths; `image_size` is what it says it takes."""
+    """A residual network without paths; `image_size` is the size that it declares."""
 
     image_size = 6
 

@@ -1,4 +1,5 @@
-"""`python -m rdp_kernels.diagnostics`: what it reports is what the functions give, and wrong input gets a line."""
+"""`python -m rdp_kernels.diagnostics`: its report has the functions' values, and wrong input gets a message of one
+line."""
 
 import json
 import math
@@ -39,7 +40,7 @@ def reported(capsys, *argv):
 
 
 def found(*argv):
-    """The report, not written."""
+    """The report, without files."""
     return look(build_parser().parse_args([str(part) for part in argv]))
 
 
@@ -61,7 +62,7 @@ def checkpoint(tmp_path):
 
 
 def test_the_report_holds_what_the_functions_give(tmp_path, capsys, checkpoint):
-    """On digits, all of the test set: its order doesn't matter."""
+    """On the whole test set of digits, whose order doesn't matter."""
     model, file = checkpoint
     argv = ["--data", "digits", "--batch-size", "450", "--batches", "1", "--checkpoint", file, "--samples", "9"]
     text = reported(capsys, f"{HERE}:tiny_vit", *argv, "--out", tmp_path / "new" / "out")
@@ -257,7 +258,7 @@ def test_options_out_of_range(option, capsys):
     assert "must be an integer, at least" in capsys.readouterr().err
 
 
-def test_what_is_no_number_is_null(tmp_path, capsys, checkpoint):
+def test_values_that_are_no_numbers_are_null(tmp_path, capsys, checkpoint):
     model, file = checkpoint
     torch.save(model.state_dict() | {"head.bias": torch.full((10,), math.nan)}, file)
     argv = ["--checkpoint", file, "--data", "digits", *QUICK, "--out", tmp_path]

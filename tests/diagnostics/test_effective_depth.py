@@ -1,4 +1,4 @@
-"""Effective depth: Poisson binomial lengths of linear paths, and a direct enumeration of a network that isn't linear."""
+"""Effective depth: Poisson binomial lengths of linear paths, and a direct enumeration for a nonlinear network."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def test_linear_paths_have_lengths_as_the_poisson_binomial():
 
 
 def test_a_thousand_paths():
-    """C(1100, 550) is no float; where all paths are the same, one set of a length says all."""
+    """C(1100, 550) is too large for a float. All paths are equal, so that one set per length is enough."""
     lengths = [0, 366, 367, 1100]
     x = torch.ones(1, 1, dtype=torch.float64)
     found = effective_depth(linear([0.5] * 1100), lambda m: m(x).sum(), samples=1, lengths=lengths)

@@ -19,7 +19,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 class Stream(nn.Module):
-    """A model whose features are what it is given."""
+    """A model whose features are its input."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ def test_a_layer_without_a_finite_value():
 
 
 def test_values_are_picked_by_the_seed_and_in_proportion():
-    """Batches of 1, 2 and 3 rows hold 1, 2 and 3; of 60 values of the largest, 600 in all are too many."""
+    """Batches of 100, 200 and 300 rows hold 1, 2 and 3. With 60 values a batch, their values are too many to keep."""
     x = torch.repeat_interleave(torch.tensor([1.0, 2, 3]), torch.tensor([100, 200, 300]))[:, None].repeat(1, 20)
     batches = list(x.split([100, 200, 300]))
     picked = feature_distributions(Stream(), batches, values_per_batch=60)
@@ -80,7 +80,7 @@ def test_values_are_picked_by_the_seed_and_in_proportion():
 
 
 def test_effective_rank_is_the_ratio_of_u_statistics():
-    """Means of the covariance's trace and of HSIC_1, by samples; two rows say nothing about them."""
+    """Means over samples of the covariance's trace and of HSIC_1; two rows are too few for them."""
     x = torch.randn(13, 6, dtype=torch.float64) * torch.arange(1, 7) + 4
     parts = x.split([6, 5, 2])
     found = feature_distributions(Stream(), list(parts))

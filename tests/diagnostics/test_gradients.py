@@ -1,4 +1,4 @@
-"""Gradient norms: against `backward` on the model as it is, and the recorder against `.grad` in real training loops."""
+"""Gradient norms against `backward` on the unchanged model, and the recorder against `.grad` in real training loops."""
 
 import math
 
@@ -20,7 +20,7 @@ def joined_norm(tensors):
 
 
 def by_backward(model, images):
-    """Of each path's parameters, and of the streams before them, in an own network, the usual way."""
+    """Norms for each path's parameters and the residuals before the paths, in an own network, by plain `backward`."""
     model.zero_grad()
     x, streams = model.embed(images), []
     for path in model.paths:
@@ -39,7 +39,8 @@ def by_backward(model, images):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("build", [own_vit, batch_norm_resnet])
 def test_norms_are_those_of_backward(build, training):
-    """In training mode BatchNorm takes the batch's statistics, so that norms differ. A shortcut isn't its path's."""
+    """In training mode BatchNorm uses the batch's statistics, so that norms differ. A shortcut doesn't belong to its
+    path."""
     model, images = build()
     found = gradient_norms(model, lambda m: m(images).square().mean(), training=training)
     parameters, streams = by_backward(model.train(training), images)
@@ -62,7 +63,7 @@ def test_the_model_is_left_as_it_was(build, training):
 
 
 def test_a_frozen_stem_and_frozen_paths():
-    """The gradient at the first stream is there all the same; a path without learning parameters has none of its own."""
+    """The first residual still has a gradient; a path without learning parameters has no gradient of its own."""
     model, images = own_vit()
     whole = gradient_norms(model, lambda m: m(images).square().mean())
     for module in (model.patches, model.paths[2]):
@@ -81,7 +82,7 @@ def test_a_frozen_stem_and_frozen_paths():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shortcut", [nn.Identity, lambda: nn.Linear(4, 4)])
 def test_converted_paths_where_nothing_before_them_learns(frozen, shortcut):
-    """The stream's gradient is then unknown to a path whose shortcut the block computes by itself."""
+    """The residual's gradient is then unknown for a path whose shortcut the block itself computes."""
     model, images = converted_blocks(shortcut())
     x = images.clone().requires_grad_()
     model(x).square().mean().backward()
@@ -104,7 +105,7 @@ class Block(nn.Module):
 
 
 def converted_blocks(shortcut):
-    """Two, the first with a shortcut of its own; in eval mode."""
+    """Two blocks, the first with its own shortcut; in eval mode."""
     model = nn.Sequential(Block(shortcut), Block(nn.Identity())).double().eval()
     images = torch.randn(3, 4, dtype=torch.float64)
     assert len(rdp.convert(model, example_inputs=images).converted) == 2
@@ -172,9 +173,9 @@ def test_the_recorder_takes_mixed_dtypes_and_large_gradients():
     recorder = GradientNormRecorder(model)
     first, second = model.paths
     first.to(torch.float16)
-    first.fn.qkv.weight.grad = torch.full_like(first.fn.qkv.weight, 3e4)  # whose norm is no float16
+    first.fn.qkv.weight.grad = torch.full_like(first.fn.qkv.weight, 3e4)  # its norm is too large for float16
     second.fn[0].weight.grad = torch.full_like(second.fn[0].weight, 7.5e17)
-    second.fn[0].bias.grad = torch.full_like(second.fn[0].bias, 7.5e17)  # with the weight's, its square is no float32
+    second.fn[0].bias.grad = torch.full_like(second.fn[0].bias, 7.5e17)  # squares overflow float32
     recorder.record()
     wanted = [3e4 * math.sqrt(36 * 12), 7.5e17 * math.sqrt(48 * 13)]
     assert recorder.norms[0].tolist() == pytest.approx(wanted, rel=1e-3)

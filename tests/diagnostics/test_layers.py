@@ -1,4 +1,4 @@
-"""Heatmaps over depth: the layers that they say, compared as `similarity.py` says."""
+"""Heatmaps over depth: entries equal the values of `similarity.py` for their layers."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_cka_of_every_pair_of_layers(of):
 
 @pytest.mark.parametrize("of", ["stream", "branch"])
 def test_cosine_of_every_pair_of_layers(of):
-    """A mean over samples, whatever batch they are in; one may be alone in its batch."""
+    """A mean over samples in any batches; a batch may have a single sample."""
     model, x = vit(layer_scale=0.5).double(), images(6, torch.float64)
     found = layer_similarity(model, list(x.split([3, 2, 1])), of=of, metric="cosine")
     layers = states_of(model, x)[of == "branch"]
@@ -54,7 +54,7 @@ def test_cosine_of_every_pair_of_layers(of):
 
 @pytest.mark.parametrize("metric", ["cka", "cosine"])
 def test_two_models(metric):
-    """Of different depth: rows are the first one's layers, columns the second's."""
+    """The models differ in depth. Rows are the first one's layers, columns the second's."""
     model, other = vit().double(), vit().double()
     other.paths = rdp.ResidualSequence(*other.paths[:3])
     x = images(7, torch.float64)
@@ -77,7 +77,7 @@ def test_two_models(metric):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("metric", ["cka", "cosine"])
 def test_narrow_models_are_compared_in_float64(dtype, metric):
-    """The features are rounded, what is computed of them isn't: CKA with itself is 1 to more digits than they have."""
+    """The features are rounded and the arithmetic isn't: CKA with itself is 1 to more digits than they have."""
     model, x = vit(), images(6)
     wide = layer_similarity(model, x, metric=metric).matrix
     narrow = layer_similarity(model.to(dtype), x.to(dtype), metric=metric).matrix
@@ -88,7 +88,7 @@ def test_narrow_models_are_compared_in_float64(dtype, metric):
 
 
 def test_stages_of_a_cnn():
-    """CKA compares features of any size, cosine those of one size: two stages here."""
+    """CKA compares features of any sizes, cosine only features of equal size; here there are two stages."""
     model, x = conv_net(), torch.randn(6, 2, 5, 5, dtype=torch.float64)
     assert layer_similarity(model, x).matrix.isfinite().all()
     found = layer_similarity(model, x, metric="cosine")
@@ -117,8 +117,8 @@ def test_a_path_that_is_called_twice_is_two_layers():
     assert layer_similarity(model, x, metric="cosine", of="branch").labels == ("input", "input#2")
 
 
-def test_what_follows_in_place_is_not_seen():
-    """A stream that the model goes on to write to."""
+def test_later_changes_in_place_are_not_seen():
+    """The model later writes to the residual in place."""
 
     class InPlace(nn.Module):
         def __init__(self):
@@ -235,7 +235,7 @@ def test_a_heatmap_is_drawn():
     assert image.colorbar.ax.get_ylabel() == "mean cosine similarity, of the branch"
 
 
-def test_a_heatmap_makes_its_own_axes_and_leaves_labels_out_that_have_no_room():
+def test_a_heatmap_makes_its_own_axes_and_leaves_out_labels_without_room():
     import matplotlib.pyplot as plt
 
     labels = tuple(f"path {index}" for index in range(70))

@@ -1,4 +1,4 @@
-"""Removing and swapping paths: against the forward as it is usually written, and every number of a study again."""
+"""Removing and swapping paths, against the forward written by hand; and every number of a study, computed again."""
 
 import itertools
 import re
@@ -41,12 +41,12 @@ def test_without_is_the_network_without_the_branches(build):
 
 
 def test_paths_of_a_converted_model_are_removed_and_swapped():
-    """Blocks of two paths, attention and MLP: 0 to 3 are those of the first two blocks."""
+    """Blocks have two paths, attention and MLP: paths 0 to 3 are those of the first two blocks."""
     model, images = converted_timm()
     model.eval()
 
     def by_hand(branches):
-        """`branches`: of which block and kind each path is, or None."""
+        """`branches`: the block and kind of the branch that each path runs, or None."""
         seen = []
         hook = model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         model(images)
@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was(build):
     def evaluate(m):
         assert not any(module.training for module in m.modules())
         assert not torch.is_grad_enabled()
-        m.train()  # as evaluating functions do when they are done
+        m.train()  # as evaluation functions do at their end
         return loss(m.eval(), images) + torch.rand(())
 
     with left_as_it_was(model):

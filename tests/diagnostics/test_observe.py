@@ -1,4 +1,4 @@
-"""Who looks on at a model sees every path, also of a converted model, whose blocks run their own forward in eval mode."""
+"""Observers see every path, also in a converted model, whose blocks run their own forward in eval mode."""
 
 import pytest
 import torch

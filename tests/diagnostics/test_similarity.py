@@ -1,4 +1,4 @@
-"""CKA, cosine and rebound against what their definitions say, entry by entry; and what is claimed of their estimates."""
+"""CKA, cosine and rebound against their definitions, entry by entry, and the stated properties of their estimates."""
 
 import itertools
 import math
@@ -81,7 +81,7 @@ def test_low_precision_is_widened_first():
 
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_constant_features_have_cka_0_to_everything(unbiased):
-    """Also where their mean is not what each of them is, by rounding."""
+    """Also where rounding makes their mean differ from the value of each."""
     constant, x = torch.full((7, 3), 0.1, dtype=torch.float64), features(7, 3)
     assert constant.mean(dim=0)[0] != 0.1
     for a, b in ((constant, x), (x, constant), (constant, constant)):
@@ -91,7 +91,7 @@ def test_constant_features_have_cka_0_to_everything(unbiased):
 
 
 def test_features_in_which_one_sample_differs_have_no_hsic():
-    """HSIC_1 is 0 exactly, so that CKA must not be the ratio of two roundings."""
+    """HSIC_1 is exactly 0, so that CKA must not be the ratio of two rounding errors."""
     x, y = torch.zeros(9, 5, dtype=torch.float64), features(9, 5)
     x[4] = features(5)
     assert textbook_hsic(x, x) == 0
@@ -120,7 +120,8 @@ def test_pairwise_cka_is_that_of_every_pair(unbiased):
 
 @pytest.mark.parametrize("n", [4, 5])
 def test_hsic_is_unbiased(n):
-    """Its mean over all parts of a population is the population's own, which `HSIC` with centred Gram matrices isn't."""
+    """Its mean over all parts of a population is the population's value; for `HSIC` with centred Gram matrices it
+    isn't."""
     x, y = features(8, 3), features(8, 2)
     y[:, 0] += x[:, 0]
     parts = torch.tensor(list(itertools.combinations(range(8), n)))
@@ -220,7 +221,7 @@ def test_rebound_is_the_sum_of_the_rises():
     assert rebound(curves).tolist() == [0.5, 0, 2]
 
 
-def test_rebound_steps_over_what_is_not_known():
+def test_rebound_skips_missing_values():
     nan = math.nan
     curves = torch.tensor([[nan, 1, 0.5, nan, nan, 0.75], [nan, nan, nan, nan, 1, nan], [nan] * 6]).double()
     assert rebound(curves).tolist() == [0.25, 0, 0]
@@ -231,12 +232,12 @@ def test_heatmap_rebound_is_the_mean_over_layers_with_two_later_ones():
     for matrix, got in zip(matrices, heatmap_rebound(matrices), strict=True):
         rows = [
             sum(max(0.0, (matrix[r, c + 1] - matrix[r, c]).item()) for c in range(r, 5))
-            for r in range(4)  # of rows 4 and 5 too little is left
+            for r in range(4)  # rows 4 and 5 have too few entries left
         ]
         assert got.item() == pytest.approx(sum(rows) / 4, abs=1e-10)
 
 
-def test_heatmap_rebound_leaves_out_what_can_not_be_compared():
+def test_heatmap_rebound_leaves_out_pairs_that_can_not_be_compared():
     """Two stages of a CNN: only the first has a layer with two later ones."""
     matrix = torch.full((5, 5), math.nan, dtype=torch.float64)
     matrix[:3, :3] = torch.tensor([[1, 0.25, 0.5], [0.25, 1, 0.5], [0.5, 0.5, 1]])

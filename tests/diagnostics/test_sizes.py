@@ -1,4 +1,4 @@
-"""Branches against residuals, by the norms of each sample."""
+"""Sizes of updates against residuals, by the norms of each sample."""
 
 import math
 
@@ -32,7 +32,7 @@ def means(residuals, branches):
 
 
 def test_means_over_samples_whatever_their_batch():
-    """γ belongs to the branch."""
+    """γ counts as part of the branch."""
     model, x = vit(layer_scale=0.3).double(), images(6, torch.float64)
     found = branch_sizes(model, list(x.split([3, 1, 2])))
     stream, added = states_of(model, x)

@@ -1,4 +1,4 @@
-"""Whoever looks leaves the model, its gradients and torch's random state as they were, also when the model raises."""
+"""Diagnostics don't change the model, its gradients and torch's random state, also when the model raises."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ LOOKS = {
 
 
 class Noise(nn.Module):
-    """Draws in eval mode too, and counts how often; raises once it may not."""
+    """Draws in eval mode too and counts its calls; raises when there are more than allowed."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def of_timm():
 
 
 def snapshot(model):
-    """All that must be the same afterwards."""
+    """Everything that must be the same afterwards."""
     modules, parameters = list(model.modules()), dict(model.named_parameters())
     tensors = {
         "weights and statistics": {name: value.clone() for name, value in model.state_dict().items()},
@@ -103,7 +103,7 @@ def tensors_of(result):
 
 @pytest.mark.parametrize("freeze", ["parameters", "branch"])
 def test_inside_an_iteration_it_is_what_it_is_outside(freeze):
-    """As under `scheme.alternate()`, which always has one open: weights are those between the optimizer's steps."""
+    """As under `scheme.alternate()`, which always has an open iteration: weights are those between optimizer steps."""
     model, x = own()
     scheme = rdp.ResidualDropPath(model, 0.5, seed=1, freeze=freeze)
     for iteration in (scheme.drop_iteration, scheme.reuse_iteration):
@@ -118,7 +118,7 @@ def test_inside_an_iteration_it_is_what_it_is_outside(freeze):
 
 
 def test_training_goes_on_to_the_bit():
-    """With diagnostics between the iterations of a pair, and without."""
+    """Training is the same with diagnostics between the iterations of a pair and without."""
     ends = []
     for looks in ((), LOOKS.values()):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The byte-level language model: what it compares is comparable, and nothing is lost."""
+"""The byte-level language model: its methods are comparable, and interrupted runs lose nothing."""
 
 import copy
 import csv
@@ -57,7 +57,7 @@ def begun(method: str, text: Text, wanted: Config, seed: int = 0, weights: ByteG
 
 
 def test_the_text_is_split_by_files(text, tmp_path):
-    """On a library of our own: what is skipped, which file is whose, and that it depends on names and bytes alone."""
+    """On a made-up library: skipped files, and which part each file belongs to, by names and bytes alone."""
     names = ["abc.py", *(f"mod{i}.py" for i in range(40)), "pack/__init__.py", "pack/deep/x.py"]
     skipped = ["site-packages/a.py", "test/b.py", "pack/tests/c.py", "encodings/d.py", "_sysconfigdata_x.py", "e.txt"]
     for name in names + skipped:
@@ -124,8 +124,8 @@ def test_no_byte_sees_the_bytes_behind_it():
 def textbook(
     model: ByteGPT, inputs: torch.Tensor, scale: torch.Tensor, learns: torch.Tensor, rest: bool
 ) -> torch.Tensor:
-    """Logits. Every branch is computed on every window and multiplied by `scale` [paths, B]; where a path doesn't learn
-    (`learns`, [paths, B]), or the rest, it runs on constant copies of its weights."""
+    """Logits. Every branch is computed on every window and multiplied by `scale` [paths, B]. Where a path (`learns`,
+    [paths, B]) or the rest is frozen, it runs on constant copies of its weights."""
     constant = copy.deepcopy(model).requires_grad_(False)
     outer = model if rest else constant
     size, places = inputs.shape
@@ -158,7 +158,7 @@ def textbook_branch(path, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["block", "sample"])
 @pytest.mark.parametrize(("method", "train_rest"), [(EXACT, False), (EXACT, True), (DROP_THEN_FULL, False)])
 def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, text, monkeypatch):
-    """Clipped by their norm, over what learns."""
+    """They are clipped by the norm over the learning parameters."""
     monkeypatch.setattr(Training, "_evaluates", lambda _: False)
     wanted = config(depth=3, drop_prob=0.8, mode=mode, batch_size=5, schedule="linear", train_rest=train_rest)
     weights = wanted.build_model(0).double()
@@ -193,7 +193,7 @@ def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, te
             part = took_part[int(name.split(".")[1])] if name.startswith("paths.") else everything or train_rest
             wanted_grads[name] = parameter.grad if part else None
         norm = math.sqrt(sum(g.square().sum().item() for g in wanted_grads.values() if g is not None))
-        assert norm > 1 or phase == "reuse", "the drop iteration's is to be clipped"
+        assert norm > 1 or phase == "reuse", "the drop iteration's norm must be clipped"
         for name, gradient in seen["grads"].items():
             assert (gradient is None) == (wanted_grads[name] is None), name
             if gradient is not None:
@@ -204,7 +204,8 @@ def test_a_pair_of_steps_has_the_textbook_gradients(method, train_rest, mode, te
 
 @pytest.mark.slow
 def test_the_learning_rate_and_weight_decay(text):
-    """Budget: 3 seconds. Warm-up over a twentieth of the steps, then a cosine that ends at 0; matrices decay, vectors don't."""
+    """Budget: 3 seconds. Warm-up over a twentieth of the steps, then a cosine that ends at 0; matrices decay, vectors
+    don't."""
     run = begun(PLAIN, text, config(steps=100, learning_rate=0.5))
     rates = []
     run.optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in run.optimizer.param_groups]))
@@ -221,7 +222,7 @@ def test_the_learning_rate_and_weight_decay(text):
 def test_needed_flops_are_those_counted(method, text, monkeypatch):
     monkeypatch.setattr(Training, "_evaluates", lambda _: False)
     run = begun(method, text, config(drop_prob=0.4))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # of the fused kernel it counts 0
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts 0 for the fused kernel
         for _ in range(6):
             run.step()
     assert run.flops == counter.get_total_flops() > 0
@@ -262,12 +263,13 @@ def test_drop_paths_flops_are_the_expectation(text):
     assert run.flops == cost.drop([1, 5 / 6, 2 / 3, 1 / 2])
 
 
-# What is compared
+# The methods
 
 
 @pytest.mark.parametrize("batch", ["same", "next"])
 def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
-    """Each seed its own, in the same order, from the same weights; "same": both iterations of a pair take one."""
+    """Each seed has its own batches and weights, equal in all methods. "same": both iterations of a pair share a
+    batch."""
     wanted = config(batch=batch, drop_prob=0.5, steps=8)
     taken: list[tuple[int, int]] = []
     draw = Text.batch
@@ -296,7 +298,7 @@ def test_all_methods_see_the_same_batches(batch, text, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "sample"])
 def test_equal_flops_are_spent(mode, text, monkeypatch):
-    """Budget: 5 seconds each. One step more would be too many."""
+    """Budget: 5 seconds each. One more step would exceed the FLOPs."""
     monkeypatch.setattr(Training, "evaluated", lambda *_: 0.0)
     steps = {}
     for method, seed in [(RANDOM, 1), (RANDOM, 2), *((method, 0) for method in METHODS)]:
@@ -351,11 +353,11 @@ def test_samples_are_bytes_and_the_seeds(text):
     assert likeliest == sample(model, 5, 0.0, seed=4)
 
 
-# Nothing lost
+# Interrupted runs lose nothing
 
 
 def results(wanted: Config, text: Text, folder: Folder, state=None, stop_at: int | None = None) -> list:
-    """Of all trainings, without times; `stop_at`: a signal arrives after that step of the run."""
+    """The results of all trainings, without times. `stop_at`: a signal arrives after that step of the run."""
     steps = []
 
     def advance(advance: float, description: str) -> None:
@@ -376,8 +378,8 @@ def results(wanted: Config, text: Text, folder: Folder, state=None, stop_at: int
     [("block", (EXACT, DROP_PATH)), pytest.param("sample", (RANDOM, DROP_PATH), marks=pytest.mark.slow)],
 )
 def test_resumes_to_the_bit(mode, methods, text, tmp_path):
-    """Budget: 5 seconds in sample mode. Stopped anywhere, and gone on from what was saved: between the iterations of a
-    pair, in the second training."""
+    """Budget: 5 seconds in sample mode. Stopped and resumed between the iterations of a pair, between pairs, and in the
+    second training."""
     wanted, folder = config(mode=mode, method=methods, drop_prob=0.4, steps=10), Folder(tmp_path)
     whole = results(wanted, text, folder)
     best = folder.load_checkpoint(CPU, experiment.BEST)
@@ -389,7 +391,7 @@ def test_resumes_to_the_bit(mode, methods, text, tmp_path):
         pending.append(
             state["current"]["iterations"]["scheme"] is not None and begun_pair(state, wanted, text, methods)
         )
-        torch.manual_seed(1234)  # the state in memory is another in a new process
+        torch.manual_seed(1234)  # a new process has another random state
         assert results(wanted, text, folder, state) == whole
     assert {True, False} <= set(pending)
     again = folder.load_checkpoint(CPU, experiment.BEST)

@@ -1,4 +1,5 @@
-"""The DINO example: gradients are the textbook's, the teacher an average, nothing is lost, and k-NN accuracy rises."""
+"""The DINO example: gradients are the textbook's, the teacher is an average, interrupted runs lose nothing, and k-NN
+accuracy rises."""
 
 import argparse
 import copy
@@ -39,7 +40,7 @@ EACH_SCHEME = pytest.mark.parametrize(
 
 @pytest.fixture
 def few(monkeypatch):
-    """40 images in float64, as all of the arithmetic is then."""
+    """40 images, in float64 so that all arithmetic is."""
     torch.set_default_dtype(torch.float64)
     digits = Digits.load(torch.device("cpu"))
     parts = (digits.train_images[:40].double(), digits.train_labels[:40], digits.test_images[:20].double())
@@ -65,7 +66,7 @@ def refused(argv: list[str], capsys) -> str:
 
 
 class Spelled(nn.Module):
-    """A student in the pieces that the textbook asks for."""
+    """A student split into the parts that the textbook needs."""
 
     def __init__(self, student: dino.Network):
         super().__init__()
@@ -93,8 +94,8 @@ def loss_by_hand(features: torch.Tensor, logits: torch.Tensor, answers: torch.Te
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("mode", ["sample", "block"])
 def test_a_multi_crop_pair_equals_the_textbook(mode, monkeypatch):
-    """Both forwards in both iterations: all branches computed, masked, frozen gradients thrown away. Both iterations
-    get the crops and answers of the teacher as it was before the pair."""
+    """Both forwards in both iterations: all branches are computed and masked, and frozen gradients are discarded. Both
+    iterations use the crops, and the teacher's answers, from before the pair."""
     run = training("--mode", mode, "--seed", "3")
     run.center.normal_()
     teacher, found = copy.deepcopy(run.teacher), []
@@ -105,7 +106,7 @@ def test_a_multi_crop_pair_equals_the_textbook(mode, monkeypatch):
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: None)
     run.optimizer.register_step_pre_hook(lambda *_: keep_gradients())
-    run.optimizer.param_groups[0]["lr"] = 0.0  # the weights stay where they are
+    run.optimizer.param_groups[0]["lr"] = 0.0  # the weights don't change
     twin, (large, small, _, _) = Spelled(copy.deepcopy(run.student)), run.draw_batch()
     assert (large.shape, small.shape) == ((16, 1, 12, 12), (64, 1, 8, 8))
     answers = ((teacher(large)[1] - run.center) / 0.04).softmax(dim=-1).chunk(2)
@@ -137,7 +138,7 @@ def test_a_multi_crop_pair_equals_the_textbook(mode, monkeypatch):
 @pytest.mark.usefixtures("few")
 @EACH_SCHEME
 def test_the_teacher_is_an_average_without_a_scheme(options):
-    """After a batch, once for a pair: w = 0.02 · (1 + cos π t/T) / 2 of the student, which is no teacher's business."""
+    """It takes w = 0.02 · (1 + cos π t/T) / 2 of the student after each batch: once for a pair."""
     run = training(*options)
     assert all(branch.binding.scheme is None for branch in run.teacher.paths)
     expected, center = [p.clone() for p in run.teacher.parameters()], run.center.clone()
@@ -163,7 +164,7 @@ def test_nearest_neighbours_vote():
     assert knn_accuracy(train, labels, test, torch.tensor([0, 0])) == 0.5
 
 
-# What is learned
+# Learning
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_nearest_neighbours_learn(tmp_path):
     assert after["knn"] > before["knn"] + 0.05
 
 
-# Nothing lost
+# Interrupted runs lose nothing
 
 
 @pytest.mark.slow
@@ -199,7 +200,7 @@ def test_resumes_to_the_bit(options, tmp_path, monkeypatch, capsys):
             patch.setattr(Folder, "save_checkpoint", save_and_stop)
             assert dino.main([*argv, str(tmp_path / str(stop))]) == 130
         pending.add(saved[-1].get("scheme", {}).get("phase"))
-        torch.manual_seed(1234)  # the state in memory is another in a new process
+        torch.manual_seed(1234)  # a new process has another random state
         assert dino.main([*argv, str(tmp_path / str(stop)), "--resume"]) == 0
         assert (tmp_path / str(stop) / "results.json").read_bytes() == whole
     assert pending == ({"drop", "reuse"} if "residual-droppath" in options else {None})
@@ -207,7 +208,7 @@ def test_resumes_to_the_bit(options, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_killed_and_resumed_in_new_processes(tmp_path):
-    """Budget: 60 seconds. SIGKILL as soon as a checkpoint is there."""
+    """Budget: 60 seconds. SIGKILL as soon as there is a checkpoint."""
     argv = [sys.executable, str(SCRIPT), "--batch-size", "64", "--epochs", "1", "--save-every", "5", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*argv, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)

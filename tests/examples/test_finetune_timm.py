@@ -1,4 +1,4 @@
-"""The timm example: each scheme trains, nothing is lost when it is killed, and wrong input gets a readable line."""
+"""The timm example: each scheme trains, killed runs lose nothing, and wrong input gets a readable line."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def _few_digits(monkeypatch):
 
 
 def results_of(folder: Path) -> bytes:
-    """results.json but for its times."""
+    """results.json without times."""
     return re.sub(rb'"seconds": [\d.e-]+', b"", (folder / "results.json").read_bytes())
 
 
@@ -92,8 +92,8 @@ def test_each_scheme_trains_and_writes_results(scheme, options, tmp_path, capsys
     assert str(tmp_path / "run" / "results.json") in printed.replace("\n", "")
 
 
-def test_frozen_batch_norm_goes_by_what_is_said(tmp_path):
-    """In the first reuse iteration the same weights give another loss, so that all weights differ in the end."""
+def test_freeze_bn_option_changes_the_training(tmp_path):
+    """The first reuse iteration's loss differs for the same weights, so that all weights differ at the end."""
     weights = set()
     for kind in ("batch", "running", "moving"):
         argv = ["test_resnet", "--batch-size", "100", "--epochs", "1", "--drop-prob", "0.4", "--freeze-bn", kind]
@@ -128,11 +128,11 @@ def test_without_rich_there_are_lines(tmp_path, capsys, monkeypatch):
     assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["epoch 1", "epoch 2", "Results"]
 
 
-# Nothing lost
+# Interrupted runs lose nothing
 
 
 def run_interrupted(argv: list[str], monkeypatch) -> None:
-    """Stopped once the first checkpoint is written, and gone on with --resume."""
+    """Stopped once the first checkpoint is written, and continued with --resume."""
     save = Folder.save_checkpoint
 
     def save_and_stop(self, state):
@@ -142,7 +142,7 @@ def run_interrupted(argv: list[str], monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "save_checkpoint", save_and_stop)
         assert finetune_timm.main(argv) == 130
-    torch.manual_seed(1234)  # the state in memory is another in a new process
+    torch.manual_seed(1234)  # a new process has another random state
     assert finetune_timm.main([*argv, "--resume"]) == 0
 
 
@@ -168,7 +168,7 @@ def test_an_image_folder_resumes_to_the_bit(images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_and_resumed_in_new_processes(tmp_path):
-    """Budget: 60 seconds. SIGKILL as soon as a checkpoint is there, while the next epoch runs."""
+    """Budget: 60 seconds. SIGKILL as soon as there is a checkpoint, while the next epoch runs."""
     argv = [sys.executable, str(SCRIPT), *TINY, "--epochs", "3", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*argv, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)

@@ -18,7 +18,7 @@ def test_half_width_is_students(df, quantile):
 
 
 def test_of_a_difference_pairs_count():
-    """What seeds have in common cancels: by itself neither list is known to within 50."""
+    """Effects common to paired seeds cancel: each list's own interval is wider than 50."""
     others = [0.0, 50.0, 100.0, 150.0]
     estimate = Estimate.of_difference(
         [value + extra for value, extra in zip(others, [1, 2, 1, 2], strict=True)], others

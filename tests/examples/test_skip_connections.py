@@ -1,4 +1,4 @@
-"""The study of skip connections: stacked networks are separate ones, removed layers are gone, numbers are what they say."""
+"""The study of skip connections: stacked networks are separate, removed layers don't run, and numbers are right."""
 
 import csv
 import dataclasses
@@ -34,7 +34,7 @@ SEEDS, DEPTH, WIDTH, GROWTH = (0, 5, 2), 5, 6, 3
 
 def build(kind, normalise=True):
     network = Network(kind, DEPTH, WIDTH, GROWTH, SEEDS, normalise).double()
-    with torch.no_grad():  # biases begin at 0, and one kind's weights: here everything counts
+    with torch.no_grad():  # biases and one kind's weights begin at 0, where tests would miss errors
         for parameter in network.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, dtype=torch.float64)
     return network
@@ -52,7 +52,7 @@ def normed(x):
 
 
 def textbook(kind, linears, x, without=(), normalise=True):
-    """Logits and the states before each layer and behind the last."""
+    """Logits and the states before each layer and after the last."""
     (embed, bias), *layers, (head, head_bias) = linears
     states = [x @ embed + bias]
     for index, (weight, bias) in enumerate(layers):
@@ -124,7 +124,7 @@ def test_initial_weights():
 def test_removed_layers_are_gone(kind):
     network, digits = build(kind), toy_digits()
     with torch.no_grad():
-        network.head.weight *= 20  # so that layers matter to some degree
+        network.head.weight *= 20  # so that each layer has an effect
     images, labels = digits.test_images.flatten(1), digits.test_labels
     found = study.lesions(network, images, labels)
     quarters = study.quarters(DEPTH)
@@ -157,8 +157,8 @@ def test_a_quarter_is_a_quarter():
 
 @pytest.mark.parametrize(("kind", "factor"), [(PLAIN, 0.5), (ADDITION, 1.5)])
 def test_gradients_of_a_linear_stack(kind, factor):
-    """All is positive and every layer is half the identity: a layer multiplies the gradient by 1/2, with a skip
-    connection by 3/2. A weight's gradient is its input times the gradient behind it: the same in every layer."""
+    """All values are positive and every layer is half the identity: a layer multiplies the gradient by 1/2, with a skip
+    connection by 3/2. A weight's gradient is its input times its output's gradient, and the same in every layer."""
     network = Network(kind, DEPTH, WIDTH, 0, SEEDS, normalise=False).double()
     with torch.no_grad():
         network.embed.weight.abs_()
@@ -173,7 +173,7 @@ def test_gradients_of_a_linear_stack(kind, factor):
 
 @pytest.mark.parametrize("kind", [ADDITION, SCALED])
 def test_length_of_paths(kind, monkeypatch):
-    """Against all 2⁵ sets of branches; 60 random sets of each length are near that, and all sets of 0 and 5 are one."""
+    """Against all 2⁵ sets of branches; 60 random sets of each length are close. Lengths 0 and 5 have one set each."""
     network, digits = build(kind), toy_digits()
     images, labels = digits.test_images.flatten(1), digits.test_labels
 
@@ -211,8 +211,8 @@ def test_sets_of_branches():
 
 
 def test_length_of_paths_in_closed_form():
-    """Every branch halves its input, so C(n, k) / 2ᵏ comes through k of n: n/3 on the mean. Of 70 every second
-    is measured, which is as good."""
+    """Every branch halves its input, so that paths through k of n have weight C(n, k) / 2ᵏ: n/3 on the mean. For depth
+    70 every second length is measured, which gives the same mean."""
     for depth in (DEPTH, 70):
         network = Network(ADDITION, depth, WIDTH, 0, SEEDS, normalise=False).double()
         with torch.no_grad():
@@ -230,7 +230,7 @@ def test_participation():
 
 def test_alikeness():
     state = torch.randn(2, 7, 5, dtype=torch.float64)
-    state[1] = state[1, :1]  # one image's state for all
+    state[1] = state[1, :1]  # all images have the state of one
     rows = F.normalize(normed(state[0]), dim=-1)
     cosines = [(rows[i] @ rows[j]).item() for i in range(7) for j in range(7) if i != j]
     assert study.alikeness(state).tolist() == pytest.approx([sum(cosines) / 42, 1.0], rel=1e-10)

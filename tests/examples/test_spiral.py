@@ -1,4 +1,4 @@
-"""Many networks at once are what each of them is by itself, trained as a textbook would."""
+"""Networks trained together equal each network trained alone, as a textbook would."""
 
 import csv
 import math
@@ -20,7 +20,7 @@ SMALL = Setting(depth=5, width=4, points=12, noise=0.1, drop_prob=0.4, learning_
 
 
 class Textbook:
-    """One network of a `Training`, in plain torch, its own optimizer's parameters without gradients where frozen."""
+    """One network of a `Training`, in plain torch with its own optimizer; frozen parameters have no gradients."""
 
     def __init__(self, training: Training, network: int):
         self.training, self.points = training, training.points
@@ -84,7 +84,7 @@ def trained(method, setting, seeds=(0, 1, 5), steps=6):
     torch.set_default_dtype(torch.float64)
     try:
         training = Training(method, setting, list(seeds), setting.steps)
-        spy = Training(method, setting, list(seeds), setting.steps)  # draws the same plans
+        spy = Training(method, setting, list(seeds), setting.steps)  # it draws the same plans
         books = [Textbook(training, network) for network in range(len(seeds))]
         scale = 1 / (1 - setting.drop_prob) if setting.scale_by_keep else 1.0
         keep = None
@@ -158,7 +158,7 @@ def test_controls_differ_from_the_scheme_in_what_learns_alone():
     assert torch.equal(training[EXACT].second_plan(keep), keep)
     assert torch.equal(training[KEPT].second_plan(keep), ~keep)
     other = training[RANDOM].second_plan(keep)
-    assert torch.equal(other.sum(dim=0), keep.sum(dim=0))  # as many, for each network
+    assert torch.equal(other.sum(dim=0), keep.sum(dim=0))  # equally many for each network
     assert not torch.equal(other, keep)
 
 
@@ -166,7 +166,7 @@ def test_needed_flops_are_those_of_the_plans():
     setting = replace(BASE, depth=6, width=64, drop_prob=0.3, points=8)
     assert needed_ratio(PLAIN, setting) == 1
     assert needed_ratio(DROP_PATH, setting) == pytest.approx(0.7, abs=0.02)
-    # Drop iteration 3 (1 − p) a path, then all of it; that is left out where nothing is dropped.
+    # Drop iterations cost 3 (1 − p) a path. The full iteration doesn't run where nothing is dropped.
     happens = 1 - 0.7**6
     assert needed_ratio(DROP_THEN_FULL, setting) == pytest.approx((0.7 + happens) / (1 + happens), abs=0.02)
     ratios = [needed_ratio(method, setting) for method in (FROZEN, EXACT, DROP_THEN_FULL)]
@@ -231,7 +231,7 @@ QUICK = ["--quick", "--seeds", "2", "--workers", "1", "--study", "--only", "sche
 
 
 def test_a_study_is_resumed_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
-    """And nothing is run twice."""
+    """Nothing is run twice."""
     ran = []
 
     def run_here(cases, seeds, workers, watch):

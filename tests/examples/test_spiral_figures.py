@@ -1,4 +1,4 @@
-"""The paper's four figures show the networks that were trained, a panel for each method.
+"""The paper's four figures show the trained networks, with a panel for each method.
 
 Budget: 10 seconds in all.
 """

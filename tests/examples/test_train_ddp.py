@@ -1,4 +1,4 @@
-"""The example for several processes: it loses nothing when one of them, or all, are killed."""
+"""The example for several processes loses nothing when one process, or all, are killed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from examples.digits.storage import Folder
 from tests.integrations.ranks import started, torchrun
 
 SCRIPT = Path(train_ddp.__file__)
-LIMIT = 120  # seconds: nothing hangs
+LIMIT = 120  # seconds, so that nothing hangs
 
 
 def content(folder: Path) -> tuple[dict, dict]:
@@ -26,7 +26,7 @@ def content(folder: Path) -> tuple[dict, dict]:
 
 
 def assert_same(actual, expected, where="") -> None:
-    """To the bit."""
+    """Asserts equality to the bit."""
     assert type(actual) is type(expected), where
     if isinstance(expected, torch.Tensor):
         assert torch.equal(actual, expected), where
@@ -50,7 +50,7 @@ def refused(argv: list[str], capsys) -> str:
 
 
 def stop_after(saves: int, monkeypatch) -> None:
-    """The run is left, as by Ctrl-C, when it has written so many checkpoints."""
+    """Stops the run, as Ctrl-C does, after so many checkpoints."""
     save, calls = Folder.save_checkpoint, []
 
     def save_and_stop(folder, state):
@@ -123,7 +123,7 @@ RUN = ("--steps", "100", "--save-every", "5")  # saves in the middle of pairs to
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run on two processes that nobody killed."""
+    """The folder of an uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(torchrun(SCRIPT, *RUN, "--out", str(folder)))
     return folder
@@ -136,7 +136,7 @@ def run(command: list[str]) -> None:
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """Process id by rank, of the launcher's workers."""
+    """Process ids of the launcher's workers, by rank."""
     found = {}
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         variables = dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0"))
@@ -146,7 +146,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 
 def wait_for_checkpoints(folder: Path, number: int) -> bool:
-    """Waits until so many more were written; False if the run is done before."""
+    """Waits until so many more checkpoints were written; False if the run ends before."""
     file, seen, deadline = folder / "checkpoint.pt", set(), time.monotonic() + LIMIT
     while len(seen) < number + 1:
         assert time.monotonic() < deadline, "no progress"
@@ -177,7 +177,7 @@ def test_a_killed_rank_is_restarted_by_the_launcher(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(whole, tmp_path):
-    """Budget: 90 seconds. Without restarts the launcher ends with an error; then another one goes on."""
+    """Budget: 90 seconds. Without restarts the launcher ends with an error; another launcher resumes the run."""
     folder = tmp_path / "run"
     with started(torchrun(SCRIPT, *RUN, "--out", str(folder))) as launcher:
         assert wait_for_checkpoints(folder, 3)
@@ -191,7 +191,7 @@ def test_a_killed_rank_ends_the_run_and_it_can_be_resumed(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_without_a_launcher_the_other_rank_gets_an_error(killed, tmp_path):
-    """Budget: 60 seconds each. Nobody ends the other rank: it ends itself, as it can't reach the one that died."""
+    """Budget: 60 seconds each. The other rank ends itself, as it can't reach the one that died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,5 @@
-"""The digits example: what it compares is comparable, nothing is lost, and wrong input is refused before it trains."""
+"""The digits example: its methods are comparable, interrupted runs lose nothing, and wrong input is refused before
+training."""
 
 import itertools
 import json
@@ -35,7 +36,7 @@ def digits():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Reports without plots, which take most of the time of a short run."""
+    """Makes reports without plots, which take most of the time of a short run."""
     monkeypatch.setattr(report, "draw_all", lambda *_: {})
 
 
@@ -91,7 +92,7 @@ def test_compares_the_methods(model, mode, tmp_path, capsys):
     needed = {name: statistics.fmean(method["seed_needed_flops"]) for name, method in methods.items()}
     assert needed[FROZEN] <= needed[EXACT] < needed[DROP_THEN_FULL] < needed[PLAIN]
     for name, method in methods.items():
-        tolerance = 0.3 if name == DROP_PATH else 1e-9  # its draws aren't seen: 10 steps against the expectation
+        tolerance = 0.3 if name == DROP_PATH else 1e-9  # its draws are unknown: 10 steps against the expectation
         assert method["counted_flops"] == pytest.approx(method["needed_flops_counted_steps"], rel=tolerance)
 
     names = {"accuracy.png", "loss.png", "cost.png", "removed.png", "similarity.png"}
@@ -108,7 +109,7 @@ def test_compares_the_methods(model, mode, tmp_path, capsys):
 
 
 def test_every_seed_and_epoch_has_an_order_of_its_own(digits):
-    """And one that resuming finds again."""
+    """A resumed run uses the same order."""
     last = digits.batches_per_epoch - 1
     orders = [[digits.batch(seed, number)[0] for number in (0, last, last + 1)] for seed in (0, 1)]
     images = [image for order in orders for image in order]
@@ -133,7 +134,7 @@ def trained(method: str, digits: Digits, config: Config, steps: int) -> Training
 
 
 def test_random_control_breaks_the_match_alone(digits):
-    """Other paths learn than those that were dropped, as many on average; drop iterations are the exact scheme's."""
+    """Not the dropped paths learn, but other ones, as many on average. Drop iterations are the exact scheme's."""
     config = Config(drop_prob=0.5)
     plans: dict[str, dict[str, list]] = {}
     for method in (EXACT, RANDOM):
@@ -148,7 +149,7 @@ def test_random_control_breaks_the_match_alone(digits):
         plans[method] = seen
         assert run.record.phases["reuse"] == len(seen["reuse"])
     assert all(reuse in plans[EXACT]["drop"] for reuse in plans[EXACT]["reuse"])
-    carried_out = plans[RANDOM]["drop"][::2]  # every other one is put in its place by hand
+    carried_out = plans[RANDOM]["drop"][::2]  # every other plan is set by hand
     shared = min(len(carried_out), len(plans[EXACT]["drop"]))
     assert carried_out[:shared] == plans[EXACT]["drop"][:shared]
     assert (
@@ -158,7 +159,7 @@ def test_random_control_breaks_the_match_alone(digits):
     assert carried_out != plans[RANDOM]["drop"][1::2]
 
 
-# Nothing lost
+# Interrupted runs lose nothing
 
 
 def run_experiment(mode: str, digits: Digits, folder: Folder, state=None, stop_in_round: int | None = None) -> list:
@@ -184,14 +185,14 @@ def run_experiment(mode: str, digits: Digits, folder: Folder, state=None, stop_i
 @pytest.mark.parametrize("mode", ["block", pytest.param("sample", marks=pytest.mark.slow)])
 def test_resumes_to_the_bit(mode, digits, tmp_path, monkeypatch):
     """Budget: 10 seconds in sample mode. Stopped after any round of steps, between the iterations of a pair too, and
-    gone on from what was saved."""
+    resumed from the checkpoint."""
     monkeypatch.setattr(experiment, "COUNTED_STEPS", 2)
     folder = Folder(tmp_path)
     whole = run_experiment(mode, digits, folder)
     for stop_in_round in (0, 3, 4, 5):  # five rounds a seed
         with pytest.raises(Stopped):
             run_experiment(mode, digits, folder, stop_in_round=stop_in_round)
-        torch.manual_seed(1234)  # the state in memory is another in a new process
+        torch.manual_seed(1234)  # a new process has another random state
         assert run_experiment(mode, digits, folder, folder.load_checkpoint(torch.device("cpu"))) == whole
 
 
@@ -218,7 +219,7 @@ def refused(argv: list[str], capsys) -> str:
 
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch, capsys):
-    """A folder with the checkpoint of a run that was stopped, and the bytes of it."""
+    """A folder with the checkpoint of a stopped run, and the checkpoint's bytes."""
     folder = tmp_path / "report"
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "_run_seed", lambda *_: (_ for _ in ()).throw(Stopped(15)))
@@ -371,11 +372,11 @@ def test_extreme_probabilities(drop_prob, tmp_path):
 
 
 def test_removing_branches_is_the_network_without_them(digits):
-    """A removed path is its shortcut and activation: against the forward as it is usually written, in every network."""
+    """A removed path is its shortcut and activation. Compared with the forward written by hand, in every network."""
     for network in TINY.values():
         model = network.kind(**network.options).eval()
         ends = [torch.clone] * len(model.paths)
-        ends[0] = ends[2] = torch.zeros_like  # in the ResNet 2 has a shortcut, whose output is negative in places
+        ends[0] = ends[2] = torch.zeros_like  # in the ResNet path 2 has a shortcut whose output is negative in places
         wanted = forward_with_ends(model, digits.test_images, ends)
         got = analysis.logits_without(model, digits.test_images, (0, 2))
         torch.testing.assert_close(got, wanted)

@@ -1,4 +1,4 @@
-"""The digits example, really killed at random moments and resumed in new processes."""
+"""The digits example, killed at random moments and resumed in new processes."""
 
 import json
 import os
@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SEED_DEPENDENT = ("results.json", "accuracy.png", "loss.png", "removed.png", "similarity.png")  # times are elsewhere
+SEED_DEPENDENT = (
+    "results.json",
+    "accuracy.png",
+    "loss.png",
+    "removed.png",
+    "similarity.png",
+)  # no times in these
 
 
 def start(out: Path, *options: str, **kwargs) -> subprocess.Popen:
@@ -51,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
     ids=["mlp", "vit", "resnet"],
 )
 def test_killed_and_resumed_ends_in_the_same_weights_and_report(options, numbers, tmp_path):
-    """Budget: 40 seconds each. The report holds a digest of all final weights, which has to be the same to the bit."""
+    """Budget: 40 seconds each. The report holds a digest of all final weights, which must be the same to the bit."""
     options = (*options, "--epochs", "1", "--seeds", "2", "--drop-prob", "0.4")
     began = time.monotonic()
     finish(start(tmp_path / "whole", *options))
@@ -64,10 +70,10 @@ def test_killed_and_resumed_ends_in_the_same_weights_and_report(options, numbers
         time.sleep(rng.uniform(0.3, 0.7) * duration)
         process.send_signal(numbers[0])
         out_text, err = process.communicate(timeout=60)
-        if process.returncode == 0:  # done before the signal
+        if process.returncode == 0:  # it ended before the signal
             if stops:
                 break
-            shutil.rmtree(out)  # the machine got faster: anew, and sooner
+            shutil.rmtree(out)  # the machine got faster: try again, with an earlier signal
             duration /= 2
             continue
         number = numbers.pop(0)
@@ -89,7 +95,7 @@ def test_killed_and_resumed_ends_in_the_same_weights_and_report(options, numbers
 
 @pytest.mark.slow
 def test_no_room_for_the_checkpoint(tmp_path):
-    """Budget: 20 seconds. The file system refuses the bytes; what was there goes on once there is room."""
+    """Budget: 20 seconds. The file system refuses the bytes; the older checkpoint resumes once there is room."""
     options = ("--model", "mlp", "--epochs", "0.5", "--seeds", "1")
     finish(start(tmp_path / "whole", *options))
     limit = 20_000  # the first checkpoint fits, those with weights don't

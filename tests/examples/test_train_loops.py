@@ -1,4 +1,4 @@
-"""The examples of training loops that others own run, and both kinds of iteration are taken."""
+"""The examples with other libraries' training loops run, and run both kinds of iteration."""
 
 import importlib
 import re

@@ -1,4 +1,5 @@
-"""The digits example with tiny networks, in this process or as a command: `python -m tests.examples.tiny_digits ...`."""
+"""The digits example with tiny networks, in this process or as a command: `python -m tests.examples.tiny_digits
+...`."""
 
 import sys
 
@@ -14,7 +15,7 @@ TINY = {
 
 
 def shrink(replace=setattr) -> None:
-    """The networks, and the work around their training; `replace` is `setattr` or a monkeypatch's."""
+    """Shrinks the networks and the work around their training; `replace` is `setattr` or a monkeypatch's."""
     replace(training, "NETWORKS", TINY)
     replace(experiment, "COUNTED_STEPS", 10)
     replace(analysis, "REMOVALS", 3)

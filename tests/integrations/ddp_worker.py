@@ -1,7 +1,7 @@
-"""What the ranks of test_ddp.py do, started by torchrun with a folder and, on request, `slow`: each case below on two
-ranks. `FOLDER/RANK.json` says what went wrong.
+"""The ranks of test_ddp.py: torchrun starts this file with a folder and, on request, `slow`. It runs each case below on
+two ranks and writes what went wrong to `FOLDER/RANK.json`.
 
-Failures are noted rather than raised, as a rank that leaves a case early would leave the other waiting.
+Failures are collected rather than raised: if a rank left a case early, the other would wait.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def case(slow=False, **options):
     return add
 
 
-# What is compared
+# Networks
 
 
 def converted_net() -> nn.Module:
@@ -62,7 +62,7 @@ def converted_net() -> nn.Module:
 
 
 class Narrow(nn.Module):
-    """A branch in float32 on a float64 stream."""
+    """A branch in float32 on a float64 residual."""
 
     def __init__(self, fn: nn.Module):
         super().__init__()
@@ -87,7 +87,7 @@ SHAPES = {**INPUTS, "converted": (6, convertible.DIM), "mixed": INPUTS["conv"]}
 
 
 class Pair:
-    """A net on two ranks, and the same one as a single process would train it, on the joined batch."""
+    """A net on two ranks, and its copy that a single process trains on the joined batch."""
 
     def __init__(
         self, net="tokens", mode="block", drop_prob=0.5, sizes=(3, 2), bucket_cap_mb=0.0005, view=False, **rules
@@ -130,7 +130,7 @@ class Pair:
         return self.one.drop_iteration(sizes, plan=rdp.PathPlan(torch.cat(keeps, dim=1), drop_probs, mode))
 
     def compare(self) -> None:
-        """Gradients, and after a step of the optimizer weights; those without gradient haven't moved."""
+        """Compares gradients, and weights after an optimizer step; weights without gradient haven't moved."""
         self.iterations += 1
         where = f"iteration {self.iterations} ({self.scheme.phase})"
         grads = [{n: p.grad for n, p in net.named_parameters()} for net in (self.net, self.whole)]
@@ -208,7 +208,7 @@ def equals_one_process(**options) -> None:
 @case(slow=True, mode="sample", together=False)
 @case(slow=True, mode="block", together=True)
 def several_forwards(mode: str, together: bool) -> None:
-    """Micro-batches of one iteration: accumulated with no_sync(), or one backward for the sum of their losses."""
+    """Micro-batches of an iteration: accumulated with no_sync(), or with one backward for the sum of their losses."""
     pair = Pair("chain", mode, drop_prob=0.3)
     while pair.iterations < 8:
         parts = [pair.batch((2, 1)), pair.batch((1, 2))]
@@ -229,7 +229,7 @@ def several_forwards(mode: str, together: bool) -> None:
 
 @case()
 def backward_may_come_late() -> None:
-    """After its iteration, while the next is open, in which other parameters learn."""
+    """It runs after its iteration, while the next one is open in which other parameters learn."""
     pair = Pair()
     for _ in range(3):
         x, whole = pair.batch()
@@ -248,7 +248,7 @@ def backward_may_come_late() -> None:
 
 @case()
 def without_an_iteration_all_is_averaged() -> None:
-    """And in eval mode inside of one, and for a scheme that was removed."""
+    """Also in eval mode inside an iteration, and after the scheme was removed."""
     pair = Pair()
 
     def check(where: str) -> None:
@@ -353,7 +353,7 @@ def small_net(paths: int = 3, hidden: int = 4) -> nn.Sequential:
 
 
 def scheme_of(net: nn.Module, *args, **kwargs) -> rdp.ResidualDropPath:
-    """As the net's slots know their scheme weakly, the net keeps it."""
+    """The paths hold their scheme weakly, so that the net keeps it alive."""
     net.scheme = rdp.ResidualDropPath(net, *args, **kwargs)
     return net.scheme
 
@@ -428,7 +428,7 @@ def disagreement_later() -> None:
 
 
 def collective_bytes(step: Callable[[], object]) -> int:
-    """Sent by `step`: the sizes of all tensors that this rank hands to gloo, whoever calls it."""
+    """Bytes that `step` sends: the sizes of all tensors that this rank passes to gloo from any caller."""
     sizes = {"float": 4, "int": 4, "unsigned char": 1}
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
@@ -484,7 +484,7 @@ def bytes_sent() -> None:
 @case(steps=3)
 @case(steps=4)
 def restart_on_another_world_size(steps: int) -> None:
-    """From two ranks to one and back, also in the middle of a pair: the state is that of any number of ranks."""
+    """From two ranks to one and back, also in the middle of a pair: the state doesn't depend on the number of ranks."""
     pair = Pair()
 
     def train(model: nn.Module, scheme, optimizer, x: Tensor, scale: int) -> None:
@@ -508,7 +508,7 @@ def restart_on_another_world_size(steps: int) -> None:
         expect(states[0][2] == states[1][2], "the scheme's state doesn't depend on the number of ranks")
         for part, values in zip(
             (distributed_part, single_part), reversed(states), strict=True
-        ):  # each goes on from the other's
+        ):  # each continues from the other's state
             for where, value in zip(part, values, strict=True):
                 where.load_state_dict(value)
     values = [{n: p.detach() for n, p in net.named_parameters()} for net in (pair.net, pair.whole)]

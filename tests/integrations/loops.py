@@ -1,4 +1,5 @@
-"""A small model and data for training loops that others own, and the loop by hand that they have to equal to the bit."""
+"""A small model and data for the training loops of other libraries, and the loop by hand that they must equal to the
+bit."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if installed("torchvision"):
 
 
 class Net(nn.Module):
-    """`dropout`: for random numbers, which a resumed run has to draw alike."""
+    """`dropout` draws random numbers; a resumed run has to draw the same ones."""
 
     def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -40,7 +41,7 @@ def batches(count: int, size: int = 4, dtype: torch.dtype = torch.float64) -> li
 
 
 def endless(scheme: rdp.ResidualDropPath) -> Iterator[str]:
-    """Iteration after iteration, pair after pair: what `alternate` opens, without it."""
+    """Opens the iterations that `alternate` would open, without it."""
     while True:
         yield from scheme.iterations()
 
@@ -48,7 +49,7 @@ def endless(scheme: rdp.ResidualDropPath) -> Iterator[str]:
 def by_hand(
     scheme: rdp.ResidualDropPath, steps: Iterable[list[Callable[[], Tensor]]], end_step: Callable[[], None]
 ) -> list[str]:
-    """Each of `steps` is an iteration: the losses of its micro-batches, then `end_step`. Returns the phases."""
+    """Each of `steps` is an iteration: the losses of its micro-batches and then `end_step`. Returns the phases."""
     phases = []
     iterations = endless(scheme)
     for losses in steps:
@@ -75,7 +76,7 @@ def assert_equal(model: nn.Module, expected: nn.Module | dict[str, Tensor], tole
 
 
 class Watch:
-    """Sees in every step of `optimizer` which parameters moved: those that the iteration lets learn, and only those."""
+    """Asserts in every step of `optimizer` that the learning parameters of the iteration moved, and no others."""
 
     def __init__(self, model: nn.Module, scheme: rdp.ResidualDropPath, optimizer: torch.optim.Optimizer):
         self.model, self.scheme = model, scheme
@@ -89,7 +90,7 @@ class Watch:
 
     def _after(self, *_: object) -> None:
         moved = {id(p) for n, p in self.model.named_parameters() if not torch.equal(p, self._weights[n])}
-        # In sample mode those are told that may learn on any rank.
+        # in sample mode it lists the parameters that may learn on any rank
         assert moved == self._learning if self.scheme.mode == "block" else moved <= self._learning
 
     def remove(self) -> None:
@@ -98,7 +99,7 @@ class Watch:
 
 
 def isolate() -> Iterator[None]:
-    """What transformers and accelerate leave behind in the process: environment variables and shared state."""
+    """Restores what transformers and accelerate change in the process: environment variables and shared state."""
     before = dict(os.environ)
     _forget_accelerators()
     yield

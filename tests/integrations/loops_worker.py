@@ -1,4 +1,5 @@
-"""Run by torchrun: one rank of a loop that others own, on its half of every batch. Prints the farthest weight."""
+"""Run by torchrun: one rank of another library's loop, on its half of every batch. Prints the largest weight
+difference."""
 
 import os
 import sys
@@ -97,7 +98,7 @@ def train_transformers(net, data, rank):
     trainer = InOrder(model, TrainingArguments(sys.argv[2], **half), train_dataset=dataset)
     attach(trainer, scheme)
     trainer.train()
-    # Another run, with the same optimizer and DDP: nothing is registered twice.
+    # another run with the same optimizer and DDP registers nothing twice
     rest = [{"x": x[i], "labels": y[i]} for x, y in data[len(data) // 3 :] for i in range(len(y))]
     trainer.train_dataset, trainer.args.max_steps = rest, len(data) - len(data) // 3
     trainer.train()
@@ -124,9 +125,9 @@ def main(name):
     farthest = max(float((p - q).detach().abs().max()) for p, q in pairs)
     assert farthest < 1e-12, farthest
     print(f"rank {rank} is right", flush=True)
-    dist.destroy_process_group()  # these loops leave it to the script
-    # Their DDP lives on in reference cycles, and gloo's threads with it, which abort one in twenty processes that
-    # finalise Python meanwhile (pytorch#190489).
+    dist.destroy_process_group()  # these libraries leave it to the script
+    # Their DDP stays alive in reference cycles, with gloo's threads. These abort one in twenty processes that finalise
+    # Python meanwhile (pytorch#190489).
     os._exit(0)
 
 

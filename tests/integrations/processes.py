@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 150
-"""After which a group of processes is given up."""
+"""Seconds until a group of processes is stopped."""
 
 
 def run_ranks(worker: Callable[..., Any], *args: Any, world_size: int = 2) -> list[Any]:
-    """What `worker(rank, *args)` returned in each process, of which the parent has none alive when this returns.
+    """The result of `worker(rank, *args)` in each process. No process is alive when this returns.
 
     Raises `AssertionError` with the tracebacks where one failed, and `TimeoutError`.
     """
@@ -53,7 +53,7 @@ def _run(rank: int, world_size: int, port: int, results: Any, worker: Callable[.
         timeout = datetime.timedelta(seconds=SECONDS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         results.put((rank, (True, worker(rank, *args))))
-        dist.barrier()  # nobody leaves while others still talk
+        dist.barrier()  # no process leaves while others still communicate
         dist.destroy_process_group()
     except Exception:
         results.put((rank, (False, traceback.format_exc())))

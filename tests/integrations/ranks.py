@@ -1,4 +1,4 @@
-"""Starts the ranks of a test: real processes, which talk through the loopback interface."""
+"""Starts the ranks of a test: real processes that communicate through the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def started(command: Sequence[str], **variables: object) -> Iterator[subprocess.Popen]:
-    """A process, output and errors in one pipe, that doesn't outlive the block. `variables`: of its environment."""
+    """A process that ends with the block, its output and errors in one pipe. `variables`: of its environment."""
     given = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
     process = subprocess.Popen(
@@ -23,7 +23,7 @@ def started(command: Sequence[str], **variables: object) -> Iterator[subprocess.
     try:
         yield process
     finally:
-        process.terminate()  # a launcher then ends its workers
+        process.terminate()  # a launcher then stops its workers
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=10)
         process.kill()

@@ -1,4 +1,5 @@
-"""A loop under accelerate with the scheme is the loop without accelerate, to the bit, and goes on from its states."""
+"""A loop under accelerate with the scheme equals the loop without accelerate to the bit, and resumes from its
+states."""
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def optimizer_of(net):
 
 
 class Training:
-    """As a user writes it; `alternate`: each optimizer step is the next iteration, else pairs on each batch."""
+    """A user's loop. `alternate`: each optimizer step is the next iteration; otherwise each batch trains a pair."""
 
     def __init__(self, alternate=False, dropout=0.0, dtype=torch.float64, mode="block", **options):
         self.accelerator = Accelerator(cpu=True, **options)

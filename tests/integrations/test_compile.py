@@ -1,4 +1,4 @@
-"""Compiled branches, and what is compiled whole, against the same model uncompiled; graphs are counted by dynamo."""
+"""Compiled branches, and models compiled whole, against the same model uncompiled; dynamo counts graphs."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from ..test_stacks import Net, assert_same, gradients
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """A second graph of anything that is compiled is an error, and so is a break."""
+    """Makes a second graph of anything compiled an error, and a graph break too."""
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
@@ -161,7 +161,8 @@ def test_batches_of_one_size_may_be_static():
 
 
 def test_branches_that_differ_share_nothing():
-    """More of them than dynamo makes graphs of one function: in width, and in a number that only the forward reads."""
+    """They differ in width, and in a number that only the forward reads. There are more than dynamo's limit of
+    graphs."""
 
     class Scaled(nn.Linear):
         def __init__(self, width, factor):
@@ -213,7 +214,7 @@ def test_arguments_with_a_row_per_sample(mode):
                 y = path(y, x, factor=x[:, 0].exp(), bias=self.bias)
             return y
 
-    # As many rows as the bias has elements: a hint to the compiler then meets a tensor that has no rows.
+    # As many rows as the bias has elements: the compiler gets a hint for a tensor that has no rows per sample.
     compare(Conditional().double(), double(4, 3), 12, mode=mode)
     assert graphs() <= 3 + 1, "the bias gets a gradient in drop iterations only, which is a learning branch more"
 
@@ -237,7 +238,8 @@ def test_autocast():
 
 
 def test_without_iterations_and_in_eval():
-    """Ordinary stochastic depth, plain inference, and nothing compiled apart inside a model that is compiled whole."""
+    """Ordinary stochastic depth, plain inference, and no separately compiled branch in a model that is compiled
+    whole."""
     plain = Net()
     net = copy.deepcopy(plain)
     compile_branches(net, backend="eager")

@@ -1,4 +1,4 @@
-"""Models compiled whole, plans as data, against the scheme on the same model uncompiled; graphs are counted by dynamo."""
+"""Models compiled whole, with plans as data, against the scheme on the same model uncompiled; dynamo counts graphs."""
 
 import copy
 import gc
@@ -45,7 +45,7 @@ def pair(plain, backend="eager", **options):
 
 
 def compare(plain, x, steps=6, backend="eager", **options):
-    """Gradients are zeroed after every other pair only: what doesn't learn keeps what it had, None or not."""
+    """Gradients are zeroed after every other pair only: frozen parameters keep their `.grad`, None or not."""
     net, compiled, schemes = pair(plain, backend, **options)
     for step in range(steps):
         for _ in zip(*(scheme.iterations(len(x)) for scheme in schemes), strict=True):
@@ -99,7 +99,7 @@ def test_inductor():
 
 @pytest.mark.slow
 def test_several_forwards():
-    """Budget: 5 seconds. Their losses added up: a path that learns in one of them only."""
+    """Budget: 5 seconds. Their losses are added up; a path learns in one forward only."""
     plain = Net()
     net, compiled, schemes = pair(plain, mode="sample", freeze="branch")
     first, second = double(3, 3), double(2, 3)
@@ -132,7 +132,7 @@ def test_alternate():
 
 
 def test_a_model_inside_another():
-    """The wrapper's own parameters are none of the scheme's: they learn always."""
+    """The wrapper's own parameters don't belong to the scheme: they always learn."""
 
     class WithLoss(nn.Module):
         def __init__(self, model):
@@ -155,7 +155,7 @@ def test_a_model_inside_another():
 
 
 def test_without_an_iteration():
-    """Training draws in the graph, everything learns; eval is plain, inside an iteration too."""
+    """Training draws in the graph, and everything learns. Eval mode is plain, inside an iteration too."""
     net = Net()
     scheme = rdp.ResidualDropPath(net, 0.5, freeze="branch", seed=3)
     compiled = compile_whole(net, scheme, backend="eager")
@@ -177,7 +177,8 @@ def test_without_an_iteration():
 
 @pytest.mark.slow
 def test_a_model_that_is_compiled_without_being_told_is_slow_but_exact():
-    """Budget: 10 seconds. Plain `torch.compile`: graphs break at the scheme's decisions, and the rest is frozen all the same."""
+    """Budget: 10 seconds. Plain `torch.compile`: graphs break at the scheme's decisions, and the rest is still
+    frozen."""
     plain = Net()
     net = copy.deepcopy(plain)
     schemes = [rdp.ResidualDropPath(model, 0.5, seed=3) for model in (plain, net)]

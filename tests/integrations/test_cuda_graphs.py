@@ -1,5 +1,5 @@
-"""Captured branches against the same scheme uncaptured. Without a GPU `make_graphed_callables` is stood in for by what
-it is to its caller: static buffers for inputs, outputs and gradients, which every replay overwrites."""
+"""Captured branches against the same scheme uncaptured. Without a GPU, a stand-in replaces `make_graphed_callables`. It
+has static buffers for inputs, outputs and gradients, and every replay overwrites them."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ from .test_compile import double
 
 
 def graphed(branch, samples, pool, allow_unused_input):
-    """On CPUs: what the last replay computed is what any backward sees, after a warm-up."""
+    """The stand-in on CPUs: after a warm-up, any backward sees the values of the last replay."""
     parameters = tuple(branch.parameters())
     call, run = branch.call, branch.call.module.run_branch
     pool.append((call.variant, any(p.requires_grad for p in parameters)))
@@ -40,8 +40,10 @@ def graphed(branch, samples, pool, allow_unused_input):
     class Replay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, *_):
-            assert [id(p) for p in parameters if p.requires_grad] == [id(p) for p in wanted], "captured otherwise"
-            assert [p.data_ptr() for p in parameters] == addresses, "a graph would read what was there before"
+            assert [id(p) for p in parameters if p.requires_grad] == [id(p) for p in wanted], (
+                "captured with other parameters"
+            )
+            assert [p.data_ptr() for p in parameters] == addresses, "a graph would read the old addresses"
             static_input.copy_(x)
             compute()
             return static["buffer"].detach()
@@ -121,15 +123,15 @@ def test_each_variant_is_captured_once(captures, freeze):
 
 @pytest.mark.parametrize("name", ["tokens", "conv", "batch_norm"])
 def test_all_kinds_of_paths(captures, name):
-    """Weights of two paths, γ, shortcuts, BatchNorm, whose statistics a warm-up would move."""
+    """Weights of two paths, γ, shortcuts, and BatchNorm: a warm-up would move its statistics."""
     compare(nets.NETS[name](), double(3, *nets.INPUTS[name]))
     assert captures
 
 
 @pytest.mark.parametrize("freeze_bn", [True, "running"])
 def test_norms_in_another_mode_are_another_graph(captures, freeze_bn):
-    """Weights that the user froze have one variant in both iterations: in one BatchNorm's statistics move. A training
-    forward without grad moves them too, and a frozen branch where no gradient passes doesn't."""
+    """With weights that the user froze both iterations would share a graph, but BatchNorm's statistics move in one
+    only. A training forward without grad moves them too; a frozen branch where no gradient passes doesn't."""
     plain = nets.batch_norm_net()
     for path in plain.paths:
         path.fn.requires_grad_(False)
@@ -182,7 +184,7 @@ def test_buffers_in_use_are_left_alone(captures):
 
 
 def test_gradients_add_up(captures):
-    """What a parameter has for its gradient is the buffer that the next replay overwrites."""
+    """A parameter's `.grad` is the buffer that the next replay overwrites."""
     plain = Net()
     net = copy.deepcopy(plain)
     capture_branches(net)
@@ -237,7 +239,8 @@ def test_handles_copies_and_lifetimes(captures):
 
 @pytest.fixture
 def captured_weights_may_be_accumulated_elsewhere():
-    """A captured graph keeps the `AccumulateGrad` nodes of its weights, on the stream of the capture: torch warns."""
+    """A captured graph keeps the `AccumulateGrad` nodes of its weights, on the stream of the capture, and torch
+    warns."""
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda enabled: None)
     warn(False)
     yield

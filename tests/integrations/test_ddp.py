@@ -1,4 +1,5 @@
-"""DistributedDataParallel on two real ranks, against one process on the joined batch (the cases: ddp_worker.py)."""
+"""DistributedDataParallel on two real ranks, against one process on the joined batch. The cases are in
+ddp_worker.py."""
 
 import json
 import pickle
@@ -19,7 +20,7 @@ from .ranks import started, torchrun
 
 
 def failures_of_ranks(folder, *arguments):
-    """What each rank found wrong, by case, from two ranks started by torchrun."""
+    """The failures of each rank, by case, from two ranks started by torchrun."""
     with started(torchrun(ddp_worker.__file__, str(folder), *arguments)) as process:
         out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
@@ -90,7 +91,7 @@ def test_wrong_arguments_are_named(alone):
 
 
 def test_a_loop_that_starts_twice_registers_twice(alone):
-    """And another scheme of the same DDP takes the place of the one before."""
+    """Another scheme of the same DDP replaces the earlier one."""
     ddp = DistributedDataParallel(model := net(), find_unused_parameters=True)
     scheme = rdp.ResidualDropPath(model, 0.5)
     for _ in range(2):

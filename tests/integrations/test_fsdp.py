@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks: gradients are those of one process on the joined batch, and what isn't needed isn't sent.
+"""FSDP2 on two ranks: gradients are those of one process on the joined batch, and only needed weights are sent.
 
 Budget: 40 seconds in all.
 """
@@ -54,7 +54,8 @@ def make(chain=False, **options):
 
 
 def shard(net, units):
-    """A unit for each branch, gathered for every call or for the iteration, for each path, or for the whole model."""
+    """Makes one unit per branch (gathered for every call, or kept for the iteration), per path, or of the whole
+    model."""
     mesh = init_device_mesh("cpu", (2,))
     if units.startswith("branches"):
         return fsdp.shard_paths(net, mesh=mesh, **({"reshard_after_forward": False} if "kept" in units else {}))
@@ -79,7 +80,7 @@ def grad_of(parameter):
 
 
 def compare(one, net, what):
-    """Asserts that gradients are those of one process, and None where it has none."""
+    """Asserts that gradients are those of one process, and None where they are None there."""
     for (name, p), q in zip(one.named_parameters(), net.parameters(), strict=True):
         grad = grad_of(q)
         assert (p.grad is None) == (grad is None), (what, name)
@@ -147,7 +148,7 @@ def check_cases(rank):
 
 
 def test_gradients_are_those_of_one_process(results):
-    """With two samples a rank, one often keeps none, or drops none, where the other does."""
+    """With two samples a rank, one rank often keeps none, or drops none, where the other does."""
     for found in results["check_cases"]:
         for (_, _, options), (reuses, dummy_calls) in zip(CASES, found, strict=True):
             assert reuses > 3
@@ -155,7 +156,7 @@ def test_gradients_are_those_of_one_process(results):
 
 
 class Converted(nn.Module):
-    """A stem, blocks as libraries write them, a head. `[B, 5, 8]`."""
+    """A stem, blocks as libraries write them, and a head. `[B, 5, 8]`."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +189,7 @@ def test_converted_models(results):
 
 
 class Promoting(nn.Module):
-    """After a linear layer under autocast, float32 is added to a bfloat16 stream."""
+    """After a linear layer under autocast, float32 is added to a bfloat16 residual."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +201,7 @@ class Promoting(nn.Module):
 
 
 def check_dropped_dtypes(rank):
-    """A branch that is asked for its dtype is gathered: by all ranks at the same time, or by none."""
+    """A branch that is probed for its dtype is gathered by all ranks at the same time, or by none."""
     found = []
     for mode in ("block", "sample"):
         torch.manual_seed(0)
@@ -223,11 +224,11 @@ def check_dropped_dtypes(rank):
 def test_dtypes_of_dropped_branches(results):
     first, second = results["check_dropped_dtypes"]
     assert first == second
-    assert all(map(any, first)), "each mode asks a branch"
+    assert all(map(any, first)), "each mode probes a branch"
 
 
 def count_messages(rank):
-    """Of each iteration: phase, paths that learn, gathers, scatters."""
+    """For each iteration: phase, learning paths, gathers, scatters."""
     net = shard(make(), "branches")
     scheme = rdp.ResidualDropPath(net, 0.5, seed=4)
     fsdp.register(net, scheme)
@@ -246,7 +247,7 @@ def count_messages(rank):
 
 
 def test_dropped_paths_are_not_gathered_and_frozen_ones_not_scattered(results):
-    """The rest of the model, γ among it, is one unit more; it stays gathered until its backward."""
+    """The rest of the model, including γ, is one more unit; it stays gathered until its backward."""
     found, other = results["count_messages"]
     assert found == other
     assert {phase for phase, *_ in found} == {"drop", "reuse"}
@@ -289,7 +290,7 @@ def test_mixed_precision(results):
 
 
 def check_weights(rank):
-    """AdamW on sharded weights, momentum and decay included: those that are frozen don't move by one bit."""
+    """AdamW on sharded weights, with momentum and decay: frozen weights don't move by one bit."""
     net = shard(make(), "branches")
     scheme = rdp.ResidualDropPath(net, 0.5, seed=3)
     fsdp.register(net, scheme)
@@ -327,7 +328,8 @@ def test_ranks_that_disagree_get_an_error(results):
 
 
 def every_rank_has_gradients(rank):
-    """Drop-path without a scheme: DDP that expects a gradient of everything, and FSDP, don't wait for each other."""
+    """Drop-path without a scheme: ranks don't wait for each other for ever, under FSDP or a DDP that expects all
+    gradients."""
     found = []
     for kind in ("ddp", "branches", "paths"):
         for chain in (False, True):
@@ -370,12 +372,12 @@ CHECKS = [
 
 
 def run_all(rank):
-    warnings.simplefilter("ignore")  # FSDP2's own of views: a dropped path gives back its input
+    warnings.simplefilter("ignore")  # FSDP2's own warning about views: a dropped path returns its input
     return {check.__name__: check(rank) for check in CHECKS}
 
 
 @pytest.fixture(scope="module")
 def results():
-    """What each check returned on each rank, from one pair of processes."""
+    """The result of each check on each rank, from one pair of processes."""
     first, second = run_ranks(run_all)
     return {name: [value, second[name]] for name, value in first.items()}

@@ -1,4 +1,4 @@
-"""The stacks are never hard dependencies: what isn't used isn't imported."""
+"""Training libraries are never hard dependencies: unused ones aren't imported."""
 
 import runpy
 import subprocess

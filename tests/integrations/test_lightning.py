@@ -1,4 +1,4 @@
-"""Lightning's loop with the scheme is the loop by hand, to the bit, and goes on from its checkpoints."""
+"""Lightning's loop with the scheme equals the loop by hand to the bit, and resumes from its checkpoints."""
 
 import logging
 import warnings
@@ -146,7 +146,7 @@ def test_manual_optimization_runs_the_pair_on_each_batch(tmp_path):
 
 
 class Seed(L.Callback):
-    """Lightning's checkpoints have no generators: dropout's is set for each batch."""
+    """Lightning's checkpoints hold no generator states, so that dropout's seed is set for each batch."""
 
     def on_train_batch_start(self, trainer, *_):
         torch.manual_seed(trainer.global_step)
@@ -182,7 +182,7 @@ def test_a_second_fit_and_a_checkpoint_saved_behind_the_first_go_on(tmp_path):
     other = Module()
     fit(other, tmp_path, max_epochs=2, ckpt_path=tmp_path / "behind.ckpt")
     assert_equal(other.net, whole.net)
-    # The second fit() makes a new optimizer, so that its weights are others; its iterations aren't.
+    # The second fit() makes a new optimizer: weights differ, and iterations don't.
     assert module.scheme.state_dict() == whole.scheme.state_dict() == other.scheme.state_dict()
 
 
@@ -244,7 +244,7 @@ def test_an_averaged_model_is_ordinary(tmp_path):
         expected = now if expected is None else {n: 0.5 * v + 0.5 * now[n] for n, v in expected.items()}
 
     by_hand(scheme, [[lambda b=b: F.cross_entropy(net(b[0]), b[1])] for b in 3 * batches(5)], end_step)
-    assert_equal(module.net, expected, 1e-12)  # Lightning ends with the averages in the model
+    assert_equal(module.net, expected, 1e-12)  # at the end Lightning copies the averages into the model
 
 
 def test_another_model_is_refused(tmp_path):

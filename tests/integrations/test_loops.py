@@ -1,4 +1,4 @@
-"""What training loops are made of: under each of it frozen weights don't move by a bit, the others as by the textbook."""
+"""Parts of training loops. With each, frozen weights don't move by a bit, and the others move as in the textbook."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def clip_value(parameters: Iterable[nn.Parameter]) -> None:
 
 @dataclass
 class Row:
-    """One loop, and the network that is hard on it."""
+    """One loop, with a network that makes it hard."""
 
     net: str
     mode: str
@@ -49,7 +49,7 @@ class Row:
 
 
 ROWS = {
-    # BatchNorm in branches and around them: statistics of what is frozen stand still too
+    # BatchNorm in branches and around them: statistics of frozen modules don't move either
     "momentum, a tensor at a time": Row("batch_norm", "block", "parameters", partial(SGD, foreach=False)),
     "momentum, foreach": Row("conv", "sample", "parameters", partial(SGD, foreach=True)),
     "momentum, fused": Row("batch_norm", "block", "branch", partial(SGD, fused=True)),
@@ -60,7 +60,7 @@ ROWS = {
     "AMSGrad: one state more": Row("tied", "sample", "branch", partial(ADAM, amsgrad=True)),
     "the rest learns twice": Row("conv", "sample", "parameters", ADAM, train_rest=True),
     "the control: everything learns twice": Row("batch_norm", "block", "none", partial(ADAM, foreach=True)),
-    # the norm is that of what learns
+    # the norm is that of the learning weights
     "clipped norm": Row("chain", "block", "parameters", partial(SGD, foreach=True), clip=clip_norm),
     "clipped norm, per sample": Row("tokens", "sample", "branch", partial(ADAM, fused=True), clip=clip_norm),
     "clipped values": Row("tied", "block", "branch", SGD, clip=clip_value),
@@ -76,7 +76,7 @@ ROWS = {
     "checkpointed micro-batches": Row(
         "tokens", "block", "branch", SGD, checkpointed="non-reentrant", micro_batches=(2, 4)
     ),
-    # float32 weights; the textbook, under autocast too, rounds otherwise here and there
+    # float32 weights; the textbook also runs under autocast and rounds differently in places
     "bf16": Row("batch_norm", "block", "parameters", partial(SGD, foreach=True), autocast=torch.bfloat16),
     "bf16 per sample": Row("tied", "sample", "branch", partial(ADAMW, fused=True), autocast=torch.bfloat16),
     "fp16, scaled": Row(
@@ -92,7 +92,7 @@ ROWS = {
 
 
 class Loop:
-    """A row's network in training, and its twin that the textbook trains."""
+    """A row's network in training, and its copy that the textbook trains."""
 
     def __init__(self, row: Row):
         torch.manual_seed(1)
@@ -159,13 +159,13 @@ def snapshot(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Names of what is not the same to the bit."""
+    """Names of the tensors that aren't equal to the bit."""
     return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_frozen_weights_stand_still_and_the_others_follow_the_textbook(row):
+def test_frozen_weights_do_not_move_and_the_others_follow_the_textbook(row):
     loop = Loop(row)
     ever = set()
     for _ in range(4):
@@ -185,13 +185,14 @@ def test_frozen_weights_stand_still_and_the_others_follow_the_textbook(row):
                 module.zero_grad(set_to_none=True)
             for schedule in loop.schedules:
                 schedule.step()
-            # The textbook runs branches that are dropped, and moves their statistics.
+            # The textbook runs dropped branches, and so moves their statistics.
             loop.twin.load_state_dict(loop.net.state_dict() if row.autocast else dict(loop.net.named_buffers()), False)
     assert {name for name in ever if ":" not in name} == set(tensors(loop.net))
 
 
 def check_equal(loop: Loop, names: set[str]) -> None:
-    """Weights and buffers `names` after the step, for low precision the gradients of the weights before it."""
+    """Compares weights and buffers `names` after the step; with low precision, the gradients of the weights before
+    it."""
     actual, expected = tensors(loop.net), tensors(loop.twin)
     if loop.row.autocast is None:
         for name in names:
@@ -218,7 +219,7 @@ def overflow(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("bad", ["drop", "reuse"])
 def test_a_step_that_the_scaler_skips_is_lost_and_the_pair_goes_on(bad):
-    """As in any loop. What the other iteration does is untouched by it, and nothing moves in the skipped step."""
+    """As in any loop. Nothing moves in the skipped step, and the other iteration is unaffected."""
     torch.manual_seed(0)
     net, x = NETS["tied"]().float(), torch.randn(4, *INPUTS["tied"])
     optimizer, scaler = SGD(net.parameters()), torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -240,7 +241,7 @@ def test_a_step_that_the_scaler_skips_is_lost_and_the_pair_goes_on(bad):
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=lambda options: next(iter(options)))
 def test_alternate_stays_in_the_iteration_whose_step_the_scaler_skips(options):
-    """A fused optimizer's step() is called even then, and told to do nothing."""
+    """A fused optimizer's step() is called even then, with a flag to do nothing."""
     torch.manual_seed(0)
     net, x = NETS["tied"]().float(), torch.randn(4, *INPUTS["tied"])
     optimizer, scaler = ADAMW(net.parameters(), **options), torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -272,7 +273,7 @@ def of_branches_and_rest(net: Net) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 @pytest.mark.parametrize("followed", [0, 1])
 def test_alternate_may_follow_any_of_several_optimizers(followed):
-    """One for the branches, one for the rest; each as often as the other, and the same as in a loop of one's own."""
+    """One for the branches, one for the rest. Each steps as often as the other, as in a loop by hand."""
     torch.manual_seed(0)
     net = NETS["tokens"]()
     twin = copy.deepcopy(net)
@@ -296,7 +297,7 @@ def test_alternate_may_follow_any_of_several_optimizers(followed):
 
 
 def test_several_optimizers_under_one_scaler():
-    """`scaler.step` wants a gradient: an optimizer of which nothing learns sits an iteration out."""
+    """`scaler.step` needs a gradient: an optimizer without learning weights skips the iteration."""
     torch.manual_seed(0)
     net, x = NETS["tokens"]().float(), torch.randn(4, *INPUTS["tokens"])
     optimizers = [SGD(parameters) for parameters in of_branches_and_rest(net)]
@@ -317,12 +318,12 @@ def test_several_optimizers_under_one_scaler():
     assert stepped == ["drop: branches", "drop: rest", "reuse: branches"]
 
 
-# Steps that run the network several times, and steps inside of the backward
+# Steps that run the network several times, and steps inside the backward
 
 
 @pytest.mark.parametrize("mode", ["block", "sample"])
 def test_sharpness_aware_minimization(mode):
-    """Two passes a step, both under the same masks: weights are moved uphill in between and back."""
+    """Two passes a step, both with the same masks: in between, weights are moved uphill and back."""
     torch.manual_seed(0)
     net = NETS["tokens"]()
     twin = copy.deepcopy(net)
@@ -365,8 +366,8 @@ def test_sharpness_aware_minimization(mode):
 
 
 def test_lbfgs_over_what_learns():
-    """Its closure runs the network many times a step. Its history would move weights that are frozen since: a new one
-    for each iteration, over `learning_parameters`."""
+    """Its closure runs the network many times a step. Its history would move weights that have been frozen since, so
+    that each iteration has a new optimizer, over `learning_parameters`."""
     torch.manual_seed(0)
     net, x = NETS["tokens"](), torch.randn(8, *INPUTS["tokens"], dtype=torch.float64)
     scheme = rdp.ResidualDropPath(net, 0.5, seed=2)
@@ -392,8 +393,8 @@ def test_lbfgs_over_what_learns():
 
 
 def steps_in_the_backward(net: nn.Module) -> list[nn.Parameter]:
-    """Gives each weight an optimizer of its own, which steps as soon as its gradient is there and frees it; returns the
-    list to which stepped weights are added."""
+    """Gives each weight its own optimizer, which steps as soon as the gradient is complete and frees it. Returns the
+    list to which weights are added when they step."""
     each = {p: ADAM([p]) for p in net.parameters()}
     seen: list[nn.Parameter] = []
 
@@ -409,7 +410,7 @@ def steps_in_the_backward(net: nn.Module) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize(("mode", "freeze"), [("block", "parameters"), ("block", "branch"), ("sample", "branch")])
 def test_an_optimizer_in_the_backward(mode, freeze):
-    """What is frozen gets no gradient, so its optimizer doesn't run."""
+    """A frozen weight gets no gradient, so that its optimizer doesn't run."""
     torch.manual_seed(0)
     net = NETS["conv"]()
     twin = copy.deepcopy(net)
@@ -432,7 +433,7 @@ def test_an_optimizer_in_the_backward(mode, freeze):
 
 
 def test_an_optimizer_in_the_backward_of_partly_frozen_weights_is_refused_by_torch():
-    """Samples for which a weight is frozen still need it once its gradient, from the others, is complete."""
+    """Samples for which a weight is frozen still need it when its gradient, from other samples, is complete."""
     net = NETS["conv"]()
     steps_in_the_backward(net)
     scheme = rdp.ResidualDropPath(net, 0.5, mode="sample", seed=3)
@@ -447,7 +448,7 @@ def test_an_optimizer_in_the_backward_of_partly_frozen_weights_is_refused_by_tor
 
 @pytest.mark.parametrize("mode", ["block", "sample"])
 def test_an_average_of_weights_follows_every_step(mode):
-    """Made inside an iteration, it is an ordinary model, without the scheme, updated at every step."""
+    """An average made inside an iteration is an ordinary model without the scheme, and is updated at every step."""
     torch.manual_seed(0)
     net, x = NETS["conv"](), torch.randn(4, *INPUTS["conv"], dtype=torch.float64)
     scheme, optimizer = rdp.ResidualDropPath(net, 0.5, mode=mode, seed=1), SGD(net.parameters())
@@ -465,6 +466,6 @@ def test_an_average_of_weights_follows_every_step(mode):
                 blend = 0.5 * expected[name] + 0.5 * value if name in expected else value
                 expected[name] = blend.detach().clone()
     for name, value in tensors(average.module).items():
-        if value.is_floating_point():  # not the number of batches that BatchNorm has seen
+        if value.is_floating_point():  # not BatchNorm's number of batches
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
     assert all(m.binding.scheme is None for m in average.modules() if isinstance(m, rdp.ResidualBranch))

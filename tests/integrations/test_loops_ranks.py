@@ -1,4 +1,4 @@
-"""Loops that others own, on two ranks: DDP, agreement and what isn't sent are set up by the integrations."""
+"""Loops of other libraries on two ranks: the integrations set up DDP, agreement and reduced communication."""
 
 import os
 import subprocess

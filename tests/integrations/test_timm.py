@@ -1,4 +1,5 @@
-"""The loop of timm's train.py with the scheme is the loop by hand, to the bit, and goes on from timm's checkpoints."""
+"""The loop of timm's train.py with the scheme equals the loop by hand to the bit, and resumes from timm's
+checkpoints."""
 
 import argparse
 
@@ -31,7 +32,7 @@ def data(count):
 
 
 class Training:
-    """Of timm's parts, as in the example, where its epoch is defined."""
+    """A loop of timm's parts; the example defines its epoch."""
 
     def __init__(self, scale=1.0):
         torch.manual_seed(0)

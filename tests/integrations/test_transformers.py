@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with the scheme is the loop by hand, and goes on from its checkpoints."""
+"""transformers' `Trainer` with the scheme equals the loop by hand, and resumes from its checkpoints."""
 
 import json
 import warnings
@@ -37,7 +37,7 @@ isolated = pytest.fixture(autouse=True)(isolate)
 
 
 class InOrder(Trainer):
-    """Its loop as it is, on the data in order."""
+    """The Trainer's own loop, on the data in order."""
 
     def _get_train_sampler(self, *_):
         return SequentialSampler(self.train_dataset)
@@ -55,7 +55,8 @@ def vit(dtype=torch.float64):
 
 
 def data2vec():
-    """With drop-paths and dropout. Of a ViT the Trainer (5.18) saves weights under names that it doesn't find again."""
+    """With drop-paths and dropout. The Trainer (5.18) saves a ViT's weights under names that it doesn't find when it
+    loads."""
     torch.manual_seed(0)
     config = Data2VecVisionConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=4, patch_size=2,
@@ -93,7 +94,7 @@ def fit(folder, model=None, resume=None, **options):
 
 
 def in_batches(dtype=torch.float64, accumulate=1):
-    """For each optimizer step its batches: epochs end with a smaller batch, and a step doesn't span two."""
+    """The batches of each optimizer step: epochs end with a smaller batch, and a step doesn't span two epochs."""
     few = data(dtype)
     parts = [few[start : start + SIZE] for start in range(0, COUNT, SIZE)]
     batches = [{k: torch.stack([example[k] for example in part]) for k in part[0]} for part in parts]
@@ -101,11 +102,11 @@ def in_batches(dtype=torch.float64, accumulate=1):
 
 
 def hand_trained(steps, clip=None, dtype=torch.float64, autocast=False):
-    """Of a step's batches the mean loss over all of their images."""
+    """The loss of a step is the mean over all images of its batches."""
     model = vit(dtype=dtype)
     scheme = rdp.ResidualDropPath(model, seed=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-    for group in optimizer.param_groups:  # as the Trainer: none on biases and norms
+    for group in optimizer.param_groups:  # as in the Trainer: none on biases and norms
         kept = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n]
         group["params"] = [p for p in group["params"] if not any(p is q for q in kept)]
     optimizer.add_param_group({"params": kept, "weight_decay": 0.0})
@@ -131,7 +132,7 @@ def completed(phases):
 
 
 def test_equals_the_loop_by_hand_with_evaluation_in_between(tmp_path):
-    """Also: the schedule steps once for each iteration."""
+    """The schedule steps once for each iteration."""
     model, scheme, trainer = fit(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True)
     expected, phases = hand_trained((2 * in_batches())[:9])
     assert_equal(model, expected, 1e-12)
@@ -160,7 +161,7 @@ def test_bfloat16(tmp_path):
     assert scheme.state_dict()["completed"] == completed(phases)
 
 
-def test_what_does_not_learn_stands_still(tmp_path):
+def test_frozen_weights_do_not_move(tmp_path):
     """With the optimizer that the Trainer makes by default: AdamW, fused."""
     model = vit()
     scheme = rdp.ResidualDropPath(model, seed=3)

@@ -1,14 +1,14 @@
-"""What an op may be off by.
+"""How large the error of an op may be.
 
-1. By the issue's rule, against the formula in float64 on the same (rounded) arguments: the largest error of a tensor
-   is at most twice torch's in the same dtypes, plus a floor for tensors on which torch is right by luck.
-2. By the contract, "arithmetic in float32 (float64 for float64), one cast at the end": every single element is off by
-   half a unit in its last place at most, and by what float32 arithmetic may cost. The norm sees the residual as it is
-   stored, so here the formula sees the residual that the op returned. Without the rule a kernel may compute in float16
-   where torch does. Torch's own norm, where it comes after the kernels, rounds the gradient that it hands on to them.
+1. Against the formula in float64 on the same (rounded) arguments: the largest error of a tensor
+   is at most twice torch's in the same dtypes, plus a floor for tensors on which torch happens to be right.
+2. By the contract, "arithmetic in float32 (float64 for float64), one cast at the end": the error of each element is at
+most half a unit in its last place plus the error of float32 arithmetic. The norm reads the residual as it is
+stored, so here the formula reads the residual that the op returned. Without this rule a kernel could compute in
+float16 where torch does. Torch's own norm, if it runs after the kernels, rounds the gradient that it gives them.
 
-Both floors are multiples of a rounding error and of `formula.magnitudes`: an error that isn't one of rounding is
-larger by orders of magnitude in float32 and float64.
+Both floors are multiples of a rounding error and of `formula.magnitudes`. In float32 and float64 any other error is
+larger by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from .tiles import cut
 from .values import douts_of, operands_of, row_scale_of
 
 ROUNDINGS = 8
-"""Of the arithmetic on the way to a result: a few products, and sums that are added in any order."""
+"""Error of the arithmetic before the last rounding: a few products, and sums in any order."""
 
 Op = Callable[[Operands, Case], Results]
 
 
 class Used(NamedTuple):
-    """The largest share of an error budget that a tensor used, and which; None where no tensor has elements."""
+    """The largest share of an error budget that a tensor used, and its name; None where no tensor has elements."""
 
     share: float = 0.0
     tensor: str | None = None
 
 
 def check(case: Case, op: Op, twice: bool = False) -> Used:
-    """`op`, on the backend of the moment, forward and backward, against both budgets.
+    """Checks `op` on the current backend, forward and backward, against both budgets.
 
     Args:
-        twice: a second run, on the same tensors, has to give the same bits.
+        twice: a second run on the same tensors must give the same bits.
     """
     operands, row_scale = operands_of(case), row_scale_of(case)
     given = [None if t is None else t.detach().clone() for t in operands]
@@ -79,7 +79,7 @@ def check(case: Case, op: Op, twice: bool = False) -> Used:
 
 
 def _run(case: Case, op: Op, operands: Operands, douts: Results | None = None) -> tuple[Results, Results, Operands]:
-    """Results, the gradients that come in, and those that go out. In place the latter overwrite the former: copies."""
+    """Results, incoming gradients, and the op's gradients. Copies, as in place the latter overwrite the former."""
     with cut(case.tiles):
         results = op(operands, case)
         douts = douts_of(case, results) if douts is None else douts
@@ -100,11 +100,11 @@ def compare(
     size: Tensor | None,
     handed_on: bool,
 ) -> float | None:
-    """The share that is used of the first budget: of the second one half a unit in the last place is nearly all. A
-    gradient that there isn't is zero.
+    """The used share of the first budget; of the second one half a unit in the last place is nearly all. An absent
+    gradient counts as zero.
 
     Args:
-        handed_on: a gradient of the norm's input is part of it, which was rounded to the residual's dtype.
+        handed_on: it includes a gradient of the norm's input that was rounded to the residual's dtype.
     """
     like = exact if ours is None else ours
     dtype = like.dtype if ours is not None else case.dtype_of(name[1:])
@@ -116,7 +116,7 @@ def compare(
         return None
     arithmetic = ROUNDINGS * torch.finfo(case.compute_dtype).eps * size
     rounded = torch.finfo(case.residual_dtype).eps / 2 * size
-    # The sum that a norm sees is stored in the residual's dtype. What is only read is exact.
+    # The sum that a norm reads is stored in the residual's dtype. Tensors that are only read are exact.
     stored = rounded if case.norm is not None and case.adds else 0.0 * size
     error, torch_error = (ours - exact).abs().max(), (torchs - exact).abs().max()
     floor = (half_ulp(size, dtype) + stored + arithmetic).max()
@@ -134,7 +134,7 @@ def compare(
 
 
 def _share(error: Tensor, allowed: Tensor) -> Tensor:
-    """Of zero in float64 no error is allowed, and none is a share of 0."""
+    """Where the budget is zero no error is allowed, and none is a share of 0."""
     return torch.where(error == 0, 0.0, error / allowed)
 
 
@@ -146,7 +146,7 @@ def _norm_is_torchs(case: Case, operands: Operands) -> bool:
 
 
 def gradients(results: Results, operands: Operands, douts: Results) -> Operands:
-    """None for an operand that requires none, or gets none."""
+    """None for an operand that requires or gets no gradient."""
     pairs = [(r, d) for r, d in zip(results, douts, strict=True) if d is not None and r.requires_grad]
     leaves = [t for t in operands if t is not None and t.requires_grad]
     if not pairs or not leaves:
@@ -157,7 +157,7 @@ def gradients(results: Results, operands: Operands, douts: Results) -> Operands:
 
 
 def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The most that rounding x to `dtype` may change it by; from float64 to 16 bits it goes by way of float32."""
+    """The most that rounding x to `dtype` may change it by; from float64 to 16 bits the cast goes through float32."""
     info = torch.finfo(dtype)
     on_the_way = torch.finfo(torch.float32).eps if info.bits == 16 else 0.0
     return x.abs().clamp(min=info.smallest_normal) * (info.eps + on_the_way) / 2

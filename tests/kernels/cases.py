@@ -18,15 +18,15 @@ from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "native"] if DEVICE == "cpu" else ["triton"]
 NUMERICS_BACKENDS = ["triton", "native"] if DEVICE == "cpu" or has_cuda() else ["triton"]
-"""All are held to the same numbers. Of the compiled library's CUDA kernels, which serve fewer calls, only the drawn cases
-are run: those that aren't served are drawn anew."""
+"""All backends must give the same numbers. The compiled library's CUDA kernels support fewer calls and run only drawn
+cases; unsupported ones are drawn again."""
 
 VECTORS = ("gamma", "weight", "bias")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call; its values follow from `seed`. Rows are numbers in the order in which the call gets them.
+    """One call; its values follow from `seed`. Rows are given by number, in the call's order.
 
     Args:
         shape: of the residual.
@@ -38,8 +38,8 @@ class Case:
         drop_prob: with it, rows are dropped as `drop_path` does.
         num_learning, num_next_learning: how many of the rows learn, the others being frozen; None for all.
         norm, eps, weight, bias, detached: of the next branch.
-        wanted: the operands that require grad; None for all.
-        used: the results that a gradient comes from; None for all.
+        wanted: operands that require grad; None for all.
+        used: results that get a gradient; None for all.
         spread: of the residual's and the branch's values; small ones let eps matter.
         offset: of the residual's values, in units of the spread.
         in_place: the sum overwrites the residual, and the residual's gradient that of the sum.
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def frozen(self) -> tuple[int, ...]:
-        """Of `rows`; none where all learn."""
+        """Whether some of `rows` are frozen."""
         return () if self.rows is None or self.num_learning is None else self.rows[self.num_learning :]
 
     @property
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def operands(self) -> list[str]:
-        """Names of those that there are."""
+        """Names of the operands that the call has."""
         there = {
             "residual": self.residual,
             "update": self.adds,
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the contract says that arithmetic runs in."""
+        """The dtype of arithmetic by the contract."""
         dtypes = {self.dtype_of(name) for name in self.operands}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -128,8 +128,8 @@ def examples(number: int) -> settings:
 
 
 def in_parts(number: int) -> Callable[[Callable], Callable]:
-    """`examples` spread over four tests, for processes to share: on a GPU one compiles hundreds of kernels. Hypothesis
-    is seeded by the test's id, so that each part draws other ones."""
+    """`examples` spread over four tests, which processes can share: on a GPU they compile hundreds of kernels.
+    Hypothesis is seeded by the test's id, so that each part draws other examples."""
     parts = range(4)
     return lambda test: pytest.mark.parametrize("part", parts)(examples(number // len(parts))(test))
 
@@ -157,7 +157,7 @@ _LAYOUTS = st.tuples(
     st.sampled_from(_GRADIENT_LAYOUTS),
     st.sampled_from(["dense", "dense", "offset", "strided"]),
 )
-# Hypothesis is fond of ends and of short lists; empty tensors are to be some cases, not half of them.
+# Hypothesis prefers ends and short lists; only some cases should be empty tensors.
 _BATCH_SIZES = [3, 1, 2, 4, 5, 2, 3, 4, 5, 6, 0]
 _MIDDLES = [(), (), (3,), (2,), (5,), (1,), (2, 3), (3, 2), (1, 2), (3, 1), (2, 2), (0,), (2, 0), (2, 1, 3)]
 _WIDTHS = {
@@ -171,7 +171,7 @@ _NORM_TILES = ("tuned", "tuned", "tuned", "small", "small", "wide")
 
 @st.composite
 def _calls(draw: st.DrawFn, least_dims: int = 1, tiles: tuple[str, ...] = ("tuned", "small"), **fixed: Any) -> Case:
-    """What all ops have in common; the last dimension is the widest."""
+    """The fields that all ops have in common; the last dimension is the widest."""
     cut = draw(st.sampled_from(tiles))
     shape = [draw(st.sampled_from(_BATCH_SIZES)), *draw(st.sampled_from(_MIDDLES))]
     if least_dims > 1 or len(shape) > 1 or draw(st.booleans()):
@@ -198,7 +198,7 @@ def _row_lists(batch_size: int) -> st.SearchStrategy[tuple[int, ...] | None]:
 
 
 def _subsets(draw: st.DrawFn, names: list[str]) -> tuple[str, ...] | None:
-    """None, for all, every other time."""
+    """None, for all, in half of the draws."""
     if draw(st.booleans()):
         return None
     return tuple(name for name in names if draw(st.sampled_from([True, True, False])))
@@ -246,7 +246,7 @@ def drop_paths(draw: st.DrawFn, residual: bool) -> Case:
 
 @st.composite
 def joints(draw: st.DrawFn) -> Case:
-    """The add of one path and the input of the next, either of which may be missing, with learning and frozen rows."""
+    """The add of one path and the input of the next, with learning and frozen rows; one of the two may be missing."""
     parts = draw(st.sampled_from(["both", "both", "both", "input", "add"]))
     normed = parts != "add" and draw(st.booleans())
     case = draw(_calls(least_dims=2, tiles=_NORM_TILES if normed else ("tuned", "small")))

@@ -14,21 +14,21 @@ from .interpreter import faithful_cast, remembered_builtins
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Everything in the test runs on kernels of this backend, or raises."""
+    """Every op in the test runs on this backend, or raises."""
     with rdp.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=NUMERICS_BACKENDS)
 def numerics_backend(request):
-    """The same, for calls that this backend may not serve; `check_new` leaves these out."""
+    """The same, for calls that this backend may not support; `check_new` leaves those out."""
     with rdp.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def check_new():
-    """`check`, of cases that weren't drawn before: many draws lead to the same case, and 200 are to be 200."""
+    """`check` for cases that weren't drawn before: many draws lead to the same case."""
     passed = set()
 
     def check_new(case, op):
@@ -61,7 +61,7 @@ def _interpreter():
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Memory that torch hands out uninitialised holds NaN, or a number no row has: what isn't written shows."""
+    """Uninitialised memory from torch holds NaN, or a number that no row has, so that unwritten elements show."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _with_poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

@@ -1,8 +1,8 @@
-"""The fixed table of correctness: what runs first on a device, row by row, at the sizes of real networks and at odd ones.
+"""The fixed table of correctness cases, at the sizes of real networks and at odd ones. It runs first on a device.
 
-A row is one call, with a reason to be there. On a GPU it runs as it stands; on a CPU in small (`smaller`), where an
-interpreter takes it. Rows whose kernels differ in nothing but sizes share Triton's compilations: where a size doesn't
-matter it is one that another row has.
+A row is one call and its reason. On a GPU it runs as it is; on a CPU it is cut down (`smaller`), as an interpreter
+runs it. Rows whose kernels differ in nothing but sizes share Triton's compilations: where a size doesn't matter, it
+is that of another row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import ops
 from .cases import Case
 
 CUDA_KERNELS = DEVICE == "cuda" or os.environ.get("RDP_CUDA_ON_HOST") == "1"
-"""Whether the compiled library runs those: also in `tests/cuda_on_host`."""
+"""Whether the compiled library runs CUDA kernels, also in `tests/cuda_on_host`."""
 
 # Of the residual, the branch, γ, and the norm's weight and bias.
 FP32, BF16, FP16, FP64 = (((dtype,) * 4) for dtype in ("float32", "bfloat16", "float16", "float64"))
@@ -42,7 +42,7 @@ SMALL_VIT, BASE_VIT, LARGE_VIT = (64, 197, 384), (32, 197, 768), (16, 256, 1024)
 STAGE_1, STAGE_4 = (16, 96, 56, 56), (16, 768, 7, 7)
 ODD, ONES = (5, 3, 67), (3, 1, 1)
 
-# What the CUDA kernels of the compiled library don't serve; words of the error.
+# Words of the error where the CUDA kernels of the compiled library don't support a call.
 NO_FLOAT64, NO_GAMMA_PER_POSITION = "float64", "gamma along the dimension"
 NO_WIDE_BRANCH = "a branch of the residual's dtype"
 
@@ -52,10 +52,10 @@ class Row:
     """One call.
 
     Args:
-        rows, next_rows: which rows have a branch, and which go on to the next; names of `ROWS`.
+        rows, next_rows: the rows that have an update, and those of the next input; names of `ROWS`.
         options: further arguments of `Case`.
-        refused: why the CUDA kernels of the compiled library can't serve it; words of the error.
-        why: what would be missed without it.
+        refused: words of the error where the CUDA kernels of the compiled library don't support it.
+        why: which fault would go unnoticed without it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Row:
     refused: str | None = None
 
     def case(self, small: bool = DEVICE == "cpu", largest: tuple[int, ...] = (4, 16, 80)) -> Case:
-        """At its size, or in small; `largest` as in `smaller`."""
+        """The case at its own size, or cut down; `largest` as in `smaller`."""
         shape, options = self.shape, self.options
         if small:
             wide = options.get("norm") is not None and shape[-1] > 4096
@@ -83,7 +83,7 @@ class Row:
             self.layouts,
             rows=rows,
             num_learning=num_learning,
-            # Others than `rows`, in another order: some samples have a branch, some go on, some do both.
+            # Not in the order of `rows`: some samples have an update, some are in the next input, some both.
             next_rows=next_rows and tuple((row + 1) % shape[0] for row in reversed(next_rows)),
             num_next_learning=num_next_learning,
             seed=zlib.crc32(self.name.encode()),
@@ -93,8 +93,8 @@ class Row:
 
 
 def smaller(shape: tuple[int, ...], largest: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes of at most `largest` (of the batch, of inner dimensions, of the last one) and, but for the batch's, the same
-    modulo 16: what is odd, or whole packs, stays so. Of images all inner dimensions are small."""
+    """Sizes of at most `largest` (of the batch, of inner dimensions, of the last one). All but the batch's stay the
+    same modulo 16, so that odd sizes and whole packs remain. All inner dimensions of images are small."""
     batch, inner, last = largest
     limits = [*[inner] * (len(shape) - 2), inner if len(shape) > 3 else last]
     sizes = [n if n <= most else most - 16 + (n % 16 or 16) for n, most in zip(shape[1:], limits, strict=True)]
@@ -102,11 +102,11 @@ def smaller(shape: tuple[int, ...], largest: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _order(batch_size: int) -> tuple[int, ...]:
-    """All rows, up and down."""
+    """All rows, in ascending and in descending order."""
     return tuple(sorted(range(batch_size), key=lambda b: (7 * b + 3) % 11))
 
 
-# By name, of a batch size: the rows (None for all, without a list), and how many of them learn (None for all).
+# By name, as functions of the batch size: the rows (None: all, without a list), and how many learn (None: all).
 ROWS: dict[str, Callable[[int], tuple[tuple[int, ...] | None, int | None]]] = {
     "all": lambda size: (None, None),
     "listed": lambda size: (_order(size), None),

@@ -1,7 +1,7 @@
-"""The ops as a user would write them in plain torch, and how large what is rounded on the way gets.
+"""The ops as a user would write them in plain torch, and the magnitudes of the values that they round.
 
-In float64 they are the truth, in the tensors' own dtypes they show what torch makes of it. They share nothing with the
-package but the names of operands and results.
+In float64 they are the truth; in the tensors' own dtypes they show torch's error. They share only the names of operands
+and results with the package.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Scale = Tensor | float | None
 
 
 def fused_add(t: Operands, case: Case, row_scale: Scale, stored: Tensor | None = None) -> Results:
-    """`stored`: the values that the norm sees of the residual, in place of those of the formula."""
+    """`stored`: the norm reads these values of the residual in place of the formula's."""
     out = add(t, case, row_scale) if case.adds else t.residual
     if not case.gives_next:
         return Results(out)
@@ -60,7 +60,7 @@ def add(t: Operands, case: Case, row_scale: Scale) -> Tensor:
 
 
 def scaled(branch: Tensor, scale: Scale) -> Tensor:
-    """A row whose scale is 0 counts as 0 whatever it holds."""
+    """A row whose scale is 0 counts as 0 even if it holds NaN."""
     if scale is None:
         return branch
     if not isinstance(scale, Tensor):
@@ -85,10 +85,11 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, case: Case)
 
 
 def magnitudes(t: Operands, case: Case, row_scale: Scale, douts: Results) -> tuple[Results, Operands]:
-    """For each element of a result and of a gradient: what an error of 1 in everything that is rounded may come to.
+    """For each element of a result and of a gradient: how large its error may be if every rounded value has an error of
+    1.
 
     For sums of products that is the sum of the absolute values, hence the same formula on absolute values. A norm
-    amplifies what its input is off by: x̂ moves by rstd · (|x| + mean|x|), its gradient by as much relatively.
+    amplifies its input's error: x̂ moves by rstd · (|x| + mean|x|), and its gradient by as much relatively.
     Args: in float64.
     """
     positive = Operands(*(None if v is None else v.detach().abs().requires_grad_(v.requires_grad) for v in t))
@@ -119,7 +120,7 @@ def _norm_magnitudes(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Of the normed rows, of the gradient with respect to the norm's input, and of those of weight and bias.
 
-    `size`: of x, for what it is off by. `dy`: the absolute value of the incoming gradient.
+    `size`: the magnitude of x, for its error. `dy`: the absolute value of the incoming gradient.
     """
     centred = x - x.mean(-1, keepdim=True) if case.norm == "layer" else x
     rstd = (centred.square().mean(-1, keepdim=True) + case.eps).rsqrt()

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to compute as its compiler does, and made faster."""
+"""Makes Triton's interpreter compute as its compiler does, and makes it faster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def faithful_cast(cast: Any) -> Any:
-    """The interpreter's cast cuts off what bfloat16 has no room for, and takes float64 for an integer; a GPU rounds."""
+    """The interpreter's cast to bfloat16 truncates, and takes float64 for an integer; a GPU rounds."""
     import triton.language as tl
 
     def cast_impl(builder: Any, src: Any, dst_type: Any) -> Any:
@@ -23,7 +23,7 @@ def faithful_cast(cast: Any) -> Any:
 
 
 def remembered_builtins(patch_attribute: Any, is_builtin: Any) -> Any:
-    """The interpreter lists Triton's language anew for every function that a kernel calls: a third of its time."""
+    """The interpreter lists Triton's language again for every function that a kernel calls, in a third of its time."""
 
     @functools.cache
     def names_in(package: Any) -> list[str]:

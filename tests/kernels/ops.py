@@ -63,18 +63,18 @@ def drop_path_add(t: Operands, case: Case) -> Results:
 
 
 def joint(t: Operands, case: Case) -> Results:
-    """The node of one path's add and the next one's input, as a chain of paths runs it."""
+    """The fused add with one path's update and the next path's input, as a chain of paths runs it."""
     return fused_add("path", t, *_parts(case))
 
 
 def in_place(t: Operands, case: Case) -> Results:
-    """The same as an inner node of `ResidualSequence`: nobody else has the residual, which the sum overwrites, nor the
-    sum's gradient, which the residual's overwrites."""
+    """The same as an inner call of `ResidualSequence`, which owns the residual and the sum's gradient: the sum
+    overwrites the residual, and the residual's gradient overwrites the sum's."""
     add, next_input = _parts(case)
     residual = t.residual.clone()
     operands, fused = t._replace(residual=residual), next_input
     served = resolve("path", operands, add, next_input)
-    if not served.takes_norm:  # torch's norm comes after the kernels
+    if not served.takes_norm:  # torch's norm runs after the kernels
         operands, fused = operands._replace(weight=None, bias=None), replace(next_input, norm=None)
     call = FusedCall(served.kernels, add, fused)
     call.in_place = call.owns_gradient = True
@@ -98,7 +98,7 @@ def _parts(case: Case) -> tuple[Add | None, NextInput | None]:
 
 
 def _row_set(rows: tuple[int, ...], num_learning: int, case: Case) -> RowSet:
-    """As a plan makes it, with the inverse, or without."""
+    """A row set as a plan makes it, with its inverse or without."""
     if case.seed % 2:
         return RowSet(index(rows, case), num_learning)
     others = [row for row in range(case.shape[0]) if row not in rows]

@@ -51,7 +51,7 @@ def run(op, case):
     return {name: r for name, r in used.items() if case.used is None or name in case.used}, operands
 
 
-# A difference sees what a frozen row does to a vector; its gradient doesn't.
+# Finite differences include a frozen row's effect on a vector; its gradient doesn't.
 LEARNING = [call for call in CALLS if "joint" not in call]
 FROZEN = ["joint, layer norm", "joint, no norm", "joint, detached", "joint, head"]
 TENSORS = ("residual", "update", "frozen_update")
@@ -59,14 +59,14 @@ TENSORS = ("residual", "update", "frozen_update")
 
 @pytest.mark.parametrize("call", [*LEARNING, *FROZEN, "layer norm, wide"])
 def test_gradcheck(backend, call):
-    """Against differences, with each incoming gradient missing in turn."""
+    """Against finite differences, with each incoming gradient missing in turn."""
     case = CALLS[call.removesuffix(", wide")][1].in_float64(tiles="wide" if "wide" in call else "tuned")
     case = replace(case, shape=(1, 2, 2, 1) if "images" in call else (4, 3), wanted=TENSORS if call in FROZEN else None)
     if "wide" in call:
         case = replace(case, wanted=("residual", "weight"))
     op = CALLS[call.removesuffix(", wide")][0]
     operands = operands_of(case)
-    if case.activation == "relu":  # differences don't work where it bends
+    if case.activation == "relu":  # finite differences don't work at the bend
         operands.residual.data[operands.residual == 0] = 1.0
 
     def differentiable(*leaves):
@@ -93,7 +93,7 @@ def test_gradients_of_some_operands(backend, call, wanted):
 
 @EACH
 def test_sum_backward(backend, op, case):
-    """It hands over one number, expanded; so does a mean over a dimension."""
+    """Its gradient is one number, expanded; so is that of a mean over a dimension."""
     results, operands = run(op, case)
     leaves = [t for t in operands if t is not None]
     for name, result in results.items():
@@ -123,7 +123,7 @@ def test_a_graph_that_is_kept(backend, op, case):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_have_the_same_bits_every_time(backend, call, dtype):
-    """Several programs add to each of them."""
+    """Several programs add to each sum."""
     op, case = CALLS[call]
     case = replace(case, shape=(5, *case.shape[1:-1], 67), dtypes=(dtype,) * 4)
     found = []
@@ -154,7 +154,7 @@ HEAD = replace(CALLS["joint, head"][1], next_rows=None, num_next_learning=None)
 @pytest.mark.parametrize("changed", ["residual", "out"])
 @pytest.mark.parametrize("call", ["residual_add_norm", "head"])
 def test_a_residual_that_a_norm_saw_may_not_change(backend, call, changed):
-    """As with torch's norm it is saved itself, and autograd notices."""
+    """As with torch's norm the residual itself is saved, and autograd notices the change."""
     op, case = {"residual_add_norm": CALLS["rms norm"], "head": (ops.joint, HEAD)}[call]
     operands = operands_of(case)
     operands = operands._replace(residual=operands.residual * 1)
@@ -169,7 +169,7 @@ def test_a_residual_that_a_norm_saw_may_not_change(backend, call, changed):
 
 
 def test_rows_that_a_norm_saw_are_a_copy(backend):
-    """The residual that they come from may change."""
+    """The residual may change."""
     op, case = CALLS["layer norm"]
     found = []
     for factor in (1, 2):
@@ -183,7 +183,7 @@ def test_rows_that_a_norm_saw_are_a_copy(backend):
 
 @EACH
 def test_no_reference_cycle_keeps_results(backend, op, case):
-    """Also where a result is saved for the backward."""
+    """Nor where a result is saved for the backward."""
     results = run(op, case)[0]
     graph = [weakref.ref(result) for result in results.values()]
     assert graph
@@ -196,7 +196,8 @@ def test_no_reference_cycle_keeps_results(backend, op, case):
 
 
 def raises_or_is_right(second, eager_second, backend, case):
-    """Calls `second`. Where torch's own norm comes after the kernels, what needs only that has second derivatives."""
+    """Calls `second`. Where torch's own norm runs after the kernels, second derivatives that need only that norm are
+    right."""
     if backend == "native" and case.norm is not None:
         with contextlib.suppress(RuntimeError):
             torch.testing.assert_close(second(), eager_second())
@@ -227,7 +228,7 @@ def test_double_backward_of_the_incoming_gradient(backend, op, case):
                 raises_or_is_right(*seconds, backend, case)
 
 
-# Each gradient with the operands that it depends on, where the incoming gradient is a detached.
+# Each gradient with the operands that it depends on, where the incoming gradient is a constant.
 DEPENDS = [
     ("residual_add of rows", "update", ["gamma"]),
     ("residual_add of rows", "gamma", ["update"]),
@@ -247,7 +248,7 @@ PAIRS = [(call, grad_of, by) for call, grad_of, operands in DEPENDS for by in op
 @pytest.mark.parametrize(("call", "grad_of", "by"), PAIRS)
 @pytest.mark.parametrize("alone", [False, True], ids=["", "nothing else learns"])
 def test_double_backward_of_an_operand(backend, call, grad_of, by, alone):
-    """An error, and no gradient that silently lacks a term."""
+    """It raises rather than silently lose a term."""
     op, case = CALLS[call]
     if alone:
         case = replace(case, wanted=(grad_of, by))
@@ -266,7 +267,7 @@ def test_double_backward_of_an_operand(backend, call, grad_of, by, alone):
 
 
 def test_create_graph_alone_is_no_error(backend):
-    """The first derivative is right, and what doesn't depend on it goes on."""
+    """The first derivative is right, and gradients that don't depend on it work."""
     op, case = CALLS["layer norm"]
     results, operands = run(op, case)
     douts = douts_of(case, op(operands, case))

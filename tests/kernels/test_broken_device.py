@@ -1,4 +1,4 @@
-"""A kernel that breaks a process's CUDA fails one test, not all that come after it. Shown with a stand-in for torch."""
+"""A kernel that breaks a process's CUDA fails one test, and not all tests after it. Shown with a stand-in for torch."""
 
 import os
 import shutil

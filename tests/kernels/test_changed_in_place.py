@@ -1,4 +1,4 @@
-"""Rows and factors that are overwritten between forward and backward, as one buffer that all layers share."""
+"""Rows and factors that are overwritten between forward and backward, such as one buffer that all layers share."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ from .cases import BACKENDS
 
 
 class Leaves(list):
-    """Those that were made so far."""
+    """The leaves that were made so far."""
 
     def __call__(self, *shape):
         self.append(torch.randn(*shape, device=DEVICE, requires_grad=True))
@@ -91,7 +91,7 @@ def test_the_backward_raises(backend, name):
 @EACH_BACKEND
 @EACH
 def test_hooks_keep_it_elsewhere(backend, name):
-    """As `save_on_cpu` and checkpointing do: the backward gets what they kept."""
+    """With `save_on_cpu` and checkpointing the backward gets the values that they kept."""
     grads = []
     for pack in (lambda t: t, torch.clone):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -105,7 +105,7 @@ def test_hooks_keep_it_elsewhere(backend, name):
 @EACH_BACKEND
 @EACH
 def test_is_let_go_with_the_graph(backend, name):
-    """Though the result is still there."""
+    """Even if the result is kept."""
     out, leaves, data = run(backend, name)
     storage = StorageWeakRef(data.untyped_storage())
     del data
@@ -117,7 +117,7 @@ def test_is_let_go_with_the_graph(backend, name):
 
 @EACH_BACKEND
 def test_a_buffer_that_nothing_reads_any_more(backend):
-    """One for all layers, as long as each backward runs before the next forward."""
+    """One buffer for all layers works as long as each backward runs before the next forward."""
     mask = torch.ones(4, device=DEVICE)
     with rdp.use_backend(backend):
         for values in (FACTORS, FACTORS[::-1]):
@@ -130,7 +130,7 @@ def test_a_buffer_that_nothing_reads_any_more(backend):
 @pytest.mark.parametrize("compiled", [False, True])
 @EACH_BACKEND
 def test_results_that_are_changed_in_place(backend, compiled):
-    """The residual beside the next rows, and these, as in torch's own formula."""
+    """The residual and the next rows may change as in torch's own formula."""
     x, update, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((4, 3), (2, 3), (3,)))
     rows, next_rows = torch.tensor([3, 1], device=DEVICE), torch.tensor([0, 3, 2], device=DEVICE)
 

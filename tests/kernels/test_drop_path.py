@@ -21,6 +21,6 @@ def test_drop_path_add_against_float64(numerics_backend, check_new, part, case):
 @pytest.mark.parametrize("width", [1, 3, 13, 64, 197, 257, 1000])
 @pytest.mark.parametrize("op", [ops.drop_path, ops.drop_path_add])
 def test_widths(backend, op, width):
-    """In bfloat16, whose numbers 1 / 0.7 is far from."""
+    """In bfloat16, where 1 / 0.7 is far from a number."""
     alone = op is ops.drop_path
     check(Case((6, width), ("bfloat16",) * 4, residual=not alone, gamma=not alone, drop_prob=0.3), op)

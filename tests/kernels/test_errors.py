@@ -1,4 +1,5 @@
-"""What the kernels can't serve, and how a backend is chosen: the reason is raised, or logged and passed over."""
+"""Calls that kernels don't support, and the choice of a backend: the reason is raised, or logged and another one
+runs."""
 
 import importlib.util
 import logging
@@ -28,7 +29,7 @@ class Subclass(torch.Tensor):
 
 
 def ops_on(residual):
-    """Every public op on a residual and what follows from it."""
+    """Every public op on a residual, with other operands made for it."""
     rows, branch = ROWS.to(residual.device), torch.zeros_like(residual)
     return {
         "residual_add": lambda: rdp.residual_add(residual, branch),
@@ -69,7 +70,7 @@ def test_every_operand_is_looked_at(backend, call):
 
 
 def test_torch_func_is_refused(backend):
-    """A transform would differentiate the kernels without knowing how; in auto it gets the reference."""
+    """Kernels have no derivatives in a transform; in auto it gets the reference."""
 
     def loss(residual):
         return rdp.residual_add(residual, residual, row_scale=2.0).square().sum()
@@ -100,7 +101,7 @@ class TestWidestNorm:
         assert torch.equal(rdp.residual_add(self.RESIDUAL, self.RESIDUAL), 2 * self.RESIDUAL)
 
     def test_in_auto(self):
-        """Silently: warnings are errors here."""
+        """It raises no warning: warnings are errors here."""
         with rdp.use_backend("auto"):
             actual = self.call()
         expected = torch.nn.functional.layer_norm(2 * self.RESIDUAL, (16385,), eps=1e-6)
@@ -215,7 +216,7 @@ class TestWithoutTriton:
         assert residual.grad.isfinite().all()
 
 
-# A machine without triton, as far as Python can tell: importing it fails.
+# Stands for a machine without triton: importing it fails.
 SCRIPT = """
 import sys
 {hide}
@@ -243,7 +244,7 @@ assert not torch.cuda.is_initialized()
     ("backend", "hidden"), [("eager", False), ("auto", True)], ids=["", "triton can't be imported"]
 )
 def test_no_op_on_the_cpu_imports_triton(backend, hidden):
-    """Nor initialises CUDA."""
+    """Nor does it initialise CUDA."""
     hide = "sys.modules['triton'] = None" if hidden else ""
     script = SCRIPT.format(hide=hide, loaded="'triton.language'", backend=backend)
     environment = {name: value for name, value in os.environ.items() if name != "RDP_BACKEND"}

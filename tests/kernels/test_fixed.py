@@ -13,7 +13,7 @@ from tests.conftest import DEVICE
 from . import fixed, ops
 from .budget import check
 
-# Compiled kernels go through more in the time, and cut only wider rows and larger tensors into pieces.
+# Compiled kernels are fast enough for larger sizes, and cut only wider rows and larger tensors into pieces.
 IN_SMALL = {"triton": (4, 16, 80), "native": (9, 16, 2320)}
 
 
@@ -35,8 +35,8 @@ def test_fixed_row(library, row, record_property):
 
 
 @pytest.mark.parametrize("tensor", ["out", "dresidual"])
-def test_other_bits_in_a_second_run_are_told_of(tensor):
-    """One unit in the last place, which both budgets would forgive: a race need not change more."""
+def test_other_bits_in_a_second_run_are_reported(tensor):
+    """One unit in the last place is within both budgets, and a race need not change more."""
     calls = []
 
     def op(operands, case):

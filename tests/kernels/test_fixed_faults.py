@@ -1,4 +1,4 @@
-"""The fixed table catches faults: a copy of the sources is broken one way at a time, and some row's numbers show it."""
+"""The fixed table catches faults: a copy of the sources gets one fault at a time, and some row must fail."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_in_cpu_kernels(tmp_path):
 
 
 def test_in_cuda_kernels(tmp_path):
-    """Budget: two minutes. They run on the host, as in `tests/cuda_on_host`."""
+    """Budget: two minutes. The kernels run on the host, as in `tests/cuda_on_host`."""
     build.copy_tree(tmp_path)
     build.compile_library(tmp_path, sanitize=False)
     check_caught(
@@ -171,7 +171,7 @@ def check_caught(tree, faults, library, compile_library=lambda: None, environmen
 def run(command, tree, environment, expected=None):
     ours = ("RDP_", "PYTEST_", "PYTHONPATH", "LD_PRELOAD", "TRITON_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    # lines as long as they get; and no bytecode, which a source of the same second and length would share
+    # whole lines; and no bytecode, as a source of the same second and length would reuse it
     fixed = {"PYTHONPATH": str(tree), "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""The node that a chain of paths runs: the add of one and the input of the next, with learning and frozen rows."""
+"""The fused add of a chain of paths: the add of one path and the input of the next, with learning and frozen rows."""
 
 from dataclasses import replace
 
@@ -45,7 +45,8 @@ NEXT_INPUTS = {
 @pytest.mark.parametrize("tiles", ["tuned", "wide"])
 @pytest.mark.parametrize("how", ["nothing is added", "added", "added in place"])
 def test_a_norm_sees_a_narrow_residual_exactly(backend, how, tiles, next_input, norm, dtype):
-    """Its backward too, with vectors in float32: what is only read isn't rounded, and the sum once, as by torch."""
+    """Its backward too, with vectors in float32. Tensors that are only read aren't rounded, and the sum is rounded
+    once."""
     dtypes = (dtype, dtype, "float32", "float32")
     case = Case((5, 2, 20), dtypes, gives_next=True, norm=norm, weight=True, bias=norm == "layer", tiles=tiles)
     if how == "nothing is added":
@@ -73,8 +74,8 @@ def test_constant_rows_have_no_gradient(backend, detached, norm):
     "used", [("out",), ("next",), ("frozen_next",), ("out", "frozen_next"), ("next", "frozen_next")]
 )
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_results_that_nobody_uses(backend, used, norm):
-    """Of a norm that nobody uses the vectors get None, as from torch: an optimizer leaves them alone."""
+def test_unused_results(backend, used, norm):
+    """The vectors of an unused norm get None as in torch, so that an optimizer doesn't move them."""
     case = replace(MIXED, norm=norm, weight=norm is not None, bias=norm is not None, used=used)
     check(case, ops.joint)
     operands = operands_of(case)

@@ -1,4 +1,4 @@
-"""Residuals that a user keeps are never changed, whatever is computed from them."""
+"""Residuals that a user keeps are never changed by later ops."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def samples():
 
 
 def test_over_a_chain_of_ops(backend):
-    """Every kind of step, each from the last; backwards run from every one of the features."""
+    """Each step takes the last one's feature; a backward runs from each feature."""
     features = [samples()]
     features.append(features[0].view(4, 2, DIM))
     weight = torch.rand(DIM, device=DEVICE, requires_grad=True)
@@ -38,7 +38,7 @@ def test_over_a_chain_of_ops(backend):
 
 
 def test_an_incoming_gradient_is_not_changed(backend):
-    """Nor one that a hook keeps."""
+    """Nor is one that a hook keeps."""
     x, kept = samples(), []
     weight = torch.rand(DIM, device=DEVICE, requires_grad=True)
     middle, normed = rdp.residual_add_norm(x, x.tanh(), weight, next_rows=ROWS)
@@ -56,7 +56,7 @@ def test_an_incoming_gradient_is_not_changed(backend):
 @pytest.mark.parametrize(("mode", "freeze"), [("block", "parameters"), ("sample", "parameters"), ("sample", "branch")])
 @pytest.mark.parametrize("hooked", ["fn", "norm", "branch", None])
 def test_through_a_sequence(backend, mode, freeze, hooked):
-    """Branches keep what they get and return by hooks; a user keeps what goes in and comes out, iteration by iteration."""
+    """Hooks keep inputs and outputs of branches, and a user keeps those of the sequence, in each iteration."""
     branches = [
         rdp.ResidualBranch(nn.Linear(DIM, DIM), drop_prob=0.5, norm=nn.LayerNorm(DIM), gamma=torch.rand(DIM))
         for _ in range(4)
@@ -83,7 +83,7 @@ def test_through_a_sequence(backend, mode, freeze, hooked):
 
 
 def test_parts_of_a_sequence_see_the_same_residuals(backend):
-    """The outputs of the first one, two, ... branches, all kept: as from branches called one by one."""
+    """The outputs of the first one, two, ... branches, all kept, equal those of branches called one by one."""
     branches = [rdp.ResidualBranch(nn.Linear(DIM, DIM), norm=nn.RMSNorm(DIM)) for _ in range(3)]
     paths, x = rdp.ResidualSequence(*branches).to(DEVICE), samples()
     features = [paths[:count](x) for count in range(4)]

@@ -1,4 +1,4 @@
-"""How results lie in memory, and what is copied."""
+"""The memory layout of results, and which tensors are copied."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ EACH = pytest.mark.parametrize(("shape", "layout"), RESIDUALS.values(), ids=RESI
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_results_are_like_the_residual(backend, shape, layout, dtype):
-    """Dense, in the order of the residual's dimensions where a sample of it is dense, and of its dtype."""
+    """Results are dense and have the residual's dtype. Where a sample of the residual is dense, they have its order."""
     x = laid_out(torch.randn(shape).to(dtype), layout)
     rows = torch.tensor([3, 1], device=DEVICE)
     branch = torch.ones_like(x, memory_format=torch.contiguous_format).float()
@@ -53,7 +53,7 @@ def test_gradients_are_like_the_residual(backend):
 
 @pytest.mark.parametrize("residual", [name for name, (shape, _) in RESIDUALS.items() if len(shape) > 1])
 def test_norms_of_any_layout(backend, residual):
-    """The norm is over the last dimension, wherever that lies."""
+    """The norm is over the last dimension, in any memory layout."""
     shape, layout = RESIDUALS[residual]
     x = laid_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
     weight, rows = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE), torch.tensor([3, 1], device=DEVICE)
@@ -67,7 +67,7 @@ def test_norms_of_any_layout(backend, residual):
 
 
 def test_one_sample_may_be_very_far_from_the_next(backend):
-    """A view with huge strides between samples, as of a long video: nothing but its rows is touched."""
+    """A view with huge strides between samples, as of a long video: only its rows are touched."""
     memory = torch.full((3, 4096), torch.nan, device=DEVICE)
     x = memory[:, 7:12]
     x.copy_(torch.randn(3, 5))
@@ -78,7 +78,7 @@ def test_one_sample_may_be_very_far_from_the_next(backend):
 
 
 def test_vectors_that_are_views(backend):
-    """Columns of a matrix as row_scale, rows, gamma, weight and bias: what a table of all paths hands out."""
+    """Columns of a matrix as row_scale, rows, gamma, weight and bias, as views of a table of all paths."""
     x, branch = torch.randn(4, 3, device=DEVICE), torch.randn(4, 3, device=DEVICE)
     table = torch.rand(4, 5, device=DEVICE)
     order = torch.stack([torch.tensor([2, 0, 3, 1])] * 2, dim=1).to(DEVICE)

@@ -1,4 +1,4 @@
-"""NaN in what isn't read leaks nowhere: the same bits come out as with numbers there."""
+"""NaN in elements that a call doesn't need doesn't leak: results have the same bits as with numbers there."""
 
 import torch
 from hypothesis import given
@@ -17,8 +17,8 @@ def samples_of(rows, batch_size):
 @examples(60)
 @given(case=joints().filter(lambda case: case.activation is None and case.shape[0] > 1))
 def test_nan_stays_in_its_rows(backend, case):
-    """The residual is NaN at samples that the next branch doesn't get, the gradient at those without a branch row, and
-    the branch at frozen rows that the next branch doesn't get."""
+    """The residual is NaN at samples that aren't in the next input, the gradient at samples without an update, and the
+    update at frozen rows that aren't in the next input."""
     batch_size = case.shape[0]
     everywhere = set(range(batch_size))
     next_rows = {row for part in case.next_parts for row in part} if case.gives_next else set()

@@ -31,7 +31,7 @@ def test_widths(backend, width, dtype):
 @pytest.mark.parametrize("channel_dim", [1, 3, -2])
 @pytest.mark.parametrize("rows", [None, (3, 0)])
 def test_gamma_on_images(backend, layouts, channel_dim, rows):
-    """A factor a column, and a factor a position; sums over positions and over samples."""
+    """A factor for each column and one for each position; sums over positions and over samples."""
     case = Case((4, 5, 3, 7), layouts=layouts, rows=rows, row_scale="tensor", gamma=True, channel_dim=channel_dim)
     check(case, ops.residual_add)
 

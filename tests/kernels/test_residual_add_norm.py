@@ -39,7 +39,7 @@ def test_widths(backend, width, norm, dtypes):
 
 @pytest.mark.parametrize(("width", "norm"), [(5000, "layer"), (16384, "rms")])
 def test_a_row_that_registers_do_not_hold(backend, width, norm):
-    """The backward takes it in pieces; the gradients of few vectors are wanted, as interpreted sums are slow."""
+    """The backward reads the row in pieces. Only few vectors need gradients, as interpreted sums are slow."""
     case = Case(
         (3, width),
         rows=(2, 0),
@@ -59,7 +59,7 @@ def test_a_row_that_registers_do_not_hold(backend, width, norm):
     [(1e-3, 1, 1e-6), (1e-3, 1, 1e-2), (1e-6, 1, 1e-12), (100.0, 1, 1e-6), (1.0, 1000, 1e-6)],
 )
 def test_eps_and_scale(backend, norm, spread, offset, eps):
-    """Eps outweighs the variance, vanishes beside it, both are tiny; a mean that drowns the variance in its square."""
+    """Eps above the variance, far below it, both tiny; and a mean whose square is far above the variance."""
     vectors = dict(gamma=True, weight=True, bias=norm == "layer")
     case = Case((3, 2, 17), gives_next=True, norm=norm, eps=eps, spread=spread, offset=offset, **vectors)
     check(case, ops.residual_add_norm)
@@ -67,7 +67,7 @@ def test_eps_and_scale(backend, norm, spread, offset, eps):
 
 @pytest.mark.parametrize("width", [1, 6])
 def test_rows_without_variance(backend, width):
-    """LayerNorm of a detached row is the bias, with a finite gradient; with one channel every row is detached."""
+    """LayerNorm of a constant row is the bias, with a finite gradient; with one channel every row is constant."""
     draw = partial(torch.randn, dtype=torch.float64, device=DEVICE)
     x, weight, bias, dnext = (
         draw(2, 1).expand(2, width).clone().requires_grad_(),
@@ -85,7 +85,7 @@ def test_rows_without_variance(backend, width):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_no_row_has_a_norm(backend, norm):
-    """No next row, no sample, no token: the residual's gradient passes, the vectors' are zero."""
+    """No next row, no sample or no token: the residual's gradient passes, and those of the vectors are zero."""
     for shape, next_rows in (((3, 2, 5), ()), ((0, 2, 5), None), ((3, 0, 5), None), ((3, 0, 5), (1,))):
         case = Case(
             shape, gamma=True, gives_next=True, next_rows=next_rows, norm=norm, weight=True, bias=norm == "layer"

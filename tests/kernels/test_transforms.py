@@ -1,4 +1,4 @@
-"""Forward-mode AD, torch.func and vmap: kernels have no rules for them, and no derivative vanishes in silence."""
+"""Forward-mode AD, torch.func and vmap: kernels have no rules for them, and no derivative is silently lost."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -17,16 +17,16 @@ from .test_autograd import CALLS, LEARNING, run
 from .values import operands_of, row_scale_of
 
 PLAIN = ["eager", "auto"]
-"""Who serves within a transform."""
+"""The backends that run in a transform."""
 RULES = r'can\'t serve this call: within torch\.func transforms and forward-mode AD .*use_backend\("eager"\)'
 
 
 def function_of(call):
-    """An op of its tensors, in float64, and these."""
+    """An op as a function of its tensors, in float64, and the tensors."""
     op, case = CALLS[call]
     case = replace(case.in_float64(), shape=(2, 2, 2, 1) if "images" in call else (4, 3))
     operands, row_scale = operands_of(case), row_scale_of(case)
-    if case.activation == "relu":  # differences don't work where it bends
+    if case.activation == "relu":  # finite differences don't work at the bend
         operands.residual.data[operands.residual == 0] = 1.0
 
     def function(*tensors):
@@ -85,7 +85,7 @@ def test_tangents_against_differences(backend, call):
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("call", CALLS)
 def test_transforms_agree_with_the_backward(backend, call):
-    """Which sees frozen rows and detached ones as such."""
+    """The backward treats frozen and detached rows as such."""
     function, tensors = function_of(call)
 
     def loss(*tensors):
@@ -115,7 +115,7 @@ def test_transforms_agree_with_the_backward(backend, call):
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("call", CALLS)
 def test_vmap_is_a_loop(backend, call):
-    """Of the op, and of its gradients."""
+    """For the op and its gradients."""
     function, tensors = function_of(call)
     several = [torch.stack([t, 2 * t, t.cos()]) for t in tensors]
     places = tuple(range(len(tensors)))
@@ -131,7 +131,7 @@ def test_vmap_is_a_loop(backend, call):
 
 @pytest.mark.parametrize("backend", PLAIN)
 def test_vmap_over_rows(backend):
-    """Their values aren't there to be checked."""
+    """Values of rows can't be checked in a vmap."""
     x, branch = torch.randn(4, 3, device=DEVICE), torch.randn(2, 3, device=DEVICE)
     rows = torch.tensor([[0, 1], [3, 0], [2, 3]], device=DEVICE)
     scale = torch.tensor([[0.0, 1.0], [1.5, 0.0], [2.0, 2.0]], device=DEVICE)
@@ -148,7 +148,7 @@ def test_vmap_over_rows(backend):
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["is_grads_batched", "vmap", "forward mode", "func.grad"])
 def test_transforms_of_a_backward_alone(backend, call, kind):
-    """Of a graph that kernels recorded: right, or an error that says what to do."""
+    """The backward of a graph that kernels recorded is right, or its error says what to do."""
     outs, incoming, leaves = [], [], []
     for name in ("eager", backend):
         with rdp.use_backend(name):

@@ -1,7 +1,7 @@
-"""How kernels cut their work, where tests choose.
+"""Launch numbers chosen by tests: how kernels cut their work.
 
-The launch numbers are made for large tensors: one tile holds most of a test's. Small ones make programs and tiles of
-it, with a rest at every edge.
+The package's launch numbers are made for large tensors: one tile holds most tensors of a test. Small numbers give
+several programs and tiles, with a partial tile at every edge.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .cases import VECTORS, Case
 
 
 def operands_of(case: Case) -> Operands:
-    """The leaves. What a call mustn't read is NaN: rows of the branch that are dropped, and gaps between elements."""
+    """The leaves. Elements that a call mustn't read are NaN: dropped rows of the branch, and gaps between elements."""
     generator = torch.Generator().manual_seed(case.seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     of_residual, of_branch, _, of_vectors = case.layouts
@@ -54,7 +54,7 @@ def index(rows: tuple[int, ...] | None, case: Case) -> Tensor | None:
 
 
 def row_scale_of(case: Case) -> Tensor | float | None:
-    """On the device. Other than 0, the factors are no powers of 2."""
+    """On the device. Factors other than 0 are no powers of 2."""
     if case.drop_prob is not None:
         torch.manual_seed(case.seed)  # the mask comes from the global generator
         keep = torch.rand(case.shape[0]) >= case.drop_prob
@@ -116,7 +116,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def _dropped_rows_are_nan(branch: Tensor | None, case: Case, part: slice) -> Tensor | None:
-    """`part`: of all the rows, those of `branch`."""
+    """`part`: the rows of `branch` among all rows."""
     scale = row_scale_of(case)
     if branch is None or scale is None:
         return branch
@@ -127,7 +127,7 @@ def _dropped_rows_are_nan(branch: Tensor | None, case: Case, part: slice) -> Ten
 
 
 def _away_from_zero(values: Operands, case: Case, generator: torch.Generator) -> Operands:
-    """Sums that rounding could carry across zero, where relu jumps, are moved; some are exactly zero."""
+    """Moves sums that rounding could carry across zero, where relu's gradient jumps; some are exactly zero."""
     zero = torch.rand(case.shape, generator=generator) < 0.1
     values = values._replace(residual=values.residual.masked_fill(zero, 0.0))
     for name, rows in (("update", case.learning), ("frozen_update", case.frozen)):

@@ -6,6 +6,6 @@ from tests.traffic.fused_adds import SMALL_TILES
 
 @pytest.fixture(params=[None, SMALL_TILES], ids=["", "small"])
 def tiles(request, monkeypatch):
-    """Those of every kernel; None: as the table has them."""
+    """Tiles of every kernel; None: those of the table."""
     if request.param is not None:
         monkeypatch.setattr(launch, "CONFIGS", {op: {"default": ((2**31, request.param),)} for op in launch.CONFIGS})

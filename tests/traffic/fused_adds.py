@@ -1,4 +1,4 @@
-"""Fused adds run under the counter, and what they are held to."""
+"""Fused adds under the counter, and checks of their traffic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH, TOKENS, CHANNELS = 6, 8, 64
 FLOAT, INDEX = 4, 8  # bytes
 ROW = TOKENS * CHANNELS * FLOAT
 
-# Of a test's tensors they hold little: rows and columns are cut, and where sums are made a program gets two.
+# Tiles are small beside a test's tensors: rows and columns are cut, and a program that sums gets two tiles.
 SMALL_TILES = LaunchConfig(tile=512, max_columns=64, num_warps=4, tiles=2)
 
 # The rows of a path and of the next one, by drop probability: out of order, and some in both.
@@ -28,7 +28,8 @@ ALL = slice(None)
 
 
 def row_set(rows: list[int], num_learning: int | None = None, inverted: bool = True) -> RowSet:
-    """Of a batch of at most BATCH. `inverted`: made before, once for all kernels, as in a model; else a kernel does."""
+    """Rows of a batch of at most BATCH. `inverted`: the inverse is made before, as in a model; else a kernel makes
+    it."""
     inverse = torch.full((BATCH,), len(rows))
     inverse[rows] = torch.arange(len(rows))
     index = torch.tensor(rows, dtype=torch.int64)
@@ -62,7 +63,7 @@ def run(
     if in_place:
         operands = operands._replace(residual=operands.residual.clone())
     fused = FusedCall(kernels(), add, next_input)
-    fused.in_place = fused.owns_gradient = in_place  # as if there were a fused before and one after it
+    fused.in_place = fused.owns_gradient = in_place  # as if there were a fused add before and one after it
     with count_traffic() as forward:
         results = fused(operands)
     outs = [result for result in results if result is not None and result.requires_grad]
@@ -81,12 +82,12 @@ def check(
     sectors: float = 1.0,
     twice: Collection[str] = (),
 ) -> None:
-    """The big tensors' rows in `reads` are read, those in `writes` written, every byte once; nothing else is touched.
+    """Of the big tensors, the rows in `reads` are read and those in `writes` written, each byte once, and no others.
 
     Args:
-        minimum: what that must come to, in bytes.
+        minimum: the sum of both, in bytes.
         sectors: bytes of the sectors touched, at most, as a multiple of `minimum`.
-        twice: those whose rows are read twice.
+        twice: tensors whose rows are read twice.
     """
     reads, writes = reads or {}, writes or {}
     launches = [launch for launch in counted.launches if launch.big]
@@ -94,7 +95,7 @@ def check(
     big = launches[0].big if launches else {}
     assert {*reads, *writes} <= {*big}, "a tensor that should be there isn't"
     for traffic in {id(traffic): traffic for traffic in big.values()}.values():
-        names = [name for name in big if big[name] is traffic]  # several where it is in place
+        names = [name for name in big if big[name] is traffic]  # several if it is in place
         _check_rows(traffic.read, names, reads, 2 if names[0] in twice else 1)
         _check_rows(traffic.written, names, writes)
     check_total(counted, minimum, sectors, once=not twice)

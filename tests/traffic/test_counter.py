@@ -1,4 +1,4 @@
-"""The counter itself: it sees what is wrong, or the other tests of this folder say nothing."""
+"""The counter itself: it sees wrong traffic, so that the other tests of this folder can fail."""
 
 import pytest
 import torch
@@ -98,9 +98,9 @@ def test_reading_twice_and_writing_twice_shows():
 def test_check_sees_what_is_not_minimal():
     x, out = torch.randn(64), torch.zeros(64)
     reads, writes, minimum = {"x_ptr": ALL}, {"out_ptr": ALL}, 2 * 64 * FLOAT
-    with pytest.raises(AssertionError, match="how often"):  # an element that nobody asked for
+    with pytest.raises(AssertionError, match="how often"):  # an element too many
         check(copy(x, out), minimum, {"x_ptr": list(range(63))}, writes)
-    with pytest.raises(AssertionError, match="how often"):  # one that is missing
+    with pytest.raises(AssertionError, match="how often"):  # one element too few
         check(copy(x, out, size=63), minimum, reads, writes)
     with pytest.raises(AssertionError, match="1.032 × the minimum"):
         check(copy(x, out), minimum - 16, reads, writes)
@@ -117,7 +117,7 @@ def test_a_scattered_load_takes_a_sector_an_element():
 
 
 def test_views():
-    """Counts have the tensor's shape whatever its strides; what lies between its elements isn't its own."""
+    """Counts have the tensor's shape for any strides; memory between its elements doesn't count as its own."""
     x = torch.randn(4, 16).t()
     (record,) = copy(x, torch.zeros(64), size=40).launches
     assert record.tensors["x_ptr"].read.counts.tolist() == [[1, 1, int(i < 8), 0] for i in range(16)]
@@ -136,7 +136,7 @@ def test_one_tensor_as_two_arguments():
         copy(x[:48], x[16:], size=48)
 
 
-def test_memory_of_nobody():
+def test_memory_outside_of_tensors():
     storage = torch.randn(256)
     with pytest.raises(InterpreterError, match="reaches beyond"):
         copy(storage[:32], torch.zeros(64))
@@ -146,8 +146,8 @@ def test_memory_of_nobody():
         copy(storage[64:128], torch.zeros(64), x_start=64)
 
 
-def test_what_is_small():
-    """By its argument's name."""
+def test_small_tensors():
+    """Tensors are small by their arguments' names."""
     with count_traffic() as counted:
         Launch(
             _gather_kernel, (1,), dict(out_ptr=torch.zeros(16), x_ptr=torch.zeros(16), step=1, BLOCK=16),

@@ -1,8 +1,7 @@
-"""Each needed byte of the big tensors is read once, each byte of a result written once: the add and the gather.
+"""The add and the gather read each needed byte of the big tensors once, and write each byte of a result once.
 
-The minimum stands in every test, in bytes: rows × bytes a row, summed over the tensors. `check` then holds each element
-of each tensor to it.
-"""
+Every test gives the minimum in bytes: rows × bytes a row, summed over the tensors. `check` then compares each element
+of each tensor."""
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ pytestmark = [needs_interpreter, pytest.mark.usefixtures("tiles")]
 each_p = pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 
 
-# All rows, of which `row_scale` drops some
+# All rows; `row_scale` drops some
 
 
 @each_p
@@ -71,7 +70,7 @@ def test_dense_relu(p, gamma):
     forward, backward = run(add, residual=samples(), update=samples(), gamma=vector() if gamma else None)
     minimum = (BATCH + len(kept) + BATCH) * ROW  # residual, branch; out
     check(forward, minimum, {"residual_ptr": ALL, "update_ptr": kept}, {"out_ptr": ALL})
-    reads = {"dout_ptr": ALL, "out_ptr": ALL}  # where the sum was positive the gradient passes
+    reads = {"dout_ptr": ALL, "out_ptr": ALL}  # the gradient passes where the sum was positive
     minimum = (BATCH + BATCH + BATCH + BATCH) * ROW  # dout, out; dresidual, dupdate
     if gamma:
         reads, minimum = reads | {"update_ptr": kept}, minimum + len(kept) * ROW
@@ -82,7 +81,7 @@ def test_dense_relu(p, gamma):
 def test_dense_in_place(p):
     kept = ROWS[p]
     forward, backward = run(Add(row_scale=row_scale(kept)), in_place=True, residual=samples(), update=samples())
-    minimum = (len(kept) + len(kept) + len(kept)) * ROW  # residual, branch; out: dropped rows are what they should be
+    minimum = (len(kept) + len(kept) + len(kept)) * ROW  # residual, branch; out: dropped rows don't change
     check(forward, minimum, {"residual_ptr": kept, "update_ptr": kept}, {"out_ptr": kept})
     check(backward, (len(kept) + BATCH) * ROW, {"dout_ptr": kept}, {"dupdate_ptr": ALL})
 
@@ -113,7 +112,7 @@ def test_rows_in_place(p):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_rows_of_which_some_are_dropped(in_place):
+def test_dropped_rows(in_place):
     rows, kept = [4, 0, 3, 1], [0, 2]  # `kept` are places in `rows`
     kept_rows = [rows[k] for k in kept]
     add = Add(row_set(rows), row_scale=row_scale(kept, 4))
@@ -127,7 +126,7 @@ def test_rows_of_which_some_are_dropped(in_place):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_learning_and_frozen_rows(in_place):
-    """Both parts pass gradients on; γ learns from the first only, so that is all of the branch that is read."""
+    """Both parts pass gradients on. γ learns from the first only, so that only this part of the branch is read."""
     rows, next_input = row_set([4, 0, 3], 2), row_set([5, 4, 1, 2], 1)
     tensors = dict(residual=samples(), update=samples(2), frozen_update=samples(1), gamma=vector())
     forward, backward = run(Add(rows), NextInput(next_input), in_place, **tensors)
@@ -147,12 +146,12 @@ def test_learning_and_frozen_rows(in_place):
 
 @each_p
 def test_gather(p):
-    """The residual goes on as it is, so its backward is a node of both: the rows' gradients on top of the residual's."""
+    """The residual is a result too: the backward adds the gradients of the rows to the residual's."""
     rows = NEXT_ROWS[p]
     forward, backward = run(None, NextInput(row_set(rows)), residual=samples())
     if not rows:
         check(forward, 0)
-        check(backward, 0)  # the gradient goes on as it is too
+        check(backward, 0)  # its gradient passes unchanged too
         return
     minimum = (len(rows) + len(rows)) * ROW
     check(forward, minimum, {"x_ptr": rows}, {"out_ptr": ALL})
@@ -202,7 +201,7 @@ def test_layouts(shape, channel_dim, memory_format, aligned):
 
 @pytest.mark.parametrize("shape", [(6, 7, 13), (4, 13, 7, 7)])
 def test_odd_rows(shape):
-    """Without γ a row is one run, of 91 or 637 elements; the narrowest tiles cut it into pieces of 64."""
+    """Without γ a row is one run of 91 or 637 elements; the narrowest tiles cut it into pieces of 64."""
     rows, next_rows = row_set([3, 0]), row_set([2, 3, 1])
     residual, branch = torch.randn(shape).requires_grad_(), torch.randn(2, *shape[1:]).requires_grad_()
     width = torch.Size(shape[1:]).numel()
@@ -218,15 +217,15 @@ def test_odd_rows(shape):
 
 
 def misaligned_sectors(counted, rows, row):
-    """Bytes of sectors over bytes: a run of consecutive bytes touches, at each end, a sector of which it needs at least
-    one element. A run is a row or what the tiles' edges, one a call, make of it. That comes to 1.22 at most with rows
-    of 364 bytes, to 1.08 with rows of 2,548."""
+    """Bytes of sectors over bytes: a run of consecutive bytes touches a sector at each end and needs at least one
+    element of it. A run is a row or a piece of it between the tiles' edges, one a call. The ratio is at most 1.22 with
+    rows of 364 bytes, and 1.08 with rows of 2,548."""
     runs = rows + sum(accesses.calls for accesses in counted.big)
     return 1 + 2 * (SECTOR - FLOAT) * runs / (rows * row)
 
 
 def test_rows_at_a_distance():
-    """Samples lie apart, as a slice leaves them: what lies between isn't touched."""
+    """Samples lie apart, as in a slice: memory between them isn't touched."""
     residual, branch = (samples().detach()[:, :5].requires_grad_() for _ in range(2))
     forward, backward = run(Add(), residual=residual, update=branch, gamma=vector())
     row = 5 * CHANNELS * FLOAT
@@ -234,7 +233,7 @@ def test_rows_at_a_distance():
     check(backward, 3 * BATCH * row, {"dout_ptr": ALL, "update_ptr": ALL}, {"dupdate_ptr": ALL})
 
 
-# What isn't big, and what isn't a kernel
+# Small tensors, and traffic outside of kernels
 
 
 @pytest.mark.parametrize("tiles", [SMALL_TILES], indirect=True)
@@ -261,7 +260,7 @@ def small_bytes(launch):
 
 
 def test_one_copy_of_a_tensor_that_is_not_dense():
-    """What a kernel can't address it gets a copy of: torch reads and writes that once."""
+    """A kernel gets a copy of a tensor that it can't address: torch reads and writes that once."""
     branch = torch.randn(BATCH, CHANNELS, TOKENS).mT.requires_grad_()
     forward, backward = run(Add(), residual=samples(), update=branch)
     assert forward.torch_ops == ["aten.copy_.default"]
@@ -269,7 +268,8 @@ def test_one_copy_of_a_tensor_that_is_not_dense():
 
 
 def test_a_scale_of_zero():
-    """A number drops the whole branch: it isn't an argument any more, and its gradient is filled with zeros."""
+    """A scale of 0 drops the whole branch: kernels don't get it as an argument, and its gradient is filled with
+    zeros."""
     forward, backward = run(Add(scale=0.0), residual=samples(), update=samples(), gamma=vector())
     check(forward, (BATCH + BATCH) * ROW, {"residual_ptr": ALL}, {"out_ptr": ALL})
     assert backward.launches == []

@@ -85,7 +85,7 @@ def test_rows(norm, in_place, dtype):
 @all_tiles
 @each_norm
 def test_learning_and_frozen_rows(norm):
-    """Both parts of the next rows pass gradients on, of which the second learns nothing from."""
+    """Both parts of the next rows pass gradients on; the norm learns from the first only."""
     tensors = dict(residual=samples(), update=samples(2), frozen_update=samples(1), gamma=vector(), **weights(norm))
     forward, backward = run(Add(row_set([4, 0, 3], 2)), next_input(norm, row_set([5, 4, 1, 2], 1)), **tensors)
     minimum = (6 + 2 + 1 + 6 + 1 + 3 + 4) * ROW  # residual, branch, frozen; out, next, frozen_next, norm_input
@@ -101,7 +101,7 @@ def test_learning_and_frozen_rows(norm):
 @each_norm
 @pytest.mark.parametrize("next_p", [0.0, 0.5])
 def test_gather(norm, next_p):
-    """Without an add there is no sum to write, and of the residual only the next rows are read."""
+    """Without an add there is no sum to write, and only the next rows of the residual are read."""
     rows = NEXT_ROWS[next_p]
     forward, backward = run(None, next_input(norm, row_set(rows)), residual=samples(), **weights(norm))
     minimum = (len(rows) + len(rows) + len(rows)) * ROW  # residual; next, norm_input
@@ -126,7 +126,7 @@ def test_head_on_all_rows(norm, learns):
 @all_tiles
 @each_norm
 def test_all_rows_in_place(norm):
-    """Of the sum, which the norm's backward reads, the samples are written that a branch is added to."""
+    """Only the samples of the sum with an update are written; the norm's backward reads the sum."""
     rows = ROWS[0.5]
     tensors = dict(residual=samples(), update=samples(3), **weights(norm))
     forward, backward = run(Add(row_set(rows)), next_input(norm), in_place=True, **tensors)
@@ -141,7 +141,7 @@ def test_all_rows_in_place(norm):
 @pytest.mark.parametrize("rows", [None, NEXT_ROWS[0.5]], ids=["all", "some"])
 @each_dtype
 def test_statistics(norm, rows, dtype):
-    """Of a position with a norm 8 bytes are kept, rstd's alone by RMSNorm, in float32 whatever the residual's dtype."""
+    """A position with a norm keeps 8 bytes, or only rstd's 4 with RMSNorm: float32 for any dtype of the residual."""
     positions = TOKENS * (BATCH if rows is None else len(rows))
     tensors = dict(residual=samples(dtype=dtype), update=samples(dtype=dtype), **weights(norm))
     forward, backward = run(Add(), next_input(norm, rows and row_set(rows)), **tensors)
@@ -170,8 +170,8 @@ def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
 @each_norm
 @out_of_place_and_in_place
 def test_wide_backward(monkeypatch, norm, in_place):
-    """Rows that don't fit in registers: dnext and the norm's input are read twice, by the same program shortly after one
-    another, so that the second time they come from the cache; everything else once."""
+    """Rows that don't fit in registers: the same program reads dnext and the norm's input twice in a short time, the
+    second time from the cache. All other tensors are read once."""
     pieces = launch.LaunchConfig(tile=64, max_columns=64, num_warps=4, tiles=2)
     monkeypatch.setitem(launch.CONFIGS, "residual_add_norm_bwd_wide", {"default": ((2**31, pieces),)})
     monkeypatch.setattr(kernels(), "WIDEST_SUM_IN_REGISTERS", 128)
@@ -211,7 +211,7 @@ def test_odd_channels(norm, dtype, in_place):
     )  # fmt: skip
     row = tokens * channels * dtype.itemsize
     touched, added, changed = ([0, 1, 2, 4], [4, 1], [2, 1, 0]) if in_place else (ALL, ALL, ALL)
-    # At each end a row touches a sector of which it needs at least one element: 1.15 with rows of 364 bytes, 1.33 of 182.
+    # At each end a row touches a sector and needs at least one element of it: 1.15 with rows of 364 bytes, 1.33 of 182.
     sectors = 1 + 2 * (SECTOR - dtype.itemsize) / row
     rows = (4 + 2 if in_place else 5 + 5) + 2 + 3 + 3  # residual, out; branch; next, norm_input
     writes = {"out_ptr": added, "next_ptr": ALL, "norm_input_ptr": ALL}
@@ -252,7 +252,7 @@ def test_path(p, next_p, norm, in_place):
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @each_dtype
 def test_path_with_scales(p, norm, dtype):
-    """Every row goes on, as where rows are dropped by their scale: without a norm the residual is the next rows."""
+    """All rows are next rows, as where a scale drops rows: without a norm the residual itself is the next input."""
     kept = len(ROWS[p])
     forward, backward = run(
         Add(row_scale=row_scale(ROWS[p])), next_input(norm) if norm else None,
@@ -268,8 +268,8 @@ def test_path_with_scales(p, norm, dtype):
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_two_paths(norm):
-    """The sum is handed from call to call and overwritten, and so is its gradient on the way back; the branch between
-    is the identity. Autograd adds nothing up: torch touches no tensor."""
+    """The sum is handed from call to call and overwritten, and so is its gradient in the backward; the branch between
+    is the identity. Autograd adds no gradients up: torch touches no tensor."""
     rows, next_rows, last_rows = row_set([4, 0, 3]), row_set([3, 1, 5]), row_set([2, 5])
     first = FusedCall(kernels(), Add(rows), next_input(norm, next_rows))
     x, branch = samples(), samples(3)
@@ -292,8 +292,8 @@ def test_two_paths(norm):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_two_paths_on_all_rows(norm):
-    """A sum that is kept for the norm's backward isn't overwritten by the next: to write that elsewhere moves no more
-    bytes, and nothing is copied. The gradient is overwritten all the same."""
+    """A sum that is kept for the norm's backward isn't overwritten by the next one. Writing that elsewhere moves no
+    more bytes, and nothing is copied. The gradient is still overwritten."""
     first = FusedCall(kernels(), Add(), next_input(norm))
     x, branch = samples(), samples()
     with count_traffic() as forward:

@@ -1,4 +1,4 @@
-"""Where a gradient isn't wanted, or doesn't come, nothing is read or written for its sake."""
+"""Where a gradient isn't needed, or is absent, nothing is read or written for it."""
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ def weights(norm, learn=True):
 
 
 @pytest.mark.parametrize("gamma", [False, True])
-def test_constant_frozen_part(gamma):
-    """The gradient of the sum is read where the branch learns, not where it is a detached."""
+def test_a_detached_frozen_part(gamma):
+    """The gradient of the sum is read where the branch learns, and not where it is a constant."""
     rows = [4, 0, 3]
     tensors = dict(residual=samples(), update=samples(1), frozen_update=samples(2, learns=False))
     _, backward = run(Add(row_set(rows, 1)), **tensors, gamma=vector() if gamma else None)
@@ -47,7 +47,7 @@ def test_constant_frozen_part(gamma):
 @out_of_place_and_in_place
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_constant_frozen_next_rows(norm, in_place):
-    """No gradient comes back from them: in place their rows stay as they are, and nothing is kept of them."""
+    """They have no gradient: in place their rows don't change, and nothing of them is kept."""
     rows, next_rows, tensors = [4, 0], row_set([3, 4, 5], 1), dict(residual=samples(), update=samples(2))
     after = next_input(norm, next_rows, detached="frozen")
     forward, backward = run(Add(row_set(rows)), after, in_place, **tensors, **weights(norm))
@@ -66,7 +66,7 @@ def test_constant_frozen_next_rows(norm, in_place):
 
 
 def test_constant_frozen_rows_of_a_gather():
-    """The owned gradient of the residual is read and written where one is added to it."""
+    """The owned gradient of the residual is read and written only where one is added to it."""
     after = next_input(None, row_set([3, 4, 5], 1), detached="frozen")
     _, backward = run(None, after, in_place=True, residual=samples())
     check(backward, (1 + 1 + 1) * ROW, {"residual_ptr": [3], "update_ptr": ALL}, {"out_ptr": [3]})
@@ -75,7 +75,7 @@ def test_constant_frozen_rows_of_a_gather():
 @out_of_place_and_in_place
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 def test_no_next_rows(norm, in_place):
-    """The residual's gradient goes on as it is; the norm's weights get zeros."""
+    """The residual's gradient passes unchanged; the norm's weights get zeros."""
     tensors = dict(residual=samples(), update=samples(3), **weights(norm))
     _, backward = run(Add(row_set(ROWS[0.5])), next_input(norm, row_set([])), in_place, **tensors)
     check(backward, (3 + 3) * ROW, {"dout_ptr": ROWS[0.5]}, {"dupdate_ptr": ALL})
@@ -99,7 +99,7 @@ def test_add_without_the_residuals_gradient(activation):
 
 
 def test_next_rows_without_the_residuals_gradient():
-    """Of dnext those rows that the branch was added to: row 3 alone."""
+    """Only the rows of dnext with an update are read: row 3."""
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]
     after = next_input(None, row_set(next_rows))
     _, backward = run(Add(row_set(rows)), after, residual=samples(learns=False), update=samples(3))
@@ -110,7 +110,7 @@ def test_next_rows_without_the_residuals_gradient():
 @each_norm
 @pytest.mark.parametrize("weights_learn", [False, True])
 def test_norm_without_the_residuals_gradient(norm, weights_learn):
-    """The weights need dnext and the norm's input of all rows, the branch those of its own."""
+    """The weights need dnext and the norm's input of all rows; the branch needs those of its own rows."""
     rows, next_rows = ROWS[0.5], NEXT_ROWS[0.5]
     tensors = dict(residual=samples(learns=False), update=samples(3), **weights(norm, learn=weights_learn))
     _, backward = run(Add(row_set(rows)), next_input(norm, row_set(next_rows)), **tensors)
@@ -126,12 +126,12 @@ def test_norm_of_a_residual_that_needs_no_gradient(norm):
     check(backward, (BATCH + BATCH) * ROW, {"dnext_ptr": ALL, "norm_input_ptr": ALL})
 
 
-# Vectors and lists that don't lie densely
+# Vectors and lists that aren't dense
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["inverted by a kernel", "inverted before"])
 def test_vectors_and_lists_at_a_distance(inverted):
-    """A kernel steps through them element by element: it doesn't read what lies between, nor beyond their end."""
+    """A kernel reads them element by element, and nothing between the elements or beyond the end."""
 
     def apart(x):
         return torch.stack([x.detach(), torch.full_like(x, 7)], dim=-1)[..., 0].requires_grad_(x.requires_grad)

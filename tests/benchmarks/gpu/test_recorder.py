@@ -1,4 +1,4 @@
-"""The plugin of pytest that writes a row for each test."""
+"""The pytest plugin that writes a row for each test."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from benchmarks.output import append_csv, read_csv, write_csv
 
 @pytest.fixture
 def record(tmp_path):
-    """Runs a file of tests with the recorder. The exit code, what was printed, and the rows."""
+    """Runs a file of tests with the recorder. Returns the exit code, the output and the rows."""
     file = tmp_path / "tests-cpu.csv"
 
     def record(source, *options, step="table"):
@@ -92,7 +92,7 @@ CUT_OFF = """
 
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_blames_no_test(tmp_path):
-    """The interrupt of a step whose time is over reaches the workers too. Budget: 20 seconds."""
+    """When a step's time is over, the interrupt reaches the workers too. Budget: 20 seconds."""
     file, begun, tests = tmp_path / "tests.csv", tmp_path / "begun", tmp_path / "test_cut_off.py"
     tests.write_text(textwrap.dedent(CUT_OFF).replace("BEGUN", repr(str(begun))))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -112,7 +112,7 @@ def test_a_run_that_is_cut_off_blames_no_test(tmp_path):
 
 
 def test_rows_of_other_steps_stay(tmp_path):
-    """Also those of an earlier commit, which had other columns."""
+    """Rows of an earlier commit with other columns stay too."""
     file = tmp_path / "tests.csv"
     write_csv(file, [{"step": "drawn", "test": "t", "gone": 1}, {"step": "table", "test": "t", "gone": 2}])
     recorder = Recorder(file, "table")
@@ -141,7 +141,7 @@ def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, monkeypatch
     write_csv(file, [{"a": 1, "b": "x"}])
 
     class Full(io.BytesIO):
-        """A disk with room for half of it."""
+        """A disk with room for half of the bytes."""
 
         def write(self, content):
             with open(file, "ab") as half:

@@ -1,4 +1,5 @@
-"""The steps of `python -m benchmarks gpu`: that they are there, what is said of them, and all of them in small."""
+"""The steps of `python -m benchmarks gpu`: their commands exist, their headlines are right, and all of them run in
+small."""
 
 import json
 import os
@@ -22,8 +23,8 @@ from benchmarks.suite import parsed
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_step_is_a_command_that_there_is(device, tmp_path):
-    """Options that only a GPU will see too."""
+def test_every_step_is_an_existing_command(device, tmp_path):
+    """Options that are used on GPUs only are checked too."""
     workspace = Workspace(device, "h200", tmp_path, tmp_path)
     for each in STEPS:
         flag, module, *options = each.arguments(workspace)
@@ -33,7 +34,7 @@ def test_every_step_is_a_command_that_there_is(device, tmp_path):
         elif module == "pytest":
             tests = [option for option in options if option.startswith("tests/")]
             assert tests
-            assert "-W default" in " ".join(options), "a new warning doesn't fail a test"
+            assert "-W default" in " ".join(options), "a new warning must not fail a test"
             assert all((ROOT / test).exists() for test in tests)
         else:
             assert (ROOT / f"{module.replace('.', '/')}.py").exists()
@@ -65,8 +66,8 @@ def test_refuses_other_minutes(minutes, capsys):
     assert "must be a number of minutes" in capsys.readouterr().err
 
 
-def test_a_gpu_on_which_no_test_ran_is_no_success(tmp_path):
-    """All of them skipped, say."""
+def test_a_visit_that_ran_no_test_is_no_success(tmp_path):
+    """For example if all tests were skipped."""
     file = tmp_path / "tests-h200.csv"
     visit = command.Visit(Workspace("cuda", "h200", tmp_path, tmp_path), {})
     file.write_text("step,test,outcome,budget_used,message\ntable,t,skipped,,no GPU\n")
@@ -75,7 +76,7 @@ def test_a_gpu_on_which_no_test_ran_is_no_success(tmp_path):
 
 
 def test_a_test_that_ends_its_process_counts_once():
-    """It fails, and is blamed for the crash."""
+    """It fails, and its message is the crash's."""
     rows = [{"test": t, "outcome": o, "message": m, "budget_used": ""} for t, o, m in
             (("a", "passed", ""), ("b", "failed", "off by 3"), ("b", "failed", "worker crashed"))]  # fmt: skip
     assert answers.right_of_tests(rows) == "1 of 2 right"
@@ -88,7 +89,7 @@ def gpu_row(provider, **columns):
 
 
 def test_headlines():
-    """From rows as a GPU gives them."""
+    """From rows like those of a GPU."""
     ops = [
         gpu_row("eager", to_eager=1.0, copy_share=0.2, device_ms=2.0),
         gpu_row("ours triton", to_eager=0.5, copy_share=0.8, device_ms=1.0),
@@ -135,12 +136,12 @@ def test_the_library_is_built_where_it_does_not_serve(monkeypatch):
     assert built == ["cuda", "cpu"]
 
 
-# All of it
+# All steps
 
 
 @pytest.fixture
 def bare_copy(tmp_path):
-    """The tree as it travels: no git, nothing built."""
+    """A copy of the tree without git and without anything built."""
     copy = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "*.so", "__pycache__", "*.egg-info", "docs")
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -153,7 +154,7 @@ def test_every_step_in_small_from_a_bare_copy(bare_copy, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment |= {"RDP_COMMIT": "abc1234", "GIT_CEILING_DIRECTORIES": str(tmp_path)}
     out = tmp_path / "out"
-    options = ["--tiny", "--minutes", "40", "--out", str(out)]  # a busy machine has time
+    options = ["--tiny", "--minutes", "40", "--out", str(out)]  # time enough on a busy machine
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks", "gpu", *options],
         cwd=bare_copy, env=environment, capture_output=True, text=True,
@@ -174,7 +175,7 @@ def test_every_step_in_small_from_a_bare_copy(bare_copy, tmp_path):
 
 @pytest.mark.slow
 def test_how_many_kernels_a_visit_compiles(capfd):
-    """Budget: 2 minutes. A kernel takes Triton most of a second."""
+    """Budget: 2 minutes. Triton takes most of a second for a kernel."""
     assert main(["gpu", "--count"]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     asked = {line[0]: int(line[1]) for line in lines if len(line) == 3 and line[1].isdigit()}
@@ -187,7 +188,7 @@ def test_how_many_kernels_a_visit_compiles(capfd):
 
 
 def test_rows_files_have_types(tmp_path):
-    """An answer reads numbers, not their texts."""
+    """Answers read numbers, not text."""
     visit = command.Visit(Workspace("cpu", "cpu", tmp_path, tmp_path), {})
     (tmp_path / "step.json").write_text(
         json.dumps([{"provider": "ours exact", "model": "vit-s", "mode": "block", "ratio_rounds": 0.7}])

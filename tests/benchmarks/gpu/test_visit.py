@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: whatever becomes of a step costs the others nothing, time is kept, and nothing is lost."""
+"""`python -m benchmarks gpu`: a failed step doesn't harm the others, limits of time are kept, and no result is lost."""
 
 import io
 import os
@@ -29,8 +29,8 @@ def step(name, code, share=10.0, **options):
 
 @pytest.fixture
 def visit(monkeypatch, tmp_path, capsys):
-    """Runs these steps. The exit code, what was printed, and the verdicts in the file."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+    """Runs these steps. Returns the exit code, the output and the verdicts in the file."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a shell ignore it
 
     def visit(*steps, seconds=60.0, out=tmp_path / "out"):
         monkeypatch.setattr(command, "STEPS", steps)
@@ -47,12 +47,12 @@ def visit(monkeypatch, tmp_path, capsys):
 
 
 def is_there(pid):
-    """A process that is dead and waits for its parent doesn't count."""
+    """False for a zombie."""
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_a_step_that_raises_crashes_hangs_or_fails_costs_the_others_nothing(visit, tmp_path):
+def test_a_step_that_raises_crashes_hangs_or_fails_leaves_the_others_alone(visit, tmp_path):
     child = tmp_path / "child"
     steps = [
         step("first", GOOD),
@@ -84,10 +84,10 @@ def test_a_step_that_raises_crashes_hangs_or_fails_costs_the_others_nothing(visi
     assert "hangs: it was stopped after" in printed
     assert "nothing was found: ZeroDivisionError" in printed
     assert "on the way" in (tmp_path / "out" / "gpu-cpu.log").read_text()
-    assert not is_there(child.read_text()), "what the step had started is gone too"
+    assert not is_there(child.read_text()), "the step's child is gone too"
 
 
-def test_a_step_for_what_time_is_left_may_use_all_of_it(visit):
+def test_a_step_that_fills_its_time_may_use_all_of_it(visit):
     code, printed, verdicts = visit(step("drawn", "print('7 right', flush=True); " + HANGS, fills=True), seconds=2)
     assert (code, verdicts) == (0, {"drawn": "ok"})
     assert "7 right, when the time was over" in printed
@@ -103,8 +103,8 @@ def test_a_python_that_cannot_be_started_is_a_failed_step(visit, monkeypatch):
 @pytest.mark.parametrize(
     "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]]
 )
-def test_an_interrupt_keeps_what_there_is(visit, numbers, tmp_path):
-    """Ctrl-C, what `timeout` sends, a terminal that is gone; and more of them while a step that ignores the first is
+def test_an_interrupt_keeps_the_results_so_far(visit, numbers, tmp_path):
+    """Ctrl-C, the signal of `timeout`, a closed terminal; and more signals while a step that ignores the first one is
     being stopped."""
     begun = tmp_path / "begun"
 
@@ -134,7 +134,7 @@ def test_a_step_without_time_is_not_started(visit, monkeypatch):
 
 
 def test_rows_of_an_earlier_visit_do_not_pass_for_this_ones(visit, tmp_path):
-    """A step that writes nothing found nothing, whatever lies there; even one that fills its time."""
+    """A step that writes nothing has no result, even if old files are there, and even if it fills its time."""
     (tmp_path / "out").mkdir()
     rows = [
         {"step": name, "test": "t", "outcome": "passed", "budget_used": 0.5, "message": ""}
@@ -159,7 +159,7 @@ def test_older_files_with_other_columns_end_nothing(visit, tmp_path, older):
 
 
 class Gone(io.StringIO):
-    """The end of a pipe that nobody reads, and that knows no µ."""
+    """A closed pipe whose encoding has no µ."""
 
     encoding = "ascii"
 
@@ -187,7 +187,7 @@ def test_the_log_keeps_earlier_visits_and_is_bounded(visit, monkeypatch, tmp_pat
     assert "the rest of this step is left out" in log
 
 
-def test_what_would_change_the_measurement_is_not_inherited(monkeypatch, tmp_path):
+def test_variables_that_change_the_measurement_are_not_inherited(monkeypatch, tmp_path):
     for name in ("RDP_BACKEND", "PYTEST_ADDOPTS", "RDP_EXAMPLES", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "1")
     of = {
@@ -249,7 +249,7 @@ def test_a_full_disk_costs_nothing_but_what_does_not_fit(tmp_path):
     assert ",first,ok," in file, "what was found while there was room"
 
 
-def test_limits_keep_to_the_time_and_hand_on_what_is_left(monkeypatch):
+def test_limits_keep_to_the_time_and_pass_on_unused_time(monkeypatch):
     now = 100.0
     monkeypatch.setattr(command.time, "monotonic", lambda: now)
     steps = [step("a", "", share=10), step("b", "", share=30), step("c", "", share=60)]
