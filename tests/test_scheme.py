@@ -549,7 +549,7 @@ def batch_norm_net(**options):
     [
         (lambda: rdp.ResidualDropPath(nn.Linear(2, 2)), ValueError, r"no paths: call rdp.convert\(model\) first, or build it from"),
         (lambda: rdp.ResidualDropPath([]), TypeError, "model must be a torch.nn.Module"),
-        (lambda: rdp.ResidualDropPath(Nested()), ValueError, "'outer.fn.1' lies inside path 'outer': nested"),
+        (lambda: rdp.ResidualDropPath(Nested()), ValueError, "'outer.fn.1' lies inside path 'outer': a plan can't decide about nested paths"),
         (lambda: rdp.ResidualDropPath(Nested().outer), ValueError, "'fn.1' lies inside path ''"),
         (lambda: rdp.ResidualDropPath(Net(), 1.5), ValueError, "drop_prob"),
         (lambda: rdp.ResidualDropPath(Net(), schedule="linear"), ValueError, "schedule='linear'.*give drop_prob"),
