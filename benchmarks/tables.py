@@ -176,7 +176,10 @@ def memory_table(rows: list[CsvRow]) -> str:
 
 def scaling_table(rows: list[CsvRow]) -> str:
     """Host time of the scheme on tiny paths."""
-    lines = ["| mode | paths | plain pair, ms | ours, ms | overhead, µs a path | of it for the plan |", "|" + "---|" * 6]
+    lines = [
+        "| mode | paths | plain pair, ms | ours, ms | overhead, µs a path | for the plan |",
+        "|" + "---|" * 6,
+    ]
     tiny = [row for row in rows if row["network"] == "tiny"]
     for (mode, paths), group in itertools.groupby(tiny, lambda row: (row["mode"], row["paths"])):
         by_name = {row["provider"]: row for row in group}

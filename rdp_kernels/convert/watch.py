@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import gc
 import sys
 import threading
 import types
@@ -28,6 +29,18 @@ from .snapshot import CONTAINERS, fill, generator_states, items_of, moved_genera
 _LISTINGS = [n + kind for kind in ("parameters", "buffers", "children", "modules") for n in ("", "named_")]
 """Methods of `nn.Module` that list what a module holds."""
 _SCALARS = (int, float, bool, str, type(None))
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keeps `gc.callbacks` of other libraries from running, whose calls would pass for calls of the forward."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Watch:
@@ -69,7 +82,7 @@ class Watch:
         """Watches a trace. Raises `Refused` at the end if it saw something that a converted forward can't do."""
         before, profile, around = generator_states(), sys.getprofile(), ambient()
         try:
-            with _lock, self._hooked():
+            with _lock, self._hooked(), _no_garbage_collection():
                 sys.setprofile(self._profile)
                 try:
                     yield

@@ -151,8 +151,8 @@ def rebound(similarity: Tensor) -> Tensor:
 def heatmap_rebound(similarity: Tensor) -> Tensor:
     """The mean rebound of the rows of a similarity heatmap.
 
-    The rebound of row r begins at column r. A layer counts only if it has at least two later layers to compare with (not
-    NaN).
+    The rebound of row r begins at column r. A layer counts only if it has at least two later layers to compare with
+    (not NaN).
 
     Args:
         similarity: `[..., L, L]`.

@@ -1,8 +1,10 @@
 """Blocks that can't be converted are refused with a reason, or run as before; results are never wrong."""
 
+import gc
 import re
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -414,6 +416,19 @@ def test_a_block_in_the_branch_of_another_stays_as_it_was():
     assert [(row.block, row.nested) for row in report] == [("blocks.0", None), ("blocks.0.fn", "blocks.0.drop_path")]
     assert CONVERTED not in model.blocks[0].fn.__dict__
     rdp.ResidualDropPath(model, 0.5)
+
+
+def test_garbage_collection_is_no_call_of_the_forward(monkeypatch):
+    """Libraries measure it with `gc.callbacks`, which run in the middle of any code."""
+    monkeypatch.setattr(gc, "callbacks", [lambda phase, info: time.perf_counter()])
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        report = rdp.convert(nn.Sequential(Residual(), Residual()), example_inputs=tokens())
+    finally:
+        gc.set_threshold(*threshold)
+    assert len(report.converted) == 2
+    assert gc.isenabled()
 
 
 def test_tracing_has_a_bound(monkeypatch):
