@@ -24,7 +24,7 @@ SMALL = {
     "-m benchmarks": "--tiny",
     "-m rdp_kernels.info": "",
     "-m rdp_kernels.diagnostics": "--data digits --batches 1 --batch-size 8 --lesions 1 --samples 1",
-    "-m tests.coverage.cost": "--help",  # minutes, and not smaller; it and the next are run by hand, after a change
+    "-m tests.coverage.cost": "",  # takes no options, and minutes: no page has it in a block
     "-m tests.coverage": "-k timm.vision_transformer",
     "-m tests.versions": "--help",  # `make test-all` runs it
     "-m sphinx": "--help",  # `make docs`

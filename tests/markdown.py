@@ -17,13 +17,24 @@ PAGES = sorted(
 )
 
 
-def text_of(page: str) -> str:
+def text_of(page: str | Path) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of `page` in `language`."""
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text_of(page), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str | Path) -> str:
+    """The text of `page` without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_commands(page: str) -> list[list[str]]:
+    """The commands that stand in the prose and tables of `page`; not the forms of one."""
+    found = re.findall(r"`((?:python (?:-m|docs|examples)|make|torchrun [^`]*\.py)[ /][^`]+)`", prose(page))
+    return [shlex.split(line) for line in found if not re.search(r"COMMAND|\.\.\.|\[", line)]
 
 
 def commands(page: str) -> list[list[str]]:

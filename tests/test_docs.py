@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 
 import rdp_kernels as rdp
+from rdp_kernels import diagnostics
+from rdp_kernels.integrations import distributed, fsdp
 
 from .commands import run_small, understand
-from .markdown import PAGES, README, ROOT, blocks, commands, missing, run, text_of
+from .markdown import PAGES, README, ROOT, blocks, commands, inline_commands, missing, prose, run, text_of
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
-COMMANDS = [(page, words) for page in [README, "CONTRIBUTING.md", *PAGES] for words in commands(page)]
+ALL = [README, "CONTRIBUTING.md", *PAGES]
+COMMANDS = [(page, words) for page in ALL for words in commands(page)]
+INLINE = [(page, words) for page in ALL for words in inline_commands(page)]
+NAMES = {
+    "rdp": rdp.__all__, "scheme": dir(rdp.ResidualDropPath), "plan": [*dir(rdp.PathPlan), "keep", "drop_probs", "mode"], "fsdp": fsdp.__all__,
+    "distributed": distributed.__all__, "diagnostics": diagnostics.__all__,
+}  # fmt: skip
+"""What may stand behind a dot."""
+OTHERS_OPTIONS = {"--no-build-isolation", "--max-restarts", "--threads", "--nproc-per-node", "--benchmark-only"}
 
 
 def run_if_installed(page):
@@ -42,7 +53,9 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     run_if_installed(page)
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS + INLINE, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_commands_are_understood(page, words):
     """Up to where they would begin to work."""
     understand(words)
@@ -55,26 +68,52 @@ def test_commands_run(words, tmp_path):
     run_small(list(words), tmp_path)
 
 
-@pytest.mark.parametrize("page", [README, "CONTRIBUTING.md", *PAGES])
+@pytest.mark.parametrize("page", ALL)
 def test_what_is_named_exists(page):
     text = text_of(page)
-    for name in set(re.findall(r"\brdp\.(\w+)", text)):
-        assert name in rdp.__all__, name
-    for file in re.findall(r"`((?:tests|examples|benchmarks|rdp_kernels|csrc|docs)/(?!_build/)[\w./-]+)`", text):
-        assert (ROOT / file).exists(), file
+    for owner, name in set(re.findall(rf"(?<![\w./-])({'|'.join(NAMES)})\.(?!md|py)(\w+)", text)):
+        assert name in NAMES[owner], f"{owner}.{name}"
+    for file in re.findall(r"`((?:tests|examples|benchmarks|rdp_kernels|csrc|docs)/[\w./-]+)`", text):
+        assert (ROOT / file).exists() or file.startswith("docs/_build/"), file
+    variables = text_of("docs/reference/environment.md")
+    for variable in set(re.findall(r"RDP_\w+", text)):
+        assert f"`{variable}`" in variables or page == "CONTRIBUTING.md", variable
 
 
-@pytest.mark.parametrize("page", [README, "CONTRIBUTING.md", *PAGES])
+def test_options_that_are_named_exist():
+    folders = ("benchmarks", "examples", "rdp_kernels", "tests")
+    sources = "".join(file.read_text("utf-8") for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    known = set(re.findall(r'"(--[a-z][\w-]*)"', sources)) | OTHERS_OPTIONS
+    for page in ALL:
+        named = set(re.findall(r"`(--[a-z][\w-]*)[` ]", text_of(page)))
+        assert named <= known, f"{page}: {named - known}"
+
+
+def test_the_readme_lists_the_public_names():
+    (section,) = re.findall(r"^## API\n(.*?)^## ", text_of(README), re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", section)) - {"rdp"} == {n for n in rdp.__all__ if not n.startswith("__")}
+
+
+def test_the_readmes_results_stand_in_the_evidence():
+    evidence = text_of("docs/evidence.md")
+    pairs = {(float(a), float(b)) for a, b in re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", evidence)}
+    for a, b in re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", prose(README)):
+        digits = len(a.partition(".")[2])
+        assert any((f"{x:.{digits}f}", f"{y:.{digits}f}") == (a, b) for x, y in pairs), a
+    for percent in re.findall(r"(\d+\.\d+) %", prose(README)):
+        assert f"| {percent} ± " in evidence, percent
+
+
+@pytest.mark.parametrize("page", ALL)
 def test_links_lead_somewhere(page):
     """To files, and to headings as GitHub and Sphinx name them."""
-    prose = re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
-    for file, heading in re.findall(r"\]\((?!https?:)([\w./-]*)(?:#([\w-]+))?\)", prose):
+    for file, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose(page)):
         target = (ROOT / page).parent / file if file else ROOT / page
         assert target.exists(), file
         if heading:
-            assert heading in anchors(target.read_text(encoding="utf-8")), f"{file}#{heading}"
+            assert heading in anchors(target), f"{file}#{heading}"
 
 
-def anchors(text: str) -> set[str]:
-    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().replace(" ", "-").lower() for heading in headings}

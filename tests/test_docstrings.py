@@ -7,6 +7,7 @@ runs. Examples use `torch`, `nn` and `rdp` without importing them, as docs/refer
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import doctest
 import importlib
@@ -93,8 +94,19 @@ def test_sections_say_what_comes_in_and_out(name, value):
     told = {param.arg_name.lstrip("*"): param.description for param in parsed.params}
     assert list(told) == [p.name for p in parameters], name
     assert all(told.values()), name
+    for parameter in parameters:
+        said = default_in(told[parameter.name])
+        assert said in (None, repr(parameter.default).replace("'", '"')), f"{name}: {parameter}"
+    for error in parsed.raises:
+        assert hasattr(builtins, error.type_name) or error.type_name in rdp.__all__, f"{name}: {error.type_name}"
     if not inspect.isclass(value) and returns_something(value):
         assert parsed.returns or parsed.many_returns or parsed.yields, f"{name} doesn't say what it returns"
+
+
+def default_in(description: str) -> str | None:
+    """The default that a description gives, if it gives one."""
+    found = re.search(r'Default: ([\w.]+)\.|`?([\w"]+)`? \(default\)|\b(\w+), the default', description)
+    return next(filter(None, found.groups())) if found else None
 
 
 def returns_something(function: object) -> bool:
