@@ -1,9 +1,7 @@
 """The pytest plugin that writes a row for each test."""
 
-import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import answers
+from benchmarks.gpu.process import _stop
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.machine import ROOT
 from benchmarks.output import append_csv, read_csv, write_csv
@@ -92,7 +91,7 @@ CUT_OFF = """
 
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_blames_no_test(tmp_path):
-    """When a step's time is over, the interrupt reaches the workers too. Budget: 20 seconds."""
+    """When a step's time is over, its tests and their workers are stopped. Budget: 20 seconds."""
     file, begun, tests = tmp_path / "tests.csv", tmp_path / "begun", tmp_path / "test_cut_off.py"
     tests.write_text(textwrap.dedent(CUT_OFF).replace("BEGUN", repr(str(begun))))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -103,11 +102,8 @@ def test_a_run_that_is_cut_off_blames_no_test(tmp_path):
         while not (begun.exists() and file.exists()):
             assert process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(30)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _stop(process)  # an interrupt, and a kill where that doesn't end it
     assert [(row["test"].partition("::")[2], row["outcome"]) for row in read_csv(file)] == [("test_right", "passed")]
 
 
