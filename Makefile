@@ -27,9 +27,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/pydoclint rdp_kernels
 
-# Builds docs/_build/html, executes the notebooks, and fails at the first warning.
+# Builds docs/_build/html, executes the notebooks, and fails at the first warning or if a notebook has no output.
 docs: .venv/built
 	$(BIN)/python -m sphinx -W --keep-going --jobs auto --quiet docs docs/_build/html
+	for page in drop-path digits fine-tuning; do grep -q cell_output docs/_build/html/tutorials/$$page.html || exit 1; done
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --quick $(ARGS)

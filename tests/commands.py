@@ -27,7 +27,6 @@ SMALL = {
     "-m tests.coverage.cost": "",  # takes no options, and minutes: no page has it in a block
     "-m tests.coverage": "-k timm.vision_transformer",
     "-m tests.versions": "--help",  # `make test-all` runs it
-    "-m sphinx": "--help",  # `make docs`
     "examples/bytes_lm.py": "--preset quick --seeds 1 --steps 4 --depth 2 --validation-windows 2 --overwrite",
     "examples/dino.py": "--epochs 1 --batch-size 256 --overwrite",
     "examples/finetune_timm.py": "--epochs 1 --batch-size 512 --overwrite",
@@ -43,9 +42,7 @@ SMALL = {
 }
 """What makes a command small. An option given twice counts as it was given last."""
 
-
 WITHOUT_OUT = {f"examples/train_{stack}.py" for stack in ("accelerate", "lightning", "timm", "transformers")}
-
 
 WITH_TORCHVISION = """
 import runpy, sys
@@ -56,8 +53,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 """Runs a module whose name follows `-m`. timm imports torchvision, which may not match torch's build."""
 
-LEFT_OUT = {"--quick", "--pretrained"}
-"""They need a network, or exclude what makes a command small."""
+LEFT_OUT = {"--quick", "--pretrained", "--device", "cuda"}
+"""They need a network or a GPU, or exclude what makes a command small."""
 
 
 class Understood(Exception):
@@ -148,7 +145,7 @@ def run_small(words: list[str], folder: Path) -> None:
 
 def replaced(word: str, folder: Path) -> str:
     """Names in `word` that stand for the reader's own: of folders, files and models."""
-    if word.startswith("report/") or word in ("report", "FILE"):
+    if word.startswith(("report/", "docs/")) or word in ("report", "FILE"):
         return str(folder / word.rpartition("/")[2])
     if word == "last.pt":
         torch.save(tiny_vit().state_dict(), folder / word)

@@ -20,12 +20,17 @@ from .markdown import PAGES, README, ROOT, blocks, commands, inline_commands, mi
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 ALL = [README, "CONTRIBUTING.md", *PAGES]
-COMMANDS = [(page, words) for page in ALL for words in commands(page)]
-INLINE = [(page, words) for page in ALL for words in inline_commands(page)]
+COMMANDS = dict.fromkeys(tuple(words) for page in ALL for words in commands(page))
+INLINE = dict.fromkeys(tuple(words) for page in ALL for words in inline_commands(page))
+OF_THE_README = [tuple(words) for words in commands(README)]
 NAMES = {
-    "rdp": rdp.__all__, "scheme": dir(rdp.ResidualDropPath), "plan": [*dir(rdp.PathPlan), "keep", "drop_probs", "mode"], "fsdp": fsdp.__all__,
-    "distributed": distributed.__all__, "diagnostics": diagnostics.__all__,
-}  # fmt: skip
+    "rdp": rdp.__all__,
+    "scheme": dir(rdp.ResidualDropPath),
+    "plan": [*dir(rdp.PathPlan), "keep", "drop_probs", "mode"],
+    "fsdp": fsdp.__all__,
+    "distributed": distributed.__all__,
+    "diagnostics": diagnostics.__all__,
+}
 """What may stand behind a dot."""
 OTHERS_OPTIONS = {"--no-build-isolation", "--max-restarts", "--threads", "--nproc-per-node", "--benchmark-only"}
 
@@ -53,16 +58,20 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     run_if_installed(page)
 
 
-@pytest.mark.parametrize(
-    ("page", "words"), COMMANDS + INLINE, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_commands_are_understood(page, words):
-    """Up to where they would begin to work."""
-    understand(words)
+@pytest.mark.parametrize("words", COMMANDS | INLINE, ids=" ".join)
+def test_commands_are_understood(words):
+    """Up to where they would begin to work. Of those in tables, tests/benchmarks and tests/examples run the programs."""
+    understand(list(words))
+
+
+@pytest.mark.parametrize("words", OF_THE_README, ids=" ".join)
+def test_the_readmes_commands_run(words, tmp_path):
+    """In small."""
+    run_small(list(words), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", dict.fromkeys(tuple(words) for _, words in COMMANDS), ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words not in OF_THE_README], ids=" ".join)
 def test_commands_run(words, tmp_path):
     """In small, each up to two minutes."""
     run_small(list(words), tmp_path)

@@ -104,10 +104,3 @@ def test_no_files_import_each_other():
             break
         targets = {module: found for module, found in targets.items() if module in inside}
     assert targets == {}, "these import each other"
-
-
-def test_the_picture_is_current():
-    from docs import pictures  # it draws what stands here
-
-    drawn = (pictures.FOLDER / "floors.svg").read_text(encoding="utf-8")
-    assert drawn == pictures.floors(edges()), "run `python docs/pictures.py`"

@@ -1,6 +1,7 @@
 """The tables in reports are text, wherever they are made."""
 
 import pytest
+import rich.console
 
 from rdp_kernels._utils.table import table
 
@@ -10,8 +11,7 @@ CELLS = (("name", "p"), [("blocks.0", "0.25"), ("blocks.1", "0.5")])
 @pytest.mark.parametrize("in_a_notebook", [False, True])
 def test_a_table_has_its_cells(monkeypatch, in_a_notebook):
     """In a notebook rich displays its output at once instead of writing it to the given file."""
-    rich = pytest.importorskip("rich.console")
-    monkeypatch.setattr(rich, "_is_jupyter", lambda: in_a_notebook)
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: in_a_notebook)
     text = "\n".join(table(*CELLS))
     assert all(cell in text for row in (CELLS[0], *CELLS[1]) for cell in row)
 

@@ -83,9 +83,8 @@ def convert(
         check: whether to compare each kind of block with the original, on copies. The first comparison is of outputs
             and gradients with fixed masks, in float64 where the block can be cast. The second is in training mode, in
             the block's own dtypes and under autocast to bfloat16, and covers everything that the block returns and
-            changes. A block that differs is refused. Checks take seconds, and minutes for some convolutional
-            networks. A model on the meta device can only be converted with False.
-            Default: True.
+            changes. A block that differs is refused. Checks take seconds, and longer for models with many
+            kinds of blocks. A model on the meta device can only be converted with False. Default: True.
 
     Returns:
         A report to print. Its rows name every path. `report.refused` has the paths that stay as they were, each with
