@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import namedtuple
 from collections.abc import Sequence
@@ -16,14 +17,15 @@ from .layout import Layout, Tiling
 from .spec import NORMS, Add, NextInput, Operands, Results, RowSet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
-    """What a backward needs to know of its forward besides tensors.
+    """What a backward needs to know of its forward besides tensors. Calls of one kind share one object.
 
     Args:
         shape: the residual's.
         compute: the dtype of the arithmetic.
         dtypes: the operands'.
+        strides: those of a dense tensor of this shape.
     """
 
     shape: torch.Size
@@ -31,10 +33,12 @@ class Context:
     layout: Layout
     compute: torch.dtype
     dtypes: Operands
+    strides: tuple[int, ...]
 
     def empty(self, num_rows: int, dtype: torch.dtype | None) -> Tensor:
         """Allocates `[num_rows, ...]` like the residual."""
-        return self.layout.empty([num_rows, *self.shape[1:]], dtype or torch.float32, self.device)
+        shape = (num_rows, *self.shape[1:])
+        return torch.empty_strided(shape, self.strides, dtype=dtype or torch.float32, device=self.device)
 
     def tiling(self, add: Add | None, next_input: NextInput | None, has_gamma: bool) -> Tiling:
         """The tiling of the residual. A norm's tiles span the channels; other tiles run along γ, if there is one."""
@@ -43,19 +47,31 @@ class Context:
         return self.layout.tiling(self.shape, add.channel_dim if add is not None and has_gamma else None)
 
 
-def context_of(operands: Operands, norm: str | None, batch_size: int | None) -> Context:
-    """The context of a call. A norm needs the channels, the last dimension, innermost."""
+def make_context(
+    shape: Sequence[int], order: tuple[int, ...], device: torch.device, dtypes: Operands, compute: torch.dtype
+) -> Context:
+    """A context of its own; `known_context` gives one object for all equal arguments."""
+    layout = Layout(order)
+    return Context(torch.Size(shape), device, layout, compute, dtypes, layout.strides(shape))
+
+
+known_context = functools.lru_cache(4096)(make_context)
+
+
+def context_of(operands: Operands, norm: str | None, batch_size: int | None, make: Any = known_context) -> Context:
+    """The context of a call. A norm needs the channels, the last dimension, innermost. `make` is `make_context` where
+    sizes may be symbols."""
     like = next(t for t in operands if t is not None)
     layout = Layout.of(like)
     if norm is not None and layout.order[-1] != like.dim() - 1:
         layout = Layout(tuple(range(like.dim())))
     dtypes = Operands(*(None if t is None else t.dtype for t in operands))
-    return Context(
-        shape=torch.Size([batch_size or like.shape[0], *like.shape[1:]]),
-        device=like.device,
-        layout=layout,
-        compute=torch.float64 if torch.float64 in dtypes else torch.float32,
-        dtypes=dtypes._replace(residual=like.dtype),
+    return make(
+        (batch_size or like.shape[0], *like.shape[1:]),
+        layout.order,
+        like.device,
+        dtypes._replace(residual=like.dtype),
+        torch.float64 if torch.float64 in dtypes else torch.float32,
     )
 
 

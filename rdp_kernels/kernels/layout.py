@@ -13,6 +13,7 @@ any distance apart. A tensor that is strided otherwise is copied first: that is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,24 +40,46 @@ class Layout:
     @classmethod
     def of(cls, x: Tensor) -> Layout:
         """The layout of `x`, or the standard one where a sample of x isn't dense."""
-        standard = tuple(range(x.dim()))
-        if x.dim() < 3 or x.is_contiguous():
-            return cls(standard)
-        strides = x.stride()
-        by_stride = (0, *sorted(standard[1:], key=lambda d: -strides[d]))
-        return cls(by_stride) if _is_dense(x, by_stride) else cls(standard)
+        return cls.of_strides(x.shape, x.stride())
 
-    def fits(self, x: Tensor) -> bool:
-        return _is_dense(x, self.order)
+    @classmethod
+    def of_strides(cls, shape: Sequence[int], strides: Sequence[int]) -> Layout:
+        """The layout of a tensor of this shape and these strides."""
+        standard = cls(tuple(range(len(shape))))
+        if len(shape) < 3 or standard.is_dense(shape, strides):
+            return standard
+        by_stride = cls((0, *sorted(standard.order[1:], key=lambda d: -strides[d])))
+        return by_stride if by_stride.is_dense(shape, strides) else standard
+
+    def is_dense(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
+        """Whether each sample lies in one piece, with its dimensions in this order. The number of samples is no part of
+        the question."""
+        if 0 in shape[1:]:
+            return True
+        wanted = 1
+        for dim in reversed(self.order[1:]):
+            if shape[dim] != 1 and strides[dim] != wanted:
+                return False
+            wanted *= shape[dim]
+        return True
 
     def conform(self, x: Tensor) -> Tensor:
         """`x` itself where its samples are dense in this order, else a copy."""
-        return x if self.fits(x) else self.empty(x.shape, x.dtype, x.device).copy_(x)
+        if self.is_dense(x.shape, x.stride()):
+            return x
+        return self.empty(x.shape, x.dtype, x.device).copy_(x)
 
     def empty(self, shape: torch.Size | list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised, in this order."""
-        inner = torch.empty([shape[d] for d in self.order], dtype=dtype, device=device)
-        return inner if self.order == tuple(range(len(self.order))) else inner.permute(self._inverse())
+        return torch.empty_strided(shape, self.strides(shape), dtype=dtype, device=device)
+
+    def strides(self, shape: torch.Size | list[int]) -> tuple[int, ...]:
+        """The strides of a tensor whose samples lie in this order, one right after the other."""
+        strides, stride = [1] * len(shape), 1
+        for dim in reversed(self.order):
+            strides[dim] = stride
+            stride *= max(shape[dim], 1)
+        return tuple(strides)
 
     def tiling(self, shape: torch.Size, channel_dim: int | None) -> Tiling:
         """`channel_dim` None: no γ, a sample is one position."""
@@ -69,17 +92,3 @@ class Layout:
             return Tiling(outer, channels)
         return Tiling(outer * channels, inner, "position", channels)
 
-    def _inverse(self) -> list[int]:
-        return [self.order.index(d) for d in range(len(self.order))]
-
-
-def _is_dense(x: Tensor, order: tuple[int, ...]) -> bool:
-    """Whether each sample of `x` lies in one piece, with its dimensions in `order`."""
-    if x.is_contiguous() and order == tuple(range(x.dim())):
-        return True
-    wanted = 1
-    for dim in reversed(order[1:]):
-        if x.shape[dim] != 1 and x.stride(dim) != wanted:
-            return False
-        wanted *= x.shape[dim]
-    return True

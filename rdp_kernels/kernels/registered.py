@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import is_transformed
-from .buffers import Context, SpecNumbers, SpecTensors, context_of, empty_gradients, empty_results, joined, parted
+from .buffers import (
+    Context,
+    SpecNumbers,
+    SpecTensors,
+    context_of,
+    empty_gradients,
+    empty_results,
+    joined,
+    known_context,
+    make_context,
+    parted,
+)
 from .dispatch import kernels_named
-from .layout import Layout
 from .spec import Add, NextInput, Operands, Results, residual_of
 
 _NAMES_BY_TYPE = {
@@ -120,14 +130,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments(_FORWARD, arguments)
     operands, (add, next_input) = given.operands, given.spec
-    context = context_of(operands, given.norm, None)
+    context = context_of(operands, given.norm, None, make_context)
     return _fill(empty_results(context, add, next_input, _num_saved(given)), residual_of(operands))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, results = _Arguments(_FORWARD, inputs), Results(*output)
     operands, residual = given.operands, residual_of(given.operands)
-    context = context_of(operands, given.norm, None)
+    context = context_of(operands, given.norm, None, make_context)
     if given.gives_next and given.next_rows is None:
         results = results._replace(norm_input=results.out if given.adds else residual)
     ctx.library, ctx.numbers = given.library, given.several(SpecNumbers._fields)
@@ -170,19 +180,18 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, *found, *[None] * (len(_FORWARD) - 1 - len(found))
 
 
-def _context_of_backward(given: _Arguments) -> tuple[Context, Tensor]:
+def _context_of_backward(given: _Arguments, make: Any) -> tuple[Context, Tensor]:
     """The forward's context, and any tensor of the call."""
     dtypes = [_DTYPES[name] for name in given.dtypes]
     like = next(t for t in given.several((*_GRADIENTS, *_SAVED)) if t is not None)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
-    context = Context(torch.Size(given.shape), like.device, Layout(tuple(given.order)), compute, Operands(*dtypes))
-    return context, like
+    return make(tuple(given.shape), tuple(given.order), like.device, Operands(*dtypes), compute), like
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _check_untransformed()
     given = _Arguments(_BACKWARD, arguments)
-    context, like = _context_of_backward(given)
+    context, like = _context_of_backward(given, known_context)
     wanted, gradients = Operands(*given.wanted), Results(*given.several(_GRADIENTS))
     results = Results(*given.several(Results._fields))
     grads = kernels_named(given.library).fused_add_bwd(context, given.operands, results, gradients, *given.spec, wanted)
@@ -191,7 +200,7 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments(_BACKWARD, arguments)
-    context, like = _context_of_backward(given)
+    context, like = _context_of_backward(given, make_context)
     wanted = Operands(*given.wanted)
     grads = empty_gradients(context, given.spec[0], wanted)
     if wanted.residual:
