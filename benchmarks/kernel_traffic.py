@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import interpreter_builder
 
-from rdp_kernels.kernels.triton.launch import Launch
+from rdp_kernels.kernels.triton.prepared import Launch, observed
 
 SECTOR = 32  # bytes: the smallest piece that a GPU's memory moves
 
@@ -142,11 +142,9 @@ def count_traffic() -> Iterator[Counted]:
     """Counts the launches within the `with` block. Raises if a kernel touches memory other than by loads and stores of
     its arguments' elements."""
     counted, current = Counted(), []
-    run, load, store = Launch.run, interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
 
-    def counted_run(launch: Launch, device: torch.device) -> None:
-        if launch.grid[0] == 0:
-            return
+    def counted_run(launch: Launch) -> None:
         record = LaunchTraffic(launch.kernel.fn.__name__)
         for name, value in launch.arguments.items():
             if isinstance(value, Tensor):
@@ -155,7 +153,7 @@ def count_traffic() -> Iterator[Counted]:
         current[:] = [record]
         try:
             with _disable_current_modes():  # the interpreter copies its arguments with torch ops
-                run(launch, device)
+                launch.run()
         finally:
             current.clear()
 
@@ -189,7 +187,7 @@ def count_traffic() -> Iterator[Counted]:
         "create_atomic_cas": refused,
     }
     with (
-        mock.patch.object(Launch, "run", counted_run),
+        observed(counted_run),
         mock.patch.multiple(interpreter_builder, **replaced),
         TorchOps(),
     ):

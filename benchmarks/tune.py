@@ -16,7 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels.triton.launch import CONFIGS, Launch
+from rdp_kernels.kernels.triton.launch import CONFIGS
+from rdp_kernels.kernels.triton.prepared import Launch
 
 from . import command
 from .harness import told
@@ -110,7 +111,7 @@ def flushed_time(device: Device) -> Time:
             other.zero_()
             start.record()
             for launch in launches:
-                launch.run(device.device)
+                launch.run()
             end.record()
             times.append((start, end))
         torch.cuda.synchronize(device.device)

@@ -16,7 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rdp_kernels.kernels.triton.launch import CONFIGS, Launch, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launch import CONFIGS, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launchers import nothing_prepared
+from rdp_kernels.kernels.triton.prepared import Launch, observed
 
 from .harness import told
 from .op_sets import relative_error
@@ -79,14 +81,13 @@ def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> 
     """Has Triton compile the kernels of `tune` without launching them. Kernels that can't be compiled are skipped, and
     `tune` reports them. The variants of `TILES` use the same kernels, as none is specialized for `tiles`."""
 
-    def compiled(launch: Launch, _: torch.device) -> None:
+    def compiled(launch: Launch) -> None:
         with contextlib.suppress(Exception):
-            if launch.grid[0]:
-                launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
     for largest, present, group in _groups(op, works, device):
         for config, work in itertools.product((present, *candidates(op, present)), group):
-            with using(op, largest, config, device), mock.patch.object(Launch, "run", compiled):
+            with using(op, largest, config, device), observed(compiled):
                 work.run()
 
 
@@ -172,7 +173,7 @@ def table_source(tuned: Iterable[Tuned], device: torch.device, comment: str = ""
 def using(op: str, largest: int, config: LaunchConfig, device: torch.device) -> Iterator[None]:
     """Launches within the `with` block use `config` for this op, in the width class up to `largest`."""
     widths = tuple((width, config if width == largest else other) for width, other in _table(op, device))
-    with mock.patch.dict(CONFIGS[op], {architecture(device): widths}):
+    with nothing_prepared(), mock.patch.dict(CONFIGS[op], {architecture(device): widths}):
         yield
 
 
@@ -187,13 +188,13 @@ def _class_of(width: int, table: Iterable[tuple[int, LaunchConfig]]) -> int:
 
 def _launches(work: Work, op: str, largest: int, config: LaunchConfig, device: torch.device) -> list[Launch]:
     """Runs `work` once, and returns its timed launches."""
-    launches, run = [], Launch.run
+    launches = []
 
-    def recorded(launch: Launch, on: torch.device) -> None:
+    def recorded(launch: Launch) -> None:
         launches.append(launch)
-        run(launch, on)
+        launch.run()
 
-    with using(op, largest, config, device), mock.patch.object(Launch, "run", recorded):
+    with using(op, largest, config, device), observed(recorded):
         work.run()
     return [launch for launch in launches if work.is_timed(launch)]
 
@@ -202,11 +203,11 @@ def _effect(works: list[Work], op: str, largest: int, config: LaunchConfig, devi
     """Returns the grids, compile-time arguments and options that the numbers lead to, without launching kernels."""
     effects = []
 
-    def noted(launch: Launch, _: torch.device) -> None:
+    def noted(launch: Launch) -> None:
         numbers = [(name, value) for name, value in launch.arguments.items() if isinstance(value, int)]
         effects.append((launch.kernel.fn.__name__, launch.grid, *numbers, *launch.options.items()))
 
-    with using(op, largest, config, device), mock.patch.object(Launch, "run", noted):
+    with using(op, largest, config, device), observed(noted):
         for work in works:
             work.run()
     return tuple(effects)

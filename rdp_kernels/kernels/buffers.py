@@ -59,20 +59,29 @@ known_context = functools.lru_cache(4096)(make_context)
 
 
 def context_of(operands: Operands, norm: str | None, batch_size: int | None, make: Any = known_context) -> Context:
-    """The context of a call. A norm needs the channels, the last dimension, innermost. `make` is `make_context` where
-    sizes may be symbols."""
+    """The context of a call on these tensors. `make` is `make_context` where sizes may be symbols."""
     like = next(t for t in operands if t is not None)
-    layout = Layout.of(like)
-    if norm is not None and layout.order[-1] != like.dim() - 1:
-        layout = Layout(tuple(range(like.dim())))
     dtypes = Operands(*(None if t is None else t.dtype for t in operands))
-    return make(
-        (batch_size or like.shape[0], *like.shape[1:]),
-        layout.order,
-        like.device,
-        dtypes._replace(residual=like.dtype),
-        torch.float64 if torch.float64 in dtypes else torch.float32,
-    )
+    shape = (batch_size or like.shape[0], *like.shape[1:])
+    return context_from(shape, like.stride(), like.device, dtypes, norm is not None, make)
+
+
+def context_from(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    dtypes: Operands,
+    normed: bool,
+    make: Any = known_context,
+) -> Context:
+    """The context of a call; shape and strides are the residual's, or the update's without one. A norm needs the
+    channels, the last dimension, innermost."""
+    layout = Layout.of_strides(shape, strides)
+    if normed and layout.order[-1] != len(shape) - 1:
+        layout = Layout(tuple(range(len(shape))))
+    like = next(dtype for dtype in dtypes if dtype is not None)
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    return make(shape, layout.order, device, dtypes._replace(residual=like), compute)
 
 
 def empty_results(

@@ -91,4 +91,3 @@ class Layout:
         if inner == 1:
             return Tiling(outer, channels)
         return Tiling(outer * channels, inner, "position", channels)
-

@@ -15,7 +15,8 @@ from benchmarks.__main__ import main
 from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import Tuned, Work, WrongResult, candidates, table_source
 from benchmarks.tuning_works import SHAPES, works_of
-from rdp_kernels.kernels.triton.launch import CONFIGS, Launch, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launch import CONFIGS, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.prepared import PreparedLaunch
 from tests.conftest import DEVICE
 
 ON = torch.device(DEVICE)
@@ -231,6 +232,8 @@ def test_every_candidate_is_compiled_and_none_is_launched():
     compiled, launched = [], []
 
     class Kernel:
+        arg_names = ("tile",)
+
         def warmup(self, grid, **numbers):
             if numbers["num_warps"] == 16:
                 raise RuntimeError("out of resource: registers")
@@ -242,7 +245,7 @@ def test_every_candidate_is_compiled_and_none_is_launched():
     def run():
         (_, config), *_ = CONFIGS["gather_rows"][architecture(ON)]
         for grid in (0, 7):
-            Launch(Kernel(), (grid,), {"tile": config.tile}, config, architecture(ON)).run(ON)
+            PreparedLaunch(Kernel(), config, ON)(grid, config.tile)
         return ()
 
     tuning.compile_candidates("gather_rows", [Work("gather_rows", 160, run)], ON)

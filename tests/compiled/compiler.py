@@ -20,7 +20,8 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from rdp_kernels.kernels.triton import launch as launching
-from rdp_kernels.kernels.triton.launch import Launch
+from rdp_kernels.kernels.triton import launchers
+from rdp_kernels.kernels.triton.prepared import Launch, observed
 
 CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
 TARGETS = CUDA | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -63,8 +64,8 @@ def caught_launches(run: Callable[[], None], architecture: str) -> list[Launch]:
     caught: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "architecture", lambda device: architecture)
-        patch.setattr(Launch, "run", lambda launch, device: caught.append(launch))
-        run()
+        with launchers.nothing_prepared(), observed(caught.append):
+            run()
     return caught
 
 

@@ -21,7 +21,7 @@ def cut(how: str) -> Iterator[None]:
     if how == "tuned":
         yield
         return
-    from rdp_kernels.kernels.triton import launch, launchers
+    from rdp_kernels.kernels.triton import backward, launch, launchers
 
     widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
     times = 4 if how == "medium" else 1
@@ -34,9 +34,10 @@ def cut(how: str) -> Iterator[None]:
         "residual_add_norm_bwd_wide": in_pieces,
     }
     table = {op: {"default": ((2**31, special.get(op, cut_columns)),)} for op in launch.CONFIGS}
-    in_registers = 0 if how == "wide" else launchers.WIDEST_SUM_IN_REGISTERS
+    in_registers = 0 if how == "wide" else backward.WIDEST_SUM_IN_REGISTERS
     with (
+        launchers.nothing_prepared(),
         mock.patch.object(launch, "CONFIGS", table),
-        mock.patch.object(launchers, "WIDEST_SUM_IN_REGISTERS", in_registers),
+        mock.patch.object(backward, "WIDEST_SUM_IN_REGISTERS", in_registers),
     ):
         yield

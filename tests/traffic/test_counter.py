@@ -7,7 +7,8 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from benchmarks.kernel_traffic import count_traffic
-from rdp_kernels.kernels.triton.launch import Launch, LaunchConfig
+from rdp_kernels.kernels.triton.launch import LaunchConfig
+from rdp_kernels.kernels.triton.prepared import PreparedLaunch
 from tests.traffic import needs_interpreter
 from tests.traffic.fused_adds import ALL, check
 
@@ -47,8 +48,13 @@ def _gather_kernel(out_ptr, x_ptr, step, BLOCK: tl.constexpr):
 
 def launch(kernel, programs=1, **arguments):
     with count_traffic() as counted:
-        Launch(kernel, (programs,), arguments, LaunchConfig(1, 1, 1), "interpreter").run(torch.device("cpu"))
+        _launch(kernel, programs, **arguments)
     return counted
+
+
+def _launch(kernel, programs, **arguments):
+    prepared = PreparedLaunch(kernel, LaunchConfig(1, 1, 1), torch.device("cpu"))
+    prepared(programs, *(arguments[name] for name in kernel.arg_names))
 
 
 def copy(x, out, size=None, programs=1, x_start=0, loads=1, stores=1, masked=True, block=64):
@@ -148,11 +154,7 @@ def test_memory_outside_of_tensors():
 
 def test_small_tensors():
     """Tensors are small by their arguments' names."""
-    with count_traffic() as counted:
-        Launch(
-            _gather_kernel, (1,), dict(out_ptr=torch.zeros(16), x_ptr=torch.zeros(16), step=1, BLOCK=16),
-            LaunchConfig(1, 1, 1), "interpreter",
-        ).run(torch.device("cpu"))  # fmt: skip
+    counted = launch(_gather_kernel, out_ptr=torch.zeros(16), x_ptr=torch.zeros(16), step=1, BLOCK=16)
     (record,) = counted.launches
     assert {*record.big} == {"out_ptr", "x_ptr"}
     assert record.small == {}
@@ -174,10 +176,8 @@ def test_torch_ops_and_atomics():
 
 
 def test_nothing_stays_replaced():
-    run, x, out = Launch.run, torch.randn(64), torch.zeros(64)
+    x, out = torch.randn(64), torch.zeros(64)
     counted = copy(x, out)
-    assert Launch.run is run
     before = counted.launches[0].tensors["x_ptr"].read.bytes
-    arguments = dict(out_ptr=out, x_ptr=x, step=1, BLOCK=64)
-    Launch(_gather_kernel, (1,), arguments, LaunchConfig(1, 1, 1), "interpreter").run(torch.device("cpu"))
+    _launch(_gather_kernel, 1, out_ptr=out, x_ptr=x, step=1, BLOCK=64)
     assert (len(counted.launches), counted.launches[0].tensors["x_ptr"].read.bytes) == (1, before)

@@ -6,7 +6,8 @@ import torch
 from benchmarks.kernel_traffic import SECTOR, count_traffic
 from rdp_kernels.kernels.autograd import FusedCall
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
-from rdp_kernels.kernels.triton import kernels, launch
+from rdp_kernels.kernels.triton import backward as triton_backward
+from rdp_kernels.kernels.triton import launch, launchers
 from tests.traffic import needs_interpreter
 from tests.traffic.fused_adds import (
     ALL,
@@ -174,17 +175,18 @@ def test_wide_backward(monkeypatch, norm, in_place):
     second time from the cache. All other tensors are read once."""
     pieces = launch.LaunchConfig(tile=64, max_columns=64, num_warps=4, tiles=2)
     monkeypatch.setitem(launch.CONFIGS, "residual_add_norm_bwd_wide", {"default": ((2**31, pieces),)})
-    monkeypatch.setattr(kernels(), "WIDEST_SUM_IN_REGISTERS", 128)
+    monkeypatch.setattr(triton_backward, "WIDEST_SUM_IN_REGISTERS", 128)
     width, rows, next_rows = 200, [1, 3], [3, 0]
 
     def make(num_rows):
         return torch.randn(num_rows, 2, width).requires_grad_()
 
-    _, backward = run(
-        Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place,
-        residual=make(4), update=make(2), gamma=vector(width),
-        weight=vector(width), bias=vector(width) if norm == "layer" else None,
-    )  # fmt: skip
+    with launchers.nothing_prepared():
+        _, backward = run(
+            Add(row_set(rows)), next_input(norm, row_set(next_rows)), in_place,
+            residual=make(4), update=make(2), gamma=vector(width),
+            weight=vector(width), bias=vector(width) if norm == "layer" else None,
+        )  # fmt: skip
     assert "_residual_add_norm_bwd_wide_kernel" in [launched.kernel for launched in backward.launches]
     touched, changed = ([0, 1, 3], next_rows) if in_place else (ALL, ALL)
     minimum = ((3 + 2 if in_place else 4 + 4) + 2 * (2 + 2) + 2 + 2) * 2 * width * FLOAT

@@ -6,10 +6,13 @@
 | `residual_add_norm.py` | the same, with LayerNorm or RMSNorm over the next branch's rows |
 | `residual_add_norm_wide.py` | its backward, for rows that don't fit in registers |
 | `rows.py` | gathers rows; inverts a list of rows |
-| `launchers.py` | chooses the kernel of a call, and its arguments |
+| `launchers.py` | finds the prepared call that serves a call, and runs it |
+| `keys.py` | what a prepared call depends on |
+| `forward.py`, `backward.py` | prepared calls: kernel, tiles, and the order of its arguments, decided once for a key |
+| `prepared.py` | prepared launches, and launches as data |
 | `common.py` | what the kernels have in common: rows, masks, activations |
 | `reduce.py` | the second stage of sums over rows |
-| `launch.py` | a launch as data; the table of block sizes and numbers of warps |
+| `launch.py` | the table of block sizes and numbers of warps; how a call is cut into tiles |
 | `support.py` | says why the kernels can't serve a call; needs no triton |
 
 Importing this package imports neither triton nor a kernel; `kernels()` does.

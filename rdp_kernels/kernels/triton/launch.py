@@ -1,15 +1,13 @@
-"""A launch as data (kernel, grid, arguments and numbers), and the table of launch numbers.
+"""The table of launch numbers, and how a call is cut into tiles by them.
 
-As launches are data, tests compile ahead of time exactly what runs. The numbers were chosen by reasoning (bytes in
-flight, registers) and from compiled code, and haven't been tuned on a GPU yet: `python -m benchmarks tune` does that.
+The numbers were chosen by reasoning (bytes in flight, registers) and from compiled code, and haven't been tuned on a GPU
+yet: `python -m benchmarks tune` does that.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -82,34 +80,6 @@ MAX_TILE_ROWS = 2**31 - 2**23
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel call. `arguments` holds the kernel's arguments by name, compile-time ones included."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    config: LaunchConfig
-    architecture: str
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's options. On CUDA they grant all the registers that the threads can have: left to itself, the
-        assembler spills a few so that one more program can run at a time."""
-        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-        if self.architecture.startswith("sm_"):
-            options["maxnreg"] = min(255, REGISTERS // (32 * self.config.num_warps))
-        return options
-
-    def run(self, device: torch.device) -> None:
-        """Runs on the current CUDA stream of `device`; does nothing for an empty grid."""
-        if self.grid[0] == 0:
-            return
-        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.options)
-
-
-@dataclass(frozen=True)
 class Tiles:
     """How a `num_rows` × `width` matrix is cut for one kernel: into tiles of block_m × block_n, of which each program
     takes `tiles`, one below the other. With `whole_rows` a program spans the width, if possible in one tile."""
@@ -143,11 +113,10 @@ class Tiles:
     def column_blocks(self) -> int:
         return 1 if self.whole_rows else cdiv(self.width, self.block_n)
 
-    def run(self, kernel: Any, device: torch.device, **arguments: Any) -> None:
-        """Runs `kernel` with one program for each pair of a row block and a column block."""
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        grid = (self.row_blocks * self.column_blocks,)
-        Launch(kernel, grid, arguments | blocks, self.config, architecture(device)).run(device)
+    @property
+    def num_programs(self) -> int:
+        """One for each pair of a row block and a column block."""
+        return self.row_blocks * self.column_blocks
 
 
 def why_not_rows(num_rows: int) -> str | None:
@@ -155,6 +124,15 @@ def why_not_rows(num_rows: int) -> str | None:
     if num_rows <= MAX_TILE_ROWS:
         return None
     return f"the Triton kernels number up to {MAX_TILE_ROWS} rows of tiles, and this call has {num_rows}"
+
+
+def options_of(config: LaunchConfig, device: torch.device) -> dict[str, int]:
+    """Triton's options. On CUDA they grant all the registers that the threads can have: left to itself, the assembler
+    spills a few so that one more program can run at a time."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if architecture(device).startswith("sm_"):
+        options["maxnreg"] = min(255, REGISTERS // (32 * config.num_warps))
+    return options
 
 
 def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:

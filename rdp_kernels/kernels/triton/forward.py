@@ -1,0 +1,199 @@
+"""Forwards, prepared: what a key decides is worked out once, so that a call only allocates and launches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..buffers import Context, context_from
+from ..layout import Tiling
+from ..spec import NORMS, Add, NextInput, Operands, Results
+from .keys import AddKey, ForwardKey
+from .launch import Tiles
+from .prepared import PreparedLaunch
+from .residual_add import _residual_add_fwd_kernel
+from .residual_add_norm import _residual_add_norm_fwd_kernel
+from .rows import _gather_rows_kernel, inverse_of
+
+
+def prepare_forward(key: ForwardKey) -> Forward:
+    """The forward of all calls with this key."""
+    gathers = key.add is None and key.next is not None and key.next.norm is None
+    return Gather(key) if gathers else FusedAdd(key)
+
+
+class Forward:
+    """What all forwards have in common.
+
+    Attributes:
+        context: what the backward has to know.
+        copies: whether a tensor of the call has to be copied first, because its layout isn't the context's.
+    """
+
+    def __init__(self, key: ForwardKey):
+        add, next_input = key.add, key.next
+        rows = (key.residual, *((None, None) if add is None else add[:2]))
+        vectors = (
+            None if add is None else add.gamma,
+            *((None, None) if next_input is None else next_input[:2]),
+            None if add is None else add.row_scale,
+        )
+        like = next(t for t in rows if t is not None)
+        dtypes = Operands(*(None if t is None else t.dtype for t in (*rows, *vectors[:3])))
+        normed = next_input is not None and next_input.norm is not None
+        self.context = context_from((key.batch_size, *like.shape), like.strides, like.device, dtypes, normed)
+        self.copies = not (
+            all(t is None or self.context.layout.is_dense((1, *t.shape), t.strides) for t in rows)
+            and all(t is None or t.is_plain_vector for t in vectors)
+        )
+        self.batch_size, self.dtype = key.batch_size, self.context.dtypes.residual
+
+    def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
+        """As `launchers.fused_add_fwd`, without copies."""
+        raise NotImplementedError
+
+
+class FusedAdd(Forward):
+    """An add or a norm, or both, with the rows of the next branch."""
+
+    def __init__(self, key: ForwardKey):
+        super().__init__(key)
+        add, next_input, context = key.add, key.next, self.context
+        self.in_place = key.in_place
+        self.drops_all = add is not None and add.scale_is == 0
+        self.makes_row_scale = makes_row_scale(add, context)
+        self.normed = next_input is not None and next_input.norm is not None
+        self.centers = self.normed and NORMS[next_input.norm].centers
+        self.copies_norm_input = next_input is not None and next_input.has_rows
+        self.norms_of_a_row = math.prod(context.shape[1:-1])
+
+        read = (None, None, None) if add is None or self.drops_all else add[:3]
+        tiling = tiling_of(context, add if read[2] is not None else None, self.normed)
+        num_positions = key.batch_size * tiling.positions
+        op = "residual_add_norm_fwd" if self.normed else "residual_add_fwd"
+        tiles = Tiles.of(op, context.device, num_positions, tiling.width, whole_rows=self.normed)
+        self.num_programs = tiles.num_programs
+        self.sizes = sizes_of(tiling, num_positions)
+        inputs = (0 if t is None else t.strides[0] for t in (key.residual, *read[:2]))
+        strides = (key.residual.strides[0] if key.in_place else self.sizes[3] if add is not None else 0, *inputs)
+        last = key.in_place, compute_of(context), tiles.block_m, tiles.block_n
+        if self.normed:
+            self.launch = PreparedLaunch(_residual_add_norm_fwd_kernel, tiles.config, context.device)
+            self.last = (*strides, self.centers, next_input.eps, *last)
+        else:
+            self.launch = PreparedLaunch(_residual_add_fwd_kernel, tiles.config, context.device)
+            self.sizes = (*self.sizes, tiling.channels)
+            self.last = (*strides, tiling.gamma_per == "position", add.activation, *last)
+
+    def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
+        residual, update, frozen_update, gamma, weight, bias = operands
+        out = next_rows = frozen_next = row_scale = inverse = next_inverse = None
+        scale, num_rows, num_learning, num_next, num_next_learning = 1.0, 0, 0, 0, 0
+        if add is not None:
+            out = residual if self.in_place else self.context.empty(self.batch_size, self.dtype)
+            if self.drops_all:
+                update = frozen_update = gamma = None
+            else:
+                row_scale, scale = add.row_scale, add.scale
+                if add.rows is None:
+                    num_rows = num_learning = self.batch_size
+                else:
+                    num_learning, inverse = add.rows.num_learning, inverse_of(add.rows, self.batch_size)
+                    num_rows = num_learning if frozen_update is None else add.rows.num_rows
+                if self.makes_row_scale:
+                    row_scale = row_scale_of(scale, num_rows, self.context)
+        if next_input is not None:
+            if next_input.rows is None:
+                num_next = num_next_learning = self.batch_size
+            else:
+                num_next, num_next_learning = next_input.rows.num_rows, next_input.rows.num_learning
+                next_inverse = inverse_of(next_input.rows, self.batch_size)
+                if num_next > num_next_learning:
+                    frozen_next = self.context.empty(num_next - num_next_learning, self.dtype)
+            next_rows = self.context.empty(num_next_learning, self.dtype)
+        if not self.normed:
+            self.launch(
+                self.num_programs,
+                out, next_rows, frozen_next, residual, update, frozen_update, gamma, row_scale, inverse, next_inverse,
+                scale, *self.sizes, num_rows, num_learning, num_next, num_next_learning, *self.last,
+            )  # fmt: skip
+            return Results(out, next_rows, frozen_next)
+        norm_input = mean = rstd = None
+        if num_saved:
+            rstd = self._statistics(num_saved)
+            mean = self._statistics(num_saved) if self.centers else None
+            norm_input = self.context.empty(num_saved, self.dtype) if self.copies_norm_input else None
+        self.launch(
+            self.num_programs,
+            out, next_rows, frozen_next, norm_input, mean, rstd, residual, update, frozen_update, gamma, row_scale,
+            weight, bias, inverse, next_inverse,
+            scale, *self.sizes, num_rows, num_learning, num_next, num_next_learning, num_saved, *self.last,
+        )  # fmt: skip
+        if num_saved and norm_input is None:
+            norm_input = residual if out is None else out
+        return Results(out, next_rows, frozen_next, norm_input, mean, rstd)
+
+    def _statistics(self, num_rows: int) -> Tensor:
+        context = self.context
+        return torch.empty(num_rows * self.norms_of_a_row, dtype=context.compute, device=context.device)
+
+
+class Gather(Forward):
+    """Rows of the residual."""
+
+    def __init__(self, key: ForwardKey):
+        super().__init__(key)
+        context = self.context
+        self.width = math.prod(context.shape[1:])
+        self.tiles = Tiles.of("gather_rows", context.device, key.batch_size, self.width)
+        self.launch = PreparedLaunch(_gather_rows_kernel, self.tiles.config, context.device)
+        self.last = self.width, key.residual.strides[0], self.tiles.block_m, self.tiles.block_n
+
+    def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
+        rows = next_input.rows
+        num_rows, num_learning = rows.num_rows, rows.num_learning
+        learning = self.context.empty(num_learning, self.dtype)
+        frozen = self.context.empty(num_rows - num_learning, self.dtype) if num_rows > num_learning else None
+        num_programs = -(-num_rows // self.tiles.block_m) * self.tiles.column_blocks
+        self.launch(
+            num_programs,
+            learning,
+            frozen,
+            operands.residual,
+            rows.index.contiguous(),
+            num_rows,
+            num_learning,
+            *self.last,
+        )
+        return Results(next=learning, frozen_next=frozen)
+
+
+# What forwards and backwards have in common.
+
+
+def tiling_of(context: Context, add: AddKey | None, normed: bool) -> Tiling:
+    """A norm's tiles span the channels; other tiles run along γ, which is read where `add` is given."""
+    channel_dim = -1 if normed else None if add is None else add.channel_dim
+    return context.layout.tiling(context.shape, channel_dim)
+
+
+def sizes_of(tiling: Tiling, num_positions: int) -> tuple[int, int, int, int]:
+    """The arguments num_positions, positions, width and sample_size."""
+    return num_positions, tiling.positions, tiling.width, tiling.positions * tiling.width
+
+
+def compute_of(context: Context) -> tl.dtype:
+    return tl.float64 if context.compute == torch.float64 else tl.float32
+
+
+def makes_row_scale(add: AddKey | None, context: Context) -> bool:
+    """Whether a number has to become a tensor: kernels take numbers of 32 bits."""
+    float64 = context.compute == torch.float64
+    return float64 and add is not None and add.row_scale is None and add.scale_is not in (0, 1)
+
+
+def row_scale_of(scale: float, num_rows: int, context: Context) -> Tensor:
+    return torch.full((num_rows,), scale, dtype=torch.float64, device=context.device)

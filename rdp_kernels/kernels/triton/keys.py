@@ -1,0 +1,206 @@
+"""What a call's kernels, tiles and results depend on: its key. Calls with equal keys share one prepared call.
+
+A key holds what is known of tensors without their values. It holds no number of rows that varies from call to call: how
+many rows a branch runs on makes no other key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..buffers import Context
+from ..spec import Add, NextInput, Operands, Results
+
+ALIGNMENT = 16
+"""Bytes. Triton compiles a kernel anew for pointers that aren't multiples of it."""
+
+
+class Kind(NamedTuple):
+    """What a key holds of a tensor. `shape` is without dimension 0 for a tensor with a row for each sample."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    misaligned_by: int
+
+    @property
+    def is_plain_vector(self) -> bool:
+        return self.strides == (1,)
+
+
+class AddKey(NamedTuple):
+    """Of an `Add` and its operands. `scale_is` is 0, 1, or 2 for any other number."""
+
+    update: Kind | None
+    frozen_update: Kind | None
+    gamma: Kind | None
+    row_scale: Kind | None
+    has_rows: bool
+    scale_is: int
+    channel_dim: int
+    activation: str | None
+
+
+class NextKey(NamedTuple):
+    """Of a `NextInput` and its operands."""
+
+    weight: Kind | None
+    bias: Kind | None
+    has_rows: bool
+    has_frozen: bool
+    norm: str | None
+    eps: float
+    saves: bool
+
+
+class ForwardKey(NamedTuple):
+    batch_size: int
+    residual: Kind | None
+    add: AddKey | None
+    next: NextKey | None
+    in_place: bool
+
+
+class BackwardKey(NamedTuple):
+    """`context` is the forward's; contexts are equal only to themselves."""
+
+    context: Context
+    gradients: tuple[Kind | None, Kind | None, Kind | None]
+    out: Kind | None
+    norm_input: Kind | None
+    weight: Kind | None
+    add: AddKey | None
+    next: NextKey | None
+    wanted: Operands
+    in_place: bool
+
+
+# Keys are made at every call, as plain tuples, because making named tuples takes three times as long. `named_forward`
+# and `named_backward` are for the first call of a kind.
+
+
+def forward_key(
+    operands: Operands, add: Add | None, next_input: NextInput | None, saves: bool, in_place: bool, batch_size: int
+) -> tuple:
+    """As a `ForwardKey`."""
+    residual, update, frozen_update, gamma, weight, bias = operands
+    return (
+        batch_size,
+        _of_rows(residual),
+        None if add is None else _add_key(update, frozen_update, gamma, add),
+        None if next_input is None else _next_key(weight, bias, next_input, saves),
+        in_place,
+    )
+
+
+def backward_key(
+    context: Context,
+    operands: Operands,
+    results: Results,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    add: Add | None,
+    next_input: NextInput | None,
+    wanted: Operands,
+    in_place: bool,
+) -> tuple:
+    """As a `BackwardKey`."""
+    dout, dnext, dfrozen_next = gradients
+    return (
+        context,
+        (_of_rows(dout), _of_rows(dnext), _of_rows(dfrozen_next)),
+        _of_rows(results.out),
+        _of_rows(results.norm_input),
+        _of(operands.weight),
+        None if add is None else _add_key(operands.update, None, operands.gamma, add),
+        None if next_input is None else _next_key(None, None, next_input, False),
+        wanted,
+        in_place,
+    )
+
+
+def _add_key(update: Tensor | None, frozen_update: Tensor | None, gamma: Tensor | None, add: Add) -> tuple:
+    scale = add.scale
+    return (
+        _of_rows(update),
+        _of_rows(frozen_update),
+        _of(gamma),
+        _of_rows(add.row_scale),
+        add.rows is not None,
+        int(scale) if scale in (0.0, 1.0) else 2,
+        add.channel_dim,
+        add.activation,
+    )
+
+
+def _next_key(weight: Tensor | None, bias: Tensor | None, next_input: NextInput, saves: bool) -> tuple:
+    rows = next_input.rows
+    return (
+        _of(weight),
+        _of(bias),
+        rows is not None,
+        rows is not None and rows.index.shape[0] > rows.num_learning,
+        next_input.norm,
+        next_input.eps,
+        saves,
+    )
+
+
+def _of(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
+
+
+def _of_rows(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape[1:], x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
+
+
+def named_forward(key: tuple) -> ForwardKey:
+    batch_size, residual, add, next_input, in_place = key
+    return ForwardKey(batch_size, _named(residual), _named_add(add), _named_next(next_input), in_place)
+
+
+def named_backward(key: tuple) -> BackwardKey:
+    context, gradients, out, norm_input, weight, add, next_input, wanted, in_place = key
+    dout, dnext, dfrozen_next = map(_named, gradients)
+    return BackwardKey(
+        context,
+        (dout, dnext, dfrozen_next),
+        _named(out),
+        _named(norm_input),
+        _named(weight),
+        _named_add(add),
+        _named_next(next_input),
+        wanted,
+        in_place,
+    )
+
+
+def _named(kind: tuple | None) -> Kind | None:
+    return None if kind is None else Kind(*kind)
+
+
+def _named_add(add: tuple | None) -> AddKey | None:
+    return None if add is None else AddKey(*map(_named, add[:4]), *add[4:])
+
+
+def _named_next(next_input: tuple | None) -> NextKey | None:
+    return None if next_input is None else NextKey(*map(_named, next_input[:2]), *next_input[2:])
+
+
+Value = TypeVar("Value")
+
+
+class Cache(dict[tuple, Value], Generic[Value]):
+    """Prepared calls by key, at most `LARGEST` of them: a full cache drops the oldest eighth. Threads may share it."""
+
+    LARGEST = 4096
+
+    def add(self, key: tuple, value: Value) -> Value:
+        if len(self) >= self.LARGEST:
+            for old in list(self)[: self.LARGEST // 8]:
+                self.pop(old, None)
+        self[key] = value
+        return value
