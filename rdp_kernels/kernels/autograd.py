@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 
-from .._utils.checks import LARGEST_FLOAT32, is_transformed
+from .._utils.checks import LARGEST_FLOAT32, host_has, is_transformed
 from . import dispatch, eager, registered
-from .buffers import joined, parted
-from .dispatch import PLAIN, checking_kernels
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, activation_code, compute_dtype, residual_of
+from .buffers import joined_add, joined_next, parted_add, parted_next
+from .dispatch import PLAIN
+from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, activation_code, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -28,9 +28,15 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
+    results = _known_call(operands, add, next_input)
+    if results is not None:
+        return results
     served = dispatch.resolve(op, operands, add, next_input)
     if served.takes_norm and served.library is not None:
-        return FusedCall(served.kernels, add, next_input)(operands)
+        results = FusedCall(served.kernels, add, next_input)(operands)
+        if served.kernels is dispatch.preparing_kernels():
+            served.kernels.remember(dispatch.choice(), operands, add, next_input, _records(operands))
+        return results
     rest = _without_norm(next_input)
     if served.library is None or (add is None and rest is None):
         return eager.fused_add(operands, add, next_input)
@@ -104,13 +110,14 @@ def unchecked_add(
     channel_dim: int = -1,
     activation: str | None = None,
 ) -> Tensor | None:
-    """The residual add on CPU tensors by kernels that check their arguments themselves.
+    """The residual add by kernels that check their arguments themselves, or as an earlier call of the same kind, whose
+    arguments were checked.
 
-    Only types and flags are looked at here. Returns None where these kernels don't serve the call, where a tensor has
-    to be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
+    Only types and flags are looked at here. Returns None where there are no such kernels and there was no such call,
+    where a tensor has to be copied first, and where an argument is wrong: the caller then checks all arguments and
+    calls `fused_add`.
     """
-    kernels = checking_kernels(residual)
-    if kernels is None or type(update) not in PLAIN:
+    if not dispatch.is_plain(residual) or type(update) not in PLAIN:
         return None
     scale, factors = 1.0, None
     if row_scale is not None:
@@ -122,25 +129,91 @@ def unchecked_add(
             return None
     if gamma is not None and (type(gamma) not in PLAIN or type(channel_dim) is not int):
         return None
-    options: tuple = ()
-    if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
-        if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
-            return None
-        options = rows, scale, channel_dim, activation_code(activation)
-    learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
-    if learns and is_grad_enabled():
-        return _run(kernels.ShortAdd, (factors, options), residual, update, gamma)
-    return kernels.residual_add(residual, update, gamma, factors, *options)
+    if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
+        return None
+    kernels = dispatch.checking_kernels(residual)
+    if kernels is not None:
+        options: tuple = ()
+        if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
+            options = rows, scale, channel_dim, activation_code(activation)
+        if is_grad_enabled() and (
+            residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
+        ):
+            out = _run(kernels.ShortAdd, (factors, options), residual, update, gamma)
+        else:
+            out = kernels.residual_add(residual, update, gamma, factors, *options)
+        if out is not None:
+            return out
+    if dispatch.preparing_kernels() is None:
+        return None
+    row_set = None if rows is None else _known_rows(rows, residual)
+    num_rows = residual.shape[0] if row_set is None else row_set.num_learning
+    if (rows is not None and row_set is None) or not _have_rows(num_rows, update, factors):
+        return None
+    add = Add(row_set, scale, factors, channel_dim, activation)
+    results = _known_call(Operands(residual, update, None, gamma), add, None)
+    return None if results is None else results.out
 
 
 def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
     """The gather of rows, as `unchecked_add`."""
-    kernels = checking_kernels(residual)
-    if kernels is None or type(rows) is not Tensor:
+    if not dispatch.is_plain(residual) or type(rows) is not Tensor:
         return None
-    if residual.requires_grad and is_grad_enabled():
-        return _run(kernels.ShortGather, rows, residual)
-    return kernels.gather_rows(residual, rows)
+    kernels = dispatch.checking_kernels(residual)
+    if kernels is not None:
+        if residual.requires_grad and is_grad_enabled():
+            out = _run(kernels.ShortGather, rows, residual)
+        else:
+            out = kernels.gather_rows(residual, rows)
+        if out is not None:
+            return out
+    row_set = None if dispatch.preparing_kernels() is None else _known_rows(rows, residual)
+    results = None if row_set is None else _known_call(Operands(residual), None, NextInput(row_set))
+    return None if results is None else results.next
+
+
+def unchecked_add_norm(
+    operands: Operands,
+    row_scale: Tensor | float | None,
+    rows: Tensor | None,
+    next_rows: Tensor | None,
+    norm: str,
+    eps: float,
+) -> Results | None:
+    """The add with a norm, as `unchecked_add`."""
+
+
+def _known_rows(rows: Tensor, residual: Tensor) -> RowSet | None:
+    """The rows, where they are right as far as that is checked: values on the host's side are always checked."""
+    right = rows.dtype is torch.int64 and rows.dim() == 1 and rows.device == residual.device
+    return RowSet(rows, rows.shape[0]) if right and not (rows.is_cpu and host_has(rows)) else None
+
+
+def _have_rows(num_rows: int, update: Tensor, row_scale: Tensor | None) -> bool:
+    """Whether these have so many rows. It is the one thing about shapes that is no part of a call's kind."""
+    return update.dim() > 0 and update.shape[0] == num_rows and (row_scale is None or row_scale.shape == (num_rows,))
+
+
+def _known_call(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results | None:
+    """The results by kernels that a checked call of the same kind had prepared, without asking again who serves it.
+    None if there was no such call."""
+    preparing = dispatch.preparing_kernels()
+    if preparing is None or not dispatch.is_plain(residual_of(operands)):
+        return None
+    for t in operands:
+        if t is not None and type(t) not in PLAIN:
+            return None
+    prepared = preparing.known(dispatch.choice(), operands, add, next_input, _records(operands))
+    return None if prepared is None else FusedCall(preparing, add, next_input, prepared=prepared)(operands)
+
+
+def _records(operands: Operands) -> bool:
+    """Whether autograd records a call on these."""
+    if is_grad_enabled():
+        for t in operands:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class FusedCall:
@@ -154,6 +227,7 @@ class FusedCall:
         previous: the call that the residual comes from, where nothing else refers to that residual. If that call
             allocated it and doesn't save it, the sum overwrites it; and if this call's backward allocates its gradient,
             the previous call's backward overwrites that in turn.
+        prepared: what the library prepared for an earlier call of this kind.
     """
 
     def __init__(
@@ -162,63 +236,87 @@ class FusedCall:
         add: Add | None,
         next_input: NextInput | None = None,
         previous: FusedCall | None = None,
+        prepared: Any = None,
     ):
         assert kernels is not None
         self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
+        self.prepared = prepared
+        self.add_numbers: tuple | None = None
+        self.next_numbers: tuple | None = None
         self.in_place = add is not None and previous is not None and previous.owns_out
-        self.is_recorded = torch.is_grad_enabled()  # within an autograd function it never is
         self.owns_out: bool = False
         self.owns_gradient: bool = False
 
     def __call__(self, operands: Operands) -> Results:
         """The results, except for what the norm's backward needs."""
-        return Results(*_FusedAdd.apply(FusedCall, self, *operands)[:3])
+        if not _records(operands):
+            results = self._compute(operands, 0)
+            self.owns_out = self.add is not None
+            return results if self.owns_out else results._replace(out=operands.residual)
+        has_next = self.next_input is not None
+        outputs = _run(FusedCall, self, *operands)
+        return Results(*outputs) if has_next else Results(outputs)
 
-    def forward(self, ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _compute(self, operands: Operands, num_saved: int) -> Results:
+        call = operands, self.add, self.next_input, num_saved, self.in_place
+        if self.prepared is None:
+            results, self.context = self.kernels.fused_add_fwd(*call)
+        else:
+            results, self.context = self.kernels.run_prepared(self.prepared, *call)
+        return results
+
+    def forward(self, ctx: Any, *tensors: Tensor | None) -> Any:
         """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass
         through, what the norm saw with its statistics, and the sum where there is an activation."""
-        operands, needed, ctx.call = Operands(*tensors), Operands(*ctx.needs_input_grad[2:]), self
+        operands, needs, ctx.call = Operands(*tensors), ctx.needs_input_grad, self
         add, next_input, num_saved = self.add, self.next_input, 0
-        if next_input is not None and next_input.norm is not None and self.is_recorded and any(needed):
+        if next_input is not None and next_input.norm is not None:
             num_saved = next_input.num_with_gradient(operands.residual.shape[0])
-        results, self.context = self.kernels.fused_add_fwd(operands, add, next_input, num_saved, self.in_place)
-        out = operands.residual if add is None else results.out
-        norm_input = results.norm_input
-        spec_tensors, self.numbers = parted(add, next_input)
-        if not self.kernels.READS_INVERSES:
-            spec_tensors = spec_tensors._replace(inverse=None, next_inverse=None)
-        self.add = self.next_input = None
-        self.owns_out = add is not None and norm_input is not out
+        results = self._compute(operands, num_saved)
+        self.owns_out = add is not None and results.norm_input is not results.out
+        saved: tuple[Tensor | None, ...] = ()
+        if add is not None:
+            needs_update, needs_frozen, needs_gamma = needs[3:6]
+            saved, self.add_numbers = parted_add(add)
+            saved = (
+                operands.update if needs_gamma else None,
+                operands.gamma if needs_update or needs_frozen else None,
+                results.out if add.activation is not None else None,
+                *saved,
+            )
+        if next_input is not None:
+            next_saved, self.next_numbers = parted_next(next_input)
+            weight = operands.weight if num_saved else None
+            saved = *saved, weight, results.norm_input, results.mean, results.rstd, *next_saved
+        self.add = self.next_input = self.prepared = None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            operands.update if needed.gamma else None,
-            operands.gamma if needed.update or needed.frozen_update else None,
-            operands.weight if num_saved else None,
-            results.out if add is not None and add.activation is not None else None,
-            norm_input,
-            results.mean,
-            results.rstd,
-            *spec_tensors,
-        )
+        ctx.save_for_backward(*saved)
         if self.in_place:
             ctx.mark_dirty(operands.residual)
-        if next_input is not None and next_input.detached is not None:
+        if next_input is None:
+            return results.out
+        if next_input.detached is not None:
             detached = [results.frozen_next] if next_input.detached == "frozen" else [results.next, results.frozen_next]
             ctx.mark_non_differentiable(*(t for t in detached if t is not None))
-        return out, results.next, results.frozen_next, None if norm_input is out else norm_input
+        return operands.residual if add is None else results.out, results.next, results.frozen_next
 
     passed_on = None
 
     @staticmethod
     def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
         self = ctx.call
-        update, gamma, weight, out, norm_input, mean, rstd, *spec_tensors = saved
-        add, next_input = joined(spec_tensors, self.numbers)
+        add = next_input = update = gamma = out = weight = norm_input = mean = rstd = None
+        if self.add_numbers is not None:
+            update, gamma, out, *tensors = saved[:6]
+            add, saved = joined_add(tensors, self.add_numbers), saved[6:]
+        if self.next_numbers is not None:
+            weight, norm_input, mean, rstd, *tensors = saved
+            next_input = joined_next(tensors, self.next_numbers)
         grads = self.kernels.fused_add_bwd(
             self.context,
-            Operands(update=update, gamma=gamma, weight=weight),
-            Results(out, norm_input=norm_input, mean=mean, rstd=rstd),
-            Results(*gradients[:3]),
+            Operands(None, update, None, gamma, weight),
+            Results(out, None, None, norm_input, mean, rstd),
+            Results(*gradients),
             add,
             next_input,
             Operands(*needs[2:]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,33 +128,33 @@ def part_sizes(context: Context, rows: RowSet | None) -> tuple[int, int]:
     return (context.shape[0], 0) if rows is None else (rows.num_learning, rows.index.shape[0] - rows.num_learning)
 
 
-SpecTensors = namedtuple("SpecTensors", ("rows", "inverse", "row_scale", "next_rows", "next_inverse"))
-"""The tensors in an `Add` and a `NextInput`. Autograd saves them, to notice changes in place and to free them."""
-SpecNumbers = namedtuple(
-    "SpecNumbers",
-    "adds num_learning scale channel_dim activation gives_next num_next_learning norm eps detached",
-)
-"""All else in an `Add` and a `NextInput`, and whether the two are given."""
-_NO_ADD, _NO_NEXT_INPUT, _NO_ROWS = Add(), NextInput(), RowSet(None, 0)  # type: ignore[arg-type]
+# A call taken apart into its tensors, which autograd saves to notice changes in place and to free them, and all else.
 
 
-def parted(add: Add | None, next_input: NextInput | None) -> tuple[SpecTensors, SpecNumbers]:
-    """Takes a call apart: its tensors, and all else."""
-    a, n = add or _NO_ADD, next_input or _NO_NEXT_INPUT
-    rows, next_rows = a.rows or _NO_ROWS, n.rows or _NO_ROWS
-    return (
-        SpecTensors(rows.index, rows.inverse, a.row_scale, next_rows.index, next_rows.inverse),
-        SpecNumbers(
-            add is not None, rows.num_learning, a.scale, a.channel_dim, a.activation,
-            next_input is not None, next_rows.num_learning, n.norm, n.eps, n.detached,
-        ),
-    )  # fmt: skip
+def parted_add(add: Add) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The tensors of an `Add`, and all else."""
+    rows, numbers = add.rows, (add.scale, add.channel_dim, add.activation)
+    if rows is None:
+        return (None, None, add.row_scale), (0, *numbers)
+    return (rows.index, rows.inverse, add.row_scale), (rows.num_learning, *numbers)
 
 
-def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
-    """The inverse of `parted`."""
-    t, n = SpecTensors(*tensors), SpecNumbers(*numbers)
-    rows = None if t.rows is None else RowSet(t.rows, n.num_learning, t.inverse)
-    next_rows = None if t.next_rows is None else RowSet(t.next_rows, n.num_next_learning, t.next_inverse)
-    add = Add(rows, n.scale, t.row_scale, n.channel_dim, n.activation) if n.adds else None
-    return add, NextInput(next_rows, n.norm, n.eps, n.detached) if n.gives_next else None
+def joined_add(tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> Add:
+    """The inverse of `parted_add`."""
+    (index, inverse, row_scale), (num_learning, scale, channel_dim, activation) = tensors, numbers
+    rows = None if index is None else RowSet(index, num_learning, inverse)
+    return Add(rows, scale, row_scale, channel_dim, activation)
+
+
+def parted_next(next_input: NextInput) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The tensors of a `NextInput`, and all else."""
+    rows, numbers = next_input.rows, (next_input.norm, next_input.eps, next_input.detached)
+    if rows is None:
+        return (None, None), (0, *numbers)
+    return (rows.index, rows.inverse), (rows.num_learning, *numbers)
+
+
+def joined_next(tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> NextInput:
+    """The inverse of `parted_next`."""
+    (index, inverse), (num_learning, norm, eps, detached) = tensors, numbers
+    return NextInput(None if index is None else RowSet(index, num_learning, inverse), norm, eps, detached)

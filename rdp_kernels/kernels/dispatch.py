@@ -71,6 +71,7 @@ WIDEST_NORM = triton.MAX_NORM_WIDTH
 _CHECKING = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.short_kernels())
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
+_preparing: ModuleType | None = None
 _log = logging.getLogger("rdp_kernels")
 _logged: set[tuple[str, str, str]] = set()
 
@@ -163,19 +164,29 @@ def resolve_in_graph(
     return served.library if served.takes_norm else None
 
 
-def checking_kernels(residual: Tensor) -> ModuleType | None:
-    """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
-    a call on this residual. Only types and flags are looked at, since this is asked at every call."""
-    if (
+def is_plain(residual: Tensor) -> bool:
+    """Whether a call on this residual may go to kernels at once. Only types and flags are looked at, since this is
+    asked at every call."""
+    return not (
         is_compiling()
         or type(residual) not in PLAIN
-        or not residual.is_cpu
         or forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _is_tracing()
-    ):
+    )
+
+
+def checking_kernels(residual: Tensor) -> ModuleType | None:
+    """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
+    a call on this residual, which `is_plain`."""
+    if not residual.is_cpu:
         return None
     return _CHECKING.get(_from_environment() if _chosen is None else _chosen)
+
+
+def preparing_kernels() -> ModuleType | None:
+    """The launchers that prepare calls, Triton's, where they may serve a call and have served one before."""
+    return _preparing if _preparing is not None and choice() in ("auto", "triton") else None
 
 
 def is_free() -> bool:
@@ -191,7 +202,11 @@ for _asked_in_graphs in (resolve_in_graph, is_free):
 @functools.cache
 def kernels_named(name: str) -> ModuleType:
     """The launchers of a library."""
-    return _LIBRARIES[name].kernels()
+    global _preparing
+    kernels = _LIBRARIES[name].kernels()
+    if name == "triton":
+        _preparing = kernels
+    return kernels
 
 
 def choice() -> str:

@@ -7,6 +7,8 @@ tensors.
 
 from __future__ import annotations
 
+from collections import namedtuple
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +18,15 @@ from torch import Tensor
 from .._utils.checks import is_transformed
 from .buffers import (
     Context,
-    SpecNumbers,
-    SpecTensors,
     context_of,
     empty_gradients,
     empty_results,
-    joined,
+    joined_add,
+    joined_next,
     known_context,
     make_context,
-    parted,
+    parted_add,
+    parted_next,
 )
 from .dispatch import kernels_named
 from .spec import Add, NextInput, Operands, Results, residual_of
@@ -41,6 +43,13 @@ _NAMES_BY_TYPE = {
     "str[]": ("dtypes",),
     "bool[]": ("wanted",),
 }
+SpecTensors = namedtuple("SpecTensors", ("rows", "inverse", "row_scale", "next_rows", "next_inverse"))
+"""The tensors in an `Add` and a `NextInput`."""
+SpecNumbers = namedtuple(
+    "SpecNumbers",
+    "adds num_learning scale channel_dim activation gives_next num_next_learning norm eps detached",
+)
+"""All else in an `Add` and a `NextInput`, and whether the two are given."""
 _TYPES = {name: kind for kind, names in _NAMES_BY_TYPE.items() for name in names}  # all others are "Tensor?"
 _GRADIENTS = tuple(f"d{name}" for name in Results._fields[:3])
 _SPEC = (*SpecTensors._fields, *SpecNumbers._fields)
@@ -71,8 +80,18 @@ def fused_add(library: str, operands: Operands, add: Add | None, next_input: Nex
 
 def spell(add: Add | None, next_input: NextInput | None) -> tuple[Any, ...]:
     """A call as arguments of the ops."""
-    tensors, numbers = parted(add, next_input)
-    return *tensors, *numbers
+    (add_tensors, add_numbers), (next_tensors, next_numbers) = (
+        parted_add(add or Add()),
+        parted_next(next_input or NextInput()),
+    )
+    return *add_tensors, *next_tensors, add is not None, *add_numbers, next_input is not None, *next_numbers
+
+
+def joined(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Add | None, NextInput | None]:
+    """The inverse of `spell`."""
+    n = SpecNumbers(*numbers)
+    add = joined_add(tensors[:3], numbers[1:5]) if n.adds else None
+    return add, joined_next(tensors[3:], numbers[6:]) if n.gives_next else None
 
 
 def _schema(name: str, arguments: tuple[str, ...]) -> str:

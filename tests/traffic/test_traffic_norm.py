@@ -7,7 +7,7 @@ from benchmarks.kernel_traffic import SECTOR, count_traffic
 from rdp_kernels.kernels.autograd import FusedCall
 from rdp_kernels.kernels.spec import Add, NextInput, Operands
 from rdp_kernels.kernels.triton import backward as triton_backward
-from rdp_kernels.kernels.triton import launch, launchers
+from rdp_kernels.kernels.triton import kernels, launch, launchers
 from tests.traffic import needs_interpreter
 from tests.traffic.fused_adds import (
     ALL,

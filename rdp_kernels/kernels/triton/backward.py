@@ -33,7 +33,7 @@ class Backward:
 
     def __init__(self, key: BackwardKey):
         context, add, wanted = key.context, key.add, key.wanted
-        dout, dnext, dfrozen_next = key.gradients
+        _, dnext, dfrozen_next = key.gradients
         from_next = dnext is not None or dfrozen_next is not None
         rows = (*key.gradients, key.norm_input, None if add is None else add.update)
         vectors = (key.weight, *((None, None) if add is None else (add.gamma, add.row_scale)))
@@ -46,7 +46,7 @@ class Backward:
         norm = key.next.norm if key.next is not None and from_next else None
         self.normed, self.centers = norm is not None, norm is not None and NORMS[norm].centers
         activation = None if add is None else add.activation
-        drops_all = add is not None and add.scale_is == 0
+        drops_all = add is not None and add.scale == 0
 
         passes = wanted.residual and activation is None and not from_next
         self.stored = Operands(

@@ -31,6 +31,7 @@ class Forward:
     Attributes:
         context: what the backward has to know.
         copies: whether a tensor of the call has to be copied first, because its layout isn't the context's.
+        choices: the choices of a backend under which checked calls came here.
     """
 
     def __init__(self, key: ForwardKey):
@@ -50,6 +51,7 @@ class Forward:
             and all(t is None or t.is_plain_vector for t in vectors)
         )
         self.batch_size, self.dtype = key.batch_size, self.context.dtypes.residual
+        self.choices: set[str] = set()
 
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
         """As `launchers.fused_add_fwd`, without copies."""
@@ -63,7 +65,8 @@ class FusedAdd(Forward):
         super().__init__(key)
         add, next_input, context = key.add, key.next, self.context
         self.in_place = key.in_place
-        self.drops_all = add is not None and add.scale_is == 0
+        self.is_like_residual = key.residual is not None and key.residual.strides == context.strides
+        self.drops_all = add is not None and add.scale == 0
         self.makes_row_scale = makes_row_scale(add, context)
         self.normed = next_input is not None and next_input.norm is not None
         self.centers = self.normed and NORMS[next_input.norm].centers
@@ -93,7 +96,7 @@ class FusedAdd(Forward):
         out = next_rows = frozen_next = row_scale = inverse = next_inverse = None
         scale, num_rows, num_learning, num_next, num_next_learning = 1.0, 0, 0, 0, 0
         if add is not None:
-            out = residual if self.in_place else self.context.empty(self.batch_size, self.dtype)
+            out = residual if self.in_place else self._empty_sum(residual)
             if self.drops_all:
                 update = frozen_update = gamma = None
             else:
@@ -135,6 +138,11 @@ class FusedAdd(Forward):
         if num_saved and norm_input is None:
             norm_input = residual if out is None else out
         return Results(out, next_rows, frozen_next, norm_input, mean, rstd)
+
+    def _empty_sum(self, residual: Tensor | None) -> Tensor:
+        if self.is_like_residual:  # saves the time of allocating by strides
+            return torch.empty_like(residual)
+        return self.context.empty(self.batch_size, self.dtype)
 
     def _statistics(self, num_rows: int) -> Tensor:
         context = self.context
@@ -192,7 +200,7 @@ def compute_of(context: Context) -> tl.dtype:
 def makes_row_scale(add: AddKey | None, context: Context) -> bool:
     """Whether a number has to become a tensor: kernels take numbers of 32 bits."""
     float64 = context.compute == torch.float64
-    return float64 and add is not None and add.row_scale is None and add.scale_is not in (0, 1)
+    return float64 and add is not None and add.row_scale is None and add.scale is None
 
 
 def row_scale_of(scale: float, num_rows: int, context: Context) -> Tensor:

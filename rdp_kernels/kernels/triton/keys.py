@@ -6,7 +6,7 @@ many rows a branch runs on makes no other key.
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,14 +33,14 @@ class Kind(NamedTuple):
 
 
 class AddKey(NamedTuple):
-    """Of an `Add` and its operands. `scale_is` is 0, 1, or 2 for any other number."""
+    """Of an `Add` and its operands. `scale` is 0 or 1, or None for any other number."""
 
     update: Kind | None
     frozen_update: Kind | None
     gamma: Kind | None
     row_scale: Kind | None
     has_rows: bool
-    scale_is: int
+    scale: float | None
     channel_dim: int
     activation: str | None
 
@@ -90,9 +90,9 @@ def forward_key(
     residual, update, frozen_update, gamma, weight, bias = operands
     return (
         batch_size,
-        _of_rows(residual),
-        None if add is None else _add_key(update, frozen_update, gamma, add),
-        None if next_input is None else _next_key(weight, bias, next_input, saves),
+        residual if residual is None else of_rows(residual),
+        add if add is None else _add_key(update, frozen_update, gamma, add),
+        next_input if next_input is None else _next_key(weight, bias, next_input, saves),
         in_place,
     )
 
@@ -108,29 +108,39 @@ def backward_key(
     in_place: bool,
 ) -> tuple:
     """As a `BackwardKey`."""
-    dout, dnext, dfrozen_next = gradients
+    update, gamma, weight, out, norm_input = operands[1], *operands[3:5], *results[:4:3]
     return (
         context,
-        (_of_rows(dout), _of_rows(dnext), _of_rows(dfrozen_next)),
-        _of_rows(results.out),
-        _of_rows(results.norm_input),
-        _of(operands.weight),
-        None if add is None else _add_key(operands.update, None, operands.gamma, add),
-        None if next_input is None else _next_key(None, None, next_input, False),
+        gradients_key(gradients),
+        out if out is None else of_rows(out),
+        norm_input if norm_input is None else of_rows(norm_input),
+        weight if weight is None else of_vector(weight),
+        add if add is None else _add_key(update, None, gamma, add),
+        next_input if next_input is None else _next_key(None, None, next_input, False),
         wanted,
         in_place,
     )
 
 
-def _add_key(update: Tensor | None, frozen_update: Tensor | None, gamma: Tensor | None, add: Add) -> tuple:
-    scale = add.scale
+def gradients_key(gradients: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple:
+    """As `BackwardKey.gradients`."""
+    dout, dnext, dfrozen_next = gradients
     return (
-        _of_rows(update),
-        _of_rows(frozen_update),
-        _of(gamma),
-        _of_rows(add.row_scale),
+        dout if dout is None else of_rows(dout),
+        dnext if dnext is None else of_rows(dnext),
+        dfrozen_next if dfrozen_next is None else of_rows(dfrozen_next),
+    )
+
+
+def _add_key(update: Tensor | None, frozen_update: Tensor | None, gamma: Tensor | None, add: Add) -> tuple:
+    scale, row_scale = add.scale, add.row_scale
+    return (
+        update if update is None else of_rows(update),
+        frozen_update if frozen_update is None else of_rows(frozen_update),
+        gamma if gamma is None else of_vector(gamma),
+        row_scale if row_scale is None else of_rows(row_scale),
         add.rows is not None,
-        int(scale) if scale in (0.0, 1.0) else 2,
+        scale if scale in _SPECIAL_SCALES else None,
         add.channel_dim,
         add.activation,
     )
@@ -139,8 +149,8 @@ def _add_key(update: Tensor | None, frozen_update: Tensor | None, gamma: Tensor 
 def _next_key(weight: Tensor | None, bias: Tensor | None, next_input: NextInput, saves: bool) -> tuple:
     rows = next_input.rows
     return (
-        _of(weight),
-        _of(bias),
+        weight if weight is None else of_vector(weight),
+        bias if bias is None else of_vector(bias),
         rows is not None,
         rows is not None and rows.index.shape[0] > rows.num_learning,
         next_input.norm,
@@ -149,12 +159,17 @@ def _next_key(weight: Tensor | None, bias: Tensor | None, next_input: NextInput,
     )
 
 
-def _of(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
+_SPECIAL_SCALES = (0.0, 1.0)
 
 
-def _of_rows(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.shape[1:], x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
+def of_vector(x: Tensor) -> tuple:
+    """As a `Kind`."""
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT
+
+
+def of_rows(x: Tensor) -> tuple:
+    """As a `Kind` of a tensor with rows."""
+    return x.shape[1:], x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT
 
 
 def named_forward(key: tuple) -> ForwardKey:

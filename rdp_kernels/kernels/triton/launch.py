@@ -1,7 +1,7 @@
 """The table of launch numbers, and how a call is cut into tiles by them.
 
-The numbers were chosen by reasoning (bytes in flight, registers) and from compiled code, and haven't been tuned on a GPU
-yet: `python -m benchmarks tune` does that.
+The numbers were chosen by reasoning (bytes in flight, registers) and from compiled code, and haven't been tuned on a
+GPU yet: `python -m benchmarks tune` does that.
 """
 
 from __future__ import annotations

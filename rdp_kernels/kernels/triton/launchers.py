@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+
 from torch import Tensor
 
 from ..buffers import Context
@@ -64,10 +65,46 @@ def fused_add_fwd(
     prepared = _forwards.get(key)
     if prepared is None:
         prepared = _forwards.add(key, prepare_forward(named_forward(key)))
+    return run_prepared(prepared, operands, add, next_input, num_saved, in_place)
+
+
+def run_prepared(
+    prepared: Forward,
+    operands: Operands,
+    add: Add | None,
+    next_input: NextInput | None,
+    num_saved: int,
+    in_place: bool,
+) -> tuple[Results, Context]:
+    """As `fused_add_fwd`, by what was prepared for the key of these arguments."""
     if prepared.copies:
         operands, add = _copied(prepared.context, operands, add)
-        return fused_add_fwd(operands, add, next_input, num_saved, in_place, batch_size)
+        return fused_add_fwd(operands, add, next_input, num_saved, in_place, prepared.batch_size)
     return prepared.run(operands, add, next_input, num_saved), prepared.context
+
+
+def known(
+    choice: str, operands: Operands, add: Add | None, next_input: NextInput | None, records: bool
+) -> Forward | None:
+    """What was prepared for an earlier call of this kind that was checked and that went to Triton under the same choice
+    of a backend. `records`: whether autograd records the call."""
+    prepared = _forwards.get(_key_of_call(operands, add, next_input, records))
+    return prepared if prepared is not None and choice in prepared.choices else None
+
+
+def remember(choice: str, operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> None:
+    """Makes a call, which has run, known."""
+    prepared = _forwards.get(_key_of_call(operands, add, next_input, records))
+    if prepared is not None:
+        prepared.choices.add(choice)
+
+
+def _key_of_call(operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> tuple:
+    batch_size = residual_of(operands).shape[0]
+    saves = records and next_input is not None and next_input.norm is not None
+    if saves:
+        saves = next_input.num_with_gradient(batch_size) > 0
+    return forward_key(operands, add, next_input, saves, False, batch_size)
 
 
 def fused_add_bwd(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
+from triton.runtime import driver
 
 from .launch import LaunchConfig, options_of
 from .support import interpreted
@@ -49,19 +51,18 @@ class PreparedLaunch:
     """A kernel with its launch numbers. Calls of one object must differ in nothing that Triton specializes a kernel on:
     dtypes, pointers that are None, alignment, and the numbers that aren't in `common._VARYING`.
 
-    The first call is an ordinary launch, in which Triton finds the compiled kernel. Later calls launch that kernel in
-    the way of Triton's tutorials, `compiled[grid](*arguments)`, which takes a tenth of the time. Triton's hooks see
-    both.
+    The first call is an ordinary launch, in which Triton finds the compiled kernel. Later calls launch that kernel
+    directly, which takes the host a tenth of the time. Triton's hooks see all of them.
     """
 
     direct = True
-    """Whether this Triton launches compiled kernels in that way."""
+    """Whether kernels are launched directly; False as soon as this Triton can't."""
 
     def __init__(self, kernel: Any, config: LaunchConfig, device: torch.device):
         self.kernel, self.config, self.options = kernel, config, options_of(config, device)
         several_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
         self._device = device.index if several_gpus else None
-        self._compiled: Any = None
+        self._launch: Callable[[int, tuple[Any, ...]], None] | None = None
 
     def __call__(self, num_programs: int, *arguments: Any) -> None:
         """Launches with all arguments of the kernel, in order, on the current CUDA stream of their device. Without
@@ -70,29 +71,44 @@ class PreparedLaunch:
             return
         if self._device is not None and torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self(num_programs, *arguments)
-        if _observers:
+                self(num_programs, *arguments)
+        elif _observers:
             by_name = dict(zip(self.kernel.arg_names, arguments, strict=True))
-            return _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
-        if self._compiled is not None and not self.kernel.pre_run_hooks:
-            try:
-                return self._compiled[num_programs, 1, 1](*arguments)
-            except TypeError as error:
-                self._give_up(str(error))
-        compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-        if PreparedLaunch.direct and not interpreted():
-            if hasattr(compiled, "__getitem__"):
-                self._compiled = compiled
-            else:
-                self._give_up(f"an ordinary launch returns {type(compiled).__name__}")
+            _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
+        elif self._launch is not None and not self.kernel.pre_run_hooks:
+            self._launch(num_programs, arguments)
+        else:
+            compiled = self.kernel[(num_programs,)](*arguments, **self.options)
+            if PreparedLaunch.direct and not interpreted():
+                self._launch = direct_launch(compiled)
 
-    def _give_up(self, reason: str) -> None:
-        """Makes all launches ordinary ones from now on, and says so once."""
-        self._compiled = None
-        if PreparedLaunch.direct:
-            PreparedLaunch.direct = False
-            _log.warning(
-                "triton %s can't launch a compiled kernel directly (%s): each launch costs the host about 20 µs more",
-                triton.__version__,
-                reason,
-            )
+
+def direct_launch(compiled: Any) -> Callable[[int, tuple[Any, ...]], None] | None:
+    """A function that launches a compiled kernel: `(number of programs, arguments)`.
+
+    With hooks it is the launch of Triton's tutorials, `compiled[grid](*arguments)`. Without hooks it calls what that
+    calls, by private names of Triton 3.6 and 3.7, because the way there takes three times as long. Where a name is
+    missing it returns None and says so once: all launches are ordinary ones then.
+    """
+    try:
+        runtime, active = knobs.runtime, driver.active
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        current_device, current_stream = active.get_current_device, active.get_current_stream
+        _ = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
+    except AttributeError as error:
+        PreparedLaunch.direct = False
+        _log.warning(
+            "rdp_kernels knows no direct launch in triton %s (%s): each launch takes the host about 20 µs more",
+            triton.__version__,
+            error,
+        )
+        return None
+
+    def launch(num_programs: int, arguments: tuple[Any, ...]) -> None:
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            compiled[num_programs, 1, 1](*arguments)
+        else:
+            stream = current_stream(current_device())
+            run(num_programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return launch

@@ -41,10 +41,10 @@ def _sum_partials_kernel(
     vector, n = tl.program_id(0) // column_blocks, (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     if vector == 0:
         _sum_rows(out_ptr, partials_ptr, n, num_rows, width, BLOCK_R, BLOCK_N)
-    if second_out_ptr is not None:
+    if second_out_ptr is not None:  # noqa: SIM102 (a test of the compiler, and one of the program)
         if vector == 1:
             _sum_rows(second_out_ptr, second_partials_ptr, n, num_rows, width, BLOCK_R, BLOCK_N)
-    if third_out_ptr is not None:
+    if third_out_ptr is not None:  # noqa: SIM102
         if vector == 2:
             _sum_rows(third_out_ptr, third_partials_ptr, n, num_rows, width, BLOCK_R, BLOCK_N)
 
