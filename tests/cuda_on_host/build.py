@@ -4,6 +4,7 @@ Sources are compiled as they are, except for `EDITS`, with the headers of `inclu
 of torch's C interface are replaced by those of `host.cpp`.
 """
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -61,15 +62,20 @@ def sanitizers() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> None:
+def compile_library(tree: Path, sanitize: bool = True, again: bool = False, optimize: bool = False) -> None:
     """Compiles the library of a copy, without CPU kernels. UBSan sees misaligned packs, ASan accesses outside tensors.
 
-    `again`: only the kernels have changed since.
+    Args:
+        tree: a folder that `copy_tree` has filled.
+        sanitize: with the sanitizers, where the compiler has them.
+        again: only the kernels have changed since.
+        optimize: host code is as fast as in a build for a GPU. With RDP_NO_KERNELS in its environment a process then
+            measures host time: launches are counted (`launches_of`) and run nothing.
     """
     stable_abi = re.search(r'STABLE_ABI = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert stable_abi is not None
     sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize and sanitizers() else []
-    flags = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
+    flags = ["-std=c++20", "-O3" if optimize else "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
     flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # packs: nvcc has no such rule
     flags += ["-DRDP_CUDA", f"-DTORCH_TARGET_VERSION={stable_abi[1]}"]
     flags += [f"-I{path}" for path in (HOST / "include", "csrc", *cpp_extension.include_paths())]
@@ -81,6 +87,11 @@ def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> N
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     output = ["-o", "rdp_kernels/_C.abi3.so"]
     _compiler("-shared", *sanitized, "host.o", "bindings.o", "fused_add.o", *libraries, *output, cwd=tree)
+
+
+def launches_of(library: Path) -> int:
+    """The launches of CUDA kernels by this process so far; `library` is the compiled `_C.abi3.so` of a copy."""
+    return ctypes.CDLL(str(library)).rdp_host_launches()
 
 
 def _compiler(*arguments: object, cwd: Path | None = None) -> str:
