@@ -19,19 +19,22 @@ HOST = Path("tests", "cuda_on_host")
 KERNEL = r"__launch_bounds__\(([^)]*)\)\s+\w+_kernel\([^{]*\{"
 LAUNCH = r"(?s)(\w+_kernel(?:<[^;{]*?>)?)\s*<<<(.*?)>>>\((.*?)\);"
 COUNTED = r"\g<0> struct Here {}; host::enter<Here>(\1);"
-LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS) = (\d+);"
+LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS|MAX_CHUNKS) = (\d+);"
 
 EDITS = (
     # file, pattern, replacement, how often it is found
-    ("cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 6),
-    ("cuda/residual_add.cuh", KERNEL, COUNTED, 4),
-    ("cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
-    ("cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 1),
+    ("csrc/cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 7),
+    ("csrc/cuda/residual_add.cuh", KERNEL, COUNTED, 5),
+    ("csrc/cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
+    ("csrc/cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 3),
     # limits that only large tensors reach can be lowered
-    ("cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 2),
-    ("cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
+    ("csrc/cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 3),
+    ("csrc/cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
     # CPU tensors are treated as a GPU's
-    ("checks.h", r"(bool is_cuda\(\) const) \{ return is_cuda_; \}", r"\1 { return true; }", 1),
+    ("csrc/checks.h", r"return tensor\.is_cuda\(\);", "return true;", 1),
+    ("rdp_kernels/kernels/native/support.py", r'device\.type == "cuda"', "True", 1),
+    ("rdp_kernels/kernels/native/library.py", r"torch\.cuda\.is_available\(\) and (.*)device\.index", r"\1-1", 1),
+    ("rdp_kernels/kernels/dispatch.py", r"residual\.is_cuda", "residual.is_cpu", 1),
 )
 EXCHANGED = {
     "aoti_torch_device_type_cuda": "aoti_torch_device_type_cpu",
@@ -48,7 +51,7 @@ def copy_tree(to: Path) -> None:
         shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", to)
     for file, pattern, replacement, times in EDITS:
-        path = to / "csrc" / file
+        path = to / file
         text, found = re.subn(pattern, replacement, path.read_text(encoding="utf-8"))
         assert found == times, f"{file}: {found} instead of {times} places match {pattern}"
         path.write_text(text, encoding="utf-8")
@@ -59,7 +62,8 @@ def sanitizers() -> dict[str, str]:
     needed = [_compiler("-print-file-name=" + name) for name in ("libasan.so", "libstdc++.so.6")]
     if not all(Path(path).is_absolute() for path in needed):
         return {}
-    return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    options = "detect_leaks=0:allocator_may_return_null=1"
+    return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def compile_library(tree: Path, sanitize: bool = True, again: bool = False, optimize: bool = False) -> None:
