@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
     const int64_t channel = modulo(position, geometry.channels);
     const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
     const float scale = scale_of(call.scale, update_row);
+#pragma unroll 1  // unrolled it would spill
     for (int64_t column = threadIdx.x * N; column < geometry.width; column += COLUMN_THREADS * N) {
       backward_pack<S, U, N>(call, update_row, scale, next_row, sample, position * geometry.width + column, channel,
                              sums);
