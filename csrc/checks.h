@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "allocate.h"
 #include "fused_add.h"
 #ifdef RDP_CUDA
 #include "cuda/fused_add.h"
@@ -63,12 +64,14 @@ inline Activation activation_of(int64_t code) {
   return Activation(code);
 }
 
+inline bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
+
 // The shape of a sample and the order of its dimensions in memory, from the first tensor. All other tensors of a call
 // must agree. A sample is contiguous; samples may be any distance apart.
 class SampleLayout {
  public:
   SampleLayout(const char* name, const Tensor& like) : dim_(like.dim()), device_(like.get_device_index()) {
-    is_cuda_ = like.is_cuda();
+    is_cuda_ = on_gpu(like);
     STD_TORCH_CHECK(is_cuda_ || like.is_cpu(), name, " must be on a CPU or a CUDA device");
     STD_TORCH_CHECK(dim_ >= 1 && dim_ <= MAX_DIMS, name, " must have 1 to ", MAX_DIMS, " dimensions, got ", dim_);
     const int64_t *sizes = like.sizes().data(), *strides = like.strides().data();
@@ -165,18 +168,16 @@ class SampleLayout {
   }
 
   void check_device(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.is_cuda() == is_cuda_ && (is_cuda_ || tensor.is_cpu()) &&
+    STD_TORCH_CHECK(on_gpu(tensor) == is_cuda_ && (is_cuda_ || tensor.is_cpu()) &&
                         tensor.get_device_index() == device_,
                     name, " must be on the device of the other tensors");
   }
 
  private:
   Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) const {
-    AtenTensorHandle made = nullptr;
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     const int32_t device_type = is_cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_, &made));
-    return Tensor(made);
+    return allocate(sizes, strides, dim, type, device_type, device_);
   }
 
   void check_dense(const char* name, const Tensor& tensor) const {
@@ -198,65 +199,86 @@ class SampleLayout {
   std::array<int64_t, MAX_DIMS> sizes_, order_;
 };
 
-// Inverts `rows`, int64 [K], unique, in [0, batch_size). Values are checked on the CPU only. On a GPU the host doesn't
-// wait, and the kernel skips values out of range. A negative `num_learning` stands for all rows.
-class InvertedRows {
+// A list of rows as tensors; absent ones are null. A negative `num_learning` stands for all rows.
+struct RowTensors {
+  const Tensor* index = nullptr;
+  const Tensor* inverse = nullptr;
+  int64_t num_learning = -1;
+};
+
+// Checks `rows`, int64 [K], unique, in [0, batch_size), and inverts them where that is needed and no inverse is given:
+// int64 [batch_size], values out of [0, K) for samples without a row. An inverse isn't checked: `RowSet` skips what is
+// out of range. Values of rows are checked on the CPU only. On a GPU the host doesn't wait, and kernels skip them.
+class CheckedRows {
  public:
-  InvertedRows(const char* name, const SampleLayout& layout, const Tensor* rows, int64_t num_learning,
-               int64_t batch_size) {
-    if (!rows) {
-      num_rows_ = rows_.num_learning = batch_size;
+  CheckedRows(const char* name, const SampleLayout& layout, const RowTensors& given, int64_t batch_size,
+              bool needs_inverse = true) {
+    if (!given.index) {
+      STD_TORCH_CHECK(!given.inverse, name, " must be given where their inverse is");
+      rows_.num_rows = rows_.num_learning = batch_size;
       return;
     }
-    num_rows_ = check_rows(name, *rows);
-    layout.check_device(name, *rows);
-    if (num_learning < 0) num_learning = num_rows_;
-    STD_TORCH_CHECK(num_learning <= num_rows_, "the number of learning ", name, " must be at most ", num_rows_, ", got ",
-                    num_learning);
-    rows_.num_learning = num_learning;
-    const int64_t* indices = static_cast<const int64_t*>(rows->const_data_ptr());
-    if (layout.is_cuda()) {
+    const int64_t num_rows = rows_.num_rows = checked(name, "", layout, *given.index);
+    rows_.num_learning = given.num_learning < 0 ? num_rows : given.num_learning;
+    STD_TORCH_CHECK(rows_.num_learning <= num_rows, "the number of learning ", name, " must be at most ", num_rows,
+                    ", got ", rows_.num_learning);
+    rows_.index = static_cast<const int64_t*>(given.index->const_data_ptr());
+    if (given.inverse) {
+      const int64_t size = checked(name, "the inverse of ", layout, *given.inverse);
+      STD_TORCH_CHECK(size == batch_size, "the inverse of ", name, " must have ", batch_size, " elements, got ", size);
+      rows_.inverse = static_cast<const int64_t*>(given.inverse->const_data_ptr());
+    } else if (layout.is_cuda()) {
+      if (needs_inverse) invert_on_device(layout, batch_size);
+    } else {
+      invert(name, batch_size);
+    }
+  }
+  CheckedRows(const CheckedRows&) = delete;
+
+  const RowSet& rows() const { return rows_; }
+  int64_t num_learning() const { return rows_.num_learning; }
+  int64_t num_frozen() const { return rows_.num_rows - rows_.num_learning; }
+  int64_t num_rows() const { return rows_.num_rows; }
+  // The inverse that was made on a GPU, if there is one.
+  const MaybeTensor& on_device() const { return on_device_; }
+
+ private:
+  static int64_t checked(const char* name, const char* prefix, const SampleLayout& layout, const Tensor& rows) {
+    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, prefix, name,
+                    " must be an int64 tensor of shape [K], got ", torch::headeronly::toString(rows.scalar_type()),
+                    " of shape ", shape_of(rows));
+    STD_TORCH_CHECK(rows.size(0) <= 1 || rows.stride(0) == 1, prefix, name, " must be contiguous");
+    layout.check_device(name, rows);
+    return rows.size(0);
+  }
+
+  void invert_on_device(const SampleLayout& layout, int64_t batch_size) {
 #ifdef RDP_CUDA
-      on_device_ = layout.empty_indices(batch_size);
-      int64_t* inverse = static_cast<int64_t*>(on_device_->data_ptr());
-      cuda::invert_rows(inverse, indices, num_rows_, batch_size, layout.device());
-      rows_.inverse = inverse;
+    on_device_ = layout.empty_indices(batch_size);
+    int64_t* inverse = static_cast<int64_t*>(on_device_->data_ptr());
+    cuda::invert_rows(inverse, rows_.index, rows_.num_rows, batch_size, layout.device());
+    rows_.inverse = inverse;
 #endif
-      return;
-    }
+  }
+
+  void invert(const char* name, int64_t batch_size) {
     int64_t* inverse = few_;
     if (batch_size > FEW) {
       many_.resize(batch_size);
       inverse = many_.data();
     }
     std::fill_n(inverse, batch_size, -1);
-    for (int64_t i = 0; i < num_rows_; ++i) {
-      const int64_t row = indices[i];
+    for (int64_t i = 0; i < rows_.num_rows; ++i) {
+      const int64_t row = rows_.index[i];
       STD_TORCH_CHECK(row >= 0 && row < batch_size, name, " must be in [0, ", batch_size, "), got ", row);
       STD_TORCH_CHECK(inverse[row] < 0, name, " must not repeat a row, got ", row, " twice");
       inverse[row] = i;
     }
     rows_.inverse = inverse;
   }
-  InvertedRows(const InvertedRows&) = delete;
 
-  static int64_t check_rows(const char* name, const Tensor& rows) {
-    STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, name,
-                    " must be an int64 tensor of shape [K], got ", torch::headeronly::toString(rows.scalar_type()),
-                    " of shape ", shape_of(rows));
-    STD_TORCH_CHECK(rows.size(0) <= 1 || rows.stride(0) == 1, name, " must be contiguous");
-    return rows.size(0);
-  }
-
-  const RowSet& rows() const { return rows_; }
-  int64_t num_learning() const { return rows_.num_learning; }
-  int64_t num_frozen() const { return num_rows_ - rows_.num_learning; }
-  int64_t num_rows() const { return num_rows_; }
-
- private:
   static constexpr int64_t FEW = 64;  // batches up to here need no allocation
   RowSet rows_;
-  int64_t num_rows_;
   int64_t few_[FEW];
   std::vector<int64_t> many_;
   MaybeTensor on_device_;

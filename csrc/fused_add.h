@@ -54,12 +54,14 @@ struct RowPosition {
 
 // The samples that have a row in an update or in the next input: those that learn, then those that are frozen.
 struct RowSet {
-  const int64_t* inverse = nullptr;  // the index of sample b's row, or -1; null: sample b is row b
-  int64_t num_learning = 0;
+  const int64_t* index = nullptr;    // the sample of each row; null: row b is sample b
+  const int64_t* inverse = nullptr;  // the row of each sample, none where it is out of range; null: sample b is row b
+  int64_t num_rows = 0, num_learning = 0;
 
   RDP_ELEMENT RowPosition operator[](int64_t sample) const {
     RowPosition row;
     row.index = inverse == nullptr ? sample : inverse[sample];
+    if (row.index < 0 || row.index >= num_rows) row.index = -1;
     row.learns = row.exists() && row.index < num_learning;
     row.part_index = row.learns ? row.index : row.index - num_learning;
     return row;

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels.layout import Layout
 from rdp_kernels.kernels.native import support
+from rdp_kernels.kernels.spec import Operands
 
 from .kernels import ops
 from .kernels.budget import check
@@ -21,17 +23,17 @@ X, BRANCH, GAMMA = torch.randn(B, T, C), torch.randn(B, T, C), torch.randn(C)
 SCALE, ROWS = torch.tensor([1.5, 0.0, 2.0, 1.0]), torch.tensor([2, 0])
 
 
-def fused_add(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, num_learning=-1, row_scale=None, channel_dim=-1,
-         gathers=False, next_rows=None, num_next_learning=-1, out=None):  # fmt: skip
-    return OPS.native_fused_add(residual, branch, frozen, gamma, rows, num_learning, row_scale, 1.0, channel_dim, 0,
-                           gathers, next_rows, num_next_learning, out)  # fmt: skip
+def fused_add(residual=X, branch=BRANCH, frozen=None, gamma=GAMMA, rows=None, inverse=None, num_learning=-1, row_scale=None,
+         channel_dim=-1, gathers=False, next_rows=None, next_inverse=None, num_next_learning=-1, out=None):  # fmt: skip
+    return OPS.native_fused_add(residual, branch, frozen, gamma, rows, inverse, num_learning, row_scale, 1.0, channel_dim, 0,
+                           gathers, next_rows, next_inverse, num_next_learning, out)  # fmt: skip
 
 
-def fused_add_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gamma=GAMMA, out=None, rows=None,
-                  num_learning=-1, row_scale=None, channel_dim=-1, next_rows=None, num_next_learning=-1, batch_size=B,
+def fused_add_backward(dout=X, dnext=None, dfrozen_next=None, branch=BRANCH, gamma=GAMMA, out=None, rows=None, inverse=None,
+                  num_learning=-1, row_scale=None, channel_dim=-1, next_rows=None, next_inverse=None, num_next_learning=-1, batch_size=B,
                   gamma_dtype=torch.float32, dresidual=None, wants_residual=True):  # fmt: skip
-    return OPS.native_fused_add_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, num_learning, row_scale, 1.0,
-                                    channel_dim, int(out is not None), next_rows, num_next_learning, batch_size, False, wants_residual,
+    return OPS.native_fused_add_backward(dout, dnext, dfrozen_next, branch, gamma, out, rows, inverse, num_learning, row_scale, 1.0,
+                                    channel_dim, int(out is not None), next_rows, next_inverse, num_next_learning, batch_size, False, wants_residual,
                                     torch.float32, None, gamma_dtype, dresidual)  # fmt: skip
 
 
@@ -66,6 +68,11 @@ BAD = {
     "int32": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS.int()), "rows must be an int64 tensor.*got Int"),
     "2-d rows": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS[None]), r"rows must be an int64 tensor.*shape \[1, 2\]"),
     "strided rows": (lambda: fused_add(branch=BRANCH[:2], rows=torch.tensor([0, 9, 2])[::2]), "rows must be contiguous"),
+    "inverse": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS, inverse=ROWS), "the inverse of rows must have 4 elements, got 2"),
+    "inverse's dtype": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS, inverse=SCALE), "the inverse of rows must be an int64"),
+    "inverse alone": (lambda: fused_add(inverse=ROWS), "rows must be given where their inverse is"),
+    "next inverse": (lambda: fused_add(gathers=True, next_rows=ROWS, next_inverse=ROWS), "the inverse of next_rows must have 4"),
+    "backward's inverse": (lambda: fused_add_backward(branch=BRANCH[:2], rows=ROWS, inverse=ROWS), "the inverse of rows must have"),
     "learning": (lambda: fused_add(branch=BRANCH[:2], rows=ROWS, num_learning=3), "learning rows must be at most 2, got 3"),
     "frozen": (lambda: fused_add(branch=BRANCH[:1], frozen=BRANCH, rows=ROWS, num_learning=1), r"frozen must have shape \[1, 3"),
     "no frozen": (lambda: fused_add(branch=BRANCH[:1], rows=ROWS, num_learning=1), "frozen must be given where rows are frozen"),
@@ -117,6 +124,61 @@ def test_sizes_of_zero_are_valid(shape):
         _, dbranch, dgamma = OPS.native_residual_add_backward(x, x, gamma, channel_dim=1)
         assert dbranch.shape == x.shape
         assert torch.equal(dgamma, torch.zeros_like(gamma))
+
+
+NONE = 2**40
+"""The place of a sample without a row: any number out of range."""
+
+
+@pytest.mark.parametrize("none", [2, -1, NONE, -(2**63)])
+def test_a_given_inverse_is_read(none):
+    """Places out of range mean no row. The list itself then gives the number of rows only."""
+    inverse, elsewhere = torch.tensor([1, none, 0, none]), torch.tensor([3, 1])
+    out, gathered, _ = fused_add(
+        branch=BRANCH[:2], rows=elsewhere, inverse=inverse, gathers=True, next_rows=ROWS, next_inverse=inverse
+    )
+    expected = X.clone()
+    expected[ROWS] += GAMMA * BRANCH[:2]
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(gathered, out[ROWS])
+    given = fused_add_backward(branch=BRANCH[:2], rows=elsewhere, inverse=inverse, dnext=X[:2], next_rows=elsewhere,
+                               next_inverse=inverse)  # fmt: skip
+    made = fused_add_backward(branch=BRANCH[:2], rows=ROWS, dnext=X[:2], next_rows=ROWS)
+    for ours, theirs in zip(given, made, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_any_inverse_stays_within_the_tensors():
+    """Samples may share a row, and rows may be missing: nothing outside is touched, as sanitizers show."""
+    for inverse in (torch.zeros(B, dtype=torch.int64), torch.full((B,), NONE), torch.tensor([-NONE, 1, 1, 2])):
+        for num_learning in (0, 1, 2):
+            parts = dict(branch=BRANCH[:num_learning], rows=ROWS, inverse=inverse, num_learning=num_learning)
+            fused_add(frozen=BRANCH[num_learning:2], gathers=True, next_rows=ROWS, next_inverse=inverse, **parts)
+            fused_add_backward(dnext=X[:2], next_rows=ROWS, next_inverse=inverse, **parts)
+
+
+class _Ops(TorchDispatchMode):
+    """Records the names of the ops that Python calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", [{}, {"row_scale": 2.0}, {"rows": ROWS}], ids=str)
+def test_each_way_is_one_op(options):
+    branch = BRANCH[: len(options["rows"])] if "rows" in options else BRANCH
+    leaves = [t.clone().requires_grad_() for t in (X, branch, GAMMA)]
+    with rdp.use_backend("native"), _Ops() as forward:
+        out = rdp.residual_add(*leaves[:2], gamma=leaves[2], **options)
+    with _Ops() as backward:
+        torch.autograd.grad(out, leaves, X)
+    assert forward.names == ["rdp::native_residual_add_rows" if "rows" in options else "rdp::native_residual_add"]
+    assert backward.names == ["rdp::native_residual_add_backward"]
 
 
 class TestDirect:
@@ -303,20 +365,53 @@ def test_instruction_sets_give_the_same_bits():
     assert len(set(digests.values())) == 1, digests
 
 
-class TestWhyNot:
-    """Reasons that don't arise on a machine without a GPU."""
+FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
 
-    CUDA = torch.device("cuda", 0)
+
+class TestWhyNotOnGPUs:
+    """The rule for CUDA kernels, which a machine without a GPU doesn't ask."""
+
+    @pytest.fixture(autouse=True)
+    def _built_for_this_gpu(self, monkeypatch):
+        monkeypatch.setattr(support, "has_cuda", lambda: True)
+        monkeypatch.setattr(support, "has_kernels_for", lambda device: True)
+
+    @staticmethod
+    def why_not(*dtypes, **others):
+        return support.why_not_kind(torch.device("cuda", 0), Operands(*dtypes, **others))
 
     def test_without_cuda(self, monkeypatch):
         monkeypatch.setattr(support, "has_cuda", lambda: False)
-        assert "built without CUDA" in support.why_not_kind(self.CUDA, [torch.float32], forced=True)
+        assert "built without CUDA" in self.why_not(FLOAT32)
 
-    def test_on_request_only(self, monkeypatch):
-        monkeypatch.setattr(support, "has_cuda", lambda: True)
-        assert "on request only" in support.why_not_kind(self.CUDA, [torch.float32])
-        assert support.why_not_kind(self.CUDA, [torch.float32, torch.bfloat16], forced=True) is None
+    def test_another_architecture(self, monkeypatch):
+        monkeypatch.setattr(support, "has_kernels_for", lambda device: False)
+        assert "weren't built for cuda:0" in self.why_not(FLOAT32)
 
-    def test_float64_on_cuda(self, monkeypatch):
-        monkeypatch.setattr(support, "has_cuda", lambda: True)
-        assert "float64" in support.why_not_kind(self.CUDA, [torch.float64], forced=True)
+    @pytest.mark.parametrize(
+        "served",
+        [
+            Operands(FLOAT32),
+            Operands(FLOAT32, BFLOAT16, BFLOAT16, FLOAT32),
+            Operands(BFLOAT16, BFLOAT16, gamma=FLOAT32),
+            Operands(update=torch.float16),
+            Operands(FLOAT32, FLOAT32, weight=FLOAT64),  # of the norm, which torch computes
+        ],
+    )
+    def test_serves_unasked(self, served):
+        assert self.why_not(*served) is None
+
+    @pytest.mark.parametrize(
+        ("refused", "reason"),
+        [
+            (Operands(FLOAT64), "float64"),
+            (Operands(update=FLOAT64), "float64"),
+            (Operands(FLOAT32, FLOAT32, gamma=FLOAT64), "float64"),
+            (Operands(FLOAT32, BFLOAT16, FLOAT32), "frozen rows of the learning rows' dtype"),
+            (Operands(BFLOAT16, FLOAT32), "a branch of the residual's dtype"),
+            (Operands(torch.float16, BFLOAT16), "a branch of the residual's dtype"),
+            (Operands(torch.int32), "not torch.int32"),
+        ],
+    )
+    def test_refuses(self, refused, reason):
+        assert reason in self.why_not(*refused)

@@ -3,12 +3,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "../allocate.h"
 #include "gather_rows.cuh"
 #include "residual_add.cuh"
 
@@ -31,26 +33,17 @@ void check_launch() {
 }
 
 // Memory that lives until everything in the CUDA stream so far has run.
-template <class T>
-class Scratch {
- public:
-  Scratch(int64_t count, int32_t device) {
-    const int64_t size = count * sizeof(T), stride = 1;
-    AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                    aoti_torch_device_type_cuda(), device, &made));
-    memory_ = torch::stable::Tensor(made);
-  }
-  T* data() const { return static_cast<T*>(memory_.data_ptr()); }
+torch::stable::Tensor scratch(int64_t bytes, int32_t device) {
+  const int64_t stride = 1;
+  return allocate(&bytes, &stride, 1, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
+}
 
- private:
-  torch::stable::Tensor memory_;
-};
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block for each THREADS steps of a sample, at most 1024, which fill a GPU. Threads loop over the remaining steps.
-dim3 grid_of(const Geometry& geometry, int64_t steps) {
-  const int64_t x = std::clamp<int64_t>((steps + THREADS - 1) / THREADS, 1, 1024);
-  return dim3(x, std::min(geometry.batch_size, MAX_BLOCKS_Y));
+dim3 grid_of(int64_t num_samples, int64_t steps) {
+  const int64_t x = std::clamp<int64_t>(divided_up(steps, THREADS), 1, 1024);
+  return dim3(x, std::min(num_samples, MAX_BLOCKS_Y));
 }
 
 // Calls run(residual, update, pack) with two dtypes and the number of elements of a pack as types.
@@ -63,9 +56,13 @@ struct Type {
   using type = T;
 };
 
+// Returns false where there is no kernel of such dtypes.
 template <class Run>
-void with_types(Dtype residual, Dtype update, bool packed, const Run& run) {
-  const auto with = [&](auto s, auto u, auto n) { packed ? run(s, u, n) : run(s, u, Size<1>()); };
+bool with_types(Dtype residual, Dtype update, bool packed, const Run& run) {
+  const auto with = [&](auto s, auto u, auto n) {
+    packed ? run(s, u, n) : run(s, u, Size<1>());
+    return true;
+  };
   using Float = Type<float>;
   using BFloat16 = Type<__nv_bfloat16>;
   using Half = Type<__half>;
@@ -74,8 +71,7 @@ void with_types(Dtype residual, Dtype update, bool packed, const Run& run) {
   if (residual == Dtype::float32 && update == Dtype::float16) return with(Float(), Half(), Size<8>());
   if (residual == Dtype::bfloat16 && update == Dtype::bfloat16) return with(BFloat16(), BFloat16(), Size<8>());
   if (residual == Dtype::float16 && update == Dtype::float16) return with(Half(), Half(), Size<8>());
-  STD_TORCH_CHECK(false, "the CUDA kernels of the compiled library take a branch of the residual's dtype, or a "
-                         "bfloat16 or float16 one with a float32 residual, and no float64");
+  return false;
 }
 
 int pack_size(Dtype residual, Dtype update) { return residual == Dtype::float32 && update == Dtype::float32 ? 4 : 8; }
@@ -85,11 +81,10 @@ bool fits_packs(const Geometry& geometry, int n, const Vector& gamma, const Tens
   return rows_are_whole_packs(geometry, n) && is_aligned(gamma) && (samples_are_aligned(tensors) && ...);
 }
 
-void check_served(const Geometry& geometry, bool in_float64, const Vector& gamma, const Scale& scale) {
-  STD_TORCH_CHECK(!geometry.gamma_per_position,
-                  "the CUDA kernels of the compiled library have gamma along the dimension that is innermost in memory");
-  STD_TORCH_CHECK(!in_float64 && gamma.dtype != Dtype::float64 && scale.per_row.dtype == Dtype::float32,
-                  "the CUDA kernels of the compiled library have no float64");
+// Callers ask before; this keeps kernels from reading a tensor as of another dtype.
+void check_served(Dtype residual, Dtype update, const Vector& gamma, const Scale& scale) {
+  STD_TORCH_CHECK(is_served(residual, update, gamma.dtype) && scale.per_row.dtype == Dtype::float32,
+                  "CUDA kernels take no float64, and a branch of the residual's dtype or a narrower one");
 }
 
 // The dtype of the update; its learning and frozen rows share it.
@@ -102,7 +97,7 @@ void gather(const FusedAddForward& call, const Samples& x, cudaStream_t stream) 
   const int64_t bytes = call.geometry.sample_size() * size_of(x.dtype);
   const auto run = [&](auto word) {
     const int64_t words = bytes / sizeof(word);
-    gather_rows_kernel<decltype(word)><<<grid_of(call.geometry, words), THREADS, 0, stream>>>(
+    gather_rows_kernel<decltype(word)><<<grid_of(call.next_rows.num_rows, words), THREADS, 0, stream>>>(
         x, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
     check_launch();
   };
@@ -114,19 +109,38 @@ void gather(const FusedAddForward& call, const Samples& x, cudaStream_t stream) 
 
 }  // namespace
 
+bool is_served(Dtype residual, Dtype update, Dtype gamma) {
+  return gamma != Dtype::float64 && with_types(residual, update, false, [](auto...) {});
+}
+
+bool has_kernels_for(int32_t device) {
+  enum : int8_t { unknown, yes, no };
+  constexpr int32_t MAX_DEVICES = 128;
+  static std::atomic<int8_t> known[MAX_DEVICES];
+  const bool remembers = device >= 0 && device < MAX_DEVICES;
+  if (remembers && known[device] != unknown) return known[device] == yes;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, gather_rows_kernel<int4>) == cudaSuccess;
+  if (!found) cudaGetLastError();  // or the next launch would report it
+  if (remembers) known[device] = found ? yes : no;
+  return found;
+}
+
 void fused_add_forward(const FusedAddForward& call, int32_t device) {
   if (call.geometry.batch_size == 0 || call.geometry.sample_size() == 0) return;
-  check_served(call.geometry, call.in_float64, call.gamma, call.scale);
+  const Dtype residual = call.adds ? call.out.dtype : call.residual.dtype;
+  const Dtype update = update_dtype(call.update, call.frozen_update, residual);
+  check_served(residual, update, call.gamma, call.scale);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   if (call.adds) {
-    const Dtype update = update_dtype(call.update, call.frozen_update, call.out.dtype);
-    const int n = pack_size(call.out.dtype, update);
+    const int n = pack_size(residual, update);
     const bool packed =
         fits_packs(call.geometry, n, call.gamma, call.residual, call.update, call.frozen_update, call.out);
-    with_types(call.out.dtype, update, packed, [&](auto s, auto u, auto size) {
+    with_types(residual, update, packed, [&](auto s, auto u, auto size) {
       constexpr int N = decltype(size)::value;
-      const dim3 grid = grid_of(call.geometry, call.geometry.sample_size() / N);
+      const dim3 grid = grid_of(call.geometry.batch_size, call.geometry.sample_size() / N);
       residual_add_fwd_kernel<typename decltype(s)::type, typename decltype(u)::type, N>
           <<<grid, THREADS, 0, stream>>>(call);
       check_launch();
@@ -146,7 +160,6 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     }
     return;
   }
-  check_served(geometry, call.in_float64, call.gamma, call.scale);
   // The tensor that has the residual's dtype. Gradients without rows have no data, and other gradients may be absent.
   const Samples& source = call.dresidual ? call.dresidual
                           : call.dout    ? call.dout
@@ -157,6 +170,7 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
                   "dbranch must have the dtype of branch");
   STD_TORCH_CHECK(call.dgamma.dtype != Dtype::float64, "dgamma must not be float64");
   const Dtype update = update_dtype(learning, call.dfrozen_update, source.dtype);
+  check_served(source.dtype, update, call.gamma, call.scale);
   const int n = pack_size(source.dtype, update);
   const bool packed = fits_packs(geometry, n, call.gamma, call.dout, call.dnext, call.dfrozen_next, call.out,
                                  call.update, call.dresidual, call.dupdate, call.dfrozen_update);
@@ -165,20 +179,28 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     using U = typename decltype(u)::type;
     constexpr int N = decltype(size)::value;
     if (!call.dgamma) {
-      const dim3 grid = grid_of(geometry, geometry.sample_size() / N);
+      const dim3 grid = grid_of(geometry.batch_size, geometry.sample_size() / N);
       residual_add_bwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
       return check_launch();
     }
-    const int64_t num_rows = geometry.batch_size * geometry.positions, width = geometry.width;
-    const int64_t chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    const Scratch<float> partials(chunks * width, device);
-    const dim3 grid((width + COLUMN_THREADS * N - 1) / (COLUMN_THREADS * N), std::min(chunks, MAX_BLOCKS_Y));
+    const int64_t num_rows = geometry.batch_size * geometry.positions;
+    const int64_t chunk_rows = std::max(CHUNK_ROWS, divided_up(num_rows, MAX_CHUNKS));
+    const int64_t num_partials =
+        geometry.gamma_per_position ? num_rows / geometry.channels : divided_up(num_rows, chunk_rows);
+    const torch::stable::Tensor memory = scratch(num_partials * geometry.channels * sizeof(float), device);
+    float* partials = static_cast<float*>(memory.data_ptr());
     const dim3 block(COLUMN_THREADS, ROW_THREADS);
-    residual_add_bwd_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials.data());
+    if (geometry.gamma_per_position) {
+      const dim3 grid(divided_up(num_rows, ROW_THREADS));
+      residual_add_bwd_row_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials);
+    } else {
+      const dim3 grid(divided_up(geometry.width, COLUMN_THREADS * N), num_partials);
+      residual_add_bwd_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials, chunk_rows);
+    }
     check_launch();
     const auto sum = [&](auto* dgamma) {
-      const int64_t blocks = (width + THREADS - 1) / THREADS;
-      sum_partials_kernel<<<blocks, THREADS, 0, stream>>>(dgamma, partials.data(), chunks, width);
+      const dim3 grid(divided_up(geometry.channels, COLUMN_THREADS)), block(COLUMN_THREADS, PARTIAL_ROW_THREADS);
+      sum_partials_kernel<<<grid, block, 0, stream>>>(dgamma, partials, num_partials, geometry.channels);
       check_launch();
     };
     call.dgamma.dtype == Dtype::float32    ? sum(static_cast<float*>(call.dgamma.data))

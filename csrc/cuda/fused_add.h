@@ -1,5 +1,4 @@
-// The CUDA kernels. They take γ along the columns, and float32, bfloat16 and float16: the update has the residual's
-// dtype, or a narrower one with a float32 residual.
+// The CUDA kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +6,13 @@
 #include "../fused_add.h"
 
 namespace rdp::cuda {
+
+// Whether the kernels have these dtypes: no float64, and an update of the residual's dtype, or a narrower one with a
+// float32 residual. Its learning and frozen rows share a dtype.
+bool is_served(Dtype residual, Dtype update, Dtype gamma);
+
+// Whether the library has machine code for this GPU, which its driver can run.
+bool has_kernels_for(int32_t device);
 
 // All tensors are on `device`; the kernels run on its current CUDA stream. Raises if the kernels don't support a call,
 // or if a launch fails.

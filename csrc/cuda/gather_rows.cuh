@@ -6,21 +6,22 @@
 
 namespace rdp::cuda {
 
-// Moves words of 16 bytes, or single elements, without looking at their values.
+// Moves words of 16 bytes, or single elements, without looking at their values. Rows out of range are skipped.
 template <class Word>
 __global__ void __launch_bounds__(THREADS)
     gather_rows_kernel(const Samples x, const Samples next, const Samples frozen_next, const RowSet rows,
                        int64_t batch_size, int64_t words) {
   const int64_t step = int64_t(gridDim.x) * THREADS;
   const int64_t element = size_of(x.dtype);
-  for (int64_t sample = blockIdx.y; sample < batch_size; sample += gridDim.y) {
-    const RowPosition next_row = rows[sample];
-    void* const data = next_row.learns ? next.data : frozen_next.data;
-    if (!next_row.exists() || data == nullptr) continue;
-    const int64_t stride = next_row.learns ? next.row_stride : frozen_next.row_stride;
+  for (int64_t row = blockIdx.y; row < rows.num_rows; row += gridDim.y) {
+    const int64_t sample = rows.index == nullptr ? row : rows.index[row];
+    if (sample < 0 || sample >= batch_size) continue;
+    const bool learns = row < rows.num_learning;
+    const int64_t place = learns ? row * next.row_stride : (row - rows.num_learning) * frozen_next.row_stride;
     const char* from = static_cast<const char*>(x.data) + sample * x.row_stride * element;
     const Word* source = reinterpret_cast<const Word*>(from);
-    Word* target = reinterpret_cast<Word*>(static_cast<char*>(data) + next_row.part_index * stride * element);
+    void* const to = learns ? next.data : frozen_next.data;
+    Word* target = reinterpret_cast<Word*>(static_cast<char*>(to) + place * element);
     for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
   }
 }

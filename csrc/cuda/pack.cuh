@@ -68,7 +68,7 @@ __device__ __forceinline__ void store(T* to, const float (&values)[N]) {
   for (int i = 0; i < P::WORDS; ++i) store_word(reinterpret_cast<typename P::Word*>(to) + i, pack.words[i]);
 }
 
-// γ may have any dtype; all threads of a launch take the same case.
+// Columns of γ; it may have any dtype. All threads of a launch take the same case.
 template <int N>
 __device__ __forceinline__ void load_gamma(float (&values)[N], const Vector& gamma, int64_t column) {
   switch (gamma.dtype) {

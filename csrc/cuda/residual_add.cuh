@@ -9,20 +9,44 @@ namespace rdp::cuda {
 
 constexpr int THREADS = 256;             // per block; several blocks fit a multiprocessor
 constexpr int64_t MAX_BLOCKS_Y = 65535;  // CUDA's limit
-// Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time,
-// CHUNK_ROWS in total: few enough for many blocks, and enough that there are far fewer partial sums than rows.
+// Sums for dγ: a block works on COLUMN_THREADS packs of columns and ROW_THREADS rows at a time, a chunk of rows in
+// total. A chunk has at least CHUNK_ROWS rows, so that there are far fewer partial sums than rows. There are at most
+// MAX_CHUNKS chunks, as many as blocks fit a GPU.
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 constexpr int64_t CHUNK_ROWS = 128;
+constexpr int64_t MAX_CHUNKS = 1024;
+// Sums of partial sums: a block of columns and rows, and the loads that a thread has in flight.
+constexpr int PARTIAL_ROW_THREADS = 32;
+constexpr int LOADS_IN_FLIGHT = 8;
 
 template <class T>
 __device__ __forceinline__ T* at(const Samples& samples, int64_t row, int64_t offset) {
   return static_cast<T*>(samples.data) + row * samples.row_stride + offset;
 }
 
-__device__ __forceinline__ int64_t column_of(int64_t offset, int64_t width) {
-  if (offset < width) return offset;
-  return offset <= UINT32_MAX ? uint32_t(offset) % uint32_t(width) : offset % width;
+// By 32-bit arithmetic where that suffices, which is several times faster. `b` fits 32 bits where `a` does and b <= a.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  if (a < b) return 0;
+  return a <= UINT32_MAX ? uint32_t(a) / uint32_t(b) : a / b;
+}
+
+__device__ __forceinline__ int64_t modulo(int64_t a, int64_t b) { return a - quotient(a, b) * b; }
+
+// The first element of γ that a pack from `offset` of a sample on is multiplied by.
+__device__ __forceinline__ int64_t gamma_index(const Geometry& geometry, int64_t offset) {
+  if (!geometry.gamma_per_position) return modulo(offset, geometry.width);
+  return modulo(quotient(offset, geometry.width), geometry.channels);
+}
+
+// The factors of a pack: one for each column, or the same for all of them.
+template <int N>
+__device__ __forceinline__ void gamma_of(float (&values)[N], const Vector& gamma, bool per_position, int64_t index) {
+  if (!per_position) return load_gamma(values, gamma, index);
+  float factor[1];
+  load_gamma(factor, gamma, index);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = factor[0];
 }
 
 // The scale of a sample's update. A dropped sample has 0, and its update is never read.
@@ -45,7 +69,9 @@ __global__ void __launch_bounds__(THREADS) residual_add_fwd_kernel(const FusedAd
       if (adds) {
         float update[N], gamma[N];
         load<U, N>(update, at<const U>(learning_or_frozen, update_row.part_index, offset));
-        if (call.gamma) load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));
+        if (call.gamma) {
+          gamma_of(gamma, call.gamma, call.geometry.gamma_per_position, gamma_index(call.geometry, offset));
+        }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);
@@ -89,7 +115,7 @@ __device__ __forceinline__ bool gradient(float (&d)[N], const FusedAddBackward& 
 template <class S, class U, int N>
 __device__ __forceinline__ void backward_pack(const FusedAddBackward& call, const RowPosition& update_row, float scale,
                                               const RowPosition& next_row, int64_t sample, int64_t offset,
-                                              int64_t column, float (&sums)[N]) {
+                                              int64_t gamma_index, float (&sums)[N]) {
   const Samples& dupdate = update_row.learns ? call.dupdate : call.dfrozen_update;
   const bool wants_dupdate = update_row.exists() && dupdate, kept = scale != 0;
   const bool wants_dgamma = update_row.learns && kept && call.dgamma;
@@ -105,7 +131,7 @@ __device__ __forceinline__ void backward_pack(const FusedAddBackward& call, cons
   }
   if (!wants_dupdate) return;
   float gamma[N];
-  if (call.gamma && kept) load_gamma(gamma, call.gamma, column);
+  if (call.gamma && kept) gamma_of(gamma, call.gamma, call.geometry.gamma_per_position, gamma_index);
 #pragma unroll
   for (int i = 0; i < N; ++i) d[i] = kept ? (call.gamma ? scale * gamma[i] : scale) * d[i] : 0.0f;
   store<U, N>(at<U>(dupdate, update_row.part_index, offset), d);
@@ -119,54 +145,98 @@ __global__ void __launch_bounds__(THREADS) residual_add_bwd_kernel(const FusedAd
     const float scale = scale_of(call.scale, update_row);
     for (int64_t offset = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N; offset < size; offset += step) {
       float nothing[N];
-      backward_pack<S, U, N>(call, update_row, scale, next_row, sample, offset,
-                             column_of(offset, call.geometry.width), nothing);
+      backward_pack<S, U, N>(call, update_row, scale, next_row, sample, offset, gamma_index(call.geometry, offset),
+                             nothing);
     }
   }
 }
 
-// The same with the first stage of dγ: partials [chunks of rows, C]; each is summed in a fixed order.
+// Adds the rows of a block's sums into the first one, in an order that depends on ROWS alone. All threads call it, each
+// for one row and every `step`th column.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void sum_rows(float (&sums)[ROWS][COLUMNS], int row, int first_column, int step) {
+  for (int half = ROWS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    for (int column = first_column; row < half && column < COLUMNS; column += step) {
+      sums[row][column] += sums[row + half][column];
+    }
+  }
+}
+
+// The same with the first stage of dγ, where γ has a factor for each column: partials [chunks of rows, C].
 template <class S, class U, int N>
 __global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
-    residual_add_bwd_sums_kernel(const FusedAddBackward call, float* partials) {
+    residual_add_bwd_sums_kernel(const FusedAddBackward call, float* partials, int64_t chunk_rows) {
   __shared__ float shared[ROW_THREADS][COLUMN_THREADS * N];
   const int64_t width = call.geometry.width, positions = call.geometry.positions;
-  const int64_t num_rows = call.geometry.batch_size * positions;
   const int64_t column = (int64_t(blockIdx.x) * COLUMN_THREADS + threadIdx.x) * N;
-  for (int64_t chunk = blockIdx.y; chunk * CHUNK_ROWS < num_rows; chunk += gridDim.y) {
-    float sums[N] = {};
-    const int64_t end = min((chunk + 1) * CHUNK_ROWS, num_rows);
-    for (int64_t row = chunk * CHUNK_ROWS + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
-      const int64_t sample = row / positions;
-      const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
-      const float scale = scale_of(call.scale, update_row);
-      backward_pack<S, U, N>(call, update_row, scale, next_row, sample,
-                             (row - sample * positions) * width + column, column, sums);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
-    __syncthreads();
-    if (threadIdx.y == 0 && column < width) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        float sum = 0;
-        for (int y = 0; y < ROW_THREADS; ++y) sum += shared[y][threadIdx.x + i * COLUMN_THREADS];
-        partials[chunk * width + column + i] = sum;
-      }
-    }
-    __syncthreads();
+  const int64_t first = blockIdx.y * chunk_rows;
+  const int64_t end = min(first + chunk_rows, call.geometry.batch_size * positions);
+  float sums[N] = {};
+  for (int64_t row = first + threadIdx.y; row < end && column < width; row += ROW_THREADS) {
+    const int64_t sample = quotient(row, positions);
+    const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
+    const float scale = scale_of(call.scale, update_row);
+    backward_pack<S, U, N>(call, update_row, scale, next_row, sample, (row - sample * positions) * width + column,
+                           column, sums);
   }
+#pragma unroll
+  for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = sums[i];
+  sum_rows(shared, threadIdx.y, threadIdx.x, COLUMN_THREADS);
+  if (threadIdx.y != 0 || column >= width) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) partials[blockIdx.y * width + column + i] = shared[0][threadIdx.x + i * COLUMN_THREADS];
 }
 
-// The second stage: one thread for each column.
-template <class G>
-__global__ void __launch_bounds__(THREADS)
-    sum_partials_kernel(G* dgamma, const float* partials, int64_t num_chunks, int64_t width) {
-  const int64_t column = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (column >= width) return;
+// The same where γ has a factor for each position: partials [rows], which are [outer dimensions, C]. A row of threads
+// sums one of them.
+template <class S, class U, int N>
+__global__ void __launch_bounds__(COLUMN_THREADS* ROW_THREADS)
+    residual_add_bwd_row_sums_kernel(const FusedAddBackward call, float* partials) {
+  __shared__ float shared[COLUMN_THREADS][ROW_THREADS];
+  const Geometry& geometry = call.geometry;
+  const int64_t row = int64_t(blockIdx.x) * ROW_THREADS + threadIdx.y;
+  float sums[N] = {};
+  if (row < geometry.batch_size * geometry.positions) {
+    const int64_t sample = quotient(row, geometry.positions), position = row - sample * geometry.positions;
+    const int64_t channel = modulo(position, geometry.channels);
+    const RowPosition update_row = call.rows[sample], next_row = call.next_rows[sample];
+    const float scale = scale_of(call.scale, update_row);
+#pragma unroll 1  // unrolled it would spill
+    for (int64_t column = threadIdx.x * N; column < geometry.width; column += COLUMN_THREADS * N) {
+      backward_pack<S, U, N>(call, update_row, scale, next_row, sample, position * geometry.width + column, channel,
+                             sums);
+    }
+  }
   float sum = 0;
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum += partials[chunk * width + column];
-  round_to(dgamma[column], sum);
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum += sums[i];
+  shared[threadIdx.x][threadIdx.y] = sum;
+  sum_rows(shared, threadIdx.x, threadIdx.y, ROW_THREADS);
+  if (threadIdx.x == 0 && row < geometry.batch_size * geometry.positions) partials[row] = shared[0][threadIdx.y];
+}
+
+// The second stage: partials [num_partials, C].
+template <class G>
+__global__ void __launch_bounds__(COLUMN_THREADS* PARTIAL_ROW_THREADS)
+    sum_partials_kernel(G* dgamma, const float* partials, int64_t num_partials, int64_t channels) {
+  __shared__ float shared[PARTIAL_ROW_THREADS][COLUMN_THREADS];
+  const int64_t column = int64_t(blockIdx.x) * COLUMN_THREADS + threadIdx.x;
+  constexpr int STEP = PARTIAL_ROW_THREADS * LOADS_IN_FLIGHT;
+  float sum = 0;
+  for (int64_t first = threadIdx.y; first < num_partials && column < channels; first += STEP) {
+    float loaded[LOADS_IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
+      const int64_t row = first + i * PARTIAL_ROW_THREADS;
+      loaded[i] = row < num_partials ? partials[row * channels + column] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS_IN_FLIGHT; ++i) sum += loaded[i];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  sum_rows(shared, threadIdx.y, threadIdx.x, COLUMN_THREADS);
+  if (threadIdx.y == 0 && column < channels) round_to(dgamma[column], shared[0][threadIdx.x]);
 }
 
 }  // namespace rdp::cuda

@@ -49,7 +49,7 @@ def _in_graph(op: str, operands: Operands, add: Add | None, next_input: NextInpu
         return eager.fused_add(operands, add, next_input)
     residual = residual_of(operands)
     normed = next_input is not None and next_input.norm is not None
-    dtypes = tuple(t.dtype for t in operands if t is not None)
+    dtypes = tuple(None if t is None else t.dtype for t in operands)
     library = dispatch.resolve_in_graph(op, residual.device, dtypes, normed, is_transformed())
     if library is not None and not (normed and residual.shape[-1] > dispatch.WIDEST_NORM):
         return registered.fused_add(library, operands, _scaled_by_rows(operands, add), next_input)

@@ -42,10 +42,9 @@ class Library(Protocol):
     def unavailable(self) -> str | None:
         """Why no call can be served, or None."""
 
-    def why_not_kind(
-        self, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
-    ) -> str | None:
-        """Why calls on such tensors can't be served, or None. `forced`: the backend was asked for by name."""
+    def why_not_kind(self, device: torch.device, dtypes: Operands, norm_width: int | None, forced: bool) -> str | None:
+        """Why calls on such tensors can't be served, or None. `dtypes` are those of the operands. `forced`: the backend
+        was asked for by name."""
 
     def kernels(self) -> ModuleType:
         """The launchers."""
@@ -69,6 +68,7 @@ PLAIN = (Tensor, Parameter)
 """The types of tensors whose values lie where kernels look for them."""
 WIDEST_NORM = triton.MAX_NORM_WIDTH
 _CHECKING = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.short_kernels())
+_CHECKING_ON_GPUS = native.has_cuda()
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
 _preparing: ModuleType | None = None
@@ -137,7 +137,7 @@ def resolve(
     tensors = [t for t in (*operands, None if add is None else add.row_scale) if t is not None]
     residual = tensors[0]
     normed = next_input is not None and next_input.norm is not None
-    dtypes = tuple(t.dtype for t in tensors)
+    dtypes = Operands(*(None if t is None else t.dtype for t in operands))
 
     def why_not(name: str, forced: bool, norm_width: int | None) -> str | None:
         reason = _why_not_kind(name, residual.device, dtypes, norm_width, forced)
@@ -152,13 +152,13 @@ def resolve(
 
 
 def resolve_in_graph(
-    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], normed: bool, transformed: bool
+    op: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], normed: bool, transformed: bool
 ) -> str | None:
     """As `resolve`, under `torch.compile`, once for a graph: the library that serves the call with its norm, or None.
-    A norm, if there is one, is no wider than `WIDEST_NORM`."""
+    `dtypes` are those of the operands. A norm, if there is one, is no wider than `WIDEST_NORM`."""
 
     def why_not(name: str, forced: bool, _: int | None) -> str | None:
-        return _why_not_kind(name, device, dtypes, None, forced) or (NO_RULE if transformed else None)
+        return _why_not_kind(name, device, Operands(*dtypes), None, forced) or (NO_RULE if transformed else None)
 
     served = _first(op, 1 if normed else None, True, why_not)
     return served.library if served.takes_norm else None
@@ -179,7 +179,7 @@ def is_plain(residual: Tensor) -> bool:
 def checking_kernels(residual: Tensor) -> ModuleType | None:
     """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
     a call on this residual, which `is_plain`."""
-    if not residual.is_cpu:
+    if not (residual.is_cpu or (_CHECKING_ON_GPUS and residual.is_cuda)):
         return None
     return _CHECKING.get(_from_environment() if _chosen is None else _chosen)
 
@@ -216,7 +216,7 @@ def choice() -> str:
 
 @functools.lru_cache(1024)  # more devices and dtypes than a program meets
 def _why_not_kind(
-    name: str, device: torch.device, dtypes: tuple[torch.dtype, ...], norm_width: int | None, forced: bool
+    name: str, device: torch.device, dtypes: Operands, norm_width: int | None, forced: bool
 ) -> str | None:
     return _LIBRARIES[name].why_not_kind(device, dtypes, norm_width, forced)
 

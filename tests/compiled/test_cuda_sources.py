@@ -14,7 +14,12 @@ ROOT = Path(__file__).parents[2]
 TYPES = ("ff", "f13__nv_bfloat16", "f6__half", "13__nv_bfloat16S2_", "6__halfS2_")
 PACKED = {"ff": 4}
 """Elements of a pack; 8 for kernels that aren't listed."""
-ELEMENTWISE = ("residual_add_fwd_kernel", "residual_add_bwd_kernel", "residual_add_bwd_sums_kernel")
+ELEMENTWISE = (
+    "residual_add_fwd_kernel",
+    "residual_add_bwd_kernel",
+    "residual_add_bwd_sums_kernel",
+    "residual_add_bwd_row_sums_kernel",
+)
 
 
 def nvcc():
@@ -62,21 +67,31 @@ def test_nothing_spills(code):
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("kernel", ELEMENTWISE)
 def test_aligned_tensors_move_in_128_bits(code, kernel, types):
-    """All stores do, except those of partial sums. Other loads are of a row's place and scale, and of a narrow γ."""
+    """All stores do, except those of partial sums. Other loads are of a row's place and scale, of a narrow γ, and of one
+    factor for all of a pack."""
     _, accesses = code
     pack = PACKED.get(types, 8)
     (counts,) = [found for name, found in accesses.items() if f"{kernel}I{types}Li{pack}E" in name]
     stores = {op: n for op, n in counts.items() if op.startswith("ST")}
     loads = {op: n for op, n in counts.items() if op.startswith("LD")}
-    partials = {"STG.E": pack} if "sums" in kernel else {}
+    partials = {"STG.E": 1 if "row_sums" in kernel else pack} if "sums" in kernel else {}
     assert stores == {"STG.E.128": stores["STG.E.128"]} | partials
     wide = sum(n for op, n in loads.items() if op.endswith(".128"))
     places = 1 if "fwd" in kernel else 2
     narrow_gamma = 2 if types == "ff" else 0
     assert wide >= 3
     assert sum(n for op, n in loads.items() if op.endswith(".64")) <= places + narrow_gamma
-    assert counts["LDG.E"] <= 1, "a row's scale"
-    assert not [op for op in loads if op.endswith(("U16", "U8", "32"))]
+    assert counts["LDG.E"] + counts["LDG.E.U16"] <= 4, "a row's scale, and a position's factor in three dtypes"
+    assert not [op for op in loads if op.endswith(("U8", "32"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16", "6__half"])
+def test_sums_of_partials_load_ahead(code, dtype):
+    """The loads of one round don't wait for each other."""
+    _, accesses = code
+    (counts,) = [found for name, found in accesses.items() if f"sum_partials_kernelI{dtype}E" in name]
+    assert counts["LDG.E"] == 8
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Sources are compiled as they are, except for `EDITS`, with the headers of `inclu
 of torch's C interface are replaced by those of `host.cpp`.
 """
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -18,19 +19,22 @@ HOST = Path("tests", "cuda_on_host")
 KERNEL = r"__launch_bounds__\(([^)]*)\)\s+\w+_kernel\([^{]*\{"
 LAUNCH = r"(?s)(\w+_kernel(?:<[^;{]*?>)?)\s*<<<(.*?)>>>\((.*?)\);"
 COUNTED = r"\g<0> struct Here {}; host::enter<Here>(\1);"
-LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS) = (\d+);"
+LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS|MAX_CHUNKS) = (\d+);"
 
 EDITS = (
     # file, pattern, replacement, how often it is found
-    ("cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 6),
-    ("cuda/residual_add.cuh", KERNEL, COUNTED, 4),
-    ("cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
-    ("cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 1),
+    ("csrc/cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 7),
+    ("csrc/cuda/residual_add.cuh", KERNEL, COUNTED, 5),
+    ("csrc/cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
+    ("csrc/cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 3),
     # limits that only large tensors reach can be lowered
-    ("cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 2),
-    ("cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
+    ("csrc/cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 3),
+    ("csrc/cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
     # CPU tensors are treated as a GPU's
-    ("checks.h", r"(bool is_cuda\(\) const) \{ return is_cuda_; \}", r"\1 { return true; }", 1),
+    ("csrc/checks.h", r"return tensor\.is_cuda\(\);", "return true;", 1),
+    ("rdp_kernels/kernels/native/support.py", r'device\.type == "cuda"', "True", 1),
+    ("rdp_kernels/kernels/native/library.py", r"torch\.cuda\.is_available\(\) and (.*)device\.index", r"\1-1", 1),
+    ("rdp_kernels/kernels/dispatch.py", r"residual\.is_cuda", "residual.is_cpu", 1),
 )
 EXCHANGED = {
     "aoti_torch_device_type_cuda": "aoti_torch_device_type_cpu",
@@ -47,7 +51,7 @@ def copy_tree(to: Path) -> None:
         shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", to)
     for file, pattern, replacement, times in EDITS:
-        path = to / "csrc" / file
+        path = to / file
         text, found = re.subn(pattern, replacement, path.read_text(encoding="utf-8"))
         assert found == times, f"{file}: {found} instead of {times} places match {pattern}"
         path.write_text(text, encoding="utf-8")
@@ -58,18 +62,24 @@ def sanitizers() -> dict[str, str]:
     needed = [_compiler("-print-file-name=" + name) for name in ("libasan.so", "libstdc++.so.6")]
     if not all(Path(path).is_absolute() for path in needed):
         return {}
-    return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    options = "detect_leaks=0:allocator_may_return_null=1"
+    return {"LD_PRELOAD": " ".join(needed), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> None:
+def compile_library(tree: Path, sanitize: bool = True, again: bool = False, optimize: bool = False) -> None:
     """Compiles the library of a copy, without CPU kernels. UBSan sees misaligned packs, ASan accesses outside tensors.
 
-    `again`: only the kernels have changed since.
+    Args:
+        tree: a folder that `copy_tree` has filled.
+        sanitize: with the sanitizers, where the compiler has them.
+        again: only the kernels have changed since.
+        optimize: host code is as fast as in a build for a GPU. With RDP_NO_KERNELS in its environment a process then
+            measures host time: launches are counted (`launches_of`) and run nothing.
     """
     stable_abi = re.search(r'STABLE_ABI = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert stable_abi is not None
     sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize and sanitizers() else []
-    flags = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
+    flags = ["-std=c++20", "-O3" if optimize else "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", *sanitized]
     flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # packs: nvcc has no such rule
     flags += ["-DRDP_CUDA", f"-DTORCH_TARGET_VERSION={stable_abi[1]}"]
     flags += [f"-I{path}" for path in (HOST / "include", "csrc", *cpp_extension.include_paths())]
@@ -81,6 +91,11 @@ def compile_library(tree: Path, sanitize: bool = True, again: bool = False) -> N
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     output = ["-o", "rdp_kernels/_C.abi3.so"]
     _compiler("-shared", *sanitized, "host.o", "bindings.o", "fused_add.o", *libraries, *output, cwd=tree)
+
+
+def launches_of(library: Path) -> int:
+    """The launches of CUDA kernels by this process so far; `library` is the compiled `_C.abi3.so` of a copy."""
+    return ctypes.CDLL(str(library)).rdp_host_launches()
 
 
 def _compiler(*arguments: object, cwd: Path | None = None) -> str:

@@ -8,6 +8,9 @@
 
 extern "C" {
 
+// The launches of all kernels so far, for ctypes.
+__attribute__((visibility("default"))) int64_t rdp_host_launches() { return host::launches; }
+
 AOTITorchError host_current_stream(int32_t, void** stream) {
   *stream = nullptr;
   return AOTI_TORCH_SUCCESS;
@@ -24,6 +27,7 @@ AOTITorchError host_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_S
 AOTITorchError host_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                   int32_t device_type, int32_t device, AtenTensorHandle* made) {
   const AOTITorchError error = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device, made);
+  if (!host::runs_kernels) return error;
   void* data = nullptr;
   int64_t bytes = 0;
   if (error != AOTI_TORCH_SUCCESS || aoti_torch_get_data_ptr(*made, &data) != AOTI_TORCH_SUCCESS ||

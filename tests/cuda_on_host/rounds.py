@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
+from rdp_kernels.kernels.native import launchers
 from rdp_kernels.kernels.native.library import has_cuda
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
+from tests.cuda_on_host.build import launches_of
 from tests.kernels import ops
 from tests.kernels.budget import check
 from tests.kernels.cases import Case
@@ -58,6 +61,18 @@ def test_vectors_at_odd_addresses_against_float64(dtype):
     check(Case((3, 50, 64), (dtype,) * 4, ("dense", "dense", "dense", "offset"), gamma=True), ops.residual_add)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((5, 6, 4, 64), "dense"), ((5, 6, 4, 64), "offset"), ((5, 6, 7, 9), "dense")]
+)
+def test_sums_by_position_against_float64(dtypes, shape, layout):
+    """γ along a dimension that isn't innermost, with dimensions outside and inside."""
+    layouts = (layout, *["dense"] * 3)
+    for channel_dim in (1, 2):
+        case = Case(shape, (*dtypes, "float32"), layouts, gives_next=True, row_scale=1 / 0.7, **ROWS)
+        check(replace(case, gamma=True, channel_dim=channel_dim), ops.joint)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_rows_against_float64(dtype):
     """An empty gradient has no data, but a dtype, and the residual's zeros are written in that dtype."""
@@ -76,3 +91,95 @@ def test_rows_out_of_range_against_float64(rows):
     expected = torch.zeros(3, 8)
     expected[index[there]] = 1
     assert torch.equal(back, expected)
+
+
+LIST = torch.tensor([2, 0])
+INVERSE = torch.tensor([1, 9, 0, 9])
+# Options, whether γ learns, and the launches forward and backward.
+CALLS = {
+    "a sum": ({}, False, 1, 0),
+    "scaled": ({"row_scale": 0.5}, False, 1, 1),
+    "γ learns": ({"gamma": torch.ones(8)}, True, 1, 2),
+    "γ is frozen": ({"gamma": torch.ones(8)}, False, 1, 1),
+    "γ by position": ({"gamma": torch.ones(3), "channel_dim": 1}, True, 1, 2),
+    "rows": ({"rows": LIST, "gamma": torch.ones(8)}, True, 2, 2),  # one inverts the rows
+    "relu": ({"activation": "relu"}, False, 1, 1),
+}
+
+
+def launches(call):
+    """Runs a call; its result and the number of launches."""
+    library = Path(rdp.__file__).parent / "_C.abi3.so"
+    before = launches_of(library)
+    result = call()
+    return result, launches_of(library) - before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_against_float64(name):
+    """The compiled library serves these calls without being asked for."""
+    options, gamma_learns, forward, backward = CALLS[name]
+    residual = torch.randn(4, 3, 8, requires_grad=True)
+    branch = torch.randn(2 if "rows" in options else 4, 3, 8, requires_grad=True)
+    gamma = options.get("gamma")
+    leaves = [residual, branch]
+    if gamma_learns:
+        leaves.append(gamma.clone().requires_grad_())
+        options = options | {"gamma": leaves[-1]}
+    with rdp.use_backend("auto"):
+        out, counted = launches(lambda: rdp.residual_add(residual, branch, **options))
+        _, counted_backward = launches(lambda: torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    assert (counted, counted_backward) == (forward, backward)
+
+
+def test_launches_of_a_gather_against_float64():
+    """The list itself says what is gathered; the backward inverts it."""
+    residual = torch.randn(4, 8, requires_grad=True)
+    out, forward = launches(lambda: rdp.gather_rows(residual, LIST))
+    _, backward = launches(lambda: torch.autograd.grad(out, residual, torch.ones_like(out)))
+    assert (forward, backward) == (1, 2)
+
+
+@pytest.mark.parametrize("inverse", [INVERSE, None])
+def test_launches_with_an_inverse_against_float64(inverse):
+    """An add and a gather, and the backward of both: nothing is inverted where a plan did it."""
+    operands = Operands(torch.randn(4, 8), torch.randn(2, 8), gamma=torch.ones(8))
+    rows = RowSet(LIST, 2, inverse)
+    add, next_input = Add(rows), NextInput(rows)
+    (results, context), forward = launches(lambda: launchers.fused_add_fwd(operands, add, next_input))
+    gradients, wanted = Results(results.out, results.next), Operands(True, True, gamma=True)
+    inverted = 0 if inverse is not None else 1
+    _, backward = launches(
+        lambda: launchers.fused_add_bwd(context, operands, Results(), gradients, add, next_input, wanted)
+    )
+    assert (forward, backward) == (2 + inverted, 2 + 2 * inverted)
+
+
+@pytest.mark.parametrize(
+    "leave", [dict(dtype=torch.float64), dict(branch_dtype=torch.float32, dtype=torch.bfloat16)], ids=str
+)
+def test_unserved_calls_are_left_to_others_against_float64(leave):
+    dtype = leave["dtype"]
+    x, branch = torch.randn(4, 8).to(dtype), torch.randn(4, 8).to(leave.get("branch_dtype", dtype))
+    with rdp.use_backend("auto"):
+        out, counted = launches(lambda: rdp.residual_add(x, branch, gamma=torch.ones(8)))
+    assert counted == 0
+    torch.testing.assert_close(out, x + branch.to(dtype))
+    with pytest.raises(RuntimeError, match="can't serve this call: the CUDA kernels"):
+        rdp.residual_add(x, branch, gamma=torch.ones(8))
+
+
+@pytest.mark.parametrize("inverse", [[0, 0, 0, 0], [2**40] * 4, [-(2**63), 1, 1, 2]])
+def test_any_inverse_stays_within_the_tensors_against_float64(inverse):
+    operands = Operands(torch.randn(4, 8), torch.randn(1, 8), torch.randn(1, 8), torch.ones(8))
+    rows = RowSet(LIST, 1, torch.tensor(inverse))
+    add, next_input = Add(rows), NextInput(rows)
+    results, context = launchers.fused_add_fwd(operands, add, next_input)
+    gradients, wanted = Results(*results[:3]), Operands(True, True, True, True)
+    launchers.fused_add_bwd(context, operands, Results(), gradients, add, next_input, wanted)
+
+
+def test_a_failed_allocation_against_float64():
+    """Tools that try smaller batches look for these words."""
+    with pytest.raises(RuntimeError, match=r"CUDA out of memory\. "):
+        torch.ops.rdp.native_gather_rows_backward(torch.ones(1, 8), torch.tensor([0]), 2**50)

@@ -43,7 +43,7 @@ STAGE_1, STAGE_4 = (16, 96, 56, 56), (16, 768, 7, 7)
 ODD, ONES = (5, 3, 67), (3, 1, 1)
 
 # Words of the error where the CUDA kernels of the compiled library don't support a call.
-NO_FLOAT64, NO_GAMMA_PER_POSITION = "float64", "gamma along the dimension"
+NO_FLOAT64 = "float64"
 NO_WIDE_BRANCH = "a branch of the residual's dtype"
 
 
@@ -148,11 +148,11 @@ TABLE = [
     Row("add-wide-branch", ops.residual_add, BASE_VIT, WIDE_BRANCH, "the branch is wider than the residual", options=SCALED, refused=NO_WIDE_BRANCH),
     Row("add-fp16", ops.residual_add, LARGE_VIT, FP16, "sizes that are powers of 2", rows="some", options=SCALED),
     Row("add-fp64", ops.residual_add, (8, 197, 384), FP64, "a number as factor becomes a tensor", rows="some", options=SCALED, refused=NO_FLOAT64),
-    Row("add-transposed", ops.residual_add, (16, 197, 384), FP32, "channels before tokens in memory: a factor a position", layouts=TRANSPOSED, options=GAMMA, refused=NO_GAMMA_PER_POSITION),
+    Row("add-transposed", ops.residual_add, (16, 197, 384), FP32, "channels before tokens in memory: a factor a position", layouts=TRANSPOSED, options=GAMMA),
     Row("add-relu", ops.residual_add, (8, 256, 56, 56), BF16, "ResNet: the sum is saved, dropped rows change too", options={"row_scale": "tensor", "activation": "relu"}),
-    Row("add-nchw", ops.residual_add, STAGE_1, BF16, "a factor a position, 3,136 columns", options=PER_POSITION | {"row_scale": "tensor"}, refused=NO_GAMMA_PER_POSITION),
-    Row("add-nchw-some", ops.residual_add, STAGE_4, FP32, "a factor a position, 49 columns, some rows", rows="some", options=PER_POSITION, refused=NO_GAMMA_PER_POSITION),
-    Row("add-video", ops.residual_add, (3, 2, 768, 7, 7), FP32, "frames before channels: position p has channel p mod 768", rows="some", options=PER_FRAME, refused=NO_GAMMA_PER_POSITION),
+    Row("add-nchw", ops.residual_add, STAGE_1, BF16, "a factor a position, 3,136 columns", options=PER_POSITION | {"row_scale": "tensor"}),
+    Row("add-nchw-some", ops.residual_add, STAGE_4, FP32, "a factor a position, 49 columns, some rows", rows="some", options=PER_POSITION),
+    Row("add-video", ops.residual_add, (3, 2, 768, 7, 7), FP32, "frames before channels: position p has channel p mod 768", rows="some", options=PER_FRAME),
     Row("add-channels-last", ops.residual_add, STAGE_1, BF16, "images with a factor a column", layouts=CHANNELS_LAST, rows="some", options=PER_POSITION),
     Row("add-channels-last-relu", ops.residual_add, STAGE_4, FP32, "relu and γ on images", layouts=CHANNELS_LAST, options=PER_POSITION | {"activation": "relu"}),
     Row("add-odd", ops.residual_add, ODD, AUTOCAST, "nothing is divisible by anything", rows="some", options=DROPPED),
@@ -177,7 +177,7 @@ TABLE = [
     # residual_add_norm
     Row("layer", ops.residual_add_norm, SMALL_VIT, FP32, "LayerNorm of every row, three sums", options=LAYER | DROPPED),
     Row("layer-far-from-zero", ops.residual_add_norm, SMALL_VIT, FP32, "a mean that is 30 times the deviation", options=LAYER | DROPPED | {"offset": -30.0}),
-    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER | DROPPED, refused=NO_GAMMA_PER_POSITION),
+    Row("layer-transposed", ops.residual_add_norm, SMALL_VIT, FP32, "channels aren't innermost: copied first", layouts=TRANSPOSED, options=LAYER | DROPPED),
     Row("layer-some", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "some rows, others go on", rows="some", next_rows="some", options=LAYER | DROPPED),
     Row("layer-one-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "one row kept, one goes on", rows="one", next_rows="one", options=LAYER | DROPPED),
     Row("layer-no-row", ops.residual_add_norm, BASE_VIT, WIDE_VECTORS, "none kept, none goes on", rows="none", next_rows="none", options=LAYER | DROPPED),
@@ -197,7 +197,7 @@ TABLE = [
     Row("path-detached", ops.joint, BASE_VIT, WIDE_VECTORS, "no gradient passes through frozen rows", rows="mixed", next_rows="mixed", options=LAYER | SCALED | {"detached": "frozen"}),
     Row("path-frozen", ops.joint, BASE_VIT, AUTOCAST, "no row learns", rows="frozen", next_rows="frozen", options=LAYER | SCALED),
     Row("path-no-norm", ops.joint, BASE_VIT, AUTOCAST, "rows are handed over as they are", rows="mixed", next_rows="mixed", options=HANDOVER),
-    Row("path-images", ops.joint, STAGE_1, FP16, "a factor a position, over learning rows alone", rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION, refused=NO_GAMMA_PER_POSITION),
+    Row("path-images", ops.joint, STAGE_1, FP16, "a factor a position, over learning rows alone", rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION),
     Row("path-channels-last", ops.joint, STAGE_4, AUTOCAST, "ConvNeXt in channels last", layouts=CHANNELS_LAST, rows="mixed", next_rows="mixed", options=HANDOVER | PER_POSITION),
     Row("path-odd", ops.joint, ODD, BF16, "rows that end within a tile", rows="mixed", next_rows="mixed", options=RMS),
     Row("head", ops.joint, BASE_VIT, WIDE_VECTORS, "a first path: rows and norm, nothing is added", next_rows="mixed", options=LAYER | {"adds": False, "gamma": False}),

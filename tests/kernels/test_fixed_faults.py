@@ -101,8 +101,18 @@ CUDA = {
     ),
     "γ: the next pack's": (
         "csrc/cuda/residual_add.cuh",
-        "load_gamma(gamma, call.gamma, column_of(offset, call.geometry.width));",
-        "load_gamma(gamma, call.gamma, column_of(offset + N, call.geometry.width));",
+        "call.geometry.gamma_per_position, gamma_index(call.geometry, offset));",
+        "call.geometry.gamma_per_position, gamma_index(call.geometry, offset + N));",
+    ),
+    "γ per position: the next channel's": (
+        "csrc/cuda/residual_add.cuh",
+        "return modulo(quotient(offset, geometry.width), geometry.channels);",
+        "return modulo(quotient(offset, geometry.width) + 1, geometry.channels);",
+    ),
+    "sums: without the last partial": (
+        "csrc/cuda/residual_add.cuh",
+        "loaded[i] = row < num_partials ?",
+        "loaded[i] = row < num_partials - 1 ?",
     ),
     "rows: one frozen row for all": (
         "csrc/cuda/residual_add.cuh",

@@ -21,7 +21,7 @@ def without_python(op: Any) -> Callable[..., Any]:
 _forward = torch.ops.rdp.native_fused_add.default
 _backward = torch.ops.rdp.native_fused_add_backward.default
 
-READS_INVERSES = False
+READS_INVERSES = True
 
 
 def fused_add_fwd(
@@ -104,5 +104,5 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _rows(rows: RowSet | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if rows is None else (rows.index.contiguous(), rows.num_learning)
+def _rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
+    return (None, None, 0) if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)

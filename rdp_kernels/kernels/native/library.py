@@ -59,6 +59,11 @@ def unavailable() -> str | None:
     return _reason
 
 
+def has_kernels_for(device: torch.device) -> bool:
+    """Whether the CUDA kernels were compiled for this GPU. Asks its driver."""
+    return torch.cuda.is_available() and bool(torch.ops.rdp.native_has_cuda_kernels_for(device.index))
+
+
 def has_cuda() -> bool:
     """Whether the library was built with CUDA kernels."""
     return _reason is None and torch._C._dispatch_has_kernel_for_dispatch_key("rdp::native_fused_add", "CUDA")

@@ -1,8 +1,9 @@
-"""The residual add and the gather of rows on CPU tensors where arguments haven't been checked: the ops check them.
+"""The residual add and the gather of rows where arguments haven't been checked: the ops check them.
 
 On small tensors, checks and copies in Python would cost more than the work. The ops return None where an argument is
-wrong, or has to be copied first. The caller then checks the arguments itself. Within the autograd function `ShortAdd`
-and `ShortGather` run the ops, without an object for the call, which would cost as much as a check.
+wrong or has to be copied first, and where the device has no kernels for the dtypes. The caller then checks the
+arguments itself. Within the autograd function `ShortAdd` and `ShortGather` run the ops, without an object for the call,
+which would cost as much as a check.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..layout import Layout
 from .launchers import without_python
 
 residual_add = without_python(torch.ops.rdp.native_residual_add.default)
+_residual_add_rows = without_python(torch.ops.rdp.native_residual_add_rows.default)
 gather_rows = without_python(torch.ops.rdp.native_gather_rows.default)
 _residual_add_backward = without_python(torch.ops.rdp.native_residual_add_backward.default)
 _gather_rows_backward = without_python(torch.ops.rdp.native_gather_rows_backward.default)
@@ -28,13 +30,17 @@ class ShortAdd:
     @staticmethod
     def forward(call: tuple, ctx: Any, residual: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor | None:
         row_scale, options = call
-        out = residual_add(residual, update, gamma, row_scale, *options)
+        inverse = None
+        if options and options[0] is not None:
+            out, inverse = _residual_add_rows(residual, update, gamma, row_scale, *options)
+        else:
+            out = residual_add(residual, update, gamma, row_scale, *options)
         if out is None:
             return None
         kept = update if gamma is not None and gamma.requires_grad else None
         if options:
             rows, *ctx.numbers = options
-            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None)
+            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None, inverse)
         else:
             ctx.save_for_backward(kept, gamma, row_scale)
         usual = update.dtype is residual.dtype and residual.is_contiguous()
@@ -59,9 +65,9 @@ class ShortAdd:
         wants_update, out = needs[3], None
         options: tuple = ()
         if further:
-            rows, out = further
+            rows, out, inverse = further
             scale, channel_dim, activation = ctx.numbers
-            options = wants_update, out, rows, scale, channel_dim, update_dtype, activation
+            options = wants_update, out, rows, scale, channel_dim, update_dtype, activation, inverse
         elif not wants_update or update_dtype is not None:
             options = wants_update, None, None, 1.0, -1, update_dtype
         dresidual, dupdate, dgamma = _residual_add_backward(

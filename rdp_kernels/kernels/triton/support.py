@@ -55,7 +55,7 @@ def _version_of(package: str) -> tuple[int, ...] | None:
 
 
 def why_not_kind(
-    device: torch.device, dtypes: Iterable[torch.dtype], norm_width: int | None = None, forced: bool = False
+    device: torch.device, dtypes: Iterable[torch.dtype | None], norm_width: int | None = None, forced: bool = False
 ) -> str | None:
     """Why calls on such tensors can't be served; None if they can.
 
@@ -74,7 +74,7 @@ def why_not_kind(
     elif not forced:
         return "on the CPU the Triton interpreter serves on request only"
     for dtype in dtypes:
-        if dtype not in DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             return f"the Triton kernels have float32, bfloat16, float16 and float64, not {dtype}"
     if norm_width is not None and norm_width > MAX_NORM_WIDTH:
         return f"a norm over {norm_width} channels is wider than {MAX_NORM_WIDTH}, the most that one kernel holds"

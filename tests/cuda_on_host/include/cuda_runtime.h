@@ -140,17 +140,25 @@ class Block {
   bool waits_ = false;
 };
 
+inline int64_t launches = 0;  // of all kernels so far
+// Whether launches only count, so that host code can be measured alone. Results are then uninitialised.
+inline const bool runs_kernels = std::getenv("RDP_NO_KERNELS") == nullptr;
+
 // `kernel<<<grid, block, shared, stream>>>(arguments)`, with the limits of compute capability 8.0 and later.
-inline void launch(dim3 grid, dim3 block, size_t, cudaStream_t, const std::function<void()>& thread) {
+template <class Thread>
+void launch(dim3 grid, dim3 block, size_t, cudaStream_t, const Thread& thread) {
   const bool possible = grid.count() > 0 && grid.x <= INT32_MAX && grid.y <= 65535 && grid.z <= 65535 &&
                         block.count() > 0 && block.count() <= 1024 && block.z <= 64;
   if (!possible) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
+  ++launches;
+  if (!runs_kernels) return;
   gridDim = grid;
   blockDim = block;
-  Block runner(thread);
+  const std::function<void()> body(thread);
+  Block runner(body);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) runner.run(dim3(x, y, z));
@@ -188,6 +196,11 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
