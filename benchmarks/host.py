@@ -34,14 +34,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
 
 from . import command, overhead
 from .cases import MODES
-from .harness import Case, Check, Provider, Row, Session
+from .harness import Case, Check, Provider, Row
 from .launches import KERNELS, count_allocations, count_launches
 from .machine import ROOT
 from .op_dense import ResidualAdd, ResidualAddNorm, ResidualAddRMSNorm
@@ -61,7 +60,7 @@ CALLS_A_TURN = {"full": 100, "quick": 30, "tiny": 2}
 ITERATIONS = ("drop", "reuse")
 ROUNDINGS = 4
 """The most roundings to bfloat16 by which gradients of a network of paths may differ between two backends."""
-NO_COMPILER = "without a GPU its CUDA sources are built for the host, and here is no C++ compiler (c++)"
+NO_COMPILER = "without a GPU its CUDA sources are built for the host, which takes Linux and a C++ compiler (c++)"
 
 
 @dataclass(frozen=True)
@@ -141,25 +140,17 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.device == "cpu" and not options.stand_in:
         return in_a_process(options)
-    console, calls = Console(width=command.WIDTH), CALLS_A_TURN[options.size]
+    driver, calls = Driver.stand_in() if options.stand_in else Driver.real(), CALLS_A_TURN[options.size]
     turns = options.turns or TURNS[options.size]
-    driver = Driver.stand_in() if options.stand_in else Driver.real()
-    makers: list[command.Makes] = [functools.partial(op_cases, op, calls, driver) for op in ops(driver.device)]
-    makers += [command.one(path_case, name, mode, phase, max(calls // 10, 1), driver) for name, mode, phase in paths()]
-    rows, code = command.measured(
-        console,
-        makers,
-        turns * (len(CALLS) * len(PASSES) + len(paths())),
-        lambda on_round: Session(driver.host, turns, on_round, flops=False, more=driver.counts),
-        one_threaded=True,
-        keep=lambda rows: command.write_rows(options, [overhead.per_call(row) for row in rows]),
-    )
-    rows = [overhead.per_call(row) for row in rows]
-    if rows:
-        console.print(*pass_tables(rows, COLUMNS), command.machine_line(rows[0]), *overhead.notes_of(rows), sep="\n")
-        if options.size == "full":
-            console.print(*verdicts_of(rows), sep="\n")
-    return code if command.written(options, rows) else 1
+    makers: list[command.Makes] = [
+        functools.partial(op_cases, op, calls, driver) for op in ops(driver.device, options.size)
+    ]
+    num_cases = len(makers) * len(PASSES)
+    for network, mode, phase in paths(options.size):
+        makers.append(command.one(path_case, network, mode, phase, max(calls // 10, 1), driver))
+        num_cases += 1
+    tables = functools.partial(pass_tables, columns=COLUMNS)
+    return overhead.measure(options, driver.host, turns, makers, num_cases, driver.counts, tables, verdicts_of)
 
 
 def in_a_process(options: argparse.Namespace) -> int:
@@ -173,8 +164,8 @@ def in_a_process(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_tree(tree)
-        if shutil.which("c++") is not None:
-            compile_library(tree, sanitize=False, optimize=True)
+        if sys.platform == "linux" and shutil.which("c++") is not None:
+            compile_library(tree, sanitize=False, optimize=options.size != "tiny")
         # `python -m` finds the copy's package in its folder, and the benchmarks by PYTHONPATH.
         settings = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "RDP_NO_KERNELS": "1"}
         process = subprocess.Popen(
@@ -231,28 +222,16 @@ def _add(op: Op, residual: Tensor, branch: Tensor, gamma: Tensor | None = None) 
     )
 
 
-def _add_norm(op: Op, residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple:
-    row_scale, add = op.row_scale, _formula(op, residual, branch, gamma)
+def _add_norm(op: Op, residual: Tensor, branch: Tensor, weight: Tensor, *others: Tensor) -> tuple[Callable, Callable]:
+    *bias, gamma = others
+    add, shape = _formula(op, residual, branch, gamma), (SHAPE[-1],)
+    options = {"row_scale": op.row_scale, "gamma": gamma, "norm": "layer" if bias else "rms", "eps": EPS}
 
     def eager() -> Tensors:
         out = add()
-        return out, F.layer_norm(out, (SHAPE[-1],), weight, bias, EPS)
+        return out, F.layer_norm(out, shape, weight, *bias, EPS) if bias else F.rms_norm(out, shape, weight, EPS)
 
-    return eager, lambda: rdp.residual_add_norm(
-        residual, branch, weight, bias, row_scale=row_scale, gamma=gamma, eps=EPS
-    )
-
-
-def _add_rms_norm(op: Op, residual: Tensor, branch: Tensor, weight: Tensor, gamma: Tensor) -> tuple:
-    row_scale, add = op.row_scale, _formula(op, residual, branch, gamma)
-
-    def eager() -> Tensors:
-        out = add()
-        return out, F.rms_norm(out, (SHAPE[-1],), weight, EPS)
-
-    return eager, lambda: rdp.residual_add_norm(
-        residual, branch, weight, row_scale=row_scale, gamma=gamma, norm="rms", eps=EPS
-    )
+    return eager, lambda: rdp.residual_add_norm(residual, branch, weight, *bias, **options)
 
 
 CALLS: dict[type[Op], Callable[..., tuple[Callable, Callable]]] = {
@@ -264,13 +243,17 @@ CALLS: dict[type[Op], Callable[..., tuple[Callable, Callable]]] = {
     DropPathAdd: overhead.CALLS[DropPathAdd],
     ResidualAddNorm: _add_norm,
     AddNormGammaFrozen: _add_norm,
-    ResidualAddRMSNorm: _add_rms_norm,
+    ResidualAddRMSNorm: _add_norm,
 }
 """Op → function that returns the formula and our call."""
+NOT_QUICK = (AddWithoutGamma, AddNormGammaFrozen, ResidualAddRMSNorm)
+"""Left out by `--quick`, as a GPU machine that is rented for minutes would have to compile their kernels."""
 
 
-def ops(device: torch.device) -> Iterator[Op]:
+def ops(device: torch.device, size: str = "full") -> Iterator[Op]:
     for kind in CALLS:
+        if size == "quick" and kind in NOT_QUICK:
+            continue
         gamma = kind not in (AddWithoutGamma, GatherRows)
         yield kind(Setting(kind.name, SHAPE, SHAPE[0] // 2, torch.bfloat16, gamma), device)
 
@@ -297,9 +280,10 @@ NETWORKS: dict[str, Callable[[int], nn.Sequential]] = {
 }
 
 
-def paths() -> list[tuple[str, str, str]]:
+def paths(size: str = "full") -> Iterator[tuple[str, str, str]]:
     """Returns the network, mode and phase of each case."""
-    return list(itertools.product(NETWORKS, MODES, ITERATIONS))
+    networks = list(NETWORKS)[:1] if size == "quick" else NETWORKS
+    return itertools.product(networks, MODES, ITERATIONS)
 
 
 def path_case(name: str, mode: str, phase: str, calls: int, driver: Driver) -> Case:
@@ -371,11 +355,10 @@ def verdicts_of(rows: list[Row]) -> Iterator[str]:
         goal = GOALS.get(row["op"], {}).get(row["pass"])
         if goal is None or row["provider"] == EAGER or row["unavailable"]:
             continue
-        most, launches = goal
-        time_met, launches_met = (
-            "met" if met else "MISSED" for met in (row["ratio_rounds"] <= most, row["launches"] <= launches)
+        where = f"{row['op']}, {row['pass']}, {row['provider']}"
+        time, launches = (
+            f"{row['ratio_rounds']:.2f} (min {row['ratio_min']:.2f}) of eager",
+            f"{row['launches']:g} launches",
         )
-        yield (
-            f"{row['op']}, {row['pass']}, {row['provider']}: {row['ratio_rounds']:.2f} (min {row['ratio_min']:.2f}) "
-            f"of eager, target {most:g}: {time_met}; launches {row['launches']:g}, target {launches}: {launches_met}"
-        )
+        for measured, value, most in zip((time, launches), (row["ratio_rounds"], row["launches"]), goal, strict=True):
+            yield f"{where}: {measured}, target {most:g}: {'met' if value <= most else 'MISSED'}"
