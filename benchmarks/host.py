@@ -355,10 +355,8 @@ def verdicts_of(rows: list[Row]) -> Iterator[str]:
         goal = GOALS.get(row["op"], {}).get(row["pass"])
         if goal is None or row["provider"] == EAGER or row["unavailable"]:
             continue
-        where = f"{row['op']}, {row['pass']}, {row['provider']}"
-        time, launches = (
-            f"{row['ratio_rounds']:.2f} (min {row['ratio_min']:.2f}) of eager",
-            f"{row['launches']:g} launches",
-        )
-        for measured, value, most in zip((time, launches), (row["ratio_rounds"], row["launches"]), goal, strict=True):
-            yield f"{where}: {measured}, target {most:g}: {'met' if value <= most else 'MISSED'}"
+        ratio, launches = row["ratio_rounds"], row["launches"]
+        measured = (f"{ratio:.2f} (min {row['ratio_min']:.2f}) of eager", ratio), (f"{launches:g} launches", launches)
+        for (text, value), most in zip(measured, goal, strict=True):
+            met = "met" if value <= most else "MISSED"
+            yield f"{row['op']}, {row['pass']}, {row['provider']}: {text}, target {most:g}: {met}"

@@ -158,8 +158,8 @@ class Ways:
             yield
 
     def iteration(self, phase: str) -> None:
-        """Runs the drop or the reuse iteration of the first plan. Before the latter opens a drop iteration that runs
-        nothing."""
+        """Runs the drop or the reuse iteration of the first plan. A reuse iteration follows a drop iteration in which
+        nothing runs."""
         with self.scheme.drop_iteration(plan=self.plans[0]):
             if phase == "drop":
                 self.paths(self.x).sum().backward()
@@ -168,7 +168,8 @@ class Ways:
                 self.paths(self.x).sum().backward()
 
     def iteration_by_hand(self, phase: str) -> None:
-        getattr(self._by_hand[0], phase)()
+        by_hand = self._by_hand[0]
+        by_hand.drop() if phase == "drop" else by_hand.reuse()
 
     def verify(self, name: str) -> Check:
         """Compares gradients after each backward: by hand with ours, and plain with ours in eval mode."""

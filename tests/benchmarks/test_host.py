@@ -17,7 +17,6 @@ from benchmarks.overhead import BOTH, FORWARD, NO_GRAD
 from rdp_kernels.kernels import dispatch
 from tests.benchmarks.commands import run_command
 
-NATIVE_MISSING = rdp.available_backends()["native"]
 needs_compiler = pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="no compiler")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -106,14 +105,15 @@ def test_without_a_gpu_it_says_so(capsys):
 # Values
 
 
-RUNS = host.Driver(host.HostDevice.of("cpu"), {"triton": rdp.available_backends()["triton"], "native": NATIVE_MISSING})
-COUNTS = host.Driver(RUNS.host, {"triton": "left out", "native": NATIVE_MISSING}, launched=lambda: 0)
+ON_CPU = host.Driver(host.HostDevice.of("cpu"), rdp.available_backends())
+RUNS = host.Driver.real() if torch.cuda.is_available() else ON_CPU
+"""Kernels run: on a GPU, or interpreted by Triton and in the compiled library for CPUs."""
+COUNTS = host.Driver(ON_CPU.host, ON_CPU.missing | {"triton": "left out"}, launched=lambda: 0)
 OPS = {op.setting.op: op for op in host.ops(RUNS.device)}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_call_is_right(op):
-    """Interpreted by Triton, and by the compiled library."""
     for case in host.op_cases(OPS[op], 1, RUNS):
         case.verify()
 
@@ -123,7 +123,7 @@ def test_every_iteration_is_right(path):
     host.path_case(*path, 1, RUNS).verify()
 
 
-@pytest.mark.skipif(NATIVE_MISSING is not None, reason="it is not built")
+@pytest.mark.skipif(RUNS.missing["native"] is not None, reason="it is not built")
 @pytest.mark.parametrize("driver", [RUNS, COUNTS], ids=["real", "stand-in"])
 @pytest.mark.parametrize("change", [lambda out: 1.1 * out, lambda out: out.double()], ids=["values", "dtype"])
 def test_a_wrong_result_is_caught(driver, change, monkeypatch):
