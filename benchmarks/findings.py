@@ -153,6 +153,7 @@ FINDINGS: dict[str, dict[str, Answer]] = {
         "where ours is slower": ops_lost,
     },
     "overhead": {"host time of a call, forward and backward": call_time},
+    "host": {"host time of a call on a GPU, forward and backward": call_time},
     "scaling": {
         "host time of the scheme per path and step": path_overhead,
         "… as a share of a step": step_overhead,

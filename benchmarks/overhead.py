@@ -15,7 +15,8 @@ import argparse
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -85,25 +86,39 @@ def run(options: argparse.Namespace) -> int:
     """Measures, prints and writes. An interrupt keeps the rows so far."""
     if not command.has_device(options.device):
         return 2
-    console = Console(width=command.WIDTH)
+    calls, device = CALLS_A_TURN[options.size], HostDevice.of(options.device)
+    makers = [functools.partial(overhead_cases, op, calls) for op in ops(device.device)]
+    more = functools.partial(launches, device=device.device, calls=calls)
     turns = options.turns or TURNS[options.size]
-    calls = CALLS_A_TURN[options.size]
-    device = HostDevice.of(options.device)
+    return measure(options, device, turns, makers, len(makers) * len(PASSES), more, tables_of, verdicts_of)
+
+
+def measure(
+    options: argparse.Namespace,
+    device: HostDevice,
+    turns: int,
+    makers: Sequence[command.Makes],
+    num_cases: int,
+    more: Callable[[Provider], Row],
+    tables: Callable[[list[Row]], Iterable[Table]],
+    verdicts: Callable[[list[Row]], Iterable[str]],
+) -> int:
+    """Measures the cases of `makers` on one thread, as a second one has nothing to do. Prints and writes rows per call.
+    `more` is `Session`'s."""
+    console = Console(width=command.WIDTH)
     rows, code = command.measured(
         console,
-        (functools.partial(overhead_cases, op, calls) for op in ops(device.device)),
-        len(SHAPES) * len(CALLS) * len(PASSES) * turns,
-        lambda on_round: Session(
-            device, turns, on_round, flops=False, more=lambda provider: launches(provider, device.device, calls)
-        ),
-        one_threaded=True,  # a second thread has nothing to do
+        makers,
+        num_cases * turns,
+        lambda on_round: Session(device, turns, on_round, flops=False, more=more),
+        one_threaded=True,
         keep=lambda rows: command.write_rows(options, [per_call(row) for row in rows]),
     )
     rows = [per_call(row) for row in rows]
     if rows:
-        console.print(*tables_of(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
+        console.print(*tables(rows), command.machine_line(rows[0]), *notes_of(rows), sep="\n")
         if options.size == "full":
-            console.print(*verdicts_of(rows), sep="\n")
+            console.print(*verdicts(rows), sep="\n")
     return code if command.written(options, rows) else 1
 
 
@@ -193,33 +208,51 @@ def overhead_cases(op: Op, calls: int) -> Iterator[Case]:
         yield Case(op.setting.labels | {"pass": direction, "calls": calls}, "call", EAGER, providers)
 
 
-def provider(name: str, call: Call, sets: Sets, direction: str, calls: int, backend: str = "auto") -> Provider:
-    """Returns a provider of one pass of `call`. `backend` is used by our calls."""
+def provider(
+    name: str,
+    call: Callable[[], Tensor | Tensors],
+    sets: Sets,
+    direction: str,
+    calls: int,
+    backend: str = "auto",
+    computes: bool = True,
+) -> Provider:
+    """Returns a provider of one pass of `call`. `backend` is used by our calls. If it computes nothing, as on a
+    stand-in for a GPU's driver, the values are checked on the eager backend, and its own results in shapes and
+    dtypes."""
     inputs, douts = sets.inputs[0], sets.douts[0]
 
-    def with_gradients() -> Tensors:
+    def with_gradients() -> tuple:
         out = call()
-        return out, *torch.autograd.grad(out, inputs, douts)
+        return out, torch.autograd.grad(out, inputs, douts)
 
     once = with_gradients if direction == BOTH else call
 
-    def block(count: int) -> Tensors | Tensor:
+    def block(count: int, backend: str = backend) -> object:
         with rdp.use_backend(backend), torch.set_grad_enabled(direction != NO_GRAD):
             for _ in range(count):
                 results = once()
         return results
 
-    def results() -> Tensors:
-        found = block(1)
-        return found if direction == BOTH else (found,)
-
     def verify() -> Check:
-        checked = BOTH if direction == BOTH else FORWARD
+        checked, compute = BOTH if direction == BOTH else FORWARD, backend if computes else "eager"
         if isinstance(sets.op, DropPathAdd):
-            return check_of_draws(sets, checked, results)
-        return sets.check(checked, results())
+            check = check_of_draws(sets, checked, lambda: _flat(block(1, compute)))
+        else:
+            check = sets.check(checked, _flat(block(1, compute)))
+        alike = are_alike(_flat(block(1)), _flat(block(1, "eager")))
+        return check if alike else Check(math.inf, 0.0)
 
     return Provider(name, lambda turn: block(calls), verify)
+
+
+def are_alike(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    """Returns whether tensors have the same shapes and dtypes."""
+    return [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+
+
+def _flat(results: Any) -> Tensors:
+    return (results,) if isinstance(results, Tensor) else tuple(t for each in results for t in _flat(each))
 
 
 def launches(provider: Provider, device: torch.device, calls: int) -> Row:

@@ -17,7 +17,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from . import command, memory, op_traffic, ops, overhead, scaling, step
+from . import command, host, memory, op_traffic, ops, overhead, scaling, step
 from .findings import FINDINGS
 from .harness import Row
 
@@ -26,6 +26,7 @@ MEASURING: dict[str, ModuleType] = {
     "memory": memory,
     "ops": ops,
     "overhead": overhead,
+    "host": host,
     "scaling": scaling,
     "traffic": op_traffic,
 }

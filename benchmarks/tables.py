@@ -156,6 +156,25 @@ def overhead_table(rows: list[CsvRow]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def host_table(rows: list[CsvRow]) -> str:
+    """Host time of calls and iterations on a GPU or a stand-in for its driver, and their launches."""
+    names = (OURS, OURS_NATIVE)
+    lines = [
+        "| call | pass | eager, µs | Triton, µs | / eager | compiled, µs | / eager | launches: eager | Triton "
+        "| compiled |",
+        "|" + "---|" * 10,
+    ]
+    for (op, direction), group in itertools.groupby(rows, lambda row: (row["op"], row["pass"])):
+        by_name = {row["provider"]: row for row in group}
+        cells = [op, direction, _number(by_name[EAGER]["p50_us"], ".1f")]
+        for row in (by_name[name] for name in names):
+            cells += [_number(row["p50_us"], ".1f"), _ratio(row["ratio_rounds"])]
+        cells += [_number(by_name[name]["launches"], "g") for name in (EAGER, *names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = f"Microseconds, medians of {rows[0]['turns']} turns of {rows[0]['calls']} calls; {measured_on(rows[0])}."
+    return "\n".join([*lines, "", note])
+
+
 def memory_table(rows: list[CsvRow]) -> str:
     """Saved and peak bytes of each iteration of the exact and the branch-frozen scheme."""
     _refuse_quick(rows)
@@ -245,7 +264,11 @@ def _time_ratio(row: CsvRow, base: CsvRow | None = None) -> str:
 
 
 def _ratio(text: str) -> str:
-    return f"{float(text):.2f}" if text else "–"
+    return _number(text, ".2f")
+
+
+def _number(text: str, spec: str) -> str:
+    return format(float(text), spec) if text else "–"
 
 
 TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
@@ -253,6 +276,7 @@ TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "drop-path": ("drop-path-cpu.csv", drop_path_table),
     "ops": ("ops-cpu.csv", ops_table),
     "overhead": ("overhead-cpu.csv", overhead_table),
+    "host": ("host-cpu.csv", host_table),
     "memory": ("memory-cpu.csv", memory_table),
     "scaling": ("scaling-cpu.csv", scaling_table),
     "shares": ("scaling-cpu.csv", shares_table),

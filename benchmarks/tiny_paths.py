@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rdp_kernels as rdp
@@ -26,14 +27,17 @@ BOUND = 1e-10
 PLAIN, BY_HAND, PLAN, OURS = Plain.name, "by hand", "plan", Exact.name
 
 
+Branch = Callable[[Tensor], Tensor]
+
+
 class Tiny(nn.Module):
     """Computes `x · weight`: one op in the forward, one in the backward. It has as many modules as an MLP and its
     norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.others = nn.ModuleList(nn.Identity() for _ in range(3))
-        self.weight = nn.Parameter(torch.full((WIDTH,), 1e-3))
+        self.weight = nn.Parameter(torch.full((width,), 1e-3))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
@@ -42,8 +46,9 @@ class Tiny(nn.Module):
         return x * self.weight.detach()
 
 
-def tiny_paths(count: int) -> rdp.ResidualSequence:
-    return rdp.ResidualSequence(*(rdp.ResidualBranch(Tiny()) for _ in range(count)))
+def tiny_paths(count: int, width: int = WIDTH, normed: bool = False) -> rdp.ResidualSequence:
+    norms = (nn.LayerNorm(width) if normed else None for _ in range(count))
+    return rdp.ResidualSequence(*(rdp.ResidualBranch(Tiny(width), norm=norm) for norm in norms))
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,24 @@ class ByHand:
     """The iterations of one plan, written for this plan alone: all decisions are made beforehand."""
 
     x: Tensor
-    branches: list[Tiny]
+    branches: list[Branch]
+    constants: list[Branch]
+    """The branches without gradients to their parameters."""
     keep: list[Tensor | bool]
     """For each path: whether it is kept, or in sample mode its kept rows and its dropped rows."""
 
     @classmethod
-    def of(cls, paths: rdp.ResidualSequence, x: Tensor, plan: rdp.PathPlan) -> ByHand:
+    def of(cls, paths: nn.Sequential, x: Tensor, plan: rdp.PathPlan) -> ByHand:
         kept = [_rows(keep, x.device) if keep.dim() else bool(keep) for keep in plan.keep]
-        return cls(x, [path.fn for path in paths], kept)
+        return cls(x, [_branch(path) for path in paths], [_constant(path) for path in paths], kept)
 
     def pair(self) -> Iterator[None]:
+        self.drop()
+        yield
+        self.reuse()
+        yield
+
+    def drop(self) -> None:
         x, scale = self.x, 1 / (1 - DROP_PROB)
         for branch, keep in zip(self.branches, self.keep, strict=True):
             if keep is True:
@@ -68,16 +81,29 @@ class ByHand:
             elif keep is not False:
                 x = x.index_add(0, keep[0], branch(x.index_select(0, keep[0])), alpha=scale)
         x.sum().backward()
-        yield
+
+    def reuse(self) -> None:
         x = self.x
-        for branch, keep in zip(self.branches, self.keep, strict=True):
+        for branch, constant, keep in zip(self.branches, self.constants, self.keep, strict=True):
             if isinstance(keep, bool):
-                x = x + (branch.constant(x) if keep else branch(x))
+                x = x + (constant(x) if keep else branch(x))
             else:
                 frozen, learning = (x.index_select(0, rows) for rows in keep)
-                x = x.index_add(0, keep[0], branch.constant(frozen)).index_add(0, keep[1], branch(learning))
+                x = x.index_add(0, keep[0], constant(frozen)).index_add(0, keep[1], branch(learning))
         x.sum().backward()
-        yield
+
+
+def _branch(path: rdp.ResidualBranch) -> Branch:
+    fn, norm = path.fn, path.norm
+    return fn if norm is None else lambda x: fn(norm(x))
+
+
+def _constant(path: rdp.ResidualBranch) -> Branch:
+    fn, norm = path.fn, path.norm
+    if norm is None:
+        return fn.constant
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    return lambda x: fn.constant(F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps))
 
 
 def _rows(keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -85,12 +111,27 @@ def _rows(keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Ways:
-    """The ways to run a pair on `count` paths, each on its own network."""
+    """The ways to run a pair on `count` paths, each on its own network.
 
-    def __init__(self, mode: str, count: int, turns: int, device: torch.device, dtype: torch.dtype = torch.float32):
+    Args:
+        turns: the number of plans.
+        make: makes the network.
+        sample: the shape of a sample.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        count: int,
+        turns: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        make: Callable[[int], nn.Sequential] = tiny_paths,
+        sample: tuple[int, ...] = (WIDTH,),
+    ):
         generator = torch.Generator().manual_seed(SEED)
-        self.x = torch.randn(BATCH, WIDTH, generator=generator, dtype=dtype).to(device)
-        self.plain_paths, self.paths = (tiny_paths(count).to(device, dtype) for _ in range(2))
+        self.x = torch.randn(BATCH, *sample, generator=generator, dtype=dtype).to(device)
+        self.plain_paths, self.paths = (make(count).to(device, dtype) for _ in range(2))
         self.scheme = rdp.ResidualDropPath(self.paths, DROP_PROB, mode=mode, sampling="fixed", seed=SEED)
         with nothing_runs():  # the plan alone is measured too; the scheme warns once that no path ran
             list(self.scheme.iterations(BATCH))
@@ -115,6 +156,20 @@ class Ways:
         for _ in self.scheme.iterations(BATCH, plan=plan):
             self.paths(self.x).sum().backward()
             yield
+
+    def iteration(self, phase: str) -> None:
+        """Runs the drop or the reuse iteration of the first plan. A reuse iteration follows a drop iteration in which
+        nothing runs."""
+        with self.scheme.drop_iteration(plan=self.plans[0]):
+            if phase == "drop":
+                self.paths(self.x).sum().backward()
+        if phase == "reuse":
+            with self.scheme.reuse_iteration():
+                self.paths(self.x).sum().backward()
+
+    def iteration_by_hand(self, phase: str) -> None:
+        by_hand = self._by_hand[0]
+        by_hand.drop() if phase == "drop" else by_hand.reuse()
 
     def verify(self, name: str) -> Check:
         """Compares gradients after each backward: by hand with ours, and plain with ours in eval mode."""

@@ -41,7 +41,7 @@ def wrong_of_tests(rows: list[Row], must_run: bool = True) -> list[str]:
 def host_time(rows: list[Row]) -> str:
     """Time of forward and backward relative to eager's, for each of our backends, over all ops."""
     both = [row for row in rows if row["pass"] == "both"]
-    return _of_each(both, (OURS, OURS_NATIVE, OURS_EAGER), "ratio_rounds") or NOTHING
+    return _of_each(both, (OURS, OURS_NATIVE), "ratio_rounds") or NOTHING
 
 
 def op_speed(rows: list[Row]) -> str:

@@ -111,13 +111,13 @@ def beyond() -> Works:
 
 
 def host() -> Works:
-    from .. import overhead
-    from ..op_sets import Sets
+    from .. import host
 
-    for op in overhead.ops(torch.device("cpu")):
-        inputs = Sets(op, 1).inputs[0]
-        _, ours = overhead.CALLS[type(op)](op, *inputs)
-        yield partial(_both_ways, lambda ours=ours: (ours(),), inputs)
+    driver = host.Driver(host.HostDevice.of("cpu"), {"triton": None, "native": "not counted"}, launched=lambda: 0)
+    cases = [case for op in host.ops(driver.device, "quick") for case in host.op_cases(op, 1, driver)]
+    cases += [host.path_case(name, mode, phase, 1, driver) for name, mode, phase in host.paths("quick")]
+    for case in cases:
+        yield from (partial(each.run, 0) for each in case.available if each.name == host.OURS)
 
 
 def ops(size: str = "full") -> Works:

@@ -165,7 +165,7 @@ def test_every_step_in_small_from_a_bare_copy(bare_copy, tmp_path):
     assert {row["commit"] for row in rows} == {"abc1234"}
     files = {path.name for path in out.iterdir()}
     assert len(files) <= 8
-    for name in ("ops", "overhead", "step", "memory"):
+    for name in ("ops", "host", "step", "memory"):
         committed = read_csv(ROOT / "benchmarks" / "results" / f"{name}-cpu.csv")[0].keys()
         found = read_csv(out / f"{name}-cpu.csv")[0].keys()
         assert set(committed) <= set(found), "rows are as benchmarks/results keeps them"
