@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 
-from .._utils.checks import LARGEST_FLOAT32, host_has, is_transformed
+from .._utils.checks import LARGEST_FLOAT32, is_transformed
 from . import dispatch, eager, registered
 from .buffers import joined_add, joined_next, parted_add, parted_next
 from .dispatch import PLAIN
+from .short import ShortAdd, ShortGather, rows_are_right
 from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, activation_code, compute_dtype, residual_of
 
 
@@ -28,9 +29,10 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-    results = _known_call(operands, add, next_input)
-    if results is not None:
-        return results
+    if dispatch.is_plain(residual_of(operands)) and _are_plain(operands):
+        results = _known_call(operands, add, next_input)
+        if results is not None:
+            return results
     served = dispatch.resolve(op, operands, add, next_input)
     if served.takes_norm and served.library is not None:
         results = FusedCall(served.kernels, add, next_input)(operands)
@@ -101,6 +103,18 @@ def plain_add(residual: Tensor, update: Tensor, scale: float) -> Tensor | None:
     return torch.add(residual, update, alpha=scale) if dispatch.is_free() else None
 
 
+_WITHOUT_SCALE = 1.0, None
+
+
+def _scale_and_factors(row_scale: Tensor | float) -> tuple[float, Tensor | None] | None:
+    """A row scale as a number for all rows, and as a factor for each row. None if it needs further checks."""
+    if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
+        return row_scale, None
+    if type(row_scale) is Tensor and not row_scale.requires_grad:
+        return 1.0, row_scale
+    return None
+
+
 def unchecked_add(
     residual: Tensor,
     update: Tensor,
@@ -110,101 +124,96 @@ def unchecked_add(
     channel_dim: int = -1,
     activation: str | None = None,
 ) -> Tensor | None:
-    """The residual add by kernels that check their arguments themselves, or as an earlier call of the same kind, whose
-    arguments were checked.
+    """The residual add by kernels that check the rest of their arguments themselves (`kernels.short`).
 
-    Only types and flags are looked at here. Returns None where there are no such kernels and there was no such call,
-    where a tensor has to be copied first, and where an argument is wrong: the caller then checks all arguments and
-    calls `fused_add`.
+    Only types and flags are looked at here. Returns None where such kernels don't serve the call, where a tensor has to
+    be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
     """
     if not dispatch.is_plain(residual) or type(update) not in PLAIN:
         return None
-    scale, factors = 1.0, None
-    if row_scale is not None:
-        if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
-            scale = row_scale
-        elif type(row_scale) is Tensor and not row_scale.requires_grad:
-            factors = row_scale
-        else:
-            return None
+    libraries = dispatch.short_kernels(residual)
+    if not libraries:
+        return None
+    split = _WITHOUT_SCALE if row_scale is None else _scale_and_factors(row_scale)
+    if split is None:
+        return None
+    scale, factors = split
     if gamma is not None and (type(gamma) not in PLAIN or type(channel_dim) is not int):
         return None
-    if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
-        return None
-    kernels = dispatch.checking_kernels(residual)
-    if kernels is not None:
-        options: tuple = ()
-        if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
-            options = rows, scale, channel_dim, activation_code(activation)
-        if is_grad_enabled() and (
-            residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
-        ):
-            out = _run(kernels.ShortAdd, (factors, options), residual, update, gamma)
+    options: tuple = ()
+    if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
+        if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
+            return None
+        options = rows, scale, channel_dim, activation_code(activation)
+    learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
+    records = learns and is_grad_enabled()
+    for kernels in libraries:
+        if records:
+            out = _run(ShortAdd, (kernels, factors, options), residual, update, gamma)
         else:
             out = kernels.residual_add(residual, update, gamma, factors, *options)
         if out is not None:
             return out
-    if dispatch.preparing_kernels() is None:
-        return None
-    row_set = None if rows is None else _known_rows(rows, residual)
-    num_rows = residual.shape[0] if row_set is None else row_set.num_learning
-    if (rows is not None and row_set is None) or not _have_rows(num_rows, update, factors):
-        return None
-    add = Add(row_set, scale, factors, channel_dim, activation)
-    results = _known_call(Operands(residual, update, None, gamma), add, None)
-    return None if results is None else results.out
+    return None
 
 
 def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
     """The gather of rows, as `unchecked_add`."""
     if not dispatch.is_plain(residual) or type(rows) is not Tensor:
         return None
-    kernels = dispatch.checking_kernels(residual)
-    if kernels is not None:
-        if residual.requires_grad and is_grad_enabled():
-            out = _run(kernels.ShortGather, rows, residual)
-        else:
-            out = kernels.gather_rows(residual, rows)
+    records = residual.requires_grad and is_grad_enabled()
+    for kernels in dispatch.short_kernels(residual):
+        out = _run(ShortGather, (kernels, rows), residual) if records else kernels.gather_rows(residual, rows)
         if out is not None:
             return out
-    row_set = None if dispatch.preparing_kernels() is None else _known_rows(rows, residual)
-    results = None if row_set is None else _known_call(Operands(residual), None, NextInput(row_set))
-    return None if results is None else results.next
+    return None
 
 
 def unchecked_add_norm(
     operands: Operands,
-    row_scale: Tensor | float | None,
     rows: Tensor | None,
+    row_scale: Tensor | float | None,
     next_rows: Tensor | None,
     norm: str,
     eps: float,
 ) -> Results | None:
-    """The add with a norm, as `unchecked_add`."""
-
-
-def _known_rows(rows: Tensor, residual: Tensor) -> RowSet | None:
-    """The rows, where they are right as far as that is checked: values on the host's side are always checked."""
-    right = rows.dtype is torch.int64 and rows.dim() == 1 and rows.device == residual.device
-    return RowSet(rows, rows.shape[0]) if right and not (rows.is_cpu and host_has(rows)) else None
-
-
-def _have_rows(num_rows: int, update: Tensor, row_scale: Tensor | None) -> bool:
-    """Whether these have so many rows. It is the one thing about shapes that is no part of a call's kind."""
-    return update.dim() > 0 and update.shape[0] == num_rows and (row_scale is None or row_scale.shape == (num_rows,))
+    """The add with a norm, by kernels that a checked call of the same kind had prepared; as `unchecked_add`."""
+    residual, update = operands[:2]
+    if not dispatch.is_plain(residual) or dispatch.preparing_kernels() is None:
+        return None
+    if type(update) not in PLAIN or not _are_plain(operands) or type(eps) is not float or type(norm) is not str:
+        return None
+    split = _WITHOUT_SCALE if row_scale is None else _scale_and_factors(row_scale)
+    if split is None or residual.dim() == 0 or update.dim() == 0:
+        return None
+    for some in (rows, next_rows):
+        if some is not None and not rows_are_right(some, residual):
+            return None
+    num_rows = residual.shape[0] if rows is None else rows.shape[0]
+    scale, factors = split
+    if update.shape[0] != num_rows or (factors is not None and factors.shape[0] != num_rows):
+        return None
+    add = Add(None if rows is None else RowSet(rows, num_rows), scale, factors)
+    next_set = None if next_rows is None else RowSet(next_rows, next_rows.shape[0])
+    return _known_call(operands, add, NextInput(next_set, norm, eps))
 
 
 def _known_call(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results | None:
-    """The results by kernels that a checked call of the same kind had prepared, without asking again who serves it.
-    None if there was no such call."""
+    """The results by kernels that a checked call of the same kind had prepared, without asking again which library
+    serves it. None if there was no such call. The tensors must be plain (`dispatch.is_plain`, `_are_plain`)."""
     preparing = dispatch.preparing_kernels()
-    if preparing is None or not dispatch.is_plain(residual_of(operands)):
+    if preparing is None:
         return None
-    for t in operands:
-        if t is not None and type(t) not in PLAIN:
-            return None
-    prepared = preparing.known(dispatch.choice(), operands, add, next_input, _records(operands))
+    prepared = preparing.known_call(dispatch.choice(), operands, add, next_input, _records(operands))
     return None if prepared is None else FusedCall(preparing, add, next_input, prepared=prepared)(operands)
+
+
+_PLAIN_OR_ABSENT = {*PLAIN, type(None)}
+
+
+def _are_plain(operands: Operands) -> bool:
+    """Whether the types of all tensors are."""
+    return _PLAIN_OR_ABSENT.issuperset(map(type, operands))
 
 
 def _records(operands: Operands) -> bool:
@@ -328,7 +337,7 @@ class FusedCall:
 
 
 class _FusedAdd(torch.autograd.Function):
-    """The one autograd function over all kernels. `kind`, which is `FusedCall` or a class of `native.short`, runs them
+    """The one autograd function over all kernels. `kind`, which is `FusedCall` or a class of `kernels.short`, runs them
     for a `call` and saves what its backward needs.
 
     Differentiable once: what a call saves is an operand or a result, so that autograd knows that the gradients depend

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from .._utils.checks import NO_RULE, check_choice, why_not_plain
 from . import native, triton
 from .buffers import context_of
+from .short import ShortKernels
 from .spec import Add, NextInput, Operands
 
 
@@ -67,11 +68,14 @@ _CHOICES = ("auto", "eager", *_LIBRARIES)
 PLAIN = (Tensor, Parameter)
 """The types of tensors whose values lie where kernels look for them."""
 WIDEST_NORM = triton.MAX_NORM_WIDTH
-_CHECKING = {} if native.unavailable() else dict.fromkeys(("auto", "native"), native.short_kernels())
-_CHECKING_ON_GPUS = native.has_cuda()
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
 _preparing: ModuleType | None = None
+_short: dict[tuple[str, bool], tuple[ShortKernels, ...]] = {}
+"""By choice of a backend, and whether tensors are on the CPU."""
+if native.unavailable() is None:
+    for _on_cpu in (True, False) if native.has_cuda() else (True,):
+        _short["auto", _on_cpu] = _short["native", _on_cpu] = (native.short_kernels(),)
 _log = logging.getLogger("rdp_kernels")
 _logged: set[tuple[str, str, str]] = set()
 
@@ -176,12 +180,9 @@ def is_plain(residual: Tensor) -> bool:
     )
 
 
-def checking_kernels(residual: Tensor) -> ModuleType | None:
-    """The compiled library's kernels that check their arguments themselves (`native.short`), where they come first for
-    a call on this residual, which `is_plain`."""
-    if not (residual.is_cpu or (_CHECKING_ON_GPUS and residual.is_cuda)):
-        return None
-    return _CHECKING.get(_from_environment() if _chosen is None else _chosen)
+def short_kernels(residual: Tensor) -> tuple[ShortKernels, ...]:
+    """The libraries that may serve a call on this residual, which `is_plain`, without checks of its arguments."""
+    return _short.get((_from_environment() if _chosen is None else _chosen, residual.is_cpu), ())
 
 
 def preparing_kernels() -> ModuleType | None:
@@ -204,8 +205,10 @@ def kernels_named(name: str) -> ModuleType:
     """The launchers of a library."""
     global _preparing
     kernels = _LIBRARIES[name].kernels()
-    if name == "triton":
-        _preparing = kernels
+    if name == "triton":  # from now on there may be prepared calls
+        _preparing, short = kernels, triton.short_kernels()
+        _short["triton", True] = _short["triton", False] = (short,)
+        _short["auto", False] = (*_short.get(("auto", False), ()), short)
     return kernels
 
 

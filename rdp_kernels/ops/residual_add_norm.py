@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._utils.checks import check_batch, check_choice, check_norm, check_residual_add, check_rows
-from ..kernels.autograd import fused_add
+from ..kernels.autograd import fused_add, unchecked_add_norm
 from ..kernels.spec import NORMS, NextInput, NormName, Operands, RowSet
 from .residual_add import add_of
 
@@ -66,6 +66,10 @@ def residual_add_norm(
         tensor([[0.8485, 1.1314],
                 [0.0000, 0.0000]])
     """
+    operands = Operands(residual, branch, None, gamma, weight, bias)
+    results = unchecked_add_norm(operands, rows, row_scale, next_rows, norm, eps)
+    if results is not None:
+        return results.out, results.next
     check_batch("residual", residual)
     for name, indices in (("rows", rows), ("next_rows", next_rows)):
         if indices is not None:

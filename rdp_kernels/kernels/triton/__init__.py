@@ -9,6 +9,7 @@
 | `launchers.py` | finds the prepared call that serves a call, and runs it |
 | `keys.py` | what a prepared call depends on |
 | `forward.py`, `backward.py` | prepared calls: kernel, tiles, and the order of its arguments, decided once for a key |
+| `short.py` | the residual add and the gather for calls of a known kind, without checks |
 | `prepared.py` | prepared launches, and launches as data |
 | `common.py` | what the kernels have in common: rows, masks, activations |
 | `reduce.py` | the second stage of sums over rows |
@@ -27,7 +28,16 @@ from .support import MAX_NORM_WIDTH, unavailable, why_not_kind
 
 HAS_NORMS = True
 
-__all__ = ["HAS_NORMS", "MAX_NORM_WIDTH", "MAX_TILE_ROWS", "kernels", "unavailable", "why_not_kind", "why_not_rows"]
+__all__ = [
+    "HAS_NORMS",
+    "MAX_NORM_WIDTH",
+    "MAX_TILE_ROWS",
+    "kernels",
+    "short_kernels",
+    "unavailable",
+    "why_not_kind",
+    "why_not_rows",
+]
 
 
 def kernels() -> ModuleType:
@@ -35,3 +45,10 @@ def kernels() -> ModuleType:
     from . import launchers
 
     return launchers
+
+
+def short_kernels() -> ModuleType:
+    """Kernels for simple calls whose arguments haven't been checked: see `kernels.short`."""
+    from . import short
+
+    return short

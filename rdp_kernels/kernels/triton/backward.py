@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -33,15 +35,16 @@ class Backward:
 
     def __init__(self, key: BackwardKey):
         context, add, wanted = key.context, key.add, key.wanted
-        _, dnext, dfrozen_next = key.gradients
+        dout, dnext, dfrozen_next = key.gradients
         from_next = dnext is not None or dfrozen_next is not None
-        rows = (*key.gradients, key.norm_input, None if add is None else add.update)
-        vectors = (key.weight, *((None, None) if add is None else (add.gamma, add.row_scale)))
+        out, norm_input, mean, rstd = key.results
+        rows = (*key.gradients, out, norm_input, None if add is None else add.update)
+        vectors = (mean, rstd, key.weight, *((None, None) if add is None else (add.gamma, add.row_scale)))
         self.copies = not (
-            all(t is None or context.layout.is_dense((1, *t.shape), t.strides) for t in rows)
+            all(t is None or context.layout.is_dense(context.shape, t.strides) for t in rows)
             and all(t is None or t.is_plain_vector for t in vectors)
         )
-        self.context, self.wanted = context, wanted
+        self.context, self.wanted, self.from_next = context, wanted, from_next
         self.batch_size = context.shape[0]
         norm = key.next.norm if key.next is not None and from_next else None
         self.normed, self.centers = norm is not None, norm is not None and NORMS[norm].centers
@@ -60,7 +63,22 @@ class Backward:
         self.makes_row_scale = self.has_update and makes_row_scale(add, context)
         # Where only sums over the next branch's learning rows are wanted, nothing else is read.
         self.only_sums = not (wanted.residual or any(self.stored[:4]))
+        # What has the kind of `dout` is allocated like it, which saves the host time.
+        self.is_like_dout = dout is not None and dout.strides == context.strides
+        self.update_is_like_dout = (
+            self.is_like_dout
+            and add is not None
+            and not add.has_rows
+            and context.dtypes.update == context.dtypes.residual
+        )
+        self.channel_dim = -1 if add is None else add.channel_dim
+        self.is_short = not (self.copies or drops_all or self.makes_row_scale) and bool(wanted.update or wanted.gamma)
+        self.zeros = [n for n in Operands._fields[1:] if getattr(wanted, n) and not getattr(self.stored, n)]
+        self.is_summed = [bool(t) for t in self.stored[3:] for _ in range(2)]
+        names = [name for name in VECTORS if getattr(self.stored, name)]
+        self.places_of_sums = [names.index(name) if name in names else None for name in VECTORS]
         self.launch: PreparedLaunch | None = None
+        self.sums: Sums | None = None
         if any(self.stored) and not self.copies:
             self._prepare(key)
 
@@ -71,31 +89,31 @@ class Backward:
         tiling = tiling_of(context, add if gamma_is_read else None, self.normed)
         num_positions = self.batch_size * tiling.positions
         self.sizes = sizes_of(tiling, num_positions)
-        names = [name for name in VECTORS if getattr(self.stored, name)]
+        num_sums = sum(place is not None for place in self.places_of_sums)
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
             wide = tiling.width > WIDEST_SUM_IN_REGISTERS
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
             op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
         tiles = Tiles.of(
-            op, context.device, num_positions, tiling.width, whole_rows=self.normed, sums=self.normed or bool(names)
+            op, context.device, num_positions, tiling.width, whole_rows=self.normed, sums=self.normed or num_sums > 0
         )
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
-        if names:
+        if num_sums:
             num_partials, width = tiles.row_blocks, tiling.width
             if tiling.gamma_per == "position":
                 width = tiling.channels
                 num_partials = num_positions // max(width, 1) * tiles.column_blocks
-            self.sums = Sums(context, num_partials, width, len(names))
+            self.sums = Sums(context, num_partials, width, num_sums)
 
         dout, dnext, dfrozen_next = (None if t is None else t.strides[0] for t in key.gradients)
         if self.only_sums:
             dout = dfrozen_next = None
         update = add.update.strides[0] if self.reads_update else 0
         others = (
-            (update, key.norm_input.strides[0])
+            (update, key.results[1].strides[0])
             if self.normed
-            else (0 if key.out is None else key.out.strides[0], update)
+            else (0 if key.results[0] is None else key.results[0].strides[0], update)
         )
         self.strides = *(stride or 0 for stride in (dout, dnext, dfrozen_next)), *others, tiles.tiles
         if self.normed:
@@ -104,6 +122,39 @@ class Backward:
             self.sizes = (*self.sizes, tiling.channels)
             flags = tiling.gamma_per == "position", add.activation
         self.last = *self.strides, *flags, self.in_place, compute_of(context), tiles.block_m, tiles.block_n
+
+    def add(
+        self,
+        dout: Tensor,
+        update: Tensor | None,
+        gamma: Tensor | None,
+        row_scale: Tensor | None,
+        scale: float,
+        out: Tensor | None,
+        num_rows: int,
+        inverse: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of residual (where an activation changes it), update and γ, where the call `is_short`: there is
+        nothing but a sum, and no row is frozen."""
+        context, wanted = self.context, self.wanted
+        dresidual = dupdate = dgamma = sums = None
+        if wanted.residual:
+            like = self.is_like_dout
+            dresidual = torch.empty_like(dout) if like else context.empty(self.batch_size, context.dtypes.residual)
+        if wanted.update:
+            like = self.update_is_like_dout
+            dupdate = torch.empty_like(dout) if like else context.empty(num_rows, context.dtypes.update)
+        if wanted.gamma:
+            dgamma = torch.empty_like(gamma)
+            (sums,) = self.sums.empty_partials()
+        self.launch(
+            self.num_programs,
+            dresidual, dupdate, None, sums, dout, None, None, out, update, gamma, row_scale, inverse, None,
+            scale, *self.sizes, num_rows, num_rows, 0, 0, *self.last,
+        )  # fmt: skip
+        if wanted.gamma:
+            self.sums.run(dgamma, sums)
+        return dresidual, dupdate, dgamma
 
     def run(
         self,
@@ -115,77 +166,89 @@ class Backward:
     ) -> Operands:
         """As `launchers.fused_add_bwd`, without copies."""
         dout, dnext, dfrozen_next = gradients
-        context, wanted, stored = self.context, self.wanted, self.stored
+        stored = self.stored
         rows = None if add is None else add.rows
         num_learning, num_frozen = (self.batch_size, 0) if rows is None else (rows.num_learning, rows.num_frozen)
-        dtypes = context.dtypes
-        dresidual = dout if wanted.residual else None
-        if stored.residual and not self.in_place:
-            dresidual = context.empty(self.batch_size, dtypes.residual)
-        dupdate = context.empty(num_learning, dtypes.update) if wanted.update else None
-        dfrozen_update = context.empty(num_frozen, dtypes.frozen_update) if wanted.frozen_update else None
-        dgamma = self._vector(dtypes.gamma, -1 if add is None else add.channel_dim) if wanted.gamma else None
-        dweight = self._vector(dtypes.weight, -1) if wanted.weight else None
-        dbias = self._vector(dtypes.bias, -1) if wanted.bias else None
-        grads = Operands(dresidual, dupdate, dfrozen_update, dgamma, dweight, dbias)
-        for grad, is_stored in zip(grads[1:], stored[1:], strict=True):
-            if grad is not None and not is_stored:
-                grad.zero_()
+        grads = self._gradients(operands, dout, num_learning, num_frozen)
+        if self.zeros:
+            for name in self.zeros:
+                getattr(grads, name).zero_()
         if self.launch is None:
             return grads
+        dresidual, dupdate, dfrozen_update, dgamma, dweight, dbias = grads
+        if not stored.residual:
+            dresidual = None
 
         scale, row_scale, inverse, num_rows = 1.0, None, None, 0
-        if self.has_update:
+        if not self.has_update:
+            dupdate = dfrozen_update = None
+            num_learning = 0
+        else:
+            assert add is not None
             num_rows = num_learning + num_frozen if stored.frozen_update else num_learning
             inverse = None if rows is None else inverse_of(rows, self.batch_size)
             row_scale, scale = add.row_scale, add.scale
             if self.makes_row_scale:
-                row_scale = row_scale_of(scale, num_learning + num_frozen, context)
-        else:
-            num_learning = 0
+                row_scale = row_scale_of(scale, num_learning + num_frozen, self.context)
         if self.only_sums:
             dout = dfrozen_next = None
         next_inverse, num_next, num_next_learning = None, 0, 0
-        if dnext is not None or dfrozen_next is not None:
-            if next_input.rows is None:
+        if self.from_next:
+            assert next_input is not None
+            next_rows = next_input.rows
+            if next_rows is None:
                 num_next = num_next_learning = self.batch_size
             else:
-                num_next_learning, next_inverse = (
-                    next_input.rows.num_learning,
-                    inverse_of(next_input.rows, self.batch_size),
-                )
-                num_next = num_next_learning if dfrozen_next is None else next_input.rows.num_rows
+                num_next_learning, next_inverse = next_rows.num_learning, inverse_of(next_rows, self.batch_size)
+                num_next = num_next_learning if dfrozen_next is None else next_rows.num_rows
         update = operands.update if self.reads_update else None
         gamma = operands.gamma if self.reads_gamma else None
-        dresidual_stored, dupdate_stored, dfrozen_stored = (
-            grad if is_stored else None for grad, is_stored in zip(grads[:3], stored[:3], strict=True)
-        )
-        gamma_sums = self.sums.empty_partials() if stored.gamma else None
-        if not self.normed:
+        partials = None if self.sums is None else self.sums.empty_partials()
+        gamma_sums, weight_sums, bias_sums = (None if i is None else partials[i] for i in self.places_of_sums)
+        if self.normed:
+            num_saved = num_next_learning if dfrozen_next is None else results.norm_input.shape[0]
             self.launch(
                 self.num_programs,
-                dresidual_stored, dupdate_stored, dfrozen_stored, gamma_sums, dout, dnext, dfrozen_next, results.out,
-                update, gamma, row_scale, inverse, next_inverse,
+                dresidual, dupdate, dfrozen_update, gamma_sums, weight_sums, bias_sums, dout, dnext, dfrozen_next,
+                results.norm_input, results.mean, results.rstd, update, gamma, row_scale, operands.weight, inverse,
+                next_inverse,
+                scale, *self.sizes, num_rows, num_learning, num_next_learning, num_saved, *self.last,
+            )  # fmt: skip
+        else:
+            self.launch(
+                self.num_programs,
+                dresidual, dupdate, dfrozen_update, gamma_sums, dout, dnext, dfrozen_next, results.out, update, gamma,
+                row_scale, inverse, next_inverse,
                 scale, *self.sizes, num_rows, num_learning, num_next, num_next_learning, *self.last,
             )  # fmt: skip
-            if stored.gamma:
-                self.sums.run(dgamma, gamma_sums)
-            return grads
-        weight_sums = self.sums.empty_partials() if stored.weight else None
-        bias_sums = self.sums.empty_partials() if stored.bias else None
-        num_saved = num_next_learning if dfrozen_next is None else results.norm_input.shape[0]
-        self.launch(
-            self.num_programs,
-            dresidual_stored, dupdate_stored, dfrozen_stored, gamma_sums, weight_sums, bias_sums, dout, dnext,
-            dfrozen_next, results.norm_input, results.mean if self.centers else None, results.rstd, update, gamma,
-            row_scale, operands.weight, inverse, next_inverse,
-            scale, *self.sizes, num_rows, num_learning, num_next_learning, num_saved, *self.last,
-        )  # fmt: skip
-        pairs = [(dgamma, gamma_sums), (dweight, weight_sums), (dbias, bias_sums)]
-        stored_pairs = [t for pair, is_stored in zip(pairs, stored[3:], strict=True) if is_stored for t in pair]
-        if stored_pairs:
-            self.sums.run(*stored_pairs)
+        if self.sums is not None:
+            pairs = (dgamma, gamma_sums, dweight, weight_sums, dbias, bias_sums)
+            self.sums.run(*compress(pairs, self.is_summed))
         return grads
 
-    def _vector(self, dtype: torch.dtype, dim: int) -> Tensor:
+    def _gradients(self, operands: Operands, dout: Tensor | None, num_learning: int, num_frozen: int) -> Operands:
+        """All wanted gradients, allocated."""
+        context, wanted, dtypes = self.context, self.wanted, self.context.dtypes
+        dresidual = dout if wanted.residual else None
+        if self.stored.residual and not self.in_place:
+            like = self.is_like_dout
+            dresidual = torch.empty_like(dout) if like else context.empty(self.batch_size, dtypes.residual)
+        dupdate = dfrozen_update = None
+        if wanted.update:
+            like = self.update_is_like_dout
+            dupdate = torch.empty_like(dout) if like else context.empty(num_learning, dtypes.update)
+        if wanted.frozen_update:
+            dfrozen_update = context.empty(num_frozen, dtypes.frozen_update)
+        return Operands(
+            dresidual,
+            dupdate,
+            dfrozen_update,
+            self._vector(dtypes.gamma, self.channel_dim, operands.gamma) if wanted.gamma else None,
+            self._vector(dtypes.weight, -1, operands.weight) if wanted.weight else None,
+            self._vector(dtypes.bias, -1, operands.weight) if wanted.bias else None,
+        )
+
+    def _vector(self, dtype: torch.dtype, dim: int, like: Tensor | None) -> Tensor:
+        if like is not None and like.dtype is dtype:  # saves the time of allocating by size
+            return torch.empty_like(like)
         return torch.empty(self.context.shape[dim], dtype=dtype, device=self.context.device)

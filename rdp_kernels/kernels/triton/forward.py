@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..buffers import Context, context_from
 from ..layout import Tiling
-from ..spec import NORMS, Add, NextInput, Operands, Results
+from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
 from .keys import AddKey, ForwardKey
 from .launch import Tiles
 from .prepared import PreparedLaunch
@@ -68,6 +68,7 @@ class FusedAdd(Forward):
         self.is_like_residual = key.residual is not None and key.residual.strides == context.strides
         self.drops_all = add is not None and add.scale == 0
         self.makes_row_scale = makes_row_scale(add, context)
+        self.is_short = next_input is None and not (self.copies or self.drops_all or self.makes_row_scale)
         self.normed = next_input is not None and next_input.norm is not None
         self.centers = self.normed and NORMS[next_input.norm].centers
         self.copies_norm_input = next_input is not None and next_input.has_rows
@@ -139,6 +140,25 @@ class FusedAdd(Forward):
             norm_input = residual if out is None else out
         return Results(out, next_rows, frozen_next, norm_input, mean, rstd)
 
+    def add(
+        self,
+        residual: Tensor | None,
+        update: Tensor,
+        gamma: Tensor | None,
+        row_scale: Tensor | None,
+        scale: float,
+        num_rows: int,
+        inverse: Tensor | None,
+    ) -> Tensor:
+        """The sum, where the call `is_short`: nothing comes after the sum, and no row is frozen."""
+        out = self._empty_sum(residual)
+        self.launch(
+            self.num_programs,
+            out, None, None, residual, update, None, gamma, row_scale, inverse, None,
+            scale, *self.sizes, num_rows, num_rows, 0, 0, *self.last,
+        )  # fmt: skip
+        return out
+
     def _empty_sum(self, residual: Tensor | None) -> Tensor:
         if self.is_like_residual:  # saves the time of allocating by strides
             return torch.empty_like(residual)
@@ -161,7 +181,11 @@ class Gather(Forward):
         self.last = self.width, key.residual.strides[0], self.tiles.block_m, self.tiles.block_n
 
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
-        rows = next_input.rows
+        assert next_input is not None
+        assert next_input.rows is not None
+        return self.gather(operands.residual, next_input.rows)
+
+    def gather(self, residual: Tensor, rows: RowSet) -> Results:
         num_rows, num_learning = rows.num_rows, rows.num_learning
         learning = self.context.empty(num_learning, self.dtype)
         frozen = self.context.empty(num_rows - num_learning, self.dtype) if num_rows > num_learning else None
@@ -170,7 +194,7 @@ class Gather(Forward):
             num_programs,
             learning,
             frozen,
-            operands.residual,
+            residual,
             rows.index.contiguous(),
             num_rows,
             num_learning,

@@ -18,14 +18,22 @@ ALIGNMENT = 16
 """Bytes. Triton compiles a kernel anew for pointers that aren't multiples of it."""
 
 
-class Kind(NamedTuple):
-    """What a key holds of a tensor. `shape` is without dimension 0 for a tensor with a row for each sample."""
+SPECIAL_SCALES = (0.0, 1.0)
+"""The numbers for which a call reads less."""
 
-    shape: tuple[int, ...]
+
+class Kind(NamedTuple):
+    """What a key holds of a tensor. `misaligned_by` is its address modulo `ALIGNMENT`. `shape` is without dimension 0
+    for a tensor with a row for each sample. In a backward shape and device aren't looked at, because the forward's
+    decide them. But saved tensors may come back with other strides and addresses, if autograd's hooks kept them
+    elsewhere.
+    """
+
     strides: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device
     misaligned_by: int
+    shape: tuple[int, ...] = ()
+    device: torch.device | None = None
 
     @property
     def is_plain_vector(self) -> bool:
@@ -70,8 +78,8 @@ class BackwardKey(NamedTuple):
 
     context: Context
     gradients: tuple[Kind | None, Kind | None, Kind | None]
-    out: Kind | None
-    norm_input: Kind | None
+    results: tuple[Kind | None, Kind | None, Kind | None, Kind | None]
+    """Of the sum, what the norm saw, the means and the reciprocals of standard deviations."""
     weight: Kind | None
     add: AddKey | None
     next: NextKey | None
@@ -108,27 +116,42 @@ def backward_key(
     in_place: bool,
 ) -> tuple:
     """As a `BackwardKey`."""
-    update, gamma, weight, out, norm_input = operands[1], *operands[3:5], *results[:4:3]
+    _, update, _, gamma, weight, _ = operands
+    dout, dnext, dfrozen_next = gradients
+    out, _, _, norm_input, mean, rstd = results
     return (
         context,
-        gradients_key(gradients),
-        out if out is None else of_rows(out),
-        norm_input if norm_input is None else of_rows(norm_input),
-        weight if weight is None else of_vector(weight),
-        add if add is None else _add_key(update, None, gamma, add),
+        (
+            dout if dout is None else of(dout),
+            dnext if dnext is None else of(dnext),
+            dfrozen_next if dfrozen_next is None else of(dfrozen_next),
+        ),
+        (
+            out if out is None else of(out),
+            norm_input if norm_input is None else of(norm_input),
+            mean if mean is None else of(mean),
+            rstd if rstd is None else of(rstd),
+        ),
+        weight if weight is None else of(weight),
+        add if add is None else saved_add_key(update, gamma, add),
         next_input if next_input is None else _next_key(None, None, next_input, False),
         wanted,
         in_place,
     )
 
 
-def gradients_key(gradients: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple:
-    """As `BackwardKey.gradients`."""
-    dout, dnext, dfrozen_next = gradients
+def saved_add_key(update: Tensor | None, gamma: Tensor | None, add: Add) -> tuple:
+    """As an `AddKey` in a backward."""
+    row_scale = add.row_scale
     return (
-        dout if dout is None else of_rows(dout),
-        dnext if dnext is None else of_rows(dnext),
-        dfrozen_next if dfrozen_next is None else of_rows(dfrozen_next),
+        update if update is None else of(update),
+        None,
+        gamma if gamma is None else of(gamma),
+        row_scale if row_scale is None else of(row_scale),
+        add.rows is not None,
+        add.scale if add.scale in SPECIAL_SCALES else None,
+        add.channel_dim,
+        add.activation,
     )
 
 
@@ -140,7 +163,7 @@ def _add_key(update: Tensor | None, frozen_update: Tensor | None, gamma: Tensor 
         gamma if gamma is None else of_vector(gamma),
         row_scale if row_scale is None else of_rows(row_scale),
         add.rows is not None,
-        scale if scale in _SPECIAL_SCALES else None,
+        scale if scale in SPECIAL_SCALES else None,
         add.channel_dim,
         add.activation,
     )
@@ -159,50 +182,52 @@ def _next_key(weight: Tensor | None, bias: Tensor | None, next_input: NextInput,
     )
 
 
-_SPECIAL_SCALES = (0.0, 1.0)
+def of(x: Tensor) -> tuple:
+    """As a `Kind` in a backward."""
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT
 
 
 def of_vector(x: Tensor) -> tuple:
     """As a `Kind`."""
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape, x.device
 
 
 def of_rows(x: Tensor) -> tuple:
     """As a `Kind` of a tensor with rows."""
-    return x.shape[1:], x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape[1:], x.device
 
 
 def named_forward(key: tuple) -> ForwardKey:
     batch_size, residual, add, next_input, in_place = key
-    return ForwardKey(batch_size, _named(residual), _named_add(add), _named_next(next_input), in_place)
+    return ForwardKey(batch_size, named(residual), named_add(add), named_next(next_input), in_place)
 
 
 def named_backward(key: tuple) -> BackwardKey:
-    context, gradients, out, norm_input, weight, add, next_input, wanted, in_place = key
-    dout, dnext, dfrozen_next = map(_named, gradients)
+    context, gradients, results, weight, add, next_input, wanted, in_place = key
+    dout, dnext, dfrozen_next = map(named, gradients)
+    out, norm_input, mean, rstd = map(named, results)
     return BackwardKey(
         context,
         (dout, dnext, dfrozen_next),
-        _named(out),
-        _named(norm_input),
-        _named(weight),
-        _named_add(add),
-        _named_next(next_input),
+        (out, norm_input, mean, rstd),
+        named(weight),
+        named_add(add),
+        named_next(next_input),
         wanted,
         in_place,
     )
 
 
-def _named(kind: tuple | None) -> Kind | None:
+def named(kind: tuple | None) -> Kind | None:
     return None if kind is None else Kind(*kind)
 
 
-def _named_add(add: tuple | None) -> AddKey | None:
-    return None if add is None else AddKey(*map(_named, add[:4]), *add[4:])
+def named_add(add: tuple | None) -> AddKey | None:
+    return None if add is None else AddKey(*map(named, add[:4]), *add[4:])
 
 
-def _named_next(next_input: tuple | None) -> NextKey | None:
-    return None if next_input is None else NextKey(*map(_named, next_input[:2]), *next_input[2:])
+def named_next(next_input: tuple | None) -> NextKey | None:
+    return None if next_input is None else NextKey(*map(named, next_input[:2]), *next_input[2:])
 
 
 Value = TypeVar("Value")

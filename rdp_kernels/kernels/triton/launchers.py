@@ -83,7 +83,12 @@ def run_prepared(
     return prepared.run(operands, add, next_input, num_saved), prepared.context
 
 
-def known(
+def known(key: tuple) -> Forward | None:
+    """What was prepared for an earlier call with this key (`keys.forward_key`)."""
+    return _forwards.get(key)
+
+
+def known_call(
     choice: str, operands: Operands, add: Add | None, next_input: NextInput | None, records: bool
 ) -> Forward | None:
     """What was prepared for an earlier call of this kind that was checked and that went to Triton under the same choice
@@ -93,7 +98,7 @@ def known(
 
 
 def remember(choice: str, operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> None:
-    """Makes a call, which has run, known."""
+    """Makes a call, which was checked and has run, known."""
     prepared = _forwards.get(_key_of_call(operands, add, next_input, records))
     if prepared is not None:
         prepared.choices.add(choice)
@@ -149,7 +154,12 @@ def fused_add_bwd(
     if prepared.copies:
         dense = Results(*(_conformed(context, gradient) for gradient in given))
         saved, add = _copied(context, operands, add)
-        results = results._replace(norm_input=_conformed(context, results.norm_input))
+        results = Results(
+            out=_conformed(context, results.out),
+            norm_input=_conformed(context, results.norm_input),
+            mean=_dense(results.mean),
+            rstd=_dense(results.rstd),
+        )
         in_place = in_place and dense.out is dout
         return fused_add_bwd(context, saved, results, dense, add, next_input, wanted, in_place)
     return prepared.run(operands, results, given, add, next_input)

@@ -34,6 +34,8 @@ class Launch:
 
 
 _log = logging.getLogger("rdp_kernels")
+RunLaunch = Callable[[int, tuple[Any, ...]], None]
+"""Takes the number of programs and the kernel's arguments."""
 _observers: list[Callable[[Launch], None]] = []
 
 
@@ -52,7 +54,7 @@ class PreparedLaunch:
     dtypes, pointers that are None, alignment, and the numbers that aren't in `common._VARYING`.
 
     The first call is an ordinary launch, in which Triton finds the compiled kernel. Later calls launch that kernel
-    directly, which takes the host a tenth of the time. Triton's hooks see all of them.
+    directly, which takes the host a twentieth of the time. Triton's hooks see all of them.
     """
 
     direct = True
@@ -62,38 +64,39 @@ class PreparedLaunch:
         self.kernel, self.config, self.options = kernel, config, options_of(config, device)
         several_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
         self._device = device.index if several_gpus else None
-        self._launch: Callable[[int, tuple[Any, ...]], None] | None = None
+        self._launch: RunLaunch = self._launch_first
 
     def __call__(self, num_programs: int, *arguments: Any) -> None:
         """Launches with all arguments of the kernel, in order, on the current CUDA stream of their device. Without
         programs it does nothing."""
         if num_programs == 0:
             return
-        if self._device is not None and torch.cuda.current_device() != self._device:
-            with torch.cuda.device(self._device):
-                self(num_programs, *arguments)
-        elif _observers:
+        if _observers:
             by_name = dict(zip(self.kernel.arg_names, arguments, strict=True))
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
-        elif self._launch is not None and not self.kernel.pre_run_hooks:
+        elif self._device is None or torch.cuda.current_device() == self._device:
             self._launch(num_programs, arguments)
         else:
-            compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-            if PreparedLaunch.direct and not interpreted():
-                self._launch = direct_launch(compiled)
+            with torch.cuda.device(self._device):
+                self._launch(num_programs, arguments)
+
+    def _launch_first(self, num_programs: int, arguments: tuple[Any, ...]) -> None:
+        """An ordinary launch. It gives the compiled kernel, except where Triton interprets it."""
+        compiled = self.kernel[(num_programs,)](*arguments, **self.options)
+        if PreparedLaunch.direct and not interpreted():
+            self._launch = direct_launch(compiled, self._launch_first) or self._launch_first
 
 
-def direct_launch(compiled: Any) -> Callable[[int, tuple[Any, ...]], None] | None:
-    """A function that launches a compiled kernel: `(number of programs, arguments)`.
+def direct_launch(compiled: Any, ordinary_launch: RunLaunch) -> RunLaunch | None:
+    """A function that launches a compiled kernel as an ordinary launch does in the end, without finding it again.
 
-    With hooks it is the launch of Triton's tutorials, `compiled[grid](*arguments)`. Without hooks it calls what that
-    calls, by private names of Triton 3.6 and 3.7, because the way there takes three times as long. Where a name is
-    missing it returns None and says so once: all launches are ordinary ones then.
+    It uses private names of Triton 3.6 and 3.7. Where one is missing it returns None, and says so once. While hooks are
+    set it leaves launches to `ordinary_launch`.
     """
     try:
-        runtime, active = knobs.runtime, driver.active
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        current_device, current_stream = active.get_current_device, active.get_current_stream
+        current_device, current_stream = driver.active.get_current_device, driver.active.get_current_stream
+        before_run, runtime = compiled.src.fn.pre_run_hooks, knobs.runtime
         _ = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
     except AttributeError as error:
         PreparedLaunch.direct = False
@@ -105,8 +108,8 @@ def direct_launch(compiled: Any) -> Callable[[int, tuple[Any, ...]], None] | Non
         return None
 
     def launch(num_programs: int, arguments: tuple[Any, ...]) -> None:
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            compiled[num_programs, 1, 1](*arguments)
+        if before_run or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            ordinary_launch(num_programs, arguments)
         else:
             stream = current_stream(current_device())
             run(num_programs, 1, 1, stream, function, metadata, None, None, None, *arguments)

@@ -1,0 +1,141 @@
+"""The residual add and the gather of rows for calls whose arguments haven't been checked (`kernels.short`).
+
+They serve calls of a kind that was checked before. Then everything about the arguments is right that a key holds. The
+rest is looked at here: numbers of rows, and lists of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..buffers import context_from
+from ..short import rows_are_right
+from ..spec import ACTIVATIONS, Add, Operands, Results, RowSet
+from .backward import Backward
+from .forward import FusedAdd, Gather
+from .keys import SPECIAL_SCALES, BackwardKey, Cache, named, named_add, of, of_rows, of_vector
+from .launchers import fused_add_bwd, fused_add_fwd, known
+from .rows import inverse_of
+
+_ACTIVATIONS = {0: None} | {kind.code: name for name, kind in ACTIVATIONS.items()}
+_GATHER = None, None, True, False, None, 0.0, False
+_backwards: Cache[Backward] = Cache()
+
+
+def residual_add(
+    residual: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    rows: Tensor | None = None,
+    scale: float = 1.0,
+    channel_dim: int = -1,
+    activation: int = 0,
+) -> Tensor | None:
+    return residual_add_rows(residual, update, gamma, row_scale, rows, scale, channel_dim, activation)[0]
+
+
+def residual_add_rows(
+    residual: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    channel_dim: int,
+    activation: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    if residual.dim() == 0:
+        return None, None
+    batch_size = num_rows = residual.shape[0]
+    add = (
+        of_rows(update),
+        None,
+        gamma if gamma is None else of_vector(gamma),
+        row_scale if row_scale is None else of_rows(row_scale),
+        rows is not None,
+        scale if scale in SPECIAL_SCALES else None,
+        channel_dim,
+        _ACTIVATIONS[activation],
+    )
+    prepared = known((batch_size, of_rows(residual), add, None, False))
+    if not isinstance(prepared, FusedAdd) or not prepared.is_short:
+        return None, None
+    if rows is not None:
+        if not rows_are_right(rows, residual):
+            return None, None
+        num_rows = rows.shape[0]
+    if update.shape[0] != num_rows or (row_scale is not None and row_scale.shape[0] != num_rows):
+        return None, None
+    inverse = None if rows is None else inverse_of(RowSet(rows, num_rows), batch_size)
+    return prepared.add(residual, update, gamma, row_scale, scale, num_rows, inverse), inverse
+
+
+def residual_add_backward(
+    dout: Tensor,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    wants_update: bool = True,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale: float = 1.0,
+    channel_dim: int = -1,
+    update_dtype: torch.dtype | None = None,
+    activation: int = 0,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    add = (
+        update if update is None else of(update),
+        None,
+        gamma if gamma is None else of(gamma),
+        row_scale if row_scale is None else of(row_scale),
+        rows is not None,
+        scale if scale in SPECIAL_SCALES else None,
+        channel_dim,
+        _ACTIVATIONS[activation],
+    )
+    key = dout.shape[0], of_rows(dout), add, out if out is None else of(out), wants_update, update_dtype
+    prepared = _backwards.get(key)
+    if prepared is None:
+        prepared = _backwards.add(key, _prepare_backward(key))
+    num_rows = dout.shape[0] if rows is None else rows.shape[0]
+    if prepared.is_short:
+        return prepared.add(dout, update, gamma, row_scale, scale, out, num_rows, inverse)
+    row_set = None if rows is None else RowSet(rows, num_rows, inverse)
+    grads = fused_add_bwd(
+        prepared.context,
+        Operands(update=update, gamma=gamma),
+        Results(out),
+        Results(dout),
+        Add(row_set, scale, row_scale, channel_dim, _ACTIVATIONS[activation]),
+        None,
+        prepared.wanted,
+    )
+    return grads.residual, grads.update, grads.gamma
+
+
+def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
+    if residual.dim() == 0:
+        return None
+    prepared = known((residual.shape[0], of_rows(residual), None, _GATHER, False))
+    if not isinstance(prepared, Gather) or prepared.copies or not rows_are_right(rows, residual):
+        return None
+    return prepared.gather(residual, RowSet(rows, rows.shape[0])).next
+
+
+def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
+    add = Add(RowSet(rows, rows.shape[0]))
+    scattered: Tensor = fused_add_fwd(Operands(None, dout), add, None, batch_size=batch_size)[0].out
+    return scattered
+
+
+def _prepare_backward(key: tuple) -> Backward:
+    batch_size, dout, add, out, wants_update, update_dtype = key
+    dout, add = named(dout), named_add(add)
+    dtypes = Operands(dout.dtype, update_dtype or dout.dtype, None, None if add.gamma is None else add.gamma.dtype)
+    context = context_from((batch_size, *dout.shape), dout.strides, dout.device, dtypes, normed=False)
+    wanted = Operands(out is not None, wants_update, False, add.update is not None, False, False)
+    results = named(out), None, None, None
+    return Backward(BackwardKey(context, (dout, None, None), results, None, add, None, wanted, False))
