@@ -249,7 +249,7 @@ class FusedCall:
     ):
         assert kernels is not None
         self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
-        self.prepared = prepared
+        self.prepared, self.operands = prepared, None
         self.add_numbers: tuple | None = None
         self.next_numbers: tuple | None = None
         self.in_place = add is not None and previous is not None and previous.owns_out
@@ -258,56 +258,58 @@ class FusedCall:
 
     def __call__(self, operands: Operands) -> Results:
         """The results, except for what the norm's backward needs."""
-        if not _records(operands):
-            results = self._compute(operands, 0)
-            self.owns_out = self.add is not None
-            return results if self.owns_out else results._replace(out=operands.residual)
-        has_next = self.next_input is not None
-        outputs = _run(FusedCall, self, *operands)
-        return Results(*outputs) if has_next else Results(outputs)
+        if _records(operands):
+            self.operands = operands
+            outputs = _run(FusedCall, self, *operands)
+            return Results(outputs) if type(outputs) is Tensor else Results(*outputs[:3])
+        results = self._compute(operands, 0)
+        self.owns_out = self.add is not None
+        return results if self.owns_out else results._replace(out=operands.residual)
 
     def _compute(self, operands: Operands, num_saved: int) -> Results:
-        call = operands, self.add, self.next_input, num_saved, self.in_place
-        if self.prepared is None:
+        prepared = self.prepared
+        if prepared is None or prepared.copies:
+            call = operands, self.add, self.next_input, num_saved, self.in_place
             results, self.context = self.kernels.fused_add_fwd(*call)
-        else:
-            results, self.context = self.kernels.run_prepared(self.prepared, *call)
-        return results
+            return results
+        self.context = prepared.context
+        return prepared.run(operands, self.add, self.next_input, num_saved)
 
-    def forward(self, ctx: Any, *tensors: Tensor | None) -> Any:
+    def forward(self, ctx: Any, *_: Tensor | None) -> Any:
         """Saves what the wanted gradients need: the update's learning rows for dγ, γ and the norm's weight to pass
         through, what the norm saw with its statistics, and the sum where there is an activation."""
-        operands, needs, ctx.call = Operands(*tensors), ctx.needs_input_grad, self
-        add, next_input, num_saved = self.add, self.next_input, 0
+        add, next_input, operands, num_saved = self.add, self.next_input, self.operands, 0
         if next_input is not None and next_input.norm is not None:
             num_saved = next_input.num_with_gradient(operands.residual.shape[0])
-        results = self._compute(operands, num_saved)
-        self.owns_out = add is not None and results.norm_input is not results.out
+        out, next_rows, frozen_next, norm_input, mean, rstd = self._compute(operands, num_saved)
+        self.owns_out = add is not None and norm_input is not out
         saved: tuple[Tensor | None, ...] = ()
         if add is not None:
-            needs_update, needs_frozen, needs_gamma = needs[3:6]
-            saved, self.add_numbers = parted_add(add)
+            _, _, _, needs_update, needs_frozen, needs_gamma, *_ = ctx.needs_input_grad
+            tensors, self.add_numbers = parted_add(add)
             saved = (
                 operands.update if needs_gamma else None,
                 operands.gamma if needs_update or needs_frozen else None,
-                results.out if add.activation is not None else None,
-                *saved,
+                None if add.activation is None else out,
+                *tensors,
             )
         if next_input is not None:
-            next_saved, self.next_numbers = parted_next(next_input)
-            weight = operands.weight if num_saved else None
-            saved = *saved, weight, results.norm_input, results.mean, results.rstd, *next_saved
-        self.add = self.next_input = self.prepared = None
+            tensors, self.next_numbers = parted_next(next_input)
+            saved = *saved, operands.weight if num_saved else None, norm_input, mean, rstd, *tensors
+        self.add = self.next_input = self.operands = self.prepared = None
+        ctx.call = self
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         if self.in_place:
             ctx.mark_dirty(operands.residual)
         if next_input is None:
-            return results.out
+            return out
         if next_input.detached is not None:
-            detached = [results.frozen_next] if next_input.detached == "frozen" else [results.next, results.frozen_next]
+            detached = (frozen_next,) if next_input.detached == "frozen" else (next_rows, frozen_next)
             ctx.mark_non_differentiable(*(t for t in detached if t is not None))
-        return operands.residual if add is None else results.out, results.next, results.frozen_next
+        if add is None:
+            out = operands.residual
+        return out, next_rows, frozen_next, None if norm_input is out else norm_input
 
     passed_on = None
 
@@ -315,6 +317,7 @@ class FusedCall:
     def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
         self = ctx.call
         add = next_input = update = gamma = out = weight = norm_input = mean = rstd = None
+        dout, dnext, dfrozen_next, *_ = gradients if self.next_numbers is not None else (*gradients, None, None)
         if self.add_numbers is not None:
             update, gamma, out, *tensors = saved[:6]
             add, saved = joined_add(tensors, self.add_numbers), saved[6:]
@@ -325,14 +328,14 @@ class FusedCall:
             self.context,
             Operands(None, update, None, gamma, weight),
             Results(out, None, None, norm_input, mean, rstd),
-            Results(*gradients),
+            Results(dout, dnext, dfrozen_next),
             add,
             next_input,
             Operands(*needs[2:]),
             in_place=self.owns_gradient and not twice,
         )
         if self.previous is not None:
-            self.previous.owns_gradient = self.owns_gradient or grads.residual is not gradients[0]
+            self.previous.owns_gradient = self.owns_gradient or grads.residual is not dout
         return grads
 
 

@@ -30,8 +30,7 @@ from .spec import Add, NextInput, Operands
 
 class Library(Protocol):
     """A kernel library: a package that says what it can serve without importing a kernel. `kernels()` imports its
-    launchers, a module with `fused_add_fwd`, `fused_add_bwd`, and `READS_INVERSES`: whether they read
-    `RowSet.inverse`."""
+    launchers, a module with `fused_add_fwd` and `fused_add_bwd`."""
 
     HAS_NORMS: bool
     """Whether its kernels take norms. Without them torch's norm follows the kernel."""

@@ -21,8 +21,6 @@ def without_python(op: Any) -> Callable[..., Any]:
 _forward = torch.ops.rdp.native_fused_add.default
 _backward = torch.ops.rdp.native_fused_add_backward.default
 
-READS_INVERSES = True
-
 
 def fused_add_fwd(
     operands: Operands,

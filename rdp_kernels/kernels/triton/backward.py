@@ -210,8 +210,8 @@ class Backward:
             self.launch(
                 self.num_programs,
                 dresidual, dupdate, dfrozen_update, gamma_sums, weight_sums, bias_sums, dout, dnext, dfrozen_next,
-                results.norm_input, results.mean, results.rstd, update, gamma, row_scale, operands.weight, inverse,
-                next_inverse,
+                results.norm_input, results.mean if self.centers else None, results.rstd, update, gamma, row_scale,
+                operands.weight, inverse, next_inverse,
                 scale, *self.sizes, num_rows, num_learning, num_next_learning, num_saved, *self.last,
             )  # fmt: skip
         else:

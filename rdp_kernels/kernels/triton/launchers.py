@@ -15,8 +15,6 @@ from .forward import Forward, prepare_forward
 from .keys import Cache, backward_key, forward_key, named_backward, named_forward
 from .rows import inversion
 
-READS_INVERSES = True
-"""The kernels read `RowSet.inverse`."""
 _forwards: Cache[Forward] = Cache()
 _backwards: Cache[Backward] = Cache()
 
@@ -65,21 +63,9 @@ def fused_add_fwd(
     prepared = _forwards.get(key)
     if prepared is None:
         prepared = _forwards.add(key, prepare_forward(named_forward(key)))
-    return run_prepared(prepared, operands, add, next_input, num_saved, in_place)
-
-
-def run_prepared(
-    prepared: Forward,
-    operands: Operands,
-    add: Add | None,
-    next_input: NextInput | None,
-    num_saved: int,
-    in_place: bool,
-) -> tuple[Results, Context]:
-    """As `fused_add_fwd`, by what was prepared for the key of these arguments."""
     if prepared.copies:
         operands, add = _copied(prepared.context, operands, add)
-        return fused_add_fwd(operands, add, next_input, num_saved, in_place, prepared.batch_size)
+        return fused_add_fwd(operands, add, next_input, num_saved, in_place, batch_size)
     return prepared.run(operands, add, next_input, num_saved), prepared.context
 
 
