@@ -18,6 +18,7 @@ from ..plan import kept_scale
 from .arguments import Args, Kwargs
 from .decision import ALL_ROWS, ROWS, SKIP, Decision
 from .freezing import ParameterRef
+from .parts import BranchParts
 from .promotion import Promotion
 
 GraphMask = tuple[Tensor, Tensor | None]
@@ -127,6 +128,9 @@ class PathBinding:
         """The plan as data, where the whole model is compiled."""
         self.call_override: Callable[[Any, Tensor], Tensor] | None = None
         """A `CallOverride`: replaces the whole call."""
+        self.parts: BranchParts | None = None
+        """The modules of the branch when they were last looked up. Ask `path.parts_of`, which looks whether they
+        changed."""
 
     @property
     def scheme(self) -> Any:

@@ -173,7 +173,8 @@ class ResidualBranch(nn.Module):
         Returns:
             `norm`, if there is one, and `fn`.
         """
-        return [self.fn] if self.norm is None else [self.norm, self.fn]
+        fn, norm = self.fn, self.norm
+        return [fn] if norm is None else [norm, fn]
 
     def own_parameters(self) -> list[ParameterRef]:
         """The path's parameters outside of `branch_modules`.

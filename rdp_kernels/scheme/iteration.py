@@ -71,11 +71,10 @@ class Iteration:
         self.look_up()
 
     def look_up(self) -> None:
-        """Makes the decisions again, with the modules and shared parameters that the paths have now."""
-        self._modules = self.rest.modules
+        """Makes the decisions again, with the shared parameters that the paths have now."""
         # In a drop iteration nothing is frozen, and the rest has not been looked up since the last pair.
-        shared_refs = self.rest.shared if self.phase == "reuse" else []
-        self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared_refs]
+        shared = self.rest.shared if self.phase == "reuse" else []
+        self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared]
         self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
         """The decisions of all paths, by the forward's number and the device of its rows."""
         self._blockwise_decisions = [self._decision(path, flag) for path, flag in enumerate(self._any_learns.tolist())]
@@ -276,8 +275,8 @@ class Iteration:
         if self.phase == "drop":
             scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep)
             return Decision(kind, rows, scale, *options, dummy_calls=dummy_calls)
-        shared = self._also_learn[index]
-        return Decision(kind, rows, 1.0, *options, self._modules[index], shared, dummy_calls=dummy_calls)
+        also_learns = self._also_learn[index] if self._also_learn else ()
+        return Decision(kind, rows, 1.0, *options, also_learns, dummy_calls=dummy_calls)
 
 
 def _requires_grad(ref: ParameterRef) -> bool:
