@@ -173,8 +173,9 @@ class ResidualBranch(nn.Module):
         Returns:
             `norm`, if there is one, and `fn`.
         """
-        fn, norm = self.fn, self.norm
-        return [fn] if norm is None else [norm, fn]
+        modules = self._modules  # a third of the time of self.fn
+        fn, norm = modules["fn"], modules.get("norm")
+        return [fn] if norm is None else [norm, fn]  # type: ignore[list-item]
 
     def own_parameters(self) -> list[ParameterRef]:
         """The path's parameters outside of `branch_modules`.

@@ -252,15 +252,16 @@ class Iteration:
         """The decisions of all paths for a forward on `device`. The rows of all paths take one copy to the device."""
         start, size = sum(self.forwards[:forward]), self.forwards[forward]
         learns, decisions = self._learns[:, start : start + size], []
+        counts = learns.sum(dim=1).tolist()
         with torch.inference_mode(False):  # a later forward may read the rows with grad
             orders, inverses = to_device(orders_of(learns), device)
-            for index, count in enumerate(learns.sum(dim=1).tolist()):
-                rows = None
-                if 0 < count < size:
-                    # In a drop iteration the rows after the learning ones are dropped: the branch doesn't get them.
-                    order = orders[index][:count] if self.phase == "drop" else orders[index]
-                    rows = RowSet(order, count, inverses[index])
-                decisions.append(self._decision(index, count > 0, rows, forward))
+            if self.phase == "drop":  # the rows after the learning ones are dropped: the branch doesn't get them
+                indices = orders.flatten().split([part for count in counts for part in (count, size - count)])[::2]
+            else:
+                indices = orders.unbind()
+            for path, (count, index, inverse) in enumerate(zip(counts, indices, inverses.unbind(), strict=True)):
+                rows = RowSet(index, count, inverse) if 0 < count < size else None
+                decisions.append(self._decision(path, count > 0, rows, forward))
         self._decisions[forward, device] = decisions
         return decisions
 

@@ -7,18 +7,16 @@ of forwards every flag is as the user set it, so that copies, checkpoints, optim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
-from operator import is_
+from itertools import chain
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from ..paths import freezing
 from ..paths.binding import PathModule
 from ..paths.freezing import FreezeBN, Frozen, ParameterRef
-from ..paths.parts import BranchParts, children, keys_of, looked_at, parameters, values_of, walk
+from ..paths.parts import BranchParts, Tree, walk
 from ..paths.path import CONVERTED, Path, parts_of, path_modules_among
 
 
@@ -49,8 +47,8 @@ class Rest:
         self._hooked: dict[int, nn.Module] = {}
         self._walked: list[nn.Module] = []
         """The modules outside of branches."""
-        self._norms: list[nn.Module] = []
-        self._seen: tuple[list[Any], ...] | None = None
+        self._tree: Tree | None = None
+        self._seen: list[Any] = []
         """What `_look` saw when these modules were last looked up."""
         self._outermost: nn.Module | None = None
         self._freeze: Frozen | None = None
@@ -64,7 +62,7 @@ class Rest:
         self._find_shared()
 
     def _look_up(self, parts: list[BranchParts]) -> None:
-        self._seen, self.parts = None, parts
+        self._tree, self.parts = None, parts
         self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._holders: dict[int, str] = {}
@@ -91,29 +89,30 @@ class Rest:
                 self._path_modules.append(path_module)
         self._hook(walked)
         self._walked = [module for _, module in walked]
-        self._norms = [module for module in self._walked if isinstance(module, _NormBase)]
-        self._seen = self._look()
+        self._seen, self._tree = self._look(), Tree(self._walked)
 
-    def _look(self) -> tuple[list[Any], ...]:
-        """All that `_look_up` depends on, of the modules in `_walked`. It never compares tensors."""
-        modules = self._walked
-        return (
-            *looked_at(modules),
-            list(map(tuple, map(keys_of, map(children, modules)))),
-            list(map(tuple, map(keys_of, map(parameters, modules)))),
-            list(map(is_, values_of(map(parameters, modules)), repeat(None))),
-            list(map(dict.get, map(vars, modules), repeat(CONVERTED))),
-            list(map(freezing.keeps_statistics, self._norms)),
-        )
+    def _look(self) -> list[Any]:
+        """What `_look_up` depends on besides the tree of modules: which parameters and running statistics there are,
+        and the paths of converted blocks."""
+        seen: list[Any] = []
+        for module in self._walked:
+            if module._parameters:
+                seen.append((module, [(name, p is None) for name, p in module._parameters.items()]))
+            if module._buffers:
+                seen.append((module, freezing.keeps_statistics(module)))
+            if CONVERTED in module.__dict__:
+                seen.append(module.__dict__[CONVERTED])
+        return seen
 
     def _is_current(self) -> bool:
         """Whether the modules outside of branches, and their parameters, are those that were looked up."""
-        return self._look() == self._seen
+        return self._tree is not None and self._tree.is_unchanged() and self._look() == self._seen
 
     def _find_shared(self) -> None:
         """Looks up the parameters that the rest shares with branches, which change when a weight is tied."""
         in_rest, self.shared = set(map(id, self.parameters())), []
-        in_branches = values_of(map(parameters, chain.from_iterable([branch.modules for branch in self.parts])))
+        holders = [module for branch in self.parts for module in branch.modules if module._parameters]
+        in_branches = [p for module in holders for p in module._parameters.values()]
         own = [module._parameters.get(name) for module, name in chain.from_iterable(self._own_refs)]
         if in_rest.isdisjoint(map(id, chain(in_branches, own))):
             return
