@@ -113,5 +113,14 @@ def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
 
     It is `[B]` on the device of `x`, float32, or float64 for a float64 `x`.
     """
-    keep = torch.rand(x.shape[0]) >= drop_prob
-    return to_device(keep.to(compute_dtype(x)) * kept_scale(drop_prob, scale_by_keep), x.device)
+    keep, scale = draw_keep(x.shape[0], drop_prob, compute_dtype(x)), kept_scale(drop_prob, scale_by_keep)
+    return to_device(keep if scale == 1.0 else keep * scale, x.device)
+
+
+def draw_keep(
+    count: int, drop_prob: float, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """Draws 0 with probability `drop_prob`, else 1, `count` times, from torch's global generator of the device."""
+    if torch.compiler.is_compiling():  # a graph with a comparison serves any probability
+        return (torch.rand(count, device=device) >= drop_prob).to(dtype)
+    return torch.bernoulli(torch.empty(count, dtype=dtype, device=device), 1.0 - drop_prob)

@@ -89,7 +89,7 @@ class PathCall:
         """The path's output, without the dummy calls."""
         if decision.kind is ROWS:
             assert decision.rows is not None
-            return self.run_masked(x, decision) if self.needs_all_rows(decision.rows) else self.run_rows(x, decision)
+            return self.run_masked(x, decision) if self.needs_all_rows(decision) else self.run_rows(x, decision)
         if decision.kind is LEARN:
             row_scale = None if decision.row_scale is None else self.for_rows(decision.row_scale, x)
             return self.add(self.residual(x), self.learning_branch(x, decision), None, None, decision.scale, row_scale)
@@ -145,7 +145,7 @@ class PathCall:
             raise
         if not isinstance(out, Tensor):
             raise not_a_tensor(self.module, "branch", out)
-        if rows is not None and out.shape[:1] != x.shape[:1]:
+        if rows is not None and (out.dim() == 0 or out.shape[0] != x.shape[0]):
             self._check_left_behind(x, args, kwargs, f"returns shape {list(out.shape)}")
         return out
 
@@ -184,13 +184,16 @@ class PathCall:
         """Refuses second derivatives of a frozen call's output, unless the frozen rest around the path does so."""
         return out if self.module.binding.decider.is_in_frozen_rest else freezing.refuse_second_derivatives(out)
 
-    def needs_all_rows(self, rows: RowSet) -> bool:
+    def needs_all_rows(self, decision: Decision) -> bool:
         """Whether a branch with BatchNorm has to run on all rows, because the result on some rows would be wrong.
 
         In training mode it has to, because the statistics of some rows differ from those of the batch. In eval mode it
         has to for a single row: torch 2.13's backward is then wrong on CPUs for a gradient of strides (C, 1, W·C, C).
         """
-        batch_norms = self.parts.batch_norms
+        rows = decision.rows
+        if rows is None:
+            return False
+        batch_norms = (decision.parts or self.parts).batch_norms
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 
     def add(
@@ -310,7 +313,7 @@ class PathCall:
 
     def frozen(self, decision: Decision) -> freezing.Frozen:
         """Context: the path's parameters and statistics are frozen."""
-        parts = self.parts
+        parts = decision.parts or self.parts
         refs = parts.parameter_refs() + self.module.own_parameters()
         freezing.check_freezable(refs)
         return freezing.Frozen(refs, parts.layers, decision.freeze_bn, decision.freeze == "parameters")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.spec import RowSet
 from .freezing import FreezeBN, ParameterRef
+from .parts import BranchParts
 
 
 class Kind(enum.Enum):
@@ -30,6 +31,7 @@ class Decision:
         rows: for `ROWS`, the rows that learn and those that are frozen.
         scale: the factor of rows that learn.
         freeze, freeze_bn: as in `ResidualDropPath`.
+        parts: the modules of the branch, where the iteration has looked them up.
         also_learns: parameters of this path that the frozen rest shares. They learn inside the branch's call.
         row_scale: for `LEARN`, a factor for each row or one for all, where the host doesn't know which are 0.
         dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and that this rank has no
@@ -41,6 +43,7 @@ class Decision:
     scale: float = 1.0
     freeze: str = "parameters"
     freeze_bn: FreezeBN = True
+    parts: BranchParts | None = None
     also_learns: tuple[ParameterRef, ...] = ()
     row_scale: Tensor | None = None
     dummy_calls: tuple[str, ...] = ()

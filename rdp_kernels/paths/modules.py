@@ -242,7 +242,9 @@ class ResidualBranch(nn.Module):
         Returns:
             The update, `[K, ...]`.
         """
-        out: Tensor = self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+        if not normed and self.norm is not None:
+            x = self.norm(x)
+        out: Tensor = self.fn(x, *args, **kwargs)
         return out
 
     def extra_repr(self) -> str:

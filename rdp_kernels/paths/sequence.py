@@ -87,14 +87,12 @@ class _Chain:
         """Runs one path: its input comes with the sum of the last update, and its own update is kept for later."""
         module = call.module
         decision = module.binding.decider.decide(module, self._residual) if module.training else ALL_ROWS
-        rows = decision.rows
-        needs_all_rows = rows is not None and call.needs_all_rows(rows)
-        if decision.dummy_calls or decision.row_scale is not None or needs_all_rows:
+        if decision.dummy_calls or decision.row_scale is not None or call.needs_all_rows(decision):
             self.go_on_from(call.run(self.finish(), decision))
             return
         if decision.kind is SKIP:
             return
-        norm = Norm.of(module.norm, self._residual, decision.also_learns)
+        rows, norm = decision.rows, Norm.of(module.norm, self._residual, decision.also_learns)
         if rows is None and not norm.fused:
             x, x_frozen = self.finish(), None
             self.go_on_from(x)

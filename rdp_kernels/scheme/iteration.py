@@ -71,7 +71,8 @@ class Iteration:
         self.look_up()
 
     def look_up(self) -> None:
-        """Makes the decisions again, with the shared parameters that the paths have now."""
+        """Makes the decisions again, with the modules and shared parameters that the paths have now."""
+        self._parts = self.rest.parts
         # In a drop iteration nothing is frozen, and the rest has not been looked up since the last pair.
         shared = self.rest.shared if self.phase == "reuse" else []
         self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared]
@@ -271,13 +272,13 @@ class Iteration:
             kind = ROWS
         elif not learns and self.phase == "reuse":
             kind = FROZEN
-        dummy_calls = self._dummy_calls.get((forward, index), ())
+        dummy_calls = self._dummy_calls.get((forward, index), ()) if self._dummy_calls else ()
         options = self.rules.freeze, self.rules.freeze_bn
         if self.phase == "drop":
             scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep)
             return Decision(kind, rows, scale, *options, dummy_calls=dummy_calls)
         also_learns = self._also_learn[index] if self._also_learn else ()
-        return Decision(kind, rows, 1.0, *options, also_learns, dummy_calls=dummy_calls)
+        return Decision(kind, rows, 1.0, *options, self._parts[index], also_learns, dummy_calls=dummy_calls)
 
 
 def _requires_grad(ref: ParameterRef) -> bool:
