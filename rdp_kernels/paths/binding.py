@@ -14,7 +14,6 @@ from .._utils.checks import host_has
 from .._utils.device import to_device
 from .._utils.ranks import world_size
 from ..kernels.spec import RowSet, compute_dtype, row_set
-from ..ops.drop_path import draw_keep
 from ..plan import kept_scale
 from .arguments import Args, Kwargs
 from .decision import ALL_ROWS, ROWS, SKIP, Decision
@@ -93,17 +92,19 @@ class StochasticDepth:
         scale = kept_scale(drop_prob, module.scale_by_keep)
         count = x.shape[0] if module.mode == "sample" else 1
         device = x.device if torch.compiler.is_compiling() else None
-        keep = draw_keep(count, drop_prob, compute_dtype(x), device)
-        if not host_has(keep):
-            return Decision(row_scale=to_device(keep * scale, x.device))
+        drawn = torch.rand(count, dtype=torch.float32, device=device)
+        on_host = host_has(drawn)
+        if on_host and count and drawn.min().item() >= drop_prob:
+            return _all_rows(scale)  # saves the time of a comparison
+        keep = drawn >= drop_prob
+        if not on_host:
+            return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
         rows = keep.nonzero().flatten()
         if len(rows) == 0:
             # Every rank gets a gradient, as with other libraries' drop-path: DDP and FSDP need one from each.
             return Decision(SKIP, dummy_calls=("learning",) if world_size() > 1 else ())
-        if len(rows) == count:
-            return _all_rows(scale)
-        # On a GPU the kernels need the inverse too, and one copy brings both.
-        return Decision(ROWS, RowSet(rows, len(rows)) if x.is_cpu else row_set(keep > 0, x.device), scale)
+        # Other devices get the inverse with the rows, by one copy. On a CPU no kernel reads it.
+        return Decision(ROWS, RowSet(rows, len(rows)) if x.is_cpu else row_set(keep, x.device), scale)
 
 
 @functools.lru_cache(1024)  # more rates than models have
