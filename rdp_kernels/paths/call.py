@@ -293,7 +293,11 @@ class PathCall:
         if rows is None:
             run = self.frozen_branch if decision.kind is FROZEN else self.learning_branch
             return run(x, decision, None, normed), None
-        if x_frozen is not None and parametrize._cache_enabled and any(map(parametrize.is_parametrized, self.parts.modules)):
+        if (
+            x_frozen is not None
+            and parametrize._cache_enabled
+            and any(map(parametrize.is_parametrized, self.parts.modules))
+        ):
             raise RuntimeError(
                 f"{name_of(self.module)} has parametrized weights, and parametrize.cached() would give its learning "
                 "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or use "

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .freezing import ParameterRef
 
+
 def walk(model: nn.Module, without: Iterable[int] = ()) -> list[nn.Module]:
     """As `model.modules()`, in a fraction of its function calls. Modules whose ids are in `without` are left out with
     all their children."""
