@@ -135,13 +135,27 @@ def test_a_change_of_the_rest_is_seen(change):
 def test_an_interrupted_look_is_done_again():
     net = Net()
     rest = rdp.ResidualDropPath(net, 0.5)._rest
-    net.more = nn.Linear(4, 4)
-    hooked, rest._hook = rest._hook, None
+    share_a_module(net)
+    hook, rest._hook = rest._hook, None
     with pytest.raises(TypeError):
         rest.refresh()
-    rest._hook = hooked
+    rest._hook = hook
+    before = rest._refs
     rest.refresh()
-    assert "more" in rest.names
+    assert rest._refs is not before
+
+
+@pytest.mark.parametrize("place", [lambda net: (net.paths[1], "gamma"), lambda net: (net.paths[1].fn[0], "bias")])
+def test_what_the_rest_shares_with_a_path(place):
+    net = Net()
+    net.paths[1].gamma = nn.Parameter(torch.ones(4))
+    rest = rdp.ResidualDropPath(net, 0.5)._rest
+    rest.refresh()
+    assert not any(rest.shared)
+    module, name = place(net)
+    setattr(module, name, net.stem[0].bias)
+    rest.refresh()
+    assert rest.shared == [[], [(module, name)], []]
 
 
 class Block(nn.Module):
