@@ -17,7 +17,7 @@ from ..paths import freezing
 from ..paths.binding import PathModule
 from ..paths.freezing import FreezeBN, Frozen, ParameterRef
 from ..paths.parts import BranchParts, Tree, walk
-from ..paths.path import CONVERTED, Path, parts_of, path_modules_among
+from ..paths.path import Path, parts_of, path_modules_among
 
 
 class Rest:
@@ -92,16 +92,14 @@ class Rest:
         self._seen, self._tree = self._look(), Tree(self._walked)
 
     def _look(self) -> list[Any]:
-        """What `_look_up` depends on besides the tree of modules: which parameters and running statistics there are,
-        and the paths of converted blocks."""
+        """What `_look_up` depends on besides the tree of modules: which parameters and running statistics there are.
+        (A block that is converted gets another class.)"""
         seen: list[Any] = []
         for module in self._walked:
             if module._parameters:
                 seen.append((module, [(name, p is None) for name, p in module._parameters.items()]))
             if module._buffers:
                 seen.append((module, freezing.keeps_statistics(module)))
-            if CONVERTED in module.__dict__:
-                seen.append(module.__dict__[CONVERTED])
         return seen
 
     def _is_current(self) -> bool:
