@@ -103,7 +103,7 @@ class StochasticDepth:
         if len(rows) == 0:
             # Every rank gets a gradient, as with other libraries' drop-path: DDP and FSDP need one from each.
             return Decision(SKIP, dummy_calls=("learning",) if world_size() > 1 else ())
-        # Other devices get the inverse with the rows, by one copy. On a CPU no kernel reads it.
+        # Other devices get the inverse with the rows, by one copy. The compiled library on a CPU needs none.
         return Decision(ROWS, RowSet(rows, len(rows)) if x.is_cpu else row_set(keep, x.device), scale)
 
 
