@@ -95,7 +95,10 @@ class PathPlan:
                 f"drop_probs must have an entry for each of the {keep.shape[0]} rows of keep, got {len(drop_probs)}"
             )
         self.keep = keep.clone()
-        self.drop_probs = tuple(check_probability(f"drop_probs[{i}]", p) for i, p in enumerate(drop_probs))
+        self.drop_probs = tuple(  # most are plain floats, which take no call
+            p if type(p) is float and 0.0 <= p <= 1.0 else check_probability(f"drop_probs[{i}]", p)
+            for i, p in enumerate(drop_probs)
+        )
         self.mode = mode
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_batch, check_bool, check_probability, check_residual_add
+from .._utils.checks import check_batch, check_bool, check_probability, check_residual_add, is_transformed
 from .._utils.device import to_device
 from ..kernels.autograd import fused_add, unchecked_add
 from ..kernels.recorded import drop_rows, is_recorded
-from ..kernels.spec import Add, Operands, compute_dtype
+from ..kernels.spec import Add, Operands
 from ..plan import kept_scale
 
 
@@ -113,5 +113,10 @@ def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
 
     It is `[B]` on the device of `x`, float32, or float64 for a float64 `x`.
     """
-    keep = torch.rand(x.shape[0]) >= drop_prob
-    return to_device(keep.to(compute_dtype(x)) * kept_scale(drop_prob, scale_by_keep), x.device)
+    # In place, because these are small ops, for which a result costs most. The masks of `bernoulli`, a single op, would
+    # depend on the processor, and its graphs on the probability.
+    keep = torch.rand(x.shape[0], dtype=torch.float32)
+    keep = (keep >= drop_prob).float() if is_transformed() else keep.ge_(drop_prob)  # vmap has no rule for ge_
+    if x.dtype == torch.float64:
+        keep = keep.double()
+    return to_device(keep.mul_(kept_scale(drop_prob, scale_by_keep)), x.device)

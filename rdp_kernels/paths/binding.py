@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .._utils.checks import host_has
 from .._utils.device import to_device
 from .._utils.ranks import world_size
-from ..kernels.spec import compute_dtype, row_set
+from ..kernels.spec import RowSet, compute_dtype, row_set
 from ..plan import kept_scale
 from .arguments import Args, Kwargs
 from .decision import ALL_ROWS, ROWS, SKIP, Decision
 from .freezing import ParameterRef
+from .parts import BranchParts
 from .promotion import Promotion
 
 GraphMask = tuple[Tensor, Tensor | None]
@@ -89,19 +90,21 @@ class StochasticDepth:
         if drop_prob == 0:
             return ALL_ROWS
         scale = kept_scale(drop_prob, module.scale_by_keep)
+        count = x.shape[0] if module.mode == "sample" else 1
         device = x.device if torch.compiler.is_compiling() else None
-        drawn = torch.rand(x.shape[0] if module.mode == "sample" else 1, device=device)
+        drawn = torch.rand(count, dtype=torch.float32, device=device)
         on_host = host_has(drawn)
-        if on_host and len(drawn) and drawn.min().item() >= drop_prob:
+        if on_host and count and drawn.min().item() >= drop_prob:
             return _all_rows(scale)  # saves the time of a comparison
         keep = drawn >= drop_prob
         if not on_host:
             return Decision(row_scale=to_device(keep.to(compute_dtype(x)) * scale, x.device))
-        kept = int(keep.sum())
-        if kept == 0:
+        rows = keep.nonzero().flatten()
+        if len(rows) == 0:
             # Every rank gets a gradient, as with other libraries' drop-path: DDP and FSDP need one from each.
             return Decision(SKIP, dummy_calls=("learning",) if world_size() > 1 else ())
-        return Decision(ROWS, row_set(keep, x.device), scale)
+        # Other devices get the inverse with the rows, by one copy. The compiled library on a CPU needs none.
+        return Decision(ROWS, RowSet(rows, len(rows)) if x.is_cpu else row_set(keep, x.device), scale)
 
 
 @functools.lru_cache(1024)  # more rates than models have
@@ -127,6 +130,9 @@ class PathBinding:
         """The plan as data, where the whole model is compiled."""
         self.call_override: Callable[[Any, Tensor], Tensor] | None = None
         """A `CallOverride`: replaces the whole call."""
+        self.parts: BranchParts | None = None
+        """The modules of the branch when they were last looked up. Ask `path.parts_of`, which looks whether they
+        changed."""
 
     @property
     def scheme(self) -> Any:

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .._utils.checks import check_batch, check_residual_add
@@ -22,8 +20,9 @@ from . import freezing, recorded
 from .arguments import Args, Kwargs, left_behind
 from .binding import STOCHASTIC_DEPTH, PathModule, name_of, not_a_tensor
 from .decision import ALL_ROWS, FROZEN, LEARN, ROWS, SKIP, Decision
-from .norms import Norm
-from .path import ROWS_OF_BATCH_NORM, batch_norms_of, modules_of, parameter_refs_of
+from .norms import NO_NORM, Norm
+from .parts import BranchParts
+from .path import ROWS_OF_BATCH_NORM, parts_of
 
 
 def run_path(module: PathModule, x: Tensor, args: Args, kwargs: Kwargs, residual: Tensor | None = None) -> Tensor:
@@ -52,11 +51,14 @@ class PathCall:
     def __init__(self, module: PathModule, batch_size: int, args: Args, kwargs: Kwargs, residual: Tensor | None = None):
         self.module, self.batch_size, self.args, self.kwargs = module, batch_size, args, kwargs
         self.known_residual = residual
+        self._parts: BranchParts | None = None
 
-    @functools.cached_property
-    def modules(self) -> list[nn.Module]:
-        """All modules of the branch. Looking them up costs as much as freezing them."""
-        return modules_of(self.module)
+    @property
+    def parts(self) -> BranchParts:
+        """The modules of the branch."""
+        if self._parts is None:
+            self._parts = parts_of(self.module)
+        return self._parts
 
     def run(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """The path's output. Without a `decision`, the path's decider is asked for one."""
@@ -78,8 +80,8 @@ class PathCall:
     def run_dummy(self, x: Tensor, decision: Decision, learning: bool) -> Tensor:
         """Runs the branch on a row of zeros, or on the batch if it has BatchNorm, whose statistics ranks may share."""
         rows = None
-        if not batch_norms_of(self.module):
-            rows = torch.zeros(1, dtype=torch.int64, device=x.device)
+        if not self.parts.batch_norms:
+            rows = RowSet(torch.zeros(1, dtype=torch.int64, device=x.device), int(learning))
             x = x.new_zeros(1, *x.shape[1:]).requires_grad_(x.requires_grad)
         return (self.learning_branch if learning else self.frozen_branch)(x, decision, rows)
 
@@ -87,7 +89,7 @@ class PathCall:
         """The path's output, without the dummy calls."""
         if decision.kind is ROWS:
             assert decision.rows is not None
-            return self.run_masked(x, decision) if self.needs_all_rows(decision.rows) else self.run_rows(x, decision)
+            return self.run_masked(x, decision) if self.needs_all_rows(decision) else self.run_rows(x, decision)
         if decision.kind is LEARN:
             row_scale = None if decision.row_scale is None else self.for_rows(decision.row_scale, x)
             return self.add(self.residual(x), self.learning_branch(x, decision), None, None, decision.scale, row_scale)
@@ -123,11 +125,13 @@ class PathCall:
             raise not_a_tensor(self.module, "shortcut", out)
         return out
 
-    def branch(self, x: Tensor, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        """The branch on `x`, which holds these rows of the batch, or all. With `normed`, x is the norm's output."""
+    def branch(self, x: Tensor, rows: RowSet | None = None, normed: bool = False, frozen: bool = False) -> Tensor:
+        """The branch on `x`, which holds all rows of the batch, or the learning or `frozen` ones of `rows`. With
+        `normed`, x is the norm's output."""
         args, kwargs = self.args, self.kwargs
-        if rows is not None:
-            args, kwargs = self.module.map_rows(lambda t: _select(t, rows), self.batch_size, args, kwargs)
+        if rows is not None and (args or kwargs):
+            index = rows.frozen if frozen else rows.learning
+            args, kwargs = self.module.map_rows(lambda t: _select(t, index), self.batch_size, args, kwargs)
         runner = self.module.binding.branch_runner
         single = rows is not None and x.shape[0] == 1  # compilers make a separate graph for a single row
         try:
@@ -141,7 +145,7 @@ class PathCall:
             raise
         if not isinstance(out, Tensor):
             raise not_a_tensor(self.module, "branch", out)
-        if rows is not None and out.shape[:1] != x.shape[:1]:
+        if rows is not None and (out.dim() == 0 or out.shape[0] != x.shape[0]):
             self._check_left_behind(x, args, kwargs, f"returns shape {list(out.shape)}")
         return out
 
@@ -161,30 +165,35 @@ class PathCall:
             ) from cause
 
     def learning_branch(
-        self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False
+        self, x: Tensor, decision: Decision, rows: RowSet | None = None, normed: bool = False
     ) -> Tensor:
         if not decision.also_learns:
             return self.branch(x, rows, normed)
         with freezing.RequiresGrad(decision.also_learns, True):
             return self.branch(x, rows, normed)
 
-    def frozen_branch(self, x: Tensor, decision: Decision, rows: Tensor | None = None, normed: bool = False) -> Tensor:
-        passes_gradient = torch.is_grad_enabled() and decision.freeze != "branch"
-        with self._frozen(decision), torch.set_grad_enabled(passes_gradient):
-            out = self.branch(x, rows, normed)
-        return self.guarded(out) if passes_gradient else out
+    def frozen_branch(self, x: Tensor, decision: Decision, rows: RowSet | None = None, normed: bool = False) -> Tensor:
+        if decision.freeze == "branch":
+            with self.frozen(decision), torch.no_grad():
+                return self.branch(x, rows, normed, frozen=True)
+        with self.frozen(decision):
+            out = self.branch(x, rows, normed, frozen=True)
+        return self.guarded(out) if torch.is_grad_enabled() else out
 
     def guarded(self, out: Tensor) -> Tensor:
         """Refuses second derivatives of a frozen call's output, unless the frozen rest around the path does so."""
         return out if self.module.binding.decider.is_in_frozen_rest else freezing.refuse_second_derivatives(out)
 
-    def needs_all_rows(self, rows: RowSet) -> bool:
+    def needs_all_rows(self, decision: Decision) -> bool:
         """Whether a branch with BatchNorm has to run on all rows, because the result on some rows would be wrong.
 
         In training mode it has to, because the statistics of some rows differ from those of the batch. In eval mode it
         has to for a single row: torch 2.13's backward is then wrong on CPUs for a gradient of strides (C, 1, W·C, C).
         """
-        batch_norms = batch_norms_of(self.module, self.modules)
+        rows = decision.rows
+        if rows is None:
+            return False
+        batch_norms = (decision.parts or self.parts).batch_norms
         return any(m.training or m.running_mean is None or rows.num_learning == 1 for m in batch_norms)
 
     def add(
@@ -216,7 +225,7 @@ class PathCall:
             if out is not None:
                 return out
         if frozen is None:
-            index, factor = None if rows is None else rows.learning, scale if row_scale is None else row_scale
+            index, factor = None if rows is None else rows.index, scale if row_scale is None else row_scale
             options = (module.channel_dim, module.activation)
             out = unchecked_add(residual, branch, module.gamma, factor, index, *options)
             if out is not None:
@@ -228,11 +237,16 @@ class PathCall:
         self, operands: Operands, rows: RowSet | None, scale: float = 1.0, row_scale: Tensor | None = None
     ) -> Add:
         """Checks how the branch's output is added. Raises `ValueError` or `TypeError` where it doesn't fit."""
-        module, residual = self.module, operands.residual
-        options = (row_scale, module.gamma, module.channel_dim)
-        check_residual_add(residual, operands.update, None if rows is None else rows.learning, *options)
-        if operands.frozen_update is not None and rows is not None:
-            check_residual_add(residual, operands.frozen_update, rows.frozen, *options)
+        module, residual, frozen = self.module, operands.residual, operands.frozen_update
+        num_rows = residual.shape[0] if rows is None else rows.num_learning
+        fits = operands.gamma is None and row_scale is None and _fits(residual, operands.update, num_rows)
+        if rows is not None and frozen is not None:
+            fits = fits and _fits(residual, frozen, rows.num_frozen)
+        if not fits:
+            options = (row_scale, module.gamma, module.channel_dim)
+            check_residual_add(residual, operands.update, None if rows is None else rows.learning, *options)
+            if rows is not None and frozen is not None:
+                check_residual_add(residual, frozen, rows.frozen, *options)
         return Add(rows, scale, row_scale, module.channel_dim, module.activation)
 
     def run_masked(self, x: Tensor, decision: Decision) -> Tensor:
@@ -265,9 +279,9 @@ class PathCall:
         """Runs the branch on the learning and on the frozen rows: two calls and one add."""
         # A runner runs the norm as well, so that branches on all rows and on some can share a graph.
         fuses = self.module.binding.branch_runner is None
-        norm = Norm.of(self.module.norm, x, decision.also_learns) if fuses else Norm()
+        norm = Norm.of(self.module.norm, x, decision.also_learns) if fuses else NO_NORM
         next_input = norm.next_input(decision.rows, "frozen" if decision.freeze == "branch" else None)
-        inputs = fused_add("path", norm.operands()._replace(residual=x), next_input=next_input)
+        inputs = fused_add("path", Operands(x, None, None, None, norm.weight, norm.bias), next_input=next_input)
         updates = self.updates(decision, inputs.next, inputs.frozen_next, norm.fused)
         return self.add(self.residual(inputs.out), *updates, decision.rows, decision.scale)
 
@@ -279,33 +293,34 @@ class PathCall:
         if rows is None:
             run = self.frozen_branch if decision.kind is FROZEN else self.learning_branch
             return run(x, decision, None, normed), None
-        if x_frozen is not None and parametrize._cache_enabled and any(map(parametrize.is_parametrized, self.modules)):
+        if (
+            x_frozen is not None
+            and parametrize._cache_enabled
+            and any(map(parametrize.is_parametrized, self.parts.modules))
+        ):
             raise RuntimeError(
                 f"{name_of(self.module)} has parametrized weights, and parametrize.cached() would give its learning "
                 "rows the weights that were made for frozen ones, without a gradient: leave cached() out, or use "
                 "mode='block'"
             )
-        frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows.frozen, normed)
-        return self.learning_branch(x, decision, rows.learning, normed), frozen
+        frozen = None if x_frozen is None else self.frozen_branch(x_frozen, decision, rows, normed)
+        return self.learning_branch(x, decision, rows, normed), frozen
 
     def run_frozen(self, x: Tensor, decision: Decision) -> Tensor:
         """Runs the branch on all rows, frozen or, with `freeze="branch"`, detached."""
         residual = self.residual(x)
         compute = lambda: self.add(residual, self.branch(x))  # noqa: E731 (γ is frozen as well)
-        with self._frozen(decision):
+        with self.frozen(decision):
             if decision.freeze == "branch":
                 return freezing.add_detached(residual, compute, self.module.activation)
             return self.guarded(compute())
 
-    @contextlib.contextmanager
-    def _frozen(self, decision: Decision) -> Iterator[None]:
-        modules = self.modules if decision.modules is None else decision.modules
-        refs = parameter_refs_of(self.module, modules)
+    def frozen(self, decision: Decision) -> freezing.Frozen:
+        """Context: the path's parameters and statistics are frozen."""
+        parts = decision.parts or self.parts
+        refs = parts.parameter_refs() + self.module.own_parameters()
         freezing.check_freezable(refs)
-        with freezing.Frozen(refs, modules, decision.freeze_bn):
-            saves_less = decision.freeze == "parameters" and freezing.save_less_pays(modules)
-            with freezing.SaveLess() if saves_less else contextlib.nullcontext():
-                yield
+        return freezing.Frozen(refs, parts.layers, decision.freeze_bn, decision.freeze == "parameters")
 
 
 CallOverride = Callable[[PathCall, Tensor], Tensor]
@@ -317,6 +332,18 @@ def _select(argument: Tensor, rows: Tensor) -> Tensor:
     if argument.shape[0] == 0 and len(rows):
         return argument.new_full((len(rows), *argument.shape[1:]), argument.dtype == torch.bool)
     return argument.index_select(0, rows)
+
+
+def _fits(residual: Tensor, update: object, num_rows: int) -> bool:
+    """Whether `update` has this number of rows and passes `check_residual_add`, as most updates do. If not, that
+    function finds the error."""
+    return (
+        type(update) is Tensor
+        and update.shape == (num_rows, *residual.shape[1:])
+        and update.is_floating_point()
+        and residual.is_floating_point()
+        and update.device == residual.device
+    )
 
 
 def _is_plain(module: PathModule) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.spec import RowSet
 from .freezing import FreezeBN, ParameterRef
+from .parts import BranchParts
 
 
 class Kind(enum.Enum):
@@ -22,7 +22,7 @@ class Kind(enum.Enum):
 SKIP, LEARN, FROZEN, ROWS = Kind  # reading an attribute of an enum's class runs Python code before Python 3.12
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # creating frozen dataclasses takes four times as long
 class Decision:
     """How one call of a path is run.
 
@@ -31,7 +31,7 @@ class Decision:
         rows: for `ROWS`, the rows that learn and those that are frozen.
         scale: the factor of rows that learn.
         freeze, freeze_bn: as in `ResidualDropPath`.
-        modules: the modules of the branch, where they were looked up before.
+        parts: the modules of the branch, where the iteration has looked them up.
         also_learns: parameters of this path that the frozen rest shares. They learn inside the branch's call.
         row_scale: for `LEARN`, a factor for each row or one for all, where the host doesn't know which are 0.
         dummy_calls: `"learning"`, `"frozen"`: calls that other ranks make on rows of theirs, and that this rank has no
@@ -43,7 +43,7 @@ class Decision:
     scale: float = 1.0
     freeze: str = "parameters"
     freeze_bn: FreezeBN = True
-    modules: Sequence[nn.Module] | None = None
+    parts: BranchParts | None = None
     also_learns: tuple[ParameterRef, ...] = ()
     row_scale: Tensor | None = None
     dummy_calls: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ gives gradients of zeros to weights that learn on other ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -85,14 +85,23 @@ class Frozen(RequiresGrad):
     """Context: the parameters `refs` don't require grad, and no running statistics in `modules` move.
 
     With `freeze_bn=True` norms in training mode still normalise by the batch. With `"running"` they are in eval mode.
-    With `False` they are left alone, and their statistics move.
+    With `False` they are left alone, and their statistics move. With `saves_less`, `SaveLess` is entered too, where it
+    has any effect.
     """
 
-    def __init__(self, refs: Iterable[ParameterRef], modules: Iterable[nn.Module] = (), freeze_bn: FreezeBN = True):
+    def __init__(
+        self,
+        refs: Iterable[ParameterRef],
+        modules: Collection[nn.Module] = (),
+        freeze_bn: FreezeBN = True,
+        saves_less: bool = False,
+    ):
         super().__init__(refs, False)
         self._switch = "training" if freeze_bn == "running" else "track_running_stats"
         norms = [m for m in modules if isinstance(m, _NormBase)] if freeze_bn else []
         self._norms = [(m, m._buffers) for m in norms if m.training and getattr(m, self._switch)]
+        self._may_save_less = modules if saves_less else ()
+        self._mode: SaveLess | None = None
 
     def __enter__(self) -> Frozen:
         super().__enter__()
@@ -104,9 +113,14 @@ class Frozen(RequiresGrad):
                 norm._buffers = {**buffers, "running_mean": None, "running_var": None}
             else:  # other libraries' BatchNorms may do so as well: they move copies
                 norm._buffers = {name: None if b is None else b.clone() for name, b in buffers.items()}
+        if save_less_pays(self._may_save_less):  # norms have their modes now
+            self._mode = SaveLess()
+            self._mode.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
         super().__exit__()
         for norm, buffers in self._norms:
             setattr(norm, self._switch, True)

@@ -173,7 +173,9 @@ class ResidualBranch(nn.Module):
         Returns:
             `norm`, if there is one, and `fn`.
         """
-        return [self.fn] if self.norm is None else [self.norm, self.fn]
+        modules = self._modules  # a third of the time of self.fn
+        fn, norm = modules["fn"], modules.get("norm")
+        return [fn] if norm is None else [norm, fn]  # type: ignore[list-item]
 
     def own_parameters(self) -> list[ParameterRef]:
         """The path's parameters outside of `branch_modules`.
@@ -240,7 +242,9 @@ class ResidualBranch(nn.Module):
         Returns:
             The update, `[K, ...]`.
         """
-        out: Tensor = self.fn(x if normed or self.norm is None else self.norm(x), *args, **kwargs)
+        if not normed and self.norm is not None:
+            x = self.norm(x)
+        out: Tensor = self.fn(x, *args, **kwargs)
         return out
 
     def extra_repr(self) -> str:

@@ -14,7 +14,6 @@ from ..kernels.dispatch import resolve
 from ..kernels.spec import NORMS, Detached, NextInput, Operands, RowSet
 
 _NAMES = {norm.module: name for name, norm in NORMS.items()}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Norm:
     def fused(self) -> bool:
         return self.kind is not None
 
-    def operands(self, detached: bool = False) -> Operands:
-        """Weight and bias. With `detached` no gradient goes to them."""
-        weight, bias = (t.detach() if detached and t is not None else t for t in (self.weight, self.bias))
-        return Operands(weight=weight, bias=bias)
+    def detached(self) -> Norm:
+        """This norm, with no gradient to its weight and bias."""
+        weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
+        return Norm(self.kind, weight, bias, self.eps)
 
     def next_input(self, rows: RowSet | None, detached: Detached | None = None) -> NextInput:
         return NextInput(rows, self.kind, self.eps, detached)
@@ -47,21 +46,30 @@ class Norm:
         """
         name = _NAMES.get(type(module))
         if name is None or also_learns or torch.compiler.is_compiling():
-            return cls()
+            return NO_NORM
         if has_hooks(module) or module._compiled_call_impl is not None:
-            return cls()
+            return NO_NORM
         if list(module.normalized_shape) != [x.shape[-1]] or x.dim() < 2 or not _keeps_dtype(module, x):
-            return cls()
+            return NO_NORM
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
         norm = cls(name, module.weight, getattr(module, "bias", None), eps)
         operands = Operands(x, weight=norm.weight, bias=norm.bias)
         served = resolve("path", operands, None, norm.next_input(None), required=False)
-        return norm if served.library is not None and served.takes_norm else cls()
+        return norm if served.library is not None and served.takes_norm else NO_NORM
+
+
+NO_NORM = Norm()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks see what `module` gets or returns."""
-    return _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
 
 
 def _keeps_dtype(module: Any, x: Tensor) -> bool:

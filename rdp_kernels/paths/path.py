@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..plan import drop_path_rates
 from .binding import PathBinding, PathModule
 from .freezing import ParameterRef
+from .parts import BranchParts
 
 CONVERTED = "_rdp_paths"
 """The attribute under which a converted block keeps its paths: pairs of name and path."""
@@ -118,21 +119,6 @@ def paths_of(module: nn.Module) -> list[tuple[str, PathModule]]:
     return list(module.__dict__.get(CONVERTED, ()))
 
 
-def walk(model: nn.Module, without: Iterable[int] = ()) -> list[nn.Module]:
-    """As `model.modules()`, in a fraction of its function calls. Modules whose ids are in `without` are left out with
-    all their children."""
-    found: dict[int, nn.Module | None] = dict.fromkeys(without)
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None or (key := id(module)) in found:
-            continue
-        found[key] = module
-        if module._modules:
-            stack += reversed(module._modules.values())
-    return [module for module in found.values() if module is not None]
-
-
 def path_modules_among(modules: Iterable[nn.Module]) -> list[PathModule]:
     """The paths that these modules themselves own."""
     return [
@@ -154,18 +140,25 @@ def own_parameters_of(path_module: PathModule) -> list[nn.Parameter]:
     return [getattr(module, name) for module, name in path_module.own_parameters()]
 
 
-def parameter_refs_of(path_module: PathModule, modules: Sequence[nn.Module] | None = None) -> list[ParameterRef]:
-    """All parameters of a path. `modules` are those of its branch, where they were looked up before."""
-    modules = modules_of(path_module) if modules is None else modules
-    return [(module, name) for module in modules for name in module._parameters] + path_module.own_parameters()
+def parts_of(path_module: PathModule) -> BranchParts:
+    """The modules of a path's branch as they are now."""
+    binding, tops = path_module.binding, path_module.branch_modules()
+    parts = binding.parts
+    if parts is None or not parts.hold_for(tops):
+        parts = binding.parts = BranchParts(tops)
+    return parts
+
+
+def parameter_refs_of(path_module: PathModule) -> list[ParameterRef]:
+    """All parameters of a path."""
+    return parts_of(path_module).parameter_refs() + path_module.own_parameters()
 
 
 def modules_of(path_module: PathModule) -> list[nn.Module]:
     """All modules of a path's branch."""
-    return [m for module in path_module.branch_modules() for m in walk(module)]
+    return parts_of(path_module).modules
 
 
-def batch_norms_of(path_module: PathModule, modules: Sequence[nn.Module] | None = None) -> list[_BatchNorm]:
-    """The BatchNorms of a path's branch; `modules` as in `parameter_refs_of`."""
-    modules = modules_of(path_module) if modules is None else modules
-    return [m for m in modules if isinstance(m, _BatchNorm)]
+def batch_norms_of(path_module: PathModule) -> list[_BatchNorm]:
+    """The BatchNorms of a path's branch."""
+    return parts_of(path_module).batch_norms

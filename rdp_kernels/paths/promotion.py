@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .arguments import Args, Kwargs
+from .parts import BranchParts
 
 MOST_KNOWN = 32
 """How many dtypes a path remembers. A training meets a few; the bound is for programs that keep meeting new ones."""
@@ -27,7 +28,7 @@ class SkippedCall(Protocol):
     @property
     def module(self) -> Any: ...
     @property
-    def modules(self) -> list[nn.Module]: ...
+    def parts(self) -> BranchParts: ...
 
 
 class Promotion:
@@ -72,7 +73,7 @@ class Promotion:
         if key not in self._known:
             if len(self._known) == MOST_KNOWN:
                 self._known.clear()
-            with _leaving_no_trace([*call.modules, path.block], x):
+            with _leaving_no_trace([*call.parts.modules, path.block], x):
                 self._known[key] = path.run_branch(x, call.args, call.kwargs).dtype
         return self.of(residual, self._known[key])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from .._utils.checks import check_batch
 from ..kernels.autograd import FusedCall, plain_add
 from ..kernels.dispatch import resolve
 from ..kernels.recorded import is_recorded
-from ..kernels.spec import Add, Detached, NextInput, Operands, Results
+from ..kernels.spec import Detached, NextInput, Operands, Results, RowSet
 from .arguments import Args, Kwargs, for_each
 from .call import PathCall
 from .decision import ALL_ROWS, FROZEN, SKIP, Decision
-from .norms import Norm
+from .norms import NO_NORM, Norm
 from .recorded import check_arguments
 
 
@@ -59,7 +59,7 @@ class _Chain:
         self._kernels, self._residual = kernels, x
         self._last_call: FusedCall | None = None
         """The call that returned the residual, if nothing else refers to the residual."""
-        self._update: tuple[Operands, Add] | None = None
+        self._update: _Update | None = None
 
     def go_on_from(self, x: Tensor) -> None:
         """Replaces the residual by one that others refer to as well."""
@@ -67,16 +67,16 @@ class _Chain:
 
     def finish(self) -> Tensor:
         """The residual with the last update."""
-        if self._update is not None and not self._add_plainly(*self._update):
-            self._run_fused_add(Operands(), None)
+        if self._update is not None and not self._add_plainly(self._update):
+            self._run_fused_add(NO_NORM, None)
         return self._residual
 
-    def _add_plainly(self, operands: Operands, add: Add) -> bool:
+    def _add_plainly(self, update: _Update) -> bool:
         """Adds an update on all rows by torch's own add, if the residual isn't the chain's own. Returns whether it did.
         That add passes the gradient on as it is, where a kernel's backward would copy it."""
-        if self._last_call is not None or add.rows is not None or operands.gamma is not None:
+        if self._last_call is not None or update.rows is not None or update.gamma is not None:
             return False
-        out = plain_add(self._residual, operands.update, add.scale)
+        out = plain_add(self._residual, update.update, update.scale)
         if out is None:
             return False
         self._update = None
@@ -87,25 +87,23 @@ class _Chain:
         """Runs one path: its input comes with the sum of the last update, and its own update is kept for later."""
         module = call.module
         decision = module.binding.decider.decide(module, self._residual) if module.training else ALL_ROWS
-        needs_all_rows = decision.rows is not None and call.needs_all_rows(decision.rows)
-        if decision.dummy_calls or decision.row_scale is not None or needs_all_rows:
+        if decision.dummy_calls or decision.row_scale is not None or call.needs_all_rows(decision):
             self.go_on_from(call.run(self.finish(), decision))
             return
         if decision.kind is SKIP:
             return
-        norm = Norm.of(module.norm, self._residual, decision.also_learns)
-        if decision.rows is None and not norm.fused:
-            inputs = Results(next=self.finish())
-            self.go_on_from(inputs.next)
+        rows, norm = decision.rows, Norm.of(module.norm, self._residual, decision.also_learns)
+        if rows is None and not norm.fused:
+            x, x_frozen = self.finish(), None
+            self.go_on_from(x)
         else:
             inputs = self._inputs(norm, decision)
-        update, frozen = call.updates(decision, inputs.next, inputs.frozen_next, norm.fused)
+            x, x_frozen = inputs.next, inputs.frozen_next
+        update, frozen_update = call.updates(decision, x, x_frozen, norm.fused)
         gamma: Tensor | None = module.gamma
         if gamma is not None and decision.kind is FROZEN:
             gamma = gamma.detach()
-        operands = Operands(self._residual, update, frozen, gamma)
-        add = call.checked_add(operands, decision.rows, decision.scale)
-        self._update = operands._replace(residual=None), add
+        self._update = _Update(call, update, frozen_update, gamma, rows, decision.scale)
 
     def _inputs(self, norm: Norm, decision: Decision) -> Results:
         """Computes the inputs of the branch."""
@@ -113,19 +111,34 @@ class _Chain:
         detached: Detached | None = None
         if decision.freeze == "branch":
             detached = "all" if frozen else "frozen"
-        if norm.fused and self._update is not None and not _along_channels(*self._update, self._residual):
+        if norm.fused and self._update is not None and not _along_channels(self._update, self._residual):
             self.finish()
-        return self._run_fused_add(norm.operands(detached=frozen), norm.next_input(decision.rows, detached))
+        return self._run_fused_add(norm.detached() if frozen else norm, norm.next_input(decision.rows, detached))
 
-    def _run_fused_add(self, norm: Operands, next_input: NextInput | None) -> Results:
-        operands, add = self._update or (Operands(), None)
+    def _run_fused_add(self, norm: Norm, next_input: NextInput | None) -> Results:
+        residual, update = self._residual, self._update
+        if update is None:
+            operands, add = Operands(residual, None, None, None, norm.weight, norm.bias), None
+        else:
+            operands = Operands(residual, update.update, update.frozen_update, update.gamma, norm.weight, norm.bias)
+            add = update.call.checked_add(operands, update.rows, update.scale)
         call = FusedCall(self._kernels, add, next_input, self._last_call)
-        operands = operands._replace(residual=self._residual, weight=norm.weight, bias=norm.bias)
         results = call(operands)
         self._residual, self._last_call, self._update = results.out, call, None
         return results
 
 
-def _along_channels(operands: Operands, add: Add, residual: Tensor) -> bool:
+class _Update(NamedTuple):
+    """The update of a call that is still to be added to the residual. It is checked then, unless torch adds it."""
+
+    call: PathCall
+    update: Tensor
+    frozen_update: Tensor | None
+    gamma: Tensor | None
+    rows: RowSet | None
+    scale: float
+
+
+def _along_channels(update: _Update, residual: Tensor) -> bool:
     """Whether γ lies along the norm's dimension, the last."""
-    return operands.gamma is None or add.channel_dim % residual.dim() == residual.dim() - 1
+    return update.gamma is None or update.call.module.channel_dim % residual.dim() == residual.dim() - 1

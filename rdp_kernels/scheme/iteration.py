@@ -72,10 +72,10 @@ class Iteration:
 
     def look_up(self) -> None:
         """Makes the decisions again, with the modules and shared parameters that the paths have now."""
-        self._modules = self.rest.modules
+        self._parts = self.rest.parts
         # In a drop iteration nothing is frozen, and the rest has not been looked up since the last pair.
-        shared_refs = self.rest.shared if self.phase == "reuse" else []
-        self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared_refs]
+        shared = self.rest.shared if self.phase == "reuse" else []
+        self._also_learn = [tuple(filter(_requires_grad, refs)) for refs in shared]
         self._decisions: dict[tuple[int, torch.device], list[Decision]] = {}
         """The decisions of all paths, by the forward's number and the device of its rows."""
         self._blockwise_decisions = [self._decision(path, flag) for path, flag in enumerate(self._any_learns.tolist())]
@@ -253,15 +253,16 @@ class Iteration:
         """The decisions of all paths for a forward on `device`. The rows of all paths take one copy to the device."""
         start, size = sum(self.forwards[:forward]), self.forwards[forward]
         learns, decisions = self._learns[:, start : start + size], []
+        counts = learns.sum(dim=1).tolist()
         with torch.inference_mode(False):  # a later forward may read the rows with grad
             orders, inverses = to_device(orders_of(learns), device)
-            for index, count in enumerate(learns.sum(dim=1).tolist()):
-                rows = None
-                if 0 < count < size:
-                    # In a drop iteration the rows after the learning ones are dropped: the branch doesn't get them.
-                    order = orders[index][:count] if self.phase == "drop" else orders[index]
-                    rows = RowSet(order, count, inverses[index])
-                decisions.append(self._decision(index, count > 0, rows, forward))
+            if self.phase == "drop":  # the rows after the learning ones are dropped: the branch doesn't get them
+                indices = orders.flatten().split([part for count in counts for part in (count, size - count)])[::2]
+            else:
+                indices = orders.unbind()
+            for path, (count, index, inverse) in enumerate(zip(counts, indices, inverses.unbind(), strict=True)):
+                rows = RowSet(index, count, inverse) if 0 < count < size else None
+                decisions.append(self._decision(path, count > 0, rows, forward))
         self._decisions[forward, device] = decisions
         return decisions
 
@@ -271,13 +272,13 @@ class Iteration:
             kind = ROWS
         elif not learns and self.phase == "reuse":
             kind = FROZEN
-        dummy_calls = self._dummy_calls.get((forward, index), ())
+        dummy_calls = self._dummy_calls.get((forward, index), ()) if self._dummy_calls else ()
         options = self.rules.freeze, self.rules.freeze_bn
         if self.phase == "drop":
             scale = kept_scale(self.plan.drop_probs[index], self.rules.scale_by_keep)
             return Decision(kind, rows, scale, *options, dummy_calls=dummy_calls)
-        shared = self._also_learn[index]
-        return Decision(kind, rows, 1.0, *options, self._modules[index], shared, dummy_calls=dummy_calls)
+        also_learns = self._also_learn[index] if self._also_learn else ()
+        return Decision(kind, rows, 1.0, *options, self._parts[index], also_learns, dummy_calls=dummy_calls)
 
 
 def _requires_grad(ref: ParameterRef) -> bool:

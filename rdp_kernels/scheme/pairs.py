@@ -17,7 +17,7 @@ from .._utils.autograd import in_backward
 from .._utils.ranks import rank, world_size
 from ..paths.binding import STOCHASTIC_DEPTH, Decider, PathBinding, PathModule
 from ..paths.decision import Decision
-from ..paths.path import Path, find_paths, path_modules_among, refuse_batch_norm
+from ..paths.path import Path, find_paths, refuse_batch_norm
 from ..plan import PathPlan, draw_keep, plan_generator
 from .iteration import Iteration, Rules, check_plan
 from .notices import Notices
@@ -178,8 +178,8 @@ class Pairs:
             self.refuse_reuse()
         self._look_up_paths()
         self.rest.refresh()
-        if path_modules_among(itertools.chain.from_iterable(self.rest.modules)):
-            find_paths(self.rest.model)  # raises: one lies inside another
+        if self.rest.nested:
+            find_paths(self.rest.model)  # raises
         return self._announced(self._iteration("reuse", self.pending.plan, self.pending.forwards))
 
     def refuse_reuse(self) -> NoReturn:

@@ -7,6 +7,7 @@ of forwards every flag is as the user set it, so that copies, checkpoints, optim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ..paths import freezing
 from ..paths.binding import PathModule
 from ..paths.freezing import FreezeBN, Frozen, ParameterRef
-from ..paths.path import Path, path_modules_among, walk
+from ..paths.parts import BranchParts, Tree, walk
+from ..paths.path import Path, parts_of, path_modules_among
 
 
 class Rest:
@@ -34,34 +36,45 @@ class Rest:
         """True while a model that is compiled whole runs. Flags may not change then: gradients are discarded."""
         self.runs_frozen = False
         """Whether a module of the rest is running and is frozen."""
-        self.modules: list[list[nn.Module]] = []
+        self.parts: list[BranchParts] = []
         """The modules of each path's branch."""
         self.shared: list[list[ParameterRef]] = []
-        """The parameters of each path that the rest shares."""
+        """The parameters of each path that the rest shares. The list is empty if the rest shares none."""
         self.names: set[str] = set()
         """Names of the modules that own parameters or running statistics of the rest."""
         self.handles: dict[int, list[RemovableHandle]] = {}
         """The handles of the hooks, by the module's id."""
         self._hooked: dict[int, nn.Module] = {}
+        self._walked: list[nn.Module] = []
+        """The modules outside of branches."""
+        self._tree: Tree | None = None
+        self._seen: list[Any] = []
+        """What `_look` saw when these modules were last looked up."""
         self._outermost: nn.Module | None = None
         self._freeze: Frozen | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Looks up what the rest is now, as users add heads, swap layers and replace branches."""
+        parts = [parts_of(path.module) for path in self.paths]
+        if parts != self.parts or not self._is_current():
+            self._look_up(parts)
+        self._find_shared()
+
+    def _look_up(self, parts: list[BranchParts]) -> None:
+        self._tree, self.parts = None, parts
         self._refs: list[ParameterRef] = []
         self._batch_norms: list[nn.Module] = []
         self._holders: dict[int, str] = {}
+        self._path_modules: list[PathModule] = []
         self.names = set()
-        branches = [path.module.branch_modules() for path in self.paths]
-        self._branches = {id(module) for modules in branches for module in modules}
-        self.modules = [
-            walk(modules[0]) if len(modules) == 1 else [inner for module in modules for inner in walk(module)]
-            for modules in branches
-        ]
-        inside = {id(module) for modules in self.modules for module in modules}
-        own_refs = [path.module.own_parameters() for path in self.paths]
-        owned = {(id(module), name) for refs in own_refs for module, name in refs}
+        self._branches = {id(module) for branch in parts for module in branch.tops}
+        in_branches = [module for branch in parts for module in branch.modules]
+        inside = set(map(id, in_branches))
+        self.nested = bool(path_modules_among(in_branches))
+        """Whether a path lies inside another."""
+        self._own_refs = [path.module.own_parameters() for path in self.paths]
+        owned = {(id(module), name) for refs in self._own_refs for module, name in refs}
         walked = list(self._walk())
         for name, module in walked:
             named = module._parameters.items()
@@ -73,13 +86,37 @@ class Rest:
                 self.names.add(name)
             for path_module in path_modules_among([module]):
                 self._holders[id(path_module)] = name
+                self._path_modules.append(path_module)
         self._hook(walked)
-        in_rest = {id(p) for p in self.parameters()}
-        self.shared = []
-        for modules, refs in zip(self.modules, own_refs, strict=True):
-            shared = [(m, k) for m in modules if m._parameters for k, p in m._parameters.items() if id(p) in in_rest]
-            shared += [(m, name) for m, name in refs if id(m._parameters.get(name)) in in_rest]
-            self.shared.append(shared)
+        self._walked = [module for _, module in walked]
+        self._seen, self._tree = self._look(), Tree(self._walked)
+
+    def _look(self) -> list[Any]:
+        """What `_look_up` depends on besides the tree of modules: which parameters and running statistics there are.
+        (A block that is converted gets another class.)"""
+        seen: list[Any] = []
+        for module in self._walked:
+            if module._parameters:
+                seen.append((module, [(name, p is None) for name, p in module._parameters.items()]))
+            if module._buffers:
+                seen.append((module, freezing.keeps_statistics(module)))
+        return seen
+
+    def _is_current(self) -> bool:
+        """Whether the modules outside of branches, and their parameters, are those that were looked up."""
+        return self._tree is not None and self._tree.is_unchanged() and self._look() == self._seen
+
+    def _find_shared(self) -> None:
+        """Looks up the parameters that the rest shares with branches, which change when a weight is tied."""
+        in_rest, self.shared = set(map(id, self.parameters())), []
+        holders = [module for branch in self.parts for module in branch.modules if module._parameters]
+        in_branches = [p for module in holders for p in module._parameters.values()]
+        own = [module._parameters.get(name) for module, name in chain.from_iterable(self._own_refs)]
+        if in_rest.isdisjoint(map(id, chain(in_branches, own))):
+            return
+        for branch, own_refs in zip(self.parts, self._own_refs, strict=True):
+            refs = branch.parameter_refs() + own_refs
+            self.shared.append([(m, name) for m, name in refs if id(m._parameters.get(name)) in in_rest])
 
     def _hook(self, walked: list[tuple[str, nn.Module]]) -> None:
         """Registers hooks on the modules in `names` and those around them, and removes them from others."""
@@ -98,6 +135,8 @@ class Rest:
 
     def path_modules(self) -> list[PathModule]:
         """The paths that the model has now, outside of the branches that `refresh` found."""
+        if self._is_current():
+            return self._path_modules
         return path_modules_among(walk(self.model, self._branches))
 
     def parameters(self) -> list[nn.Parameter]:

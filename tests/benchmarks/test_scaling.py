@@ -17,6 +17,8 @@ from benchmarks.cases import CPU, MODES
 from benchmarks.scaling import SMALL
 from benchmarks.tiny_paths import BY_HAND, OURS, PLAIN, PLAN, ByHand, Tiny, Ways, count_calls, path_case
 from examples.methods import nothing_runs
+from rdp_kernels import available_backends
+from rdp_kernels.scheme.notices import LOOKS_AT_GRADIENTS
 from tests.benchmarks.commands import run_command
 from tests.benchmarks.test_command import ONE_THREAD
 
@@ -77,6 +79,24 @@ def assert_linear(build, mode, counts):
 @pytest.mark.parametrize("mode", MODES)
 def test_function_calls_grow_linearly_with_the_paths(mode, build):
     assert_linear(build, mode, (20, 40, 80))
+
+
+MOST_CALLS = {"block": 102, "sample": 490}
+"""Function calls that one more path adds to a pair of iterations, as measured on Python 3.11. Later versions make fewer.
+Those of sample mode lie mostly in the kernels' Python code."""
+
+
+@pytest.mark.skipif(available_backends()["native"] is not None, reason="about the way through the compiled library")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_path_makes_no_more_function_calls_than_before(mode):
+    def calls(count):
+        ways = Ways(mode, count, 1, CPU)
+        run = lambda: [None for _ in ways.ours(ways.plans[0])]  # noqa: E731
+        for _ in range(LOOKS_AT_GRADIENTS):  # the first iterations do more
+            run()
+        return count_calls(run)
+
+    assert (calls(60) - calls(20)) / 40 <= MOST_CALLS[mode]
 
 
 @pytest.mark.slow
