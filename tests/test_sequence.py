@@ -57,6 +57,15 @@ def launched():
         yield names
 
 
+def calls_of_kernels(monkeypatch):
+    """A list that gets each `FusedCall` from now on."""
+    seen, original = [], autograd.FusedCall.__call__
+    monkeypatch.setattr(
+        autograd.FusedCall, "__call__", lambda call, operands: seen.append(call) or original(call, operands)
+    )
+    return seen
+
+
 def one_by_one(paths, x, **kwargs):
     for path in paths:
         x = path(x, **kwargs)
@@ -100,11 +109,7 @@ def test_one_kernel_between_two_branches(monkeypatch):
 
 def test_rows_are_touched_in_place_only(monkeypatch):
     """From the second add on the residual is one allocation, and so is its gradient up to the last path's."""
-    seen = []
-    original = autograd._run
-    monkeypatch.setattr(
-        autograd, "_run", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
-    )
+    seen = calls_of_kernels(monkeypatch)
     paths, x = sequence(drop_prob=0.5, mode="sample"), samples(requires_grad=True)
     before = x.detach().clone()
     out = paths(x)
@@ -121,11 +126,7 @@ def test_rows_are_touched_in_place_only(monkeypatch):
 def test_a_sum_that_a_backward_reads_is_not_overwritten(monkeypatch):
     """Where all rows have a norm only the sum is saved; its gradient still is one allocation. Without a gradient
     nothing is saved. Where some rows have a norm, copies of these rows are saved."""
-    seen = []
-    original = autograd._run
-    monkeypatch.setattr(
-        autograd, "_run", lambda kind, call, *args: seen.append(call) or original(kind, call, *args)
-    )
+    seen = calls_of_kernels(monkeypatch)
     paths, x = sequence(), samples(requires_grad=True)
     paths(x).backward(torch.randn_like(x))
     assert [call.in_place for call in seen] == [False] * (DEPTH + 1)
