@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from rdp_kernels.kernels.triton import launchers, short
-from rdp_kernels.kernels.triton.keys import AddKey, BackwardKey, Cache, ForwardKey, Kind, NextKey
-from rdp_kernels.kernels.triton.keys import named, named_add, named_backward, named_forward
+from rdp_kernels.kernels.triton.keys import (
+    AddKey,
+    BackwardKey,
+    Cache,
+    ForwardKey,
+    Kind,
+    NextKey,
+    named,
+    named_add,
+    named_backward,
+    named_forward,
+)
 
 from . import ops
 from .budget import Op

@@ -153,7 +153,9 @@ def _fitted(op: Op, case: Case) -> Case:
         channel_dim=channel_dim,
         activation=case.activation if adds and residual and not gives_next and not in_place else None,
         next_rows=next_rows,
-        num_next_learning=None if next_rows is None or not of_path else _at_most(case.num_next_learning, len(next_rows)),
+        num_next_learning=None
+        if next_rows is None or not of_path
+        else _at_most(case.num_next_learning, len(next_rows)),
         norm=norm,
         weight=normed and case.weight,
         bias=norm == "layer" and case.bias,
