@@ -328,7 +328,7 @@ class FusedCall:
             self.context,
             Operands(None, update, None, gamma, weight),
             Results(out, None, None, norm_input, mean, rstd),
-            Results(dout, dnext, dfrozen_next),
+            (dout, dnext, dfrozen_next),
             add,
             next_input,
             Operands(*needs[2:]),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Context, context_of
-from ..layout import Layout
-from ..spec import Add, NextInput, Operands, Results, RowSet, activation_code
+from ..spec import Add, Gradients, NextInput, Operands, Results, RowSet, activation_code
 
 
 def without_python(op: Any) -> Callable[..., Any]:
@@ -31,14 +30,15 @@ def fused_add_fwd(
 ) -> tuple[Results, Context]:
     """Adds an update to the residual, gathers the next branch's rows, or both. Arguments as in `triton.launchers`;
     `num_saved` is for libraries that have norms."""
-    context = context_of(operands, None, None)
-    residual, update, frozen_update = (_conform(context.layout, t) for t in operands[:3])
+    context = context_of(operands, None)
+    residual, update, frozen_update, gamma, _, _ = operands
+    residual, update, frozen_update = map(context.conform, (residual, update, frozen_update))
     spec = Add() if add is None else add
     out, next_rows, frozen_next_rows = _forward(
         residual,
         update,
         frozen_update,
-        _contiguous(operands.gamma),
+        _contiguous(gamma),
         *_rows(spec.rows),
         _contiguous(spec.row_scale),
         spec.scale,
@@ -55,24 +55,24 @@ def fused_add_bwd(
     context: Context,
     operands: Operands,
     results: Results,
-    gradients: Results,
+    gradients: Gradients,
     add: Add | None,
     next_input: NextInput | None,
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
     """The gradients of the operands that are `wanted`. Arguments as in `triton.launchers`, without those of a norm."""
-    dout, dnext, dfrozen_next = (_conform(context.layout, t) for t in gradients[:3])
+    dout, dnext, dfrozen_next = map(context.conform, gradients)
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
     spec, dtypes = Add() if add is None else add, context.dtypes
     gradient_changes = spec.activation is not None or dnext is not None or dfrozen_next is not None
-    in_place = in_place and dout is not None and dout is gradients.out
+    in_place = in_place and dout is not None and dout is gradients[0]
     dresidual, *others = _backward(
         dout,
         dnext,
         dfrozen_next,
-        _conform(context.layout, operands.update),
+        context.conform(operands.update),
         _contiguous(operands.gamma),
         results.out,
         *_rows(spec.rows),
@@ -92,10 +92,6 @@ def fused_add_bwd(
     if wanted.residual and (not gradient_changes or in_place):
         dresidual = dout
     return Operands(dresidual, *others)
-
-
-def _conform(layout: Layout, x: Tensor | None) -> Tensor | None:
-    return None if x is None else layout.conform(x)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

@@ -43,7 +43,7 @@ class Forward:
             None if add is None else add.row_scale,
         )
         like = next(t for t in rows if t is not None)
-        dtypes = Operands(*(None if t is None else t.dtype for t in (*rows, *vectors[:3])))
+        dtypes = (like.dtype, *(None if t is None else t.dtype for t in (*rows[1:], *vectors[:3])))
         normed = next_input is not None and next_input.norm is not None
         self.context = context_from((key.batch_size, *like.shape), like.strides, like.device, dtypes, normed)
         self.copies = not (

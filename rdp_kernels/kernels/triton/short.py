@@ -134,8 +134,9 @@ def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
 def _prepare_backward(key: tuple) -> Backward:
     batch_size, dout, add, out, wants_update, update_dtype = key
     dout, add = named(dout), named_add(add)
-    dtypes = Operands(dout.dtype, update_dtype or dout.dtype, None, None if add.gamma is None else add.gamma.dtype)
-    context = context_from((batch_size, *dout.shape), dout.strides, dout.device, dtypes, normed=False)
+    gamma_dtype = None if add.gamma is None else add.gamma.dtype
+    dtypes = dout.dtype, update_dtype or dout.dtype, None, gamma_dtype, None, None
+    context = context_from((batch_size, *dout.shape), dout.strides, dout.device, dtypes, False)
     wanted = Operands(out is not None, wants_update, False, add.update is not None, False, False)
     results = named(out), None, None, None
     return Backward(BackwardKey(context, (dout, None, None), results, None, add, None, wanted, False))
