@@ -55,7 +55,7 @@ class Context:
 
 
 def make_context(
-    shape: Sequence[int], order: tuple[int, ...], device: torch.device, dtypes: Operands, compute: torch.dtype
+    shape: tuple[int, ...], order: tuple[int, ...], device: torch.device, dtypes: Operands, compute: torch.dtype
 ) -> Context:
     """A context of its own; `known_context` gives one object for all equal arguments."""
     layout = Layout(order)

@@ -17,8 +17,10 @@ def without_python(op: Any) -> Callable[..., Any]:
     return getattr(op, "_op", op)
 
 
-_forward = torch.ops.rdp.native_fused_add.default
-_backward = torch.ops.rdp.native_fused_add_backward.default
+_forward = without_python(torch.ops.rdp.native_fused_add.default)
+_backward = without_python(torch.ops.rdp.native_fused_add_backward.default)
+_NO_ADD = Add()
+_ALL_ROWS = None, None, 0
 
 
 def fused_add_fwd(
@@ -32,20 +34,21 @@ def fused_add_fwd(
     `num_saved` is for libraries that have norms."""
     context = context_of(operands, None)
     residual, update, frozen_update, gamma, _, _ = operands
-    residual, update, frozen_update = map(context.conform, (residual, update, frozen_update))
-    spec = Add() if add is None else add
+    conform = context.conform
+    residual = conform(residual)
+    spec = _NO_ADD if add is None else add
     out, next_rows, frozen_next_rows = _forward(
         residual,
-        update,
-        frozen_update,
-        _contiguous(gamma),
+        update if update is None else conform(update),
+        frozen_update if frozen_update is None else conform(frozen_update),
+        gamma if gamma is None else gamma.contiguous(),
         *_rows(spec.rows),
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
         activation_code(spec.activation),
         next_input is not None,
-        *_rows(None if next_input is None else next_input.rows),
+        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         residual if in_place else None,
     )
     return Results(residual if in_place else out, next_rows, frozen_next_rows), context
@@ -65,7 +68,7 @@ def fused_add_bwd(
     dout, dnext, dfrozen_next = map(context.conform, gradients)
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
-    spec, dtypes = Add() if add is None else add, context.dtypes
+    spec, dtypes = _NO_ADD if add is None else add, context.dtypes
     gradient_changes = spec.activation is not None or dnext is not None or dfrozen_next is not None
     in_place = in_place and dout is not None and dout is gradients[0]
     dresidual, *others = _backward(
@@ -80,7 +83,7 @@ def fused_add_bwd(
         spec.scale,
         spec.channel_dim,
         activation_code(spec.activation),
-        *_rows(None if next_input is None else next_input.rows),
+        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         context.shape[0],
         context.compute == torch.float64,
         bool(wanted.residual) and gradient_changes,
@@ -99,4 +102,4 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 def _rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return (None, None, 0) if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)
+    return _ALL_ROWS if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)

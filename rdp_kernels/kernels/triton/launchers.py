@@ -92,8 +92,8 @@ def remember(choice: str, operands: Operands, add: Add | None, next_input: NextI
 
 def _key_of_call(operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> tuple:
     batch_size = residual_of(operands).shape[0]
-    saves = records and next_input is not None and next_input.norm is not None
-    if saves:
+    saves = False
+    if records and next_input is not None and next_input.norm is not None:
         saves = next_input.num_with_gradient(batch_size) > 0
     return forward_key(operands, add, next_input, saves, False, batch_size)
 
@@ -138,7 +138,7 @@ def fused_add_bwd(
     if prepared is None:
         prepared = _backwards.add(key, Backward(named_backward(key)))
     if prepared.copies:
-        dense = tuple(_conformed(context, gradient) for gradient in given)
+        dense = _conformed(context, given[0]), _conformed(context, given[1]), _conformed(context, given[2])
         saved, add = _copied(context, operands, add)
         results = Results(
             out=_conformed(context, results.out),
