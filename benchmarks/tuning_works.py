@@ -84,7 +84,7 @@ class _Tensors:
     def backward(self, next_input: NextInput | None = None) -> Callable[[], Operands]:
         results, context = self._forward(next_input)
         saved = Operands(update=self.branch, gamma=self.gamma, weight=self.weight)
-        gradients = Results(self.dout, None if next_input is None else self.dnext)
+        gradients = self.dout, None if next_input is None else self.dnext, None
         wanted = Operands(True, True, False, True, *[next_input is not None] * 2)
         return lambda: kernels().fused_add_bwd(context, saved, results, gradients, self.add, next_input, wanted)
 

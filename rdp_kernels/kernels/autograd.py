@@ -36,8 +36,9 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     served = dispatch.resolve(op, operands, add, next_input)
     if served.takes_norm and served.library is not None:
         results = FusedCall(served.kernels, add, next_input)(operands)
-        if served.kernels is dispatch.preparing_kernels():
-            served.kernels.remember(dispatch.choice(), operands, add, next_input, _records(operands))
+        preparing = dispatch.preparing_kernels()
+        if preparing is not None and preparing is served.kernels:
+            preparing.remember(dispatch.choice(), operands, add, next_input, _records(operands))
         return results
     rest = _without_norm(next_input)
     if served.library is None or (add is None and rest is None):
@@ -251,7 +252,8 @@ class FusedCall:
     ):
         assert kernels is not None
         self.kernels, self.add, self.next_input, self.previous = kernels, add, next_input, previous
-        self.prepared, self.operands = prepared, None
+        self.prepared: Any = prepared
+        self.operands: Any = None
         self.add_numbers: tuple | None = None
         self.next_numbers: tuple | None = None
         self.in_place = add is not None and previous is not None and previous.owns_out
@@ -311,7 +313,9 @@ class FusedCall:
             ctx.mark_non_differentiable(*(t for t in detached if t is not None))
         if add is None:
             out = operands.residual
-        return out, next_rows, frozen_next, None if norm_input is out else norm_input
+        if norm_input is out:
+            norm_input = None
+        return (out, next_rows) if frozen_next is norm_input is None else (out, next_rows, frozen_next, norm_input)
 
     passed_on = None
 
@@ -319,7 +323,7 @@ class FusedCall:
     def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> Operands:
         self = ctx.call
         add = next_input = update = gamma = out = weight = norm_input = mean = rstd = None
-        dout, dnext, dfrozen_next, *_ = gradients if self.next_numbers is not None else (*gradients, None, None)
+        dout, dnext, dfrozen_next, *_ = *gradients, None, None
         if self.add_numbers is not None:
             update, gamma, out, *tensors = saved[:6]
             add, saved = joined_add(tensors, self.add_numbers), saved[6:]
@@ -330,7 +334,7 @@ class FusedCall:
             self.context,
             Operands(None, update, None, gamma, weight),
             Results(out, None, None, norm_input, mean, rstd),
-            Results(dout, dnext, dfrozen_next),
+            (dout, dnext, dfrozen_next),
             add,
             next_input,
             Operands(*needs[2:]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, Tiling
-from .spec import NORMS, Add, NextInput, Operands, Results, RowSet
+from .spec import NORMS, Add, NextInput, Operands, Results, RowSet, compute_dtype, residual_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Context:
         compute: the dtype of the arithmetic.
         dtypes: the operands'.
         strides: those of a dense tensor of this shape.
+        is_standard: whether the layout is that of a contiguous tensor.
     """
 
     shape: torch.Size
@@ -33,6 +34,13 @@ class Context:
     compute: torch.dtype
     dtypes: Operands
     strides: tuple[int, ...]
+    is_standard: bool
+
+    def conform(self, x: Tensor | None) -> Tensor | None:
+        """`x` itself where its samples are dense in this layout, else a copy."""
+        if x is None or (self.is_standard and x.is_contiguous()):
+            return x
+        return self.layout.conform(x)
 
     def empty(self, num_rows: int, dtype: torch.dtype | None) -> Tensor:
         """Allocates `[num_rows, ...]` like the residual."""
@@ -47,40 +55,66 @@ class Context:
 
 
 def make_context(
-    shape: Sequence[int], order: tuple[int, ...], device: torch.device, dtypes: Operands, compute: torch.dtype
+    shape: tuple[int, ...], order: tuple[int, ...], device: torch.device, dtypes: Operands, compute: torch.dtype
 ) -> Context:
     """A context of its own; `known_context` gives one object for all equal arguments."""
     layout = Layout(order)
-    return Context(torch.Size(shape), device, layout, compute, dtypes, layout.strides(shape))
+    is_standard = order == tuple(range(len(shape)))
+    return Context(torch.Size(shape), device, layout, compute, dtypes, layout.strides(shape), is_standard)
 
 
 known_context = functools.lru_cache(4096)(make_context)
 
 
-def context_of(operands: Operands, norm: str | None, batch_size: int | None, make: Any = known_context) -> Context:
-    """The context of a call on these tensors. `make` is `make_context` where sizes may be symbols."""
-    like = next(t for t in operands if t is not None)
-    dtypes = Operands(*(None if t is None else t.dtype for t in operands))
-    shape = (batch_size or like.shape[0], *like.shape[1:])
-    return context_from(shape, like.stride(), like.device, dtypes, norm is not None, make)
+def context_of(operands: Operands, norm: str | None) -> Context:
+    """The context of a call on these tensors."""
+    residual, update, frozen_update, gamma, weight, bias = operands
+    like = update if residual is None else residual
+    return context_from(
+        like.shape,
+        like.stride(),
+        like.device,
+        (
+            like.dtype,
+            update if update is None else update.dtype,
+            frozen_update if frozen_update is None else frozen_update.dtype,
+            gamma if gamma is None else gamma.dtype,
+            weight if weight is None else weight.dtype,
+            bias if bias is None else bias.dtype,
+        ),
+        norm is not None,
+    )
 
 
+def symbolic_context_of(operands: Operands, norm: str | None) -> Context:
+    """The same, not kept, for tensors whose sizes may be symbols."""
+    like = residual_of(operands)
+    dtypes = Operands(*(None if t is None else t.dtype for t in operands))._replace(residual=like.dtype)
+    layout = _layout_of(like.shape, like.stride(), norm is not None)
+    return make_context(like.shape, layout.order, like.device, dtypes, compute_dtype(*operands))
+
+
+@functools.lru_cache(4096)
 def context_from(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     device: torch.device,
-    dtypes: Operands,
+    dtypes: tuple[torch.dtype | None, ...],
     normed: bool,
-    make: Any = known_context,
 ) -> Context:
-    """The context of a call; shape and strides are the residual's, or the update's without one. A norm needs the
-    channels, the last dimension, innermost."""
+    """The context of a call. `dtypes` are those of the operands, the first one the result's; shape and strides are the
+    residual's, or the update's where there is no residual."""
+    order = _layout_of(shape, strides, normed).order
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    return known_context(tuple(shape), order, device, Operands(*dtypes), compute)
+
+
+def _layout_of(shape: Sequence[int], strides: Sequence[int], normed: bool) -> Layout:
+    """A norm needs the channels, the last dimension, innermost."""
     layout = Layout.of_strides(shape, strides)
     if normed and layout.order[-1] != len(shape) - 1:
-        layout = Layout(tuple(range(len(shape))))
-    like = next(dtype for dtype in dtypes if dtype is not None)
-    compute = torch.float64 if torch.float64 in dtypes else torch.float32
-    return make(shape, layout.order, device, dtypes._replace(residual=like), compute)
+        return Layout(tuple(range(len(shape))))
+    return layout
 
 
 def empty_results(

@@ -146,7 +146,7 @@ def resolve(
         reason = _why_not_kind(name, residual.device, dtypes, norm_width, forced)
         most = _LIBRARIES[name].MAX_TILE_ROWS
         if reason is None and most is not None and residual.numel() > most:
-            context = context_of(operands, None if next_input is None else next_input.norm, None)
+            context = context_of(operands, None if next_input is None else next_input.norm)
             tiling = context.tiling(add, next_input, operands.gamma is not None)
             reason = triton.why_not_rows(context.shape[0] * tiling.positions)
         return why_not_plain(tensors) if reason is None else reason

@@ -73,7 +73,7 @@ class Layout:
         """Uninitialised, in this order."""
         return torch.empty_strided(shape, self.strides(shape), dtype=dtype, device=device)
 
-    def strides(self, shape: torch.Size | list[int]) -> tuple[int, ...]:
+    def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The strides of a tensor whose samples lie in this order, one right after the other."""
         strides, stride = [1] * len(shape), 1
         for dim in reversed(self.order):

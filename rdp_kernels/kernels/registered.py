@@ -18,7 +18,6 @@ from torch import Tensor
 from .._utils.checks import is_transformed
 from .buffers import (
     Context,
-    context_of,
     empty_gradients,
     empty_results,
     joined_add,
@@ -27,6 +26,7 @@ from .buffers import (
     make_context,
     parted_add,
     parted_next,
+    symbolic_context_of,
 )
 from .dispatch import kernels_named
 from .spec import Add, NextInput, Operands, Results, residual_of
@@ -149,14 +149,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments(_FORWARD, arguments)
     operands, (add, next_input) = given.operands, given.spec
-    context = context_of(operands, given.norm, None, make_context)
+    context = symbolic_context_of(operands, given.norm)
     return _fill(empty_results(context, add, next_input, _num_saved(given)), residual_of(operands))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, results = _Arguments(_FORWARD, inputs), Results(*output)
     operands, residual = given.operands, residual_of(given.operands)
-    context = context_of(operands, given.norm, None, make_context)
+    context = symbolic_context_of(operands, given.norm)
     if given.gives_next and given.next_rows is None:
         results = results._replace(norm_input=results.out if given.adds else residual)
     ctx.library, ctx.numbers = given.library, given.several(SpecNumbers._fields)
@@ -211,9 +211,12 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _check_untransformed()
     given = _Arguments(_BACKWARD, arguments)
     context, like = _context_of_backward(given, known_context)
-    wanted, gradients = Operands(*given.wanted), Results(*given.several(_GRADIENTS))
+    wanted = Operands(*given.wanted)
+    dout, dnext, dfrozen_next = given.several(_GRADIENTS)
     results = Results(*given.several(Results._fields))
-    grads = kernels_named(given.library).fused_add_bwd(context, given.operands, results, gradients, *given.spec, wanted)
+    grads = kernels_named(given.library).fused_add_bwd(
+        context, given.operands, results, (dout, dnext, dfrozen_next), *given.spec, wanted
+    )
     return _fill(tuple(g if w else None for g, w in zip(grads, wanted, strict=True)), like)
 
 

@@ -208,6 +208,10 @@ class Results(NamedTuple):
     rstd: Any = None
 
 
+Gradients = tuple[Any, Any, Any]
+"""With respect to `out`, `next` and `frozen_next`; None stands for zero."""
+
+
 def residual_of(operands: Operands) -> Tensor:
     """The operand that the result has its shape, dtype and device from: the residual, or the update without one."""
     like: Tensor = operands.update if operands.residual is None else operands.residual

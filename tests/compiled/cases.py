@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, RowSet
 from rdp_kernels.kernels.triton import kernels
 
 
@@ -96,7 +96,7 @@ class Case:
             context,
             Operands(update=operands.update, gamma=operands.gamma, weight=operands.weight),
             saved,
-            Results(*gradients),
+            tuple(gradients),
             add,
             next_input,
             wanted._replace(gamma=wanted.gamma and self.gamma_learns),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Context, context_of
-from ..layout import Layout
-from ..spec import Add, NextInput, Operands, Results, RowSet, activation_code
+from ..spec import Add, Gradients, NextInput, Operands, Results, RowSet, activation_code
 
 
 def without_python(op: Any) -> Callable[..., Any]:
@@ -18,8 +17,10 @@ def without_python(op: Any) -> Callable[..., Any]:
     return getattr(op, "_op", op)
 
 
-_forward = torch.ops.rdp.native_fused_add.default
-_backward = torch.ops.rdp.native_fused_add_backward.default
+_forward = without_python(torch.ops.rdp.native_fused_add.default)
+_backward = without_python(torch.ops.rdp.native_fused_add_backward.default)
+_NO_ADD = Add()
+_ALL_ROWS = None, None, 0
 
 
 def fused_add_fwd(
@@ -31,21 +32,23 @@ def fused_add_fwd(
 ) -> tuple[Results, Context]:
     """Adds an update to the residual, gathers the next branch's rows, or both. Arguments as in `triton.launchers`;
     `num_saved` is for libraries that have norms."""
-    context = context_of(operands, None, None)
-    residual, update, frozen_update = (_conform(context.layout, t) for t in operands[:3])
-    spec = Add() if add is None else add
+    context = context_of(operands, None)
+    residual, update, frozen_update, gamma, _, _ = operands
+    conform = context.conform
+    residual = conform(residual)
+    spec = _NO_ADD if add is None else add
     out, next_rows, frozen_next_rows = _forward(
         residual,
-        update,
-        frozen_update,
-        _contiguous(operands.gamma),
+        update if update is None else conform(update),
+        frozen_update if frozen_update is None else conform(frozen_update),
+        gamma if gamma is None else gamma.contiguous(),
         *_rows(spec.rows),
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
         activation_code(spec.activation),
         next_input is not None,
-        *_rows(None if next_input is None else next_input.rows),
+        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         residual if in_place else None,
     )
     return Results(residual if in_place else out, next_rows, frozen_next_rows), context
@@ -55,24 +58,24 @@ def fused_add_bwd(
     context: Context,
     operands: Operands,
     results: Results,
-    gradients: Results,
+    gradients: Gradients,
     add: Add | None,
     next_input: NextInput | None,
     wanted: Operands,
     in_place: bool = False,
 ) -> Operands:
     """The gradients of the operands that are `wanted`. Arguments as in `triton.launchers`, without those of a norm."""
-    dout, dnext, dfrozen_next = (_conform(context.layout, t) for t in gradients[:3])
+    dout, dnext, dfrozen_next = map(context.conform, gradients)
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
-    spec, dtypes = Add() if add is None else add, context.dtypes
+    spec, dtypes = _NO_ADD if add is None else add, context.dtypes
     gradient_changes = spec.activation is not None or dnext is not None or dfrozen_next is not None
-    in_place = in_place and dout is not None and dout is gradients.out
+    in_place = in_place and dout is not None and dout is gradients[0]
     dresidual, *others = _backward(
         dout,
         dnext,
         dfrozen_next,
-        _conform(context.layout, operands.update),
+        context.conform(operands.update),
         _contiguous(operands.gamma),
         results.out,
         *_rows(spec.rows),
@@ -80,7 +83,7 @@ def fused_add_bwd(
         spec.scale,
         spec.channel_dim,
         activation_code(spec.activation),
-        *_rows(None if next_input is None else next_input.rows),
+        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         context.shape[0],
         context.compute == torch.float64,
         bool(wanted.residual) and gradient_changes,
@@ -94,13 +97,9 @@ def fused_add_bwd(
     return Operands(dresidual, *others)
 
 
-def _conform(layout: Layout, x: Tensor | None) -> Tensor | None:
-    return None if x is None else layout.conform(x)
-
-
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
 def _rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return (None, None, 0) if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)
+    return _ALL_ROWS if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import NORMS, Add, NextInput, Operands, Results
 from .forward import compute_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
-from .keys import BackwardKey
+from .keys import NO_ADD, BackwardKey, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
 from .reduce import Sums
@@ -34,70 +35,61 @@ class Backward:
     """
 
     def __init__(self, key: BackwardKey):
-        context, add, wanted = key.context, key.add, key.wanted
+        context, add, wanted = key.context, key.add or NO_ADD, key.wanted
         dout, dnext, dfrozen_next = key.gradients
-        from_next = dnext is not None or dfrozen_next is not None
         out, norm_input, mean, rstd = key.results
-        rows = (*key.gradients, out, norm_input, None if add is None else add.update)
-        vectors = (mean, rstd, key.weight, *((None, None) if add is None else (add.gamma, add.row_scale)))
+        rows = (*key.gradients, out, norm_input, add.update)
+        vectors = (mean, rstd, key.weight, add.gamma, add.row_scale)
         self.copies = not (
             all(t is None or context.layout.is_dense(context.shape, t.strides) for t in rows)
             and all(t is None or t.is_plain_vector for t in vectors)
         )
-        self.context, self.wanted, self.from_next = context, wanted, from_next
-        self.batch_size = context.shape[0]
-        norm = key.next.norm if key.next is not None and from_next else None
+        self.context, self.wanted, self.batch_size = context, wanted, context.shape[0]
+        self.from_next = dnext is not None or dfrozen_next is not None
+        norm = key.next.norm if key.next is not None and self.from_next else None
         self.normed, self.centers = norm is not None, norm is not None and NORMS[norm].centers
-        activation = None if add is None else add.activation
-        drops_all = add is not None and add.scale == 0
-
-        passes = wanted.residual and activation is None and not from_next
+        drops_all = add.scale == 0
+        passes = wanted.residual and add.activation is None and not self.from_next
         self.stored = Operands(
             wanted.residual and not passes,
             *(t and not drops_all for t in (wanted.update, wanted.frozen_update, wanted.gamma)),
-            *(t and from_next for t in (wanted.weight, wanted.bias)),
+            *(t and self.from_next for t in (wanted.weight, wanted.bias)),
         )
-        self.in_place = key.in_place and activation is None and self.stored.residual
+        self.zeros = [n for n in Operands._fields[1:] if getattr(wanted, n) and not getattr(self.stored, n)]
+        self.in_place = key.in_place and add.activation is None and self.stored.residual
         self.reads_update, self.reads_gamma = bool(self.stored.gamma), not drops_all
         self.has_update = bool(self.stored.update or self.stored.frozen_update or self.reads_update)
         self.makes_row_scale = self.has_update and makes_row_scale(add, context)
         # Where only sums over the next branch's learning rows are wanted, nothing else is read.
         self.only_sums = not (wanted.residual or any(self.stored[:4]))
+        self.is_short = not (self.copies or drops_all or self.makes_row_scale) and bool(wanted.update or wanted.gamma)
         # What has the kind of `dout` is allocated like it, which saves the host time.
         self.is_like_dout = dout is not None and dout.strides == context.strides
-        self.update_is_like_dout = (
-            self.is_like_dout
-            and add is not None
-            and not add.has_rows
-            and context.dtypes.update == context.dtypes.residual
-        )
-        self.channel_dim = -1 if add is None else add.channel_dim
-        self.is_short = not (self.copies or drops_all or self.makes_row_scale) and bool(wanted.update or wanted.gamma)
-        self.zeros = [n for n in Operands._fields[1:] if getattr(wanted, n) and not getattr(self.stored, n)]
-        self.is_summed = [bool(t) for t in self.stored[3:] for _ in range(2)]
-        names = [name for name in VECTORS if getattr(self.stored, name)]
-        self.places_of_sums = [names.index(name) if name in names else None for name in VECTORS]
-        self.launch: PreparedLaunch | None = None
+        same_dtype = context.dtypes.update == context.dtypes.residual
+        self.update_is_like_dout = self.is_like_dout and same_dtype and not add.has_rows
+        self.channel_dim = add.channel_dim
+        summed = [name for name in VECTORS if getattr(self.stored, name)]
+        self.places_of_sums = [summed.index(name) if name in summed else None for name in VECTORS]
+        self.is_summed = [name in summed for name in VECTORS for _ in range(2)]
         self.sums: Sums | None = None
+        self.launch: PreparedLaunch | None = None
         if any(self.stored) and not self.copies:
-            self._prepare(key)
+            self._prepare(key, len(summed))
 
-    def _prepare(self, key: BackwardKey) -> None:
+    def _prepare(self, key: BackwardKey, num_sums: int) -> None:
         """Decides what is launched."""
-        context, add = key.context, key.add
-        gamma_is_read = add is not None and (self.reads_update or (self.reads_gamma and add.gamma is not None))
-        tiling = tiling_of(context, add if gamma_is_read else None, self.normed)
+        context, add = key.context, key.add or NO_ADD
+        out, norm_input, *_ = key.results
+        reads_gamma = self.reads_update or (self.reads_gamma and add.gamma is not None)
+        tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = self.batch_size * tiling.positions
-        self.sizes = sizes_of(tiling, num_positions)
-        num_sums = sum(place is not None for place in self.places_of_sums)
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
             wide = tiling.width > WIDEST_SUM_IN_REGISTERS
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
             op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
-        tiles = Tiles.of(
-            op, context.device, num_positions, tiling.width, whole_rows=self.normed, sums=self.normed or num_sums > 0
-        )
+        sums = self.normed or num_sums > 0
+        tiles = Tiles.of(op, context.device, num_positions, tiling.width, whole_rows=self.normed, sums=sums)
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
         if num_sums:
             num_partials, width = tiles.row_blocks, tiling.width
@@ -106,22 +98,21 @@ class Backward:
                 num_partials = num_positions // max(width, 1) * tiles.column_blocks
             self.sums = Sums(context, num_partials, width, num_sums)
 
-        dout, dnext, dfrozen_next = (None if t is None else t.strides[0] for t in key.gradients)
+        dout, dnext, dfrozen_next = map(row_stride, key.gradients)
         if self.only_sums:
-            dout = dfrozen_next = None
-        update = add.update.strides[0] if self.reads_update else 0
-        others = (
-            (update, key.results[1].strides[0])
-            if self.normed
-            else (0 if key.results[0] is None else key.results[0].strides[0], update)
-        )
-        self.strides = *(stride or 0 for stride in (dout, dnext, dfrozen_next)), *others, tiles.tiles
+            dout = dfrozen_next = 0
+        update = row_stride(add.update) if self.reads_update else 0
+        last = self.in_place, compute_of(context), tiles.block_m, tiles.block_n
+        # The arguments between a call's numbers and tensors, and those after them.
+        self.sizes: tuple[int, ...] = sizes_of(tiling, num_positions)
+        self.last: tuple[Any, ...]
         if self.normed:
-            flags: tuple = (self.centers,)
+            strides = dout, dnext, dfrozen_next, update, row_stride(norm_input)
+            self.last = (*strides, tiles.tiles, self.centers, *last)
         else:
+            strides = dout, dnext, dfrozen_next, row_stride(out), update
             self.sizes = (*self.sizes, tiling.channels)
-            flags = tiling.gamma_per == "position", add.activation
-        self.last = *self.strides, *flags, self.in_place, compute_of(context), tiles.block_m, tiles.block_n
+            self.last = (*strides, tiles.tiles, tiling.gamma_per == "position", add.activation, *last)
 
     def add(
         self,
@@ -136,6 +127,7 @@ class Backward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of residual (where an activation changes it), update and γ, where the call `is_short`: there is
         nothing but a sum, and no row is frozen."""
+        assert self.launch is not None
         context, wanted = self.context, self.wanted
         dresidual = dupdate = dgamma = sums = None
         if wanted.residual:
@@ -144,7 +136,7 @@ class Backward:
         if wanted.update:
             like = self.update_is_like_dout
             dupdate = torch.empty_like(dout) if like else context.empty(num_rows, context.dtypes.update)
-        if wanted.gamma:
+        if self.sums is not None and gamma is not None:
             dgamma = torch.empty_like(gamma)
             (sums,) = self.sums.empty_partials()
         self.launch(
@@ -152,7 +144,7 @@ class Backward:
             dresidual, dupdate, None, sums, dout, None, None, out, update, gamma, row_scale, inverse, None,
             scale, *self.sizes, num_rows, num_rows, 0, 0, *self.last,
         )  # fmt: skip
-        if wanted.gamma:
+        if self.sums is not None:
             self.sums.run(dgamma, sums)
         return dresidual, dupdate, dgamma
 
@@ -203,7 +195,7 @@ class Backward:
                 num_next = num_next_learning if dfrozen_next is None else next_rows.num_rows
         update = operands.update if self.reads_update else None
         gamma = operands.gamma if self.reads_gamma else None
-        partials = None if self.sums is None else self.sums.empty_partials()
+        partials: Any = None if self.sums is None else self.sums.empty_partials()
         gamma_sums, weight_sums, bias_sums = (None if i is None else partials[i] for i in self.places_of_sums)
         if self.normed:
             num_saved = num_next_learning if dfrozen_next is None else results.norm_input.shape[0]
@@ -230,13 +222,13 @@ class Backward:
         """All wanted gradients, allocated."""
         context, wanted, dtypes = self.context, self.wanted, self.context.dtypes
         dresidual = dout if wanted.residual else None
-        if self.stored.residual and not self.in_place:
-            like = self.is_like_dout
-            dresidual = torch.empty_like(dout) if like else context.empty(self.batch_size, dtypes.residual)
         dupdate = dfrozen_update = None
+        if self.stored.residual and not self.in_place:
+            like = dout if self.is_like_dout else None
+            dresidual = context.empty(self.batch_size, dtypes.residual) if like is None else torch.empty_like(like)
         if wanted.update:
-            like = self.update_is_like_dout
-            dupdate = torch.empty_like(dout) if like else context.empty(num_learning, dtypes.update)
+            like = dout if self.update_is_like_dout else None
+            dupdate = context.empty(num_learning, dtypes.update) if like is None else torch.empty_like(like)
         if wanted.frozen_update:
             dfrozen_update = context.empty(num_frozen, dtypes.frozen_update)
         return Operands(

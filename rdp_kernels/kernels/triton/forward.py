@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..buffers import Context, context_from
 from ..layout import Tiling
 from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
-from .keys import AddKey, ForwardKey
+from .keys import NO_ADD, NO_NEXT_INPUT, AddKey, ForwardKey, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
 from .residual_add import _residual_add_fwd_kernel
@@ -35,20 +36,16 @@ class Forward:
     """
 
     def __init__(self, key: ForwardKey):
-        add, next_input = key.add, key.next
-        rows = (key.residual, *((None, None) if add is None else add[:2]))
-        vectors = (
-            None if add is None else add.gamma,
-            *((None, None) if next_input is None else next_input[:2]),
-            None if add is None else add.row_scale,
-        )
+        add, next_input = key.add or NO_ADD, key.next or NO_NEXT_INPUT
+        rows = key.residual, add.update, add.frozen_update
+        vectors = add.gamma, next_input.weight, next_input.bias
         like = next(t for t in rows if t is not None)
-        dtypes = Operands(*(None if t is None else t.dtype for t in (*rows, *vectors[:3])))
-        normed = next_input is not None and next_input.norm is not None
-        self.context = context_from((key.batch_size, *like.shape), like.strides, like.device, dtypes, normed)
+        dtypes = like.dtype, *(None if t is None else t.dtype for t in (*rows[1:], *vectors))
+        shape = key.batch_size, *like.shape
+        self.context = context_from(shape, like.strides, like.device, dtypes, next_input.norm is not None)
         self.copies = not (
-            all(t is None or self.context.layout.is_dense((1, *t.shape), t.strides) for t in rows)
-            and all(t is None or t.is_plain_vector for t in vectors)
+            all(t is None or self.context.layout.is_dense(shape, t.strides) for t in rows)
+            and all(t is None or t.is_plain_vector for t in (*vectors, add.row_scale))
         )
         self.batch_size, self.dtype = key.batch_size, self.context.dtypes.residual
         self.choices: set[str] = set()
@@ -63,33 +60,39 @@ class FusedAdd(Forward):
 
     def __init__(self, key: ForwardKey):
         super().__init__(key)
-        add, next_input, context = key.add, key.next, self.context
+        add, next_input, context = key.add or NO_ADD, key.next or NO_NEXT_INPUT, self.context
         self.in_place = key.in_place
         self.is_like_residual = key.residual is not None and key.residual.strides == context.strides
-        self.drops_all = add is not None and add.scale == 0
+        self.drops_all = add.scale == 0
         self.makes_row_scale = makes_row_scale(add, context)
-        self.is_short = next_input is None and not (self.copies or self.drops_all or self.makes_row_scale)
-        self.normed = next_input is not None and next_input.norm is not None
-        self.centers = self.normed and NORMS[next_input.norm].centers
-        self.copies_norm_input = next_input is not None and next_input.has_rows
+        self.is_short = key.next is None and not (self.copies or self.drops_all or self.makes_row_scale)
+        self.normed = next_input.norm is not None
+        self.centers = next_input.norm is not None and NORMS[next_input.norm].centers
+        self.copies_norm_input = next_input.has_rows
         self.norms_of_a_row = math.prod(context.shape[1:-1])
 
-        read = (None, None, None) if add is None or self.drops_all else add[:3]
-        tiling = tiling_of(context, add if read[2] is not None else None, self.normed)
+        reads_gamma = add.gamma is not None and not self.drops_all
+        tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = key.batch_size * tiling.positions
         op = "residual_add_norm_fwd" if self.normed else "residual_add_fwd"
         tiles = Tiles.of(op, context.device, num_positions, tiling.width, whole_rows=self.normed)
         self.num_programs = tiles.num_programs
-        self.sizes = sizes_of(tiling, num_positions)
-        inputs = (0 if t is None else t.strides[0] for t in (key.residual, *read[:2]))
-        strides = (key.residual.strides[0] if key.in_place else self.sizes[3] if add is not None else 0, *inputs)
+        sizes = sizes_of(tiling, num_positions)
+        strides = (
+            row_stride(key.residual) if key.in_place else sizes[-1] if key.add is not None else 0,
+            row_stride(key.residual),
+            *(0 if self.drops_all else row_stride(t) for t in (add.update, add.frozen_update)),
+        )
         last = key.in_place, compute_of(context), tiles.block_m, tiles.block_n
+        # The arguments between a call's numbers and tensors, and those after them.
+        self.sizes: tuple[int, ...]
+        self.last: tuple[Any, ...]
         if self.normed:
             self.launch = PreparedLaunch(_residual_add_norm_fwd_kernel, tiles.config, context.device)
-            self.last = (*strides, self.centers, next_input.eps, *last)
+            self.sizes, self.last = sizes, (*strides, self.centers, next_input.eps, *last)
         else:
             self.launch = PreparedLaunch(_residual_add_fwd_kernel, tiles.config, context.device)
-            self.sizes = (*self.sizes, tiling.channels)
+            self.sizes = (*sizes, tiling.channels)
             self.last = (*strides, tiling.gamma_per == "position", add.activation, *last)
 
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
@@ -160,7 +163,7 @@ class FusedAdd(Forward):
         return out
 
     def _empty_sum(self, residual: Tensor | None) -> Tensor:
-        if self.is_like_residual:  # saves the time of allocating by strides
+        if residual is not None and self.is_like_residual:  # saves the time of allocating by strides
             return torch.empty_like(residual)
         return self.context.empty(self.batch_size, self.dtype)
 
@@ -178,7 +181,7 @@ class Gather(Forward):
         self.width = math.prod(context.shape[1:])
         self.tiles = Tiles.of("gather_rows", context.device, key.batch_size, self.width)
         self.launch = PreparedLaunch(_gather_rows_kernel, self.tiles.config, context.device)
-        self.last = self.width, key.residual.strides[0], self.tiles.block_m, self.tiles.block_n
+        self.last = self.width, row_stride(key.residual), self.tiles.block_m, self.tiles.block_n
 
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
         assert next_input is not None
@@ -206,10 +209,9 @@ class Gather(Forward):
 # What forwards and backwards have in common.
 
 
-def tiling_of(context: Context, add: AddKey | None, normed: bool) -> Tiling:
-    """A norm's tiles span the channels; other tiles run along γ, which is read where `add` is given."""
-    channel_dim = -1 if normed else None if add is None else add.channel_dim
-    return context.layout.tiling(context.shape, channel_dim)
+def tiling_of(context: Context, channel_dim: int | None, normed: bool) -> Tiling:
+    """A norm's tiles span the channels; other tiles run along γ, if it is read."""
+    return context.layout.tiling(context.shape, -1 if normed else channel_dim)
 
 
 def sizes_of(tiling: Tiling, num_positions: int) -> tuple[int, int, int, int]:
@@ -221,10 +223,9 @@ def compute_of(context: Context) -> tl.dtype:
     return tl.float64 if context.compute == torch.float64 else tl.float32
 
 
-def makes_row_scale(add: AddKey | None, context: Context) -> bool:
+def makes_row_scale(add: AddKey, context: Context) -> bool:
     """Whether a number has to become a tensor: kernels take numbers of 32 bits."""
-    float64 = context.compute == torch.float64
-    return float64 and add is not None and add.row_scale is None and add.scale is None
+    return context.compute == torch.float64 and add.row_scale is None and add.scale is None
 
 
 def row_scale_of(scale: float, num_rows: int, context: Context) -> Tensor:

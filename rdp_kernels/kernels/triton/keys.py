@@ -40,6 +40,10 @@ class Kind(NamedTuple):
         return self.strides == (1,)
 
 
+def row_stride(kind: Kind | None) -> int:
+    return 0 if kind is None else kind.strides[0]
+
+
 class AddKey(NamedTuple):
     """Of an `Add` and its operands. `scale` is 0 or 1, or None for any other number."""
 
@@ -63,6 +67,10 @@ class NextKey(NamedTuple):
     norm: str | None
     eps: float
     saves: bool
+
+
+NO_ADD = AddKey(None, None, None, None, False, 1.0, -1, None)
+NO_NEXT_INPUT = NextKey(None, None, False, False, None, 0.0, False)
 
 
 class ForwardKey(NamedTuple):
@@ -223,11 +231,17 @@ def named(kind: tuple | None) -> Kind | None:
 
 
 def named_add(add: tuple | None) -> AddKey | None:
-    return None if add is None else AddKey(*map(named, add[:4]), *add[4:])
+    if add is None:
+        return None
+    update, frozen_update, gamma, row_scale, *others = add
+    return AddKey(named(update), named(frozen_update), named(gamma), named(row_scale), *others)
 
 
 def named_next(next_input: tuple | None) -> NextKey | None:
-    return None if next_input is None else NextKey(*map(named, next_input[:2]), *next_input[2:])
+    if next_input is None:
+        return None
+    weight, bias, *others = next_input
+    return NextKey(named(weight), named(bias), *others)
 
 
 Value = TypeVar("Value")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..buffers import Context
-from ..spec import Add, NextInput, Operands, Results, residual_of
+from ..spec import Add, Gradients, NextInput, Operands, Results, residual_of
 from .backward import Backward
 from .forward import Forward, prepare_forward
 from .keys import Cache, backward_key, forward_key, named_backward, named_forward
@@ -92,8 +92,8 @@ def remember(choice: str, operands: Operands, add: Add | None, next_input: NextI
 
 def _key_of_call(operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> tuple:
     batch_size = residual_of(operands).shape[0]
-    saves = records and next_input is not None and next_input.norm is not None
-    if saves:
+    saves = False
+    if records and next_input is not None and next_input.norm is not None:
         saves = next_input.num_with_gradient(batch_size) > 0
     return forward_key(operands, add, next_input, saves, False, batch_size)
 
@@ -102,7 +102,7 @@ def fused_add_bwd(
     context: Context,
     operands: Operands,
     results: Results,
-    gradients: Results,
+    gradients: Gradients,
     add: Add | None,
     next_input: NextInput | None,
     wanted: Operands,
@@ -114,7 +114,7 @@ def fused_add_bwd(
         context: the forward's.
         operands: `update` where dγ is wanted, `gamma` and `weight` where a gradient passes through them; else None.
         results: `out` where there is an activation, `norm_input`, `mean` and `rstd` where there is a norm.
-        gradients: the gradients of the results; None stands for zero.
+        gradients: the gradients of `out`, `next` and `frozen_next`; None stands for zero.
         add: as in the forward.
         next_input: as in the forward.
         wanted: for each operand, whether its gradient is wanted.
@@ -123,7 +123,7 @@ def fused_add_bwd(
     Returns:
         The wanted gradients. None stands for zero.
     """
-    dout, dnext, dfrozen_next = gradients[:3]
+    dout, dnext, dfrozen_next = gradients
     if dnext is None and dfrozen_next is None:
         if dout is None:
             return Operands()
@@ -138,7 +138,7 @@ def fused_add_bwd(
     if prepared is None:
         prepared = _backwards.add(key, Backward(named_backward(key)))
     if prepared.copies:
-        dense = Results(*(_conformed(context, gradient) for gradient in given))
+        dense = _conformed(context, given[0]), _conformed(context, given[1]), _conformed(context, given[2])
         saved, add = _copied(context, operands, add)
         results = Results(
             out=_conformed(context, results.out),
@@ -146,7 +146,7 @@ def fused_add_bwd(
             mean=_dense(results.mean),
             rstd=_dense(results.rstd),
         )
-        in_place = in_place and dense.out is dout
+        in_place = in_place and dense[0] is dout
         return fused_add_bwd(context, saved, results, dense, add, next_input, wanted, in_place)
     return prepared.run(operands, results, given, add, next_input)
 
@@ -177,6 +177,7 @@ def _copied(context: Context, operands: Operands, add: Add | None) -> tuple[Oper
 
 
 def _conformed(context: Context, x: Tensor | None) -> Tensor | None:
+    """As `Context.conform`, for empty tensors too: their strides are part of a key."""
     return None if x is None else context.layout.conform(x)
 
 

@@ -34,8 +34,7 @@ class Launch:
 
 
 _log = logging.getLogger("rdp_kernels")
-RunLaunch = Callable[[int, tuple[Any, ...]], None]
-"""Takes the number of programs and the kernel's arguments."""
+_hooks = knobs.runtime
 _observers: list[Callable[[Launch], None]] = []
 
 
@@ -54,7 +53,8 @@ class PreparedLaunch:
     dtypes, pointers that are None, alignment, and the numbers that aren't in `common._VARYING`.
 
     The first call is an ordinary launch, in which Triton finds the compiled kernel. Later calls launch that kernel
-    directly, which takes the host a twentieth of the time. Triton's hooks see all of them.
+    directly, as an ordinary launch does in the end. This takes the host a twentieth of the time, and private names of
+    Triton 3.6 and 3.7. While hooks are set, or where a name is missing, all launches are ordinary ones.
     """
 
     direct = True
@@ -62,56 +62,50 @@ class PreparedLaunch:
 
     def __init__(self, kernel: Any, config: LaunchConfig, device: torch.device):
         self.kernel, self.config, self.options = kernel, config, options_of(config, device)
-        several_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
-        self._device = device.index if several_gpus else None
-        self._launch: RunLaunch = self._launch_first
+        self._device = device.index or 0
+        self._several_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
+        self._run: Any = None
+        """Launches the compiled kernel; None as long as that isn't known."""
 
     def __call__(self, num_programs: int, *arguments: Any) -> None:
         """Launches with all arguments of the kernel, in order, on the current CUDA stream of their device. Without
         programs it does nothing."""
+        if self._several_gpus and torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self(num_programs, *arguments)
+        elif num_programs and self._run is not None and not (_observers or self._has_hooks()):
+            stream = self._current_stream(self._device)
+            self._run(num_programs, 1, 1, stream, self._function, self._metadata, None, None, None, *arguments)
+        else:
+            self._launch(num_programs, arguments)
+
+    def _has_hooks(self) -> bool:
+        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook  # chains of hooks, or single ones
+        return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks
+
+    def _launch(self, num_programs: int, arguments: tuple[Any, ...]) -> None:
+        """An ordinary launch. The first one finds the compiled kernel, except where Triton interprets kernels."""
         if num_programs == 0:
             return
         if _observers:
             by_name = dict(zip(self.kernel.arg_names, arguments, strict=True))
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
-        elif self._device is None or torch.cuda.current_device() == self._device:
-            self._launch(num_programs, arguments)
-        else:
-            with torch.cuda.device(self._device):
-                self._launch(num_programs, arguments)
-
-    def _launch_first(self, num_programs: int, arguments: tuple[Any, ...]) -> None:
-        """An ordinary launch. It gives the compiled kernel, except where Triton interprets it."""
+            return
         compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-        if PreparedLaunch.direct and not interpreted():
-            self._launch = direct_launch(compiled, self._launch_first) or self._launch_first
+        if PreparedLaunch.direct and self._run is None and not interpreted():
+            self._keep(compiled)
 
-
-def direct_launch(compiled: Any, ordinary_launch: RunLaunch) -> RunLaunch | None:
-    """A function that launches a compiled kernel as an ordinary launch does in the end, without finding it again.
-
-    It uses private names of Triton 3.6 and 3.7. Where one is missing it returns None, and says so once. While hooks are
-    set it leaves launches to `ordinary_launch`.
-    """
-    try:
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        current_device, current_stream = driver.active.get_current_device, driver.active.get_current_stream
-        before_run, runtime = compiled.src.fn.pre_run_hooks, knobs.runtime
-        _ = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
-    except AttributeError as error:
-        PreparedLaunch.direct = False
-        _log.warning(
-            "rdp_kernels knows no direct launch in triton %s (%s): each launch takes the host about 20 µs more",
-            triton.__version__,
-            error,
-        )
-        return None
-
-    def launch(num_programs: int, arguments: tuple[Any, ...]) -> None:
-        if before_run or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            ordinary_launch(num_programs, arguments)
-        else:
-            stream = current_stream(current_device())
-            run(num_programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-
-    return launch
+    def _keep(self, compiled: Any) -> None:
+        """Keeps what a direct launch needs. Says once if this Triton doesn't have it."""
+        try:
+            self._function, self._metadata = compiled.function, compiled.packed_metadata
+            self._current_stream = driver.active.get_current_stream
+            self._has_hooks()
+            self._run = compiled.run
+        except AttributeError as error:
+            PreparedLaunch.direct = False
+            _log.warning(
+                "rdp_kernels knows no direct launch in triton %s (%s): each launch takes the host about 20 µs more",
+                triton.__version__,
+                error,
+            )

@@ -14,7 +14,7 @@ from ..short import rows_are_right
 from ..spec import ACTIVATIONS, Add, Operands, Results, RowSet
 from .backward import Backward
 from .forward import FusedAdd, Gather
-from .keys import SPECIAL_SCALES, BackwardKey, Cache, named, named_add, of, of_rows, of_vector
+from .keys import NO_ADD, SPECIAL_SCALES, BackwardKey, Cache, Kind, named, named_add, of, of_rows, of_vector
 from .launchers import fused_add_bwd, fused_add_fwd, known
 from .rows import inverse_of
 
@@ -108,7 +108,7 @@ def residual_add_backward(
         prepared.context,
         Operands(update=update, gamma=gamma),
         Results(out),
-        Results(dout),
+        (dout, None, None),
         Add(row_set, scale, row_scale, channel_dim, _ACTIVATIONS[activation]),
         None,
         prepared.wanted,
@@ -126,16 +126,20 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
 
 
 def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
-    add = Add(RowSet(rows, rows.shape[0]))
-    scattered: Tensor = fused_add_fwd(Operands(None, dout), add, None, batch_size=batch_size)[0].out
+    """The forward of an add to nothing."""
+    row_set = RowSet(rows, rows.shape[0])
+    prepared = known((batch_size, None, (of_rows(dout), None, None, None, True, 1.0, -1, None), None, False))
+    if isinstance(prepared, FusedAdd) and prepared.is_short:
+        return prepared.add(None, dout, None, None, 1.0, row_set.num_rows, inverse_of(row_set, batch_size))
+    scattered: Tensor = fused_add_fwd(Operands(None, dout), Add(row_set), None, batch_size=batch_size)[0].out
     return scattered
 
 
 def _prepare_backward(key: tuple) -> Backward:
-    batch_size, dout, add, out, wants_update, update_dtype = key
-    dout, add = named(dout), named_add(add)
-    dtypes = Operands(dout.dtype, update_dtype or dout.dtype, None, None if add.gamma is None else add.gamma.dtype)
-    context = context_from((batch_size, *dout.shape), dout.strides, dout.device, dtypes, normed=False)
+    batch_size, (strides, dtype, misaligned_by, shape, device), add_key, out, wants_update, update_dtype = key
+    add = named_add(add_key) or NO_ADD
+    dtypes = dtype, update_dtype or dtype, None, None if add.gamma is None else add.gamma.dtype, None, None
+    context = context_from((batch_size, *shape), strides, device, dtypes, False)
+    gradients, results = (Kind(strides, dtype, misaligned_by), None, None), (named(out), None, None, None)
     wanted = Operands(out is not None, wants_update, False, add.update is not None, False, False)
-    results = named(out), None, None, None
-    return Backward(BackwardKey(context, (dout, None, None), results, None, add, None, wanted, False))
+    return Backward(BackwardKey(context, gradients, results, None, add, None, wanted, False))
