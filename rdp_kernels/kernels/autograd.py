@@ -18,7 +18,7 @@ from . import dispatch, eager, registered
 from .buffers import joined_add, joined_next, parted_add, parted_next
 from .dispatch import PLAIN
 from .short import ShortAdd, ShortGather, rows_are_right
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, activation_code, compute_dtype, residual_of
+from .spec import ACTIVATION_CODES, ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -29,7 +29,7 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-    if dispatch.is_plain(residual_of(operands)) and _are_plain((*operands, add and add.row_scale)):
+    if dispatch.is_plain(residual_of(operands)) and _are_plain((*operands, None if add is None else add.row_scale)):
         results = _known_call(operands, add, next_input)
         if results is not None:
             return results
@@ -145,9 +145,9 @@ def unchecked_add(
     if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
         if not (rows is None or type(rows) is Tensor):
             return None
-        if not (activation is None or (type(activation) is str and activation in ACTIVATIONS)):
+        if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
             return None
-        options = rows, scale, channel_dim, activation_code(activation)
+        options = rows, scale, channel_dim, ACTIVATION_CODES[activation]
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
     records = learns and is_grad_enabled()
     for kernels in libraries:

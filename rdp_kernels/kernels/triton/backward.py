@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..buffers import Context
 from ..spec import NORMS, Add, NextInput, Operands, Results
-from .forward import compute_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
-from .keys import NO_ADD, BackwardKey, row_stride
+from .forward import compute_of, inverse_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
+from .keys import NO_ADD, BackwardKey, Cache, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
-from .reduce import Sums
+from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
-from .rows import inverse_of
 
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums: at this width 24 of a thread's 128 registers, beside
 the tile that it works on."""
 VECTORS = ("gamma", "weight", "bias")
+
+
+class Sums:
+    """The second stage for up to three vectors, in one launch. All have partial sums of one shape."""
+
+    def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
+        self.context, self.shape, self.num_vectors = context, (num_partials, width), num_vectors
+        self.tiles = Tiles.of("sum_partials", context.device, 1, width)
+        self.launch = PreparedLaunch(_sum_partials_kernel, self.tiles.config, context.device)
+        self.num_programs = self.tiles.column_blocks * num_vectors
+        self.absent = (None,) * (2 * (3 - num_vectors))
+
+    def empty_partials(self) -> Sequence[Tensor]:
+        """Partial sums for each vector."""
+        if self.num_vectors == 1:
+            return (torch.empty(self.shape, dtype=self.context.compute, device=self.context.device),)
+        shape = (self.num_vectors, *self.shape)  # one allocation takes the host less time than three
+        return torch.empty(shape, dtype=self.context.compute, device=self.context.device).unbind()
+
+    def run(self, *pairs: Tensor | None) -> None:
+        """`pairs`: a vector and its partial sums, and again."""
+        block_n = self.tiles.block_n
+        self.launch(self.num_programs, *pairs, *self.absent, *self.shape, self.tiles.config.tile // block_n, block_n)
 
 
 class Backward:
@@ -244,3 +268,9 @@ class Backward:
         if like is not None and like.dtype is dtype:  # saves the time of allocating by size
             return torch.empty_like(like)
         return torch.empty(self.context.shape[dim], dtype=dtype, device=self.context.device)
+
+
+backwards: Cache[Backward] = Cache()
+"""By `BackwardKey`."""
+short_backwards: Cache[Backward] = Cache()
+"""By the keys of `short.residual_add_backward`."""

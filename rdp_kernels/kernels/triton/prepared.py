@@ -62,6 +62,7 @@ class PreparedLaunch:
 
     def __init__(self, kernel: Any, config: LaunchConfig, device: torch.device):
         self.kernel, self.config, self.options = kernel, config, options_of(config, device)
+        self._is_compiled = not interpreted()
         self._device = device.index or 0
         self._several_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
         self._run: Any = None
@@ -92,7 +93,7 @@ class PreparedLaunch:
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
             return
         compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-        if PreparedLaunch.direct and self._run is None and not interpreted():
+        if PreparedLaunch.direct and self._run is None and self._is_compiled:
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:
