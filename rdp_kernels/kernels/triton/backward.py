@@ -90,7 +90,7 @@ class Backward:
         # What has the kind of `dout` is allocated like it, which saves the host time.
         self.is_like_dout = dout is not None and dout.strides == context.strides
         same_dtype = context.dtypes.update == context.dtypes.residual
-        self.update_is_like_dout = self.is_like_dout and same_dtype and not add.has_rows
+        self.update_is_like_dout = self.is_like_dout and same_dtype and context.is_standard
         self.channel_dim = add.channel_dim
         summed = [name for name in VECTORS if getattr(self.stored, name)]
         self.places_of_sums = [summed.index(name) if name in summed else None for name in VECTORS]
@@ -158,8 +158,7 @@ class Backward:
             like = self.is_like_dout
             dresidual = torch.empty_like(dout) if like else context.empty(self.batch_size, context.dtypes.residual)
         if wanted.update:
-            like = self.update_is_like_dout
-            dupdate = torch.empty_like(dout) if like else context.empty(num_rows, context.dtypes.update)
+            dupdate = self._empty_update(dout, num_rows)
         if self.sums is not None and gamma is not None:
             dgamma = torch.empty_like(gamma)
             (sums,) = self.sums.empty_partials()
@@ -251,8 +250,7 @@ class Backward:
             like = dout if self.is_like_dout else None
             dresidual = context.empty(self.batch_size, dtypes.residual) if like is None else torch.empty_like(like)
         if wanted.update:
-            like = dout if self.update_is_like_dout else None
-            dupdate = context.empty(num_learning, dtypes.update) if like is None else torch.empty_like(like)
+            dupdate = self._empty_update(dout, num_learning)
         if wanted.frozen_update:
             dfrozen_update = context.empty(num_frozen, dtypes.frozen_update)
         return Operands(
@@ -263,6 +261,12 @@ class Backward:
             self._vector(dtypes.weight, -1, operands.weight) if wanted.weight else None,
             self._vector(dtypes.bias, -1, operands.weight) if wanted.bias else None,
         )
+
+    def _empty_update(self, dout: Tensor | None, num_rows: int) -> Tensor:
+        context = self.context
+        if dout is None or not self.update_is_like_dout:
+            return context.empty(num_rows, context.dtypes.update)
+        return torch.empty_like(dout) if num_rows == self.batch_size else dout.new_empty((num_rows, *context.shape[1:]))
 
     def _vector(self, dtype: torch.dtype, dim: int, like: Tensor | None) -> Tensor:
         if like is not None and like.dtype is dtype:  # saves the time of allocating by size
