@@ -18,7 +18,7 @@ from . import dispatch, eager, registered
 from .buffers import joined_add, joined_next, parted_add, parted_next
 from .dispatch import PLAIN
 from .short import ShortAdd, ShortGather, rows_are_right
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, activation_code, compute_dtype, residual_of
+from .spec import ACTIVATION_CODES, ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -29,7 +29,7 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-    if dispatch.is_plain(residual_of(operands)) and _are_plain(operands):
+    if dispatch.is_plain(residual_of(operands)) and _are_plain((*operands, None if add is None else add.row_scale)):
         results = _known_call(operands, add, next_input)
         if results is not None:
             return results
@@ -111,7 +111,7 @@ def _scale_and_factors(row_scale: Tensor | float) -> tuple[float, Tensor | None]
     """A row scale as a number for all rows, and as a factor for each row. None if it needs further checks."""
     if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
         return row_scale, None
-    if type(row_scale) is Tensor and not row_scale.requires_grad:
+    if type(row_scale) is Tensor and row_scale.dim() == 1 and not row_scale.requires_grad:
         return 1.0, row_scale
     return None
 
@@ -143,9 +143,11 @@ def unchecked_add(
         return None
     options: tuple = ()
     if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
-        if not (rows is None or type(rows) is Tensor) or not (activation is None or activation in ACTIVATIONS):
+        if not (rows is None or type(rows) is Tensor):
             return None
-        options = rows, scale, channel_dim, activation_code(activation)
+        if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
+            return None
+        options = rows, scale, channel_dim, ACTIVATION_CODES[activation]
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
     records = learns and is_grad_enabled()
     for kernels in libraries:
@@ -212,9 +214,9 @@ def _known_call(operands: Operands, add: Add | None, next_input: NextInput | Non
 _PLAIN_OR_ABSENT = {*PLAIN, type(None)}
 
 
-def _are_plain(operands: Operands) -> bool:
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the types of all tensors are."""
-    return _PLAIN_OR_ABSENT.issuperset(map(type, operands))
+    return _PLAIN_OR_ABSENT.issuperset(map(type, tensors))
 
 
 def _records(operands: Operands) -> bool:

@@ -30,21 +30,21 @@ def measured(tmp_path_factory):
 
 
 # Eager, Triton, the compiled library: launches of a forward, and with its backward; or of a drop and a reuse iteration,
-# where most are ops of torch: branches, sums and gradients. drop_path_add draws its mask by four ops.
+# where most are ops of torch: branches, sums and gradients. drop_path_add draws its mask by three ops.
 LAUNCHES = {
     "residual_add": ((4, 8), (1, 3), (1, 3)),
     "residual_add, γ frozen": ((4, 6), (1, 2), (1, 2)),
     "residual_add without γ": ((3, 4), (1, 2), (1, 2)),
-    "residual_add rows": ((2, 7), (2, 5), (2, 5)),
-    "gather_rows": ((1, 3), (1, 3), (2, 4)),
-    "drop_path_add": ((5, 9), (5, 7), (5, 7)),
-    "residual_add_norm": ((5, 11), (1, 5), (6, 14)),
-    "residual_add_norm, γ frozen": ((5, 9), (1, 4), (6, 13)),
-    "residual_add_norm rms": ((12, 34), (1, 4), (10, 30)),
-    "12 paths, block mode": ((56, 56), (59, 72), (59, 59)),
-    "12 paths, sample mode": ((130, 209), (107, 132), (155, 179)),
-    "sequence of 12 with norms, block mode": ((73, 81), (71, 72), (76, 97)),
-    "sequence of 12 with norms, sample mode": ((155, 257), (111, 137), (168, 216)),
+    "residual_add rows": ((2, 7), (2, 4), (2, 4)),
+    "gather_rows": ((1, 3), (1, 3), (1, 3)),
+    "drop_path_add": ((5, 9), (4, 6), (4, 6)),
+    "residual_add_norm": ((5, 11), (1, 3), (6, 14)),
+    "residual_add_norm, γ frozen": ((5, 9), (1, 3), (6, 13)),
+    "residual_add_norm rms": ((12, 34), (1, 3), (10, 30)),
+    "12 paths, block mode": ((56, 56), (59, 59), (59, 59)),
+    "12 paths, sample mode": ((130, 209), (120, 132), (120, 132)),
+    "sequence of 12 with norms, block mode": ((73, 81), (63, 68), (76, 97)),
+    "sequence of 12 with norms, sample mode": ((155, 257), (99, 125), (121, 169)),
 }
 
 
