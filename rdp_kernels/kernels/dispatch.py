@@ -100,10 +100,10 @@ def available_backends() -> dict[str, str | None]:
 def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
     """Chooses the backend of all functions and modules within a `with` block.
 
-    `"auto"`, the default outside of such blocks, takes the fastest backend that can serve a call. A backend that was
-    asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve. Kernels have no rules for
-    `torch.func` transforms and forward-mode AD: there `"auto"` takes `"eager"`. The choice holds for all threads. The
-    environment variable `RDP_BACKEND`, which is read once, sets the default of a process.
+    `"auto"`, the default outside of such blocks, takes the first of `"native"`, `"triton"` and `"eager"` that can serve
+    a call. A backend that was asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve.
+    Kernels have no rules for `torch.func` transforms and forward-mode AD: there `"auto"` takes `"eager"`. The choice
+    holds for all threads. The environment variable `RDP_BACKEND`, which is read once, sets the default of a process.
 
     Args:
         name: `"auto"`, `"eager"` (plain torch, works for everything), `"triton"` or `"native"` (the compiled library).
