@@ -246,14 +246,14 @@ bool are_served(const Tensor& residual, const Tensor* branch = nullptr, const Te
 }
 
 ForwardResults unchecked_add(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
-                             const MaybeTensor& row_scale, const Tensor* rows, double scale, int64_t channel_dim,
+                             const MaybeTensor& row_scale, const RowTensors& rows, double scale, int64_t channel_dim,
                              int64_t activation) {
   return unless_refused([&]() -> ForwardResults {
     if (!are_served(residual, &branch, pointer(gamma))) return {};
     return forward({
         .residual = &residual,
         .branch = &branch,
-        .addend = {pointer(gamma), pointer(row_scale), {rows}, scale, channel_dim},
+        .addend = {pointer(gamma), pointer(row_scale), rows, scale, channel_dim},
         .activation = activation_of(activation),
     });
   });
@@ -262,15 +262,16 @@ ForwardResults unchecked_add(const Tensor& residual, const Tensor& branch, const
 MaybeTensor residual_add(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
                          const MaybeTensor& row_scale, const MaybeTensor& rows, double scale, int64_t channel_dim,
                          int64_t activation) {
-  return unchecked_add(residual, branch, gamma, row_scale, pointer(rows), scale, channel_dim, activation).out;
+  return unchecked_add(residual, branch, gamma, row_scale, {pointer(rows)}, scale, channel_dim, activation).out;
 }
 
-// Also returns the inverse of the rows for the backward where it was made on a GPU, which took a launch.
+// Also returns the inverse of the rows for the backward, where it was given or made on a GPU, which took a launch.
 TwoTensors residual_add_rows(const Tensor& residual, const Tensor& branch, const MaybeTensor& gamma,
                              const MaybeTensor& row_scale, const Tensor& rows, double scale, int64_t channel_dim,
-                             int64_t activation) {
-  auto results = unchecked_add(residual, branch, gamma, row_scale, &rows, scale, channel_dim, activation);
-  return {std::move(results.out), std::move(results.inverse)};
+                             int64_t activation, const MaybeTensor& inverse) {
+  auto results =
+      unchecked_add(residual, branch, gamma, row_scale, {&rows, pointer(inverse)}, scale, channel_dim, activation);
+  return {std::move(results.out), inverse ? inverse : std::move(results.inverse)};
 }
 
 ThreeTensors residual_add_backward(const Tensor& dout, const MaybeTensor& branch, const MaybeTensor& gamma,
@@ -332,7 +333,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdp, ops) {
       "Tensor? rows=None, float scale=1.0, int channel_dim=-1, int activation=0) -> Tensor?");
   ops.def(
       "native_residual_add_rows(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale, Tensor rows, "
-      "float scale, int channel_dim, int activation) -> (Tensor?, Tensor?)");
+      "float scale, int channel_dim, int activation, Tensor? inverse=None) -> (Tensor?, Tensor?)");
   ops.def(
       "native_residual_add_backward(Tensor dout, Tensor? branch=None, Tensor? gamma=None, Tensor? row_scale=None, "
       "bool wants_branch=True, Tensor? out=None, Tensor? rows=None, float scale=1.0, int channel_dim=-1, "

@@ -114,11 +114,13 @@ def unchecked_add(
     rows: Tensor | None = None,
     channel_dim: int = -1,
     activation: str | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor | None:
     """The residual add by kernels that check the rest of their arguments themselves (`kernels.short`).
 
     Only types and flags are looked at here. Returns None where such kernels don't serve the call, where a tensor has to
     be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
+    `inverse` is that of `rows`, if it is known; it isn't checked.
     """
     libraries = dispatch.short_kernels(residual)
     if not libraries or type(update) not in PLAIN:
@@ -140,13 +142,19 @@ def unchecked_add(
         if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
             return None
         options = rows, scale, channel_dim, ACTIVATION_CODES[activation]
+        if inverse is not None:
+            options = *options, inverse
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
     records = learns and is_grad_enabled()
     for kernels in libraries:
         if records:
             out = _run(ShortAdd, (kernels, factors, options), residual, update, gamma)
         else:
-            out = kernels.residual_add(residual, update, gamma, factors, *options)
+            out = (
+                kernels.residual_add(residual, update, gamma, factors, *options)
+                if rows is None
+                else kernels.residual_add_rows(residual, update, gamma, factors, *options)[0]
+            )
         if out is not None:
             return out
     return None

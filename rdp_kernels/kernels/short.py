@@ -30,7 +30,8 @@ def rows_are_right(rows: object, residual: Tensor) -> bool:
 
 class ShortKernels(Protocol):
     """The options of `residual_add` are rows, scale, channel_dim and the activation's code, in this order; absent ones
-    have the defaults None, 1.0, −1 and 0. `residual_add_rows` also returns the inverse of its rows."""
+    have the defaults None, 1.0, −1 and 0. `residual_add_rows` is for a list of rows. Its inverse may follow as a fifth
+    option, and is returned for the backward, if there is one."""
 
     def residual_add(
         self, residual: Tensor, update: Tensor, gamma: Tensor | None, row_scale: Tensor | None, *options: Any
@@ -61,7 +62,7 @@ class ShortAdd:
                 return None
             ctx.save_for_backward(kept, gamma, row_scale)
         else:
-            rows, *ctx.numbers = options
+            rows, *ctx.numbers = options[:4]
             if rows is None:
                 out, inverse = kernels.residual_add(residual, update, gamma, row_scale, *options), None
             else:

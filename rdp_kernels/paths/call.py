@@ -225,9 +225,9 @@ class PathCall:
             if out is not None:
                 return out
         if frozen is None:
-            index, factor = None if rows is None else rows.index, scale if row_scale is None else row_scale
-            options = (module.channel_dim, module.activation)
-            out = unchecked_add(residual, branch, module.gamma, factor, index, *options)
+            index, inverse = (None, None) if rows is None else (rows.index, rows.inverse)
+            factor, options = scale if row_scale is None else row_scale, (module.channel_dim, module.activation)
+            out = unchecked_add(residual, branch, module.gamma, factor, index, *options, inverse)
             if out is not None:
                 return out
         operands = Operands(residual, branch, frozen, module.gamma)

@@ -50,13 +50,7 @@ class Sums:
 
 
 class Backward:
-    """The backward of an add or a norm, or of both, of all calls with one key.
-
-    Attributes:
-        copies: whether a tensor of the call has to be copied first.
-        stored: the gradients that a kernel stores. Of the other wanted ones, the residual's is the gradient of the sum
-            itself, and the rest are zero.
-    """
+    """The backward of an add or a norm, or of both, of all calls with one key."""
 
     def __init__(self, key: BackwardKey):
         context, add, wanted = key.context, key.add or NO_ADD, key.wanted
@@ -64,6 +58,7 @@ class Backward:
         out, norm_input, mean, rstd = key.results
         rows = (*key.gradients, out, norm_input, add.update)
         vectors = (mean, rstd, key.weight, add.gamma, add.row_scale)
+        # Whether a tensor of the call has to be copied first.
         self.copies = not (
             all(t is None or context.layout.is_dense(context.shape, t.strides) for t in rows)
             and all(t is None or t.is_plain_vector for t in vectors)
@@ -74,6 +69,8 @@ class Backward:
         self.normed, self.centers = norm is not None, norm is not None and NORMS[norm].centers
         drops_all = add.scale == 0
         passes = wanted.residual and add.activation is None and not self.from_next
+        # The gradients that a kernel stores. Of the other wanted ones, the residual's is the gradient of the sum itself,
+        # and the rest are zero.
         self.stored = Operands(
             wanted.residual and not passes,
             *(t and not drops_all for t in (wanted.update, wanted.frozen_update, wanted.gamma)),

@@ -28,13 +28,7 @@ def prepare_forward(key: ForwardKey) -> Forward:
 
 
 class Forward:
-    """What all forwards have in common.
-
-    Attributes:
-        context: what the backward has to know.
-        copies: whether a tensor of the call has to be copied first, because its layout isn't the context's.
-        choices: the choices of a backend under which checked calls came here.
-    """
+    """What all forwards have in common."""
 
     def __init__(self, key: ForwardKey):
         add, next_input = key.add or NO_ADD, key.next or NO_NEXT_INPUT
@@ -43,12 +37,15 @@ class Forward:
         like = next(t for t in rows if t is not None)
         dtypes = like.dtype, *(None if t is None else t.dtype for t in (*rows[1:], *vectors))
         shape = key.batch_size, *like.shape
+        # What the backward has to know.
         self.context = context_from(shape, like.strides, like.device, dtypes, next_input.norm is not None)
+        # Whether a tensor of the call has to be copied first, because its layout isn't the context's.
         self.copies = not (
             all(t is None or self.context.layout.is_dense(shape, t.strides) for t in rows)
             and all(t is None or t.is_plain_vector for t in (*vectors, add.row_scale))
         )
         self.batch_size, self.dtype = key.batch_size, self.context.dtypes.residual
+        # The choices of a backend under which checked calls came here.
         self.choices: set[str] = set()
 
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:

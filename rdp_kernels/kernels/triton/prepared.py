@@ -104,7 +104,7 @@ class PreparedLaunch:
         except AttributeError as error:
             PreparedLaunch.direct = False
             _log.warning(
-                "rdp_kernels knows no direct launch in triton %s (%s): each launch takes the host about 20 µs more",
+                "rdp_kernels knows no direct launch in triton %s (%s): each launch takes the host longer",
                 triton.__version__,
                 error,
             )

@@ -46,6 +46,7 @@ def residual_add_rows(
     scale: float,
     channel_dim: int,
     activation: int,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     if residual.dim() == 0:
         return None, None
@@ -66,12 +67,12 @@ def residual_add_rows(
     if not isinstance(prepared, FusedAdd) or not prepared.is_short:
         return None, None
     if rows is not None:
-        if not rows_are_right(rows, residual):
+        if inverse is None and not rows_are_right(rows, residual):
             return None, None
         num_rows = rows.shape[0]
     if update.shape[0] != num_rows or (row_scale is not None and row_scale.shape[0] != num_rows):
         return None, None
-    inverse = None if rows is None else inverse_of(RowSet(rows, num_rows), batch_size)
+    inverse = None if rows is None else inverse_of(RowSet(rows, num_rows, inverse), batch_size)
     return prepared.add(residual, update, gamma, row_scale, scale, num_rows, inverse), inverse
 
 
