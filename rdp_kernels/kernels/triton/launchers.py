@@ -16,7 +16,8 @@ from .keys import Cache, backward_key, forward_key, named_backward, named_forwar
 from .rows import inversion
 
 _forwards: Cache[Forward] = Cache()
-_backwards: Cache[Backward] = Cache()
+backwards: Cache[Backward] = Cache()
+"""By the keys of `backward_key` and those of `short`, which never equal one another."""
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def nothing_prepared() -> Iterator[None]:
 
 def _forget() -> None:
     _forwards.clear()
-    _backwards.clear()
+    backwards.clear()
     inversion.cache_clear()
 
 
@@ -134,9 +135,9 @@ def fused_add_bwd(
     if add is None and (next_input is None or next_input.norm is None):
         return Operands(residual=_scattered(context, given, next_input, in_place))
     key = backward_key(context, operands, results, given, add, next_input, wanted, in_place)
-    prepared = _backwards.get(key)
+    prepared = backwards.get(key)
     if prepared is None:
-        prepared = _backwards.add(key, Backward(named_backward(key)))
+        prepared = backwards.add(key, Backward(named_backward(key)))
     if prepared.copies:
         dense = _conformed(context, given[0]), _conformed(context, given[1]), _conformed(context, given[2])
         saved, add = _copied(context, operands, add)

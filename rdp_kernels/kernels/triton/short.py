@@ -14,13 +14,12 @@ from ..short import rows_are_right
 from ..spec import ACTIVATIONS, Add, Operands, Results, RowSet
 from .backward import Backward
 from .forward import FusedAdd, Gather
-from .keys import NO_ADD, SPECIAL_SCALES, BackwardKey, Cache, Kind, named, named_add, of, of_rows, of_vector
-from .launchers import fused_add_bwd, fused_add_fwd, known
+from .keys import NO_ADD, SPECIAL_SCALES, BackwardKey, Kind, named, named_add, of, of_rows, of_vector
+from .launchers import backwards, fused_add_bwd, fused_add_fwd, known
 from .rows import inverse_of
 
 _ACTIVATIONS = {0: None} | {kind.code: name for name, kind in ACTIVATIONS.items()}
 _GATHER = None, None, True, False, None, 0.0, False
-_backwards: Cache[Backward] = Cache()
 
 
 def residual_add(
@@ -97,9 +96,9 @@ def residual_add_backward(
         _ACTIVATIONS[activation],
     )
     key = dout.shape[0], of_rows(dout), add, out if out is None else of(out), wants_update, update_dtype
-    prepared = _backwards.get(key)
+    prepared = backwards.get(key)
     if prepared is None:
-        prepared = _backwards.add(key, _prepare_backward(key))
+        prepared = backwards.add(key, _prepare_backward(key))
     num_rows = dout.shape[0] if rows is None else rows.shape[0]
     if prepared.is_short:
         return prepared.add(dout, update, gamma, row_scale, scale, out, num_rows, inverse)
