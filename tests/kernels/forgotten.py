@@ -153,8 +153,6 @@ SEEN_BY_THE_COMPILER = [
     Pair("weight", ops.residual_add_norm, replace(NORM, bias=False), {"weight": False}),
     Pair("bias", ops.residual_add_norm, NORM, {"bias": False}),
     Pair("saves", without_gradient(ops.residual_add_norm), NORM, {}, ops.residual_add_norm),
-    Pair("context", ops.joint, Case((4, 16)), {"shape": (4, 32)}),
     Pair("gradients", ops.residual_add_norm, NORM, {"used": ("next",)}),
-    Pair("wanted", ops.residual_add_norm, NORM, {"wanted": ("residual", "bias")}),
 ]
 """With the field forgotten the second call launches a kernel that was compiled for other arguments."""

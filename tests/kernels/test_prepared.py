@@ -113,7 +113,7 @@ def test_threads():
     done, lock = threading.Event(), threading.Lock()
 
     def forget():
-        while not done.is_set():
+        while not done.wait(0.001):
             launchers._forget()
 
     def work(number):
