@@ -5,7 +5,9 @@
 import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +95,15 @@ def test_nothing_prepared_is_kept_for_other_launch_numbers():
     with cut("small"):
         assert configs() == {64}
     assert configs() == {1024}
+
+
+@pytest.mark.parametrize("eps", [Fraction(1, 2), 0.5, np.float32(0.5)])
+def test_eps_of_any_type(eps):
+    """Equal numbers are the same in a key, whatever their types are: the first call's number must do for all."""
+    x = torch.randn(4, 6, device=DEVICE)
+    first, second = (rdp.residual_add_norm(x, x, None, eps=number)[1] for number in (eps, 0.5))
+    torch.testing.assert_close(first, torch.nn.functional.layer_norm(2 * x, (6,), eps=0.5))
+    assert torch.equal(first, second)
 
 
 def test_the_cache_is_bounded(monkeypatch):
