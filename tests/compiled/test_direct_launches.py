@@ -3,6 +3,7 @@ find. A stand-in takes the place of a GPU's driver, so that launches run nothing
 """
 
 import logging
+import sys
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -24,6 +26,9 @@ from tests.kernels.budget import _run
 from tests.kernels.forgotten import SEEN_BY_THE_COMPILER, forgotten
 from tests.kernels.values import operands_of
 from tests.kernels.walk import walk
+
+MODULES = [module for name, module in sys.modules.items() if name.startswith("rdp_kernels.kernels.triton.")]
+KERNELS = [value for module in MODULES for value in vars(module).values() if isinstance(value, JITFunction)]
 
 
 class Compiled:
@@ -49,11 +54,10 @@ def stand_in_driver(monkeypatch):
     monkeypatch.setitem(dispatch._LIBRARIES, "triton", dispatch._LIBRARIES["triton"])
     monkeypatch.setattr(PreparedLaunch, "direct", True)
     stand_in.set_up_launches()
-    caches = []
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     with rdp.use_backend("triton"), launchers.nothing_prepared():
-        yield caches
-    for kernel in caches:
-        kernel.device_caches.clear()
+        yield
 
 
 @pytest.fixture
@@ -62,7 +66,6 @@ def launched(stand_in_driver, monkeypatch):
     done = defaultdict(list)
 
     def compiled(kernel, key, signature, device, *_, **__):
-        stand_in_driver.append(kernel)
         return kernel.device_caches[device][0].setdefault(key, Compiled(done))
 
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
@@ -107,6 +110,20 @@ def test_each_field_of_a_key_matters(verified, pair):
     run_both()
     with forgotten(pair.field), pytest.raises(AssertionError):
         run_both()
+
+
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=lambda t: t.backend)
+def test_as_many_rows_as_go_beyond_2_gigabytes(verified, monkeypatch, target):
+    """On AMD GPUs Triton tells them from fewer rows. Nothing touches these tensors, so they take no memory."""
+    monkeypatch.setattr(driver.active, "get_current_target", lambda: target)
+    if target.backend == "hip":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        monkeypatch.setattr(launch, "architecture", lambda device: target.arch)
+    x = torch.empty(4, 2**28)
+    for number in (1, 3, 1, 3):
+        rdp.residual_add(x, x[:number], rows=torch.arange(number))
+        rdp.gather_rows(x, torch.arange(number))
+    assert (verified.direct > 0) == (target.backend == "cuda")
 
 
 def test_threads(verified):
