@@ -95,11 +95,12 @@ class ShortAdd:
         if further:
             rows, out, inverse = further
             scale, channel_dim, activation = ctx.numbers
+            rows, out, inverse = _conformed(rows), _conformed(out, layout), _conformed(inverse)
             options = wants_update, out, rows, scale, channel_dim, update_dtype, activation, inverse
         elif not wants_update or update_dtype is not None:
             options = wants_update, None, None, 1.0, -1, update_dtype
         dresidual, dupdate, dgamma = ctx.kernels.residual_add_backward(
-            _conformed(dout, layout), update, gamma, row_scale, *options
+            _conformed(dout, layout), _conformed(update, layout), _conformed(gamma), _conformed(row_scale), *options
         )
         return dout if out is None else dresidual, dupdate, dgamma
 
@@ -121,9 +122,13 @@ class ShortGather:
 
     @staticmethod
     def backward(ctx: Any, saved: tuple, gradients: tuple, needs: tuple, twice: bool) -> tuple[Tensor]:
-        dout = _conformed(gradients[0], ctx.layout)
-        return (ctx.kernels.gather_rows_backward(dout, *saved, ctx.batch_size),)
+        dout, rows = _conformed(gradients[0], ctx.layout), _conformed(saved[0])
+        return (ctx.kernels.gather_rows_backward(dout, rows, ctx.batch_size),)
 
 
-def _conformed(gradient: Tensor, layout: Layout | None) -> Tensor:
-    return gradient.contiguous() if layout is None else layout.conform(gradient)
+def _conformed(x: Tensor | None, layout: Layout | None = None) -> Tensor | None:
+    """A gradient or a saved tensor in the order of the residual's layout. Saved ones may come back with other strides,
+    if autograd's hooks kept them elsewhere."""
+    if x is None:
+        return None
+    return x.contiguous() if layout is None else layout.conform(x)

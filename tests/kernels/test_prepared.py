@@ -3,15 +3,26 @@
 """
 
 import importlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 import rdp_kernels as rdp
 from rdp_kernels._utils import checks
 from rdp_kernels.kernels.triton import launchers
+from rdp_kernels.kernels.triton.keys import Cache
+from rdp_kernels.kernels.triton.prepared import observed
+from tests.conftest import DEVICE
 
+from . import ops
 from .budget import check
+from .cases import Case
 from .forgotten import SEEN_IN_VALUES, forgotten
+from .tiles import cut
 from .walk import walk
 
 
@@ -67,3 +78,67 @@ def test_each_field_of_a_key_matters(pair):
     check_both()
     with forgotten(pair.field), pytest.raises((AssertionError, RuntimeError, TypeError)):
         check_both()
+
+
+def test_nothing_prepared_is_kept_for_other_launch_numbers():
+    """Also of calls that go without checks, forward and backward."""
+    residual, branch = (torch.ones(4, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+
+    def configs():
+        seen = []
+        with observed(seen.append):
+            for _ in range(2):
+                rdp.residual_add(residual, branch, row_scale=2.0).sum().backward()
+        return {launch.config.max_columns for launch in seen}
+
+    assert configs() == {1024}
+    with cut("small"):
+        assert configs() == {64}
+    assert configs() == {1024}
+
+
+@pytest.mark.parametrize("eps", [Fraction(1, 2), 0.5, np.float32(0.5)])
+def test_eps_of_any_type(eps):
+    """Equal numbers are the same in a key, whatever their types are: the first call's number must do for all."""
+    x = torch.randn(4, 6, device=DEVICE)
+    first, second = (rdp.residual_add_norm(x, x, None, eps=number)[1] for number in (eps, 0.5))
+    torch.testing.assert_close(first, torch.nn.functional.layer_norm(2 * x, (6,), eps=0.5))
+    assert torch.equal(first, second)
+
+
+def test_the_cache_is_bounded(monkeypatch):
+    """A full cache drops the oldest calls. They are prepared anew."""
+    monkeypatch.setattr(Cache, "LARGEST", 8)
+    for _ in range(2):
+        for width in range(1, 20):
+            check(Case((2, width), gamma=True), ops.residual_add)
+            assert len(launchers._forwards) <= 8
+            assert len(launchers.backwards) <= 8
+    kept = list(launchers._forwards)
+    check(Case((2, 1), gamma=True), ops.residual_add)
+    assert list(launchers._forwards) == [*kept[1:], list(launchers._forwards)[-1]]
+
+
+def test_threads():
+    """Eight threads alternate between calls while a ninth forgets what was prepared."""
+    done, lock = threading.Event(), threading.Lock()
+
+    def forget():
+        while not done.wait(0.001):
+            launchers._forget()
+
+    def work(number):
+        for op, case in walk(number, 25):
+            check(case, op)
+
+    def run(launch):
+        with lock:  # Triton's interpreter serves one thread at a time
+            launch.run()
+
+    with ThreadPoolExecutor(9) as pool, observed(run):
+        forgetting = pool.submit(forget)
+        try:
+            list(pool.map(work, range(8)))
+        finally:
+            done.set()
+        forgetting.result()

@@ -77,7 +77,7 @@ def fused_add_bwd(
         dfrozen_next,
         context.conform(operands.update),
         _contiguous(operands.gamma),
-        results.out,
+        context.conform(results.out),
         *_rows(spec.rows),
         _contiguous(spec.row_scale),
         spec.scale,
@@ -102,4 +102,4 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 def _rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return _ALL_ROWS if rows is None else (rows.index.contiguous(), rows.inverse, rows.num_learning)
+    return _ALL_ROWS if rows is None else (rows.index.contiguous(), _contiguous(rows.inverse), rows.num_learning)

@@ -69,8 +69,7 @@ class Backward:
         self.normed, self.centers = norm is not None, norm is not None and NORMS[norm].centers
         drops_all = add.scale == 0
         passes = wanted.residual and add.activation is None and not self.from_next
-        # The gradients that a kernel stores. Of the other wanted ones, the residual's is the gradient of the sum itself,
-        # and the rest are zero.
+        # What kernels store. Of the other wanted gradients, the residual's is that of the sum, and the rest are zero.
         self.stored = Operands(
             wanted.residual and not passes,
             *(t and not drops_all for t in (wanted.update, wanted.frozen_update, wanted.gamma)),

@@ -91,7 +91,7 @@ class FusedAdd(Forward):
         self.last: tuple[Any, ...]
         if self.normed:
             self.launch = PreparedLaunch(_residual_add_norm_fwd_kernel, tiles.config, context.device)
-            self.sizes, self.last = sizes, (*strides, self.centers, next_input.eps, *last)
+            self.sizes, self.last = sizes, (*strides, self.centers, float(next_input.eps), *last)
         else:
             self.launch = PreparedLaunch(_residual_add_fwd_kernel, tiles.config, context.device)
             self.sizes = (*sizes, tiling.channels)

@@ -53,7 +53,8 @@ class PreparedLaunch:
 
     The first call is an ordinary launch, in which Triton finds the compiled kernel. Later calls launch that kernel
     directly, as an ordinary launch does in the end. This takes the host a twentieth of the time, and private names of
-    Triton 3.6 and 3.7. While hooks are set, or where a name is missing, all launches are ordinary ones.
+    Triton 3.6 and 3.7. While hooks are set, or where a name is missing, all launches are ordinary ones. They always are
+    on AMD GPUs: there Triton compiles a kernel anew for tensors beyond 2 GB, which may depend on the number of rows.
     """
 
     direct = True
@@ -91,7 +92,11 @@ class PreparedLaunch:
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
             return
         compiled = self.kernel[(num_programs,)](*arguments, **self.options)
+<<<<<<< HEAD
         if compiled is not None and self._run is None and PreparedLaunch.direct:
+=======
+        if PreparedLaunch.direct and self._run is None and torch.version.hip is None and not interpreted():
+>>>>>>> h-tests
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:
