@@ -29,14 +29,8 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-<<<<<<< HEAD
-    if dispatch.short_kernels(residual_of(operands)) and _are_plain(
-        (*operands, None if add is None else add.row_scale)
-    ):
-=======
     row_scale = None if add is None else add.row_scale
-    if dispatch.is_plain(residual_of(operands)) and _are_plain((*operands, row_scale)):
->>>>>>> h-tests
+    if dispatch.short_kernels(residual_of(operands)) and _are_plain((*operands, row_scale)):
         results = _known_call(operands, add, next_input)
         if results is not None:
             return results

@@ -271,6 +271,4 @@ class Backward:
 
 
 backwards: Cache[Backward] = Cache()
-"""By `BackwardKey`."""
-short_backwards: Cache[Backward] = Cache()
-"""By the keys of `short.residual_add_backward`."""
+"""By the keys of `keys.backward_key`, and by those of `short.residual_add_backward`, which never equal one another."""

@@ -10,20 +10,9 @@ from torch import Tensor
 
 from ..buffers import Context
 from ..spec import Add, Gradients, NextInput, Operands, Results, residual_of
-<<<<<<< HEAD
-from .backward import Backward, backwards, short_backwards
+from .backward import Backward, backwards
 from .forward import Forward, forwards, inversion, prepare_forward
 from .keys import backward_key, forward_key, named_backward, named_forward
-=======
-from .backward import Backward
-from .forward import Forward, prepare_forward
-from .keys import Cache, backward_key, forward_key, named_backward, named_forward
-from .rows import inversion
-
-_forwards: Cache[Forward] = Cache()
-backwards: Cache[Backward] = Cache()
-"""By the keys of `backward_key` and those of `short`, which never equal one another."""
->>>>>>> h-tests
 
 
 @contextlib.contextmanager
@@ -37,13 +26,8 @@ def nothing_prepared() -> Iterator[None]:
 
 
 def _forget() -> None:
-<<<<<<< HEAD
-    for cache in (forwards, backwards, short_backwards):
-        cache.clear()
-=======
-    _forwards.clear()
+    forwards.clear()
     backwards.clear()
->>>>>>> h-tests
     inversion.cache_clear()
 
 

@@ -92,11 +92,7 @@ class PreparedLaunch:
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
             return
         compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-<<<<<<< HEAD
-        if compiled is not None and self._run is None and PreparedLaunch.direct:
-=======
-        if PreparedLaunch.direct and self._run is None and torch.version.hip is None and not interpreted():
->>>>>>> h-tests
+        if compiled is not None and self._run is None and PreparedLaunch.direct and torch.version.hip is None:
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:

@@ -14,20 +14,11 @@ from torch import Tensor
 
 from ..buffers import context_from
 from ..short import rows_are_right
-<<<<<<< HEAD
 from ..spec import ACTIVATION_CODES, Add, Operands, Results, RowSet
-from .backward import Backward, short_backwards
+from .backward import Backward, backwards
 from .forward import FusedAdd, Gather, forwards, inverse_of
 from .keys import ALIGNMENT, NO_ADD, SPECIAL_SCALES, BackwardKey, Kind, named, named_add, of_rows
 from .launchers import fused_add_bwd, fused_add_fwd
-=======
-from ..spec import ACTIVATIONS, Add, Operands, Results, RowSet
-from .backward import Backward
-from .forward import FusedAdd, Gather
-from .keys import NO_ADD, SPECIAL_SCALES, BackwardKey, Kind, named, named_add, of, of_rows, of_vector
-from .launchers import backwards, fused_add_bwd, fused_add_fwd, known
-from .rows import inverse_of
->>>>>>> h-tests
 
 _ACTIVATIONS = {code: name for name, code in ACTIVATION_CODES.items()}
 _GATHER = None, None, True, False, None, 0.0, False
@@ -110,19 +101,12 @@ def residual_add_backward(
         channel_dim,
         _ACTIVATIONS[activation],
     )
-<<<<<<< HEAD
     of_dout = d.stride(), d.dtype, d.data_ptr() % ALIGNMENT, d.shape, d.device
     of_out = o if o is None else (o.stride(), o.dtype, o.data_ptr() % ALIGNMENT)
     key = of_dout, add, of_out, wants_update, update_dtype
-    prepared = short_backwards.get(key)
-    if prepared is None:
-        prepared = short_backwards.add(key, _prepare_backward(key))
-=======
-    key = dout.shape[0], of_rows(dout), add, out if out is None else of(out), wants_update, update_dtype
     prepared = backwards.get(key)
     if prepared is None:
         prepared = backwards.add(key, _prepare_backward(key))
->>>>>>> h-tests
     num_rows = dout.shape[0] if rows is None else rows.shape[0]
     if prepared.is_short:
         return prepared.add(dout, update, gamma, row_scale, scale, out, num_rows, inverse)
