@@ -1,5 +1,6 @@
 """How many files of the package a call crosses. A newcomer who follows a call reads all of these files."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels import dispatch
+from rdp_kernels._utils import checks
+from rdp_kernels.kernels import dispatch, triton
 from tests.conftest import DEVICE
 
 PACKAGE = Path(rdp.__file__).parent
@@ -47,6 +49,11 @@ def residual_add(rows=None, **options):
         return torch.autograd.grad(out, (residual, branch, gamma), torch.ones_like(out))
 
 
+def nothing_prepared():
+    """Makes calls the first of their kind, where kernels prepare calls."""
+    return contextlib.nullcontext() if triton.unavailable() else triton.kernels().nothing_prepared()
+
+
 CALLS = {
     "all rows": lambda: residual_add(row_scale=torch.tensor([0.0, 2.0, 0.0, 2.0], device=DEVICE)),
     "some rows": lambda: residual_add(rows=[3, 1], row_scale=2.0),
@@ -56,11 +63,15 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["triton", "native", "auto"])
-def test_a_residual_add_crosses_few_files(backend, name):
-    """Forward and backward together."""
+def test_a_residual_add_crosses_few_files(backend, name, monkeypatch):
+    """Forward and backward together, of a call as there were before. Lists of rows are on a GPU, if Triton gets them: on
+    a CPU it is for tests, and their values are checked."""
     if backend != "auto" and rdp.available_backends()[backend] is not None:
         pytest.skip(f"no {backend}")
-    with rdp.use_backend(backend):
+    with rdp.use_backend(backend), monkeypatch.context() as patch:
+        CALLS[name]()
+        if backend == "triton":
+            patch.setattr(checks, "host_has", lambda tensor: False)
         files = files_crossed(CALLS[name])
     assert "ops/residual_add.py" in files
     assert "kernels/autograd.py" in files
@@ -70,12 +81,13 @@ def test_a_residual_add_crosses_few_files(backend, name):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_the_backend_is_resolved_once(backend, name, monkeypatch):
+    """At the first call of a kind."""
     if backend != "auto" and rdp.available_backends()[backend] is not None:
         pytest.skip(f"no {backend}")
     resolved = []
     first = dispatch._first
     monkeypatch.setattr(dispatch, "_first", lambda *args: resolved.append(args[0]) or first(*args))
-    with rdp.use_backend(backend):
+    with rdp.use_backend(backend), nothing_prepared():
         CALLS[name]()
     served_unasked = backend == "auto" and DEVICE == "cpu" and rdp.available_backends()["native"] is None
     assert resolved == ([] if served_unasked else ["residual_add"])

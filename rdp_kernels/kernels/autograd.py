@@ -18,7 +18,7 @@ from . import dispatch, eager, registered
 from .buffers import joined_add, joined_next, parted_add, parted_next
 from .dispatch import PLAIN
 from .short import ShortAdd, ShortGather, rows_are_right
-from .spec import ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, activation_code, compute_dtype, residual_of
+from .spec import ACTIVATION_CODES, ACTIVATIONS, Add, NextInput, Operands, Results, RowSet, compute_dtype, residual_of
 
 
 def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: NextInput | None = None) -> Results:
@@ -29,8 +29,9 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-    row_scale = None if add is None else add.row_scale
-    if dispatch.is_plain(residual_of(operands)) and _are_plain((*operands, row_scale)):
+    if dispatch.short_kernels(residual_of(operands)) and _are_plain(
+        (*operands, None if add is None else add.row_scale)
+    ):
         results = _known_call(operands, add, next_input)
         if results is not None:
             return results
@@ -105,18 +106,6 @@ def plain_add(residual: Tensor, update: Tensor, scale: float) -> Tensor | None:
     return torch.add(residual, update, alpha=scale) if dispatch.is_free() else None
 
 
-_WITHOUT_SCALE = 1.0, None
-
-
-def _scale_and_factors(row_scale: Tensor | float) -> tuple[float, Tensor | None] | None:
-    """A row scale as a number for all rows, and as a factor for each row. None if it needs further checks."""
-    if type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
-        return row_scale, None
-    if type(row_scale) is Tensor and row_scale.dim() == 1 and not row_scale.requires_grad:
-        return 1.0, row_scale
-    return None
-
-
 def unchecked_add(
     residual: Tensor,
     update: Tensor,
@@ -131,24 +120,26 @@ def unchecked_add(
     Only types and flags are looked at here. Returns None where such kernels don't serve the call, where a tensor has to
     be copied first, and where an argument is wrong: the caller then checks all arguments and calls `fused_add`.
     """
-    if not dispatch.is_plain(residual) or type(update) not in PLAIN:
-        return None
     libraries = dispatch.short_kernels(residual)
-    if not libraries:
+    if not libraries or type(update) not in PLAIN:
         return None
-    split = _WITHOUT_SCALE if row_scale is None else _scale_and_factors(row_scale)
-    if split is None:
-        return None
-    scale, factors = split
+    scale, factors = 1.0, None
+    if row_scale is not None:
+        if type(row_scale) is Tensor and row_scale.dim() == 1 and not row_scale.requires_grad:
+            factors = row_scale
+        elif type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
+            scale = row_scale
+        else:
+            return None
     if gamma is not None and (type(gamma) not in PLAIN or type(channel_dim) is not int):
         return None
     options: tuple = ()
     if rows is not None or scale != 1.0 or channel_dim != -1 or activation is not None:
         if not (rows is None or type(rows) is Tensor):
             return None
-        if not (activation is None or (type(activation) is str and activation in ACTIVATIONS)):
+        if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
             return None
-        options = rows, scale, channel_dim, activation_code(activation)
+        options = rows, scale, channel_dim, ACTIVATION_CODES[activation]
     learns = residual.requires_grad or update.requires_grad or (gamma is not None and gamma.requires_grad)
     records = learns and is_grad_enabled()
     for kernels in libraries:
@@ -163,10 +154,11 @@ def unchecked_add(
 
 def unchecked_gather(residual: Tensor, rows: Tensor) -> Tensor | None:
     """The gather of rows, as `unchecked_add`."""
-    if not dispatch.is_plain(residual) or type(rows) is not Tensor:
+    libraries = dispatch.short_kernels(residual)
+    if not libraries or type(rows) is not Tensor:
         return None
     records = residual.requires_grad and is_grad_enabled()
-    for kernels in dispatch.short_kernels(residual):
+    for kernels in libraries:
         out = _run(ShortGather, (kernels, rows), residual) if records else kernels.gather_rows(residual, rows)
         if out is not None:
             return out
@@ -183,18 +175,24 @@ def unchecked_add_norm(
 ) -> Results | None:
     """The add with a norm, by kernels that a checked call of the same kind had prepared; as `unchecked_add`."""
     residual, update = operands[:2]
-    if not dispatch.is_plain(residual) or dispatch.preparing_kernels() is None:
+    if not dispatch.short_kernels(residual) or dispatch.preparing_kernels() is None:
         return None
     if type(update) not in PLAIN or not _are_plain(operands) or type(eps) is not float or type(norm) is not str:
         return None
-    split = _WITHOUT_SCALE if row_scale is None else _scale_and_factors(row_scale)
-    if split is None or residual.dim() == 0 or update.dim() == 0:
+    if residual.dim() == 0 or update.dim() == 0:
         return None
+    scale, factors = 1.0, None
+    if row_scale is not None:
+        if type(row_scale) is Tensor and row_scale.dim() == 1 and not row_scale.requires_grad:
+            factors = row_scale
+        elif type(row_scale) is float and -LARGEST_FLOAT32 <= row_scale <= LARGEST_FLOAT32:
+            scale = row_scale
+        else:
+            return None
     for some in (rows, next_rows):
         if some is not None and not rows_are_right(some, residual):
             return None
     num_rows = residual.shape[0] if rows is None else rows.shape[0]
-    scale, factors = split
     if update.shape[0] != num_rows or (factors is not None and factors.shape[0] != num_rows):
         return None
     add = Add(None if rows is None else RowSet(rows, num_rows), scale, factors)
@@ -204,7 +202,7 @@ def unchecked_add_norm(
 
 def _known_call(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results | None:
     """The results by kernels that a checked call of the same kind had prepared, without asking again which library
-    serves it. None if there was no such call. The tensors must be plain (`dispatch.is_plain`, `_are_plain`)."""
+    serves it. None if there was no such call. Kernels must be able to take the tensors."""
     preparing = dispatch.preparing_kernels()
     if preparing is None:
         return None

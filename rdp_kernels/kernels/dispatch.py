@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from .._utils.checks import NO_RULE, check_choice, why_not_plain
@@ -70,11 +70,12 @@ WIDEST_NORM = triton.MAX_NORM_WIDTH
 # One choice for the process: autograd recomputes checkpointed ops in threads of its own.
 _chosen: str | None = None
 _preparing: ModuleType | None = None
-_short: dict[tuple[str, bool], tuple[ShortKernels, ...]] = {}
-"""By choice of a backend, and whether tensors are on the CPU."""
+_short_on_cpus: dict[str, tuple[ShortKernels, ...]] = {}
+_short_on_gpus: dict[str, tuple[ShortKernels, ...]] = {}
+"""By choice of a backend."""
 if native.unavailable() is None:
-    for _on_cpu in (True, False) if native.has_cuda() else (True,):
-        _short["auto", _on_cpu] = _short["native", _on_cpu] = (native.short_kernels(),)
+    for _short in (_short_on_cpus, _short_on_gpus) if native.has_cuda() else (_short_on_cpus,):
+        _short["auto"] = _short["native"] = (native.short_kernels(),)
 _log = logging.getLogger("rdp_kernels")
 _logged: set[tuple[str, str, str]] = set()
 
@@ -99,10 +100,10 @@ def available_backends() -> dict[str, str | None]:
 def use_backend(name: Literal["auto", "eager", "triton", "native"]) -> Iterator[None]:
     """Chooses the backend of all functions and modules within a `with` block.
 
-    `"auto"`, the default outside of such blocks, takes the fastest backend that can serve a call. A backend that was
-    asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve. Kernels have no rules for
-    `torch.func` transforms and forward-mode AD: there `"auto"` takes `"eager"`. The choice holds for all threads. The
-    environment variable `RDP_BACKEND`, which is read once, sets the default of a process.
+    `"auto"`, the default outside of such blocks, takes the first of `"native"`, `"triton"` and `"eager"` that can serve
+    a call. A backend that was asked for by name raises `RuntimeError`, with the reason, on a call that it can't serve.
+    Kernels have no rules for `torch.func` transforms and forward-mode AD: there `"auto"` takes `"eager"`. The choice
+    holds for all threads. The environment variable `RDP_BACKEND`, which is read once, sets the default of a process.
 
     Args:
         name: `"auto"`, `"eager"` (plain torch, works for everything), `"triton"` or `"native"` (the compiled library).
@@ -167,21 +168,20 @@ def resolve_in_graph(
     return served.library if served.takes_norm else None
 
 
-def is_plain(residual: Tensor) -> bool:
-    """Whether a call on this residual may go to kernels at once. Only types and flags are looked at, since this is
-    asked at every call."""
-    return not (
-        is_compiling()
+def short_kernels(residual: Tensor) -> tuple[ShortKernels, ...]:
+    """The libraries that may serve a call on this residual without checks of its arguments. There are none for tensors
+    and modes of torch that kernels can't take. Only types and flags are looked at, since this is asked at every call.
+    """
+    if (
+        is_dynamo_compiling()  # where torch.export traces without dynamo, tensors aren't plain
         or type(residual) not in PLAIN
         or forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _is_tracing()
-    )
-
-
-def short_kernels(residual: Tensor) -> tuple[ShortKernels, ...]:
-    """The libraries that may serve a call on this residual, which `is_plain`, without checks of its arguments."""
-    return _short.get((_from_environment() if _chosen is None else _chosen, residual.is_cpu), ())
+    ):
+        return ()
+    short = _short_on_cpus if residual.is_cpu else _short_on_gpus
+    return short.get(_from_environment() if _chosen is None else _chosen, ())
 
 
 def preparing_kernels() -> ModuleType | None:
@@ -206,8 +206,8 @@ def kernels_named(name: str) -> ModuleType:
     kernels = _LIBRARIES[name].kernels()
     if name == "triton":  # from now on there may be prepared calls
         _preparing, short = kernels, triton.short_kernels()
-        _short["triton", True] = _short["triton", False] = (short,)
-        _short["auto", False] = (*_short.get(("auto", False), ()), short)
+        _short_on_cpus["triton"] = _short_on_gpus["triton"] = (short,)
+        _short_on_gpus["auto"] = (*_short_on_gpus.get("auto", ()), short)
     return kernels
 
 

@@ -53,20 +53,23 @@ class ShortAdd:
 
     @staticmethod
     def forward(call: tuple, ctx: Any, residual: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor | None:
-        ctx.kernels, row_scale, options = call
-        inverse = None
-        if options and options[0] is not None:
-            out, inverse = ctx.kernels.residual_add_rows(residual, update, gamma, row_scale, *options)
-        else:
-            out = ctx.kernels.residual_add(residual, update, gamma, row_scale, *options)
-        if out is None:
-            return None
+        kernels, row_scale, options = call
         kept = update if gamma is not None and gamma.requires_grad else None
-        if options:
-            rows, *ctx.numbers = options
-            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None, inverse)
-        else:
+        if not options:
+            out = kernels.residual_add(residual, update, gamma, row_scale)
+            if out is None:
+                return None
             ctx.save_for_backward(kept, gamma, row_scale)
+        else:
+            rows, *ctx.numbers = options
+            if rows is None:
+                out, inverse = kernels.residual_add(residual, update, gamma, row_scale, *options), None
+            else:
+                out, inverse = kernels.residual_add_rows(residual, update, gamma, row_scale, *options)
+            if out is None:
+                return None
+            ctx.save_for_backward(kept, gamma, row_scale, rows, out if options[3] else None, inverse)
+        ctx.kernels = kernels
         usual = update.dtype is residual.dtype and residual.is_contiguous()
         ctx.form = None if usual else (update.dtype, Layout.of(residual))
         return out

@@ -70,8 +70,7 @@ def activated(x: Tensor, activation: str | None) -> Tensor:
     return x if activation is None else ACTIVATIONS[activation].formula(x)
 
 
-def activation_code(activation: str | None) -> int:
-    return 0 if activation is None else ACTIVATIONS[activation].code
+ACTIVATION_CODES: dict[str | None, int] = {None: 0} | {name: kind.code for name, kind in ACTIVATIONS.items()}
 
 
 # Calls are made of the classes below. They are not frozen: creating frozen dataclasses takes four times as long.

@@ -1,7 +1,9 @@
 """The public functional ops. Each checks its arguments and then calls the backend that `kernels.dispatch` chooses.
 
-On small CPU tensors the checks would cost more than the work. There the compiled library checks (`unchecked_add` and
-`unchecked_gather`), and the checks here run only where it refuses.
+On small tensors the checks would cost more than the work. Adds and gathers are therefore first tried without them
+(`unchecked_add`, `unchecked_add_norm`, `unchecked_gather` of `kernels.autograd`). The compiled library checks their
+arguments itself, and Triton serves calls of a kind that was checked before. The checks here run where neither serves a
+call.
 """
 
 from .drop_path import drop_path, drop_path_add

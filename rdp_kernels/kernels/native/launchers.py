@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Context, context_of
-from ..spec import Add, Gradients, NextInput, Operands, Results, RowSet, activation_code
+from ..spec import ACTIVATION_CODES, Add, Gradients, NextInput, Operands, Results, RowSet
 
 
 def without_python(op: Any) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def fused_add_fwd(
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
-        activation_code(spec.activation),
+        ACTIVATION_CODES[spec.activation],
         next_input is not None,
         *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         residual if in_place else None,
@@ -82,7 +82,7 @@ def fused_add_bwd(
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
-        activation_code(spec.activation),
+        ACTIVATION_CODES[spec.activation],
         *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
         context.shape[0],
         context.compute == torch.float64,

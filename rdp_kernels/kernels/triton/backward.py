@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..buffers import Context
 from ..spec import NORMS, Add, NextInput, Operands, Results
-from .forward import compute_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
-from .keys import NO_ADD, BackwardKey, row_stride
+from .forward import compute_of, inverse_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
+from .keys import NO_ADD, BackwardKey, Cache, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
-from .reduce import Sums
+from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
-from .rows import inverse_of
 
 WIDEST_SUM_IN_REGISTERS = 4096
 """A program of the norm's backward keeps up to three rows of sums: at this width 24 of a thread's 128 registers, beside
 the tile that it works on."""
 VECTORS = ("gamma", "weight", "bias")
+
+
+class Sums:
+    """The second stage for up to three vectors, in one launch. All have partial sums of one shape."""
+
+    def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
+        self.context, self.shape, self.num_vectors = context, (num_partials, width), num_vectors
+        self.tiles = Tiles.of("sum_partials", context.device, 1, width)
+        self.launch = PreparedLaunch(_sum_partials_kernel, self.tiles.config, context.device)
+        self.num_programs = self.tiles.column_blocks * num_vectors
+        self.absent = (None,) * (2 * (3 - num_vectors))
+
+    def empty_partials(self) -> Sequence[Tensor]:
+        """Partial sums for each vector."""
+        if self.num_vectors == 1:
+            return (torch.empty(self.shape, dtype=self.context.compute, device=self.context.device),)
+        shape = (self.num_vectors, *self.shape)  # one allocation takes the host less time than three
+        return torch.empty(shape, dtype=self.context.compute, device=self.context.device).unbind()
+
+    def run(self, *pairs: Tensor | None) -> None:
+        """`pairs`: a vector and its partial sums, and again."""
+        block_n = self.tiles.block_n
+        self.launch(self.num_programs, *pairs, *self.absent, *self.shape, self.tiles.config.tile // block_n, block_n)
 
 
 class Backward:
@@ -66,7 +90,7 @@ class Backward:
         # What has the kind of `dout` is allocated like it, which saves the host time.
         self.is_like_dout = dout is not None and dout.strides == context.strides
         same_dtype = context.dtypes.update == context.dtypes.residual
-        self.update_is_like_dout = self.is_like_dout and same_dtype and not add.has_rows
+        self.update_is_like_dout = self.is_like_dout and same_dtype and context.is_standard
         self.channel_dim = add.channel_dim
         summed = [name for name in VECTORS if getattr(self.stored, name)]
         self.places_of_sums = [summed.index(name) if name in summed else None for name in VECTORS]
@@ -134,8 +158,7 @@ class Backward:
             like = self.is_like_dout
             dresidual = torch.empty_like(dout) if like else context.empty(self.batch_size, context.dtypes.residual)
         if wanted.update:
-            like = self.update_is_like_dout
-            dupdate = torch.empty_like(dout) if like else context.empty(num_rows, context.dtypes.update)
+            dupdate = self._empty_update(dout, num_rows)
         if self.sums is not None and gamma is not None:
             dgamma = torch.empty_like(gamma)
             (sums,) = self.sums.empty_partials()
@@ -227,8 +250,7 @@ class Backward:
             like = dout if self.is_like_dout else None
             dresidual = context.empty(self.batch_size, dtypes.residual) if like is None else torch.empty_like(like)
         if wanted.update:
-            like = dout if self.update_is_like_dout else None
-            dupdate = context.empty(num_learning, dtypes.update) if like is None else torch.empty_like(like)
+            dupdate = self._empty_update(dout, num_learning)
         if wanted.frozen_update:
             dfrozen_update = context.empty(num_frozen, dtypes.frozen_update)
         return Operands(
@@ -240,7 +262,19 @@ class Backward:
             self._vector(dtypes.bias, -1, operands.weight) if wanted.bias else None,
         )
 
+    def _empty_update(self, dout: Tensor | None, num_rows: int) -> Tensor:
+        context = self.context
+        if dout is None or not self.update_is_like_dout:
+            return context.empty(num_rows, context.dtypes.update)
+        return torch.empty_like(dout) if num_rows == self.batch_size else dout.new_empty((num_rows, *context.shape[1:]))
+
     def _vector(self, dtype: torch.dtype, dim: int, like: Tensor | None) -> Tensor:
         if like is not None and like.dtype is dtype:  # saves the time of allocating by size
             return torch.empty_like(like)
         return torch.empty(self.context.shape[dim], dtype=dtype, device=self.context.device)
+
+
+backwards: Cache[Backward] = Cache()
+"""By `BackwardKey`."""
+short_backwards: Cache[Backward] = Cache()
+"""By the keys of `short.residual_add_backward`."""

@@ -17,7 +17,16 @@ import triton.language as tl
 
 # Triton compiles a kernel anew for arguments that are 1 or divisible by 16. That pays for strides and widths, but not
 # for arguments that vary from call to call with the number of kept rows.
-_VARYING = ("num_positions", "num_rows", "num_learning", "num_next_rows", "num_next_learning", "num_saved", "tiles")
+_VARYING = (
+    "batch_size",
+    "num_positions",
+    "num_rows",
+    "num_learning",
+    "num_next_rows",
+    "num_next_learning",
+    "num_saved",
+    "tiles",
+)
 _INDICES = ("inverse_ptr", "next_inverse_ptr", "index_ptr", "row_scale_ptr")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from ..buffers import Context, context_from
 from ..layout import Tiling
 from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
-from .keys import NO_ADD, NO_NEXT_INPUT, AddKey, ForwardKey, row_stride
+from .keys import NO_ADD, NO_NEXT_INPUT, AddKey, Cache, ForwardKey, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
 from .residual_add import _residual_add_fwd_kernel
 from .residual_add_norm import _residual_add_norm_fwd_kernel
-from .rows import _gather_rows_kernel, inverse_of
+from .rows import _gather_rows_kernel, _invert_rows_kernel
 
 
 def prepare_forward(key: ForwardKey) -> Forward:
@@ -53,6 +54,10 @@ class Forward:
     def run(self, operands: Operands, add: Add | None, next_input: NextInput | None, num_saved: int) -> Results:
         """As `launchers.fused_add_fwd`, without copies."""
         raise NotImplementedError
+
+
+forwards: Cache[Forward] = Cache()
+"""By `ForwardKey`."""
 
 
 class FusedAdd(Forward):
@@ -230,3 +235,19 @@ def makes_row_scale(add: AddKey, context: Context) -> bool:
 
 def row_scale_of(scale: float, num_rows: int, context: Context) -> Tensor:
     return torch.full((num_rows,), scale, dtype=torch.float64, device=context.device)
+
+
+def inverse_of(rows: RowSet, batch_size: int) -> Tensor:
+    """`rows.inverse`, computed where it is None. The row set keeps it, because the backward needs it as well."""
+    if rows.inverse is None:
+        index = rows.index.contiguous()
+        rows.inverse = index.new_empty(batch_size)
+        launch, tiles = inversion(batch_size, index.device)
+        launch(1, rows.inverse, index, batch_size, index.shape[0], tiles.block_m, tiles.block_n)
+    return rows.inverse.contiguous()
+
+
+@functools.lru_cache(1024)  # more batch sizes than a program meets
+def inversion(batch_size: int, device: torch.device) -> tuple[PreparedLaunch, Tiles]:
+    tiles = Tiles.of("invert_rows", device, 1, batch_size, whole_rows=True)
+    return PreparedLaunch(_invert_rows_kernel, tiles.config, device), tiles

@@ -10,14 +10,9 @@ from torch import Tensor
 
 from ..buffers import Context
 from ..spec import Add, Gradients, NextInput, Operands, Results, residual_of
-from .backward import Backward
-from .forward import Forward, prepare_forward
-from .keys import Cache, backward_key, forward_key, named_backward, named_forward
-from .rows import inversion
-
-_forwards: Cache[Forward] = Cache()
-backwards: Cache[Backward] = Cache()
-"""By the keys of `backward_key` and those of `short`, which never equal one another."""
+from .backward import Backward, backwards, short_backwards
+from .forward import Forward, forwards, inversion, prepare_forward
+from .keys import backward_key, forward_key, named_backward, named_forward
 
 
 @contextlib.contextmanager
@@ -31,8 +26,8 @@ def nothing_prepared() -> Iterator[None]:
 
 
 def _forget() -> None:
-    _forwards.clear()
-    backwards.clear()
+    for cache in (forwards, backwards, short_backwards):
+        cache.clear()
     inversion.cache_clear()
 
 
@@ -61,18 +56,13 @@ def fused_add_fwd(
     if batch_size is None:
         batch_size = residual_of(operands).shape[0]
     key = forward_key(operands, add, next_input, num_saved > 0, in_place, batch_size)
-    prepared = _forwards.get(key)
+    prepared = forwards.get(key)
     if prepared is None:
-        prepared = _forwards.add(key, prepare_forward(named_forward(key)))
+        prepared = forwards.add(key, prepare_forward(named_forward(key)))
     if prepared.copies:
         operands, add = _copied(prepared.context, operands, add)
         return fused_add_fwd(operands, add, next_input, num_saved, in_place, batch_size)
     return prepared.run(operands, add, next_input, num_saved), prepared.context
-
-
-def known(key: tuple) -> Forward | None:
-    """What was prepared for an earlier call with this key (`keys.forward_key`)."""
-    return _forwards.get(key)
 
 
 def known_call(
@@ -80,13 +70,13 @@ def known_call(
 ) -> Forward | None:
     """What was prepared for an earlier call of this kind that was checked and that went to Triton under the same choice
     of a backend. `records`: whether autograd records the call."""
-    prepared = _forwards.get(_key_of_call(operands, add, next_input, records))
+    prepared = forwards.get(_key_of_call(operands, add, next_input, records))
     return prepared if prepared is not None and choice in prepared.choices else None
 
 
 def remember(choice: str, operands: Operands, add: Add | None, next_input: NextInput | None, records: bool) -> None:
     """Makes a call, which was checked and has run, known."""
-    prepared = _forwards.get(_key_of_call(operands, add, next_input, records))
+    prepared = forwards.get(_key_of_call(operands, add, next_input, records))
     if prepared is not None:
         prepared.choices.add(choice)
 

@@ -14,7 +14,6 @@ from triton import knobs
 from triton.runtime import driver
 
 from .launch import LaunchConfig, options_of
-from .support import interpreted
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class PreparedLaunch:
         return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks
 
     def _launch(self, num_programs: int, arguments: tuple[Any, ...]) -> None:
-        """An ordinary launch. The first one finds the compiled kernel, except where Triton interprets kernels."""
+        """An ordinary launch. The first one finds the compiled kernel; interpreted kernels have none."""
         if num_programs == 0:
             return
         if _observers:
@@ -93,7 +92,7 @@ class PreparedLaunch:
             _observers[-1](Launch(self.kernel, (num_programs,), by_name, self.config, self.options))
             return
         compiled = self.kernel[(num_programs,)](*arguments, **self.options)
-        if PreparedLaunch.direct and self._run is None and torch.version.hip is None and not interpreted():
+        if compiled is not None and self._run is None and PreparedLaunch.direct and torch.version.hip is None:
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:

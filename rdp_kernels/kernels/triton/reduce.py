@@ -2,40 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..buffers import Context
 from .common import kernel
-from .launch import Tiles
-from .prepared import PreparedLaunch
-
-
-class Sums:
-    """The second stage for up to three vectors, in one launch. All have partial sums of one shape."""
-
-    def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
-        self.context, self.shape, self.num_vectors = context, (num_partials, width), num_vectors
-        self.tiles = Tiles.of("sum_partials", context.device, 1, width)
-        self.launch = PreparedLaunch(_sum_partials_kernel, self.tiles.config, context.device)
-        self.num_programs = self.tiles.column_blocks * num_vectors
-        self.absent = (None,) * (2 * (3 - num_vectors))
-
-    def empty_partials(self) -> Sequence[Tensor]:
-        """Partial sums for each vector."""
-        if self.num_vectors == 1:
-            return (torch.empty(self.shape, dtype=self.context.compute, device=self.context.device),)
-        shape = (self.num_vectors, *self.shape)  # one allocation takes the host less time than three
-        return torch.empty(shape, dtype=self.context.compute, device=self.context.device).unbind()
-
-    def run(self, *pairs: Tensor | None) -> None:
-        """`pairs`: a vector and its partial sums, and again."""
-        block_n = self.tiles.block_n
-        self.launch(self.num_programs, *pairs, *self.absent, *self.shape, self.tiles.config.tile // block_n, block_n)
 
 
 @kernel

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton.language as tl
-from torch import Tensor
 
-from ..spec import RowSet
 from .common import kernel, offsets, store_rows
-from .launch import Tiles
-from .prepared import PreparedLaunch
 
 
 @kernel
@@ -43,19 +36,3 @@ def _invert_rows_kernel(inverse_ptr, index_ptr, batch_size, num_rows, BLOCK_M: t
         k = start + tl.arange(0, BLOCK_N)
         b = tl.load(index_ptr + k, mask=k < num_rows, other=0)
         tl.store(inverse_ptr + b, k.to(tl.int64), mask=k < num_rows)
-
-
-def inverse_of(rows: RowSet, batch_size: int) -> Tensor:
-    """`rows.inverse`, computed where it is None. The row set keeps it, because the backward needs it as well."""
-    if rows.inverse is None:
-        index = rows.index.contiguous()
-        rows.inverse = index.new_empty(batch_size)
-        launch, tiles = inversion(batch_size, index.device)
-        launch(1, rows.inverse, index, batch_size, index.shape[0], tiles.block_m, tiles.block_n)
-    return rows.inverse.contiguous()
-
-
-@functools.lru_cache(1024)  # more batch sizes than a program meets
-def inversion(batch_size: int, device: torch.device) -> tuple[PreparedLaunch, Tiles]:
-    tiles = Tiles.of("invert_rows", device, 1, batch_size, whole_rows=True)
-    return PreparedLaunch(_invert_rows_kernel, tiles.config, device), tiles

@@ -2,6 +2,9 @@
 
 They serve calls of a kind that was checked before. Then everything about the arguments is right that a key holds. The
 rest is looked at here: numbers of rows, and lists of rows.
+
+Keys (`keys.ForwardKey`) are spelled out here, because a function call for each tensor would cost as much as the
+look-up.
 """
 
 from __future__ import annotations
@@ -11,14 +14,13 @@ from torch import Tensor
 
 from ..buffers import context_from
 from ..short import rows_are_right
-from ..spec import ACTIVATIONS, Add, Operands, Results, RowSet
-from .backward import Backward
-from .forward import FusedAdd, Gather
-from .keys import NO_ADD, SPECIAL_SCALES, BackwardKey, Kind, named, named_add, of, of_rows, of_vector
-from .launchers import backwards, fused_add_bwd, fused_add_fwd, known
-from .rows import inverse_of
+from ..spec import ACTIVATION_CODES, Add, Operands, Results, RowSet
+from .backward import Backward, short_backwards
+from .forward import FusedAdd, Gather, forwards, inverse_of
+from .keys import ALIGNMENT, NO_ADD, SPECIAL_SCALES, BackwardKey, Kind, named, named_add, of_rows
+from .launchers import fused_add_bwd, fused_add_fwd
 
-_ACTIVATIONS = {0: None} | {kind.code: name for name, kind in ACTIVATIONS.items()}
+_ACTIVATIONS = {code: name for name, code in ACTIVATION_CODES.items()}
 _GATHER = None, None, True, False, None, 0.0, False
 
 
@@ -48,17 +50,19 @@ def residual_add_rows(
     if residual.dim() == 0:
         return None, None
     batch_size = num_rows = residual.shape[0]
+    x, u, g, r = residual, update, gamma, row_scale
     add = (
-        of_rows(update),
+        (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT, u.shape[1:], u.device),
         None,
-        gamma if gamma is None else of_vector(gamma),
-        row_scale if row_scale is None else of_rows(row_scale),
+        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT, g.shape, g.device),
+        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT, r.shape[1:], r.device),
         rows is not None,
         scale if scale in SPECIAL_SCALES else None,
         channel_dim,
         _ACTIVATIONS[activation],
     )
-    prepared = known((batch_size, of_rows(residual), add, None, False))
+    of_residual = x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape[1:], x.device
+    prepared = forwards.get((batch_size, of_residual, add, None, False))
     if not isinstance(prepared, FusedAdd) or not prepared.is_short:
         return None, None
     if rows is not None:
@@ -85,20 +89,23 @@ def residual_add_backward(
     activation: int = 0,
     inverse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    d, u, g, r, o = dout, update, gamma, row_scale, out
     add = (
-        update if update is None else of(update),
+        u if u is None else (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT),
         None,
-        gamma if gamma is None else of(gamma),
-        row_scale if row_scale is None else of(row_scale),
+        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT),
+        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT),
         rows is not None,
         scale if scale in SPECIAL_SCALES else None,
         channel_dim,
         _ACTIVATIONS[activation],
     )
-    key = dout.shape[0], of_rows(dout), add, out if out is None else of(out), wants_update, update_dtype
-    prepared = backwards.get(key)
+    of_dout = d.stride(), d.dtype, d.data_ptr() % ALIGNMENT, d.shape, d.device
+    of_out = o if o is None else (o.stride(), o.dtype, o.data_ptr() % ALIGNMENT)
+    key = of_dout, add, of_out, wants_update, update_dtype
+    prepared = short_backwards.get(key)
     if prepared is None:
-        prepared = backwards.add(key, _prepare_backward(key))
+        prepared = short_backwards.add(key, _prepare_backward(key))
     num_rows = dout.shape[0] if rows is None else rows.shape[0]
     if prepared.is_short:
         return prepared.add(dout, update, gamma, row_scale, scale, out, num_rows, inverse)
@@ -118,7 +125,7 @@ def residual_add_backward(
 def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
     if residual.dim() == 0:
         return None
-    prepared = known((residual.shape[0], of_rows(residual), None, _GATHER, False))
+    prepared = forwards.get((residual.shape[0], of_rows(residual), None, _GATHER, False))
     if not isinstance(prepared, Gather) or prepared.copies or not rows_are_right(rows, residual):
         return None
     return prepared.gather(residual, RowSet(rows, rows.shape[0])).next
@@ -127,7 +134,7 @@ def gather_rows(residual: Tensor, rows: Tensor) -> Tensor | None:
 def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
     """The forward of an add to nothing."""
     row_set = RowSet(rows, rows.shape[0])
-    prepared = known((batch_size, None, (of_rows(dout), None, None, None, True, 1.0, -1, None), None, False))
+    prepared = forwards.get((batch_size, None, (of_rows(dout), None, None, None, True, 1.0, -1, None), None, False))
     if isinstance(prepared, FusedAdd) and prepared.is_short:
         return prepared.add(None, dout, None, None, 1.0, row_set.num_rows, inverse_of(row_set, batch_size))
     scattered: Tensor = fused_add_fwd(Operands(None, dout), Add(row_set), None, batch_size=batch_size)[0].out
@@ -135,10 +142,10 @@ def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
 
 
 def _prepare_backward(key: tuple) -> Backward:
-    batch_size, (strides, dtype, misaligned_by, shape, device), add_key, out, wants_update, update_dtype = key
+    (strides, dtype, misaligned_by, shape, device), add_key, out, wants_update, update_dtype = key
     add = named_add(add_key) or NO_ADD
     dtypes = dtype, update_dtype or dtype, None, None if add.gamma is None else add.gamma.dtype, None, None
-    context = context_from((batch_size, *shape), strides, device, dtypes, False)
+    context = context_from(shape, strides, device, dtypes, False)
     gradients, results = (Kind(strides, dtype, misaligned_by), None, None), (named(out), None, None, None)
     wanted = Operands(out is not None, wants_update, False, add.update is not None, False, False)
     return Backward(BackwardKey(context, gradients, results, None, add, None, wanted, False))
