@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from rdp_kernels.kernels.buffers import Context
-from rdp_kernels.kernels.triton import launchers, short
+from rdp_kernels.kernels.triton import launchers
 from rdp_kernels.kernels.triton.keys import (
     AddKey,
     BackwardKey,
@@ -32,7 +32,6 @@ from .walk import without_gradient
 class ShortBackwardKey(NamedTuple):
     """As `short.residual_add_backward` makes it."""
 
-    batch_size: int
     dout: Kind
     add: AddKey
     out: Kind | None
@@ -43,40 +42,33 @@ class ShortBackwardKey(NamedTuple):
 NAMED = (ForwardKey, BackwardKey, ShortBackwardKey, AddKey, NextKey, Kind)
 
 
-def _named_backward(key: tuple) -> BackwardKey | ShortBackwardKey:
+def named_key(key: tuple) -> ForwardKey | BackwardKey | ShortBackwardKey:
+    """A key of any of the caches: they begin with a number, a context, and a tuple."""
+    if isinstance(key[0], int):
+        return named_forward(key)
     if isinstance(key[0], Context):
         return named_backward(key)
-    batch_size, dout, add, out, *further = key
-    return ShortBackwardKey(batch_size, named(dout), named_add(add), named(out), *further)
+    dout, add, out, *further = key
+    return ShortBackwardKey(named(dout), named_add(add), named(out), *further)
 
 
-def _without(forgotten: str, value: Any) -> Any:
-    if type(value) in NAMED:
-        return tuple(None if n == forgotten else _without(forgotten, v) for n, v in value._asdict().items())
-    return tuple(_without(forgotten, v) for v in value) if type(value) is tuple else value
-
-
-class Forgetful(Cache):
-    """Finds prepared calls by keys that lack one field."""
-
-    def __init__(self, forgotten: str, name: Any):
-        self._shortened = lambda key: _without(forgotten, name(key))
-
-    def get(self, key: tuple) -> Any:
-        return super().get(self._shortened(key))
-
-    def add(self, key: tuple, value: Any) -> Any:
-        return super().add(self._shortened(key), value)
+def without(field: str, key: Any) -> Any:
+    if type(key) in NAMED:
+        return tuple(None if name == field else without(field, value) for name, value in key._asdict().items())
+    return tuple(without(field, value) for value in key) if type(key) is tuple else key
 
 
 @contextlib.contextmanager
-def forgotten(name: str) -> Iterator[None]:
+def forgotten(field: str) -> Iterator[None]:
     """Within the `with` block calls that differ in this field alone share what is prepared."""
-    backwards = Forgetful(name, _named_backward)
+
+    def shortened(method: Any) -> Any:
+        return lambda cache, key, *value: method(cache, without(field, named_key(key)), *value)
+
     with (
-        mock.patch.object(launchers, "_forwards", Forgetful(name, named_forward)),
-        mock.patch.object(launchers, "backwards", backwards),
-        mock.patch.object(short, "backwards", backwards),
+        launchers.nothing_prepared(),
+        mock.patch.object(Cache, "get", shortened(Cache.get)),
+        mock.patch.object(Cache, "add", shortened(Cache.add)),
     ):
         yield
 
@@ -119,7 +111,6 @@ SEEN_IN_VALUES = [
     Pair("gamma", ops.residual_add, replace(ADD, gamma=True), STRIDED_VECTORS),
     Pair("row_scale", ops.residual_add, replace(ADD, row_scale="tensor"), STRIDED_VECTORS),
     Pair("add", ops.residual_add, ADD, {"activation": "relu"}),
-    Pair("has_rows", ops.joint, ADD, {"rows": (2, 0)}),
     Pair("scale", ops.residual_add, replace(ADD, row_scale=0.0), {"row_scale": 1 / 0.7}),
     Pair("channel_dim", ops.residual_add, Case((2, 3, 3), gamma=True, channel_dim=1), {"channel_dim": 2}),
     Pair("activation", ops.residual_add, ADD, {"activation": "relu"}),
