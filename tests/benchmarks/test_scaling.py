@@ -81,9 +81,9 @@ def test_function_calls_grow_linearly_with_the_paths(mode, build):
     assert_linear(build, mode, (20, 40, 80))
 
 
-MOST_CALLS = {"block": 102, "sample": 490}
-"""Function calls that one more path adds to a pair of iterations, as measured on Python 3.11. Later versions make fewer.
-Those of sample mode lie mostly in the kernels' Python code."""
+MOST_CALLS = {"block": 102, "sample": 327}
+"""Function calls that one more path adds to a pair of iterations, as measured on Python 3.11. Later versions make
+fewer."""
 
 
 @pytest.mark.skipif(available_backends()["native"] is not None, reason="about the way through the compiled library")
