@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rdp_kernels as rdp
-from rdp_kernels.kernels import autograd
+from rdp_kernels.kernels import autograd, dispatch
 from rdp_kernels.kernels.triton import prepared
 
 from .conftest import DEVICE
@@ -93,6 +93,25 @@ def test_equals_its_branches_one_by_one(norm, drop_prob):
     with rdp.use_backend("eager"):
         expected = gradients(lambda x: one_by_one(paths, x, bias=bias), x, paths)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_prob": 0.5}, {"drop_prob": 0.5, "mode": "block"}])
+def test_sums_and_norms_of_two_libraries(monkeypatch, options):
+    """As on a GPU, where the compiled library comes first and has no norms, and Triton serves what has one."""
+    if DEVICE != "cpu" or rdp.available_backends()["native"] is not None:
+        pytest.skip("on CPUs, with the compiled library")
+    reason = dispatch._why_not_kind
+    monkeypatch.setattr(dispatch, "_why_not_kind", lambda *call: reason(*call[:-1], True))
+    paths, x = sequence(**options).double(), samples(dtype=torch.float64)
+    torch.manual_seed(1)
+    with rdp.use_backend("auto"), launched() as names:
+        actual = gradients(paths, x, paths)
+    torch.manual_seed(1)
+    with rdp.use_backend("eager"):
+        expected = gradients(lambda x: one_by_one(paths, x), x, paths)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert "_residual_add_norm_fwd_kernel" in names
+    assert "_residual_add_fwd_kernel" not in names  # the library's own kernels aren't Triton's
 
 
 def test_one_kernel_between_two_branches(monkeypatch):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import check_batch
-from ..kernels.autograd import FusedCall, plain_add
+from ..kernels.autograd import FusedCall, fused_add, plain_add
 from ..kernels.dispatch import resolve
 from ..kernels.recorded import is_recorded
-from ..kernels.spec import Detached, NextInput, Operands, Results, RowSet
+from ..kernels.spec import Add, Detached, NextInput, Operands, Results, RowSet
 from .arguments import Args, Kwargs, for_each
 from .call import PathCall
 from .decision import ALL_ROWS, FROZEN, SKIP, Decision
@@ -30,20 +30,20 @@ from .recorded import check_arguments
 def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
     """`for path in paths: x = path(x, *args, **kwargs)`, each with the keyword arguments that its `takes()` names. Runs
     the parts of paths that are `is_plain()`, and calls others."""
-    kernels, compiling = None, torch.compiler.is_compiling()
+    served, compiling = False, torch.compiler.is_compiling()
     recorded = not compiling and is_recorded(x)
     if recorded:
         check_arguments(paths, args, kwargs)
     else:
         check_batch("x", x)
     if not (recorded or compiling):
-        kernels = resolve("path", Operands(x), required=False).kernels
+        served = resolve("path", Operands(x), required=False).library is not None
     given: Iterable[Kwargs] = for_each(paths, args, kwargs) if args or kwargs else itertools.repeat(kwargs)
-    if kernels is None:
+    if not served:
         for path, named in zip(paths, given):  # noqa: B905 (without arguments one dict serves all)
             x = path(x, *args, **named)
         return x
-    chain = _Chain(kernels, x)
+    chain = _Chain(x)
     for path, named in zip(paths, given):  # noqa: B905
         if path.is_plain():
             chain.run(PathCall(path, x.shape[0], args, named))
@@ -55,11 +55,12 @@ def run_sequence(paths: Iterable[Any], x: Tensor, args: Args, kwargs: Kwargs) ->
 class _Chain:
     """The residual, and the update that is still to be added to it."""
 
-    def __init__(self, kernels: ModuleType, x: Tensor):
-        self._kernels, self._residual = kernels, x
+    def __init__(self, x: Tensor):
+        self._residual = x
         self._last_call: FusedCall | None = None
         """The call that returned the residual, if nothing else refers to the residual."""
         self._update: _Update | None = None
+        self._libraries: dict[tuple[Any, ...], ModuleType | None] = {}
 
     def go_on_from(self, x: Tensor) -> None:
         """Replaces the residual by one that others refer to as well."""
@@ -122,10 +123,32 @@ class _Chain:
         else:
             operands = Operands(residual, update.update, update.frozen_update, update.gamma, norm.weight, norm.bias)
             add = update.call.checked_add(operands, update.rows, update.scale)
-        call = FusedCall(self._kernels, add, next_input, self._last_call)
+        self._update = None
+        kernels = self._kernels_for(operands, add, next_input)
+        if kernels is None:
+            results = fused_add("path", operands, add, next_input)
+            self.go_on_from(results.out)
+            return results
+        call = FusedCall(kernels, add, next_input, self._last_call)
         results = call(operands)
-        self._residual, self._last_call, self._update = results.out, call, None
+        self._residual, self._last_call = results.out, call
         return results
+
+    def _kernels_for(self, operands: Operands, add: Add | None, next_input: NextInput | None) -> ModuleType | None:
+        """The kernels that serve a call with its norm, or None. On GPUs one library may serve sums, and another one
+        norms."""
+        residual, update, frozen_update, gamma, weight, bias = operands
+        kind = (
+            residual.shape,
+            residual.dtype,
+            residual.device,
+            None if next_input is None else next_input.norm,
+            *(None if t is None else t.dtype for t in (update, frozen_update, gamma, weight, bias)),
+        )
+        if kind not in self._libraries:
+            served = resolve("path", operands, add, next_input, required=False)
+            self._libraries[kind] = served.kernels if served.takes_norm else None
+        return self._libraries[kind]
 
 
 class _Update(NamedTuple):

@@ -32,6 +32,7 @@ def fused_add_fwd(
 ) -> tuple[Results, Context]:
     """Adds an update to the residual, gathers the next branch's rows, or both. Arguments as in `triton.launchers`;
     `num_saved` is for libraries that have norms."""
+    assert next_input is None or next_input.norm is None, "the compiled library has no norms"
     context = context_of(operands, None)
     residual, update, frozen_update, gamma, _, _ = operands
     conform = context.conform
