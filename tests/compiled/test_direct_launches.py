@@ -22,9 +22,9 @@ from rdp_kernels._utils import checks
 from rdp_kernels.kernels import dispatch
 from rdp_kernels.kernels.triton import launch, launchers
 from rdp_kernels.kernels.triton.prepared import PreparedLaunch
-from tests.kernels.budget import _run
+from tests.kernels.budget import gradients
 from tests.kernels.forgotten import SEEN_BY_THE_COMPILER, forgotten
-from tests.kernels.values import operands_of
+from tests.kernels.values import douts_of, operands_of
 from tests.kernels.walk import walk
 
 MODULES = [module for name, module in sys.modules.items() if name.startswith("rdp_kernels.kernels.triton.")]
@@ -93,9 +93,16 @@ def verified(launched, monkeypatch):
     return counts
 
 
+def run(op, case):
+    """Forward and backward."""
+    operands = operands_of(case)
+    results = op(operands, case)
+    gradients(results, operands, douts_of(case, results))
+
+
 def test_the_kernel_is_the_one_that_triton_would_find(verified):
     for op, case in walk(0, 2200):
-        _run(case, op, operands_of(case))
+        run(op, case)
     assert verified.direct > verified.ordinary
 
 
@@ -103,13 +110,11 @@ def test_the_kernel_is_the_one_that_triton_would_find(verified):
 def test_each_field_of_a_key_matters(verified, pair):
     """With a key that lacks the field, the second call of the pair launches the first one's kernel."""
 
-    def run_both():
-        for op, case in pair.calls:
-            _run(case, op, operands_of(case))
-
-    run_both()
+    for op, case in pair.calls:
+        run(op, case)
     with forgotten(pair.field), pytest.raises(AssertionError):
-        run_both()
+        for op, case in pair.calls:
+            run(op, case)
 
 
 @pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=lambda t: t.backend)
@@ -136,7 +141,7 @@ def test_threads(verified):
 
     def work(number):
         for op, case in walk(number, 100):
-            _run(case, op, operands_of(case))
+            run(op, case)
 
     with ThreadPoolExecutor(9) as pool:
         forgetting = pool.submit(forget)

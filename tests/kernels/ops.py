@@ -11,10 +11,9 @@ from rdp_kernels.kernels import eager
 from rdp_kernels.kernels.autograd import FusedCall, fused_add
 from rdp_kernels.kernels.dispatch import resolve
 from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
-from tests.conftest import DEVICE
 
 from .cases import Case
-from .values import index, row_scale_of
+from .values import index, laid_out, row_scale_of
 
 
 def residual_add(t: Operands, case: Case) -> Results:
@@ -103,4 +102,4 @@ def _row_set(rows: tuple[int, ...], num_learning: int, case: Case) -> RowSet:
         return RowSet(index(rows, case), num_learning)
     others = [row for row in range(case.shape[0]) if row not in rows]
     order = torch.tensor([*rows, *others], dtype=torch.int64)
-    return RowSet(index(rows, case), num_learning, order.argsort().to(DEVICE))
+    return RowSet(index(rows, case), num_learning, laid_out(order.argsort(), case.layouts[3]))

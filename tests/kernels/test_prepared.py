@@ -18,7 +18,7 @@ from rdp_kernels.kernels.triton.backward import backwards
 from rdp_kernels.kernels.triton.forward import forwards
 from rdp_kernels.kernels.triton.keys import Cache
 from rdp_kernels.kernels.triton.prepared import observed
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, INTERPRETED
 
 from . import ops
 from .budget import check
@@ -56,13 +56,13 @@ def unchecked(monkeypatch):
 
 
 def test_calls_that_differ_in_little(unchecked, monkeypatch):
-    """2,200 calls in one process. Every other one takes its lists of rows as on a GPU, where their values aren't checked
-    and calls of a known kind are checked in nothing."""
+    """2,200 calls in one process; fewer on a GPU, which has to compile their kernels. Every other one takes its lists of
+    rows as on a GPU, where their values aren't checked and calls of a known kind are checked in nothing."""
     host_has = checks.host_has
-    for number, (op, case) in enumerate(walk(0, 2200)):
+    for number, (op, case) in enumerate(walk(0, 2200 if INTERPRETED else 200)):
         monkeypatch.setattr(checks, "host_has", host_has if number % 2 else lambda tensor: False)
         check(case, op)
-    assert unchecked["unchecked"] > 400, "few calls were of a known kind"
+    assert unchecked["unchecked"] > unchecked["calls"] / 4, "few calls were of a known kind"
 
 
 @pytest.mark.parametrize("pair", SEEN_IN_VALUES, ids=lambda pair: pair.field)

@@ -117,13 +117,12 @@ _DRAW: dict[str, Callable[[random.Random, Case], Any]] = {
 
 def _fitted(op: Op, case: Case) -> Case:
     """The case with fields that fit one another, and the op."""
-    in_place = op is ops.in_place
-    adds = in_place or (op is not ops.gather_rows and (op is not ops.joint or case.adds or not case.gives_next))
-    gives_next = op in (ops.gather_rows, ops.residual_add_norm) or (op in (ops.joint, ops.in_place) and case.gives_next)
-    normed = gives_next and op is not ops.gather_rows and (op is ops.residual_add_norm or case.norm is not None)
+    in_place, of_path = op is ops.in_place, op in (ops.joint, ops.in_place)
+    gives_next = case.gives_next if of_path else op is not ops.residual_add
+    adds = case.adds or in_place or not gives_next if of_path else op is not ops.gather_rows
+    normed = gives_next and (case.norm is not None if of_path else op is ops.residual_add_norm)
     shape = (*case.shape, 7) if normed and len(case.shape) == 1 else case.shape
     residual = op is not ops.joint or case.residual or gives_next or case.rows is not None
-    of_path = op in (ops.joint, ops.in_place)
 
     rows = _existing(case.rows, shape[0]) if adds else None
     next_rows = _existing(case.next_rows, shape[0]) if gives_next else None
@@ -134,10 +133,14 @@ def _fitted(op: Op, case: Case) -> Case:
     of_residual, of_update, of_gradients, of_vectors = case.layouts
     if in_place:
         of_residual = of_gradients = "dense"
-    elif of_vectors not in LAYOUTS[3]:
+    if of_vectors not in LAYOUTS[3]:
         of_vectors = "dense"
     norm = (case.norm or "layer") if normed else None
-    results = ("out", "next", "frozen_next") if gives_next and of_path else ("out", "next") if gives_next else ("out",)
+    num_learning, num_next_learning = (
+        None if which is None or count is None or not of_path else min(count, len(which))
+        for which, count in ((rows, case.num_learning), (next_rows, case.num_next_learning))
+    )
+    results = ("out", "next", "frozen_next")[: 1 + gives_next + of_path]
     used = case.used if case.used is None else tuple(name for name in case.used if name in results)
     case = replace(
         case,
@@ -147,15 +150,13 @@ def _fitted(op: Op, case: Case) -> Case:
         gives_next=gives_next,
         residual=residual,
         rows=rows,
-        num_learning=None if rows is None or not of_path else _at_most(case.num_learning, len(rows)),
+        num_learning=num_learning,
         row_scale=case.row_scale if adds else None,
         gamma=gamma,
         channel_dim=channel_dim,
         activation=case.activation if adds and residual and not gives_next and not in_place else None,
         next_rows=next_rows,
-        num_next_learning=None
-        if next_rows is None or not of_path
-        else _at_most(case.num_next_learning, len(next_rows)),
+        num_next_learning=num_next_learning,
         norm=norm,
         weight=normed and case.weight,
         bias=norm == "layer" and case.bias,
@@ -168,7 +169,3 @@ def _fitted(op: Op, case: Case) -> Case:
 
 def _existing(rows: tuple[int, ...] | None, batch_size: int) -> tuple[int, ...] | None:
     return None if rows is None else tuple(row for row in rows if row < batch_size)
-
-
-def _at_most(count: int | None, most: int) -> int | None:
-    return None if count is None else min(count, most)
