@@ -92,3 +92,23 @@ def test_vectors_that_are_views(backend):
         weight, bias = of_channels[:, 3].contiguous(), of_channels[:, 4].contiguous()
         expected = rdp.residual_add_norm(x, branch, weight, bias, **copies)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_negated_views(backend, known):
+    """Their memory holds the negative of their values, as that of `z.conj().imag` does."""
+    x, gamma, rows = torch.randn(3, 4, 6), torch.rand(6), torch.tensor([2, 0], device=DEVICE)
+    x, gamma = x.to(DEVICE), gamma.to(DEVICE)
+
+    def results(view):
+        residual, update, factor = (view(t).requires_grad_() for t in (x, x, gamma))
+        out = rdp.residual_add(residual, update, gamma=factor, row_scale=2.0)
+        gradients = torch.autograd.grad(out, (residual, update, factor), view(torch.ones_like(out)))
+        total, normed = rdp.residual_add_norm(residual, update, factor)
+        dnormed = torch.autograd.grad((total, normed), (residual, update, factor), (view(x), view(x)))
+        return out, *gradients, total, normed, *dnormed, rdp.gather_rows(residual, rows)
+
+    expected = results(lambda t: t.detach().clone())  # makes the calls known
+    for _ in range(1 + known):
+        actual = results(lambda t: torch._neg_view(t.detach().neg()))
+        torch.testing.assert_close(actual, expected)

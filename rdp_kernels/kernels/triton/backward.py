@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..buffers import Context
 from ..spec import NORMS, Add, NextInput, Operands, Results
-from .forward import compute_of, inverse_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
+from .forward import compute_of, inverse_of, is_plain, makes_row_scale, row_scale_of, sizes_of, tiling_of
 from .keys import NO_ADD, BackwardKey, Cache, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
@@ -60,7 +60,7 @@ class Backward:
         vectors = (mean, rstd, key.weight, add.gamma, add.row_scale)
         # Whether a tensor of the call has to be copied first.
         self.copies = not (
-            all(t is None or context.layout.is_dense(context.shape, t.strides) for t in rows)
+            all(t is None or is_plain(t, context) for t in rows)
             and all(t is None or t.is_plain_vector for t in vectors)
         )
         self.context, self.wanted, self.batch_size = context, wanted, context.shape[0]

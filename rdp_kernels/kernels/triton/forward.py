@@ -13,7 +13,7 @@ from torch import Tensor
 from ..buffers import Context, context_from
 from ..layout import Tiling
 from ..spec import NORMS, Add, NextInput, Operands, Results, RowSet
-from .keys import NO_ADD, NO_NEXT_INPUT, AddKey, Cache, ForwardKey, row_stride
+from .keys import NO_ADD, NO_NEXT_INPUT, AddKey, Cache, ForwardKey, Kind, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
 from .residual_add import _residual_add_fwd_kernel
@@ -41,7 +41,7 @@ class Forward:
         self.context = context_from(shape, like.strides, like.device, dtypes, next_input.norm is not None)
         # Whether a tensor of the call has to be copied first, because its layout isn't the context's.
         self.copies = not (
-            all(t is None or self.context.layout.is_dense(shape, t.strides) for t in rows)
+            all(t is None or is_plain(t, self.context) for t in rows)
             and all(t is None or t.is_plain_vector for t in (*vectors, add.row_scale))
         )
         self.batch_size, self.dtype = key.batch_size, self.context.dtypes.residual
@@ -214,6 +214,11 @@ class Gather(Forward):
 def tiling_of(context: Context, channel_dim: int | None, normed: bool) -> Tiling:
     """A norm's tiles span the channels; other tiles run along γ, if it is read."""
     return context.layout.tiling(context.shape, -1 if normed else channel_dim)
+
+
+def is_plain(kind: Kind, context: Context) -> bool:
+    """Whether kernels take a tensor with rows as it is."""
+    return context.layout.is_dense(context.shape, kind.strides) and not kind.is_negated
 
 
 def sizes_of(tiling: Tiling, num_positions: int) -> tuple[int, int, int, int]:

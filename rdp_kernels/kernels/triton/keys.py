@@ -23,7 +23,8 @@ SPECIAL_SCALES = (0.0, 1.0)
 
 
 class Kind(NamedTuple):
-    """What a key holds of a tensor. `misaligned_by` is its address modulo `ALIGNMENT`. `shape` is without dimension 0
+    """What a key holds of a tensor. `misaligned_by` is its address modulo `ALIGNMENT`. `is_negated`: memory holds the
+    negative of its values, as of the imaginary part of a conjugate. `shape` is without dimension 0
     for a tensor with a row for each sample. In a backward shape and device aren't looked at, because the forward's
     decide them. But saved tensors may come back with other strides and addresses, if autograd's hooks kept them
     elsewhere.
@@ -32,12 +33,13 @@ class Kind(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     misaligned_by: int
+    is_negated: bool
     shape: tuple[int, ...] = ()
     device: torch.device | None = None
 
     @property
     def is_plain_vector(self) -> bool:
-        return self.strides == (1,)
+        return self.strides == (1,) and not self.is_negated
 
 
 def row_stride(kind: Kind | None) -> int:
@@ -192,17 +194,17 @@ def _next_key(weight: Tensor | None, bias: Tensor | None, next_input: NextInput,
 
 def of(x: Tensor) -> tuple:
     """As a `Kind` in a backward."""
-    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.is_neg()
 
 
 def of_vector(x: Tensor) -> tuple:
     """As a `Kind`."""
-    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape, x.device
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.is_neg(), x.shape, x.device
 
 
 def of_rows(x: Tensor) -> tuple:
     """As a `Kind` of a tensor with rows."""
-    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape[1:], x.device
+    return x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.is_neg(), x.shape[1:], x.device
 
 
 def named_forward(key: tuple) -> ForwardKey:

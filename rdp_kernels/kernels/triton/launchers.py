@@ -169,10 +169,10 @@ def _copied(context: Context, operands: Operands, add: Add | None) -> tuple[Oper
 
 def _conformed(context: Context, x: Tensor | None) -> Tensor | None:
     """As `Context.conform`, for empty tensors too: their strides are part of a key."""
-    return None if x is None else context.layout.conform(x)
+    return None if x is None else context.layout.conform(x.resolve_neg())
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
-    if vector is None or vector.stride() == (1,):
+    if vector is None or (vector.stride() == (1,) and not vector.is_neg()):
         return vector
     return vector.new_empty(vector.shape).copy_(vector)

@@ -53,16 +53,16 @@ def residual_add_rows(
     batch_size = num_rows = residual.shape[0]
     x, u, g, r = residual, update, gamma, row_scale
     add = (
-        (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT, u.shape[1:], u.device),
+        (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT, u.is_neg(), u.shape[1:], u.device),
         None,
-        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT, g.shape, g.device),
-        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT, r.shape[1:], r.device),
+        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT, g.is_neg(), g.shape, g.device),
+        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT, r.is_neg(), r.shape[1:], r.device),
         rows is not None,
         scale if scale in SPECIAL_SCALES else None,
         channel_dim,
         _ACTIVATIONS[activation],
     )
-    of_residual = x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.shape[1:], x.device
+    of_residual = x.stride(), x.dtype, x.data_ptr() % ALIGNMENT, x.is_neg(), x.shape[1:], x.device
     prepared = forwards.get((batch_size, of_residual, add, None, False))
     if not isinstance(prepared, FusedAdd) or not prepared.is_short:
         return None, None
@@ -92,17 +92,17 @@ def residual_add_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     d, u, g, r, o = dout, update, gamma, row_scale, out
     add = (
-        u if u is None else (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT),
+        u if u is None else (u.stride(), u.dtype, u.data_ptr() % ALIGNMENT, u.is_neg()),
         None,
-        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT),
-        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT),
+        g if g is None else (g.stride(), g.dtype, g.data_ptr() % ALIGNMENT, g.is_neg()),
+        r if r is None else (r.stride(), r.dtype, r.data_ptr() % ALIGNMENT, r.is_neg()),
         rows is not None,
         scale if scale in SPECIAL_SCALES else None,
         channel_dim,
         _ACTIVATIONS[activation],
     )
-    of_dout = d.stride(), d.dtype, d.data_ptr() % ALIGNMENT, d.shape, d.device
-    of_out = o if o is None else (o.stride(), o.dtype, o.data_ptr() % ALIGNMENT)
+    of_dout = d.stride(), d.dtype, d.data_ptr() % ALIGNMENT, d.is_neg(), d.shape, d.device
+    of_out = o if o is None else (o.stride(), o.dtype, o.data_ptr() % ALIGNMENT, o.is_neg())
     key = of_dout, add, of_out, wants_update, update_dtype
     prepared = backwards.get(key)
     if prepared is None:
@@ -143,10 +143,10 @@ def gather_rows_backward(dout: Tensor, rows: Tensor, batch_size: int) -> Tensor:
 
 
 def _prepare_backward(key: tuple) -> Backward:
-    (strides, dtype, misaligned_by, shape, device), add_key, out, wants_update, update_dtype = key
+    (strides, dtype, misaligned_by, is_negated, shape, device), add_key, out, wants_update, update_dtype = key
     add = named_add(add_key) or NO_ADD
     dtypes = dtype, update_dtype or dtype, None, None if add.gamma is None else add.gamma.dtype, None, None
     context = context_from(shape, strides, device, dtypes, False)
-    gradients, results = (Kind(strides, dtype, misaligned_by), None, None), (named(out), None, None, None)
+    gradients, results = (Kind(strides, dtype, misaligned_by, is_negated), None, None), (named(out), None, None, None)
     wanted = Operands(out is not None, wants_update, False, add.update is not None, False, False)
     return Backward(BackwardKey(context, gradients, results, None, add, None, wanted, False))
