@@ -137,13 +137,12 @@ class _Chain:
     def _kernels_for(self, operands: Operands, add: Add | None, next_input: NextInput | None) -> ModuleType | None:
         """The kernels that serve a call with its norm, or None. On GPUs one library may serve sums, and another one
         norms."""
-        residual, update, frozen_update, gamma, weight, bias = operands
+        residual = operands.residual
         kind = (
             residual.shape,
-            residual.dtype,
             residual.device,
             None if next_input is None else next_input.norm,
-            *(None if t is None else t.dtype for t in (update, frozen_update, gamma, weight, bias)),
+            *(None if t is None else (type(t), t.dtype) for t in operands),
         )
         if kind not in self._libraries:
             served = resolve("path", operands, add, next_input, required=False)
