@@ -125,6 +125,18 @@ def test_no_kernel_takes_a_subclass_of_tensor_after_a_tensor_of_the_same_kind():
         paths(samples())
 
 
+def test_images_whose_channels_come_first_in_memory():
+    """A norm needs the channels innermost. Its kernel then takes a copy of the chain's own residual."""
+    images = torch.randn(BATCH, DIM, 2, 3, dtype=torch.float64, device=DEVICE).permute(0, 2, 3, 1)
+    paths = rdp.ResidualSequence(*sequence(2, norm=None, drop_prob=0.5), *sequence(1, drop_prob=0.5)).double()
+    torch.manual_seed(1)
+    actual = gradients(paths, images, paths)
+    torch.manual_seed(1)
+    with rdp.use_backend("eager"):
+        expected = gradients(lambda x: one_by_one(paths, x), images, paths)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_one_kernel_between_two_branches(monkeypatch):
     """The head, one kernel per hand-over, and the last add. In the backward a second kernel sums dγ, dweight and dbias."""
     paths, x = sequence(), samples(requires_grad=True)

@@ -310,7 +310,7 @@ class FusedCall:
         ctx.call = self
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
-        if self.in_place:
+        if self.in_place and out is operands.residual:  # not where the kernels took a copy, for its strides
             ctx.mark_dirty(operands.residual)
         if next_input is None:
             return out
