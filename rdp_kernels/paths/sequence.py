@@ -143,7 +143,11 @@ class _Chain:
             residual.dtype,
             residual.device,
             None if next_input is None else next_input.norm,
-            *(None if t is None else t.dtype for t in (update, frozen_update, gamma, weight, bias)),
+            None if update is None else update.dtype,
+            None if frozen_update is None else frozen_update.dtype,
+            None if gamma is None else gamma.dtype,
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
         )
         if kind not in self._libraries:
             served = resolve("path", operands, add, next_input, required=False)
