@@ -141,7 +141,8 @@ class PathPlan:
             ValueError: if the entries don't fit each other.
             RuntimeError: if `keep` can't have a row for each of `drop_probs`.
         """
-        keep, drop_probs, mode = torch.tensor(state["keep"], dtype=torch.bool), state["drop_probs"], state["mode"]
+        keep = torch.tensor(state["keep"], dtype=torch.bool, device="cpu")
+        drop_probs, mode = state["drop_probs"], state["mode"]
         return cls(keep.view(len(drop_probs), -1) if mode == "sample" else keep, drop_probs, mode)
 
     def __eq__(self, other: object) -> bool:
@@ -168,22 +169,22 @@ def plan_generator(seed: int, number: int, rank: int = 0) -> torch.Generator:
 
 def draw_block_keep(drop_probs: Sequence[float], sampling: str, generator: torch.Generator) -> Tensor:
     """Draws a decision for each path, bool `[paths]`. `"fixed"` drops ⌊Σp⌋ or ⌈Σp⌉ paths at rates of exactly p."""
-    probs = torch.tensor(drop_probs, dtype=torch.float64)
+    probs = torch.tensor(drop_probs, dtype=torch.float64, device="cpu")
     if sampling == "bernoulli":
-        return torch.rand(len(probs), dtype=torch.float64, generator=generator) >= probs
+        return torch.rand(len(probs), dtype=torch.float64, device="cpu", generator=generator) >= probs
     # Systematic sampling: paths lie end to end in a random order, each as long as its probability, and a comb of unit
     # spacing with a random start hits some of them.
-    order = torch.randperm(len(probs), generator=generator)
+    order = torch.randperm(len(probs), device="cpu", generator=generator)
     hits = (probs[order].cumsum(0) + _uniform((), generator)).floor()
-    dropped = torch.zeros(len(probs), dtype=torch.bool)
+    dropped = torch.zeros(len(probs), dtype=torch.bool, device="cpu")
     dropped[order] = hits.diff(prepend=hits.new_zeros(1)) > 0
     return ~dropped
 
 
 def draw_sample_keep(drop_probs: Sequence[float], batch_size: int, sampling: str, generator: torch.Generator) -> Tensor:
     """Draws a decision for each sample, bool `[paths, batch]`. `"fixed"` keeps ⌊B(1−p)⌋ or ⌈B(1−p)⌉ rows of a path."""
-    probs = torch.tensor(drop_probs, dtype=torch.float64)
-    noise = torch.rand(len(probs), batch_size, dtype=torch.float64, generator=generator)
+    probs = torch.tensor(drop_probs, dtype=torch.float64, device="cpu")
+    noise = torch.rand(len(probs), batch_size, dtype=torch.float64, device="cpu", generator=generator)
     if sampling == "bernoulli":
         return noise >= probs[:, None]
     num_dropped = (batch_size * probs + _uniform((len(probs),), generator)).floor()
@@ -210,4 +211,4 @@ def draw_keep(
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draws midpoints of a grid of 2³² cells in (0, 1). They are no nearer to 0 or 1 than 2⁻³³, which rounding errors
     never bridge, so that 0.1 · 20 drops exactly 2 every time."""
-    return (torch.randint(2**32, shape, generator=generator).double() + 0.5) / 2**32
+    return (torch.randint(2**32, shape, device="cpu", generator=generator).double() + 0.5) / 2**32

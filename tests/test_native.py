@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rdp_kernels as rdp
 from rdp_kernels.kernels.layout import Layout
-from rdp_kernels.kernels.native import support
+from rdp_kernels.kernels.native import library, support
 from rdp_kernels.kernels.spec import Operands
 
 from .kernels import ops
@@ -103,6 +103,14 @@ def test_bad_arguments_raise(name):
     call, reason = BAD[name]
     with pytest.raises(RuntimeError, match=reason):
         call()
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rdp::native_")}
+    assert {f"rdp::{name}" for name in library.NUM_ARGUMENTS} == ops
+    for changed in ({"native_gather_rows": 3}, {"native_scatter_rows": 2}):
+        monkeypatch.setattr(library, "NUM_ARGUMENTS", library.NUM_ARGUMENTS | changed)
+        assert "was built from another version of this package; build it anew" in library._load()
 
 
 def test_other_devices_raise():

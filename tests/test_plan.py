@@ -60,7 +60,7 @@ def test_fixed_counts_in_block_mode(rates):
 @pytest.mark.parametrize("extreme", [0, 2**32 - 1])
 def test_fixed_counts_survive_rounding_at_the_ends_of_the_range(extreme, monkeypatch):
     """0.1 · 20 and 0.7 · 10 are whole except for rounding."""
-    monkeypatch.setattr(torch, "randint", lambda high, shape, generator: torch.full(shape, extreme))
+    monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.full(shape, extreme))
     for rates, dropped in (([0.1] * 20, 2), ([0.7] * 10, 7), ([1 / 3] * 6, 2), ([1.0] * 3, 3), ([0.0] * 3, 0)):
         generator = plan_generator(0, 0)
         assert int((~draw_block_keep(rates, "fixed", generator)).sum()) == dropped

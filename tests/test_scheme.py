@@ -76,6 +76,27 @@ def test_a_pair():
     assert (scheme.plan, scheme.phase, scheme.reuse_pending) == (None, None, False)
 
 
+@pytest.mark.parametrize(("mode", "sampling"), [("block", "bernoulli"), ("block", "fixed"), ("sample", "fixed")])
+def test_draws_do_not_depend_on_the_default_device(mode, sampling):
+    """Masks are drawn on the CPU, from its generators."""
+
+    def outputs():
+        torch.manual_seed(0)
+        net, x = Net(drop_prob=0.5), torch.randn(6, 3)
+        with torch.device(device):
+            yield rdp.drop_path(x, 0.5, training=True)
+            yield net(x)
+            scheme = rdp.ResidualDropPath(net, 0.5, mode=mode, sampling=sampling)
+            for _ in scheme.iterations(6):
+                yield net(x)
+
+    device = "cpu"
+    expected = list(outputs())
+    device = "meta"  # as "cuda" on a machine that has it
+    for actual, wanted in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
 def test_paths():
     net = Net(3, drop_prob=0.25)
     scheme = rdp.ResidualDropPath(net)

@@ -114,6 +114,17 @@ def test_sums_and_norms_of_two_libraries(monkeypatch, options):
     assert "_residual_add_fwd_kernel" not in names  # the library's own kernels aren't Triton's
 
 
+class Subclass(torch.Tensor):
+    """A subclass's values may lie elsewhere."""
+
+
+def test_no_kernel_takes_a_subclass_of_tensor_after_a_tensor_of_the_same_kind():
+    paths = sequence(3)
+    paths[1].fn.register_forward_hook(lambda fn, args, out: out.as_subclass(Subclass))
+    with pytest.raises(RuntimeError, match="Subclass, a subclass of Tensor"):
+        paths(samples())
+
+
 def test_one_kernel_between_two_branches(monkeypatch):
     """The head, one kernel per hand-over, and the last add. In the backward a second kernel sums dγ, dweight and dbias."""
     paths, x = sequence(), samples(requires_grad=True)

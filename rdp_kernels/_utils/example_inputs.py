@@ -72,4 +72,4 @@ def example_inputs_of(model: Any) -> Any:
 
 def _images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *shape, generator=generator).to(device, dtype)
+    return torch.randn(2, *shape, device="cpu", generator=generator).to(device, dtype)

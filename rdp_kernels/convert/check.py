@@ -68,7 +68,7 @@ def spread(block: nn.Module) -> nn.Module:
         for parameter in copied.parameters():
             numbers = parameter.flatten()
             if parameter.is_floating_point() and len(numbers) and bool((numbers == numbers[0]).all()):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(0.2 * torch.randn(parameter.shape, device="cpu", generator=generator).to(parameter))
     return copied
 
 

@@ -105,7 +105,7 @@ def step_of(
             output = run(passed)
         learning = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
-        weights = [(torch.rand(t.shape, generator=generator) + 0.5).to(t) for t in learning]
+        weights = [(torch.rand(t.shape, device="cpu", generator=generator) + 0.5).to(t) for t in learning]
         if learning and backward:
             torch.autograd.backward(learning, weights)
     leaves |= {f"the gradient of {name}": p for name, p in block.named_parameters() if p.requires_grad}

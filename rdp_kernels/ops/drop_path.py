@@ -115,7 +115,7 @@ def draw_row_scale(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
     """
     # In place, because these are small ops, for which a result costs most. The masks of `bernoulli`, a single op, would
     # depend on the processor, and its graphs on the probability.
-    keep = torch.rand(x.shape[0], dtype=torch.float32)
+    keep = torch.rand(x.shape[0], dtype=torch.float32, device="cpu")
     keep = (keep >= drop_prob).float() if is_transformed() else keep.ge_(drop_prob)  # vmap has no rule for ge_
     if x.dtype == torch.float64:
         keep = keep.double()

@@ -91,7 +91,7 @@ class StochasticDepth:
             return ALL_ROWS
         scale = kept_scale(drop_prob, module.scale_by_keep)
         count = x.shape[0] if module.mode == "sample" else 1
-        device = x.device if torch.compiler.is_compiling() else None
+        device = x.device if torch.compiler.is_compiling() else "cpu"
         drawn = torch.rand(count, dtype=torch.float32, device=device)
         on_host = host_has(drawn)
         if on_host and count and drawn.min().item() >= drop_prob:

@@ -139,6 +139,7 @@ class _Chain:
         norms."""
         residual, update, frozen_update, gamma, weight, bias = operands
         kind = (
+            *map(type, operands),
             residual.shape,
             residual.dtype,
             residual.device,

@@ -137,7 +137,7 @@ class Iteration:
             start = sum(self.forwards[:forward])
             learns = learns[:, start : start + self.forwards[forward]]
         scales = [decision.scale for decision in self._blockwise_decisions]
-        scale = torch.tensor(scales, dtype=torch.float64).view([-1] + [1] * (learns.dim() - 1))
+        scale = torch.tensor(scales, dtype=torch.float64, device="cpu").view([-1] + [1] * (learns.dim() - 1))
         frozen = ~learns if self.phase == "reuse" else torch.zeros_like(learns)
         return torch.stack([torch.where(learns, scale, 0.0), frozen.double()])
 
@@ -157,7 +157,8 @@ class Iteration:
         if anywhere and self._presence is not None:
             learns = self._branch_calls(self._presence)["learning"].any(dim=0)
         elif anywhere and self.mode == "sample":
-            learns = learns | (torch.tensor(self.plan.drop_probs) != (1.0 if self.phase == "drop" else 0.0))
+            never = 1.0 if self.phase == "drop" else 0.0
+            learns = learns | (torch.tensor(self.plan.drop_probs, device="cpu") != never)
         return [p for p, flag in zip(self.paths, learns.tolist(), strict=True) if flag or not p.module.training]
 
     @property

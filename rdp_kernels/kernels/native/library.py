@@ -14,6 +14,17 @@ import torch
 PACKAGE = Path(__file__).parent.parent.parent
 """Where this package was imported from."""
 _HOW_TO_BUILD = "with a C++ compiler: RDP_BUILD=cpu pip install --no-build-isolation . (if it fails, it says why)"
+NUM_ARGUMENTS = {
+    "native_residual_add": 8,
+    "native_residual_add_rows": 9,
+    "native_residual_add_backward": 12,
+    "native_gather_rows": 2,
+    "native_gather_rows_backward": 3,
+    "native_has_cuda_kernels_for": 1,
+    "native_fused_add": 16,
+    "native_fused_add_backward": 23,
+}
+"""The ops of `csrc/bindings.cpp`. A library with others was built from other sources."""
 
 
 def _files_in(package: Path) -> list[Path]:
@@ -48,6 +59,10 @@ def _load() -> str | None:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         return f"{files[0].name} can't be loaded by torch {torch.__version__} ({reason}); build it anew {_HOW_TO_BUILD}"
+    for name, count in NUM_ARGUMENTS.items():
+        op = getattr(torch.ops.rdp, name, None)
+        if op is None or len(op.default._schema.arguments) != count:
+            return f"{files[0].name} was built from another version of this package; build it anew {_HOW_TO_BUILD}"
     return None
 
 
