@@ -1,11 +1,11 @@
 """`python -m benchmarks host`: what a call on a GPU costs the host, against the same formula in eager torch.
 
 With `--device cuda` the calls run on the GPU, and a time ends when the host has issued all work. Without a GPU a
-stand-in takes the place of the driver: all code of the host runs and all kernels are compiled for compute capability
-9.0, but launches only count. Triton's kernels are launched by Triton's own Python code. The compiled library is built
-from its CUDA sources, which takes a C++ compiler. Eager torch then computes on the CPU, on tensors so small that little
-of its time is computation. Results on the stand-in are uninitialised memory. The values of each call are therefore
-checked on the eager backend, and on the others only shapes and dtypes; the tests check values with kernels that run.
+stand-in takes the place of the driver: the Python code of all calls runs, and all kernels are compiled for compute
+capability 9.0, but launches only count. The compiled library is built from its CUDA sources, which takes a C++
+compiler. Eager torch then computes on the CPU, on tensors so small that little of its time is computation. Results on
+the stand-in are uninitialised memory. The values of each call are therefore checked on the eager backend, and on the
+others only shapes and dtypes; the tests check values with kernels that run.
 
 Providers take turns on one thread. "/eager" is the median of the turns' ratios, and "min/eager" the ratio of the
 fastest turns. "launches" are kernels, and ops of torch that compute. "calls" are function calls in Python and from

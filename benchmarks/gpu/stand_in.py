@@ -44,7 +44,7 @@ def set_up() -> set[str]:
 
 
 def set_up_launches() -> None:
-    """Compiles kernels, and has Triton's own Python code launch them. `Launches` counts."""
+    """Compiles kernels. `Launches` counts their launches."""
     os.environ["TRITON_INTERPRET"] = "0"
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

@@ -29,9 +29,9 @@ def fused_add(op: str, operands: Operands, add: Add | None = None, next_input: N
     """
     if torch.compiler.is_compiling():
         return _in_graph(op, operands, add, next_input)
-    row_scale = None if add is None else add.row_scale
-    if dispatch.short_kernels(residual_of(operands)) and _are_plain((*operands, row_scale)):
-        results = _known_call(operands, add, next_input)
+    preparing, row_scale = dispatch.preparing_kernels(), None if add is None else add.row_scale
+    if preparing is not None and dispatch.short_kernels(residual_of(operands)) and _are_plain((*operands, row_scale)):
+        results = _known_call(preparing, operands, add, next_input)
         if results is not None:
             return results
     served = dispatch.resolve(op, operands, add, next_input)
@@ -182,7 +182,10 @@ def unchecked_add_norm(
 ) -> Results | None:
     """The add with a norm, by kernels that a checked call of the same kind had prepared; as `unchecked_add`."""
     residual, update = operands[:2]
-    if not dispatch.short_kernels(residual) or dispatch.preparing_kernels() is None:
+    if not dispatch.short_kernels(residual):
+        return None
+    preparing = dispatch.preparing_kernels()
+    if preparing is None:
         return None
     if type(update) not in PLAIN or not _are_plain(operands) or type(eps) is not float or type(norm) is not str:
         return None
@@ -204,15 +207,14 @@ def unchecked_add_norm(
         return None
     add = Add(None if rows is None else RowSet(rows, num_rows), scale, factors)
     next_set = None if next_rows is None else RowSet(next_rows, next_rows.shape[0])
-    return _known_call(operands, add, NextInput(next_set, norm, eps))
+    return _known_call(preparing, operands, add, NextInput(next_set, norm, eps))
 
 
-def _known_call(operands: Operands, add: Add | None, next_input: NextInput | None) -> Results | None:
+def _known_call(
+    preparing: ModuleType, operands: Operands, add: Add | None, next_input: NextInput | None
+) -> Results | None:
     """The results by kernels that a checked call of the same kind had prepared, without asking again which library
     serves it. None if there was no such call. Kernels must be able to take the tensors."""
-    preparing = dispatch.preparing_kernels()
-    if preparing is None:
-        return None
     prepared = preparing.known_call(dispatch.choice(), operands, add, next_input, _records(operands))
     return None if prepared is None else FusedCall(preparing, add, next_input, prepared=prepared)(operands)
 

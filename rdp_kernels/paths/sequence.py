@@ -137,12 +137,18 @@ class _Chain:
     def _kernels_for(self, operands: Operands, add: Add | None, next_input: NextInput | None) -> ModuleType | None:
         """The kernels that serve a call with its norm, or None. On GPUs one library may serve sums, and another one
         norms."""
-        residual = operands.residual
+        residual, update, frozen_update, gamma, weight, bias = operands
         kind = (
+            *map(type, operands),
             residual.shape,
+            residual.dtype,
             residual.device,
             None if next_input is None else next_input.norm,
-            *(None if t is None else (type(t), t.dtype) for t in operands),
+            None if update is None else update.dtype,
+            None if frozen_update is None else frozen_update.dtype,
+            None if gamma is None else gamma.dtype,
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
         )
         if kind not in self._libraries:
             served = resolve("path", operands, add, next_input, required=False)

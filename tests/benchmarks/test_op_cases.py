@@ -126,8 +126,8 @@ def test_the_kernels_move_the_needed_bytes(setting):
         besides = 0
         if setting.op == op_cases.NORM_ROWS and direction == "forward":  # a copy of the norm's input, for the backward
             besides = op.kept
-        if setting.kept is None and direction == "backward":  # dbranch is copied from dout, or written in addition
-            besides = op.batch if op.norm else 2 * op.batch
+        if setting.kept is None and direction == "backward" and op.norm:  # dbranch is written in addition
+            besides = op.batch
         assert moved == op.needed.by(direction) + besides, direction
 
 

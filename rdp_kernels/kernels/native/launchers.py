@@ -38,21 +38,22 @@ def fused_add_fwd(
     conform = context.conform
     residual = conform(residual)
     spec = _NO_ADD if add is None else add
-    out, next_rows, frozen_next_rows = _forward(
+    next_rows = None if next_input is None else next_input.rows
+    out, learning_next, frozen_next = _forward(
         residual,
         update if update is None else conform(update),
         frozen_update if frozen_update is None else conform(frozen_update),
         gamma if gamma is None else gamma.contiguous(),
-        *_rows(spec.rows),
+        *(_ALL_ROWS if spec.rows is None else _rows(spec.rows)),
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
         ACTIVATION_CODES[spec.activation],
         next_input is not None,
-        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
+        *(_ALL_ROWS if next_rows is None else _rows(next_rows)),
         residual if in_place else None,
     )
-    return Results(residual if in_place else out, next_rows, frozen_next_rows), context
+    return Results(residual if in_place else out, learning_next, frozen_next), context
 
 
 def fused_add_bwd(
@@ -70,6 +71,7 @@ def fused_add_bwd(
     if dout is None and dnext is None and dfrozen_next is None:
         return Operands()
     spec, dtypes = _NO_ADD if add is None else add, context.dtypes
+    next_rows = None if next_input is None else next_input.rows
     gradient_changes = spec.activation is not None or dnext is not None or dfrozen_next is not None
     in_place = in_place and dout is not None and dout is gradients[0]
     dresidual, *others = _backward(
@@ -79,12 +81,12 @@ def fused_add_bwd(
         context.conform(operands.update),
         _contiguous(operands.gamma),
         context.conform(results.out),
-        *_rows(spec.rows),
+        *(_ALL_ROWS if spec.rows is None else _rows(spec.rows)),
         _contiguous(spec.row_scale),
         spec.scale,
         spec.channel_dim,
         ACTIVATION_CODES[spec.activation],
-        *(_ALL_ROWS if next_input is None else _rows(next_input.rows)),
+        *(_ALL_ROWS if next_rows is None else _rows(next_rows)),
         context.shape[0],
         context.compute == torch.float64,
         bool(wanted.residual) and gradient_changes,
@@ -102,5 +104,6 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _rows(rows: RowSet | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return _ALL_ROWS if rows is None else (rows.index.contiguous(), _contiguous(rows.inverse), rows.num_learning)
+def _rows(rows: RowSet) -> tuple[Tensor | None, Tensor | None, int]:
+    inverse = rows.inverse
+    return rows.index.contiguous(), inverse if inverse is None else inverse.contiguous(), rows.num_learning
