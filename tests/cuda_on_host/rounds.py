@@ -147,7 +147,7 @@ def test_launches_with_an_inverse_against_float64(inverse):
     rows = RowSet(LIST, 2, inverse)
     add, next_input = Add(rows), NextInput(rows)
     (results, context), forward = launches(lambda: launchers.fused_add_fwd(operands, add, next_input))
-    gradients, wanted = Results(results.out, results.next), Operands(True, True, gamma=True)
+    gradients, wanted = (results.out, results.next, None), Operands(True, True, gamma=True)
     inverted = 0 if inverse is not None else 1
     _, backward = launches(
         lambda: launchers.fused_add_bwd(context, operands, Results(), gradients, add, next_input, wanted)
@@ -175,7 +175,7 @@ def test_any_inverse_stays_within_the_tensors_against_float64(inverse):
     rows = RowSet(LIST, 1, torch.tensor(inverse))
     add, next_input = Add(rows), NextInput(rows)
     results, context = launchers.fused_add_fwd(operands, add, next_input)
-    gradients, wanted = Results(*results[:3]), Operands(True, True, True, True)
+    gradients, wanted = results[:3], Operands(True, True, True, True)
     launchers.fused_add_bwd(context, operands, Results(), gradients, add, next_input, wanted)
 
 
