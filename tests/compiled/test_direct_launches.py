@@ -131,6 +131,25 @@ def test_as_many_rows_as_go_beyond_2_gigabytes(verified, monkeypatch, target):
     assert (verified.direct > 0) == (target.backend == "cuda")
 
 
+def test_a_direct_launch_is_given_what_an_ordinary_one_is(launched, monkeypatch):
+    """The same grid, function and arguments, and the CUDA stream that is current at the call."""
+    given, current = [], [5]
+    monkeypatch.setattr(Compiled, "run", lambda kernel, *launch: given.append(launch))
+    monkeypatch.setattr(driver.active, "get_current_stream", lambda device: current[0])
+    residual, update, gamma = torch.empty(4, 3, 6), torch.empty(4, 3, 6), torch.empty(6)
+    for stream in (5, 5, 6):
+        current[0] = stream
+        rdp.residual_add(residual, update, gamma=gamma)
+    ordinary, *direct = given
+    assert [each[3] for each in given] == [5, 5, 6]
+    assert [each[6] for each in direct] == [None, None], "no metadata for hooks: these are direct"
+    for each in direct:
+        assert (each[:3], each[4:6]) == (ordinary[:3], ordinary[4:6])
+        assert len(each) == len(ordinary)
+        for mine, tritons in zip(each[10:], ordinary[10:], strict=True):  # after the new result
+            assert mine is tritons or mine == tritons
+
+
 def test_threads(verified):
     """Eight threads alternate between calls while a ninth forgets what was prepared."""
     done = threading.Event()
