@@ -25,9 +25,9 @@ def cut(how: str) -> Iterator[None]:
 
     widest = launch.CONFIGS["residual_add_norm_fwd"]["default"][-1][0]
     times = 4 if how == "medium" else 1
-    cut_columns = launch.LaunchConfig(tile=128 * times, max_columns=64, num_warps=1, tiles=2)
-    whole_rows = launch.LaunchConfig(tile=64 * times, max_columns=widest, num_warps=1, tiles=2)
-    in_pieces = launch.LaunchConfig(tile=1, max_columns=16, num_warps=1, tiles=2)
+    cut_columns = launch.LaunchConfig(tile=512 * times, max_columns=256, num_warps=1, tiles=2)
+    whole_rows = launch.LaunchConfig(tile=256 * times, max_columns=widest, num_warps=1, tiles=2)
+    in_pieces = launch.LaunchConfig(tile=128, max_columns=64, num_warps=1, tiles=2)
     special = {
         "residual_add_norm_fwd": whole_rows,
         "residual_add_norm_bwd": whole_rows,

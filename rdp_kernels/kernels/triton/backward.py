@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..buffers import Context
 from ..spec import NORMS, Add, NextInput, Operands, Results
-from .forward import compute_of, inverse_of, is_plain, makes_row_scale, row_scale_of, sizes_of, tiling_of
+from .forward import compute_of, inverse_of, is_plain, itemsize_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
 from .keys import NO_ADD, BackwardKey, Cache, row_stride
 from .launch import Tiles
 from .prepared import PreparedLaunch
@@ -20,9 +19,9 @@ from .residual_add import _residual_add_bwd_kernel
 from .residual_add_norm import _residual_add_norm_bwd_kernel
 from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 
-WIDEST_SUM_IN_REGISTERS = 4096
-"""A program of the norm's backward keeps up to three rows of sums: at this width 24 of a thread's 128 registers, beside
-the tile that it works on."""
+WIDEST_SUM_IN_REGISTERS = 16384
+"""Bytes of a row of sums. A program of the norm's backward keeps up to three of them in registers, beside the tile that
+it works on."""
 VECTORS = ("gamma", "weight", "bias")
 
 
@@ -30,23 +29,20 @@ class Sums:
     """The second stage for up to three vectors, in one launch. All have partial sums of one shape."""
 
     def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
-        self.context, self.shape, self.num_vectors = context, (num_partials, width), num_vectors
-        self.tiles = Tiles.of("sum_partials", context.device, 1, width)
-        self.launch = PreparedLaunch(_sum_partials_kernel, self.tiles.config, context.device)
-        self.num_programs = self.tiles.column_blocks * num_vectors
-        self.absent = (None,) * (2 * (3 - num_vectors))
+        self.context, self.shape = context, (num_vectors, num_partials, width)
+        tiles = Tiles.of("sum_partials", context.device, num_partials, width, context.compute.itemsize)
+        self.launch = PreparedLaunch(_sum_partials_kernel, tiles.config, context.device)
+        self.num_programs = tiles.column_blocks * num_vectors
+        self.absent = (None,) * (3 - num_vectors)
+        self.last = num_partials, width, tiles.block_m, tiles.block_n
 
-    def empty_partials(self) -> Sequence[Tensor]:
-        """Partial sums for each vector."""
-        if self.num_vectors == 1:
-            return (torch.empty(self.shape, dtype=self.context.compute, device=self.context.device),)
-        shape = (self.num_vectors, *self.shape)  # one allocation takes the host less time than three
-        return torch.empty(shape, dtype=self.context.compute, device=self.context.device).unbind()
+    def empty_partials(self) -> Tensor:
+        """Partial sums, one vector's after the other's: one allocation takes the host less time than three."""
+        return torch.empty(self.shape, dtype=self.context.compute, device=self.context.device)
 
-    def run(self, *pairs: Tensor | None) -> None:
-        """`pairs`: a vector and its partial sums, and again."""
-        block_n = self.tiles.block_n
-        self.launch(self.num_programs, *pairs, *self.absent, *self.shape, self.tiles.config.tile // block_n, block_n)
+    def run(self, partials: Tensor, *vectors: Tensor | None) -> None:
+        """Sums the partial sums of each vector."""
+        self.launch(self.num_programs, *vectors, *self.absent, partials, *self.last)
 
 
 class Backward:
@@ -90,7 +86,7 @@ class Backward:
         self.channel_dim = add.channel_dim
         summed = [name for name in VECTORS if getattr(self.stored, name)]
         self.places_of_sums = [summed.index(name) if name in summed else None for name in VECTORS]
-        self.is_summed = [name in summed for name in VECTORS for _ in range(2)]
+        self.is_summed = [name in summed for name in VECTORS]
         self.sums: Sums | None = None
         self.launch: PreparedLaunch | None = None
         if any(self.stored) and not self.copies:
@@ -105,24 +101,29 @@ class Backward:
         num_positions = self.batch_size * tiling.positions
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
-            wide = tiling.width > WIDEST_SUM_IN_REGISTERS
+            wide = tiling.width * context.compute.itemsize > WIDEST_SUM_IN_REGISTERS
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
             op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
-        sums = self.normed or num_sums > 0
-        tiles = Tiles.of(op, context.device, num_positions, tiling.width, whole_rows=self.normed, sums=sums)
+        channels = tiling.channels if tiling.gamma_per == "position" else None
+        tiles = Tiles.of(
+            op,
+            context.device,
+            num_positions,
+            tiling.width,
+            itemsize_of(context),
+            whole_rows=self.normed,
+            sums=num_sums > 0,
+            channels=channels,
+        )
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
         if num_sums:
-            num_partials, width = tiles.row_blocks, tiling.width
-            if tiling.gamma_per == "position":
-                width = tiling.channels
-                num_partials = num_positions // max(width, 1) * tiles.column_blocks
-            self.sums = Sums(context, num_partials, width, num_sums)
+            self.sums = Sums(context, tiles.row_blocks, channels or tiling.width, num_sums)
 
         dout, dnext, dfrozen_next = map(row_stride, key.gradients)
         if self.only_sums:
             dout = dfrozen_next = 0
         update = row_stride(add.update) if self.reads_update else 0
-        last = self.in_place, compute_of(context), tiles.block_m, tiles.block_n
+        last = self.in_place, compute_of(context), tiles.config.num_stages, tiles.block_m, tiles.block_n
         # The arguments between a call's numbers and tensors, and those after them.
         self.sizes: tuple[int, ...] = sizes_of(tiling, num_positions)
         self.last: tuple[Any, ...]
@@ -157,14 +158,14 @@ class Backward:
             dupdate = self._empty_update(dout, num_rows)
         if self.sums is not None and gamma is not None:
             dgamma = torch.empty_like(gamma)
-            (sums,) = self.sums.empty_partials()
+            sums = self.sums.empty_partials()
         self.launch(
             self.num_programs,
             dresidual, dupdate, None, sums, dout, None, None, out, update, gamma, row_scale, inverse, None,
             scale, *self.sizes, num_rows, num_rows, 0, 0, *self.last,
         )  # fmt: skip
-        if self.sums is not None:
-            self.sums.run(dgamma, sums)
+        if self.sums is not None and sums is not None:
+            self.sums.run(sums, dgamma)
         return dresidual, dupdate, dgamma
 
     def run(
@@ -214,8 +215,11 @@ class Backward:
                 num_next = num_next_learning if dfrozen_next is None else next_rows.num_rows
         update = operands.update if self.reads_update else None
         gamma = operands.gamma if self.reads_gamma else None
-        partials: Any = None if self.sums is None else self.sums.empty_partials()
-        gamma_sums, weight_sums, bias_sums = (None if i is None else partials[i] for i in self.places_of_sums)
+        partials = None if self.sums is None else self.sums.empty_partials()
+        sums = None if partials is None else partials.unbind()
+        gamma_sums, weight_sums, bias_sums = (
+            None if i is None or sums is None else sums[i] for i in self.places_of_sums
+        )
         if self.normed:
             num_saved = num_next_learning if dfrozen_next is None else results.norm_input.shape[0]
             self.launch(
@@ -232,9 +236,8 @@ class Backward:
                 row_scale, inverse, next_inverse,
                 scale, *self.sizes, num_rows, num_learning, num_next, num_next_learning, *self.last,
             )  # fmt: skip
-        if self.sums is not None:
-            pairs = (dgamma, gamma_sums, dweight, weight_sums, dbias, bias_sums)
-            self.sums.run(*compress(pairs, self.is_summed))
+        if self.sums is not None and partials is not None:
+            self.sums.run(partials, *compress((dgamma, dweight, dbias), self.is_summed))
         return grads
 
     def _gradients(self, operands: Operands, dout: Tensor | None, num_learning: int, num_frozen: int) -> Operands:

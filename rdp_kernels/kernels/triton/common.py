@@ -49,18 +49,17 @@ def row_number(inverse_ptr, b, exists, num_rows):
 
 
 @triton.jit
-def update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE: tl.constexpr):
-    """Returns the row numbers of samples b in the update, the mask of samples that have a row there (`dupdate_mask`),
-    the mask of those whose row counts (`update_mask`: its scale isn't 0), and the scales."""
-    k = row_number(inverse_ptr, b, exists, num_rows)
+def update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE: tl.constexpr):
+    """For samples with numbers k in the update: the mask of those that have a row there (`dupdate_mask`), the mask of
+    those whose row counts (`update_mask`: its scale isn't 0), and the scales."""
     dupdate_mask = exists & (k < num_rows)
     if row_scale_ptr is not None:
         factor = tl.load(row_scale_ptr + k, mask=dupdate_mask, other=0.0).to(COMPUTE)
         update_mask = dupdate_mask & (factor != 0)
     else:
-        factor = tl.full(b.shape, 1.0, COMPUTE) * scale
+        factor = tl.full(k.shape, 1.0, COMPUTE) * scale
         update_mask = dupdate_mask
-    return k, dupdate_mask, update_mask, factor
+    return dupdate_mask, update_mask, factor
 
 
 @triton.jit
@@ -110,20 +109,22 @@ def store_rows(learning_ptr, frozen_ptr, x, k, p, n, mask, in_width, num_learnin
         tl.store(frozen_ptr + offsets(k - num_learning, p, n, row_stride, width), x, mask=frozen_mask)
 
 
-@triton.jit
-def load_gamma(gamma_ptr, p, n, exists, in_width, channels, PER_POSITION: tl.constexpr, COMPUTE: tl.constexpr):
-    """γ as it applies to a tile: one factor for each column, or one for each position."""
-    if PER_POSITION:
-        gamma = tl.load(gamma_ptr + p % channels, mask=exists, other=0.0).to(COMPUTE)[:, None]
-    else:
-        gamma = load_columns(gamma_ptr, n, in_width, COMPUTE)
-    return gamma
+# Vectors are loaded in the shape of a tile, and so in the layout that a tile has. As one row or column they would have
+# another one, and pass through shared memory and a barrier.
 
 
 @triton.jit
-def load_columns(vector_ptr, n, in_width, COMPUTE: tl.constexpr):
-    """A vector `[width]` as one row of a tile."""
-    return tl.load(vector_ptr + n[None, :], mask=in_width, other=0.0).to(COMPUTE)
+def load_columns(vector_ptr, n, in_width, BLOCK_M: tl.constexpr):
+    """A vector `[width]` as a tile: one factor for each column."""
+    at = tl.broadcast_to(n[None, :], [BLOCK_M, n.shape[0]])
+    return tl.load(vector_ptr + at, mask=tl.broadcast_to(in_width, [BLOCK_M, n.shape[0]]), other=0.0)
+
+
+@triton.jit
+def load_positions(vector_ptr, c, exists, BLOCK_N: tl.constexpr):
+    """A vector `[channels]` as a tile: the factors at c, one for each row."""
+    at = tl.broadcast_to(c[:, None], [c.shape[0], BLOCK_N])
+    return tl.load(vector_ptr + at, mask=tl.broadcast_to(exists[:, None], [c.shape[0], BLOCK_N]), other=0.0)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ class FusedAdd(Forward):
         tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = key.batch_size * tiling.positions
         op = "residual_add_norm_fwd" if self.normed else "residual_add_fwd"
-        tiles = Tiles.of(op, context.device, num_positions, tiling.width, whole_rows=self.normed)
+        tiles = Tiles.of(op, context.device, num_positions, tiling.width, itemsize_of(context), self.normed)
         self.num_programs = tiles.num_programs
         sizes = sizes_of(tiling, num_positions)
         strides = (
@@ -181,7 +181,7 @@ class Gather(Forward):
         super().__init__(key)
         context = self.context
         self.width = math.prod(context.shape[1:])
-        self.tiles = Tiles.of("gather_rows", context.device, key.batch_size, self.width)
+        self.tiles = Tiles.of("gather_rows", context.device, key.batch_size, self.width, self.dtype.itemsize)
         self.launch = PreparedLaunch(_gather_rows_kernel, self.tiles.config, context.device)
         self.last = self.width, row_stride(key.residual), self.tiles.block_m, self.tiles.block_n
 
@@ -226,6 +226,12 @@ def sizes_of(tiling: Tiling, num_positions: int) -> tuple[int, int, int, int]:
     return num_positions, tiling.positions, tiling.width, tiling.positions * tiling.width
 
 
+def itemsize_of(context: Context) -> int:
+    """The bytes of an element, of the widest tensor with rows."""
+    dtypes = context.dtypes.residual, context.dtypes.update, context.dtypes.frozen_update
+    return max(dtype.itemsize for dtype in dtypes if dtype is not None)
+
+
 def compute_of(context: Context) -> tl.dtype:
     return tl.float64 if context.compute == torch.float64 else tl.float32
 
@@ -251,5 +257,5 @@ def inverse_of(rows: RowSet, batch_size: int) -> Tensor:
 
 @functools.lru_cache(1024)  # more batch sizes than a program meets
 def inversion(batch_size: int, device: torch.device) -> tuple[PreparedLaunch, Tiles]:
-    tiles = Tiles.of("invert_rows", device, 1, batch_size, whole_rows=True)
+    tiles = Tiles.of("invert_rows", device, 1, batch_size, torch.int64.itemsize, whole_rows=True)
     return PreparedLaunch(_invert_rows_kernel, tiles.config, device), tiles

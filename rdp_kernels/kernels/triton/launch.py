@@ -16,13 +16,15 @@ from .support import interpreted
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel cuts up its work.
+    """How one kernel cuts up its work. Bytes are those of the widest dtype among a call's tensors with rows.
 
     Args:
-        tile: the number of elements of a tile, rows times columns.
-        max_columns: the most columns of a tile.
-        num_warps, num_stages: Triton's options.
+        tile: the bytes of a tile, rows times columns.
+        max_columns: the most bytes of a tile's row.
+        num_warps: Triton's option.
+        num_stages: where a program works through several tiles, for how many of them loads are in flight or in use.
         tiles: where a program sums over rows, the least number of tiles that it works through.
+        programs: where a program sums over rows, the most programs for each multiprocessor. As many fit.
     """
 
     tile: int
@@ -30,31 +32,31 @@ class LaunchConfig:
     num_warps: int
     num_stages: int = 1
     tiles: int = 1
+    programs: int = 1
 
 
 Widths = tuple[tuple[int, LaunchConfig], ...]
-"""Pairs (largest width, config) in ascending order; the last one also serves wider rows."""
+"""Pairs (most bytes of a row, config) in ascending order; the last one also serves wider rows."""
 
-# Elements of a tile that a thread holds, at 32 threads a warp: 8 in adds and most backwards, whose operands share the
-# registers (16 bytes of a 16-bit one); 16 in the wide backward; 16 to 32 in norms, which keep their row; 32 in gathers.
-# A program that sums works through 8 tiles, so that partial sums are an eighth of what they sum.
-_ADD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
-_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),)
-_GATHER: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),)
+# A thread holds 16 bytes of each tensor's tile, the widest access, or a multiple of that.
+_ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
+_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=5)),)
+_GATHER: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 _NORM: Widths = (
-    (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=4)),
-    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=8)),
-    (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16)),
+    (2048, LaunchConfig(tile=4096, max_columns=2048, num_warps=4)),
+    (8192, LaunchConfig(tile=8192, max_columns=8192, num_warps=8)),
+    (65536, LaunchConfig(tile=16384, max_columns=65536, num_warps=16)),
 )
 _NORM_BWD: Widths = (
-    (512, LaunchConfig(tile=1024, max_columns=1024, num_warps=4, tiles=8)),
-    (1024, LaunchConfig(tile=2048, max_columns=1024, num_warps=8, tiles=8)),
-    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=8, tiles=8)),
-    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=16, tiles=8)),
+    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=4, num_stages=2, tiles=4, programs=4)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, num_stages=2, tiles=4, programs=2)),
+    (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16, num_stages=2, tiles=4, programs=1)),
 )
-_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, tiles=8)),)
-_REDUCE: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=64, num_warps=4)),)
-_INVERT: Widths = ((2**31, LaunchConfig(tile=1024, max_columns=1024, num_warps=4)),)
+_NORM_BWD_WIDE: Widths = (
+    (2**31, LaunchConfig(tile=16384, max_columns=8192, num_warps=16, num_stages=2, tiles=4, programs=1)),
+)
+_REDUCE: Widths = ((2**31, LaunchConfig(tile=16384, max_columns=64, num_warps=4)),)
+_INVERT: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 
 # By kernel, then by architecture. An architecture that isn't listed takes "default".
 CONFIGS: dict[str, dict[str, Widths]] = {
@@ -70,8 +72,8 @@ CONFIGS: dict[str, dict[str, Widths]] = {
 
 REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
-MAX_PARTIALS = 1024
-"""The most rows of partial sums: enough programs to fill any GPU, few enough to be summed in microseconds."""
+IDLE_COLUMNS = 0.03
+"""The share of a tile's columns that may lie beyond a tensor's width, for tiles of wider rows."""
 
 
 MAX_TILE_ROWS = 2**31 - 2**23
@@ -82,36 +84,48 @@ MAX_TILE_ROWS = 2**31 - 2**23
 @dataclass(frozen=True)
 class Tiles:
     """How a `num_rows` × `width` matrix is cut for one kernel: into tiles of block_m × block_n, of which each program
-    takes `tiles`, one below the other. With `whole_rows` a program spans the width, if possible in one tile."""
+    takes `tiles`. A program's tiles lie one below the other, so that it sums over rows.
+
+    With `whole_rows` a program spans the width, if possible in one tile. With `channels` the rows repeat every
+    `channels` rows, and a program that sums takes the same channels again and again: `tiles` counts these repetitions,
+    and each of them takes all columns.
+    """
 
     config: LaunchConfig
-    num_rows: int
-    width: int
     block_m: int
     block_n: int
-    whole_rows: bool = False
+    row_blocks: int
+    column_blocks: int
     tiles: int = 1
 
     @classmethod
     def of(
-        cls, op: str, device: torch.device, num_rows: int, width: int, whole_rows: bool = False, sums: bool = False
+        cls,
+        op: str,
+        device: torch.device,
+        num_rows: int,
+        width: int,
+        itemsize: int,
+        whole_rows: bool = False,
+        sums: bool = False,
+        channels: int | None = None,
     ) -> Tiles:
         reason = why_not_rows(num_rows)
         if reason is not None:  # a compiled graph doesn't call `why_not`
             raise RuntimeError(f"{op}: {reason}: split the batch, or take another backend (rdp.use_backend)")
-        config = config_for(op, device, width)
-        block_m, block_n = block_shape(config, num_rows, width, whole_rows)
-        blocks = cdiv(num_rows, block_m)
-        tiles = min(max(config.tiles, cdiv(blocks, MAX_PARTIALS)), max(blocks, 1)) if sums else 1
-        return cls(config, num_rows, width, block_m, block_n, whole_rows, tiles)
-
-    @property
-    def row_blocks(self) -> int:
-        return cdiv(self.num_rows, self.block_m * self.tiles)
-
-    @property
-    def column_blocks(self) -> int:
-        return 1 if self.whole_rows else cdiv(self.width, self.block_n)
+        config = config_for(op, device, width * itemsize)
+        block_m, block_n = block_shape(config, num_rows if channels is None else channels, width, itemsize, whole_rows)
+        column_blocks = 1 if whole_rows else cdiv(width, block_n)
+        if channels is None:
+            blocks, others, least = cdiv(num_rows, block_m), column_blocks, config.tiles
+        else:
+            blocks, others = num_rows // max(channels, 1), cdiv(channels, block_m)
+            least = cdiv(config.tiles, column_blocks)
+        tiles = 1
+        if sums:
+            most = max(config.programs * multiprocessors(device) // max(others, 1), 1)
+            tiles = min(max(least, cdiv(blocks, most)), max(blocks, 1))
+        return cls(config, block_m, block_n, cdiv(blocks, tiles), others, tiles)
 
     @property
     def num_programs(self) -> int:
@@ -127,18 +141,26 @@ def why_not_rows(num_rows: int) -> str | None:
 
 
 def options_of(config: LaunchConfig, device: torch.device) -> dict[str, int]:
-    """Triton's options. On CUDA they grant all the registers that the threads can have: left to itself, the assembler
-    spills a few so that one more program can run at a time."""
+    """Triton's options. On CUDA they grant all the registers that the threads of `programs` programs can have: left to
+    itself, the assembler spills a few so that one more program can run at a time."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if architecture(device).startswith("sm_"):
-        options["maxnreg"] = min(255, REGISTERS // (32 * config.num_warps))
+        options["maxnreg"] = min(255, REGISTERS // (32 * config.num_warps * config.programs))
     return options
 
 
-def config_for(op: str, device: torch.device, width: int) -> LaunchConfig:
-    """The numbers for kernel `op` on tensors of this width."""
+def config_for(op: str, device: torch.device, row_bytes: int) -> LaunchConfig:
+    """The numbers for kernel `op` on rows of so many bytes."""
     widths = CONFIGS[op].get(architecture(device)) or CONFIGS[op]["default"]
-    return next((config for largest, config in widths if width <= largest), widths[-1][1])
+    return next((config for largest, config in widths if row_bytes <= largest), widths[-1][1])
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's without one."""
+    if device.type != "cuda" or interpreted():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -151,18 +173,21 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def block_shape(config: LaunchConfig, num_rows: int, width: int, whole_rows: bool) -> tuple[int, int]:
+def block_shape(config: LaunchConfig, num_rows: int, width: int, itemsize: int, whole_rows: bool) -> tuple[int, int]:
     """Rows and columns of a tile, powers of 2."""
-    columns = min(next_power_of_2(width), config.max_columns) if whole_rows else _columns(width, config.max_columns)
-    rows = min(max(config.tile // columns, 1), next_power_of_2(num_rows))
+    largest = max(config.max_columns // itemsize, 1)
+    columns = min(next_power_of_2(width), largest) if whole_rows else _columns(width, largest)
+    rows = min(max(config.tile // (columns * itemsize), 1), next_power_of_2(num_rows))
     return rows, columns
 
 
 def _columns(width: int, largest: int) -> int:
-    """The power of 2 up to `largest` that covers `width` with the fewest idle columns, the widest one among equals. It
+    """The largest power of 2 up to `largest` that covers `width` with few idle columns, or the one with the fewest. It
     is at least 64 where rows are so wide, so that accesses take whole sectors of memory."""
     sizes = [1 << bits for bits in range(6, largest.bit_length()) if 1 << bits <= next_power_of_2(width)]
-    return min(reversed(sizes), key=lambda size: cdiv(width, size) * size, default=next_power_of_2(width))
+    covered = {size: cdiv(width, size) * size for size in reversed(sizes)}
+    few = next((size for size in covered if covered[size] - width <= IDLE_COLUMNS * covered[size]), None)
+    return few or min(covered, key=covered.__getitem__, default=min(next_power_of_2(width), largest))
 
 
 def next_power_of_2(n: int) -> int:

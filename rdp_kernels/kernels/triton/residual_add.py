@@ -12,7 +12,8 @@ from .common import (
     activate,
     activation_gradient,
     kernel,
-    load_gamma,
+    load_columns,
+    load_positions,
     load_rows,
     offsets,
     row_number,
@@ -39,7 +40,8 @@ def _residual_add_fwd_kernel(
     exists, in_width = m < num_positions, (n < width)[None, :]
     b, p = m // positions, m % positions
 
-    k, _, update_mask, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+    k = row_number(inverse_ptr, b, exists, num_rows)
+    _, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
     if next_inverse_ptr is not None or next_ptr is not None or frozen_next_ptr is not None:
         j = row_number(next_inverse_ptr, b, exists, num_next_rows)
         next_mask = exists & (j < num_next_rows)
@@ -60,7 +62,11 @@ def _residual_add_fwd_kernel(
         num_learning, update_row_stride, frozen_update_row_stride, width, COMPUTE,
     )  # fmt: skip
     if gamma_ptr is not None:
-        update *= load_gamma(gamma_ptr, p, n, exists, in_width, channels, GAMMA_PER_POSITION, COMPUTE)
+        if GAMMA_PER_POSITION:
+            gamma = load_positions(gamma_ptr, p % channels, exists, BLOCK_N)
+        else:
+            gamma = load_columns(gamma_ptr, n, in_width, BLOCK_M)
+        update *= gamma.to(COMPUTE)
     x += tl.where(update_mask[:, None], factor[:, None] * update, 0.0)
     x = activate(x, ACTIVATION)
     tl.store(out_ptr + offsets(b, p, n, out_row_stride, width), x, mask=out_mask[:, None] & in_width)
@@ -76,24 +82,44 @@ def _residual_add_bwd_kernel(
     num_next_learning,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, out_row_stride, update_row_stride, tiles,
     GAMMA_PER_POSITION: tl.constexpr, ACTIVATION: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """With d = act'(out) · (dout + dnext): dresidual = d, dupdate = scale · γ · d, and sums of scale · d · update over
-    the learning rows for dγ. `dgamma` gets one row for each program if γ has a factor for each column, else one number
-    for each tile row. IN_PLACE: `dresidual` is `dout`, and samples that get nothing from dnext aren't written.
+    """With d = act'(out) · (dout + dnext): dresidual = d, dupdate = scale · γ · d, and one row of sums for each program
+    of scale · d · update over the learning rows for dγ. IN_PLACE: `dresidual` is `dout`, and samples that get nothing
+    from dnext aren't written.
+
+    All tiles of a program share their factors of γ. If γ has a factor for each column, they are `tiles` tiles of the
+    same columns, one below the other. If it has a factor for each position, they are all tiles of the same channels in
+    `tiles` groups of `channels` rows.
     """
     column_blocks = tl.cdiv(width, BLOCK_N)
-    row_block, column_block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
-    n = column_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_width = (n < width)[None, :]
+    if GAMMA_PER_POSITION:
+        channel_blocks = tl.cdiv(channels, BLOCK_M)
+        chunk = tl.program_id(0) // channel_blocks
+        c = (tl.program_id(0) % channel_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rounds = tiles * column_blocks
+        if gamma_ptr is not None:
+            gamma = load_positions(gamma_ptr, c, c < channels, BLOCK_N)
+    else:
+        chunk = tl.program_id(0) // column_blocks
+        n = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rounds = tiles
+        if gamma_ptr is not None:
+            gamma = load_columns(gamma_ptr, n, (n < width)[None, :], BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    for tile in range(0, tiles):
-        m = (row_block * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        exists = m < num_positions
+    for i in tl.range(0, rounds, num_stages=NUM_STAGES):
+        if GAMMA_PER_POSITION:
+            group = chunk * tiles + i // column_blocks
+            m = group * channels + c
+            exists = (c < channels) & (group < num_positions // channels)
+            n = (i % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        else:
+            m = (chunk * tiles + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+            exists = m < num_positions
+        in_width = (n < width)[None, :]
         b, p = m // positions, m % positions
-        k, dupdate_mask, update_mask, factor = update_rows(
-            inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE
-        )
+        k = row_number(inverse_ptr, b, exists, num_rows)
+        dupdate_mask, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
         next_mask = update_mask
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
             j = row_number(next_inverse_ptr, b, exists, num_next_rows)
@@ -102,6 +128,7 @@ def _residual_add_bwd_kernel(
                 next_mask = next_mask & update_mask
         dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE)
 
+        # All loads of a tile come before its stores, so that none of them waits.
         if dout_ptr is not None:
             mask = dout_mask[:, None] & in_width
             d = tl.load(dout_ptr + offsets(b, p, n, dout_row_stride, width), mask=mask, other=0.0).to(COMPUTE)
@@ -116,28 +143,26 @@ def _residual_add_bwd_kernel(
             mask = dout_mask[:, None] & in_width
             out = tl.load(out_ptr + offsets(b, p, n, out_row_stride, width), mask=mask, other=0.0)
             d = activation_gradient(d, out, ACTIVATION)
-        if dresidual_ptr is not None:
-            mask = dresidual_mask[:, None] & in_width
-            tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
-
-        d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
         if dgamma_ptr is not None:
             dgamma_mask = update_mask & (k < num_learning)
             update = load_rows(
                 update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
             )
-            product = tl.where(dgamma_mask[:, None], d * update, 0.0)
-            if GAMMA_PER_POSITION:
-                cell = ((m // channels).to(tl.int64) * column_blocks + column_block) * channels + p % channels
-                tl.store(dgamma_ptr + cell, tl.sum(product, axis=1), mask=exists)
-            else:
-                total += product
+
+        if dresidual_ptr is not None:
+            mask = dresidual_mask[:, None] & in_width
+            tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
+        d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
+        if dgamma_ptr is not None:
+            total += tl.where(dgamma_mask[:, None], d * update, 0.0)
         if dupdate_ptr is not None or dfrozen_update_ptr is not None:
             if gamma_ptr is not None:
-                gamma = load_gamma(gamma_ptr, p, n, exists, in_width, channels, GAMMA_PER_POSITION, COMPUTE)
-                d = tl.where(update_mask[:, None], d * gamma, 0.0)
+                d = tl.where(update_mask[:, None], d * gamma.to(COMPUTE), 0.0)
             store_rows(
                 dupdate_ptr, dfrozen_update_ptr, d, k, p, n, dupdate_mask, in_width, num_learning, sample_size, width
             )
-    if dgamma_ptr is not None and not GAMMA_PER_POSITION:
-        tl.store(dgamma_ptr + row_block.to(tl.int64) * width + n, tl.sum(total, axis=0), mask=n < width)
+    if dgamma_ptr is not None:
+        if GAMMA_PER_POSITION:
+            tl.store(dgamma_ptr + chunk.to(tl.int64) * channels + c, tl.sum(total, axis=1), mask=c < channels)
+        else:
+            tl.store(dgamma_ptr + chunk.to(tl.int64) * width + n, tl.sum(total, axis=0), mask=n < width)

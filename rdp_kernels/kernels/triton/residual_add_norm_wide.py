@@ -1,8 +1,8 @@
 """The backward of `residual_add_norm.py` for rows so wide that the rows and the sums over them don't fit in registers.
 
-A program goes through a row twice, part by part: once for the norm's two dot products, once for the gradients. The
-second time the row comes from the cache. The program's sums stay in its row of partial sums, which the cache holds as
-well.
+A program goes through a tile of rows twice, part by part: once for the norm's two dot products, once for the gradients.
+The second time the rows come from the cache. The program's sums stay in its row of partial sums, which the cache holds
+as well; they are read and written once for each tile.
 """
 
 from __future__ import annotations
@@ -31,37 +31,28 @@ def _residual_add_norm_bwd_wide_kernel(
     inverse_ptr, next_inverse_ptr,
     scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
-    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As `_residual_add_norm_bwd_kernel`, BLOCK_N columns at a time; BLOCK_M is 1."""
-    for start in range(0, width, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        cell = tl.program_id(0).to(tl.int64) * width + n
-        zeros = tl.zeros([BLOCK_N], COMPUTE)
-        if dgamma_ptr is not None:
-            tl.store(dgamma_ptr + cell, zeros, mask=n < width)
-        if dweight_ptr is not None:
-            tl.store(dweight_ptr + cell, zeros, mask=n < width)
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + cell, zeros, mask=n < width)
+    """As `_residual_add_norm_bwd_kernel`, BLOCK_N columns at a time."""
+    m = tl.program_id(0) * tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     for tile in range(0, tiles):
-        m = (tl.program_id(0) * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = m < num_positions
         b, p = m // positions, m % positions
+        m += BLOCK_M
         j = row_number(next_inverse_ptr, b, exists, num_saved)
         norm_mask = exists & (j < num_saved)
-        k, dupdate_mask, update_mask, factor = update_rows(
-            inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE
-        )
+        k = row_number(inverse_ptr, b, exists, num_rows)
+        dupdate_mask, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
         dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
         dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
+        dgamma_mask = update_mask & (k < num_learning)
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
 
-        projection, dy_mean = tl.zeros([BLOCK_M], COMPUTE), tl.zeros([BLOCK_M], COMPUTE)
-        for start in range(0, width, BLOCK_N):
+        products, gradients = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE), tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+        for start in tl.range(0, width, BLOCK_N, num_stages=NUM_STAGES):
             n = start + tl.arange(0, BLOCK_N)
             in_width = (n < width)[None, :]
             dy = load_rows(
@@ -71,18 +62,17 @@ def _residual_add_norm_bwd_wide_kernel(
             mask = norm_mask[:, None] & in_width
             at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
             x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
-            cell = tl.program_id(0).to(tl.int64) * width + n
-            if dweight_ptr is not None:
-                _add_to(dweight_ptr + cell, tl.sum(tl.where(dweight_mask, dy * x_hat, 0.0), axis=0), n < width)
-            if dbias_ptr is not None:
-                _add_to(dbias_ptr + cell, tl.sum(tl.where(dweight_mask, dy, 0.0), axis=0), n < width)
             if weight_ptr is not None:
-                dy *= load_columns(weight_ptr, n, in_width, COMPUTE)
-            projection += tl.sum(dy * x_hat, axis=1) / width
-            if CENTERS:
-                dy_mean += tl.sum(dy, axis=1) / width
+                dy *= load_columns(weight_ptr, n, in_width, BLOCK_M).to(COMPUTE)
+            products += dy * x_hat
+            gradients += dy
+        projection = tl.sum(products, axis=1) / width
+        dy_mean = tl.zeros([BLOCK_M], COMPUTE)
+        if CENTERS:
+            dy_mean = tl.sum(gradients, axis=1) / width
 
-        for start in range(0, width, BLOCK_N):
+        tl.debug_barrier()  # the sums of the tiles before are stored
+        for start in tl.range(0, width, BLOCK_N, num_stages=NUM_STAGES):
             n = start + tl.arange(0, BLOCK_N)
             in_width = (n < width)[None, :]
             dy = load_rows(
@@ -92,28 +82,34 @@ def _residual_add_norm_bwd_wide_kernel(
             mask = norm_mask[:, None] & in_width
             at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
             x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
-            if weight_ptr is not None:
-                dy *= load_columns(weight_ptr, n, in_width, COMPUTE)
-            d = tl.where(mask, (dy - dy_mean[:, None] - x_hat * projection[:, None]) * rstd[:, None], 0.0)
             if dout_ptr is not None:
                 at = offsets(b, p, n, dout_row_stride, width)
-                d += tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0).to(COMPUTE)
+                dout = tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0)
+            if update_ptr is not None:
+                update = load_rows(
+                    update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
+                )
+            cell = tl.program_id(0).to(tl.int64) * width + n
+            if dweight_ptr is not None:
+                _add(dweight_ptr + cell, tl.where(dweight_mask, dy * x_hat, 0.0), tile, n < width)
+            if dbias_ptr is not None:
+                _add(dbias_ptr + cell, tl.where(dweight_mask, dy, 0.0), tile, n < width)
+            if weight_ptr is not None:
+                dy *= load_columns(weight_ptr, n, in_width, BLOCK_M).to(COMPUTE)
+            d = tl.where(mask, (dy - dy_mean[:, None] - x_hat * projection[:, None]) * rstd[:, None], 0.0)
+            if dout_ptr is not None:
+                d += dout.to(COMPUTE)
             if dresidual_ptr is not None:
                 mask = dresidual_mask[:, None] & in_width
                 tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
             if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
             if update_ptr is not None:
-                dgamma_mask = update_mask & (k < num_learning)
-                update = load_rows(
-                    update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
-                )
-                product = tl.where(dgamma_mask[:, None], d * update, 0.0)
-                cell = tl.program_id(0).to(tl.int64) * width + n
-                _add_to(dgamma_ptr + cell, tl.sum(product, axis=0), n < width)
+                _add(dgamma_ptr + cell, tl.where(dgamma_mask[:, None], d * update, 0.0), tile, n < width)
             if dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 if gamma_ptr is not None:
-                    d = tl.where(update_mask[:, None], d * load_columns(gamma_ptr, n, in_width, COMPUTE), 0.0)
+                    gamma = load_columns(gamma_ptr, n, in_width, BLOCK_M).to(COMPUTE)
+                    d = tl.where(update_mask[:, None], d * gamma, 0.0)
                 store_rows(
                     dupdate_ptr, dfrozen_update_ptr, d, k, p, n, dupdate_mask, in_width,
                     num_learning, sample_size, width,
@@ -121,7 +117,7 @@ def _residual_add_norm_bwd_wide_kernel(
 
 
 @triton.jit
-def _add_to(pointers, x, mask):
-    """Adds to cells that no other program touches; the barrier orders it after the stores that this program made."""
-    tl.debug_barrier()
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + x, mask=mask)
+def _add(pointers, x, tile, mask):
+    """Adds the sums of x over its rows to cells that no other program touches. Before the first tile they hold nothing."""
+    old = tl.load(pointers, mask=mask & (tile > 0), other=0.0)
+    tl.store(pointers, old + tl.sum(x, axis=0), mask=mask)
