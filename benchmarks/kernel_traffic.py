@@ -157,15 +157,18 @@ def count_traffic() -> Iterator[Counted]:
         finally:
             current.clear()
 
+    def addresses_of(pointers, mask):
+        return pointers.data[mask.data.astype(bool)]  # the interpreter has masks of integers as well
+
     def counted_load(pointers, mask, *args):
-        if mask.data.any():
-            addresses = pointers.data[mask.data]
+        addresses = addresses_of(pointers, mask)
+        if len(addresses):
             current[0].at(addresses).read.add(addresses)
         return load(pointers, mask, *args)
 
     def counted_store(pointers, value, mask, *args):
-        if mask.data.any():
-            addresses = pointers.data[mask.data]
+        addresses = addresses_of(pointers, mask)
+        if len(addresses):
             current[0].at(addresses).written.add(addresses)
         return store(pointers, value, mask, *args)
 

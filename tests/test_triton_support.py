@@ -105,7 +105,30 @@ def test_a_compiled_graph_refuses_when_it_runs():
 def test_the_last_program_stays_below_31_bits(op, width):
     for sums in (False, True):
         for whole_rows in (False, True):
-            tiles = Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS, width, whole_rows, sums)
-            assert tiles.row_blocks * tiles.tiles * tiles.block_m < 2**31
+            tiles = Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS, width, 2, whole_rows, sums)
+            assert (tiles.row_blocks * tiles.tiles + 1) * tiles.block_m < 2**31, "rows are looked up one tile ahead"
     with pytest.raises(RuntimeError, match=f"{op}: "):
-        Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS + 1, width)
+        Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS + 1, width, 2)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "channels"),
+    [(2**20, 768, None), (2**20, 64, None), (64 * 197, 394752, None), (2**20, 49, 2048), (4096 * 96, 56**2, 96)],
+)
+def test_partial_sums_are_bounded(num_rows, width, channels, itemsize):
+    """For any number of rows, there are at most as many programs that sum as fit an H200, or one for each block of
+    columns or channels. Together their tiles are all tiles."""
+    device, most = torch.device("meta"), 5 * 132
+    tiles = Tiles.of("residual_add_bwd", device, num_rows, width, itemsize, sums=True, channels=channels)
+    assert most / 2 < tiles.num_programs <= max(most, tiles.column_blocks)
+    blocks = -(-num_rows // tiles.block_m) if channels is None else num_rows // channels
+    assert (tiles.row_blocks - 1) * tiles.tiles < blocks <= tiles.row_blocks * tiles.tiles
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"), [(197 * 384, 1024), (32784, 1024), (384, 128), (768, 256), (1000, 1024), (385, 64), (40, 64)]
+)
+def test_few_columns_are_idle(width, columns):
+    """The widest tile of those with at most 3 % of idle columns, or else the one with the fewest."""
+    assert Tiles.of("residual_add_fwd", torch.device("meta"), 4096, width, 2).block_n == columns

@@ -46,9 +46,19 @@ TRITON = {
         "d = tl.where(update_mask[:, None], d, 0.0)",
     ),
     "γ: the next position's": (
-        "rdp_kernels/kernels/triton/common.py",
-        "gamma_ptr + p % channels",
-        "gamma_ptr + (p + 1) % channels",
+        "rdp_kernels/kernels/triton/residual_add.py",
+        "load_positions(gamma_ptr, p % channels, exists, BLOCK_N)",
+        "load_positions(gamma_ptr, (p + 1) % channels, exists, BLOCK_N)",
+    ),
+    "sums: the same samples in every program": (
+        "rdp_kernels/kernels/triton/residual_add.py",
+        "group = chunk * tiles + i // column_blocks",
+        "group = i // column_blocks",
+    ),
+    "rows: those of a program's first tile": (
+        "rdp_kernels/kernels/triton/residual_add_norm.py",
+        "next_k = row_number(inverse_ptr, m // positions, m < num_positions, num_rows)\n        next_j",
+        "next_k = k\n        next_j",
     ),
     "rows: inverted to themselves": (
         "rdp_kernels/kernels/triton/rows.py",

@@ -19,7 +19,7 @@ FLOAT, INDEX = 4, 8  # bytes
 ROW = TOKENS * CHANNELS * FLOAT
 
 # Tiles are small beside a test's tensors: rows and columns are cut, and a program that sums gets two tiles.
-SMALL_TILES = LaunchConfig(tile=512, max_columns=64, num_warps=4, tiles=2)
+SMALL_TILES = LaunchConfig(tile=512 * FLOAT, max_columns=64 * FLOAT, num_warps=4, tiles=2)
 
 # The rows of a path and of the next one, by drop probability: out of order, and some in both.
 ROWS = {0.0: [2, 0, 5, 1, 4, 3], 0.5: [4, 0, 3], 1.0: []}

@@ -173,9 +173,9 @@ def test_nothing_is_saved_without_a_gradient(norm, rows, learn):
 def test_wide_backward(monkeypatch, norm, in_place):
     """Rows that don't fit in registers: the same program reads dnext and the norm's input twice in a short time, the
     second time from the cache. All other tensors are read once."""
-    pieces = launch.LaunchConfig(tile=64, max_columns=64, num_warps=4, tiles=2)
+    pieces = launch.LaunchConfig(tile=2 * 64 * FLOAT, max_columns=64 * FLOAT, num_warps=4, tiles=2)
     monkeypatch.setitem(launch.CONFIGS, "residual_add_norm_bwd_wide", {"default": ((2**31, pieces),)})
-    monkeypatch.setattr(triton_backward, "WIDEST_SUM_IN_REGISTERS", 128)
+    monkeypatch.setattr(triton_backward, "WIDEST_SUM_IN_REGISTERS", 128 * FLOAT)
     width, rows, next_rows = 200, [1, 3], [3, 0]
 
     def make(num_rows):

@@ -117,7 +117,7 @@ class Backward:
         )
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
         if num_sums:
-            self.sums = Sums(context, tiles.row_blocks, channels or tiling.width, num_sums)
+            self.sums = Sums(context, tiles.row_blocks, tiling.width if channels is None else channels, num_sums)
 
         dout, dnext, dfrozen_next = map(row_stride, key.gradients)
         if self.only_sums:

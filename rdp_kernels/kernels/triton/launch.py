@@ -120,7 +120,7 @@ class Tiles:
             blocks, others, least = cdiv(num_rows, block_m), column_blocks, config.tiles
         else:
             blocks, others = num_rows // max(channels, 1), cdiv(channels, block_m)
-            least = cdiv(config.tiles, column_blocks)
+            least = cdiv(config.tiles, max(column_blocks, 1))
         tiles = 1
         if sums:
             most = max(config.programs * multiprocessors(device) // max(others, 1), 1)
