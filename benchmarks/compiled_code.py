@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
@@ -31,11 +31,25 @@ TARGETS = CUDA | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 class CudaCode:
     """Facts from the code of one kernel.
 
+    Facts of *the loop* are those of the longest loop in the PTX, which is the one over tiles. The machine code may hold
+    several turns of it. Without a loop they are facts of the whole kernel, except that nothing counts as in the loop.
+
     Args:
         registers: of a thread.
         local_bytes: of a thread's local memory, as the kernel declares it.
         local_accesses: instructions that load from it or store there.
-        accesses: how many instructions on global memory there are, by ("load" or "store", bytes).
+        shared_bytes: of a program's shared memory.
+        barriers: instructions on which all warps of a program wait for each other.
+        barriers_in_loop: those of one turn of the loop; 0 without a loop.
+        async_copies: copies of one turn of the loop from global to shared memory (cp.async), by bytes of a thread;
+            empty without a loop.
+        loads_before_store: whether each load of the loop stands before its first store, in global memory. An
+            asynchronous copy isn't one of these loads: it is for a later turn.
+        loads_in_flight: the most global loads of a thread, asynchronous copies included, that it waits for at the same
+            time. See `in_flight`.
+        bytes_in_flight: the most bytes of them.
+        accesses: how many instructions on global memory there are, by ("load" or "store", bytes). An asynchronous copy
+            is a load.
         by_argument: the same by (argument, "load" or "store", bytes). Of the PTX, where an address can be followed back
             to the argument that it is an offset of; `accesses` says whether the machine code still has these widths.
     """
@@ -43,6 +57,13 @@ class CudaCode:
     registers: int
     local_bytes: int
     local_accesses: int
+    shared_bytes: int
+    barriers: int
+    barriers_in_loop: int
+    async_copies: Counter[int]
+    loads_before_store: bool
+    loads_in_flight: int
+    bytes_in_flight: int
     accesses: Counter[tuple[str, int]]
     by_argument: Counter[tuple[str, str, int]]
 
@@ -62,10 +83,9 @@ class CudaCode:
 def caught_launches(run: Callable[[], None], architecture: str) -> list[Launch]:
     """The launches in `run`, on CPU tensors, with the numbers for `architecture`. No kernel runs."""
     caught: list[Launch] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "architecture", lambda device: architecture)
-        with launchers.nothing_prepared(), observed(caught.append):
-            run()
+    on_it = mock.patch.object(launching, "architecture", return_value=architecture)
+    with on_it, launchers.nothing_prepared(), observed(caught.append):
+        run()
     return caught
 
 
@@ -86,16 +106,74 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
     usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin)
     declared = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    loop = longest_loop(ptx)
+    loads, size = in_flight(sass)
     return CudaCode(
         registers=declared["REG"],
         local_bytes=declared["STACK"] + declared["LOCAL"],
         local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared_bytes=compiled.metadata.shared,
+        barriers=len(re.findall(r"\bBAR\.SYNC", sass)),
+        barriers_in_loop=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", loop)),
+        async_copies=async_copies(loop),
+        loads_before_store=loads_before_store(loop or ptx),
+        loads_in_flight=loads,
+        bytes_in_flight=size,
         accesses=Counter(
-            ("load" if op == "LDG" else "store", _sass_bytes(modifiers.split(".")))
-            for op, modifiers in re.findall(r"\b(LDG|STG)\.([\w.]+) ", sass)
+            ("store" if op == "STG" else "load", _sass_bytes(modifiers.split(".")))
+            for op, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\.([\w.]+) ", sass)
         ),
-        by_argument=_accesses_by_argument(compiled.asm["ptx"], compiled.src.signature),
+        by_argument=_accesses_by_argument(ptx, compiled.src.signature),
     )
+
+
+def longest_loop(ptx: str) -> str:
+    """The text from a label to the last branch back to it, the longest one; empty without a loop."""
+    labels = {label[1]: label.end() for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    branches = re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)
+    return max((ptx[labels[branch[1]] : branch.start()] for branch in branches), key=len, default="")
+
+
+def async_copies(ptx: str) -> Counter[int]:
+    """Copies from global to shared memory, by bytes."""
+    return Counter(int(size, 16) for _, size in _ASYNC_COPY.findall(ptx))
+
+
+def loads_before_store(ptx: str) -> bool:
+    """Whether no load from global memory follows a store there."""
+    ops = [op for op, *_ in _ACCESS.findall(ptx)]
+    return "st" not in ops or "ld" not in ops[ops.index("st") :]
+
+
+def in_flight(sass: str) -> tuple[int, int]:
+    """The most global loads that a thread waits for at the same time, and the most bytes of them.
+
+    The code is read from top to bottom. A load is in flight until the next instruction that names one of the registers
+    that it fills. An asynchronous copy is in flight until an instruction waits for its group.
+    """
+    loads: list[tuple[set[int], int]] = []  # registers, bytes
+    groups: list[list[int]] = [[]]  # bytes of each copy; the last group is open
+    most_loads = most_bytes = 0
+    for op, operands in re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", sass, re.MULTILINE):
+        named = {int(number) for number in re.findall(r"\bR(\d+)", operands)}
+        loads = [load for load in loads if not load[0] & named]
+        name, _, modifiers = op.partition(".")
+        size = _sass_bytes(modifiers.split("."))
+        if name == "LDG":
+            first = [int(number) for number in re.findall(r"\bR(\d+)", operands.partition("[")[0])]
+            each = max(size // 4 // max(len(first), 1), 1)
+            loads.append(({start + i for start in first for i in range(each)}, size))
+        elif name == "LDGSTS":
+            groups[-1].append(size)
+        elif name == "LDGDEPBAR":
+            groups.append([])
+        elif op == "DEPBAR.LE" and operands.startswith("SB0"):
+            still = int(operands.split(",")[1], 16)
+            groups = groups[max(len(groups) - 1 - still, 0) :]
+        sizes = [size for _, size in loads] + [size for group in groups for size in group]
+        most_loads, most_bytes = max(most_loads, len(sizes)), max(most_bytes, sum(sizes))
+    return most_loads, most_bytes
 
 
 def read_amd_facts(compiled: CompiledKernel) -> dict[str, int]:
@@ -118,6 +196,7 @@ def _sass_bytes(modifiers: list[str]) -> int:
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\];")
 _COMPUTED = re.compile(r"^\s*(?:@!?%p\d+ )?[a-z][\w.]*\s+(%rd\d+), ([^\[\]\n]*);", re.MULTILINE)
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s[^\[]*\[\s*(%rd\d+)")
+_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(0x\w+)")
 
 
 def _accesses_by_argument(ptx: str, signature: dict[str, str]) -> Counter[tuple[str, str, int]]:
@@ -132,12 +211,14 @@ def _accesses_by_argument(ptx: str, signature: dict[str, str]) -> Counter[tuple[
     for register, computed_from in _COMPUTED.findall(ptx):
         sources.setdefault(register, set()).update(re.findall(r"%rd\d+", computed_from))
 
+    found = [(op, int(vector or 1) * int(bits) // 8, address) for op, vector, bits, address in _ACCESS.findall(ptx)]
+    found += [("ld", int(size, 16), address) for address, size in _ASYNC_COPY.findall(ptx)]
     accesses: Counter[tuple[str, str, int]] = Counter()
-    for op, vector, bits, address in _ACCESS.findall(ptx):
+    for op, size, address in found:
         reached, ahead = set(), {address}
         while ahead:
             reached |= ahead
             ahead = {source for register in ahead for source in sources.get(register, ())} - reached
         (name,) = {pointers[register] for register in reached & pointers.keys()}
-        accesses[name, "load" if op == "ld" else "store", int(vector or 1) * int(bits) // 8] += 1
+        accesses[name, "load" if op == "ld" else "store", size] += 1
     return accesses

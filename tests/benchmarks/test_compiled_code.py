@@ -1,0 +1,75 @@
+"""What is read from compiled code, on short texts written by hand. tests/compiled has real kernels."""
+
+import pytest
+
+from benchmarks.compiled_code import async_copies, in_flight, loads_before_store, longest_loop
+
+
+def sass(*instructions: str) -> str:
+    return "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(instructions))
+
+
+FIRST = "@!P0 LDG.E.128 R4, desc[UR4][R2.64]"  # fills R4 to R7
+SECOND = "LDG.E.64 R8, desc[UR4][R12.64]"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "loads", "size"),
+    [
+        ((FIRST, SECOND, "FADD R20, R7, R9"), 2, 24),
+        ((FIRST, "FADD R20, R7, R7", SECOND, "FADD R21, R8, R8"), 1, 16),
+        ((FIRST, "FADD R20, R8, R12", SECOND), 2, 24),
+        ((FIRST, "LDG.E R8, desc[UR4][R4.64]"), 1, 16),  # the address is what the first one loads
+        (("LDG.E.U16 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R12", SECOND), 2, 10),
+        (("LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64]", "FADD R20, R11, R1", FIRST), 1, 32),
+    ],
+    ids=["both", "one after the other", "other registers", "an address", "narrow", "two times four registers"],
+)
+def test_a_load_is_in_flight_until_its_registers_are_named(instructions, loads, size):
+    assert in_flight(sass(*instructions)) == (loads, size)
+
+
+COPY = "LDGSTS.E.BYPASS.128 [R7], desc[UR6][R8.64], !P3"
+
+
+@pytest.mark.parametrize(("may_go_on", "most"), [(0, 2), (1, 2), (2, 3)])
+def test_a_copy_is_in_flight_until_its_group_is_waited_for(may_go_on, most):
+    """Two groups of one copy each, then a wait for all but `may_go_on` of them, then a third copy."""
+    text = sass(COPY, "LDGDEPBAR", COPY, "LDGDEPBAR", f"DEPBAR.LE SB0, {may_go_on:#x}", COPY)
+    assert in_flight(text) == (most, 16 * most)
+
+
+LOOP = """
+    bra.uni $L__BB0_2;
+$L__BB0_1:
+    ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+    @%p1 bra $L__BB0_1;
+$L__BB0_2:
+    bar.sync 0;
+    @%p3 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    st.shared.b32 [ %r77 + 0 ], %r78;
+    @%p3 st.global.v4.b32 [ %rd2 + 0 ], { %r1, %r2, %r3, %r4 };
+    cp.async.cg.shared.global [ %r31 + 0 ], [ %rd11 + 0 ], 0x10, %r33;
+    @%p2 bra $L__BB0_2;
+    ld.global.b32 { %r5 }, [ %rd1 + 0 ];
+    bra.uni $L__BB0_3;
+    bar.sync 0;
+    bar.sync 0;
+    bar.sync 0;
+    bar.sync 0;
+$L__BB0_3:
+    ret;
+"""
+
+
+def test_the_loop_is_the_longest_one():
+    assert longest_loop(LOOP).count("bar.sync") == 1
+    assert async_copies(longest_loop(LOOP)) == {16: 1}
+    assert longest_loop(LOOP.replace("@%p1 bra", "//").replace("@%p2 bra", "//")) == ""
+
+
+def test_loads_before_the_first_store():
+    """The copy after the store is for a later turn. A load there isn't."""
+    assert loads_before_store(longest_loop(LOOP))
+    assert not loads_before_store(longest_loop(LOOP.replace("cp.async", "ld.global.b32 %r9, [%rd3]; cp.async")))
+    assert not loads_before_store(LOOP)
