@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import triton
@@ -45,9 +46,10 @@ class CudaCode:
             empty without a loop.
         loads_before_store: whether each load of the loop stands before its first store, in global memory. An
             asynchronous copy isn't one of these loads: it is for a later turn.
-        loads_in_flight: the most global loads of a thread, asynchronous copies included, that it waits for at the same
-            time. See `in_flight`.
-        bytes_in_flight: the most bytes of them.
+        loads_in_flight, bytes_in_flight: the most global loads, and the most bytes of them, that a thread waits for at
+            the same time. Asynchronous copies are included. See `in_flight`.
+        bytes_per_wait: the bytes of the ordinary loads of the loop, by the number of times that a turn waits for some.
+        bytes_ahead: the most bytes of asynchronous copies on their way at the same time.
         accesses: how many instructions on global memory there are, by ("load" or "store", bytes). An asynchronous copy
             is a load.
         by_argument: the same by (argument, "load" or "store", bytes). Of the PTX, where an address can be followed back
@@ -64,6 +66,8 @@ class CudaCode:
     loads_before_store: bool
     loads_in_flight: int
     bytes_in_flight: int
+    bytes_per_wait: float
+    bytes_ahead: int
     accesses: Counter[tuple[str, int]]
     by_argument: Counter[tuple[str, str, int]]
 
@@ -108,7 +112,9 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
     declared = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     loop = longest_loop(ptx)
-    loads, size = in_flight(sass)
+    everywhere, turn = in_flight(sass), in_flight(longest_loop(sass))
+    if turn.waits == 0:
+        turn = everywhere  # no loop, or none that loads
     return CudaCode(
         registers=declared["REG"],
         local_bytes=declared["STACK"] + declared["LOCAL"],
@@ -118,8 +124,10 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
         barriers_in_loop=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", loop)),
         async_copies=async_copies(loop),
         loads_before_store=loads_before_store(loop or ptx),
-        loads_in_flight=loads,
-        bytes_in_flight=size,
+        loads_in_flight=everywhere.loads,
+        bytes_in_flight=everywhere.bytes,
+        bytes_per_wait=turn.loaded / max(turn.waits, 1),
+        bytes_ahead=everywhere.ahead,
         accesses=Counter(
             ("store" if op == "STG" else "load", _sass_bytes(modifiers.split(".")))
             for op, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\.([\w.]+) ", sass)
@@ -128,11 +136,11 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
     )
 
 
-def longest_loop(ptx: str) -> str:
-    """The text from a label to the last branch back to it, the longest one; empty without a loop."""
-    labels = {label[1]: label.end() for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
-    branches = re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)
-    return max((ptx[labels[branch[1]] : branch.start()] for branch in branches), key=len, default="")
+def longest_loop(code: str) -> str:
+    """The text from a label to the last branch back to it, the longest one; empty without a loop. For PTX and SASS."""
+    labels = {label[1]: label.end() for label in re.finditer(r"^([$.]L\w+):", code, re.MULTILINE)}
+    branches = re.finditer(r"\b(?:bra|BRA)\b[^;\n]*?([$.]L\w+)\)?\s*;", code)
+    return max((code[labels[branch[1]] : branch.start()] for branch in branches), key=len, default="")
 
 
 def async_copies(ptx: str) -> Counter[int]:
@@ -146,17 +154,37 @@ def loads_before_store(ptx: str) -> bool:
     return "st" not in ops or "ld" not in ops[ops.index("st") :]
 
 
-def in_flight(sass: str) -> tuple[int, int]:
-    """The most global loads that a thread waits for at the same time, and the most bytes of them.
+class InFlight(NamedTuple):
+    """What a thread loads from global memory in some code, and waits for.
 
-    The code is read from top to bottom. A load is in flight until the next instruction that names one of the registers
-    that it fills. An asynchronous copy is in flight until an instruction waits for its group.
+    Args:
+        loads, bytes: the most that are on their way at the same time, asynchronous copies included.
+        ahead: the most bytes of asynchronous copies alone.
+        loaded: the bytes of all ordinary loads.
+        waits: how often the thread waits for ordinary loads. A wait for one covers all that were issued before it.
+    """
+
+    loads: int = 0
+    bytes: int = 0
+    ahead: int = 0
+    loaded: int = 0
+    waits: int = 0
+
+
+def in_flight(sass: str) -> InFlight:
+    """Reads machine code from top to bottom.
+
+    A load is on its way until the next instruction that names one of the registers that it fills. An asynchronous copy
+    is on its way until an instruction waits for its group.
     """
     loads: list[tuple[set[int], int]] = []  # registers, bytes
     groups: list[list[int]] = [[]]  # bytes of each copy; the last group is open
-    most_loads = most_bytes = 0
+    new = 0  # loads since the last wait
+    most = InFlight()
     for op, operands in re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", sass, re.MULTILINE):
         named = {int(number) for number in re.findall(r"\bR(\d+)", operands)}
+        if any(registers & named for registers, _ in loads[len(loads) - new :]):
+            most, new = most._replace(waits=most.waits + 1), 0
         loads = [load for load in loads if not load[0] & named]
         name, _, modifiers = op.partition(".")
         size = _sass_bytes(modifiers.split("."))
@@ -164,6 +192,7 @@ def in_flight(sass: str) -> tuple[int, int]:
             first = [int(number) for number in re.findall(r"\bR(\d+)", operands.partition("[")[0])]
             each = max(size // 4 // max(len(first), 1), 1)
             loads.append(({start + i for start in first for i in range(each)}, size))
+            most, new = most._replace(loaded=most.loaded + size), new + 1
         elif name == "LDGSTS":
             groups[-1].append(size)
         elif name == "LDGDEPBAR":
@@ -171,9 +200,13 @@ def in_flight(sass: str) -> tuple[int, int]:
         elif op == "DEPBAR.LE" and operands.startswith("SB0"):
             still = int(operands.split(",")[1], 16)
             groups = groups[max(len(groups) - 1 - still, 0) :]
-        sizes = [size for _, size in loads] + [size for group in groups for size in group]
-        most_loads, most_bytes = max(most_loads, len(sizes)), max(most_bytes, sum(sizes))
-    return most_loads, most_bytes
+        copies = [size for group in groups for size in group]
+        most = most._replace(
+            loads=max(most.loads, len(loads) + len(copies)),
+            bytes=max(most.bytes, sum(size for _, size in loads) + sum(copies)),
+            ahead=max(most.ahead, sum(copies)),
+        )
+    return most
 
 
 def read_amd_facts(compiled: CompiledKernel) -> dict[str, int]:

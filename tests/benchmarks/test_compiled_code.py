@@ -14,19 +14,29 @@ SECOND = "LDG.E.64 R8, desc[UR4][R12.64]"
 
 
 @pytest.mark.parametrize(
-    ("instructions", "loads", "size"),
+    ("instructions", "loads", "most_bytes", "waits"),
     [
-        ((FIRST, SECOND, "FADD R20, R7, R9"), 2, 24),
-        ((FIRST, "FADD R20, R7, R7", SECOND, "FADD R21, R8, R8"), 1, 16),
-        ((FIRST, "FADD R20, R8, R12", SECOND), 2, 24),
-        ((FIRST, "LDG.E R8, desc[UR4][R4.64]"), 1, 16),  # the address is what the first one loads
-        (("LDG.E.U16 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R12", SECOND), 2, 10),
-        (("LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64]", "FADD R20, R11, R1", FIRST), 1, 32),
+        ((FIRST, SECOND, "FADD R20, R7, R9"), 2, 24, 1),
+        ((FIRST, SECOND, "FADD R20, R7, R7", "FADD R21, R8, R8"), 2, 24, 1),  # the second one comes at the same time
+        ((FIRST, "FADD R20, R7, R7", SECOND, "FADD R21, R8, R8"), 1, 16, 2),
+        ((FIRST, "FADD R20, R8, R12", SECOND), 2, 24, 0),
+        ((FIRST, "LDG.E R8, desc[UR4][R4.64]"), 1, 16, 1),  # the address is what the first one loads
+        (("LDG.E.U16 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R12", SECOND), 2, 10, 0),
+        (("LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64]", "FADD R20, R11, R1", FIRST), 1, 32, 1),
     ],
-    ids=["both", "one after the other", "other registers", "an address", "narrow", "two times four registers"],
+    ids=[
+        "both",
+        "in turn",
+        "one after the other",
+        "other registers",
+        "an address",
+        "narrow",
+        "two times four registers",
+    ],
 )
-def test_a_load_is_in_flight_until_its_registers_are_named(instructions, loads, size):
-    assert in_flight(sass(*instructions)) == (loads, size)
+def test_a_load_is_in_flight_until_its_registers_are_named(instructions, loads, most_bytes, waits):
+    found = in_flight(sass(*instructions))
+    assert (found.loads, found.bytes, found.waits) == (loads, most_bytes, waits)
 
 
 COPY = "LDGSTS.E.BYPASS.128 [R7], desc[UR6][R8.64], !P3"
@@ -36,7 +46,8 @@ COPY = "LDGSTS.E.BYPASS.128 [R7], desc[UR6][R8.64], !P3"
 def test_a_copy_is_in_flight_until_its_group_is_waited_for(may_go_on, most):
     """Two groups of one copy each, then a wait for all but `may_go_on` of them, then a third copy."""
     text = sass(COPY, "LDGDEPBAR", COPY, "LDGDEPBAR", f"DEPBAR.LE SB0, {may_go_on:#x}", COPY)
-    assert in_flight(text) == (most, 16 * most)
+    found = in_flight(text)
+    assert (found.loads, found.bytes, found.ahead) == (most, 16 * most, 16 * most)
 
 
 LOOP = """
@@ -65,6 +76,7 @@ $L__BB0_3:
 def test_the_loop_is_the_longest_one():
     assert longest_loop(LOOP).count("bar.sync") == 1
     assert async_copies(longest_loop(LOOP)) == {16: 1}
+    assert longest_loop(".L_x_1:\n LDG R1 ;\n .L_x_2:\n @P0 BRA `(.L_x_1) ;").strip() == "LDG R1 ;\n .L_x_2:\n @P0"
     assert longest_loop(LOOP.replace("@%p1 bra", "//").replace("@%p2 bra", "//")) == ""
 
 
