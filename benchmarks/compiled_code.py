@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import triton
@@ -23,6 +22,8 @@ from triton.runtime.jit import create_function_from_signature
 from rdp_kernels.kernels.triton import launch as launching
 from rdp_kernels.kernels.triton import launchers
 from rdp_kernels.kernels.triton.prepared import Launch, observed
+
+from .in_flight import in_flight, sass_bytes
 
 CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
 TARGETS = CUDA | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -48,7 +49,8 @@ class CudaCode:
             asynchronous copy isn't one of these loads: it is for a later turn.
         loads_in_flight, bytes_in_flight: the most global loads, and the most bytes of them, that a thread waits for at
             the same time. Asynchronous copies are included. See `in_flight`.
-        bytes_per_wait: the bytes of the ordinary loads of the loop, by the number of times that a turn waits for some.
+        bytes_per_wait: the bytes that the ordinary loads of the loop fill in a thread, divided by the number of times
+            that it waits for some of them.
         bytes_ahead: the most bytes of asynchronous copies on their way at the same time.
         accesses: how many instructions on global memory there are, by ("load" or "store", bytes). An asynchronous copy
             is a load.
@@ -103,18 +105,20 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
-    """`folder` takes the disassembler's input."""
+def read_cuda_code(compiled: CompiledKernel, folder: Path, cached: Collection[str] = ()) -> CudaCode:
+    """`folder` takes the disassembler's input. `bytes_per_wait` and `bytes_ahead` leave out loads of the `cached`
+    arguments, as if they took no time."""
     cubin = folder / f"{compiled.hash}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     sass = _output_of(triton.knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin)
-    declared = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
+    declared = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|CONSTANT\[0\]):(\d+)", usage)}
+    ptx, signature = compiled.asm["ptx"], compiled.src.signature
     loop = longest_loop(ptx)
-    everywhere, turn = in_flight(sass), in_flight(longest_loop(sass))
-    if turn.waits == 0:
-        turn = everywhere  # no loop, or none that loads
+    pointers = _pointers(ptx, signature, declared["CONSTANT[0]"])
+    everywhere, turn = in_flight(sass), in_flight(sass, longest_loop(sass), pointers, cached)
+    if turn.waits == 0:  # no loop, or none that loads
+        turn = in_flight(sass, sass, pointers, cached)
     return CudaCode(
         registers=declared["REG"],
         local_bytes=declared["STACK"] + declared["LOCAL"],
@@ -127,12 +131,12 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path) -> CudaCode:
         loads_in_flight=everywhere.loads,
         bytes_in_flight=everywhere.bytes,
         bytes_per_wait=turn.loaded / max(turn.waits, 1),
-        bytes_ahead=everywhere.ahead,
+        bytes_ahead=turn.ahead,
         accesses=Counter(
-            ("store" if op == "STG" else "load", _sass_bytes(modifiers.split(".")))
+            ("store" if op == "STG" else "load", sass_bytes(modifiers))
             for op, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\.([\w.]+) ", sass)
         ),
-        by_argument=_accesses_by_argument(ptx, compiled.src.signature),
+        by_argument=_accesses_by_argument(ptx, signature),
     )
 
 
@@ -154,61 +158,6 @@ def loads_before_store(ptx: str) -> bool:
     return "st" not in ops or "ld" not in ops[ops.index("st") :]
 
 
-class InFlight(NamedTuple):
-    """What a thread loads from global memory in some code, and waits for.
-
-    Args:
-        loads, bytes: the most that are on their way at the same time, asynchronous copies included.
-        ahead: the most bytes of asynchronous copies alone.
-        loaded: the bytes of all ordinary loads.
-        waits: how often the thread waits for ordinary loads. A wait for one covers all that were issued before it.
-    """
-
-    loads: int = 0
-    bytes: int = 0
-    ahead: int = 0
-    loaded: int = 0
-    waits: int = 0
-
-
-def in_flight(sass: str) -> InFlight:
-    """Reads machine code from top to bottom.
-
-    A load is on its way until the next instruction that names one of the registers that it fills. An asynchronous copy
-    is on its way until an instruction waits for its group.
-    """
-    loads: list[tuple[set[int], int]] = []  # registers, bytes
-    groups: list[list[int]] = [[]]  # bytes of each copy; the last group is open
-    new = 0  # loads since the last wait
-    most = InFlight()
-    for op, operands in re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", sass, re.MULTILINE):
-        named = {int(number) for number in re.findall(r"\bR(\d+)", operands)}
-        if any(registers & named for registers, _ in loads[len(loads) - new :]):
-            most, new = most._replace(waits=most.waits + 1), 0
-        loads = [load for load in loads if not load[0] & named]
-        name, _, modifiers = op.partition(".")
-        size = _sass_bytes(modifiers.split("."))
-        if name == "LDG":
-            first = [int(number) for number in re.findall(r"\bR(\d+)", operands.partition("[")[0])]
-            each = max(size // 4 // max(len(first), 1), 1)
-            loads.append(({start + i for start in first for i in range(each)}, size))
-            most, new = most._replace(loaded=most.loaded + size), new + 1
-        elif name == "LDGSTS":
-            groups[-1].append(size)
-        elif name == "LDGDEPBAR":
-            groups.append([])
-        elif op == "DEPBAR.LE" and operands.startswith("SB0"):
-            still = int(operands.split(",")[1], 16)
-            groups = groups[max(len(groups) - 1 - still, 0) :]
-        copies = [size for group in groups for size in group]
-        most = most._replace(
-            loads=max(most.loads, len(loads) + len(copies)),
-            bytes=max(most.bytes, sum(size for _, size in loads) + sum(copies)),
-            ahead=max(most.ahead, sum(copies)),
-        )
-    return most
-
-
 def read_amd_facts(compiled: CompiledKernel) -> dict[str, int]:
     """Threads of a program, and bytes and registers that are spilled."""
     names = "max_flat_workgroup_size|private_segment_fixed_size|sgpr_spill_count|vgpr_spill_count"
@@ -220,10 +169,16 @@ def _output_of(*command: str | Path) -> str:
     return done.stdout
 
 
-def _sass_bytes(modifiers: list[str]) -> int:
-    """`LDG.E.U16` accesses 2 bytes, `LDG.E` 4, `LDG.E.128` 16."""
-    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    return next((sizes[modifier] for modifier in modifiers if modifier in sizes), 4)
+def _pointers(ptx: str, signature: dict[str, str], constant_bytes: int) -> dict[int, str]:
+    """The place of each pointer argument in the constant memory, which ends with the arguments."""
+    at_run_time = [name for name, kind in signature.items() if kind != "constexpr"]
+    places, end = [], 0
+    for bits in re.findall(r"\.param \.[a-z](\d+) .*_param_\d+", ptx):
+        size = int(bits) // 8
+        places.append(-(-end // size) * size)
+        end = places[-1] + size
+    pointers = ((name, place) for name, place in zip(at_run_time, places, strict=False) if signature[name][0] == "*")
+    return {constant_bytes - end + place: name.removesuffix("_ptr") for name, place in pointers}
 
 
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\];")

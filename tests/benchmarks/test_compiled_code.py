@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.compiled_code import async_copies, in_flight, loads_before_store, longest_loop
+from benchmarks.compiled_code import async_copies, loads_before_store, longest_loop
+from benchmarks.in_flight import in_flight
 
 
 def sass(*instructions: str) -> str:

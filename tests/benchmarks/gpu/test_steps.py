@@ -179,7 +179,7 @@ def test_how_many_kernels_a_visit_compiles(capfd):
     assert main(["gpu", "--count"]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     asked = {line[0]: int(line[1]) for line in lines if len(line) == 3 and line[1].isdigit()}
-    assert list(asked) == ["table", "beyond", "host", "ops", "step", "memory", "compiled"]
+    assert list(asked) == ["table", "beyond", "host", "ops", "shares", "step", "memory", "compiled"]
     assert asked["table"] > 60
     total = int(lines[-1][0])
     assert max(asked.values()) <= total <= BEFORE_DRAWN
