@@ -187,6 +187,17 @@ def test_how_many_kernels_a_visit_compiles(capfd):
     assert f"{total} before the drawn tests" in page
 
 
+@pytest.mark.slow
+def test_compile_time_of_a_step(capfd):
+    """Each distinct kernel is compiled once, in an empty cache. Budget: a minute."""
+    assert main(["gpu", "--count", "--only", "compiled"]) == 0
+    kernels = int(capfd.readouterr().out.splitlines()[1].split()[1])
+    assert main(["gpu", "--compile", "compiled"]) == 0
+    words = capfd.readouterr().out.split()
+    assert words[:3] == ["compiled:", str(kernels), "kernels,"]
+    assert float(words[3]) > 0.05 * kernels
+
+
 def test_rows_files_have_types(tmp_path):
     """Answers read numbers, not text."""
     visit = command.Visit(Workspace("cpu", "cpu", tmp_path, tmp_path), {})
