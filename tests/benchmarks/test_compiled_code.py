@@ -86,3 +86,32 @@ def test_loads_before_the_first_store():
     assert loads_before_store(longest_loop(LOOP))
     assert not loads_before_store(longest_loop(LOOP.replace("cp.async", "ld.global.b32 %r9, [%rd3]; cp.async")))
     assert not loads_before_store(LOOP)
+
+
+POINTERS = {0x210: "x", 0x218: "gamma"}
+VECTOR_FIRST = sass(
+    "ULDC.64 UR4, c[0x0][0x208]",
+    "ULDC.64 UR6, c[0x0][0x218]",
+    "IMAD.WIDE R2, R0, 0x2, UR6",
+    "LDG.E R8, desc[UR4][R2.64]",
+    "LEA R12, P0, R0, c[0x0][0x210], 0x1",
+    "FADD R20, R8, R8",
+    "LDG.E.128 R4, desc[UR4][R12.64]",
+    "LEA R2, P0, R4, c[0x0][0x210], 0x1",
+    "LDG.E.128 R8, desc[UR4][R2.64]",
+    "FADD R20, R8, R8",
+)
+"""Waits for γ, then for a load of x, then for another one in the register that held γ's address."""
+
+
+def test_loads_of_cached_arguments_do_not_count():
+    found = in_flight(VECTOR_FIRST, pointers=POINTERS)
+    assert (found.loaded, found.waits) == (4 + 16 + 16, 3)
+    found = in_flight(VECTOR_FIRST, pointers=POINTERS, cached={"gamma"})
+    assert (found.loaded, found.waits) == (16 + 16, 2)
+
+
+def test_waits_of_a_part():
+    part = VECTOR_FIRST[VECTOR_FIRST.index("LEA R2, P0") - 40 :]
+    found = in_flight(VECTOR_FIRST, part, POINTERS, {"gamma"})
+    assert (found.loaded, found.waits) == (16, 2)
