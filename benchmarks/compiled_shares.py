@@ -58,7 +58,10 @@ class GPU:
 
     def speed(self, in_flight: float) -> float:
         """Returns the share of a copy's bandwidth with so many bytes on their way to each multiprocessor. It is the
-        solution of share × latency = in_flight / needed × busy_latency, where the latency rises with the share."""
+        solution of share × latency = in_flight / needed × busy_latency, where the latency rises with the share. A
+        kernel without loads waits for none."""
+        if in_flight == 0:
+            return 1.0
         idle = self.idle_latency / self.busy_latency
         share = (math.sqrt(idle**2 + 4 * (1 - idle) * in_flight / self.in_flight) - idle) / (2 * (1 - idle))
         return min(share, 1.0)

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -83,9 +84,12 @@ def _rows(settings: list[Setting]) -> list[Row]:
     if gpu is None:
         return []
     versions = {name: facts(Device.of("cpu"))[name] for name in ("torch", "triton", "commit", "date")}
-    calls = [(labels, launch) for setting in settings for labels, launch in _launches(setting, device)]
-    compiled = [compiled_code.compile_launch(launch, compiled_code.CUDA[target]) for _, launch in calls]
-    distinct = {kernel.hash: (kernel, launch) for (_, launch), kernel in zip(calls, compiled, strict=True)}
+    calls = []
+    for labels, launch in itertools.chain.from_iterable(_launches(setting, device) for setting in settings):
+        kernel = compiled_code.compile_launch(launch, compiled_code.CUDA[target])
+        sizes = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
+        calls.append((labels, replace(launch, arguments=sizes), kernel))  # keeps no memory
+    distinct = {kernel.hash: (kernel, launch) for _, launch, kernel in calls}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
         def read(kernel: Any, launch: Any) -> compiled_code.CudaCode:
@@ -94,7 +98,7 @@ def _rows(settings: list[Setting]) -> list[Row]:
         codes = dict(zip(distinct, pool.map(read, *zip(*distinct.values(), strict=True)), strict=True))
     return [
         versions | labels | compiled_shares.expectation(launch, codes[kernel.hash], gpu)
-        for (labels, launch), kernel in zip(calls, compiled, strict=True)
+        for labels, launch, kernel in calls
     ]
 
 
