@@ -109,7 +109,7 @@ class _Arguments:
             places = (int(place, 16) for place in _CONSTANT.findall(operands))
             found = {self._pointers[place] for place in places if place in self._pointers}
             found |= self._of_registers(others)
-        for i in range(2 if "WIDE" in op or "64" in op else 1):
+        for i in range(2 if {"WIDE", "64"} & set(op.split(".")) else 1):
             self._of[kind, str(int(number) + i)] = found
 
     def _of_registers(self, registers: list[tuple[str, str]]) -> set[str]:

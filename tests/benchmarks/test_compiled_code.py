@@ -93,6 +93,7 @@ VECTOR_FIRST = sass(
     "ULDC.64 UR4, c[0x0][0x208]",
     "ULDC.64 UR6, c[0x0][0x218]",
     "IMAD.WIDE R2, R0, 0x2, UR6",
+    "SHF.L.U64.HI R1, R0, 0x1, R0",
     "LDG.E R8, desc[UR4][R2.64]",
     "LEA R12, P0, R0, c[0x0][0x210], 0x1",
     "FADD R20, R8, R8",
@@ -101,7 +102,8 @@ VECTOR_FIRST = sass(
     "LDG.E.128 R8, desc[UR4][R2.64]",
     "FADD R20, R8, R8",
 )
-"""Waits for γ, then for a load of x, then for another one in the register that held γ's address."""
+"""Waits for γ, then for a load of x, then for another one in the register that held γ's address. A shift of 64 bits
+writes one register."""
 
 
 def test_loads_of_cached_arguments_do_not_count():
