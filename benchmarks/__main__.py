@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import against, estimate, pages, sanitize, suite, tune
+from . import against, estimate, expected, pages, sanitize, suite, tune
 from .gpu import command as gpu
 
-COMMANDS = (suite, *suite.MEASURING.values(), against, estimate, gpu, tune, sanitize, pages)
+COMMANDS = (suite, *suite.MEASURING.values(), against, estimate, expected, gpu, tune, sanitize, pages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from .output import read_csv, replace
-from .tables import TABLES, TableError
+from .tables import FURTHER, TABLES, TableError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,7 +51,9 @@ def _made(name: str, line: int, results: Path) -> str:
     try:
         if not rows:
             raise TableError("it has no rows")
-        return f"\n{make(rows)}\n\n"
+        further = results / FURTHER[name] if name in FURTHER else None
+        both = [rows] if further is None else [rows, read_csv(further) if further.exists() else []]
+        return f"\n{make(*both)}\n\n"
     except TableError as error:
         raise TableError(f"table {name!r} can't be made from {results / file}: {error}") from None
     except KeyError as error:

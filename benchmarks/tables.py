@@ -242,6 +242,36 @@ def traffic_table(rows: list[CsvRow]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def expected_table(rows: list[CsvRow], measured: list[CsvRow]) -> str:
+    """The share of a copy's bandwidth to expect of each launch. `measured` are rows of `ops` on that GPU, if there are
+    any. Their shares are those of a whole pass, and stand in the line of the launch that moves most."""
+    lines = [
+        "| op | shape | dtype | pass | kernel | registers | shared bytes | programs that fit | KiB in flight | waves "
+        "| lost in the last | expected share of a copy | measured |",
+        "|" + "---|" * 13,
+    ]
+    labels = ("op", "shape", "dtype", "layout", "kept", "gamma", "pass")
+    shares = {tuple(row[key] for key in labels): row["copy_share"] for row in measured if row["provider"] == OURS}
+    for key, group in itertools.groupby(rows, lambda row: tuple(row[key] for key in labels)):
+        launches = [row for row in group if row["kernel"] != "invert_rows"]  # moves some hundred bytes
+        most = max(launches, key=lambda row: float(row["bytes"]))
+        for row in launches:
+            cells = [row["op"], row["shape"].replace("x", " × "), row["dtype"], row["pass"], f"`{row['kernel']}`"]
+            cells += [row[name] for name in ("registers", "shared_bytes", "programs_fit")]
+            cells += [f"{float(row['in_flight']) / 1024:.0f}", f"{float(row['waves']):.2f}"]
+            cells += [_number(row[name], ".0%") for name in ("lost_in_last_wave", "expected_share")]
+            cells.append(_number(shares.get(key, "") if row is most else "", ".0%"))
+            lines.append(f"| {' | '.join(cells)} |")
+    row = rows[0]
+    needed = f"{float(row['needed_in_flight']) / 1024:.0f} KiB in flight"
+    note = (
+        f"Expected on an {row['gpu']}, not measured; a copy's bandwidth needs {needed}. Compiled by triton "
+        "{triton}, commit {commit}, {date}. Measured: ".format_map(row)
+    )
+    note += f"a whole pass, {measured_on(measured[0])}." if measured else f"no {row['gpu']} has run these calls yet."
+    return "\n".join([*lines, "", note])
+
+
 def _refuse_quick(rows: list[CsvRow]) -> None:
     if any(row["size"] != "full" for row in rows):
         raise TableError("it holds the rows of a --quick run")
@@ -271,7 +301,7 @@ def _number(text: str, spec: str) -> str:
     return format(float(text), spec) if text else "–"
 
 
-TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "step": ("step-cpu.csv", step_table),
     "drop-path": ("drop-path-cpu.csv", drop_path_table),
     "ops": ("ops-cpu.csv", ops_table),
@@ -281,7 +311,10 @@ TABLES: dict[str, tuple[str, Callable[[list[CsvRow]], str]]] = {
     "scaling": ("scaling-cpu.csv", scaling_table),
     "shares": ("scaling-cpu.csv", shares_table),
     "traffic": ("traffic.csv", traffic_table),
+    "expected": ("expected-sm_90.csv", expected_table),
     "digits": ("digits-cpu.csv", digits_table),
     **EVIDENCE,
 }
 """Name on a page → file in `benchmarks/results/`, and its rows → markdown."""
+FURTHER = {"expected": "ops-h200.csv"}
+"""Name on a page → a second file, whose rows the table shows too. It may be missing, and has no rows then."""

@@ -29,7 +29,7 @@ from ..harness import Row, told
 from ..machine import ROOT, Device, facts
 from ..output import read_csv
 from . import answers, process, report
-from .compilations import count
+from .compilations import WORKS, compile_all, count
 from .files import Files, StepLog, append, forget
 from .report import INTERRUPTED, Outcome
 from .steps import STEPS, Step, Workspace
@@ -62,6 +62,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--count", action="store_true", help="only count the kernels that each step has Triton compile; needs no GPU"
     )
+    parser.add_argument(
+        "--compile", choices=WORKS, metavar="STEP", help="only time the compilation of a step's kernels; needs no GPU"
+    )
     parser.set_defaults(run=run)
 
 
@@ -69,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     steps = [step for step in STEPS if (step.name in options.only if options.only else step.by_default)]
     if options.count:
         return count([step.name for step in steps])
+    if options.compile:
+        return compile_all(options.compile)
     if not options.tiny and not torch.cuda.is_available():
         print(f"{command.NO_GPU}; --tiny goes through every step on the CPU", file=sys.stderr)
         return 2

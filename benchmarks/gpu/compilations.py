@@ -3,17 +3,22 @@
 Triton compiles a kernel in most of a second, which is most of a step's time in a visit of minutes. A kernel is compiled
 again for other dtypes, tile sizes and absent operands, and for strides and widths that are divisible by 16 or not. More
 rows need no other kernel. So all calls have their real width, with few rows, layers and patches.
+
+`--compile STEP` compiles the kernels of a step for an H200 in an empty cache, and prints how long that takes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -43,8 +48,48 @@ def count(steps: Sequence[str]) -> int:
     return 0 if len(seen) <= BEFORE_DRAWN else 1
 
 
+def compile_all(step: str) -> int:
+    """Compiles the kernels of a step one after the other in a new process, whose cache is empty."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compilations", step]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def print_compile_time(step: str) -> None:
+    """Prints the number of kernels, and the seconds that compiling takes the processor, the assembler included."""
+    from .stand_in import set_up_launches
+
+    set_up_launches()
+    import triton.compiler
+
+    import rdp_kernels as rdp
+
+    seconds, compile_one = [], triton.compiler.compile
+
+    def timed(*arguments: object, **options: object) -> object:
+        start = processor_time()
+        compiled = compile_one(*arguments, **options)
+        seconds.append(processor_time() - start)
+        return compiled
+
+    with rdp.use_backend("triton"), mock.patch.object(triton.compiler, "compile", timed):
+        for work in WORKS[step]():
+            work()
+    print(f"{step}: {len(seconds)} kernels, {sum(seconds):.1f} s of processor time")
+
+
+def processor_time() -> float:
+    """Returns the seconds that this process and those that it waited for have used."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def main() -> None:
-    """Prints the kernels of each step as JSON."""
+    """Prints the kernels of each step as JSON, or the compile time of one step."""
+    if len(sys.argv) > 1:
+        print_compile_time(sys.argv[1])
+        return
     from .stand_in import set_up
 
     asked = set_up()
@@ -57,7 +102,8 @@ def main() -> None:
             for work in works():
                 work()
             found[step] = sorted(asked)
-    found["memory"] = found["step"]  # `memory` runs the same iterations
+    found["shares"] = found["ops"]  # the same calls, whose code it reads
+    found["memory"] = found["step"]  # the same iterations
     json.dump(found, sys.stdout)
 
 

@@ -166,6 +166,15 @@ STEPS = (
         "ops",
     ),
     Step(
+        "shares",
+        "the expected share of a copy beside the measured one, in the rows of ops",
+        20,
+        lambda workspace: [
+            *("-m", "benchmarks.gpu.shares", str(workspace.file("ops"))),
+            *(["--tiny"] if workspace.in_small else []),
+        ],
+    ),
+    Step(
         "step",
         "a pair of training steps on timm's ViTs, bf16",
         140,

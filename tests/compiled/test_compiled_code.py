@@ -19,11 +19,19 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import rdp_kernels.kernels.triton
+from benchmarks.compiled_code import (
+    CUDA,
+    TARGETS,
+    CudaCode,
+    caught_launches,
+    compile_launch,
+    read_amd_facts,
+    read_cuda_code,
+)
 from rdp_kernels.kernels.triton.launch import CONFIGS
 from rdp_kernels.kernels.triton.prepared import Launch
 
 from .cases import Case, after_class_token, channels_last, contiguous, one_element_apart, one_element_on
-from .compiler import CUDA, TARGETS, CudaCode, caught_launches, compile_launch, read_amd_facts, read_cuda_code
 
 Read = Callable[[list[Launch], str], list[CudaCode]]
 

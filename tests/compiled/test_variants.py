@@ -7,10 +7,10 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.compiled_code import CUDA, caught_launches
 from rdp_kernels.kernels.spec import RowSet
 
 from .cases import Case
-from .compiler import CUDA, caught_launches
 
 BATCH = 64
 

@@ -179,12 +179,23 @@ def test_how_many_kernels_a_visit_compiles(capfd):
     assert main(["gpu", "--count"]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     asked = {line[0]: int(line[1]) for line in lines if len(line) == 3 and line[1].isdigit()}
-    assert list(asked) == ["table", "beyond", "host", "ops", "step", "memory", "compiled"]
+    assert list(asked) == ["table", "beyond", "host", "ops", "shares", "step", "memory", "compiled"]
     assert asked["table"] > 60
     total = int(lines[-1][0])
     assert max(asked.values()) <= total <= BEFORE_DRAWN
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"{total} before the drawn tests" in page
+
+
+@pytest.mark.slow
+def test_compile_time_of_a_step(capfd):
+    """Each distinct kernel is compiled once, in an empty cache. Budget: a minute."""
+    assert main(["gpu", "--count", "--only", "compiled"]) == 0
+    kernels = int(capfd.readouterr().out.splitlines()[1].split()[1])
+    assert main(["gpu", "--compile", "compiled"]) == 0
+    words = capfd.readouterr().out.split()
+    assert words[:3] == ["compiled:", str(kernels), "kernels,"]
+    assert float(words[3]) > 0.05 * kernels
 
 
 def test_rows_files_have_types(tmp_path):
