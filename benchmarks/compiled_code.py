@@ -141,10 +141,13 @@ def read_cuda_code(compiled: CompiledKernel, folder: Path, cached: Collection[st
 
 
 def longest_loop(code: str) -> str:
-    """The text from a label to the last branch back to it, the longest one; empty without a loop. For PTX and SASS."""
+    """The text from a label to the last branch back to it, the longest one without another loop in it; empty without a
+    loop. For PTX and SASS."""
     labels = {label[1]: label.end() for label in re.finditer(r"^([$.]L\w+):", code, re.MULTILINE)}
     branches = re.finditer(r"\b(?:bra|BRA)\b[^;\n]*?([$.]L\w+)\)?\s*;", code)
-    return max((code[labels[branch[1]] : branch.start()] for branch in branches), key=len, default="")
+    ends = {labels[branch[1]]: branch.start() for branch in branches if branch.start() > labels[branch[1]]}
+    inner = {begin: end for begin, end in ends.items() if not any(begin < other < end for other in ends)}
+    return max((code[begin:end] for begin, end in inner.items()), key=len, default="")
 
 
 def async_copies(ptx: str) -> Counter[int]:

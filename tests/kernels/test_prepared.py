@@ -93,10 +93,10 @@ def test_nothing_prepared_is_kept_for_other_launch_numbers():
                 rdp.residual_add(residual, branch, row_scale=2.0).sum().backward()
         return {launch.config.max_columns for launch in seen}
 
-    assert configs() == {1024}
+    assert configs() == {2048}
     with cut("small"):
-        assert configs() == {64}
-    assert configs() == {1024}
+        assert configs() == {256}
+    assert configs() == {2048}
 
 
 @pytest.mark.parametrize("eps", [Fraction(1, 2), 0.5, np.float32(0.5)])

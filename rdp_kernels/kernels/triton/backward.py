@@ -114,6 +114,7 @@ class Backward:
             whole_rows=self.normed,
             sums=num_sums > 0,
             channels=channels,
+            positions=tiling.positions if self.normed else None,
         )
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
         if num_sums:
@@ -123,17 +124,18 @@ class Backward:
         if self.only_sums:
             dout = dfrozen_next = 0
         update = row_stride(add.update) if self.reads_update else 0
-        last = self.in_place, compute_of(context), tiles.config.num_stages, tiles.block_m, tiles.block_n
+        compute, last = compute_of(context), (tiles.config.num_stages, tiles.block_m, tiles.block_n)
         # The arguments between a call's numbers and tensors, and those after them.
         self.sizes: tuple[int, ...] = sizes_of(tiling, num_positions)
         self.last: tuple[Any, ...]
         if self.normed:
             strides = dout, dnext, dfrozen_next, update, row_stride(norm_input)
-            self.last = (*strides, tiles.tiles, self.centers, *last)
+            self.last = (*strides, tiles.tiles, self.centers, self.in_place, compute, tiles.by_sample, *last)
         else:
             strides = dout, dnext, dfrozen_next, row_stride(out), update
             self.sizes = (*self.sizes, tiling.channels)
-            self.last = (*strides, tiles.tiles, tiling.gamma_per == "position", add.activation, *last)
+            per_position = tiling.gamma_per == "position"
+            self.last = (*strides, tiles.tiles, per_position, add.activation, self.in_place, compute, *last)
 
     def add(
         self,

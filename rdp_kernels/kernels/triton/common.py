@@ -49,17 +49,25 @@ def row_number(inverse_ptr, b, exists, num_rows):
 
 
 @triton.jit
-def update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE: tl.constexpr):
-    """For samples with numbers k in the update: the mask of those that have a row there (`dupdate_mask`), the mask of
-    those whose row counts (`update_mask`: its scale isn't 0), and the scales."""
-    dupdate_mask = exists & (k < num_rows)
+def update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE: tl.constexpr):
+    """Returns the row numbers of samples b in the update, and their scales."""
+    k = row_number(inverse_ptr, b, exists, num_rows)
     if row_scale_ptr is not None:
-        factor = tl.load(row_scale_ptr + k, mask=dupdate_mask, other=0.0).to(COMPUTE)
-        update_mask = dupdate_mask & (factor != 0)
+        factor = tl.load(row_scale_ptr + k, mask=exists & (k < num_rows), other=0.0).to(COMPUTE)
     else:
-        factor = tl.full(k.shape, 1.0, COMPUTE) * scale
-        update_mask = dupdate_mask
-    return dupdate_mask, update_mask, factor
+        factor = tl.full(b.shape, 1.0, COMPUTE) * scale
+    return k, factor
+
+
+@triton.jit
+def update_masks(row_scale_ptr, k, factor, exists, num_rows):
+    """Masks of the samples that have a row in the update (`dupdate_mask`), and of those whose row counts
+    (`update_mask`: its scale isn't 0)."""
+    dupdate_mask = exists & (k < num_rows)
+    update_mask = dupdate_mask
+    if row_scale_ptr is not None:
+        update_mask = dupdate_mask & (factor != 0)
+    return dupdate_mask, update_mask
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def load_rows(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Rows k of a tensor in two parts, either of which may be absent; what is masked isn't read, and is 0."""
-    x = tl.zeros([k.shape[0], n.shape[0]], COMPUTE)
+    x = tl.zeros([p.shape[0], n.shape[0]], COMPUTE)
     if learning_ptr is not None:
         learning_mask = (mask & (k < num_learning))[:, None] & in_width
         at = offsets(k, p, n, learning_stride, width)

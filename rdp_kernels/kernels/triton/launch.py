@@ -48,13 +48,12 @@ _NORM: Widths = (
     (65536, LaunchConfig(tile=16384, max_columns=65536, num_warps=16)),
 )
 _NORM_BWD: Widths = (
-    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=4, num_stages=2, tiles=4, programs=4)),
-    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, num_stages=2, tiles=4, programs=2)),
+    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=4, num_stages=3, tiles=4, programs=4)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=8, num_stages=3, tiles=4, programs=2)),
+    (8192, LaunchConfig(tile=8192, max_columns=8192, num_warps=16, num_stages=3, tiles=4, programs=1)),
     (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16, num_stages=2, tiles=4, programs=1)),
 )
-_NORM_BWD_WIDE: Widths = (
-    (2**31, LaunchConfig(tile=16384, max_columns=8192, num_warps=16, num_stages=2, tiles=4, programs=1)),
-)
+_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=16384, max_columns=8192, num_warps=16, tiles=4)),)
 _REDUCE: Widths = ((2**31, LaunchConfig(tile=16384, max_columns=64, num_warps=4)),)
 _INVERT: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 
@@ -72,6 +71,8 @@ CONFIGS: dict[str, dict[str, Widths]] = {
 
 REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
+LONG_SAMPLE = 4
+"""The least number of tiles of a sample for which tiles don't span samples."""
 IDLE_COLUMNS = 0.03
 """The share of a tile's columns that may lie beyond a tensor's width, for tiles of wider rows."""
 
@@ -88,7 +89,8 @@ class Tiles:
 
     With `whole_rows` a program spans the width, if possible in one tile. With `channels` the rows repeat every
     `channels` rows, and a program that sums takes the same channels again and again: `tiles` counts these repetitions,
-    and each of them takes all columns.
+    and each of them takes all columns. With `positions`, the rows of a sample, no tile has rows of two samples where
+    samples are long enough (`by_sample`).
     """
 
     config: LaunchConfig
@@ -97,6 +99,7 @@ class Tiles:
     row_blocks: int
     column_blocks: int
     tiles: int = 1
+    by_sample: bool = False
 
     @classmethod
     def of(
@@ -109,6 +112,7 @@ class Tiles:
         whole_rows: bool = False,
         sums: bool = False,
         channels: int | None = None,
+        positions: int | None = None,
     ) -> Tiles:
         reason = why_not_rows(num_rows)
         if reason is not None:  # a compiled graph doesn't call `why_not`
@@ -116,7 +120,10 @@ class Tiles:
         config = config_for(op, device, width * itemsize)
         block_m, block_n = block_shape(config, num_rows if channels is None else channels, width, itemsize, whole_rows)
         column_blocks = 1 if whole_rows else cdiv(width, block_n)
-        if channels is None:
+        by_sample = positions is not None and positions >= LONG_SAMPLE * block_m
+        if positions is not None and by_sample:
+            blocks, others, least = num_rows // positions * cdiv(positions, block_m), column_blocks, config.tiles
+        elif channels is None:
             blocks, others, least = cdiv(num_rows, block_m), column_blocks, config.tiles
         else:
             blocks, others = num_rows // max(channels, 1), cdiv(channels, block_m)
@@ -125,7 +132,7 @@ class Tiles:
         if sums:
             most = max(config.programs * multiprocessors(device) // max(others, 1), 1)
             tiles = min(max(least, cdiv(blocks, most)), max(blocks, 1))
-        return cls(config, block_m, block_n, cdiv(blocks, tiles), others, tiles)
+        return cls(config, block_m, block_n, cdiv(blocks, tiles), others, tiles, by_sample)
 
     @property
     def num_programs(self) -> int:

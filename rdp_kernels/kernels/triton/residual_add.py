@@ -19,6 +19,7 @@ from .common import (
     row_number,
     store_rows,
     sum_masks,
+    update_masks,
     update_rows,
 )
 
@@ -40,8 +41,8 @@ def _residual_add_fwd_kernel(
     exists, in_width = m < num_positions, (n < width)[None, :]
     b, p = m // positions, m % positions
 
-    k = row_number(inverse_ptr, b, exists, num_rows)
-    _, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
+    k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+    _, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
     if next_inverse_ptr is not None or next_ptr is not None or frozen_next_ptr is not None:
         j = row_number(next_inverse_ptr, b, exists, num_next_rows)
         next_mask = exists & (j < num_next_rows)
@@ -118,8 +119,8 @@ def _residual_add_bwd_kernel(
             exists = m < num_positions
         in_width = (n < width)[None, :]
         b, p = m // positions, m % positions
-        k = row_number(inverse_ptr, b, exists, num_rows)
-        dupdate_mask, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
+        k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        dupdate_mask, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
         next_mask = update_mask
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
             j = row_number(next_inverse_ptr, b, exists, num_next_rows)

@@ -18,6 +18,7 @@ from .common import (
     row_number,
     store_rows,
     sum_masks,
+    update_masks,
     update_rows,
 )
 
@@ -44,8 +45,8 @@ def _residual_add_norm_fwd_kernel(
     next_mask = exists & (j < num_next_rows)
     residual_mask = next_mask
     if out_ptr is not None:
-        k = row_number(inverse_ptr, b, exists, num_rows)
-        _, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
+        k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        _, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
         if IN_PLACE:
             residual_mask, out_mask = update_mask | next_mask, update_mask
         else:
@@ -97,8 +98,8 @@ def _residual_add_norm_bwd_kernel(
     inverse_ptr, next_inverse_ptr,
     scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
-    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, NUM_STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    NUM_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dout + the norm's gradient, dupdate = scale · γ · dresidual, and one row of sums for each program: of
     scale · dresidual · update for dγ, dnext · x̂ for dweight and dnext for dbias, over the learning rows.
@@ -114,71 +115,98 @@ def _residual_add_norm_bwd_kernel(
         weight = load_columns(weight_ptr, n, in_width, BLOCK_M)
     if gamma_ptr is not None:
         gamma = load_columns(gamma_ptr, n, in_width, BLOCK_M)
-    m = tl.program_id(0) * tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    next_k = row_number(inverse_ptr, m // positions, m < num_positions, num_rows)
-    next_j = row_number(next_inverse_ptr, m // positions, m < num_positions, num_saved)
-    for _ in tl.range(0, tiles, num_stages=NUM_STAGES):
-        k, j = next_k, next_j
-        exists = m < num_positions
-        b, p = m // positions, m % positions
-        # Numbers of rows are looked up one tile ahead, so that the loads at these rows don't wait for them.
-        m += BLOCK_M
-        next_k = row_number(inverse_ptr, m // positions, m < num_positions, num_rows)
-        next_j = row_number(next_inverse_ptr, m // positions, m < num_positions, num_saved)
-        norm_mask = exists & (j < num_saved)
-        dupdate_mask, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
-        if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
-            norm_mask = norm_mask & update_mask
-        dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
-
-        # All loads of a tile come first, so that none of them waits for a reduction.
-        dy = load_rows(
-            dnext_ptr, dfrozen_next_ptr, j, p, n, norm_mask, in_width,
-            num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
-        )  # fmt: skip
-        mask = norm_mask[:, None] & in_width
-        mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
-        at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
-        x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
-        if dout_ptr is not None:
-            at = offsets(b, p, n, dout_row_stride, width)
-            dout = tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0)
-        if update_ptr is not None:
-            dgamma_mask = update_mask & (k < num_learning)
-            update = load_rows(
-                update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
-            )
-
-        dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
-        if dweight_ptr is not None:
-            weight_total += tl.where(dweight_mask, dy * x_hat, 0.0)
-        if dbias_ptr is not None:
-            bias_total += tl.where(dweight_mask, dy, 0.0)
-        if weight_ptr is not None:
-            dy *= weight.to(COMPUTE)
-        if CENTERS:
-            projection, dy_mean = tl.split(tl.sum(tl.join(dy * x_hat, dy), axis=1) / width)
-            d = dy - x_hat * projection[:, None] - dy_mean[:, None]
+    if BY_SAMPLE:
+        tiles_of_sample = tl.cdiv(positions, BLOCK_M)
+        first = tl.program_id(0) * tiles
+        last = min(first + tiles, num_positions // positions * tiles_of_sample)
+        first_sample = first // tiles_of_sample
+        num_samples = tl.cdiv(last, tiles_of_sample) - first_sample
+    else:
+        num_samples = 1
+    for sample in range(0, num_samples):
+        if BY_SAMPLE:  # whose row is looked up outside of the pipeline
+            b = first_sample + sample + tl.arange(0, 1)
+            k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, b >= 0, num_rows, COMPUTE)
+            j = row_number(next_inverse_ptr, b, b >= 0, num_saved)
+            before = (first_sample + sample) * tiles_of_sample
+            begin, end = max(first - before, 0), min(last - before, tiles_of_sample)
         else:
-            projection = tl.sum(dy * x_hat, axis=1) / width
-            d = dy - x_hat * projection[:, None]
-        d = tl.where(mask, d * rstd[:, None], 0.0)
+            begin, end = tl.program_id(0) * tiles, (tl.program_id(0) + 1) * tiles
+        for tile in tl.range(begin, end, num_stages=NUM_STAGES):
+            m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            if BY_SAMPLE:
+                p = m
+                exists = p < positions
+            else:
+                exists = m < num_positions
+                b, p = m // positions, m % positions
+                k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+                j = row_number(next_inverse_ptr, b, exists, num_saved)
 
-        if dout_ptr is not None:
-            d += dout.to(COMPUTE)
-        if dresidual_ptr is not None:
-            mask = dresidual_mask[:, None] & in_width
-            tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
-        if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
-            d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
-        if update_ptr is not None:
-            gamma_total += tl.where(dgamma_mask[:, None], d * update, 0.0)
-        if dupdate_ptr is not None or dfrozen_update_ptr is not None:
-            if gamma_ptr is not None:
-                d = tl.where(update_mask[:, None], d * gamma.to(COMPUTE), 0.0)
-            store_rows(
-                dupdate_ptr, dfrozen_update_ptr, d, k, p, n, dupdate_mask, in_width, num_learning, sample_size, width
-            )
+            norm_mask = exists & (j < num_saved)
+            dupdate_mask, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
+            if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
+                norm_mask = norm_mask & update_mask
+            dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
+
+            # All loads of a tile come first, so that none of them waits for a reduction.
+            dy = load_rows(
+                dnext_ptr, dfrozen_next_ptr, j, p, n, norm_mask, in_width,
+                num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
+            )  # fmt: skip
+            mask = norm_mask[:, None] & in_width
+            mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
+            at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
+            x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
+            if dout_ptr is not None:
+                at = offsets(b, p, n, dout_row_stride, width)
+                dout = tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0)
+            if update_ptr is not None:
+                dgamma_mask = update_mask & (k < num_learning)
+                update = load_rows(
+                    update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
+                )
+
+            dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
+            if dweight_ptr is not None:
+                weight_total += tl.where(dweight_mask, dy * x_hat, 0.0)
+            if dbias_ptr is not None:
+                bias_total += tl.where(dweight_mask, dy, 0.0)
+            if weight_ptr is not None:
+                dy *= weight.to(COMPUTE)
+            if CENTERS:
+                projection, dy_mean = tl.split(tl.sum(tl.join(dy * x_hat, dy), axis=1) / width)
+                d = dy - x_hat * projection[:, None] - dy_mean[:, None]
+            else:
+                projection = tl.sum(dy * x_hat, axis=1) / width
+                d = dy - x_hat * projection[:, None]
+            d = tl.where(mask, d * rstd[:, None], 0.0)
+
+            if dout_ptr is not None:
+                d += dout.to(COMPUTE)
+            if dresidual_ptr is not None:
+                mask = dresidual_mask[:, None] & in_width
+                tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
+            if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
+                d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
+            if update_ptr is not None:
+                gamma_total += tl.where(dgamma_mask[:, None], d * update, 0.0)
+            if dupdate_ptr is not None or dfrozen_update_ptr is not None:
+                if gamma_ptr is not None:
+                    d = tl.where(update_mask[:, None], d * gamma.to(COMPUTE), 0.0)
+                store_rows(
+                    dupdate_ptr,
+                    dfrozen_update_ptr,
+                    d,
+                    k,
+                    p,
+                    n,
+                    dupdate_mask,
+                    in_width,
+                    num_learning,
+                    sample_size,
+                    width,
+                )
     if dgamma_ptr is not None:
         tl.store(dgamma_ptr + cell, tl.sum(gamma_total, axis=0), mask=n < width)
     if dweight_ptr is not None:

@@ -20,6 +20,7 @@ from .common import (
     row_number,
     store_rows,
     sum_masks,
+    update_masks,
     update_rows,
 )
 
@@ -31,8 +32,8 @@ def _residual_add_norm_bwd_wide_kernel(
     inverse_ptr, next_inverse_ptr,
     scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
-    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, NUM_STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    NUM_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """As `_residual_add_norm_bwd_kernel`, BLOCK_N columns at a time."""
     m = tl.program_id(0) * tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,8 +43,8 @@ def _residual_add_norm_bwd_wide_kernel(
         m += BLOCK_M
         j = row_number(next_inverse_ptr, b, exists, num_saved)
         norm_mask = exists & (j < num_saved)
-        k = row_number(inverse_ptr, b, exists, num_rows)
-        dupdate_mask, update_mask, factor = update_rows(row_scale_ptr, scale, k, exists, num_rows, COMPUTE)
+        k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        dupdate_mask, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
         dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
@@ -118,6 +119,6 @@ def _residual_add_norm_bwd_wide_kernel(
 
 @triton.jit
 def _add(pointers, x, tile, mask):
-    """Adds the sums of x over its rows to cells that no other program touches. Before the first tile they hold nothing."""
+    """Adds the sums of x over its rows to cells that only this program touches, and that hold nothing at first."""
     old = tl.load(pointers, mask=mask & (tile > 0), other=0.0)
     tl.store(pointers, old + tl.sum(x, axis=0), mask=mask)
