@@ -32,8 +32,8 @@ TRITON = {
     ),
     "norm: its backward takes the mean for 0": (
         "rdp_kernels/kernels/triton/common.py",
-        "tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]",
-        "tl.where(mask, x, 0.0) * rstd[:, None]",
+        "return (x - mean[:, None]) * rstd[:, None]",
+        "return x * rstd[:, None]",
     ),
     "stride: the residual's rows follow each other": (
         "rdp_kernels/kernels/triton/residual_add.py",
@@ -55,10 +55,10 @@ TRITON = {
         "group = chunk * tiles + i // column_blocks",
         "group = i // column_blocks",
     ),
-    "rows: those of a program's first tile": (
+    "rows: those of a program's first sample": (
         "rdp_kernels/kernels/triton/residual_add_norm.py",
-        "next_k = row_number(inverse_ptr, m // positions, m < num_positions, num_rows)\n        next_j",
-        "next_k = k\n        next_j",
+        "b = first_sample + sample + tl.arange(0, 1)",
+        "b = first_sample + tl.arange(0, 1)",
     ),
     "rows: inverted to themselves": (
         "rdp_kernels/kernels/triton/rows.py",

@@ -22,6 +22,7 @@ from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 WIDEST_SUM_IN_REGISTERS = 16384
 """Bytes of a row of sums. A program of the norm's backward keeps up to three of them in registers, beside the tile that
 it works on."""
+MANY = 1 << 20
 VECTORS = ("gamma", "weight", "bias")
 
 
@@ -30,7 +31,8 @@ class Sums:
 
     def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
         self.context, self.shape = context, (num_vectors, num_partials, width)
-        tiles = Tiles.of("sum_partials", context.device, num_partials, width, context.compute.itemsize)
+        # The tiles are those of many rows, so that one kernel serves any number of them.
+        tiles = Tiles.of("sum_partials", context.device, MANY, width, context.compute.itemsize)
         self.launch = PreparedLaunch(_sum_partials_kernel, tiles.config, context.device)
         self.num_programs = tiles.column_blocks * num_vectors
         self.absent = (None,) * (3 - num_vectors)
@@ -124,7 +126,7 @@ class Backward:
         if self.only_sums:
             dout = dfrozen_next = 0
         update = row_stride(add.update) if self.reads_update else 0
-        compute, last = compute_of(context), (tiles.config.num_stages, tiles.block_m, tiles.block_n)
+        compute, last = compute_of(context), (tiles.num_stages, tiles.block_m, tiles.block_n)
         # The arguments between a call's numbers and tensors, and those after them.
         self.sizes: tuple[int, ...] = sizes_of(tiling, num_positions)
         self.last: tuple[Any, ...]

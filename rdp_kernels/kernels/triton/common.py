@@ -71,6 +71,15 @@ def update_masks(row_scale_ptr, k, factor, exists, num_rows):
 
 
 @triton.jit
+def keep_rows(d, row_scale_ptr, update_mask):
+    """`d` with zeros for dropped samples, because 0 · NaN is NaN. Without `row_scale` they have no rows, and nothing is
+    stored for them."""
+    if row_scale_ptr is not None:
+        d = tl.where(update_mask[:, None], d, 0.0)
+    return d
+
+
+@triton.jit
 def sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE: tl.constexpr):
     """Masks of the samples for which a backward loads `dout`, and of those for which it stores `dresidual`."""
     if dresidual_ptr is None:
@@ -83,9 +92,9 @@ def sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE: tl.conste
 
 
 @triton.jit
-def offsets(b, p, n, row_stride, width):
-    """64-bit offsets of columns n at positions p of rows b."""
-    return (b.to(tl.int64) * row_stride + p.to(tl.int64) * width)[:, None] + n[None, :]
+def pointers(x_ptr, b, p, n, row_stride, width):
+    """To columns n at positions p of rows b, by 64-bit offsets. Those within a row are the same for all tensors."""
+    return x_ptr + (b.to(tl.int64) * row_stride)[:, None] + ((p.to(tl.int64) * width)[:, None] + n[None, :])
 
 
 @triton.jit
@@ -97,12 +106,12 @@ def load_rows(
     x = tl.zeros([p.shape[0], n.shape[0]], COMPUTE)
     if learning_ptr is not None:
         learning_mask = (mask & (k < num_learning))[:, None] & in_width
-        at = offsets(k, p, n, learning_stride, width)
-        x += tl.load(learning_ptr + at, mask=learning_mask, other=0.0).to(COMPUTE)
+        at = pointers(learning_ptr, k, p, n, learning_stride, width)
+        x += tl.load(at, mask=learning_mask, other=0.0).to(COMPUTE)
     if frozen_ptr is not None:
         frozen_mask = (mask & (k >= num_learning))[:, None] & in_width
-        at = offsets(k - num_learning, p, n, frozen_stride, width)
-        x += tl.load(frozen_ptr + at, mask=frozen_mask, other=0.0).to(COMPUTE)
+        at = pointers(frozen_ptr, k - num_learning, p, n, frozen_stride, width)
+        x += tl.load(at, mask=frozen_mask, other=0.0).to(COMPUTE)
     return x
 
 
@@ -111,10 +120,10 @@ def store_rows(learning_ptr, frozen_ptr, x, k, p, n, mask, in_width, num_learnin
     """Stores rows k into a tensor in two parts, either of which may be absent."""
     if learning_ptr is not None:
         learning_mask = (mask & (k < num_learning))[:, None] & in_width
-        tl.store(learning_ptr + offsets(k, p, n, row_stride, width), x, mask=learning_mask)
+        tl.store(pointers(learning_ptr, k, p, n, row_stride, width), x, mask=learning_mask)
     if frozen_ptr is not None:
         frozen_mask = (mask & (k >= num_learning))[:, None] & in_width
-        tl.store(frozen_ptr + offsets(k - num_learning, p, n, row_stride, width), x, mask=frozen_mask)
+        tl.store(pointers(frozen_ptr, k - num_learning, p, n, row_stride, width), x, mask=frozen_mask)
 
 
 # Vectors are loaded in the shape of a tile, and so in the layout that a tile has. As one row or column they would have
@@ -162,6 +171,7 @@ def load_statistics(mean_ptr, rstd_ptr, at, mask):
 
 @triton.jit
 def load_normalized(pointers, mean, rstd, mask, COMPUTE: tl.constexpr):
-    """x̂ of saved rows, by the forward's arithmetic; 0 where masked."""
+    """x̂ of saved rows, by the forward's arithmetic. It is 0 in masked rows, whose mean is 0, and anything in masked
+    columns."""
     x = tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
-    return tl.where(mask, x - mean[:, None], 0.0) * rstd[:, None]
+    return (x - mean[:, None]) * rstd[:, None]

@@ -22,7 +22,7 @@ class LaunchConfig:
         tile: the bytes of a tile, rows times columns.
         max_columns: the most bytes of a tile's row.
         num_warps: Triton's option.
-        num_stages: where a program works through several tiles, for how many of them loads are in flight or in use.
+        num_stages: where a program works through tiles of one sample, of how many tiles loads are in flight or in use.
         tiles: where a program sums over rows, the least number of tiles that it works through.
         programs: where a program sums over rows, the most programs for each multiprocessor. As many fit.
     """
@@ -40,7 +40,7 @@ Widths = tuple[tuple[int, LaunchConfig], ...]
 
 # A thread holds 16 bytes of each tensor's tile, the widest access, or a multiple of that.
 _ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
-_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=5)),)
+_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=6)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 _NORM: Widths = (
     (2048, LaunchConfig(tile=4096, max_columns=2048, num_warps=4)),
@@ -133,6 +133,11 @@ class Tiles:
             most = max(config.programs * multiprocessors(device) // max(others, 1), 1)
             tiles = min(max(least, cdiv(blocks, most)), max(blocks, 1))
         return cls(config, block_m, block_n, cdiv(blocks, tiles), others, tiles, by_sample)
+
+    @property
+    def num_stages(self) -> int:
+        """Those of a loop. Triton pipelines lookups of samples badly: with them in the loop nothing is pipelined."""
+        return self.config.num_stages if self.by_sample else 1
 
     @property
     def num_programs(self) -> int:

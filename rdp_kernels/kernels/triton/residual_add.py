@@ -11,11 +11,12 @@ import triton.language as tl
 from .common import (
     activate,
     activation_gradient,
+    keep_rows,
     kernel,
     load_columns,
     load_positions,
     load_rows,
-    offsets,
+    pointers,
     row_number,
     store_rows,
     sum_masks,
@@ -55,7 +56,7 @@ def _residual_add_fwd_kernel(
 
     if residual_ptr is not None:
         mask = residual_mask[:, None] & in_width
-        x = tl.load(residual_ptr + offsets(b, p, n, residual_row_stride, width), mask=mask, other=0.0).to(COMPUTE)
+        x = tl.load(pointers(residual_ptr, b, p, n, residual_row_stride, width), mask=mask, other=0.0).to(COMPUTE)
     else:
         x = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     update = load_rows(
@@ -70,7 +71,7 @@ def _residual_add_fwd_kernel(
         update *= gamma.to(COMPUTE)
     x += tl.where(update_mask[:, None], factor[:, None] * update, 0.0)
     x = activate(x, ACTIVATION)
-    tl.store(out_ptr + offsets(b, p, n, out_row_stride, width), x, mask=out_mask[:, None] & in_width)
+    tl.store(pointers(out_ptr, b, p, n, out_row_stride, width), x, mask=out_mask[:, None] & in_width)
     if next_ptr is not None or frozen_next_ptr is not None:
         store_rows(next_ptr, frozen_next_ptr, x, j, p, n, next_mask, in_width, num_next_learning, sample_size, width)
 
@@ -132,7 +133,7 @@ def _residual_add_bwd_kernel(
         # All loads of a tile come before its stores, so that none of them waits.
         if dout_ptr is not None:
             mask = dout_mask[:, None] & in_width
-            d = tl.load(dout_ptr + offsets(b, p, n, dout_row_stride, width), mask=mask, other=0.0).to(COMPUTE)
+            d = tl.load(pointers(dout_ptr, b, p, n, dout_row_stride, width), mask=mask, other=0.0).to(COMPUTE)
         else:
             d = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
@@ -142,7 +143,7 @@ def _residual_add_bwd_kernel(
             )  # fmt: skip
         if ACTIVATION is not None:
             mask = dout_mask[:, None] & in_width
-            out = tl.load(out_ptr + offsets(b, p, n, out_row_stride, width), mask=mask, other=0.0)
+            out = tl.load(pointers(out_ptr, b, p, n, out_row_stride, width), mask=mask, other=0.0)
             d = activation_gradient(d, out, ACTIVATION)
         if dgamma_ptr is not None:
             dgamma_mask = update_mask & (k < num_learning)
@@ -152,13 +153,13 @@ def _residual_add_bwd_kernel(
 
         if dresidual_ptr is not None:
             mask = dresidual_mask[:, None] & in_width
-            tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
-        d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
+            tl.store(pointers(dresidual_ptr, b, p, n, sample_size, width), d, mask=mask)
+        d = keep_rows(factor[:, None] * d, row_scale_ptr, update_mask)
         if dgamma_ptr is not None:
             total += tl.where(dgamma_mask[:, None], d * update, 0.0)
         if dupdate_ptr is not None or dfrozen_update_ptr is not None:
             if gamma_ptr is not None:
-                d = tl.where(update_mask[:, None], d * gamma.to(COMPUTE), 0.0)
+                d = keep_rows(d * gamma.to(COMPUTE), row_scale_ptr, update_mask)
             store_rows(
                 dupdate_ptr, dfrozen_update_ptr, d, k, p, n, dupdate_mask, in_width, num_learning, sample_size, width
             )

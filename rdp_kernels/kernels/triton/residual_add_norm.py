@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton.language as tl
 
 from .common import (
+    keep_rows,
     kernel,
     load_columns,
     load_normalized,
     load_rows,
     load_statistics,
-    offsets,
+    pointers,
     row_number,
     store_rows,
     sum_masks,
@@ -52,8 +53,8 @@ def _residual_add_norm_fwd_kernel(
         else:
             residual_mask, out_mask = exists, exists
 
-    at = offsets(b, p, n, residual_row_stride, width)
-    x = tl.load(residual_ptr + at, mask=residual_mask[:, None] & in_width, other=0.0).to(COMPUTE)
+    at = pointers(residual_ptr, b, p, n, residual_row_stride, width)
+    x = tl.load(at, mask=residual_mask[:, None] & in_width, other=0.0).to(COMPUTE)
     if out_ptr is not None:
         update = load_rows(
             update_ptr, frozen_update_ptr, k, p, n, update_mask, in_width,
@@ -69,12 +70,12 @@ def _residual_add_norm_fwd_kernel(
     if out_ptr is not None:
         x += tl.where(update_mask[:, None], factor[:, None] * update, 0.0)
         stored = x.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offsets(b, p, n, out_row_stride, width), stored, mask=out_mask[:, None] & in_width)
+        tl.store(pointers(out_ptr, b, p, n, out_row_stride, width), stored, mask=out_mask[:, None] & in_width)
         x = stored.to(COMPUTE)  # the norm sees the sum as it is stored
 
     saved_mask = next_mask & (j < num_saved)
     if norm_input_ptr is not None:
-        tl.store(norm_input_ptr + offsets(j, p, n, sample_size, width), x, mask=saved_mask[:, None] & in_width)
+        tl.store(pointers(norm_input_ptr, j, p, n, sample_size, width), x, mask=saved_mask[:, None] & in_width)
     if CENTERS:
         mean = tl.sum(x, axis=1) / width
         if mean_ptr is not None:
@@ -156,22 +157,24 @@ def _residual_add_norm_bwd_kernel(
             )  # fmt: skip
             mask = norm_mask[:, None] & in_width
             mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
-            at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
+            at = pointers(norm_input_ptr, j, p, n, norm_input_row_stride, width)
             x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
             if dout_ptr is not None:
-                at = offsets(b, p, n, dout_row_stride, width)
-                dout = tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0)
+                at = pointers(dout_ptr, b, p, n, dout_row_stride, width)
+                dout = tl.load(at, mask=dout_mask[:, None] & in_width, other=0.0)
             if update_ptr is not None:
                 dgamma_mask = update_mask & (k < num_learning)
                 update = load_rows(
                     update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
                 )
 
-            dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
+            learning_dy = dy
+            if dfrozen_next_ptr is not None:
+                learning_dy = tl.where((j < num_next_learning)[:, None], dy, 0.0)
             if dweight_ptr is not None:
-                weight_total += tl.where(dweight_mask, dy * x_hat, 0.0)
+                weight_total += learning_dy * x_hat
             if dbias_ptr is not None:
-                bias_total += tl.where(dweight_mask, dy, 0.0)
+                bias_total += learning_dy
             if weight_ptr is not None:
                 dy *= weight.to(COMPUTE)
             if CENTERS:
@@ -180,20 +183,22 @@ def _residual_add_norm_bwd_kernel(
             else:
                 projection = tl.sum(dy * x_hat, axis=1) / width
                 d = dy - x_hat * projection[:, None]
-            d = tl.where(mask, d * rstd[:, None], 0.0)
+            d *= rstd[:, None]
+            if next_inverse_ptr is not None:  # 0 · infinite weights are NaN
+                d = tl.where(norm_mask[:, None], d, 0.0)
 
             if dout_ptr is not None:
                 d += dout.to(COMPUTE)
             if dresidual_ptr is not None:
                 mask = dresidual_mask[:, None] & in_width
-                tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
+                tl.store(pointers(dresidual_ptr, b, p, n, sample_size, width), d, mask=mask)
             if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
-                d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
+                d = keep_rows(factor[:, None] * d, row_scale_ptr, update_mask)
             if update_ptr is not None:
                 gamma_total += tl.where(dgamma_mask[:, None], d * update, 0.0)
             if dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 if gamma_ptr is not None:
-                    d = tl.where(update_mask[:, None], d * gamma.to(COMPUTE), 0.0)
+                    d = keep_rows(d * gamma.to(COMPUTE), row_scale_ptr, update_mask)
                 store_rows(
                     dupdate_ptr,
                     dfrozen_update_ptr,

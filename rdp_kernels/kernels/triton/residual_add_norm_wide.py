@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from .common import (
+    keep_rows,
     kernel,
     load_columns,
     load_normalized,
     load_rows,
     load_statistics,
-    offsets,
+    pointers,
     row_number,
     store_rows,
     sum_masks,
@@ -48,7 +49,6 @@ def _residual_add_norm_bwd_wide_kernel(
         if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
             norm_mask = norm_mask & update_mask
         dout_mask, dresidual_mask = sum_masks(dresidual_ptr, exists, update_mask, norm_mask, IN_PLACE)
-        dweight_mask = (norm_mask & (j < num_next_learning))[:, None]
         dgamma_mask = update_mask & (k < num_learning)
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
 
@@ -61,7 +61,7 @@ def _residual_add_norm_bwd_wide_kernel(
                 num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
             )  # fmt: skip
             mask = norm_mask[:, None] & in_width
-            at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
+            at = pointers(norm_input_ptr, j, p, n, norm_input_row_stride, width)
             x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
             if weight_ptr is not None:
                 dy *= load_columns(weight_ptr, n, in_width, BLOCK_M).to(COMPUTE)
@@ -81,36 +81,41 @@ def _residual_add_norm_bwd_wide_kernel(
                 num_next_learning, dnext_row_stride, dfrozen_next_row_stride, width, COMPUTE,
             )  # fmt: skip
             mask = norm_mask[:, None] & in_width
-            at = norm_input_ptr + offsets(j, p, n, norm_input_row_stride, width)
+            at = pointers(norm_input_ptr, j, p, n, norm_input_row_stride, width)
             x_hat = load_normalized(at, mean, rstd, mask, COMPUTE)
             if dout_ptr is not None:
-                at = offsets(b, p, n, dout_row_stride, width)
-                dout = tl.load(dout_ptr + at, mask=dout_mask[:, None] & in_width, other=0.0)
+                at = pointers(dout_ptr, b, p, n, dout_row_stride, width)
+                dout = tl.load(at, mask=dout_mask[:, None] & in_width, other=0.0)
             if update_ptr is not None:
                 update = load_rows(
                     update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
                 )
             cell = tl.program_id(0).to(tl.int64) * width + n
+            learning_dy = dy
+            if dfrozen_next_ptr is not None:
+                learning_dy = tl.where((j < num_next_learning)[:, None], dy, 0.0)
             if dweight_ptr is not None:
-                _add(dweight_ptr + cell, tl.where(dweight_mask, dy * x_hat, 0.0), tile, n < width)
+                _add(dweight_ptr + cell, learning_dy * x_hat, tile, n < width)
             if dbias_ptr is not None:
-                _add(dbias_ptr + cell, tl.where(dweight_mask, dy, 0.0), tile, n < width)
+                _add(dbias_ptr + cell, learning_dy, tile, n < width)
             if weight_ptr is not None:
                 dy *= load_columns(weight_ptr, n, in_width, BLOCK_M).to(COMPUTE)
-            d = tl.where(mask, (dy - dy_mean[:, None] - x_hat * projection[:, None]) * rstd[:, None], 0.0)
+            d = (dy - dy_mean[:, None] - x_hat * projection[:, None]) * rstd[:, None]
+            if next_inverse_ptr is not None:  # 0 · infinite weights are NaN
+                d = tl.where(norm_mask[:, None], d, 0.0)
             if dout_ptr is not None:
                 d += dout.to(COMPUTE)
             if dresidual_ptr is not None:
                 mask = dresidual_mask[:, None] & in_width
-                tl.store(dresidual_ptr + offsets(b, p, n, sample_size, width), d, mask=mask)
+                tl.store(pointers(dresidual_ptr, b, p, n, sample_size, width), d, mask=mask)
             if update_ptr is not None or dupdate_ptr is not None or dfrozen_update_ptr is not None:
-                d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)
+                d = keep_rows(factor[:, None] * d, row_scale_ptr, update_mask)
             if update_ptr is not None:
                 _add(dgamma_ptr + cell, tl.where(dgamma_mask[:, None], d * update, 0.0), tile, n < width)
             if dupdate_ptr is not None or dfrozen_update_ptr is not None:
                 if gamma_ptr is not None:
                     gamma = load_columns(gamma_ptr, n, in_width, BLOCK_M).to(COMPUTE)
-                    d = tl.where(update_mask[:, None], d * gamma, 0.0)
+                    d = keep_rows(d * gamma, row_scale_ptr, update_mask)
                 store_rows(
                     dupdate_ptr, dfrozen_update_ptr, d, k, p, n, dupdate_mask, in_width,
                     num_learning, sample_size, width,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .common import kernel, offsets, store_rows
+from .common import kernel, pointers, store_rows
 
 
 @kernel
@@ -21,7 +21,7 @@ def _gather_rows_kernel(
     b = tl.load(index_ptr + k, mask=exists, other=0)
     in_width = (n < width)[None, :]
     p = tl.zeros([BLOCK_M], tl.int32)  # a sample is one position
-    x = tl.load(x_ptr + offsets(b, p, n, x_row_stride, width), mask=exists[:, None] & in_width)
+    x = tl.load(pointers(x_ptr, b, p, n, x_row_stride, width), mask=exists[:, None] & in_width)
     store_rows(out_ptr, frozen_out_ptr, x, k, p, n, exists, in_width, num_learning, width, width)
 
 
