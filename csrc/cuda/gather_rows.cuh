@@ -11,7 +11,9 @@ template <class Word>
 __global__ void __launch_bounds__(THREADS)
     gather_rows_kernel(const Samples x, const Samples next, const Samples frozen_next, const RowSet rows,
                        int64_t batch_size, int64_t words) {
-  const int64_t step = int64_t(gridDim.x) * THREADS;
+  const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
+  const int32_t count = num_steps(words - first, stride);
+  Word ahead[steps_ahead<Word, 1>()];
   const int64_t element = size_of(x.dtype);
   for (int64_t row = blockIdx.y; row < rows.num_rows; row += gridDim.y) {
     const int64_t sample = rows.index == nullptr ? row : rows.index[row];
@@ -22,7 +24,9 @@ __global__ void __launch_bounds__(THREADS)
     const Word* source = reinterpret_cast<const Word*>(from);
     void* const to = learns ? next.data : frozen_next.data;
     Word* target = reinterpret_cast<Word*>(static_cast<char*>(to) + place * element);
-    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
+    const auto load_word = [&](Word& word, int64_t i) { word = source[i]; };
+    const auto store_word = [&](const Word& word, int64_t i) { target[i] = word; };
+    for_steps(ahead, first, count, stride, load_word, store_word);
   }
 }
 

@@ -16,19 +16,21 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 HOST = Path("tests", "cuda_on_host")
 
-KERNEL = r"__launch_bounds__\(([^)]*)\)\s+\w+_kernel\([^{]*\{"
+KERNEL = r"__launch_bounds__\(([^,)]*)[^)]*\)\s+\w+_kernel\([^{]*\{"
 LAUNCH = r"(?s)(\w+_kernel(?:<[^;{]*?>)?)\s*<<<(.*?)>>>\((.*?)\);"
 COUNTED = r"\g<0> struct Here {}; host::enter<Here>(\1);"
-LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS|MAX_CHUNKS) = (\d+);"
+LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_STEPS|MAX_CHUNKS|MAX_SUM_BLOCKS) = (\d+);"
+LOWERED = r'inline const int64_t \1 = host::limit("RDP_\1", \2);'
 
 EDITS = (
     # file, pattern, replacement, how often it is found
     ("csrc/cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 7),
     ("csrc/cuda/residual_add.cuh", KERNEL, COUNTED, 5),
     ("csrc/cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
-    ("csrc/cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 3),
+    ("csrc/cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 6),
     # limits that only large tensors reach can be lowered
-    ("csrc/cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 3),
+    ("csrc/cuda/residual_add.cuh", LIMIT, LOWERED, 3),
+    ("csrc/cuda/steps.cuh", LIMIT, LOWERED, 1),
     ("csrc/cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
     # CPU tensors are treated as a GPU's
     ("csrc/checks.h", r"return tensor\.is_cuda\(\);", "return true;", 1),

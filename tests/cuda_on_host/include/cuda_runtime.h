@@ -20,7 +20,7 @@
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -94,6 +94,7 @@ class Block {
 
   int64_t begin_thread() { return ++begun_; }
   int64_t threads_begun() const { return begun_; }
+  int64_t running_thread() const { return running_; }
 
   static Block& current() { return *current_; }
 
