@@ -115,7 +115,7 @@ void gather(const FusedAddForward& call, const Samples& x, cudaStream_t stream) 
   const auto run = [&](auto word) {
     using Word = decltype(word);
     const int64_t words = bytes / sizeof(Word);
-    const dim3 grid = grid_of(call.next_rows.num_rows, words, steps_ahead<Word, 1>());
+    const dim3 grid = grid_of(call.next_rows.num_rows, words, steps_ahead<Ahead<Word, 1>>());
     gather_rows_kernel<Word><<<grid, THREADS, 0, stream>>>(
         x, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
     check_launch();
@@ -162,7 +162,7 @@ void fused_add_forward(const FusedAddForward& call, int32_t device) {
       using S = typename decltype(s)::type;
       using U = typename decltype(u)::type;
       const int64_t packs = call.geometry.sample_size() / N;
-      const dim3 grid = grid_of(call.geometry.batch_size, packs, steps_ahead<S, N>());
+      const dim3 grid = grid_of(call.geometry.batch_size, packs, steps_ahead<ForwardStep<S, U, N>>());
       residual_add_fwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
       check_launch();
     });
@@ -200,7 +200,8 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     using U = typename decltype(u)::type;
     constexpr int N = decltype(size)::value;
     if (!call.dgamma) {
-      const dim3 grid = grid_of(geometry.batch_size, geometry.sample_size() / N, steps_ahead<S, N>());
+      const int64_t packs = geometry.sample_size() / N;
+      const dim3 grid = grid_of(geometry.batch_size, packs, steps_ahead<BackwardStep<S, U, N>>());
       residual_add_bwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
       return check_launch();
     }

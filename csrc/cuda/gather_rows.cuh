@@ -13,7 +13,10 @@ __global__ void __launch_bounds__(THREADS)
                        int64_t batch_size, int64_t words) {
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
   const int32_t count = num_steps(words - first, stride);
-  Word ahead[steps_ahead<Word, 1>()];
+  using Step = Ahead<Word, 1>;
+  __shared__ int4 landing[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place(steps, landing);
   const int64_t element = size_of(x.dtype);
   for (int64_t row = blockIdx.y; row < rows.num_rows; row += gridDim.y) {
     const int64_t sample = rows.index == nullptr ? row : rows.index[row];
@@ -24,9 +27,9 @@ __global__ void __launch_bounds__(THREADS)
     const Word* source = reinterpret_cast<const Word*>(from);
     void* const to = learns ? next.data : frozen_next.data;
     Word* target = reinterpret_cast<Word*>(static_cast<char*>(to) + place * element);
-    const auto load_word = [&](Word& word, int64_t i) { word = source[i]; };
-    const auto store_word = [&](const Word& word, int64_t i) { target[i] = word; };
-    for_steps(ahead, first, count, stride, load_word, store_word);
+    const auto load_step = [&](Step& step, int64_t i) { step.load(source + i); };
+    const auto finish_step = [&](const Step& step, int64_t i) { target[i] = step.pack().elements[0]; };
+    for_steps(steps, first, count, stride, load_step, finish_step);
   }
 }
 

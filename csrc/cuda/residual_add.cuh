@@ -43,14 +43,25 @@ __device__ __forceinline__ float scale_of(const Scale& scale, const RowPosition&
   return scale.per_row ? static_cast<const float*>(scale.per_row.data)[row.index] : float(scale.number);
 }
 
+template <class S, class U, int N>
+struct ForwardStep {
+  Ahead<S, N> residual;
+  Ahead<U, N> update;
+  static constexpr int WORDS = Ahead<S, N>::WORDS + Ahead<U, N>::WORDS;
+
+  __device__ __forceinline__ void place(int4*& next) {
+    residual.place(next);
+    update.place(next);
+  }
+};
+
 // Samples are blocks of the grid's y, so that a block checks only once whether a sample has an update.
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) residual_add_fwd_kernel(const FusedAddForward call) {
-  struct Step {
-    Pack<S, N> residual;
-    Pack<U, N> update;
-  };
-  Step steps[steps_ahead<S, N>()];
+  using Step = ForwardStep<S, U, N>;
+  __shared__ int4 words[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place(steps, words);
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
   const int32_t count = num_steps(call.geometry.sample_size() / N - first, stride);
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
@@ -59,15 +70,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) residual_add_fwd_kernel(const
     const Samples& learning_or_frozen = update_row.learns ? call.update : call.frozen_update;
     const bool adds = scale != 0;
     const auto load_step = [&](Step& step, int64_t offset) {
-      if (call.residual) load(step.residual, at<const S>(call.residual, sample, offset));
-      if (adds) load(step.update, at<const U>(learning_or_frozen, update_row.part_index, offset));
+      if (call.residual) step.residual.load(at<const S>(call.residual, sample, offset));
+      if (adds) step.update.load(at<const U>(learning_or_frozen, update_row.part_index, offset));
     };
     const auto finish_step = [&](const Step& step, int64_t offset) {
       float sum[N] = {}, factors[N], update[N];
       if (adds) load_factors(factors, call.gamma, call.geometry, offset);
-      if (call.residual) unpack(sum, step.residual);
+      if (call.residual) unpack(sum, step.residual.pack());
       if (adds) {
-        unpack(update, step.update);
+        unpack(update, step.update.pack());
 #pragma unroll
         for (int i = 0; i < N; ++i) sum[i] = added(sum[i], scale * factors[i], update[i]);
       }
@@ -111,18 +122,15 @@ struct BackwardSample {
 template <class S, class U, int N>
 struct BackwardStep {
   using Sample = BackwardSample<S, U>;
-  static constexpr int AHEAD = steps_ahead<S, N>();
-  static constexpr int WORDS = 3 * Ahead<S, N>::WORDS + Ahead<U, N>::WORDS;
-  static constexpr int ALL_WORDS = std::max(1, AHEAD * WORDS * THREADS);  // of a block
   Ahead<S, N> dout, dnext, out;
   Ahead<U, N> update;
+  static constexpr int WORDS = 3 * Ahead<S, N>::WORDS + Ahead<U, N>::WORDS;
 
-  // `words`: the first one of a thread's.
-  __device__ __forceinline__ void place(int4* words) {
-    dout.place(words);
-    dnext.place(words);
-    out.place(words);
-    update.place(words);
+  __device__ __forceinline__ void place(int4*& next) {
+    dout.place(next);
+    dnext.place(next);
+    out.place(next);
+    update.place(next);
   }
 
   __device__ __forceinline__ void load(const Sample& sample, int64_t offset) {
@@ -136,14 +144,14 @@ struct BackwardStep {
   __device__ __forceinline__ void finish(Activation activation, const Sample& sample, int64_t offset,
                                          const Factor& factor, float (&sums)[N]) const {
     float d[N] = {}, values[N];
-    if (sample.dout != nullptr) dout.unpack(d);
+    if (sample.dout != nullptr) unpack(d, dout.pack());
     if (sample.dnext != nullptr) {
-      dnext.unpack(values);
+      unpack(values, dnext.pack());
 #pragma unroll
       for (int i = 0; i < N; ++i) d[i] = sample.dout != nullptr ? d[i] + values[i] : values[i];
     }
     if (sample.out != nullptr) {
-      out.unpack(values);
+      unpack(values, out.pack());
       with_activation(activation, [&](auto kind) {
 #pragma unroll
         for (int i = 0; i < N; ++i) d[i] = activation_gradient<decltype(kind)::value>(d[i], values[i]);
@@ -151,7 +159,7 @@ struct BackwardStep {
     }
     if (sample.dresidual != nullptr) store<S, N>(sample.dresidual + offset, d);
     if (sample.update != nullptr) {
-      update.unpack(values);
+      unpack(values, update.pack());
 #pragma unroll
       for (int i = 0; i < N; ++i) sums[i] += dgamma_term(d[i], sample.scale, values[i]);
     }
@@ -162,19 +170,12 @@ struct BackwardStep {
   }
 };
 
-template <class Step, int AHEAD>
-__device__ __forceinline__ void place_steps(Step (&steps)[AHEAD], int4* words) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < AHEAD; ++k) steps[k].place(words + k * Step::WORDS * THREADS + thread);
-}
-
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) residual_add_bwd_kernel(const FusedAddBackward call) {
   using Step = BackwardStep<S, U, N>;
-  __shared__ int4 words[Step::ALL_WORDS];
-  Step steps[Step::AHEAD];
-  place_steps(steps, words);
+  __shared__ int4 words[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place(steps, words);
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
   const int32_t count = num_steps(call.geometry.sample_size() / N - first, stride);
   for (int64_t index = blockIdx.y; index < call.geometry.batch_size; index += gridDim.y) {
@@ -218,9 +219,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   // Read again where they are used, for want of registers.
   const auto factor = [&](int i) { return shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS]; };
   using Step = BackwardStep<S, U, N>;
-  __shared__ int4 words[Step::ALL_WORDS];
-  Step steps[Step::AHEAD];
-  place_steps(steps, words);
+  __shared__ int4 words[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place(steps, words);
   int64_t row = first + threadIdx.y;
   int32_t left = column < width ? num_steps(end - row, ROW_THREADS) : 0;
   while (left > 0) {
@@ -257,9 +258,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   float sums[N] = {}, factor[1] = {1.0f};
   if (channel < geometry.channels && call.gamma) load_gamma(factor, call.gamma, channel);
   using Step = BackwardStep<S, U, N>;
-  __shared__ int4 words[Step::ALL_WORDS];
-  Step steps[Step::AHEAD];
-  place_steps(steps, words);
+  __shared__ int4 words[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place(steps, words);
   int64_t pack = first + threadIdx.x;
   int32_t left = channel < geometry.channels ? num_steps(end - pack, COLUMN_THREADS) : 0;
   while (left > 0) {
@@ -286,20 +287,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 }
 
-// The second stage: partials [num_partials, C].
+// The second stage: partials [num_partials, C]. One block fits a multiprocessor, so that registers suffice for all loads.
 template <class G>
-__global__ void __launch_bounds__(COLUMN_THREADS* PARTIAL_ROW_THREADS)
-    sum_partials_kernel(G* dgamma, const float* partials, int64_t num_partials, int64_t channels) {
+__global__ void __launch_bounds__(COLUMN_THREADS* PARTIAL_ROW_THREADS, 1)
+    sum_partials_kernel(G* dgamma, const float* partials, int32_t num_partials, int64_t channels) {
   __shared__ float shared[PARTIAL_ROW_THREADS][COLUMN_THREADS];
   const int64_t column = int64_t(blockIdx.x) * COLUMN_THREADS + threadIdx.x;
-  constexpr int STEP = PARTIAL_ROW_THREADS * LOADS_IN_FLIGHT;
   float sum = 0;
-  for (int64_t first = threadIdx.y; first < num_partials && column < channels; first += STEP) {
+  const float* from = partials + threadIdx.y * channels + column;
+  for (int32_t row = threadIdx.y; row < num_partials && column < channels;) {
     float loaded[LOADS_IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
-      const int64_t row = first + i * PARTIAL_ROW_THREADS;
-      loaded[i] = row < num_partials ? partials[row * channels + column] : 0.0f;
+      loaded[i] = row < num_partials ? *from : 0.0f;
+      row += PARTIAL_ROW_THREADS;
+      from += PARTIAL_ROW_THREADS * channels;
     }
 #pragma unroll
     for (int i = 0; i < LOADS_IN_FLIGHT; ++i) sum += loaded[i];

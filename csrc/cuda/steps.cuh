@@ -29,11 +29,59 @@ __device__ __forceinline__ int32_t num_steps(int64_t left, int64_t threads) {
   return left <= 0 ? 0 : int32_t(1 + quotient(left - 1, threads));
 }
 
-// The steps that a thread has loaded, or begun to load, when it finishes the first of them: one is enough where a pack
-// has two words.
-template <class T, int N>
+// A pack that a thread loads ahead. Meanwhile it takes shared memory instead of registers: word w of a thread is
+// `words[w * THREADS]`.
+template <class T, int N, bool IN_SHARED = (N * sizeof(T) >= sizeof(int4) || N > 1)>
+struct Ahead {
+  static constexpr int WORDS = Pack<T, N>::WORDS;
+  int4* words;
+
+  __device__ __forceinline__ void place(int4*& next) {
+    words = next;
+    next += WORDS * THREADS;
+  }
+  __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      __pipeline_memcpy_async(words + w * THREADS, reinterpret_cast<const int4*>(from) + w, sizeof(int4));
+    }
+  }
+  __device__ __forceinline__ Pack<T, N> pack() const {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) pack.words[w] = words[w * THREADS];
+    return pack;
+  }
+};
+
+// Single elements are too small for that.
+template <class T>
+struct Ahead<T, 1, false> {
+  static constexpr int WORDS = 0;
+  Pack<T, 1> loaded;
+
+  __device__ __forceinline__ void place(int4*&) {}
+  __device__ __forceinline__ void load(const T* from) { cuda::load(loaded, from); }
+  __device__ __forceinline__ Pack<T, 1> pack() const { return loaded; }
+};
+
+// The steps that a thread has begun to load when it finishes one: as many as 32 KB of a block's shared memory hold.
+template <class Step>
 constexpr int steps_ahead() {
-  return N * sizeof(T) > PACK_BYTES ? 1 : 2;
+  return Step::WORDS > 4 ? 1 : 2;
+}
+
+// The shared memory of a block.
+template <class Step>
+constexpr int block_words() {
+  return std::max(1, steps_ahead<Step>() * Step::WORDS * THREADS);
+}
+
+template <class Step, int AHEAD>
+__device__ __forceinline__ void place(Step (&steps)[AHEAD], int4* words) {
+  words += threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < AHEAD; ++k) steps[k].place(words);
 }
 
 // Calls load(step, offset) and then finish(step, offset) for `count` offsets, `stride` apart.
@@ -55,40 +103,5 @@ __device__ __forceinline__ void for_steps(Step (&steps)[AHEAD], int64_t offset, 
     }
   }
 }
-
-// A pack of a step. While it is loaded, packs of whole words take shared memory instead of registers: word w of a thread
-// is `words[w * THREADS]`.
-template <class T, int N, bool IN_SHARED = (N > 1)>
-struct Ahead {
-  static constexpr int WORDS = Pack<T, N>::WORDS;
-  int4* words;
-
-  __device__ __forceinline__ void place(int4*& next) {
-    words = next;
-    next += WORDS * THREADS;
-  }
-  __device__ __forceinline__ void load(const T* from) {
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-      __pipeline_memcpy_async(words + w * THREADS, reinterpret_cast<const int4*>(from) + w, sizeof(int4));
-    }
-  }
-  __device__ __forceinline__ void unpack(float (&values)[N]) const {
-    Pack<T, N> pack;
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) pack.words[w] = words[w * THREADS];
-    cuda::unpack(values, pack);
-  }
-};
-
-template <class T, int N>
-struct Ahead<T, N, false> {
-  static constexpr int WORDS = 0;
-  Pack<T, N> pack;
-
-  __device__ __forceinline__ void place(int4*&) {}
-  __device__ __forceinline__ void load(const T* from) { cuda::load(pack, from); }
-  __device__ __forceinline__ void unpack(float (&values)[N]) const { cuda::unpack(values, pack); }
-};
 
 }  // namespace rdp::cuda

@@ -141,7 +141,8 @@ class Block {
   bool waits_ = false;
 };
 
-inline int64_t launches = 0;  // of all kernels so far
+inline int64_t launches = 0;       // of all kernels so far
+inline int64_t scratch_bytes = 0;  // of the last tensor of bytes
 // Whether launches only count, so that host code can be measured alone. Results are then uninitialised.
 inline const bool runs_kernels = std::getenv("RDP_NO_KERNELS") == nullptr;
 
