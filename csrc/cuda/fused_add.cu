@@ -38,15 +38,15 @@ torch::stable::Tensor scratch(int64_t bytes, int32_t device) {
   return allocate(&bytes, &stride, 1, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
 }
 
-
-// A sample has `steps` steps of THREADS threads. They are shared by at most 1024 blocks, which fill a GPU.
+// For `num_samples` samples of `steps` steps each: a block for each THREADS · `ahead` steps, at most 1024, which fill a
+// GPU. Threads loop over the remaining steps.
 dim3 grid_of(int64_t num_samples, int64_t steps, int ahead) {
   const int64_t x = std::clamp<int64_t>(divided_up(steps, THREADS * ahead), 1, 1024);
   return dim3(x, std::min(num_samples, MAX_BLOCKS_Y));
 }
 
-// The first stage of dγ: x of the grid covers the channels and y the chunks, of `size` steps of a thread for each
-// channel. Each chunk gives a row of partial sums.
+// The first stage of dγ: the grid's x covers the channels and its y the chunks. A chunk is `size` rows, or packs of each
+// channel where γ has a factor for each position.
 struct Chunks {
   dim3 grid;
   int64_t size;

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS)
   using Step = Ahead<Word, 1>;
   __shared__ int4 landing[block_words<Step>()];
   Step steps[steps_ahead<Step>()];
-  place(steps, landing);
+  place_steps(steps, landing);
   const int64_t element = size_of(x.dtype);
   for (int64_t row = blockIdx.y; row < rows.num_rows; row += gridDim.y) {
     const int64_t sample = rows.index == nullptr ? row : rows.index[row];

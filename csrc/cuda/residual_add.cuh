@@ -11,9 +11,10 @@ namespace rdp::cuda {
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 static_assert(COLUMN_THREADS * ROW_THREADS == THREADS);
-// What is summed is cut into chunks. Each gives one row of partial sums. A thread takes CHUNK_STEPS steps in a chunk or
-// more, so that partial sums are few beside what is summed. There are at most MAX_CHUNKS chunks, which the second stage
-// reads in two rounds, and at most MAX_SUM_BLOCKS blocks: several times as many as a GPU runs at once.
+// What is summed is cut into chunks, and each chunk gives a row of partial sums. A thread takes CHUNK_STEPS steps in a
+// chunk or more, so that partial sums are few beside what is summed. There are at most MAX_CHUNKS chunks, whose sums the
+// second stage reads in two rounds, and at most MAX_SUM_BLOCKS blocks, unless one chunk has more: a few times as many as
+// a GPU runs at once.
 constexpr int64_t CHUNK_STEPS = 8;
 constexpr int64_t MAX_CHUNKS = 512;
 constexpr int64_t MAX_SUM_BLOCKS = 2048;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) residual_add_fwd_kernel(const
   using Step = ForwardStep<S, U, N>;
   __shared__ int4 words[block_words<Step>()];
   Step steps[steps_ahead<Step>()];
-  place(steps, words);
+  place_steps(steps, words);
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
   const int32_t count = num_steps(call.geometry.sample_size() / N - first, stride);
   for (int64_t sample = blockIdx.y; sample < call.geometry.batch_size; sample += gridDim.y) {
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) residual_add_bwd_kernel(const
   using Step = BackwardStep<S, U, N>;
   __shared__ int4 words[block_words<Step>()];
   Step steps[steps_ahead<Step>()];
-  place(steps, words);
+  place_steps(steps, words);
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
   const int32_t count = num_steps(call.geometry.sample_size() / N - first, stride);
   for (int64_t index = blockIdx.y; index < call.geometry.batch_size; index += gridDim.y) {
@@ -202,8 +203,8 @@ __device__ __forceinline__ void sum_rows(float (&sums)[ROWS][COLUMNS], int row, 
   }
 }
 
-// The same with the first stage of dγ, where γ has a factor for each column: partials [chunks, C]. A chunk is of rows of
-// all samples.
+// The same with the first stage of dγ, where γ has a factor for each column: partials [chunks, C]. A chunk is some of
+// the rows of all samples.
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     residual_add_bwd_sums_kernel(const FusedAddBackward call, float* partials, int64_t chunk) {
@@ -216,12 +217,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (column < width) load_factors(factors, call.gamma, call.geometry, column);
 #pragma unroll
   for (int i = 0; i < N; ++i) shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS] = factors[i];
-  // Read again where they are used, for want of registers.
+  // Factors are read again where they are used, for want of registers.
   const auto factor = [&](int i) { return shared[threadIdx.y][threadIdx.x + i * COLUMN_THREADS]; };
   using Step = BackwardStep<S, U, N>;
   __shared__ int4 words[block_words<Step>()];
   Step steps[steps_ahead<Step>()];
-  place(steps, words);
+  place_steps(steps, words);
   int64_t row = first + threadIdx.y;
   int32_t left = column < width ? num_steps(end - row, ROW_THREADS) : 0;
   while (left > 0) {
@@ -244,8 +245,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int i = 0; i < N; ++i) partials[blockIdx.y * width + column + i] = shared[0][threadIdx.x + i * COLUMN_THREADS];
 }
 
-// The same where γ has a factor for each position: partials [chunks, C]. A row of threads sums a channel; a chunk is of
-// the packs that all samples have of it.
+// The same where γ has a factor for each position: partials [chunks, C]. A row of threads sums a channel; a chunk is
+// some of the packs that all samples have of it.
 template <class S, class U, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     residual_add_bwd_row_sums_kernel(const FusedAddBackward call, float* partials, int64_t chunk) {
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   using Step = BackwardStep<S, U, N>;
   __shared__ int4 words[block_words<Step>()];
   Step steps[steps_ahead<Step>()];
-  place(steps, words);
+  place_steps(steps, words);
   int64_t pack = first + threadIdx.x;
   int32_t left = channel < geometry.channels ? num_steps(end - pack, COLUMN_THREADS) : 0;
   while (left > 0) {
@@ -287,7 +288,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 }
 
-// The second stage: partials [num_partials, C]. One block fits a multiprocessor, so that registers suffice for all loads.
+// The second stage: partials [num_partials, C]. No second block need fit a multiprocessor, or there would be too few
+// registers for all loads.
 template <class G>
 __global__ void __launch_bounds__(COLUMN_THREADS* PARTIAL_ROW_THREADS, 1)
     sum_partials_kernel(G* dgamma, const float* partials, int32_t num_partials, int64_t channels) {

@@ -24,14 +24,14 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
 
 __device__ __forceinline__ int64_t modulo(int64_t a, int64_t b) { return a - quotient(a, b) * b; }
 
-// The steps of a thread among `threads` threads that take turns; from its first step on, `left` steps are left to all.
+// The steps of one of `threads` threads that take turns, where `left` steps are left from its first one on.
 __device__ __forceinline__ int32_t num_steps(int64_t left, int64_t threads) {
   return left <= 0 ? 0 : int32_t(1 + quotient(left - 1, threads));
 }
 
 // A pack that a thread loads ahead. Meanwhile it takes shared memory instead of registers: word w of a thread is
 // `words[w * THREADS]`.
-template <class T, int N, bool IN_SHARED = (N * sizeof(T) >= sizeof(int4) || N > 1)>
+template <class T, int N, bool IN_SHARED = (N * sizeof(T) >= PACK_BYTES)>
 struct Ahead {
   static constexpr int WORDS = Pack<T, N>::WORDS;
   int4* words;
@@ -65,20 +65,21 @@ struct Ahead<T, 1, false> {
   __device__ __forceinline__ Pack<T, 1> pack() const { return loaded; }
 };
 
-// The steps that a thread has begun to load when it finishes one: as many as 32 KB of a block's shared memory hold.
+// How many steps a thread has loaded or begun to load when it finishes the first of them: as many as 32 KB of a block's
+// shared memory hold, so that BLOCKS blocks fit.
 template <class Step>
 constexpr int steps_ahead() {
   return Step::WORDS > 4 ? 1 : 2;
 }
 
-// The shared memory of a block.
+// The words of all threads of a block.
 template <class Step>
 constexpr int block_words() {
   return std::max(1, steps_ahead<Step>() * Step::WORDS * THREADS);
 }
 
 template <class Step, int AHEAD>
-__device__ __forceinline__ void place(Step (&steps)[AHEAD], int4* words) {
+__device__ __forceinline__ void place_steps(Step (&steps)[AHEAD], int4* words) {
   words += threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
   for (int k = 0; k < AHEAD; ++k) steps[k].place(words);

@@ -59,7 +59,8 @@ def code(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     kernels = {}
     for name, *frame, used in re.findall(
-        r"properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) .*\n.*Used (.*)", done.stderr
+        r"properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) .*\n.*Used (.*)",
+        done.stderr,
     ):
         shared = re.search(r"(\d+) bytes smem", used)
         kernels[name] = Kernel(tuple(map(int, frame)), int(used.split()[0]), int(shared[1]) if shared else 0)
