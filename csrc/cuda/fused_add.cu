@@ -38,12 +38,29 @@ torch::stable::Tensor scratch(int64_t bytes, int32_t device) {
   return allocate(&bytes, &stride, 1, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
 }
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A block for each THREADS steps of a sample, at most 1024, which fill a GPU. Threads loop over the remaining steps.
-dim3 grid_of(int64_t num_samples, int64_t steps) {
-  const int64_t x = std::clamp<int64_t>(divided_up(steps, THREADS), 1, 1024);
+// For `num_samples` samples of `steps` steps each: a block for each THREADS · `ahead` steps, at most 1024, which fill a
+// GPU. Threads loop over the remaining steps.
+dim3 grid_of(int64_t num_samples, int64_t steps, int ahead) {
+  const int64_t x = std::clamp<int64_t>(divided_up(steps, THREADS * ahead), 1, 1024);
   return dim3(x, std::min(num_samples, MAX_BLOCKS_Y));
+}
+
+// The first stage of dγ: the grid's x covers the channels and its y the chunks. A chunk is `size` rows, or packs of each
+// channel where γ has a factor for each position.
+struct Chunks {
+  dim3 grid;
+  int64_t size;
+};
+
+Chunks chunks_of(const Geometry& geometry, int pack) {
+  const int64_t rows = geometry.batch_size * geometry.positions;
+  const bool per_position = geometry.gamma_per_position;
+  const int64_t steps = per_position ? rows / geometry.channels * (geometry.width / pack) : rows;
+  const int64_t threads = per_position ? COLUMN_THREADS : ROW_THREADS;
+  const int64_t blocks = divided_up(geometry.channels, per_position ? ROW_THREADS : COLUMN_THREADS * pack);
+  const int64_t most = std::clamp<int64_t>(MAX_SUM_BLOCKS / blocks, 1, MAX_CHUNKS);
+  const int64_t size = std::max(CHUNK_STEPS * threads, divided_up(steps, most));
+  return {dim3(blocks, divided_up(steps, size)), size};
 }
 
 // Calls run(residual, update, pack) with two dtypes and the number of elements of a pack as types.
@@ -96,8 +113,10 @@ Dtype update_dtype(const Samples& learning, const Samples& frozen, Dtype otherwi
 void gather(const FusedAddForward& call, const Samples& x, cudaStream_t stream) {
   const int64_t bytes = call.geometry.sample_size() * size_of(x.dtype);
   const auto run = [&](auto word) {
-    const int64_t words = bytes / sizeof(word);
-    gather_rows_kernel<decltype(word)><<<grid_of(call.next_rows.num_rows, words), THREADS, 0, stream>>>(
+    using Word = decltype(word);
+    const int64_t words = bytes / sizeof(Word);
+    const dim3 grid = grid_of(call.next_rows.num_rows, words, steps_ahead<Ahead<Word, 1>>());
+    gather_rows_kernel<Word><<<grid, THREADS, 0, stream>>>(
         x, call.next, call.frozen_next, call.next_rows, call.geometry.batch_size, words);
     check_launch();
   };
@@ -140,9 +159,11 @@ void fused_add_forward(const FusedAddForward& call, int32_t device) {
         fits_packs(call.geometry, n, call.gamma, call.residual, call.update, call.frozen_update, call.out);
     with_types(residual, update, packed, [&](auto s, auto u, auto size) {
       constexpr int N = decltype(size)::value;
-      const dim3 grid = grid_of(call.geometry.batch_size, call.geometry.sample_size() / N);
-      residual_add_fwd_kernel<typename decltype(s)::type, typename decltype(u)::type, N>
-          <<<grid, THREADS, 0, stream>>>(call);
+      using S = typename decltype(s)::type;
+      using U = typename decltype(u)::type;
+      const int64_t packs = call.geometry.sample_size() / N;
+      const dim3 grid = grid_of(call.geometry.batch_size, packs, steps_ahead<ForwardStep<S, U, N>>());
+      residual_add_fwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
       check_launch();
     });
   }
@@ -179,28 +200,24 @@ void fused_add_backward(const FusedAddBackward& call, int32_t device) {
     using U = typename decltype(u)::type;
     constexpr int N = decltype(size)::value;
     if (!call.dgamma) {
-      const dim3 grid = grid_of(geometry.batch_size, geometry.sample_size() / N);
+      const int64_t packs = geometry.sample_size() / N;
+      const dim3 grid = grid_of(geometry.batch_size, packs, steps_ahead<BackwardStep<S, U, N>>());
       residual_add_bwd_kernel<S, U, N><<<grid, THREADS, 0, stream>>>(call);
       return check_launch();
     }
-    const int64_t num_rows = geometry.batch_size * geometry.positions;
-    const int64_t chunk_rows = std::max(CHUNK_ROWS, divided_up(num_rows, MAX_CHUNKS));
-    const int64_t num_partials =
-        geometry.gamma_per_position ? num_rows / geometry.channels : divided_up(num_rows, chunk_rows);
-    const torch::stable::Tensor memory = scratch(num_partials * geometry.channels * sizeof(float), device);
+    const Chunks chunks = chunks_of(geometry, N);
+    const torch::stable::Tensor memory = scratch(chunks.grid.y * geometry.channels * sizeof(float), device);
     float* partials = static_cast<float*>(memory.data_ptr());
     const dim3 block(COLUMN_THREADS, ROW_THREADS);
     if (geometry.gamma_per_position) {
-      const dim3 grid(divided_up(num_rows, ROW_THREADS));
-      residual_add_bwd_row_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials);
+      residual_add_bwd_row_sums_kernel<S, U, N><<<chunks.grid, block, 0, stream>>>(call, partials, chunks.size);
     } else {
-      const dim3 grid(divided_up(geometry.width, COLUMN_THREADS * N), num_partials);
-      residual_add_bwd_sums_kernel<S, U, N><<<grid, block, 0, stream>>>(call, partials, chunk_rows);
+      residual_add_bwd_sums_kernel<S, U, N><<<chunks.grid, block, 0, stream>>>(call, partials, chunks.size);
     }
     check_launch();
     const auto sum = [&](auto* dgamma) {
       const dim3 grid(divided_up(geometry.channels, COLUMN_THREADS)), block(COLUMN_THREADS, PARTIAL_ROW_THREADS);
-      sum_partials_kernel<<<grid, block, 0, stream>>>(dgamma, partials, num_partials, geometry.channels);
+      sum_partials_kernel<<<grid, block, 0, stream>>>(dgamma, partials, chunks.grid.y, geometry.channels);
       check_launch();
     };
     call.dgamma.dtype == Dtype::float32    ? sum(static_cast<float*>(call.dgamma.data))

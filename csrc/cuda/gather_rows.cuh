@@ -11,7 +11,12 @@ template <class Word>
 __global__ void __launch_bounds__(THREADS)
     gather_rows_kernel(const Samples x, const Samples next, const Samples frozen_next, const RowSet rows,
                        int64_t batch_size, int64_t words) {
-  const int64_t step = int64_t(gridDim.x) * THREADS;
+  const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x, stride = int64_t(gridDim.x) * THREADS;
+  const int32_t count = num_steps(words - first, stride);
+  using Step = Ahead<Word, 1>;
+  __shared__ int4 landing[block_words<Step>()];
+  Step steps[steps_ahead<Step>()];
+  place_steps(steps, landing);
   const int64_t element = size_of(x.dtype);
   for (int64_t row = blockIdx.y; row < rows.num_rows; row += gridDim.y) {
     const int64_t sample = rows.index == nullptr ? row : rows.index[row];
@@ -22,7 +27,9 @@ __global__ void __launch_bounds__(THREADS)
     const Word* source = reinterpret_cast<const Word*>(from);
     void* const to = learns ? next.data : frozen_next.data;
     Word* target = reinterpret_cast<Word*>(static_cast<char*>(to) + place * element);
-    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < words; i += step) target[i] = source[i];
+    const auto load_step = [&](Step& step, int64_t i) { step.load(source + i); };
+    const auto finish_step = [&](const Step& step, int64_t i) { target[i] = step.pack().elements[0]; };
+    for_steps(steps, first, count, stride, load_step, finish_step);
   }
 }
 

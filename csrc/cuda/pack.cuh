@@ -33,12 +33,16 @@ union Pack {
   __device__ Pack() {}
 };
 
+// Begins to load a pack. A thread waits for it when it unpacks it.
 template <class T, int N>
-__device__ __forceinline__ void load(float (&values)[N], const T* from) {
+__device__ __forceinline__ void load(Pack<T, N>& pack, const T* from) {
   using P = Pack<T, N>;
-  P pack;
 #pragma unroll
   for (int i = 0; i < P::WORDS; ++i) pack.words[i] = reinterpret_cast<const typename P::Word*>(from)[i];
+}
+
+template <class T, int N>
+__device__ __forceinline__ void unpack(float (&values)[N], const Pack<T, N>& pack) {
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = to_float(pack.elements[i]);
 }
@@ -68,16 +72,23 @@ __device__ __forceinline__ void store(T* to, const float (&values)[N]) {
   for (int i = 0; i < P::WORDS; ++i) store_word(reinterpret_cast<typename P::Word*>(to) + i, pack.words[i]);
 }
 
+template <class T, int N>
+__device__ __forceinline__ void load_floats(float (&values)[N], const void* from, int64_t offset) {
+  Pack<T, N> pack;
+  load(pack, static_cast<const T*>(from) + offset);
+  unpack(values, pack);
+}
+
 // Columns of γ; it may have any dtype. All threads of a launch take the same case.
 template <int N>
 __device__ __forceinline__ void load_gamma(float (&values)[N], const Vector& gamma, int64_t column) {
   switch (gamma.dtype) {
     case Dtype::float32:
-      return load<float, N>(values, static_cast<const float*>(gamma.data) + column);
+      return load_floats<float>(values, gamma.data, column);
     case Dtype::bfloat16:
-      return load<__nv_bfloat16, N>(values, static_cast<const __nv_bfloat16*>(gamma.data) + column);
+      return load_floats<__nv_bfloat16>(values, gamma.data, column);
     default:
-      return load<__half, N>(values, static_cast<const __half*>(gamma.data) + column);
+      return load_floats<__half>(values, gamma.data, column);
   }
 }
 

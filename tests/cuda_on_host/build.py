@@ -16,19 +16,23 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 HOST = Path("tests", "cuda_on_host")
 
-KERNEL = r"__launch_bounds__\(([^)]*)\)\s+\w+_kernel\([^{]*\{"
+KERNEL = r"__launch_bounds__\(([^,)]*)[^)]*\)\s+\w+_kernel\([^{]*\{"
 LAUNCH = r"(?s)(\w+_kernel(?:<[^;{]*?>)?)\s*<<<(.*?)>>>\((.*?)\);"
 COUNTED = r"\g<0> struct Here {}; host::enter<Here>(\1);"
-LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_ROWS|MAX_CHUNKS) = (\d+);"
+SHARED, POISONED = r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);"
+LIMIT = r"constexpr int64_t (MAX_BLOCKS_Y|CHUNK_STEPS|MAX_CHUNKS|MAX_SUM_BLOCKS) = (\d+);"
+LOWERED = r'inline const int64_t \1 = host::limit("RDP_\1", \2);'
 
 EDITS = (
     # file, pattern, replacement, how often it is found
     ("csrc/cuda/fused_add.cu", LAUNCH, r"host::launch(\2, [&] { \1(\3); });", 7),
     ("csrc/cuda/residual_add.cuh", KERNEL, COUNTED, 5),
     ("csrc/cuda/gather_rows.cuh", KERNEL, COUNTED, 2),
-    ("csrc/cuda/residual_add.cuh", r"__shared__ \w+ (\w+)[^;]*;", r"\g<0> host::poison(\1);", 3),
+    ("csrc/cuda/residual_add.cuh", SHARED, POISONED, 7),
+    ("csrc/cuda/gather_rows.cuh", SHARED, POISONED, 1),
     # limits that only large tensors reach can be lowered
-    ("csrc/cuda/residual_add.cuh", LIMIT, r'inline const int64_t \1 = host::limit("RDP_\1", \2);', 3),
+    ("csrc/cuda/residual_add.cuh", LIMIT, LOWERED, 3),
+    ("csrc/cuda/steps.cuh", LIMIT, LOWERED, 1),
     ("csrc/cuda/fused_add.cu", r"1, 1024\);", r'1, host::limit("RDP_MAX_BLOCKS_X", 1024));', 1),
     # CPU tensors are treated as a GPU's
     ("csrc/checks.h", r"return tensor\.is_cuda\(\);", "return true;", 1),
@@ -95,6 +99,11 @@ def compile_library(tree: Path, sanitize: bool = True, again: bool = False, opti
 def launches_of(library: Path) -> int:
     """The launches of CUDA kernels by this process so far; `library` is the compiled `_C.abi3.so` of a copy."""
     return ctypes.CDLL(str(library)).rdp_host_launches()
+
+
+def scratch_bytes(library: Path) -> int:
+    """The size of the memory that kernels last took for themselves: partial sums for dγ."""
+    return ctypes.CDLL(str(library)).rdp_host_scratch_bytes()
 
 
 def _compiler(*arguments: object, cwd: Path | None = None) -> str:

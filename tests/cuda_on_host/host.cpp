@@ -8,8 +8,9 @@
 
 extern "C" {
 
-// The launches of all kernels so far, for ctypes.
+// For ctypes.
 __attribute__((visibility("default"))) int64_t rdp_host_launches() { return host::launches; }
+__attribute__((visibility("default"))) int64_t rdp_host_scratch_bytes() { return host::scratch_bytes; }
 
 AOTITorchError host_current_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -27,6 +28,7 @@ AOTITorchError host_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_S
 AOTITorchError host_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                   int32_t device_type, int32_t device, AtenTensorHandle* made) {
   const AOTITorchError error = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device, made);
+  if (dtype == aoti_torch_dtype_uint8()) host::scratch_bytes = sizes[0];
   if (!host::runs_kernels) return error;
   void* data = nullptr;
   int64_t bytes = 0;

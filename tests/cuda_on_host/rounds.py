@@ -1,6 +1,7 @@
 """Cases that `tests/kernels` runs on GPUs only: sums over several chunks of rows, several blocks of columns, several
 rounds of a grid. `test_kernels.py` runs them in a copy of the tree whose library has the CUDA kernels."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import rdp_kernels as rdp
 from rdp_kernels.kernels.native import launchers
 from rdp_kernels.kernels.native.library import has_cuda
 from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet
-from tests.cuda_on_host.build import launches_of
+from tests.cuda_on_host.build import launches_of, scratch_bytes
 from tests.kernels import ops
 from tests.kernels.budget import check
 from tests.kernels.cases import Case
 
+LIBRARY = Path(rdp.__file__).parent / "_C.abi3.so"
 # Residual, branch, γ: the dtypes that kernels support, with γ in a pack of 4, 8, 16 and 32 bytes.
 DTYPES = [
     ("float32", "float32", "float32"),
@@ -73,6 +75,14 @@ def test_sums_by_position_against_float64(dtypes, shape, layout):
         check(replace(case, gamma=True, channel_dim=channel_dim), ops.joint)
 
 
+@pytest.mark.parametrize(("shape", "channel_dim"), [((3, 12000, 8), 2), ((600, 3, 7, 9), 1)])
+def test_partial_sums_are_bounded_against_float64(shape, channel_dim):
+    """A row of partial sums is of many rows and samples, so that the second stage reads few of them."""
+    check(Case(shape, ("float32",) * 4, gamma=True, channel_dim=channel_dim), ops.residual_add)
+    partial_rows = scratch_bytes(LIBRARY) / (4 * shape[channel_dim])
+    assert 1 < partial_rows <= int(os.environ.get("RDP_MAX_CHUNKS", 512))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_rows_against_float64(dtype):
     """An empty gradient has no data, but a dtype, and the residual's zeros are written in that dtype."""
@@ -109,10 +119,9 @@ CALLS = {
 
 def launches(call):
     """Runs a call; its result and the number of launches."""
-    library = Path(rdp.__file__).parent / "_C.abi3.so"
-    before = launches_of(library)
+    before = launches_of(LIBRARY)
     result = call()
-    return result, launches_of(library) - before
+    return result, launches_of(LIBRARY) - before
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -34,7 +34,7 @@ def tree(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"RDP_MAX_BLOCKS_X": "2", "RDP_MAX_BLOCKS_Y": "2", "RDP_CHUNK_ROWS": "12", "RDP_MAX_CHUNKS": "9"}],
+    [{}, {"RDP_MAX_BLOCKS_X": "2", "RDP_MAX_BLOCKS_Y": "2", "RDP_CHUNK_STEPS": "1", "RDP_MAX_CHUNKS": "3"}],
     ids=["as they are", "lowered"],
 )
 def test_numerics_suite(tree, limits):

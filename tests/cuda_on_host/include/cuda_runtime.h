@@ -20,7 +20,7 @@
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -94,6 +94,7 @@ class Block {
 
   int64_t begin_thread() { return ++begun_; }
   int64_t threads_begun() const { return begun_; }
+  int64_t running_thread() const { return running_; }
 
   static Block& current() { return *current_; }
 
@@ -140,7 +141,8 @@ class Block {
   bool waits_ = false;
 };
 
-inline int64_t launches = 0;  // of all kernels so far
+inline int64_t launches = 0;       // of all kernels so far
+inline int64_t scratch_bytes = 0;  // of the last tensor of bytes
 // Whether launches only count, so that host code can be measured alone. Results are then uninitialised.
 inline const bool runs_kernels = std::getenv("RDP_NO_KERNELS") == nullptr;
 
