@@ -101,9 +101,9 @@ class Backward:
         reads_gamma = self.reads_update or (self.reads_gamma and add.gamma is not None)
         tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = self.batch_size * tiling.positions
+        wide = tiling.width * context.compute.itemsize > WIDEST_SUM_IN_REGISTERS
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
-            wide = tiling.width * context.compute.itemsize > WIDEST_SUM_IN_REGISTERS
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
             op = "residual_add_norm_bwd_wide" if wide else "residual_add_norm_bwd"
         channels = tiling.channels if tiling.gamma_per == "position" else None
@@ -114,9 +114,9 @@ class Backward:
             tiling.width,
             itemsize_of(context),
             whole_rows=self.normed,
-            sums=num_sums > 0,
+            sums=self.normed or num_sums > 0,
             channels=channels,
-            positions=tiling.positions if self.normed else None,
+            positions=tiling.positions if self.normed and not wide else None,
         )
         self.launch, self.num_programs = PreparedLaunch(kernel, tiles.config, context.device), tiles.num_programs
         if num_sums:
@@ -126,18 +126,18 @@ class Backward:
         if self.only_sums:
             dout = dfrozen_next = 0
         update = row_stride(add.update) if self.reads_update else 0
-        compute, last = compute_of(context), (tiles.num_stages, tiles.block_m, tiles.block_n)
+        loop = (tiles.by_sample, tiles.num_stages) if self.normed and not wide else ()
+        last = self.in_place, compute_of(context), *loop, tiles.block_m, tiles.block_n
         # The arguments between a call's numbers and tensors, and those after them.
         self.sizes: tuple[int, ...] = sizes_of(tiling, num_positions)
         self.last: tuple[Any, ...]
         if self.normed:
             strides = dout, dnext, dfrozen_next, update, row_stride(norm_input)
-            self.last = (*strides, tiles.tiles, self.centers, self.in_place, compute, tiles.by_sample, *last)
+            self.last = (*strides, tiles.tiles, self.centers, *last)
         else:
             strides = dout, dnext, dfrozen_next, row_stride(out), update
             self.sizes = (*self.sizes, tiling.channels)
-            per_position = tiling.gamma_per == "position"
-            self.last = (*strides, tiles.tiles, per_position, add.activation, self.in_place, compute, *last)
+            self.last = (*strides, tiles.tiles, channels is not None, add.activation, *last)
 
     def add(
         self,

@@ -38,7 +38,11 @@ class LaunchConfig:
 Widths = tuple[tuple[int, LaunchConfig], ...]
 """Pairs (most bytes of a row, config) in ascending order; the last one also serves wider rows."""
 
-# A thread holds 16 bytes of each tensor's tile, the widest access, or a multiple of that.
+# A thread holds 16 bytes of each tensor's tile, the widest access, or a multiple of that. Programs that sum are as many
+# as registers let run at the same time, because each of them writes a row of partial sums. The add's backward hides the
+# latency of memory by its number of threads: a pipeline would bring shared memory and barriers, of which it has none.
+# The norm's backward has few threads and many registers, so that its loads are pipelined. Up to rows of 8192 bytes two
+# tiles are loaded ahead; wider ones would need more shared memory than some GPUs have (99 KB).
 _ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
 _ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=6)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)

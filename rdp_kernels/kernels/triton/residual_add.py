@@ -84,7 +84,7 @@ def _residual_add_bwd_kernel(
     num_next_learning,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, out_row_stride, update_row_stride, tiles,
     GAMMA_PER_POSITION: tl.constexpr, ACTIVATION: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr,
-    NUM_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """With d = act'(out) · (dout + dnext): dresidual = d, dupdate = scale · γ · d, and one row of sums for each program
     of scale · d · update over the learning rows for dγ. IN_PLACE: `dresidual` is `dout`, and samples that get nothing
@@ -109,7 +109,7 @@ def _residual_add_bwd_kernel(
         if gamma_ptr is not None:
             gamma = load_columns(gamma_ptr, n, (n < width)[None, :], BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    for i in tl.range(0, rounds, num_stages=NUM_STAGES):
+    for i in range(0, rounds):
         if GAMMA_PER_POSITION:
             group = chunk * tiles + i // column_blocks
             m = group * channels + c

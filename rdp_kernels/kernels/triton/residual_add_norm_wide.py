@@ -33,8 +33,8 @@ def _residual_add_norm_bwd_wide_kernel(
     inverse_ptr, next_inverse_ptr,
     scale, num_positions, positions, width, sample_size, num_rows, num_learning, num_next_learning, num_saved,
     dout_row_stride, dnext_row_stride, dfrozen_next_row_stride, update_row_stride, norm_input_row_stride, tiles,
-    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BY_SAMPLE: tl.constexpr,
-    NUM_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTERS: tl.constexpr, IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """As `_residual_add_norm_bwd_kernel`, BLOCK_N columns at a time."""
     m = tl.program_id(0) * tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -53,7 +53,7 @@ def _residual_add_norm_bwd_wide_kernel(
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, j * positions + p, norm_mask)
 
         products, gradients = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE), tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-        for start in tl.range(0, width, BLOCK_N, num_stages=NUM_STAGES):
+        for start in range(0, width, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             in_width = (n < width)[None, :]
             dy = load_rows(
@@ -73,7 +73,7 @@ def _residual_add_norm_bwd_wide_kernel(
             dy_mean = tl.sum(gradients, axis=1) / width
 
         tl.debug_barrier()  # the sums of the tiles before are stored
-        for start in tl.range(0, width, BLOCK_N, num_stages=NUM_STAGES):
+        for start in range(0, width, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             in_width = (n < width)[None, :]
             dy = load_rows(
