@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -22,18 +20,14 @@ import rdp_kernels.kernels.triton
 from benchmarks.compiled_code import (
     CUDA,
     TARGETS,
-    CudaCode,
     caught_launches,
     compile_launch,
     read_amd_facts,
-    read_cuda_code,
 )
 from rdp_kernels.kernels.triton.launch import CONFIGS
-from rdp_kernels.kernels.triton.prepared import Launch
 
 from .cases import Case, after_class_token, channels_last, contiguous, one_element_apart, one_element_on
-
-Read = Callable[[list[Launch], str], list[CudaCode]]
+from .conftest import Read
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -114,31 +108,6 @@ def parameters(architectures: Iterable[str]) -> list:
         for name in architectures
         for case in CASES
     ]
-
-
-@pytest.fixture(scope="module")
-def read(tmp_path_factory):
-    """Compiles launches for a CUDA architecture and reads each code once. The disassembler takes as long as the
-    compiler, so that it runs on all codes of a call at the same time."""
-    folder = tmp_path_factory.mktemp("code")
-    codes: dict[str, CudaCode] = {}
-
-    def read(launches: list[Launch], architecture: str) -> list[CudaCode]:
-        compiled = [compile_launch(launch, CUDA[architecture]) for launch in launches]
-        new = {kernel.hash: kernel for kernel in compiled if kernel.hash not in codes}
-        with ThreadPoolExecutor() as pool:
-            codes.update(zip(new, pool.map(partial(read_cuda_code, folder=folder), new.values()), strict=True))
-        return [codes[kernel.hash] for kernel in compiled]
-
-    return read
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _new_cache(tmp_path_factory):
-    """An empty cache, so that Triton compiles."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.mark.parametrize(("case", "architecture"), parameters(CUDA))

@@ -44,10 +44,11 @@ Widths = tuple[tuple[int, LaunchConfig], ...]
 # The norm's backward has few threads and many registers, so that its loads are pipelined. Up to rows of 8192 bytes two
 # tiles are loaded ahead; wider ones would need more shared memory than some GPUs have (99 KB).
 _ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
-_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=6)),)
+_ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=5)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 _NORM: Widths = (
-    (2048, LaunchConfig(tile=4096, max_columns=2048, num_warps=4)),
+    (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=2)),
+    (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),
     (8192, LaunchConfig(tile=8192, max_columns=8192, num_warps=8)),
     (65536, LaunchConfig(tile=16384, max_columns=65536, num_warps=16)),
 )
@@ -75,6 +76,8 @@ CONFIGS: dict[str, dict[str, Widths]] = {
 
 REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
+REGISTER_UNIT = 8
+"""A thread gets a multiple of so many registers."""
 LONG_SAMPLE = 4
 """The least number of tiles of a sample for which tiles don't span samples."""
 IDLE_COLUMNS = 0.03
@@ -161,7 +164,8 @@ def options_of(config: LaunchConfig, device: torch.device) -> dict[str, int]:
     itself, the assembler spills a few so that one more program can run at a time."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if architecture(device).startswith("sm_"):
-        options["maxnreg"] = min(255, REGISTERS // (32 * config.num_warps * config.programs))
+        of_a_thread = REGISTERS // (32 * config.num_warps * config.programs)
+        options["maxnreg"] = min(255, of_a_thread - of_a_thread % REGISTER_UNIT)
     return options
 
 

@@ -6,6 +6,7 @@ The same pass writes the rows of `out` that the next branch gets a second time; 
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from .common import (
@@ -76,6 +77,21 @@ def _residual_add_fwd_kernel(
         store_rows(next_ptr, frozen_next_ptr, x, j, p, n, next_mask, in_width, num_next_learning, sample_size, width)
 
 
+@triton.jit
+def tile_rows(
+    i, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """The rows of a program's tile i in the backward, and which of them exist."""
+    if GAMMA_PER_POSITION:
+        group = chunk * tiles + i // column_blocks
+        m = group * channels + c
+        exists = (c < channels) & (group < num_positions // channels)
+    else:
+        m = (chunk * tiles + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+        exists = m < num_positions
+    return m, exists
+
+
 @kernel
 def _residual_add_bwd_kernel(
     dresidual_ptr, dupdate_ptr, dfrozen_update_ptr, dgamma_ptr, dout_ptr, dnext_ptr, dfrozen_next_ptr, out_ptr,
@@ -103,24 +119,27 @@ def _residual_add_bwd_kernel(
         if gamma_ptr is not None:
             gamma = load_positions(gamma_ptr, c, c < channels, BLOCK_N)
     else:
+        c = 0
         chunk = tl.program_id(0) // column_blocks
         n = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         rounds = tiles
         if gamma_ptr is not None:
             gamma = load_columns(gamma_ptr, n, (n < width)[None, :], BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+    m, exists = tile_rows(0, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M)
+    next_k, next_factor = update_rows(inverse_ptr, row_scale_ptr, scale, m // positions, exists, num_rows, COMPUTE)
     for i in range(0, rounds):
-        if GAMMA_PER_POSITION:
-            group = chunk * tiles + i // column_blocks
-            m = group * channels + c
-            exists = (c < channels) & (group < num_positions // channels)
-            n = (i % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        else:
-            m = (chunk * tiles + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-            exists = m < num_positions
-        in_width = (n < width)[None, :]
+        # A tile's rows and scales are looked up one tile ahead, so that its loads don't wait for them.
+        k, factor = next_k, next_factor
+        m, exists = tile_rows(
+            i + 1, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M
+        )
+        next_k, next_factor = update_rows(inverse_ptr, row_scale_ptr, scale, m // positions, exists, num_rows, COMPUTE)
+        m, exists = tile_rows(i, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M)
         b, p = m // positions, m % positions
-        k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
+        if GAMMA_PER_POSITION:
+            n = (i % column_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_width = (n < width)[None, :]
         dupdate_mask, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
         next_mask = update_mask
         if dnext_ptr is not None or dfrozen_next_ptr is not None:
