@@ -77,6 +77,11 @@ class Case:
     narrow: frozenset[str] = frozenset()
     quick: bool = False
 
+    @property
+    def widest(self) -> int:
+        """The bytes of an element, of the widest tensor with rows."""
+        return max(self.residual.itemsize, (self.update or self.residual).itemsize)
+
     def run(self) -> None:
         """Calls the launchers as autograd does."""
         add, next_input, num_saved = None, None, 0

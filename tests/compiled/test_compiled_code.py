@@ -122,6 +122,8 @@ def test_cuda_code(case: Case, architecture: str, read: Read):
         widths = code.widths(but=SMALL_OF.get(kernel, SMALL))
         narrow = {name for name in widths if re.sub("^(second|third)_", "", name) in case.narrow}
         expected = {name: {tensors[name].element_size() if name in narrow else 16} for name in widths}
+        for name in BIG & expected.keys() - narrow:  # a thread has as many elements of each tensor
+            expected[name] = {16 * tensors[name].element_size() // case.widest}
         assert widths == expected, kernel
 
         in_ptx = code.accesses_in_ptx

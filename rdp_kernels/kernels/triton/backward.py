@@ -12,7 +12,7 @@ from ..buffers import Context
 from ..spec import NORMS, Add, NextInput, Operands, Results
 from .forward import compute_of, inverse_of, is_plain, itemsize_of, makes_row_scale, row_scale_of, sizes_of, tiling_of
 from .keys import NO_ADD, BackwardKey, Cache, row_stride
-from .launch import Tiles
+from .launch import Tiles, is_aligned
 from .prepared import PreparedLaunch
 from .reduce import _sum_partials_kernel
 from .residual_add import _residual_add_bwd_kernel
@@ -21,7 +21,7 @@ from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 
 WIDEST_SUM_IN_REGISTERS = 16384
 """Bytes of a row of sums. A program of the norm's backward keeps up to three of them in registers, beside the tile that
-it works on."""
+it works on. Half as many where each element takes an address as well."""
 MANY = 1 << 20
 VECTORS = ("gamma", "weight", "bias")
 
@@ -101,7 +101,8 @@ class Backward:
         reads_gamma = self.reads_update or (self.reads_gamma and add.gamma is not None)
         tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = self.batch_size * tiling.positions
-        wide = tiling.width * context.compute.itemsize > WIDEST_SUM_IN_REGISTERS
+        itemsize, widest = itemsize_of(context), WIDEST_SUM_IN_REGISTERS
+        wide = tiling.width * context.compute.itemsize > (widest if is_aligned(tiling.width, itemsize) else widest // 2)
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel
@@ -112,7 +113,7 @@ class Backward:
             context.device,
             num_positions,
             tiling.width,
-            itemsize_of(context),
+            itemsize,
             whole_rows=self.normed,
             sums=self.normed or num_sums > 0,
             channels=channels,

@@ -50,7 +50,8 @@ _NORM: Widths = (
     (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=2)),
     (4096, LaunchConfig(tile=4096, max_columns=4096, num_warps=4)),
     (8192, LaunchConfig(tile=8192, max_columns=8192, num_warps=8)),
-    (65536, LaunchConfig(tile=16384, max_columns=65536, num_warps=16)),
+    (16384, LaunchConfig(tile=16384, max_columns=16384, num_warps=16)),
+    (65536, LaunchConfig(tile=16384, max_columns=65536, num_warps=32)),
 )
 _NORM_BWD: Widths = (
     (2048, LaunchConfig(tile=2048, max_columns=2048, num_warps=4, num_stages=3, tiles=4, programs=4)),
@@ -58,7 +59,7 @@ _NORM_BWD: Widths = (
     (8192, LaunchConfig(tile=8192, max_columns=8192, num_warps=16, num_stages=3, tiles=4, programs=1)),
     (16384, LaunchConfig(tile=8192, max_columns=16384, num_warps=16, num_stages=2, tiles=4, programs=1)),
 )
-_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=16384, max_columns=8192, num_warps=16, tiles=4)),)
+_NORM_BWD_WIDE: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=4096, num_warps=16, tiles=4)),)
 _REDUCE: Widths = ((2**31, LaunchConfig(tile=16384, max_columns=64, num_warps=4)),)
 _INVERT: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 
@@ -78,6 +79,8 @@ REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
 REGISTER_UNIT = 8
 """A thread gets a multiple of so many registers."""
+ACCESS = 16
+"""Bytes: the widest access of a thread."""
 LONG_SAMPLE = 4
 """The least number of tiles of a sample for which tiles don't span samples."""
 IDLE_COLUMNS = 0.03
@@ -124,7 +127,7 @@ class Tiles:
         reason = why_not_rows(num_rows)
         if reason is not None:  # a compiled graph doesn't call `why_not`
             raise RuntimeError(f"{op}: {reason}: split the batch, or take another backend (rdp.use_backend)")
-        config = config_for(op, device, width * itemsize)
+        config = config_for(op, device, width * itemsize * (1 if is_aligned(width, itemsize) else 2))
         block_m, block_n = block_shape(config, num_rows if channels is None else channels, width, itemsize, whole_rows)
         column_blocks = 1 if whole_rows else cdiv(width, block_n)
         by_sample = positions is not None and positions >= LONG_SAMPLE * block_m
@@ -197,8 +200,15 @@ def block_shape(config: LaunchConfig, num_rows: int, width: int, itemsize: int, 
     """Rows and columns of a tile, powers of 2."""
     largest = max(config.max_columns // itemsize, 1)
     columns = min(next_power_of_2(width), largest) if whole_rows else _columns(width, largest)
-    rows = min(max(config.tile // (columns * itemsize), 1), next_power_of_2(num_rows))
+    # Other rows are accessed element by element. A thread needs registers for the addresses, so that it gets fewer.
+    tile = config.tile if is_aligned(width, itemsize) else config.tile // 4
+    rows = min(max(tile // (columns * itemsize), 1), next_power_of_2(num_rows))
     return rows, columns
+
+
+def is_aligned(width: int, itemsize: int) -> bool:
+    """Whether rows can be accessed in 16 bytes."""
+    return width * itemsize % ACCESS == 0
 
 
 def _columns(width: int, largest: int) -> int:

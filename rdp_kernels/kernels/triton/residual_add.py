@@ -110,7 +110,7 @@ def _residual_add_bwd_kernel(
     same columns, one below the other. If it has a factor for each position, they are all tiles of the same channels in
     `tiles` groups of `channels` rows.
     """
-    column_blocks = tl.cdiv(width, BLOCK_N)
+    column_blocks = max(tl.cdiv(width, BLOCK_N), 1)
     if GAMMA_PER_POSITION:
         channel_blocks = tl.cdiv(channels, BLOCK_M)
         chunk = tl.program_id(0) // channel_blocks
@@ -134,6 +134,7 @@ def _residual_add_bwd_kernel(
         m, exists = tile_rows(
             i + 1, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M
         )
+        exists = exists & (i + 1 < rounds)
         next_k, next_factor = update_rows(inverse_ptr, row_scale_ptr, scale, m // positions, exists, num_rows, COMPUTE)
         m, exists = tile_rows(i, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M)
         b, p = m // positions, m % positions

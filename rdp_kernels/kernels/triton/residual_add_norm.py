@@ -62,10 +62,11 @@ def _residual_add_norm_fwd_kernel(
         )  # fmt: skip
         if gamma_ptr is not None:
             update *= load_columns(gamma_ptr, n, in_width, BLOCK_M).to(COMPUTE)
-    # All loads come before the first store, so that none of them waits.
-    if weight_ptr is not None:
+    # All loads come before the first store, so that none of them waits. The widest rows leave no registers for that.
+    LOADS_FIRST: tl.constexpr = BLOCK_N <= 8192
+    if LOADS_FIRST and weight_ptr is not None:
         weight = load_columns(weight_ptr, n, in_width, BLOCK_M)
-    if bias_ptr is not None:
+    if LOADS_FIRST and bias_ptr is not None:
         bias = load_columns(bias_ptr, n, in_width, BLOCK_M)
     if out_ptr is not None:
         x += tl.where(update_mask[:, None], factor[:, None] * update, 0.0)
@@ -86,8 +87,12 @@ def _residual_add_norm_fwd_kernel(
         tl.store(rstd_ptr + j * positions + p, rstd, mask=saved_mask)
     y = x * rstd[:, None]
     if weight_ptr is not None:
+        if not LOADS_FIRST:
+            weight = load_columns(weight_ptr, n, in_width, BLOCK_M)
         y *= weight.to(COMPUTE)
     if bias_ptr is not None:
+        if not LOADS_FIRST:
+            bias = load_columns(bias_ptr, n, in_width, BLOCK_M)
         y += bias.to(COMPUTE)
     store_rows(next_ptr, frozen_next_ptr, y, j, p, n, next_mask, in_width, num_next_learning, sample_size, width)
 
