@@ -28,7 +28,7 @@ Time = Callable[[list[Launch]], float]
 WORTH = 0.98  # relative to the present numbers' time; smaller gains are noise
 PROGRAMS = (1, 2, 4, 8)  # for each multiprocessor, for kernels that sum over tiles
 STAGES = (1, 2, 3)  # tiles in flight, for the kernel whose loads are pipelined
-WARPS = (2, 4, 8, 16)
+WARPS = (2, 4, 8, 16, 32)
 THREADS = 32  # per warp
 SAME = 1e-5  # tolerance in float32: sums over rows are split differently
 

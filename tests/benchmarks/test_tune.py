@@ -78,7 +78,7 @@ def test_each_width_class_is_searched_on_works_of_its_own():
     def run():
         return (torch.ones(1),)
 
-    works = [Work("residual_add_norm_fwd", row_bytes, run) for row_bytes in (100, 2048, 2049, 8192, 20000)]
+    works = [Work("residual_add_norm_fwd", row_bytes, run) for row_bytes in (100, 2049, 8192, 16384, 20000)]
     found = tuning.tune("residual_add_norm_fwd", works, ON, lambda launches: 1.0)
     table = CONFIGS["residual_add_norm_fwd"]["default"]
     assert [(tuned.largest, tuned.config) for tuned in found] == list(table)
