@@ -1,8 +1,8 @@
 """`python -m benchmarks tune`: searches the launch numbers of the Triton kernels on this machine's GPU.
 
-It tries a grid of block sizes, warps and tiles for each kernel and width, and checks that results stay the same. It
-prints the table for this architecture: paste it into `CONFIGS` of `kernels/triton/launch.py`. It takes minutes. Most of
-them compile kernels; with --processes several processes do so before any kernel is timed.
+It tries tiles, warps, stages and programs for each kernel and width, and checks that results stay the same. It prints
+the table for this architecture: paste it into `CONFIGS` of `kernels/triton/launch.py`. It takes minutes. Most of them
+compile kernels; with --processes several processes do so before any kernel is timed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def search(ops: list[str], device: torch.device, time: Time) -> tuple[list[Tuned
                 code = 1
                 continue
             for each in found:
-                _tell(f"{op} up to {each.largest}: {each.ratio:.3f} × the present time, of {each.tried}: {each.config}")
+                ratio = f"{each.ratio:.3f} × the present time, of {each.tried}"
+                _tell(f"{op} up to {each.largest} bytes: {ratio}: {each.config}")
             tuned += found
     except KeyboardInterrupt:
         _tell("Interrupted.")

@@ -26,7 +26,9 @@ from .op_sets import relative_error
 Results = tuple[Tensor, ...]
 Time = Callable[[list[Launch]], float]
 WORTH = 0.98  # relative to the present numbers' time; smaller gains are noise
-TILES = (8, 16, 32, 64)  # numbers of tiles per program, for kernels that sum over tiles
+PROGRAMS = (1, 2, 4, 8)  # for each multiprocessor, for kernels that sum over tiles
+STAGES = (1, 2, 3)  # tiles in flight, for the kernel whose loads are pipelined
+WARPS = (2, 4, 8, 16)
 THREADS = 32  # per warp
 SAME = 1e-5  # tolerance in float32: sums over rows are split differently
 
@@ -37,13 +39,13 @@ class Work:
 
     Args:
         op: the kernel's name in `CONFIGS`.
-        width: the width of the data that is cut into tiles. The table is looked up by it.
+        row_bytes: the bytes of a row of the data that is cut into tiles. The table is looked up by it.
         kernels: further kernels whose launches are timed, if a sum has two stages.
         run: returns results. They must include everything that the kernel writes.
     """
 
     op: str
-    width: int
+    row_bytes: int
     run: Callable[[], Results]
     kernels: tuple[str, ...] = ()
 
@@ -53,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best numbers of one op up to a width, and their time relative to the present numbers'."""
+    """The best numbers of one op for rows of up to `largest` bytes, and their time relative to the present numbers'."""
 
     op: str
     largest: int
@@ -78,8 +80,8 @@ def tune(
 
 
 def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> None:
-    """Has Triton compile the kernels of `tune` without launching them. Kernels that can't be compiled are skipped, and
-    `tune` reports them. The variants of `TILES` use the same kernels, as none is specialized for `tiles`."""
+    """Has Triton compile the kernels of all candidates without launching them. Kernels that can't be compiled are
+    skipped, and `tune` reports them. `tune` itself compiles the variants of `PROGRAMS`: they depend on the best one."""
 
     def compiled(launch: Launch) -> None:
         with contextlib.suppress(Exception):
@@ -92,11 +94,12 @@ def compile_candidates(op: str, works: Iterable[Work], device: torch.device) -> 
 
 
 def _groups(op: str, works: Iterable[Work], device: torch.device) -> list[tuple[int, LaunchConfig, list[Work]]]:
-    """Returns (largest width, present numbers, works) for each width class of the present table that has a work."""
+    """Returns (most bytes of a row, present numbers, works) for each width class of the present table that has a
+    work."""
     table = _table(op, device)
     groups: dict[int, list[Work]] = {}
     for work in works:
-        groups.setdefault(_class_of(work.width, table), []).append(work)
+        groups.setdefault(_class_of(work.row_bytes, table), []).append(work)
     return [(largest, dict(table)[largest], groups[largest]) for largest in sorted(groups)]
 
 
@@ -135,23 +138,31 @@ def _best(
     for config in candidates(op, present):
         try_out(config)
     if present.tiles > 1:
-        for tiles in TILES:
-            try_out(replace(best, tiles=tiles))
+        for programs in PROGRAMS:
+            try_out(replace(best, programs=programs))
     return Tuned(op, largest, best, best_ratio, len(seen))
 
 
 def candidates(op: str, present: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Yields a grid of tiles and warps with 8 to 64 elements per thread. The tiles of kernels that need whole rows hold
-    whole rows."""
-    sizes, columns = (1024, 2048, 4096, 8192), (512, 1024, 2048, 4096)
-    if op in ("residual_add_norm_fwd", "residual_add_norm_bwd"):
-        sizes, columns = tuple(present.max_columns * rows for rows in (1, 2, 4)), (present.max_columns,)
+    """Yields a grid of tiles, warps and stages with 16 to 128 bytes per thread. A tile of a kernel that needs whole
+    rows holds at least one, even if it is larger than `tile`. Where a kernel sums, programs with more warps are fewer,
+    so that a thread may have about as many registers as at present."""
+    sizes, columns, stages = (2048, 4096, 8192, 16384), (1024, 2048, 4096, 8192), (present.num_stages,)
+    whole_rows = op in ("residual_add_norm_fwd", "residual_add_norm_bwd")
+    if whole_rows:
+        smallest = min(present.tile, present.max_columns)
+        sizes, columns = (smallest, 2 * smallest, 4 * smallest), (present.max_columns,)
     elif op == "sum_partials":
         columns = (64, 128, 256)
-    for tile, width, warps in itertools.product(sizes, columns, (4, 8, 16)):
-        one_row = op != "residual_add_norm_bwd_wide" or tile == width  # this kernel's tiles are parts of one row
-        if width <= tile and one_row and 8 <= tile // (THREADS * warps) <= 64:
-            yield replace(present, tile=tile, max_columns=width, num_warps=warps)
+    if op == "residual_add_norm_bwd":
+        stages = STAGES
+    for tile, width, warps, ahead in itertools.product(sizes, columns, WARPS, stages):
+        threads = THREADS * warps
+        if (width <= tile or whole_rows) and 16 * threads <= tile and max(tile, width) <= 128 * threads:
+            config = replace(present, tile=tile, max_columns=width, num_warps=warps, num_stages=ahead)
+            if present.tiles > 1:
+                config = replace(config, programs=max(present.programs * present.num_warps // warps, 1))
+            yield config
 
 
 def table_source(tuned: Iterable[Tuned], device: torch.device, comment: str = "") -> str:
@@ -171,8 +182,8 @@ def table_source(tuned: Iterable[Tuned], device: torch.device, comment: str = ""
 
 @contextlib.contextmanager
 def using(op: str, largest: int, config: LaunchConfig, device: torch.device) -> Iterator[None]:
-    """Launches within the `with` block use `config` for this op, in the width class up to `largest`."""
-    widths = tuple((width, config if width == largest else other) for width, other in _table(op, device))
+    """Launches within the `with` block use `config` for this op, in the width class up to `largest` bytes."""
+    widths = tuple((most, config if most == largest else other) for most, other in _table(op, device))
     with nothing_prepared(), mock.patch.dict(CONFIGS[op], {architecture(device): widths}):
         yield
 
@@ -181,9 +192,9 @@ def _table(op: str, device: torch.device) -> tuple[tuple[int, LaunchConfig], ...
     return CONFIGS[op].get(architecture(device)) or CONFIGS[op]["default"]
 
 
-def _class_of(width: int, table: Iterable[tuple[int, LaunchConfig]]) -> int:
+def _class_of(row_bytes: int, table: Iterable[tuple[int, LaunchConfig]]) -> int:
     widths = [largest for largest, _ in table]
-    return next((largest for largest in widths if width <= largest), widths[-1])
+    return next((largest for largest in widths if row_bytes <= largest), widths[-1])
 
 
 def _launches(work: Work, op: str, largest: int, config: LaunchConfig, device: torch.device) -> list[Launch]:

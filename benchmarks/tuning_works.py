@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet, row_set
+from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet, compute_dtype, row_set
 from rdp_kernels.kernels.triton import kernels
 
 from .tuning import Work
@@ -59,21 +59,23 @@ class _Tensors:
         self.width = math.prod(shape[2:]) if len(shape) == 4 else channels
 
     def work(self, op: str) -> Work:
-        sums = ()
+        sums, row_bytes = (), self.width * self.residual.itemsize
         if op == "residual_add_fwd":
-            run, width = self.forward, self.width
+            run = self.forward
         elif op == "residual_add_norm_fwd":
-            run, width = self.norm_forward, self.width
-        elif op in ("residual_add_bwd", "sum_partials"):
-            run, width, sums = self.backward(), self.width, ("sum_partials",)
+            run = self.norm_forward
+        elif op == "residual_add_bwd":
+            run, sums = self.backward(), ("sum_partials",)
         elif op in ("residual_add_norm_bwd", "residual_add_norm_bwd_wide"):
-            run, width, sums = self.backward(NORM), self.width, ("sum_partials",)
+            run, sums = self.backward(NORM), ("sum_partials",)
+        elif op == "sum_partials":
+            run, row_bytes = self.backward(), self.gamma.numel() * compute_dtype(self.gamma).itemsize
         elif op == "gather_rows":
-            run, width = self.gather, math.prod(self.residual.shape[1:])
+            run, row_bytes = self.gather, self.residual[0].nbytes
         else:
             assert op == "invert_rows", op
-            run, width = self.invert, self.batch
-        return Work(op, width, lambda: tuple(t for t in run() if t is not None), sums)
+            run, row_bytes = self.invert, self.rows.index.itemsize * self.batch
+        return Work(op, row_bytes, lambda: tuple(t for t in run() if t is not None), sums)
 
     def forward(self) -> Results:
         return self._forward(None)[0]

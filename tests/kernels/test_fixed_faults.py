@@ -37,13 +37,13 @@ TRITON = {
     ),
     "stride: the residual's rows follow each other": (
         "rdp_kernels/kernels/triton/residual_add.py",
-        "x = tl.load(residual_ptr + offsets(b, p, n, residual_row_stride, width)",
-        "x = tl.load(residual_ptr + offsets(b, p, n, sample_size, width)",
+        "pointers(residual_ptr, b, p, n, residual_row_stride, width)",
+        "pointers(residual_ptr, b, p, n, sample_size, width)",
     ),
     "scale: not in the gradient": (
         "rdp_kernels/kernels/triton/residual_add.py",
-        "d = tl.where(update_mask[:, None], factor[:, None] * d, 0.0)",
-        "d = tl.where(update_mask[:, None], d, 0.0)",
+        "d = keep_rows(factor[:, None] * d, row_scale_ptr, update_mask)",
+        "d = keep_rows(d, row_scale_ptr, update_mask)",
     ),
     "γ: the next position's": (
         "rdp_kernels/kernels/triton/residual_add.py",
@@ -101,23 +101,23 @@ CUDA = {
     ),
     "stride: the residual's rows follow each other": (
         "csrc/cuda/residual_add.cuh",
-        "load<S, N>(sum, at<const S>(call.residual, sample, offset));",
-        "load<S, N>(sum, static_cast<const S*>(call.residual.data) + sample * size + offset);",
+        "at<const S>(call.residual, sample, offset)",
+        "static_cast<const S*>(call.residual.data) + sample * call.geometry.sample_size() + offset",
     ),
     "scale: not where there is a γ": (
         "csrc/cuda/residual_add.cuh",
-        "sum[i] = added(sum[i], call.gamma ? scale * gamma[i] : scale, update[i]);",
-        "sum[i] = added(sum[i], call.gamma ? gamma[i] : scale, update[i]);",
+        "sum[i] = added(sum[i], scale * factors[i], update[i]);",
+        "sum[i] = added(sum[i], call.gamma ? factors[i] : scale, update[i]);",
     ),
     "γ: the next pack's": (
         "csrc/cuda/residual_add.cuh",
-        "call.geometry.gamma_per_position, gamma_index(call.geometry, offset));",
-        "call.geometry.gamma_per_position, gamma_index(call.geometry, offset + N));",
+        "load_gamma(factors, gamma, modulo(offset, geometry.width));",
+        "load_gamma(factors, gamma, modulo(offset + N, geometry.width));",
     ),
     "γ per position: the next channel's": (
         "csrc/cuda/residual_add.cuh",
-        "return modulo(quotient(offset, geometry.width), geometry.channels);",
-        "return modulo(quotient(offset, geometry.width) + 1, geometry.channels);",
+        "load_gamma(factor, gamma, modulo(quotient(offset, geometry.width), geometry.channels));",
+        "load_gamma(factor, gamma, modulo(quotient(offset, geometry.width) + 1, geometry.channels));",
     ),
     "sums: without the last partial": (
         "csrc/cuda/residual_add.cuh",
@@ -126,8 +126,8 @@ CUDA = {
     ),
     "rows: one frozen row for all": (
         "csrc/cuda/residual_add.cuh",
-        "load<U, N>(update, at<const U>(learning_or_frozen, update_row.part_index, offset));",
-        "load<U, N>(update, at<const U>(learning_or_frozen, update_row.learns ? update_row.part_index : 0, offset));",
+        "at<const U>(learning_or_frozen, update_row.part_index, offset)",
+        "at<const U>(learning_or_frozen, update_row.learns ? update_row.part_index : 0, offset)",
     ),
 }
 

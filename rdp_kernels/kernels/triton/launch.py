@@ -85,11 +85,10 @@ LONG_SAMPLE = 4
 """The least number of tiles of a sample for which tiles don't span samples."""
 IDLE_COLUMNS = 0.03
 """The share of a tile's columns that may lie beyond a tensor's width, for tiles of wider rows."""
-
-
-MAX_TILE_ROWS = 2**31 - 2**23
-"""Row numbers are 32-bit. The last program may run up to 2²³ rows past the end, so the limit stays that far below
-2³¹."""
+MAX_PROGRAM_ROWS = 2**23
+"""The most rows of a program."""
+MAX_TILE_ROWS = 2**31 - MAX_PROGRAM_ROWS
+"""Row numbers are 32-bit. The last program may run past the end, so the limit stays a program's rows below 2³¹."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Tiles:
         tiles = 1
         if sums:
             most = max(config.programs * multiprocessors(device) // max(others, 1), 1)
-            tiles = min(max(least, cdiv(blocks, most)), max(blocks, 1))
+            tiles = min(max(least, cdiv(blocks, most)), max(blocks, 1), MAX_PROGRAM_ROWS // block_m - 1)
         return cls(config, block_m, block_n, cdiv(blocks, tiles), others, tiles, by_sample)
 
     @property
