@@ -43,7 +43,7 @@ Widths = tuple[tuple[int, LaunchConfig], ...]
 # latency of memory by its number of threads: a pipeline would bring shared memory and barriers, of which it has none.
 # The norm's backward has few threads and many registers, so that its loads are pipelined. Up to rows of 8192 bytes two
 # tiles are loaded ahead; wider ones would need more shared memory than some GPUs have (99 KB).
-_ADD: Widths = ((2**31, LaunchConfig(tile=2048, max_columns=2048, num_warps=4)),)
+_ADD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4)),)
 _ADD_BWD: Widths = ((2**31, LaunchConfig(tile=4096, max_columns=2048, num_warps=4, tiles=4, programs=5)),)
 _GATHER: Widths = ((2**31, LaunchConfig(tile=8192, max_columns=8192, num_warps=4)),)
 _NORM: Widths = (
