@@ -23,7 +23,7 @@ def files_crossed(call):
     files, inside = set(), []
 
     def on_event(frame, event, _):
-        if frame.f_code.co_name.endswith("_kernel"):
+        if frame.f_code.co_name.endswith("_kernel") and event in ("call", "return"):
             inside.append(frame) if event == "call" else inside.remove(frame)
         path = Path(frame.f_code.co_filename)
         if event == "call" and not inside and path.is_relative_to(PACKAGE):
