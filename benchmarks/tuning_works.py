@@ -10,6 +10,7 @@ import torch
 
 from rdp_kernels.kernels.spec import Add, NextInput, Operands, Results, RowSet, compute_dtype, row_set
 from rdp_kernels.kernels.triton import kernels
+from rdp_kernels.kernels.triton.launch import row_bytes
 
 from .tuning import Work
 
@@ -59,7 +60,7 @@ class _Tensors:
         self.width = math.prod(shape[2:]) if len(shape) == 4 else channels
 
     def work(self, op: str) -> Work:
-        sums, row_bytes = (), self.width * self.residual.itemsize
+        sums, size = (), row_bytes(self.width, self.residual.itemsize)
         if op == "residual_add_fwd":
             run = self.forward
         elif op == "residual_add_norm_fwd":
@@ -69,13 +70,13 @@ class _Tensors:
         elif op in ("residual_add_norm_bwd", "residual_add_norm_bwd_wide"):
             run, sums = self.backward(NORM), ("sum_partials",)
         elif op == "sum_partials":
-            run, row_bytes = self.backward(), self.gamma.numel() * compute_dtype(self.gamma).itemsize
+            run, size = self.backward(), row_bytes(self.gamma.numel(), compute_dtype(self.gamma).itemsize)
         elif op == "gather_rows":
-            run, row_bytes = self.gather, self.residual[0].nbytes
+            run, size = self.gather, row_bytes(self.residual[0].numel(), self.residual.itemsize)
         else:
             assert op == "invert_rows", op
-            run, row_bytes = self.invert, self.rows.index.itemsize * self.batch
-        return Work(op, row_bytes, lambda: tuple(t for t in run() if t is not None), sums)
+            run, size = self.invert, row_bytes(self.batch, self.rows.index.itemsize)
+        return Work(op, size, lambda: tuple(t for t in run() if t is not None), sums)
 
     def forward(self) -> Results:
         return self._forward(None)[0]

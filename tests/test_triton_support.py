@@ -104,8 +104,9 @@ def test_a_compiled_graph_refuses_when_it_runs():
 @pytest.mark.parametrize("width", [1, 2, 64, 384, 1024, 4096, 16384])
 def test_the_last_program_stays_below_31_bits(op, width):
     for sums in (False, True):
-        for whole_rows in (False, True):
-            tiles = Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS, width, 2, whole_rows, sums)
+        for whole_rows, positions in ((False, None), (True, None), (True, 96)):
+            device, most = torch.device(DEVICE), launch.MAX_TILE_ROWS // 96 * 96
+            tiles = Tiles.of(op, device, most, width, 2, whole_rows, sums, positions=positions)
             assert (tiles.row_blocks * tiles.tiles + 1) * tiles.block_m < 2**31, "rows are looked up one tile ahead"
     with pytest.raises(RuntimeError, match=f"{op}: "):
         Tiles.of(op, torch.device(DEVICE), launch.MAX_TILE_ROWS + 1, width, 2)
@@ -124,6 +125,17 @@ def test_partial_sums_are_bounded(num_rows, width, channels, itemsize):
     assert most / 2 < tiles.num_programs <= max(most, tiles.column_blocks)
     blocks = -(-num_rows // tiles.block_m) if channels is None else num_rows // channels
     assert (tiles.row_blocks - 1) * tiles.tiles < blocks <= tiles.row_blocks * tiles.tiles
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize(("width", "positions"), [(384, 197), (768, 1), (1024, 49), (2048, 4096), (16384, 197)])
+def test_partial_sums_of_a_norm_are_bounded(width, positions, itemsize):
+    """As of an add. Samples are cut into tiles one by one where they are long."""
+    for op in ("residual_add_norm_bwd", "residual_add_norm_bwd_wide"):
+        tiles = Tiles.of(op, torch.device("meta"), 4096 * positions, width, itemsize, True, True, positions=positions)
+        assert tiles.num_programs <= 4 * 132
+        of_a_sample = -(-positions // tiles.block_m) if tiles.by_sample else positions / tiles.block_m
+        assert (tiles.row_blocks - 1) * tiles.tiles < 4096 * of_a_sample <= tiles.row_blocks * tiles.tiles
 
 
 @pytest.mark.parametrize(

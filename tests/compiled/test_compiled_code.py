@@ -70,6 +70,7 @@ NORM_CASES = (
     Case("norm: 64, the smallest tile", (8, 197, 64), fp32, norm="layer", **MIXED),
     Case("norm: 1024 in fp32", (8, 33, 1024), fp32, norm="rms", **MIXED),
     Case("norm: 2048", (8, 33, 2048), norm="layer", **MIXED),
+    Case("norm: 2048 in fp32", (8, 33, 2048), fp32, norm="layer", **MIXED),
     Case("norm: 4096, most sums in registers", (8, 33, 4096), fp32, norm="layer", **MIXED),
     Case("norm: 8192, sums in memory", (8, 33, 8192), norm="layer", **MIXED, quick=True),
     Case("norm: 16384, the widest", (8, 33, 16384), fp32, norm="layer", **MIXED),
@@ -79,6 +80,8 @@ NORM_CASES = (
 NARROW_CASES = (
     Case("odd C", (8, 197, 385), **MIXED, narrow=EVERYTHING),
     Case("C of 8 x 9", (8, 197, 72), fp32, narrow=EVERYTHING),
+    Case("C of 8 x 125, relu", (8, 197, 1000), fp32, **MIXED, row_scale=True, activation="relu", narrow=EVERYTHING),
+    Case("norm: C of 8 x 125", (8, 197, 1000), norm="layer", **MIXED, row_scale=True, narrow=EVERYTHING),
     Case("14 x 14 with gamma, C = 64", (8, 64, 14, 14), channel_dim=1, narrow=BIG),
     Case(
         "only the residual's address is odd",

@@ -22,6 +22,7 @@ WIDTHS = (384, 768, 1024, 1536, 4096)
 DTYPES = (torch.bfloat16, torch.float32)
 ADD = Case("add", (64, 197, 0), row_scale=True)
 ADD_ROWS = Case("add rows", (64, 197, 0), rows="some", next_rows="some")
+ADD_MIXED = Case("add, frozen rows", (64, 197, 0), rows="mixed", next_rows="mixed", row_scale=True)
 NORM = Case("norm", (64, 197, 0), norm="layer", next_rows="all", row_scale=True)
 NORM_ROWS = Case("norm rows", (64, 197, 0), norm="layer", rows="some", next_rows="some")
 GATHER = Case("gather", (64, 197, 0), rows=None, next_rows="some")
@@ -36,7 +37,7 @@ CALLS = [
     for architecture in CUDA
     for width in WIDTHS
     for dtype in DTYPES
-    for case in (ADD, ADD_ROWS, NORM, NORM_ROWS, GATHER, WIDE_VECTORS)
+    for case in (ADD, ADD_ROWS, ADD_MIXED, NORM, NORM_ROWS, GATHER, WIDE_VECTORS)
 ]
 WARPS_OF_FOUR_PROGRAMS = 16
 ENOUGH = {

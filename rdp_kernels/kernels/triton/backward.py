@@ -22,7 +22,7 @@ from .residual_add_norm_wide import _residual_add_norm_bwd_wide_kernel
 WIDEST_SUM_IN_REGISTERS = 16384
 """Bytes of a row of sums. A program of the norm's backward keeps up to three of them in registers, beside the tile that
 it works on. Half as many where each element takes an address as well."""
-MANY = 1 << 20
+MANY_ROWS = 1 << 20
 VECTORS = ("gamma", "weight", "bias")
 
 
@@ -32,7 +32,7 @@ class Sums:
     def __init__(self, context: Context, num_partials: int, width: int, num_vectors: int):
         self.context, self.shape = context, (num_vectors, num_partials, width)
         # The tiles are those of many rows, so that one kernel serves any number of them.
-        tiles = Tiles.of("sum_partials", context.device, MANY, width, context.compute.itemsize)
+        tiles = Tiles.of("sum_partials", context.device, MANY_ROWS, width, context.compute.itemsize)
         self.launch = PreparedLaunch(_sum_partials_kernel, tiles.config, context.device)
         self.num_programs = tiles.column_blocks * num_vectors
         self.absent = (None,) * (3 - num_vectors)
@@ -102,7 +102,7 @@ class Backward:
         tiling = tiling_of(context, add.channel_dim if reads_gamma else None, self.normed)
         num_positions = self.batch_size * tiling.positions
         itemsize, widest = itemsize_of(context), WIDEST_SUM_IN_REGISTERS
-        wide = tiling.width * context.compute.itemsize > (widest if is_aligned(tiling.width, itemsize) else widest // 2)
+        wide = tiling.width * context.compute.itemsize > (widest if is_aligned(tiling.width) else widest // 2)
         kernel, op = _residual_add_bwd_kernel, "residual_add_bwd"
         if self.normed:
             kernel = _residual_add_norm_bwd_wide_kernel if wide else _residual_add_norm_bwd_kernel

@@ -79,8 +79,6 @@ REGISTERS = 65536
 """The 32-bit registers of a multiprocessor, on every CUDA architecture so far."""
 REGISTER_UNIT = 8
 """A thread gets a multiple of so many registers."""
-ACCESS = 16
-"""Bytes: the widest access of a thread."""
 LONG_SAMPLE = 4
 """The least number of tiles of a sample for which tiles don't span samples."""
 IDLE_COLUMNS = 0.03
@@ -126,7 +124,7 @@ class Tiles:
         reason = why_not_rows(num_rows)
         if reason is not None:  # a compiled graph doesn't call `why_not`
             raise RuntimeError(f"{op}: {reason}: split the batch, or take another backend (rdp.use_backend)")
-        config = config_for(op, device, width * itemsize * (1 if is_aligned(width, itemsize) else 2))
+        config = config_for(op, device, row_bytes(width, itemsize))
         block_m, block_n = block_shape(config, num_rows if channels is None else channels, width, itemsize, whole_rows)
         column_blocks = 1 if whole_rows else cdiv(width, block_n)
         by_sample = positions is not None and positions >= LONG_SAMPLE * block_m
@@ -171,10 +169,10 @@ def options_of(config: LaunchConfig, device: torch.device) -> dict[str, int]:
     return options
 
 
-def config_for(op: str, device: torch.device, row_bytes: int) -> LaunchConfig:
+def config_for(op: str, device: torch.device, size: int) -> LaunchConfig:
     """The numbers for kernel `op` on rows of so many bytes."""
     widths = CONFIGS[op].get(architecture(device)) or CONFIGS[op]["default"]
-    return next((config for largest, config in widths if row_bytes <= largest), widths[-1][1])
+    return next((config for largest, config in widths if size <= largest), widths[-1][1])
 
 
 @functools.cache
@@ -200,14 +198,19 @@ def block_shape(config: LaunchConfig, num_rows: int, width: int, itemsize: int, 
     largest = max(config.max_columns // itemsize, 1)
     columns = min(next_power_of_2(width), largest) if whole_rows else _columns(width, largest)
     # Other rows are accessed element by element. A thread needs registers for the addresses, so that it gets fewer.
-    tile = config.tile if is_aligned(width, itemsize) else config.tile // 4
+    tile = config.tile if is_aligned(width) else config.tile // 4
     rows = min(max(tile // (columns * itemsize), 1), next_power_of_2(num_rows))
     return rows, columns
 
 
-def is_aligned(width: int, itemsize: int) -> bool:
-    """Whether rows can be accessed in 16 bytes."""
-    return width * itemsize % ACCESS == 0
+def row_bytes(width: int, itemsize: int) -> int:
+    """The bytes of a row, by which the numbers are looked up. They count twice where elements are accessed one by one."""
+    return width * itemsize * (1 if is_aligned(width) else 2)
+
+
+def is_aligned(width: int) -> bool:
+    """Whether Triton accesses rows in 16 bytes: it marks the widths that 16 divides."""
+    return width % 16 == 0
 
 
 def _columns(width: int, largest: int) -> int:

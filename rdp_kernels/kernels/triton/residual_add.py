@@ -128,14 +128,18 @@ def _residual_add_bwd_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     m, exists = tile_rows(0, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M)
     next_k, next_factor = update_rows(inverse_ptr, row_scale_ptr, scale, m // positions, exists, num_rows, COMPUTE)
+    if dfrozen_update_ptr is not None:  # registers are scarce
+        next_k = next_k.to(tl.int32)
     for i in range(0, rounds):
         # A tile's rows and scales are looked up one tile ahead, so that its loads don't wait for them.
-        k, factor = next_k, next_factor
+        k, factor = next_k.to(tl.int64), next_factor
         m, exists = tile_rows(
             i + 1, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M
         )
         exists = exists & (i + 1 < rounds)
         next_k, next_factor = update_rows(inverse_ptr, row_scale_ptr, scale, m // positions, exists, num_rows, COMPUTE)
+        if dfrozen_update_ptr is not None:
+            next_k = next_k.to(tl.int32)
         m, exists = tile_rows(i, chunk, c, tiles, column_blocks, channels, num_positions, GAMMA_PER_POSITION, BLOCK_M)
         b, p = m // positions, m % positions
         if GAMMA_PER_POSITION:

@@ -63,7 +63,7 @@ def _residual_add_norm_fwd_kernel(
         if gamma_ptr is not None:
             update *= load_columns(gamma_ptr, n, in_width, BLOCK_M).to(COMPUTE)
     # All loads come before the first store, so that none of them waits. The widest rows leave no registers for that.
-    LOADS_FIRST: tl.constexpr = BLOCK_N <= 8192
+    LOADS_FIRST: tl.constexpr = BLOCK_N * COMPUTE.primitive_bitwidth <= 8192 * 32
     if LOADS_FIRST and weight_ptr is not None:
         weight = load_columns(weight_ptr, n, in_width, BLOCK_M)
     if LOADS_FIRST and bias_ptr is not None:
