@@ -204,7 +204,7 @@ def block_shape(config: LaunchConfig, num_rows: int, width: int, itemsize: int, 
 
 
 def row_bytes(width: int, itemsize: int) -> int:
-    """The bytes of a row, by which the numbers are looked up. They count twice where elements are accessed one by one."""
+    """The bytes of a row, by which numbers are looked up. They count twice where elements are accessed one by one."""
     return width * itemsize * (1 if is_aligned(width) else 2)
 
 
