@@ -142,7 +142,7 @@ def test_gfx942_code(case: Case, architecture: str):
     for launch in caught_launches(case.run, architecture):
         facts = read_amd_facts(compile_launch(launch, TARGETS[architecture]))
         assert facts["private_segment_fixed_size"] == facts["vgpr_spill_count"] == 0, launch.kernel.__name__
-        assert facts["max_flat_workgroup_size"] == 64 * launch.config.num_warps <= 1024, launch.kernel.__name__
+        assert facts["max_flat_workgroup_size"] == 64 * launch.options["num_warps"] <= 1024, launch.kernel.__name__
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

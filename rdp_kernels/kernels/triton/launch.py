@@ -163,6 +163,8 @@ def options_of(config: LaunchConfig, device: torch.device) -> dict[str, int]:
     """Triton's options. On CUDA they grant all the registers that the threads of `programs` programs can have: left to
     itself, the assembler spills a few so that one more program can run at a time."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if architecture(device).startswith("gfx"):  # a warp has 64 threads there, and a program at most 1024
+        options["num_warps"] = min(config.num_warps, 16)
     if architecture(device).startswith("sm_"):
         of_a_thread = REGISTERS // (32 * config.num_warps * config.programs)
         options["maxnreg"] = min(255, of_a_thread - of_a_thread % REGISTER_UNIT)
