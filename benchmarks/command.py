@@ -29,14 +29,19 @@ def add_options(parser: argparse.ArgumentParser, turns: str, quick: str, tiny: s
     parser.add_argument("--turns", type=count, help=turns)
     add_sizes(parser, quick, tiny)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
+    add_files(parser)
     name = parser.prog.split()[-1]
     if name in plots.FIGURES:
         more = "".join(f", and PATH{ending} beside it" for ending in plots.FIGURES[name] if ending)
         text = f"draw the rows to this file, as {', '.join(SUFFIXES)}{more}"
         parser.add_argument("--plot", type=plottable, metavar="PATH", help=text)
     parser.set_defaults(command=name)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Adds --json and --csv."""
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
+    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
 
 
 def add_sizes(parser: argparse.ArgumentParser, quick: str, tiny: str) -> None:

@@ -111,6 +111,7 @@ def expectation(launch: Launch, code: CudaCode, gpu: GPU) -> Row:
         "warps": warps,
         "registers": code.registers,
         "shared_bytes": code.shared_bytes,
+        "barriers_in_loop": code.barriers_in_loop,
         "programs_fit": fitting,
         "in_flight": in_flight,
         "needed_in_flight": gpu.in_flight,

@@ -25,7 +25,6 @@ from .harness import Row
 from .machine import Device, facts
 from .op_cases import DENSE, GATHER, NORM, OPS, ROWS, TINY, VIT_B, VIT_S
 from .op_kinds import Setting
-from .output import writable
 
 SHAPES = (VIT_S, VIT_B, (32, 256, 1024), (48, 257, 1536), (16, 257, 4096))
 KEPT = {DENSE: 0.8, ROWS: 0.5, GATHER: 0.5, NORM: 0.8}
@@ -47,8 +46,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
+    command.add_files(parser)
     parser.set_defaults(run=run)
 
 

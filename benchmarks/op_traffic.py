@@ -35,7 +35,6 @@ from .op_cases import CHAIN, DENSE, GATHER, NORM, NORM_ROWS, OPS, PATH, RELU, RM
 from .op_goals import setting_of
 from .op_kinds import Setting
 from .op_providers import EAGER, OURS, OURS_EAGER, Runner, Sets, on_backend
-from .output import writable
 from .pass_tables import Columns, pass_tables
 
 PASSES = ("forward", "backward")
@@ -71,8 +70,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"some of {', '.join(OPS)}"
     )
     command.add_sizes(parser, "half of the settings", "tiny tensors, where vectors are a large part of the bytes")
-    parser.add_argument("--json", type=writable, metavar="PATH", help="write the rows to this file")
-    parser.add_argument("--csv", type=writable, metavar="PATH", help="write the rows to this file too")
+    command.add_files(parser)
     parser.set_defaults(run=run)
 
 

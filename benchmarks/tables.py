@@ -272,6 +272,44 @@ def expected_table(rows: list[CsvRow], measured: list[CsvRow]) -> str:
     return "\n".join([*lines, "", note])
 
 
+RANGES = (
+    ("add's forward", ("residual_add", "residual_add rows"), "forward", ("residual_add_fwd",)),
+    ("add's backward", ("residual_add", "residual_add rows"), "backward", ("residual_add_bwd",)),
+    (
+        "the same with its second stage",
+        ("residual_add", "residual_add rows"),
+        "backward",
+        ("residual_add_bwd", "sum_partials"),
+    ),
+    ("norm's forward", ("residual_add_norm",), "forward", ("residual_add_norm_fwd",)),
+    ("norm's backward", ("residual_add_norm",), "backward", ("residual_add_norm_bwd",)),
+    ("the same with its second stage", ("residual_add_norm",), "backward", ("residual_add_norm_bwd", "sum_partials")),
+    ("gather's forward", ("gather_rows",), "forward", ("gather_rows",)),
+    ("gather's backward", ("gather_rows",), "backward", ("residual_add_fwd",)),
+)
+"""Name, ops, pass, and kernels whose launches count together."""
+
+
+def expected_ranges_table(rows: list[CsvRow], before: list[CsvRow]) -> str:
+    """The lowest and the highest expected share over all shapes, of the kernels before a change and after it."""
+
+    def spread(rows: list[CsvRow], ops: tuple[str, ...], direction: str, kernels: tuple[str, ...], dtype: str) -> str:
+        chosen = [r for r in rows if r["op"] in ops and r["pass"] == direction and r["kernel"] in kernels]
+        shares = []
+        for _, group in itertools.groupby((r for r in chosen if r["dtype"] == dtype), lambda r: (r["op"], r["shape"])):
+            launches = [(float(row["bytes"]), float(row["expected_share"])) for row in group]
+            shares.append(sum(size for size, _ in launches) / sum(size / share for size, share in launches))
+        return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+
+    lines = ["| | bfloat16: before | now | float32: before | now |", "|" + "---|" * 5]
+    for name, *what in RANGES:
+        cells = [spread(each, *what, dtype) for dtype in ("bfloat16", "float32") for each in (before, rows)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"Expected on an {rows[0]['gpu']}, not measured. Before: the kernels of commit 6d8951a."]
+    )
+
+
 def _refuse_quick(rows: list[CsvRow]) -> None:
     if any(row["size"] != "full" for row in rows):
         raise TableError("it holds the rows of a --quick run")
@@ -312,9 +350,10 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "shares": ("scaling-cpu.csv", shares_table),
     "traffic": ("traffic.csv", traffic_table),
     "expected": ("expected-sm_90.csv", expected_table),
+    "expected-ranges": ("expected-sm_90.csv", expected_ranges_table),
     "digits": ("digits-cpu.csv", digits_table),
     **EVIDENCE,
 }
 """Name on a page → file in `benchmarks/results/`, and its rows → markdown."""
-FURTHER = {"expected": "ops-h200.csv"}
+FURTHER = {"expected": "ops-h200.csv", "expected-ranges": "expected-sm_90-6d8951a.csv"}
 """Name on a page → a second file, whose rows the table shows too. It may be missing, and has no rows then."""

@@ -75,6 +75,7 @@ def test_nothing_waits_without_need(case: Case, architecture: str, read: Read):
         elif kernel == "_residual_add_norm_bwd_kernel":
             assert code.barriers_in_loop <= 3, what
             assert code.async_copies[16] >= 4, f"dout, dnext, the norm's input and the update: {what}"
+            assert code.bytes_ahead >= 4 * 16, f"copies wait for each other: {what}"
         if kernel in ENOUGH:
             # Asynchronous loads of the next tiles stand behind the stores, and wait for nothing.
             assert code.loads_before_store or "norm_bwd" in kernel, what
