@@ -83,6 +83,14 @@ def test_partial_sums_are_bounded_against_float64(shape, channel_dim):
     assert 1 < partial_rows <= int(os.environ.get("RDP_MAX_CHUNKS", 512))
 
 
+def test_blocks_that_sum_are_bounded_against_float64():
+    """Five blocks cover the columns, so that there are fewer rows of partial sums than chunks could be."""
+    shape, blocks = (1, 3000, 600), 5
+    check(Case(shape, ("float32",) * 4, gamma=True), ops.residual_add)
+    most = max(int(os.environ.get("RDP_MAX_SUM_BLOCKS", 2048)) // blocks, 1)
+    assert scratch_bytes(LIBRARY) / (4 * shape[-1]) == min(3000 // 64 + 1, most)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_rows_against_float64(dtype):
     """An empty gradient has no data, but a dtype, and the residual's zeros are written in that dtype."""

@@ -2,13 +2,13 @@ import functools
 
 import pytest
 import torch
-from hypothesis import assume, reject
+from hypothesis import assume
 
 import rdp_kernels as rdp
 from tests.conftest import INTERPRETED
 
 from .budget import check
-from .cases import BACKENDS, NUMERICS_BACKENDS
+from .cases import BACKENDS, NUMERICS_BACKENDS, drawn_again_if_unsupported
 from .interpreter import faithful_cast, remembered_builtins
 
 
@@ -21,7 +21,7 @@ def backend(request):
 
 @pytest.fixture(params=NUMERICS_BACKENDS)
 def numerics_backend(request):
-    """The same, for calls that this backend may not support; `check_new` leaves those out."""
+    """The same, for calls that this backend may not support; `drawn_again_if_unsupported` leaves those out."""
     with rdp.use_backend(request.param):
         yield request.param
 
@@ -33,12 +33,8 @@ def check_new():
 
     def check_new(case, op):
         assume(case not in passed)
-        try:
+        with drawn_again_if_unsupported():
             check(case, op)
-        except RuntimeError as error:
-            if "the CUDA kernels of the compiled library" not in str(error):
-                raise
-            reject()
         passed.add(case)
 
     return check_new

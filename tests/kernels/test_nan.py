@@ -1,11 +1,13 @@
 """NaN in elements that a call doesn't need doesn't leak: results have the same bits as with numbers there."""
 
+from dataclasses import replace
+
 import torch
-from hypothesis import given
+from hypothesis import example, given
 
 from . import ops
 from .budget import gradients, same
-from .cases import examples, joints
+from .cases import VECTORS, Case, drawn_again_if_unsupported, examples, joints
 from .tiles import cut
 from .values import douts_of, operands_of
 
@@ -16,7 +18,7 @@ def samples_of(rows, batch_size):
 
 @examples(60)
 @given(case=joints().filter(lambda case: case.activation is None and case.shape[0] > 1))
-def test_nan_stays_in_its_rows(backend, case):
+def test_nan_stays_in_its_rows(numerics_backend, case):
     """The residual is NaN at samples that aren't in the next input, the gradient at samples without an update, and the
     update at frozen rows that aren't in the next input."""
     batch_size = case.shape[0]
@@ -32,7 +34,7 @@ def test_nan_stays_in_its_rows(backend, case):
             operands.residual[stays] = poison
             if operands.frozen_update is not None and case.row_scale != 0 and case.layouts[1] != "expanded":
                 operands.frozen_update[frozen] = poison
-        with cut(case.tiles):
+        with cut(case.tiles), drawn_again_if_unsupported():
             results = ops.joint(operands, case)
             douts = douts_of(case, results)
             if douts.out is not None:
@@ -50,3 +52,38 @@ def test_nan_stays_in_its_rows(backend, case):
     if grads.residual is not None:
         reading = sorted(reads)
         assert torch.equal(grads.residual[reading], expected_grads.residual[reading])
+
+
+FROZEN_NEXT = Case(
+    (4, 8, 16),
+    adds=False,
+    gives_next=True,
+    next_rows=(2, 0, 3),
+    num_next_learning=2,
+    norm="layer",
+    weight=True,
+    bias=True,
+)
+
+
+@example(case=FROZEN_NEXT)
+@example(case=replace(FROZEN_NEXT, tiles="wide"))
+@examples(60)
+@given(case=joints().filter(lambda case: case.num_next_learning is not None))
+def test_nan_of_frozen_samples_reaches_no_sum(numerics_backend, case):
+    """The residual is NaN at samples that are frozen, or have no update, and are frozen in the next input."""
+    learning = samples_of(case.learning, case.shape[0]) if case.adds and case.row_scale != 0 else set()
+    frozen = sorted({row for part in case.next_parts[1:] for row in part} - learning)
+
+    def run(poison):
+        operands = operands_of(case)
+        with torch.no_grad():
+            operands.residual[frozen] = poison
+        with cut(case.tiles), drawn_again_if_unsupported():
+            results = ops.joint(operands, case)
+            return gradients(results, operands, douts_of(case, results))
+
+    grads, expected = run(torch.nan), run(1.0)
+    for name in ("update", *VECTORS):
+        actual, wanted = getattr(grads, name), getattr(expected, name)
+        assert (actual is None and wanted is None) or torch.equal(actual, wanted), name

@@ -80,6 +80,14 @@ def keep_rows(d, row_scale_ptr, update_mask):
 
 
 @triton.jit
+def learning_rows(x, frozen_ptr, k, num_learning):
+    """`x` with zeros for frozen rows, which may hold NaN."""
+    if frozen_ptr is not None:
+        x = tl.where((k < num_learning)[:, None], x, 0.0)
+    return x
+
+
+@triton.jit
 def sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE: tl.constexpr):
     """Masks of the samples for which a backward loads `dout`, and of those for which it stores `dresidual`."""
     if dresidual_ptr is None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from .common import (
     keep_rows,
     kernel,
+    learning_rows,
     load_columns,
     load_normalized,
     load_rows,
@@ -173,13 +174,10 @@ def _residual_add_norm_bwd_kernel(
                     update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
                 )
 
-            learning_dy = dy
-            if dfrozen_next_ptr is not None:
-                learning_dy = tl.where((j < num_next_learning)[:, None], dy, 0.0)
             if dweight_ptr is not None:
-                weight_total += learning_dy * x_hat
+                weight_total += learning_rows(dy * x_hat, dfrozen_next_ptr, j, num_next_learning)
             if dbias_ptr is not None:
-                bias_total += learning_dy
+                bias_total += learning_rows(dy, dfrozen_next_ptr, j, num_next_learning)
             if weight_ptr is not None:
                 dy *= weight.to(COMPUTE)
             if CENTERS:

@@ -13,6 +13,7 @@ import triton.language as tl
 from .common import (
     keep_rows,
     kernel,
+    learning_rows,
     load_columns,
     load_normalized,
     load_rows,
@@ -91,13 +92,12 @@ def _residual_add_norm_bwd_wide_kernel(
                     update_ptr, None, k, p, n, dgamma_mask, in_width, num_learning, update_row_stride, 0, width, COMPUTE
                 )
             cell = tl.program_id(0).to(tl.int64) * width + n
-            learning_dy = dy
-            if dfrozen_next_ptr is not None:
-                learning_dy = tl.where((j < num_next_learning)[:, None], dy, 0.0)
             if dweight_ptr is not None:
-                _add(dweight_ptr + cell, learning_dy * x_hat, tile, n < width)
+                x = learning_rows(dy * x_hat, dfrozen_next_ptr, j, num_next_learning)
+                _add(dweight_ptr + cell, x, tile, n < width)
             if dbias_ptr is not None:
-                _add(dbias_ptr + cell, learning_dy, tile, n < width)
+                x = learning_rows(dy, dfrozen_next_ptr, j, num_next_learning)
+                _add(dbias_ptr + cell, x, tile, n < width)
             if weight_ptr is not None:
                 dy *= load_columns(weight_ptr, n, in_width, BLOCK_M).to(COMPUTE)
             d = (dy - dy_mean[:, None] - x_hat * projection[:, None]) * rstd[:, None]
