@@ -41,6 +41,7 @@ results: .venv/built
 	cp report/benchmarks/*.csv benchmarks/results
 	$(BIN)/python -m benchmarks step --model vit-s --mode block sample --prob 0.4 --batch 10 --drop-path eager \
 		--csv benchmarks/results/drop-path-cpu.csv
+	$(BIN)/python -m benchmarks expected --csv benchmarks/results/expected-sm_90.csv
 	$(BIN)/python -m benchmarks pages
 
 # Measures the numbers of docs/evidence.md, which takes hours. An interrupted study continues where it stopped.

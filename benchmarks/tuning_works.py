@@ -15,11 +15,11 @@ from rdp_kernels.kernels.triton.launch import row_bytes
 from .tuning import Work
 
 NARROW, VIT, XFORMERS, RESNET = (128, 197, 384), (128, 197, 768), (48, 1, 394752), (64, 256, 56, 56)
-MIDDLE, LARGE, HUGE = (32, 256, 2048), (16, 256, 4096), (8, 256, 8192)
+MIDDLE, LARGE, HUGE, WIDEST = (32, 256, 2048), (16, 256, 4096), (8, 256, 8192), (4, 256, 16384)
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "residual_add_fwd": (VIT, XFORMERS, RESNET),
     "residual_add_bwd": (VIT, XFORMERS, RESNET),
-    "residual_add_norm_fwd": (NARROW, VIT, MIDDLE, LARGE, HUGE),
+    "residual_add_norm_fwd": (NARROW, VIT, MIDDLE, LARGE, HUGE, WIDEST),
     "residual_add_norm_bwd": (NARROW, VIT, MIDDLE, LARGE),
     "residual_add_norm_bwd_wide": (HUGE,),
     "gather_rows": (VIT, XFORMERS),

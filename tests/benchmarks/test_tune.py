@@ -17,7 +17,7 @@ from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import PROGRAMS, Tuned, Work, WrongResult, candidates, table_source
 from benchmarks.tuning_works import SHAPES, works_of
 from rdp_kernels.kernels.triton import launch
-from rdp_kernels.kernels.triton.launch import CONFIGS, LaunchConfig, architecture
+from rdp_kernels.kernels.triton.launch import CONFIGS, LaunchConfig, architecture, row_bytes
 from rdp_kernels.kernels.triton.prepared import PreparedLaunch
 from tests.conftest import DEVICE
 
@@ -72,6 +72,13 @@ def test_every_kernel_has_works_that_run_it_with_the_numbers_of_their_class():
             launches = tuning._launches(work, op, largest, tried, ON)
             assert (f"_{op}_kernel", tried) in {(launch.kernel.fn.__name__, launch.config) for launch in launches}
             assert all(torch.isfinite(result).all() for result in work.run())
+
+
+@pytest.mark.parametrize("op", ["residual_add_norm_fwd", "residual_add_norm_bwd"])
+def test_every_width_class_of_the_norms_has_a_work(op):
+    table = CONFIGS[op]["default"]
+    sizes = [row_bytes(shape[-1], torch.bfloat16.itemsize) for shape in SHAPES[op]]
+    assert {tuning._class_of(size, table) for size in sizes} == {largest for largest, _ in table}
 
 
 def test_each_width_class_is_searched_on_works_of_its_own():
