@@ -33,7 +33,10 @@ def residual_add(
     total, update = residual.to(dtype), branch.to(dtype)
     scale = 1.0 if row_scale is None else row_scale
     if isinstance(scale, Tensor) or scale == 0:
-        update, scale = drop_path(update, torch.as_tensor(scale, device=update.device).expand(update.shape[0])), 1.0
+        factors = torch.as_tensor(scale, device=update.device)
+        update, scale = drop_path(update, factors.expand(update.shape[0])), 1.0
+        if frozen is not None:
+            frozen = frozen[0], drop_path(frozen[1], factors.expand(frozen[1].shape[0]))
     elif frozen is None and torch.compiler.is_compiling() and scale != 1:
         update, scale = update * scale, 1.0  # a graph for any number, where `alpha` and `value` are part of the graph
     factor = None

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 
+import rdp_kernels as rdp
+
 from . import ops
 from .budget import check
-from .cases import Case, in_parts, joints
+from .cases import BACKENDS, Case, in_parts, joints
 from .values import operands_of
 
 MIXED = Case((5, 2, 7), rows=(4, 0, 3), num_learning=2, gamma=True, row_scale=1 / 0.7, gives_next=True, next_rows=(1, 4, 3, 2), num_next_learning=3, norm="layer", weight=True, bias=True)  # fmt: skip
@@ -30,6 +32,12 @@ def test_widths(backend, width, dtype):
 @pytest.mark.parametrize(("num_learning", "num_next_learning"), [(0, 0), (3, 4), (0, 4), (3, 0), (2, 1)])
 def test_all_or_none_learn(backend, num_learning, num_next_learning, tiles):
     check(replace(MIXED, num_learning=num_learning, num_next_learning=num_next_learning, tiles=tiles), ops.joint)
+
+
+@pytest.mark.parametrize("backend", ["eager", *BACKENDS])
+def test_a_scale_of_zero_drops_frozen_rows_too(backend):
+    with rdp.use_backend(backend):
+        check(replace(MIXED, row_scale=0.0), ops.joint)
 
 
 NEXT_INPUTS = {

@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 from hypothesis import example, given
 
+from rdp_kernels.kernels.spec import Operands
+
 from . import ops
 from .budget import gradients, same
 from .cases import VECTORS, Case, drawn_again_if_unsupported, examples, joints
@@ -86,4 +88,26 @@ def test_nan_of_frozen_samples_reaches_no_sum(numerics_backend, case):
     grads, expected = run(torch.nan), run(1.0)
     for name in ("update", *VECTORS):
         actual, wanted = getattr(grads, name), getattr(expected, name)
+        assert (actual is None and wanted is None) or torch.equal(actual, wanted), name
+
+
+@example(case=replace(FROZEN_NEXT, used=("out", "frozen_next")))
+@example(case=replace(FROZEN_NEXT, used=("out", "frozen_next"), tiles="wide"))
+@example(case=replace(FROZEN_NEXT, used=("out", "next")))
+@examples(60)
+@given(case=joints().filter(lambda case: case.gives_next and case.used is not None))
+def test_nan_of_next_rows_without_gradient_reaches_no_gradient(numerics_backend, case):
+    """The residual is NaN at samples of the next input, or of one part of it, that has no incoming gradient."""
+    parts = zip(("next", "frozen_next"), case.next_parts, strict=False)
+    unused = [row for name, part in parts if name not in case.used for row in part]
+
+    def run(poison):
+        operands = operands_of(case)
+        with torch.no_grad():
+            operands.residual[unused] = poison
+        with cut(case.tiles), drawn_again_if_unsupported():
+            results = ops.joint(operands, case)
+            return gradients(results, operands, douts_of(case, results))
+
+    for name, actual, wanted in zip(Operands._fields, run(torch.nan), run(1.0), strict=True):
         assert (actual is None and wanted is None) or torch.equal(actual, wanted), name

@@ -71,7 +71,7 @@ class Backward:
         self.stored = Operands(
             wanted.residual and not passes,
             *(t and not drops_all for t in (wanted.update, wanted.frozen_update, wanted.gamma)),
-            *(t and self.from_next for t in (wanted.weight, wanted.bias)),
+            *(t and dnext is not None for t in (wanted.weight, wanted.bias)),
         )
         self.zeros = [n for n in Operands._fields[1:] if getattr(wanted, n) and not getattr(self.stored, n)]
         self.in_place = key.in_place and add.activation is None and self.stored.residual

@@ -88,6 +88,14 @@ def learning_rows(x, frozen_ptr, k, num_learning):
 
 
 @triton.jit
+def with_gradient(next_mask, dnext_ptr, j, num_next_learning):
+    """`next_mask` without the learning rows where only frozen ones have a gradient: 0 · NaN would reach theirs."""
+    if dnext_ptr is None:
+        next_mask = next_mask & (j >= num_next_learning)
+    return next_mask
+
+
+@triton.jit
 def sum_masks(dresidual_ptr, exists, update_mask, next_mask, IN_PLACE: tl.constexpr):
     """Masks of the samples for which a backward loads `dout`, and of those for which it stores `dresidual`."""
     if dresidual_ptr is None:

@@ -115,8 +115,8 @@ def fused_add_bwd(
         The wanted gradients. None stands for zero.
     """
     dout, dnext, dfrozen_next = gradients
-    if dnext is None and dfrozen_next is None:
-        if dout is None:
+    if dnext is None:
+        if dout is None and dfrozen_next is None:
             return Operands()
         if wanted.weight or wanted.bias:
             wanted = wanted._replace(weight=False, bias=False)

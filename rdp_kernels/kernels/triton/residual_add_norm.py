@@ -22,6 +22,7 @@ from .common import (
     sum_masks,
     update_masks,
     update_rows,
+    with_gradient,
 )
 
 
@@ -150,7 +151,7 @@ def _residual_add_norm_bwd_kernel(
                 k, factor = update_rows(inverse_ptr, row_scale_ptr, scale, b, exists, num_rows, COMPUTE)
                 j = row_number(next_inverse_ptr, b, exists, num_saved)
 
-            norm_mask = exists & (j < num_saved)
+            norm_mask = with_gradient(exists & (j < num_saved), dnext_ptr, j, num_next_learning)
             dupdate_mask, update_mask = update_masks(row_scale_ptr, k, factor, exists, num_rows)
             if dresidual_ptr is None and dweight_ptr is None and dbias_ptr is None:
                 norm_mask = norm_mask & update_mask
