@@ -28,7 +28,8 @@ def compile_whole(model: nn.Module, scheme: ResidualDropPath, **options: Any) ->
 
     Outputs and gradients are those of the scheme for any plan, with one graph. The graph also computes gradients for
     idle parameters. Hooks discard these, so the `.grad` of idle parameters doesn't change. Run backward before the next
-    iteration's forward.
+    iteration's forward. Weights and outputs have to be finite in dropped branches too: zeros go backward through these,
+    and 0 · Inf is NaN.
 
     Args:
         model: the model that `scheme` was made for, or a module that contains it.

@@ -62,8 +62,8 @@ TRITON = {
     ),
     "rows: inverted to themselves": (
         "rdp_kernels/kernels/triton/rows.py",
-        "tl.store(inverse_ptr + b, k.to(tl.int64), mask=k < num_rows)",
-        "tl.store(inverse_ptr + b, b, mask=k < num_rows)",
+        "tl.store(inverse_ptr + b, k.to(tl.int64), mask=exists)",
+        "tl.store(inverse_ptr + b, b, mask=exists)",
     ),
 }
 CPU = {

@@ -2,6 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 
+from rdp_kernels.kernels.spec import NextInput, Operands, RowSet
+from rdp_kernels.kernels.triton import kernels
+from rdp_kernels.kernels.triton.forward import inversion
+from tests.conftest import DEVICE
+
 from . import ops
 from .budget import check
 from .cases import Case, gathers, in_parts
@@ -31,3 +36,22 @@ def test_bits_are_copied(backend, dtype):
     gathered = ops.gather_rows(operands, case).next
     bits = {"float64": torch.int64, "float32": torch.int32}.get(dtype, torch.int16)
     assert torch.equal(gathered.view(bits), operands.residual[1:].view(bits))
+
+
+OUT_OF_RANGE = torch.tensor([2, 3, -1, 2**40, 0], device=DEVICE)
+
+
+def test_triton_gathers_no_row_out_of_range():
+    memory = torch.zeros(9, 4, device=DEVICE)
+    memory[3:6] = torch.arange(12.0, device=DEVICE).view(3, 4)
+    x = memory[3:6]
+    gathered = kernels().fused_add_fwd(Operands(x), None, NextInput(RowSet(OUT_OF_RANGE, 5)))[0].next
+    assert torch.equal(gathered[[0, 4]], x[[2, 0]])
+    assert gathered[1:4].isnan().all(), "uninitialised rows, which hold NaN in tests"
+
+
+def test_triton_inverts_no_row_out_of_range():
+    memory = torch.full((9,), 7, device=DEVICE)
+    launch, tiles = inversion(3, memory.device)
+    launch(1, memory[3:6], OUT_OF_RANGE, 3, 5, tiles.block_m, tiles.block_n)
+    assert memory.tolist() == [7, 7, 7, 4, 5, 0, 7, 7, 7]

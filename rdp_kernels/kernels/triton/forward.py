@@ -201,6 +201,7 @@ class Gather(Forward):
             frozen,
             residual,
             rows.index.contiguous(),
+            self.batch_size,
             num_rows,
             num_learning,
             *self.last,
