@@ -23,7 +23,7 @@ from . import command
 from .harness import told
 from .machine import Device, facts
 from .tuning import Time, Tuned, WrongResult, compile_candidates, table_source, tune
-from .tuning_works import SHAPES, works_of
+from .tuning_works import SETTINGS, Setting, works_of
 
 REPEATS = 25
 FLUSH = 256 << 20  # bytes: writing them takes a GPU longer than the host needs to launch the timed kernels
@@ -63,19 +63,19 @@ def run(options: argparse.Namespace) -> int:
 def compile_ahead(ops: list[str], processes: int) -> None:
     """Compiles the candidates into Triton's cache in other processes. The search also works without, but takes
     longer."""
-    jobs = [(op, shape) for op in ops for shape in SHAPES[op]]
+    jobs = [(op, setting) for op in ops for setting in SETTINGS[op]]
     context = multiprocessing.get_context("spawn")  # CUDA can't be used in a fork
     with ProcessPoolExecutor(min(processes, len(jobs)), context) as pool:
-        for job, done in [(job, pool.submit(_compile, *job)) for job in jobs]:
+        for (op, (shape, dtype)), done in [(job, pool.submit(_compile, *job)) for job in jobs]:
             try:
                 done.result()
             except Exception as error:
-                _tell(f"not compiled ahead: {job[0]} {list(job[1])}: {told(error)}")
+                _tell(f"not compiled ahead: {op} {list(shape)} {dtype}: {told(error)}")
 
 
-def _compile(op: str, shape: tuple[int, ...]) -> None:
+def _compile(op: str, setting: Setting) -> None:
     device = torch.device("cuda")
-    compile_candidates(op, works_of(op, device, (shape,)), device)
+    compile_candidates(op, works_of(op, device, (setting,)), device)
 
 
 def search(ops: list[str], device: torch.device, time: Time) -> tuple[list[Tuned], int]:

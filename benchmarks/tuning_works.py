@@ -16,35 +16,38 @@ from .tuning import Work
 
 NARROW, VIT, XFORMERS, RESNET = (128, 197, 384), (128, 197, 768), (48, 1, 394752), (64, 256, 56, 56)
 MIDDLE, LARGE, HUGE, WIDEST = (32, 256, 2048), (16, 256, 4096), (8, 256, 8192), (4, 256, 16384)
-SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "residual_add_fwd": (VIT, XFORMERS, RESNET),
-    "residual_add_bwd": (VIT, XFORMERS, RESNET),
-    "residual_add_norm_fwd": (NARROW, VIT, MIDDLE, LARGE, HUGE, WIDEST),
-    "residual_add_norm_bwd": (NARROW, VIT, MIDDLE, LARGE),
-    "residual_add_norm_bwd_wide": (HUGE,),
-    "gather_rows": (VIT, XFORMERS),
-    "sum_partials": (VIT, XFORMERS),
-    "invert_rows": (VIT,),
+Setting = tuple[tuple[int, ...], torch.dtype]
+
+
+def _bf16(*shapes: tuple[int, ...]) -> tuple[Setting, ...]:
+    return tuple((shape, torch.bfloat16) for shape in shapes)
+
+
+# Where sums stay in registers, only float32 has rows of more than 8192 bytes.
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "residual_add_fwd": _bf16(VIT, XFORMERS, RESNET),
+    "residual_add_bwd": _bf16(VIT, XFORMERS, RESNET),
+    "residual_add_norm_fwd": _bf16(NARROW, VIT, MIDDLE, LARGE, HUGE, WIDEST),
+    "residual_add_norm_bwd": (*_bf16(NARROW, VIT, MIDDLE, LARGE), (LARGE, torch.float32)),
+    "residual_add_norm_bwd_wide": _bf16(HUGE),
+    "gather_rows": _bf16(VIT, XFORMERS),
+    "sum_partials": _bf16(VIT, XFORMERS),
+    "invert_rows": _bf16(VIT),
 }
 KEPT = 0.8
 NORM = NextInput(None, "layer", 1e-6)
 
 
-def works_of(
-    op: str,
-    device: torch.device,
-    shapes: tuple[tuple[int, ...], ...] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Work]:
-    """Returns works on tensors `[B, ...]` of each shape, where four dimensions are NCHW. LayerNorm and γ are used if
-    the op has them."""
-    return [_Tensors(shape, device, dtype).work(op) for shape in shapes or SHAPES[op]]
+def works_of(op: str, device: torch.device, settings: tuple[Setting, ...] | None = None) -> list[Work]:
+    """Returns a work for each setting: on tensors `[B, ...]` of that shape, where four dimensions are NCHW. LayerNorm
+    and γ are used if the op has them."""
+    return [_Tensors(shape, dtype, device).work(op) for shape, dtype in settings or SETTINGS[op]]
 
 
 class _Tensors:
     """The tensors of one shape that the ops need: a residual, an update and others."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
         self.channel_dim = 1 if len(shape) == 4 else -1
         channels = shape[self.channel_dim]

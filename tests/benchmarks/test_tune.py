@@ -15,7 +15,7 @@ from benchmarks import sanitize, tune, tuning
 from benchmarks.__main__ import main
 from benchmarks.machine import ROOT, Device
 from benchmarks.tuning import PROGRAMS, Tuned, Work, WrongResult, candidates, table_source
-from benchmarks.tuning_works import SHAPES, works_of
+from benchmarks.tuning_works import SETTINGS, works_of
 from rdp_kernels.kernels.triton import launch
 from rdp_kernels.kernels.triton.launch import CONFIGS, LaunchConfig, architecture, row_bytes
 from rdp_kernels.kernels.triton.prepared import PreparedLaunch
@@ -23,7 +23,7 @@ from tests.conftest import DEVICE
 
 ON = torch.device(DEVICE)
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-TINY = {
+TINY_SHAPES = {
     "residual_add_fwd": ((4, 5, 32), (3, 4, 5, 6), (3, 1, 200)),
     "residual_add_bwd": ((4, 80, 32), (3, 4, 5, 6)),
     "residual_add_norm_fwd": ((3, 2, 32), (2, 1, 1500)),
@@ -33,6 +33,8 @@ TINY = {
     "sum_partials": ((4, 5, 32),),
     "invert_rows": ((4, 5, 32),),
 }
+TINY = {op: tuple((shape, torch.float32) for shape in shapes) for op, shapes in TINY_SHAPES.items()}
+SMALL = (((4, 5, 32), torch.bfloat16),)
 
 
 def small_and_few(launches):
@@ -51,7 +53,7 @@ def test_finds_the_fastest(op, monkeypatch):
     slow = LaunchConfig(16384, columns, num_warps=16, num_stages=stages, tiles=tiles, programs=programs)
     monkeypatch.setitem(CONFIGS, op, {"default": ((2**31, slow),)})
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)  # so that few rows show the number of programs
-    (tuned,) = tuning.tune(op, works_of(op, ON, TINY[op], torch.float32), ON, small_and_few)
+    (tuned,) = tuning.tune(op, works_of(op, ON, TINY[op]), ON, small_and_few)
     assert (tuned.op, tuned.largest) == (op, 2**31)
     assert tuned.config.num_warps == 2
     assert tuned.config.tile == min(config.tile for config in candidates(op, slow))
@@ -63,10 +65,10 @@ def test_finds_the_fastest(op, monkeypatch):
 
 
 def test_every_kernel_has_works_that_run_it_with_the_numbers_of_their_class():
-    assert set(SHAPES) == set(TINY) == set(CONFIGS)
-    for op, shapes in TINY.items():
+    assert set(SETTINGS) == set(TINY) == set(CONFIGS)
+    for op, settings in TINY.items():
         table = dict(CONFIGS[op]["default"])
-        for work in works_of(op, ON, shapes, torch.float32):
+        for work in works_of(op, ON, settings):
             largest = tuning._class_of(work.row_bytes, table.items())
             tried = replace(table[largest], num_warps=1)
             launches = tuning._launches(work, op, largest, tried, ON)
@@ -77,7 +79,7 @@ def test_every_kernel_has_works_that_run_it_with_the_numbers_of_their_class():
 @pytest.mark.parametrize("op", ["residual_add_norm_fwd", "residual_add_norm_bwd"])
 def test_every_width_class_of_the_norms_has_a_work(op):
     table = CONFIGS[op]["default"]
-    sizes = [row_bytes(shape[-1], torch.bfloat16.itemsize) for shape in SHAPES[op]]
+    sizes = [row_bytes(shape[-1], dtype.itemsize) for shape, dtype in SETTINGS[op]]
     assert {tuning._class_of(size, table) for size in sizes} == {largest for largest, _ in table}
 
 
@@ -98,7 +100,7 @@ def test_small_gains_are_noise():
 
     for gain, changes in ((0.99, False), (0.97, True)):
         time = lambda launches, gain=gain: 1.0 if launches[0].config == present else gain  # noqa: E731
-        (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((4, 5, 32),)), ON, time)
+        (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, SMALL), ON, time)
         assert (tuned.config != present) == changes
 
 
@@ -110,7 +112,7 @@ def test_a_candidate_that_changes_results_is_refused():
             work.run()
         return (torch.ones(3) * (1.01 if config.num_warps == 16 else 1.0),)
 
-    honest = works_of("gather_rows", ON, ((4, 5, 32),))
+    honest = works_of("gather_rows", ON, SMALL)
     dishonest = [Work("gather_rows", 640, run)]
     with pytest.raises(WrongResult, match=r"gather_rows with LaunchConfig\(.*num_warps=16.* by 1.0e-02"):
         tuning.tune("gather_rows", dishonest, ON, lambda launches: 1.0)
@@ -124,7 +126,7 @@ def test_a_candidate_that_cannot_be_launched_is_passed_over():
             raise RuntimeError("out of resource: registers")
         return 0.5 if launches[0].config.num_warps == 16 else 1.0
 
-    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((4, 5, 32),)), ON, time, told.append)
+    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, SMALL), ON, time, told.append)
     assert tuned.config.num_warps == 16
     assert told
     assert all("num_warps=8" in line and "out of resource: registers" in line for line in told)
@@ -190,7 +192,7 @@ def test_tune_prints_the_table(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Device, "of", lambda kind: Device(ON, "a GPU", 1))
     monkeypatch.setattr(tune, "flushed_time", lambda device: small_and_few)
-    monkeypatch.setattr(tune, "works_of", lambda op, device: works_of(op, device, TINY[op], torch.float32))
+    monkeypatch.setattr(tune, "works_of", lambda op, device: works_of(op, device, TINY[op]))
     assert main(["tune", "--op", "gather_rows", "invert_rows"]) == 0
     printed = capsys.readouterr()
     table = eval(printed.out, {"LaunchConfig": LaunchConfig})
@@ -213,7 +215,7 @@ def test_without_a_gpu_tune_says_so(options, capsys):
 @pytest.mark.gpu
 def test_on_a_gpu_times_are_of_the_device(capsys):
     time = tune.flushed_time(Device.of("cuda"))
-    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, ((64, 64, 256),)), ON, time)
+    (tuned,) = tuning.tune("gather_rows", works_of("gather_rows", ON, (((64, 64, 256), torch.bfloat16),)), ON, time)
     assert 0 < tuned.ratio <= 1
 
 
@@ -226,7 +228,7 @@ from benchmarks.tuning_works import works_of
 tuning.relative_error = lambda *_: 0.0  # nothing is computed
 cpu = torch.device("cpu")
 for op, shape in (("residual_add_bwd", (4, 80, 384)), ("residual_add_norm_fwd", (4, 80, 384)), ("gather_rows", (4, 80, 384))):
-    works = works_of(op, cpu, (shape,))
+    works = works_of(op, cpu, ((shape, torch.bfloat16),))
     asked.clear()
     tuning.compile_candidates(op, works, cpu)
     ahead = set(asked)
@@ -239,16 +241,19 @@ for op, shape in (("residual_add_bwd", (4, 80, 384)), ("residual_add_norm_fwd", 
 def test_a_shape_that_cannot_be_compiled_ahead_is_reported_and_others_are_compiled(monkeypatch, capsys):
     compiled = []
 
-    def compile_one(op, shape):
-        if shape == SHAPES[op][0]:
+    def compile_one(op, setting):
+        if setting == SETTINGS[op][0]:
             raise RuntimeError("out of memory")
-        compiled.append((op, shape))
+        compiled.append((op, setting))
 
     monkeypatch.setattr(tune, "_compile", compile_one)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
     tune.compile_ahead(["residual_add_fwd", "gather_rows"], 3)
-    assert sorted(compiled) == sorted((op, s) for op in ("residual_add_fwd", "gather_rows") for s in SHAPES[op][1:])
-    assert "not compiled ahead: gather_rows [128, 197, 768]: RuntimeError: out of memory" in capsys.readouterr().err
+    assert set(compiled) == {(op, s) for op in ("residual_add_fwd", "gather_rows") for s in SETTINGS[op][1:]}
+    assert (
+        "not compiled ahead: gather_rows [128, 197, 768] torch.bfloat16: RuntimeError: out of memory"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_candidate_is_compiled_and_none_is_launched():
