@@ -68,6 +68,16 @@ FROZEN_NEXT = Case(
 )
 
 
+def gradients_with(number, samples, case):
+    """All gradients, where the residual holds `number` at these samples."""
+    operands = operands_of(case)
+    with torch.no_grad():
+        operands.residual[samples] = number
+    with cut(case.tiles), drawn_again_if_unsupported():
+        results = ops.joint(operands, case)
+        return gradients(results, operands, douts_of(case, results))
+
+
 @example(case=FROZEN_NEXT)
 @example(case=replace(FROZEN_NEXT, tiles="wide"))
 @examples(60)
@@ -77,15 +87,7 @@ def test_nan_of_frozen_samples_reaches_no_sum(numerics_backend, case):
     learning = samples_of(case.learning, case.shape[0]) if case.adds and case.row_scale != 0 else set()
     frozen = sorted({row for part in case.next_parts[1:] for row in part} - learning)
 
-    def run(poison):
-        operands = operands_of(case)
-        with torch.no_grad():
-            operands.residual[frozen] = poison
-        with cut(case.tiles), drawn_again_if_unsupported():
-            results = ops.joint(operands, case)
-            return gradients(results, operands, douts_of(case, results))
-
-    grads, expected = run(torch.nan), run(1.0)
+    grads, expected = (gradients_with(number, frozen, case) for number in (torch.nan, 1.0))
     for name in ("update", *VECTORS):
         actual, wanted = getattr(grads, name), getattr(expected, name)
         assert (actual is None and wanted is None) or torch.equal(actual, wanted), name
@@ -101,13 +103,6 @@ def test_nan_of_next_rows_without_gradient_reaches_no_gradient(numerics_backend,
     parts = zip(("next", "frozen_next"), case.next_parts, strict=False)
     unused = [row for name, part in parts if name not in case.used for row in part]
 
-    def run(poison):
-        operands = operands_of(case)
-        with torch.no_grad():
-            operands.residual[unused] = poison
-        with cut(case.tiles), drawn_again_if_unsupported():
-            results = ops.joint(operands, case)
-            return gradients(results, operands, douts_of(case, results))
-
-    for name, actual, wanted in zip(Operands._fields, run(torch.nan), run(1.0), strict=True):
+    grads, expected = (gradients_with(number, unused, case) for number in (torch.nan, 1.0))
+    for name, actual, wanted in zip(Operands._fields, grads, expected, strict=True):
         assert (actual is None and wanted is None) or torch.equal(actual, wanted), name
