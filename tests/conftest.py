@@ -1,7 +1,9 @@
 """Without a GPU the Triton kernels run interpreted, and Triton must know that before the first one is defined. The
 tests in `tests/compiled` compile kernels instead and run in a process of their own: `make test` starts both."""
 
+import gc
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -14,6 +16,8 @@ collect_ignore = ["compiled"] if INTERPRETED else []
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from .interpreter import improve  # noqa: E402
 
 # Shared, noisy machines: no deadline; and the same examples in every run, so that a red test stays red.
 settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -28,6 +32,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """The collector needn't walk through torch and the tests again and again: its full run takes a second otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)  # after xdist has sent the report
@@ -45,6 +55,14 @@ def pytest_runtest_logreport(report):
         if in_worker:
             os._exit(1)
         pytest.exit(f"CUDA is broken since {report.nodeid}: {error}", returncode=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED and find_spec("triton") is not None:
+            improve(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,10 @@
 """Skipping is exact: outputs and every gradient equal the textbook computation in float64, for any plan."""
 
 import copy
-import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +13,7 @@ import rdp_kernels as rdp
 from examples.libraries import import_torchvision, installed
 
 from .conftest import DEVICE
+from .kernels.cases import examples
 from .nets import INPUTS, NETS, Iteration, batch_norm_net, moving_statistics, textbook, took_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:ResidualDropPath. every path's drop_prob is 0")  # p = 0 is drawn too
@@ -54,11 +54,6 @@ def check_iteration(net, x, iteration, weights):
 CASE = given(  # Hypothesis begins with the first of each: one that drops a part
     seed=st.integers(0, 2**31), batch=st.sampled_from([5, *range(1, 14)]), p=st.sampled_from([0.5, 0.1, 0.9, 0.0, 1.0])
 )
-
-
-def examples(number):
-    """In `make test`; `make test-all` runs four times as many."""
-    return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
 
 
 @examples(4)

@@ -60,7 +60,8 @@ def _seed(seed):
 
 
 def generators():
-    return torch.get_rng_state(), random.getstate(), [*map(repr, np.random.get_state())]
+    name, numbers, *others = np.random.get_state()
+    return torch.get_rng_state(), random.getstate(), (name, torch.from_numpy(numbers), *others)
 
 
 # What is compared

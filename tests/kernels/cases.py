@@ -123,9 +123,13 @@ class Case:
         return replace(self, dtypes=("float64",) * 4, **changes)
 
 
+def as_asked(number: int) -> int:
+    """A number of drawn calls, times RDP_EXAMPLES: 1 unless it is set; the Makefile sets it."""
+    return max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1"))))
+
+
 def examples(number: int) -> settings:
-    """In `make test`; RDP_EXAMPLES is a multiple, 4 in `make test-all`, or a fraction."""
-    return settings(max_examples=max(1, round(number * float(os.environ.get("RDP_EXAMPLES", "1")))))
+    return settings(max_examples=as_asked(number))
 
 
 def in_parts(number: int) -> Callable[[Callable], Callable]:

@@ -5,11 +5,9 @@ import torch
 from hypothesis import assume
 
 import rdp_kernels as rdp
-from tests.conftest import INTERPRETED
 
 from .budget import check
 from .cases import BACKENDS, NUMERICS_BACKENDS, drawn_again_if_unsupported
-from .interpreter import faithful_cast, remembered_builtins
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,21 +36,6 @@ def check_new():
         passed.add(case)
 
     return check_new
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _interpreter():
-    if not INTERPRETED:
-        yield
-        return
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "cast_impl", faithful_cast(builder.cast_impl))
-        patch.setattr(interpreter, "_patch_builtin", remembered_builtins(interpreter._patch_attr, is_builtin))
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from tests.conftest import DEVICE, INTERPRETED
 
 from . import ops
 from .budget import check
-from .cases import Case
+from .cases import Case, as_asked
 from .forgotten import SEEN_IN_VALUES, forgotten
 from .tiles import cut
 from .walk import walk
@@ -56,10 +56,11 @@ def unchecked(monkeypatch):
 
 
 def test_calls_that_differ_in_little(unchecked, monkeypatch):
-    """2,200 calls in one process; fewer on a GPU, which has to compile their kernels. Every other one takes its lists of
-    rows as on a GPU, where their values aren't checked and calls of a known kind are checked in nothing."""
+    """2,200 calls in one process, times RDP_EXAMPLES; 200 on a GPU, which has to compile their kernels. Every other one
+    takes its lists of rows as on a GPU, where their values aren't checked and calls of a known kind are checked in
+    nothing."""
     host_has = checks.host_has
-    for number, (op, case) in enumerate(walk(0, 2200 if INTERPRETED else 200)):
+    for number, (op, case) in enumerate(walk(0, as_asked(2200) if INTERPRETED else 200)):
         monkeypatch.setattr(checks, "host_has", host_has if number % 2 else lambda tensor: False)
         check(case, op)
     assert unchecked["unchecked"] > unchecked["calls"] / 4, "few calls were of a known kind"
