@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benchmarks import evidence, pages, tables
 from benchmarks.evidence_plots import language_curves, spiral_accuracy
 from examples import bytes_lm, skip_connections, spiral, train_digits
+from examples.digits import analysis, training
 from examples.methods import DROP_PATH, EXACT
 
 PAGE = pages.ROOT / "docs" / "evidence.md"
@@ -45,8 +47,12 @@ def shape(markdown: str) -> tuple[list[str], list[list[str]]]:
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
     """Files as in `benchmarks/results/`."""
+    monkeypatch.setattr(analysis, "REMOVALS", 3)
+    for name in ("mlp", "vit"):  # as deep as in the study, so that as many paths are removed
+        network = training.NETWORKS[name]
+        monkeypatch.setitem(training.NETWORKS, name, replace(network, options=network.options | {"dim": 16}))
     threads = torch.get_num_threads()
     small, out = ["--quick", "--seeds", "2"], {name: tmp_path / name for name in ("spiral", "skips")}
     assert spiral.main([*small, "--study", "--steps", "2", "--points", "20", "--out", str(out["spiral"])]) == 0

@@ -54,7 +54,7 @@ def net_of(kind):
 
 
 def _seed(seed):
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also writes down its stack, for GPUs
     random.seed(seed)
     np.random.seed(seed)
 
