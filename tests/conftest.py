@@ -17,8 +17,6 @@ collect_ignore = ["compiled"] if INTERPRETED else []
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from .interpreter import improve  # noqa: E402
-
 # Shared, noisy machines: no deadline; and the same examples in every run, so that a red test stays red.
 settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
@@ -61,6 +59,8 @@ def pytest_runtest_logreport(report):
 def _interpreter():
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED and find_spec("triton") is not None:
+            from .interpreter import improve
+
             improve(patch)
         yield
 
