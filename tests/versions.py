@@ -43,7 +43,7 @@ TESTS = (
     "tests/kernels",
 )
 SAME_ON_ANY = ("broken_device", "fixed", "kept_features", "nan", "wrong_calls")
-"""What is left out of `tests/kernels`: it hangs on our own code alone."""
+"""What is left out of `tests/kernels`: it depends on our own code alone."""
 GIGABYTES = 12
 """Room on disk; 2 GB stay free while a torch with its CUDA libraries is unpacked."""
 
@@ -147,18 +147,8 @@ def check(args: argparse.Namespace, folder: Path, steps: Steps) -> None:
     steps.run("the library that was built there", *smoke, cwd=tree, env=environment)
     if not args.smoke:
         left_out = [f"--ignore=tests/kernels/test_{name}.py" for name in SAME_ON_ANY]
-        tests = (
-            "-n",
-            "2",
-            "--dist",
-            "worksteal",
-            "-m",
-            "not slow",
-            *(["-x"] if args.minutes else []),
-            *TESTS,
-            *left_out,
-        )
-        steps.run("tests", python, "-m", "pytest", *tests, cwd=tree, env=environment)
+        options = ("-n", "2", "--dist", "worksteal", "-m", "not slow", *(["-x"] if args.minutes else []))
+        steps.run("tests", python, "-m", "pytest", *options, *TESTS, *left_out, cwd=tree, env=environment)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
