@@ -18,8 +18,8 @@ test-all: .venv/built docs
 	$(PYTEST) -m slow --durations=12
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compiled
 	$(PYTEST) tests/kernels tests/test_exactness.py -k "against_float64 or equals_the_textbook"
-	RDP_EXAMPLES=0.25 $(BIN)/python -m tests.versions 2.11.0 --triton 3.6.0 --minutes 8
-	$(BIN)/python -m tests.versions 2.10.0 --smoke --minutes 5
+	RDP_EXAMPLES=0.25 $(BIN)/python -m tests.versions 2.11.0 --triton 3.6.0 --minutes 6
+	$(BIN)/python -m tests.versions 2.10.0 --smoke --minutes 3
 
 lint: .venv/ready
 	$(BIN)/ruff check .
