@@ -61,7 +61,7 @@ def _seed(seed):
 
 def generators():
     name, numbers, *others = np.random.get_state()
-    return torch.get_rng_state(), random.getstate(), (name, torch.from_numpy(numbers), *others)
+    return torch.get_rng_state(), random.getstate(), (name, numbers.tobytes().hex(), *others)
 
 
 # What is compared
